@@ -1,0 +1,129 @@
+// What every CUDA kernel of this library uses: launch(), its dynamic shared memory, conversions, reductions over a warp
+// or a block, 16-byte loads and stores. Kernels hold no <<<>>>, no inline PTX and no static __shared__; so the same
+// text also compiles as C++ and runs on a CPU (docs/cuda_on_cpu.md), where <cuda_runtime.h> is the stand-in under
+// tests/cuda_on_cpu/shim, which also declares the functions between the #ifdef below.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define ILLADA_DEVICE __device__ __forceinline__
+
+namespace illada {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// ---- what C++ has no word for ----------------------------------------------------------------------------------
+#ifdef __CUDACC__
+// This block's dynamic shared memory, 1024-byte aligned (what the 128-byte swizzle of Hopper asks for).
+ILLADA_DEVICE uint8_t* dynamic_smem() {
+  extern __shared__ __align__(1024) uint8_t illada_smem[];
+  return illada_smem;
+}
+// 2^x, about 2 ulp, subnormal results are zero. exp2f costs two more instructions to keep those.
+ILLADA_DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
+
+// ---- conversions -----------------------------------------------------------------------------------------------
+ILLADA_DEVICE float to_float(float x) { return x; }
+ILLADA_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+ILLADA_DEVICE float to_float(fp16 x) { return __half2float(x); }
+
+template <class T> ILLADA_DEVICE T from_float(float x);
+template <> ILLADA_DEVICE float from_float<float>(float x) { return x; }
+template <> ILLADA_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> ILLADA_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
+
+// ---- reductions ------------------------------------------------------------------------------------------------
+// Max and Min are for numbers: what they make of a NaN depends on its side.
+struct Sum { template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return a + b; } };
+struct Max { template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return a < b ? b : a; } };
+struct Min { template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return b < a ? b : a; } };
+
+// Over groups of WIDTH neighbouring lanes; every lane gets the result. The tree is fixed, so equal inputs give equal bits.
+// All 32 lanes of the warp must call it.
+template <int WIDTH = 32, class T, class Op> ILLADA_DEVICE T warp_reduce(T x, Op op) {
+#pragma unroll
+  for (int step = WIDTH / 2; step > 0; step /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+template <int WIDTH = 32, class T> ILLADA_DEVICE T warp_sum(T x) { return warp_reduce<WIDTH>(x, Sum{}); }
+template <int WIDTH = 32, class T> ILLADA_DEVICE T warp_max(T x) { return warp_reduce<WIDTH>(x, Max{}); }
+template <int WIDTH = 32, class T> ILLADA_DEVICE T warp_min(T x) { return warp_reduce<WIDTH>(x, Min{}); }
+
+// Over the THREADS threads of a one-dimensional block, in a fixed order; every thread gets the result. `scratch`: shared
+// memory for THREADS / 32 values, free again on return. T: any type that op takes and shuffles take.
+template <int THREADS, class T, class Op> ILLADA_DEVICE T block_reduce(T x, T* scratch, Op op) {
+  static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps");
+  x = warp_reduce(x, op);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  T total = scratch[0];
+#pragma unroll
+  for (int warp = 1; warp < THREADS / 32; ++warp) total = op(total, scratch[warp]);
+  __syncthreads();
+  return total;
+}
+
+// ---- 16-byte accesses ------------------------------------------------------------------------------------------
+// Pointers must be 16-byte aligned; a kernel peels what is not.
+template <class T> struct Vec16 {
+  static constexpr int size = 16 / sizeof(T);
+  alignas(16) T at[size];
+};
+template <class T> ILLADA_DEVICE Vec16<T> load16(const T* p) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(p);
+  return *reinterpret_cast<const Vec16<T>*>(&bits);
+}
+// For data read once: leaves the caches to others.
+template <class T> ILLADA_DEVICE Vec16<T> load16_streaming(const T* p) {
+  const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(p));
+  return *reinterpret_cast<const Vec16<T>*>(&bits);
+}
+template <class T> ILLADA_DEVICE void store16(T* p, const Vec16<T>& x) {
+  *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&x);
+}
+template <class T> ILLADA_DEVICE void store16_streaming(T* p, const Vec16<T>& x) {
+  __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&x));
+}
+
+// ---- launch ----------------------------------------------------------------------------------------------------
+struct Launch {
+  dim3 grid, block;
+  size_t smem;  // bytes of dynamic shared memory
+  cudaStream_t stream;
+  int cluster = 1;  // blocks of a cluster, along x
+};
+
+// Runs kernel(args...) as described; a cudaError_t as int, 0 on success. An empty grid is no error and does nothing.
+template <class... P, class... A> int launch(const Launch& l, void (*kernel)(P...), A&&... args) {
+  if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return 0;
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  constexpr size_t kDefaultSmem = 48 << 10;  // more must be asked for
+  if (l.smem > kDefaultSmem) {
+    cudaError_t e = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.smem));
+    if (e != cudaSuccess) return int(e);
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = l.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = l.grid;
+  config.blockDim = l.block;
+  config.dynamicSmemBytes = l.smem;
+  config.stream = l.stream;
+  config.attrs = &cluster;
+  config.numAttrs = l.cluster > 1;
+  return int(cudaLaunchKernelEx(&config, kernel, P(args)...));
+}
+
+}  // namespace illada
