@@ -1,0 +1,70 @@
+// The only file that knows Python: each entry point of api.h becomes a function of integers (pointers as uintptr_t) and floats.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "illada/api.h"
+
+namespace py = pybind11;
+
+namespace {
+
+enum Isa { kScalar, kAvx2, kAvx512 };
+const char* const kIsaNames[] = {"scalar", "avx2", "avx512"};
+
+// The best instruction set of this processor, or the one ILLADA_CPU_ISA names if the processor has it.
+Isa detect_isa() {
+  Isa best = kScalar;
+#if defined(__x86_64__) && !defined(ILLADA_SCALAR_ONLY)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = kAvx2;
+  if (best == kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    best = kAvx512;
+#endif
+  if (const char* wanted = std::getenv("ILLADA_CPU_ISA"))
+    for (int i = 0; i < best; ++i)
+      if (!std::strcmp(wanted, kIsaNames[i])) best = Isa(i);
+  return best;
+}
+
+const Isa isa = detect_isa();
+
+// Pointers cross the border as integers; numbers as they are.
+template <class T> struct Arg { using type = T; static T get(T v) { return v; } };
+template <class T> struct Arg<T*> {
+  using type = std::uintptr_t;
+  static T* get(std::uintptr_t v) { return reinterpret_cast<T*>(v); }
+};
+
+template <class... A> void bind(py::module_& m, const char* name, int (*scalar)(A...), int (*avx2)(A...), int (*avx512)(A...)) {
+  int (*const function)(A...) = isa == kAvx512 ? avx512 : isa == kAvx2 ? avx2 : scalar;
+  m.def(name, [function](typename Arg<A>::type... args) { return function(Arg<A>::get(args)...); }, py::call_guard<py::gil_scoped_release>());
+}
+template <class... A> void bind(py::module_& m, const char* name, int (*function)(A...)) { bind(m, name, function, function, function); }
+
+}  // namespace
+
+#if defined(__x86_64__) && !defined(ILLADA_SCALAR_ONLY)
+#define BIND_CPU(name) bind(m, #name, illada_##name##_scalar, illada_##name##_avx2, illada_##name##_avx512)
+#else
+#define BIND_CPU(name) bind(m, #name, illada_##name##_scalar)
+#endif
+#define BIND_CUDA(name) bind(m, #name, illada_##name)
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("cpu_isa") = kIsaNames[isa];
+
+  // attention
+
+  // masked_loss
+
+  // unmask
+
+#ifdef ILLADA_WITH_CUDA
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+}

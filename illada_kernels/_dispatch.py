@@ -1,0 +1,102 @@
+"""Which backend runs a call. Per device an ordered tuple of backends in each room, most capable first; the first that can, does.
+
+An explicit `backend=` argument, or ILLADA_BACKEND in the environment, never falls back: it raises and lists every backend's reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger("illada_kernels")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`available()` and `supports(request)` give None, or the reason why not. `devices` are torch device types it runs on."""
+
+    name: str
+    devices: tuple[str, ...] | None  # None: every device
+    available: Callable[[], str | None]
+    supports: Callable[[Any], str | None]
+
+    def reason(self, device: str, request: Any) -> str | None:
+        if self.devices is not None and device not in self.devices:
+            return f"runs on {' or '.join(self.devices)}, the tensors are on {device}"
+        return self.available() or self.supports(request)
+
+
+def choose(op: str, backends: tuple[Backend, ...], device: str, request: Any, backend: str | None = None) -> str:
+    """The name of the backend that runs `request` on `device`. `backend` (or ILLADA_BACKEND) insists on one."""
+    wanted = backend or os.environ.get("ILLADA_BACKEND") or None
+    if wanted is not None:
+        return _insist(op, backends, device, request, wanted)
+    for candidate in backends:
+        if candidate.reason(device, request) is None:
+            if candidate.name == "reference" and device != "cpu":
+                _log_reference_once(op, device)
+            return candidate.name
+    raise RuntimeError(f"no backend of {op} can run this call:\n{reasons(backends, device, request)}")
+
+
+def _insist(op: str, backends: tuple[Backend, ...], device: str, request: Any, wanted: str) -> str:
+    by_name = {b.name: b for b in backends}
+    if wanted not in by_name:
+        raise ValueError(f"backend: expected one of {', '.join(by_name)} for {op}, got {wanted!r}")
+    if by_name[wanted].reason(device, request) is not None:
+        raise RuntimeError(f"backend {wanted!r} cannot run this {op} call:\n{reasons(backends, device, request)}")
+    return wanted
+
+
+def reasons(backends: tuple[Backend, ...], device: str, request: Any) -> str:
+    return "\n".join(f"  {b.name}: {b.reason(device, request) or 'can run it'}" for b in backends)
+
+
+_logged: set[tuple[str, str]] = set()
+_logged_lock = threading.Lock()
+
+
+def _log_reference_once(op: str, device: str) -> None:
+    with _logged_lock:
+        if (op, device) in _logged:
+            return
+        _logged.add((op, device))
+    logger.warning("%s on %s runs on the reference backend; `python -m illada_kernels doctor` says why", op, device)
+
+
+@functools.cache
+def extension() -> tuple[ModuleType | None, str | None]:
+    """(the compiled extension, None) or (None, why it is missing). Torch is imported first: both then share one OpenMP runtime."""
+    import torch  # noqa: F401
+
+    try:
+        return importlib.import_module("illada_kernels._C"), None
+    except ImportError as error:
+        return None, f"the compiled extension is missing ({error}); `python -m illada_kernels doctor` says why"
+
+
+def extension_reason() -> str | None:
+    return extension()[1]
+
+
+def native() -> ModuleType:
+    module, reason = extension()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+_CPU_ERRORS = {1: "dtype not supported", 2: "argument out of range", 3: "out of memory"}
+
+
+def check(op: str, code: int) -> None:
+    """Raises RuntimeError unless a CPU entry point returned 0."""
+    if code:
+        raise RuntimeError(f"{op}: {_CPU_ERRORS.get(code, f'error {code}')}")

@@ -1,0 +1,75 @@
+"""How a room becomes a torch operator: one set of functions, two ways in.
+
+A `TorchOp` owns an implementation, a fake (shapes only), and optionally a backward. Called with plain eager tensors it runs the
+implementation directly, through a torch.autograd.Function where a gradient is wanted (about 1 to 10 us); under torch.compile,
+functorch, a dispatch or function mode, or with tensor subclasses it goes through the registered `torch.library` operator
+`illada_kernels::<name>` (about 23 us), whose schema is inferred from the implementation's type hints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_plain(args: Sequence[Any]) -> bool:
+    """True if nothing watches: eager, no mode, no functorch level, no forward-mode AD, only ordinary tensors and parameters."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return all(type(a) in (Tensor, torch.nn.Parameter) for a in args if isinstance(a, Tensor))
+
+
+class TorchOp:
+    """One operator.
+
+    forward(*args) -> Tensor or tuple of tensors, with type hints that torch.library can read; it must not return its inputs.
+    fake(*args): the same shapes and dtypes, no data.
+    setup_context(ctx, inputs, output) and backward(ctx, *grads) -> one entry per argument, as in torch.library.register_autograd.
+    mutates: names of arguments written in place (then there is no backward).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        mutates: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.forward = name, forward
+        self.op = torch.library.custom_op(f"illada_kernels::{name}", forward, mutates_args=mutates)
+        self.op.register_fake(fake)
+        self.function: type[torch.autograd.Function] | None = None
+        if backward is not None and setup_context is not None:
+            self.op.register_autograd(backward, setup_context=setup_context)
+            self.function = _autograd_function(name, forward, setup_context, backward)
+
+    def __call__(self, *args: Any) -> Any:
+        if not is_plain(args):
+            return self.op(*args)
+        wants_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if wants_grad and self.function is not None:
+            return self.function.apply(*args)
+        if wants_grad:  # no backward exists: let the dispatcher attach the node that says so
+            return self.op(*args)
+        return self.forward(*args)
+
+
+def _autograd_function(
+    name: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    return type(
+        f"{name}_function",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
+        },
+    )

@@ -1,0 +1,1 @@
+"""One room per op: the public function, its reference, and its backends."""
