@@ -31,6 +31,9 @@ class TorchOp:
     fake(*args): the same shapes and dtypes, no data.
     setup_context(ctx, inputs, output) and backward(ctx, *grads) -> one entry per argument, as in torch.library.register_autograd.
     mutates: names of arguments written in place (then there is no backward).
+
+    A backward calls a second TorchOp (`<name>_bwd`) on ctx.saved_tensors: under create_graph those require grad, that operator has no
+    backward of its own, and so a double backward raises instead of being silently wrong.
     """
 
     def __init__(
@@ -70,6 +73,6 @@ def _autograd_function(
         {
             "forward": staticmethod(forward),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
+            "backward": staticmethod(backward),
         },
     )
