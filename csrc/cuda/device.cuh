@@ -42,14 +42,31 @@ template <> ILLADA_DEVICE float from_float<float>(float x) { return x; }
 template <> ILLADA_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> ILLADA_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
 
+// Two neighbours in one word, the lower index in the lower half: what wgmma and stmatrix take.
+template <class T> ILLADA_DEVICE uint32_t pack(float low, float high);
+template <> ILLADA_DEVICE uint32_t pack<bf16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <> ILLADA_DEVICE uint32_t pack<fp16>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // ---- reductions ------------------------------------------------------------------------------------------------
 // Max and Min are for numbers: what they make of a NaN depends on its side.
-struct Sum { template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return a + b; } };
-struct Max { template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return a < b ? b : a; } };
-struct Min { template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return b < a ? b : a; } };
+struct Sum {
+  template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return a + b; }
+};
+struct Max {
+  template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return a < b ? b : a; }
+};
+struct Min {
+  template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return b < a ? b : a; }
+};
 
-// Over groups of WIDTH neighbouring lanes; every lane gets the result. The tree is fixed, so equal inputs give equal bits.
-// All 32 lanes of the warp must call it.
+// Over groups of WIDTH neighbouring lanes; every lane gets the result. The tree is fixed: equal inputs give equal
+// bits. All 32 lanes of the warp must call it.
 template <int WIDTH = 32, class T, class Op> ILLADA_DEVICE T warp_reduce(T x, Op op) {
 #pragma unroll
   for (int step = WIDTH / 2; step > 0; step /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, step));
@@ -59,8 +76,8 @@ template <int WIDTH = 32, class T> ILLADA_DEVICE T warp_sum(T x) { return warp_r
 template <int WIDTH = 32, class T> ILLADA_DEVICE T warp_max(T x) { return warp_reduce<WIDTH>(x, Max{}); }
 template <int WIDTH = 32, class T> ILLADA_DEVICE T warp_min(T x) { return warp_reduce<WIDTH>(x, Min{}); }
 
-// Over the THREADS threads of a one-dimensional block, in a fixed order; every thread gets the result. `scratch`: shared
-// memory for THREADS / 32 values, free again on return. T: any type that op takes and shuffles take.
+// Over the THREADS threads of a one-dimensional block, in a fixed order; every thread gets the result. `scratch`:
+// shared memory for THREADS / 32 values, free again on return. T: any type that op takes and shuffles take.
 template <int THREADS, class T, class Op> ILLADA_DEVICE T block_reduce(T x, T* scratch, Op op) {
   static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps");
   x = warp_reduce(x, op);

@@ -1,0 +1,39 @@
+// Host side of the bulk tensor copies: describes a tensor of global memory to the hardware.
+#pragma once
+#include <cuda.h>
+
+#include "device.cuh"
+
+namespace illada {
+
+template <class T> struct TensorMapType;
+template <> struct TensorMapType<float> { static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_FLOAT32; };
+template <> struct TensorMapType<bf16> { static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16; };
+template <> struct TensorMapType<fp16> { static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_FLOAT16; };
+
+enum class Swizzle { none = CU_TENSOR_MAP_SWIZZLE_NONE, bytes128 = CU_TENSOR_MAP_SWIZZLE_128B };
+
+// size and box: RANK numbers of elements, the contiguous dimension first. stride_bytes: those of dimensions 1 and up,
+// multiples of 16. With the 128-byte swizzle box[0] spans at most 128 bytes. Elements outside the tensor load as zero
+// and are not stored. Returns a cudaError_t as int.
+template <int RANK, class T>
+int make_tensor_map(CUtensorMap* map, const T* base, const uint64_t (&size)[RANK], const uint64_t* stride_bytes,
+                    const uint32_t (&box)[RANK], Swizzle swizzle) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  // Asked of the driver at run time, so that the library does not link to libcuda and imports where there is none.
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t e =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+  if (e != cudaSuccess) return int(e);
+  if (found != cudaDriverEntryPointSuccess) return int(cudaErrorNotSupported);
+  uint32_t element_strides[RANK];
+  for (int i = 0; i < RANK; ++i) element_strides[i] = 1;
+  const CUresult r = reinterpret_cast<Encode>(entry)(
+      map, TensorMapType<T>::value, RANK, const_cast<T*>(base), size, stride_bytes, box, element_strides,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CUtensorMapSwizzle(swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return int(r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue);
+}
+
+}  // namespace illada
