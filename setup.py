@@ -1,4 +1,4 @@
-"""Packaging hook: compiles `illada_kernels._C` with illada_kernels/_build.py (no torch needed), everything else is in pyproject.toml."""
+"""Packaging hook: compiles `illada_kernels._C` with illada_kernels/_build.py (no torch needed); pyproject.toml has the rest."""
 
 import importlib.util
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
 
 
 def load_build_module():
@@ -17,12 +17,18 @@ def load_build_module():
 
 
 class BuildExt(build_ext):
-    def build_extension(self, ext):
-        target = Path(self.get_ext_fullpath(ext.name))
-        load_build_module().build(ROOT, target.parent, Path(self.build_temp))
+    """Editable installs build in place, in the folder that `make build` uses too, so nothing is compiled twice."""
 
-    def get_outputs(self):
+    def run(self):
+        package = ROOT if self.inplace else Path(self.build_lib)
+        work = ROOT / "build" if self.inplace else Path(self.build_temp)
+        load_build_module().build(ROOT, package / "illada_kernels", work)
+
+    def get_outputs(self):  # without a compiler there is no _C, and that is no error
         return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def get_output_mapping(self):
+        return {built: source for built, source in super().get_output_mapping().items() if Path(source).exists()}
 
 
 setup(ext_modules=[Extension("illada_kernels._C", sources=[])], cmdclass={"build_ext": BuildExt})

@@ -1,6 +1,7 @@
 """Kernels for masked-diffusion language models: bidirectional attention, masked-token loss, parallel unmasking.
 
-Importing this package imports neither torch nor the compiled extension; each name below loads what it needs at first use.
+Importing this package imports neither torch nor the compiled extension; each name below loads what it needs when
+first used.
 """
 
 from __future__ import annotations

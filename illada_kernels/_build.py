@@ -1,16 +1,19 @@
-"""Compiles csrc/ into `illada_kernels._C`: writes build.ninja for g++ (or $CXX) and, where nvcc is found, nvcc, and runs ninja.
+"""Compiles csrc/ into `illada_kernels._C`: writes build.ninja for g++ (or $CXX) and, where found, nvcc, and runs ninja.
 
 Standard library only; pybind11 supplies headers and ninja runs the commands. Torch is not needed and not looked at.
 
     python -m illada_kernels._build        build in place, for a checkout
 
-Environment: CXX, NVCC, ILLADA_CUDA=0 (leave CUDA out) or 1 (its failure is an error), ILLADA_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST
-("80;90a", the default, plus PTX for compute_80), ILLADA_REQUIRE_EXT=1 (a failed build is an error), MAX_JOBS.
-What was built, and why not what was not, goes to _build_info.json beside the extension; `doctor` prints it.
+Environment: CXX, NVCC, ILLADA_CUDA=0 (leave CUDA out) or 1 (its failure is an error), ILLADA_CUDA_ARCHS or
+TORCH_CUDA_ARCH_LIST ("80;90a", the default, plus PTX of the lowest), ILLADA_REQUIRE_EXT=1 (a failed build is an error),
+MAX_JOBS. What was built, and why not what was not, goes to _build_info.json beside the extension; `doctor` prints it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
+import hashlib
 import importlib.util
 import json
 import os
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ISA_FLAGS = {
@@ -30,7 +34,8 @@ ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
 }
 CXX_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wno-psabi -Wno-attributes"
+    "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+    " -Wall -Wno-psabi -Wno-attributes"
 )
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v --expt-relaxed-constexpr -lineinfo"
 
@@ -71,7 +76,8 @@ def find_nvcc() -> tuple[str | None, str]:
     if os.environ.get("ILLADA_CUDA") == "0":
         return None, "ILLADA_CUDA=0"
     candidates = [os.environ.get("NVCC"), shutil.which("nvcc")]
-    candidates += [str(Path(home) / "bin" / "nvcc") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    homes = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
+    candidates += [str(Path(home) / "bin" / "nvcc") for home in homes]
     for path in filter(None, candidates):
         if shutil.which(path):
             return path, "found"
@@ -113,15 +119,24 @@ def check_ptxas(log: str) -> list[str]:
     return problems
 
 
-def write_ninja(root: Path, work: Path, output: Path, nvcc: str | None) -> None:
+def escape(path: Path | str) -> str:
+    """A path as ninja's own syntax wants it; what reaches the shell through $in and $out, ninja quotes itself."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def shell(path: Path | str) -> str:
+    """A path inside a ninja command: quoted for the shell, dollars doubled for ninja."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def write_ninja(root: Path, work: Path, binary: Path, nvcc: str | None) -> list[Path]:
+    """Writes work/build.ninja, which links `binary`; returns the logs that ptxas will leave there."""
     csrc = root / "csrc"
     cxx, includes = find_compiler(), find_includes()
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    isas = list(ISA_FLAGS) if x86 else ["scalar"]
-    include_flags = " ".join(f"-isystem {shlex.quote(p)}" for p in includes) + f" -I{shlex.quote(str(csrc / 'include'))}"
-    defines = "-DILLADA_WITH_CUDA" if nvcc else ""
+    isas = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["scalar"]
+    include_flags = " ".join(f"-isystem {shell(p)}" for p in includes) + f" -I{shell(csrc / 'include')}"
     lines = [
-        f"builddir = {work}",
+        f"builddir = {escape(work)}",
         "rule cxx",
         f"  command = {cxx} {CXX_FLAGS} $flags {include_flags} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -129,23 +144,24 @@ def write_ninja(root: Path, work: Path, output: Path, nvcc: str | None) -> None:
         "rule link",
         f"  command = {cxx} -shared -fopenmp -o $out $in $libs",
     ]
-    objects = []
+    objects: list[str] = []
 
     def compile_with(rule: str, source: Path, stem: str, flags: str) -> None:
         objects.append(f"{stem}.o")
-        lines.extend([f"build {stem}.o: {rule} {source}", f"  flags = {flags}"])
+        lines.extend([f"build {stem}.o: {rule} {escape(source)}", f"  flags = {flags}"])
 
-    compile_with("cxx", csrc / "bindings.cpp", "bindings", defines)
+    # Named apart, so that a build with CUDA and one without share the other objects in one folder.
+    compile_with("cxx", csrc / "bindings.cpp", *(("bindings.cuda", "-DILLADA_WITH_CUDA") if nvcc else ("bindings", "")))
     for source in sorted((csrc / "cpu").glob("*.cpp")):
         for isa in isas:
             compile_with("cxx", source, f"{source.stem}.{isa}", f"-DILLADA_ISA={isa} {ISA_FLAGS[isa]}")
-    libs = ""
+    libs, logs = "", []
     if nvcc:
-        cuda_includes = f"-I{shlex.quote(str(csrc / 'include'))} -I{shlex.quote(str(csrc / 'cuda'))}"
         # a shell line per kernel file: the log is kept for check_ptxas, and shown if the compiler fails
         lines += [
             "rule nvcc",
-            f"  command = {nvcc} {NVCC_FLAGS} $flags {cuda_includes} -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
+            f"  command = {shell(nvcc)} {NVCC_FLAGS} $flags -I{shell(csrc / 'include')} -I{shell(csrc / 'cuda')}"
+            " -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
@@ -153,12 +169,14 @@ def write_ninja(root: Path, work: Path, output: Path, nvcc: str | None) -> None:
         hopper = "-gencode arch=compute_90a,code=sm_90a"
         for source in sorted((csrc / "cuda").glob("*.cu")):
             compile_with("nvcc", source, f"{source.stem}.cu", hopper if source.stem.endswith("_sm90a") else archs)
-        libs = " ".join(f"-L{d}" for d in cuda_library_dirs(nvcc)) + " -lcudart_static -lpthread -ldl -lrt"
-    lines += [f"build {output}: link {' '.join(objects)}", f"  libs = {libs}", f"default {output}", ""]
+            logs.append(work / f"{source.stem}.cu.o.log")
+        libs = " ".join(f"-L{shell(d)}" for d in cuda_library_dirs(nvcc)) + " -lcudart_static -lpthread -ldl -lrt"
+    lines += [f"build {binary.name}: link {' '.join(objects)}", f"  libs = {libs}", f"default {binary.name}", ""]
     text = "\n".join(lines)
     target = work / "build.ninja"
     if not target.exists() or target.read_text() != text:
         target.write_text(text)
+    return logs
 
 
 def run_ninja(work: Path) -> None:
@@ -171,25 +189,51 @@ def run_ninja(work: Path) -> None:
         raise BuildError(f"compilation failed:\n{(result.stdout + result.stderr)[-4000:]}")
 
 
-def compile_extension(root: Path, work: Path, output: Path, nvcc: str | None) -> None:
+@contextlib.contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """One build at a time in a folder; ninja itself does not see to that."""
     work.mkdir(parents=True, exist_ok=True)
-    write_ninja(root, work, output, nvcc)
-    run_ninja(work)
-    if nvcc:
-        problems = [p for log in sorted(work.glob("*.cu.o.log")) for p in check_ptxas(log.read_text())]
+    with open(work / ".lock", "w") as lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def compile_extension(root: Path, work: Path, output: Path, nvcc: str | None) -> None:
+    """Builds in `work` and renames into place, so that a process which has the old extension loaded keeps it whole."""
+    binary = work / output.name
+    with locked(work):
+        logs = write_ninja(root, work, binary, nvcc)
+        run_ninja(work)
+        problems = [problem for log in logs for problem in check_ptxas(log.read_text())]
         if problems:
-            output.unlink(missing_ok=True)
             raise BuildError("ptxas reports slow code:\n" + "\n".join(problems))
+        if not (output.exists() and filecmp.cmp(binary, output, shallow=False)):
+            fresh = output.with_suffix(".new")
+            shutil.copyfile(binary, fresh)
+            fresh.replace(output)
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of every source file under `folder`: tells whether a binary was built from what is there now."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def version_line(command: str) -> str:
-    lines = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True).stdout.strip().splitlines()
+    result = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True)
+    lines = result.stdout.strip().splitlines()
     release = [line for line in lines if "release" in line]
     return (release or lines or ["unknown"])[0]
 
 
 def build(root: Path, package_dir: Path, work: Path) -> dict[str, object]:
-    """Builds _C into package_dir; returns what is written to _build_info.json. Without a compiler it succeeds without _C, and says why."""
+    """Builds _C into package_dir; returns what is written to _build_info.json. Without a compiler it succeeds without
+    _C, and says why."""
     start = time.monotonic()
     root, package_dir, work = root.resolve(), package_dir.resolve(), work.resolve()
     package_dir.mkdir(parents=True, exist_ok=True)
@@ -198,20 +242,21 @@ def build(root: Path, package_dir: Path, work: Path) -> dict[str, object]:
     info: dict[str, object] = {"python": platform.python_version(), "machine": platform.machine()}
     try:
         try:
-            compile_extension(root, work / "cuda" if nvcc else work / "cpu", output, nvcc)
+            compile_extension(root, work, output, nvcc)
         except BuildError as error:
             if nvcc is None or os.environ.get("ILLADA_CUDA") == "1":
                 raise
             nvcc, cuda_reason = None, f"built without CUDA because: {error}"
-            compile_extension(root, work / "cpu", output, None)
+            compile_extension(root, work, output, None)
         info |= {"extension": True, "reason": "built", "compiler": version_line(find_compiler())}
     except BuildError as error:
         output.unlink(missing_ok=True)  # an old binary must not pass for this build's
         info |= {"extension": False, "reason": str(error)}
         nvcc, cuda_reason = None, "no extension"
-    info |= {"cuda": nvcc is not None, "cuda_reason": version_line(nvcc) if nvcc else cuda_reason}
+    info |= {"cuda": nvcc is not None, "cuda_reason": version_line(shlex.quote(nvcc)) if nvcc else cuda_reason}
     if nvcc:
         info["cuda_archs"] = cuda_archs()
+    info["sources"] = fingerprint(root / "csrc")
     info["seconds"] = round(time.monotonic() - start, 1)
     (package_dir / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
     if not info["extension"]:

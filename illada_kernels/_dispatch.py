@@ -1,6 +1,7 @@
-"""Which backend runs a call. Per device an ordered tuple of backends in each room, most capable first; the first that can, does.
+"""Which backend runs a call: of an ordered tuple of backends in each room, most capable first, the first that can, does.
 
-An explicit `backend=` argument, or ILLADA_BACKEND in the environment, never falls back: it raises and lists every backend's reason.
+An explicit `backend=` argument, or ILLADA_BACKEND in the environment, never falls back: it raises and lists every
+backend's reason.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ logger = logging.getLogger("illada_kernels")
 
 @dataclass(frozen=True)
 class Backend:
-    """`available()` and `supports(request)` give None, or the reason why not. `devices` are torch device types it runs on."""
+    """`available()` and `supports(request)` give None, or the reason why not. `devices`: the device types it runs on."""
 
     name: str
     devices: tuple[str, ...] | None  # None: every device
@@ -73,7 +74,7 @@ def _log_reference_once(op: str, device: str) -> None:
 
 @functools.cache
 def extension() -> tuple[ModuleType | None, str | None]:
-    """(the compiled extension, None) or (None, why it is missing). Torch is imported first: both then share one OpenMP runtime."""
+    """(the compiled extension, None) or (None, why it is missing). Torch comes first: both then share one OpenMP."""
     import torch  # noqa: F401
 
     try:

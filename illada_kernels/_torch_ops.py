@@ -1,9 +1,9 @@
 """How a room becomes a torch operator: one set of functions, two ways in.
 
-A `TorchOp` owns an implementation, a fake (shapes only), and optionally a backward. Called with plain eager tensors it runs the
-implementation directly, through a torch.autograd.Function where a gradient is wanted (about 1 to 10 us); under torch.compile,
-functorch, a dispatch or function mode, or with tensor subclasses it goes through the registered `torch.library` operator
-`illada_kernels::<name>` (about 23 us), whose schema is inferred from the implementation's type hints.
+A `TorchOp` owns an implementation, a fake (shapes only), and optionally a backward. Called with plain eager tensors it
+runs the implementation directly, through a torch.autograd.Function where a gradient is wanted (about 1 to 10 us); under
+torch.compile, functorch, a dispatch or function mode, or with tensor subclasses it goes through the registered
+`torch.library` operator `illada_kernels::<name>` (about 23 us), whose schema is inferred from type hints.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def is_plain(args: Sequence[Any]) -> bool:
-    """True if nothing watches: eager, no mode, no functorch level, no forward-mode AD, only ordinary tensors and parameters."""
+    """True if nothing watches: eager, no mode, no functorch level, no forward-mode AD, only plain tensors, parameters."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:
@@ -27,13 +27,13 @@ def is_plain(args: Sequence[Any]) -> bool:
 class TorchOp:
     """One operator.
 
-    forward(*args) -> Tensor or tuple of tensors, with type hints that torch.library can read; it must not return its inputs.
+    forward(*args) -> Tensor or tuple of tensors, with type hints that torch.library can read; never returns its inputs.
     fake(*args): the same shapes and dtypes, no data.
-    setup_context(ctx, inputs, output) and backward(ctx, *grads) -> one entry per argument, as in torch.library.register_autograd.
+    setup_context(ctx, inputs, output), backward(ctx, *grads) -> one entry per argument: as torch's register_autograd.
     mutates: names of arguments written in place (then there is no backward).
 
-    A backward calls a second TorchOp (`<name>_bwd`) on ctx.saved_tensors: under create_graph those require grad, that operator has no
-    backward of its own, and so a double backward raises instead of being silently wrong.
+    A backward calls a second TorchOp (`<name>_bwd`) on ctx.saved_tensors: under create_graph those require grad, that
+    operator has no backward of its own, and so a double backward raises instead of being silently wrong.
     """
 
     def __init__(

@@ -1,0 +1,53 @@
+# make setup    .venv with everything, and the package in it, compiled
+# make demo     setup, what this machine can do, then a small model trained and sampled from
+# make test     all tests (with CUDA kernels compiled where nvcc is found)
+# make lint     ruff and mypy
+# make bench    measure every op on this machine into benchmarks/results/
+# make build    compile the extension in place      make clean    remove what was built
+#
+# PYTHON chooses the interpreter of a new .venv, TORCH what is installed as torch: make setup PYTHON=python3.11 TORCH='torch>=2.10'
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OPS ?= attention_fwd attention_bwd masked_loss unmask generate train
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+WORKERS ?= 2
+
+# Without a GPU, CUDA code is compiled only for the tests.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
+HAS_NVCC := $(shell { test -n "$$NVCC" || command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } >/dev/null 2>&1 && echo 1 || echo 0)
+
+.PHONY: setup demo test lint bench build clean
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make setup PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" "ninja>=1.11" wheel
+	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 0,$(HAS_GPU)),0,)} $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[model,tokenizers,test,bench,lint]"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m illada_kernels doctor
+	$(BIN)/illada demo
+
+build: setup
+	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 1,$(HAS_NVCC)),1,0)} $(BIN)/python -m illada_kernels._build
+
+# one thread per worker; the tests that are about threads set their own number
+test: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	for op in $(OPS); do $(BIN)/python -m benchmarks.run --op $$op || exit 1; done
+	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.readme
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache illada_kernels/_C*.so illada_kernels/_build_info.json
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
