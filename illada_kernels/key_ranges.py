@@ -1,10 +1,11 @@
 """KeyRanges: an attention mask in which every query sees at most two contiguous ranges of keys.
 
-`bounds` is int32 of shape (B or 1, Sq or 1, 4), rows `lo0, hi0, lo1, hi1`, on the device of the tensors it masks. Query row i may attend
-to key j iff lo0 <= j < hi0 or lo1 <= j < hi1. Normal form: 0 <= lo0 <= hi0 <= lo1 <= hi1 <= num_keys; a range may be empty.
+`bounds` is int32 of shape (B or 1, Sq or 1, 4), rows `lo0, hi0, lo1, hi1`, on the device of the tensors it masks. Query
+row i may attend to key j iff lo0 <= j < hi0 or lo1 <= j < hi1. Normal form: 0 <= lo0 <= hi0 <= lo1 <= hi1 <= num_keys;
+a range may be empty.
 
-`from_padding`, `from_dense` and `a & b` synchronise with the host once, to raise if the answer does not fit. Nothing else does, so
-everything else can be captured in a CUDA graph and traced by torch.compile.
+`from_padding`, `from_dense` and `a & b` synchronise with the host once, to raise if the answer does not fit. Nothing
+else does, so everything else can be captured in a CUDA graph and traced by torch.compile.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ _LIMIT = 2**31
 class KeyRanges:
     """At most two key ranges per query row: `KeyRanges(bounds, num_keys)`, or one of the constructors below.
 
-    bounds: int32 (B or 1, Sq or 1, 4); a dimension of 1 is broadcast. Values are not read here: kernels clamp them with `clamp_bounds`,
-    so malformed ones never address a key out of range. Raises TypeError or ValueError on a wrong type, dtype or shape.
+    bounds: int32 (B or 1, Sq or 1, 4); a dimension of 1 is broadcast. Values are not read here: kernels clamp them with
+    `clamp_bounds`, so malformed ones never address a key out of range. Raises TypeError or ValueError on a wrong type,
+    dtype or shape.
     """
 
     def __init__(self, bounds: Tensor, num_keys: int) -> None:
@@ -33,12 +35,14 @@ class KeyRanges:
         if bounds.dim() != 3 or bounds.shape[2] != 4:
             raise ValueError(f"bounds: expected shape (B or 1, Sq or 1, 4), got {tuple(bounds.shape)}")
         if bounds.stride(2) != 1:
-            raise ValueError(f"bounds: expected a contiguous last dimension, got strides {bounds.stride()}; use .contiguous()")
+            raise ValueError(
+                f"bounds: expected a contiguous last dimension, got strides {bounds.stride()}; use .contiguous()"
+            )
         _check_size("num_keys", num_keys)
         self.bounds = bounds
         self.num_keys = num_keys
 
-    # ---- constructors ----------------------------------------------------------------------------------------------------------
+    # ---- constructors ------------------------------------------------------------------------------------------------
 
     @staticmethod
     def full(num_keys: int, *, device: Device = None) -> KeyRanges:
@@ -48,7 +52,7 @@ class KeyRanges:
 
     @staticmethod
     def padding(lengths: Tensor, num_keys: int, side: Literal["left", "right"] = "right") -> KeyRanges:
-        """Sequence b sees its `lengths[b]` real keys: (B, 1, 4). `side` is the side on which the padding lies; lengths: int (B,)."""
+        """Sequence b sees its `lengths[b]` real keys: (B, 1, 4). lengths: int (B,); `side`: where the padding lies."""
         _check_integers("lengths", lengths, 1)
         _check_size("num_keys", num_keys)
         if side not in ("left", "right"):
@@ -60,7 +64,8 @@ class KeyRanges:
     def packed(cu_seqlens: Tensor, num_tokens: int) -> KeyRanges:
         """Documents end to end in one row of tokens, each sees itself: (1, num_tokens, 4).
 
-        cu_seqlens: int (N + 1,), ascending; document n is cu_seqlens[n] .. cu_seqlens[n + 1]. Tokens outside every document see nothing.
+        cu_seqlens: int (N + 1,), ascending; document n is cu_seqlens[n] .. cu_seqlens[n + 1]. Tokens outside every
+        document see nothing.
         """
         _check_integers("cu_seqlens", cu_seqlens, 1)
         _check_size("num_tokens", num_tokens)
@@ -88,28 +93,33 @@ class KeyRanges:
     def block_causal(s: int, block: int | Tensor, *, device: Device = None) -> KeyRanges:
         """A row sees its own block and all earlier ones: (1, s, 4), or (B, s, 4) for boundaries per sequence.
 
-        block: a length (the last block may be shorter), or int boundaries (N,) or (B, N), ascending: positions at which a new block begins.
-        0 and s are implied and may be given too, so cu_seqlens serve as boundaries. The device is that of the boundaries.
+        block: a length (the last block may be shorter), or int boundaries (N,) or (B, N), ascending: positions at which
+        a new block begins. 0 and s are implied and may be given too, so cu_seqlens serve as boundaries. The device is
+        that of the boundaries.
         """
         if isinstance(block, Tensor):
             _check_integers("block", block, 1, 2)
             if device is not None and torch.device(device) != block.device:
                 raise ValueError(f"device: the boundaries are on {block.device}, got {device}; leave it out")
             row = _rows(s, block.device)
-            edges = torch.nn.functional.pad(block.reshape(-1, block.shape[-1]), (0, 1), value=s)  # (B or 1, N + 1)
-            row = row.to(edges.dtype).expand(edges.shape[0], -1).contiguous()
-            following = torch.searchsorted(edges[:, :-1].contiguous(), row, right=True)  # boundaries at or before the row
+            starts = block if block.dim() == 2 else block[None]  # (B or 1, N)
+            row = row.to(block.dtype).expand(starts.shape[0], -1).contiguous()
+            following = torch.searchsorted(starts.contiguous(), row, right=True)  # starts at or before the row
+            edges = torch.nn.functional.pad(starts, (0, 1), value=s)  # (B or 1, N + 1)
             return _pack(s, 0 * row, edges.gather(1, following).clamp(0, s))
         _check_block(block)
         row = _rows(s, device)
         return _pack(s, 0 * row, ((row // block + 1) * block).clamp(max=s))
 
     @staticmethod
-    def block_diffusion(length: int, block: int, cu_seqlens: Tensor | None = None, *, device: Device = None) -> KeyRanges:
+    def block_diffusion(
+        length: int, block: int, cu_seqlens: Tensor | None = None, *, device: Device = None
+    ) -> KeyRanges:
         """Training on [noisy ; clean], 2 * length tokens (BD3-LM, arXiv 2503.09573): (1, 2 * length, 4).
 
-        A noisy row sees its own noisy block and all earlier clean blocks of its document; a clean row all clean blocks of its document up to
-        its own. Blocks restart at each document of cu_seqlens (int (N + 1,), offsets within one copy); a document's last may be shorter.
+        A noisy row sees its own noisy block and all earlier clean blocks of its document; a clean row all clean blocks
+        of its document up to its own. Blocks restart at each document of cu_seqlens (int (N + 1,), offsets within one
+        copy); a document's last may be shorter.
         """
         _check_size("length", length)
         _check_size("2 * length", 2 * length)
@@ -131,22 +141,21 @@ class KeyRanges:
 
     @staticmethod
     def cached(lengths: Tensor, s_new: int, num_keys: int) -> KeyRanges:
-        """A block of s_new queries against a cache of num_keys slots, of which sequence b uses the first lengths[b]: (B, 1, 4).
+        """A block of s_new queries against a cache of num_keys slots: row b sees the first lengths[b]; (B, 1, 4).
 
-        lengths: int (B,), counted with the new keys, which were written at lengths - s_new .. lengths. The new rows see all of it, one
-        another too.
+        lengths: int (B,), counting the new keys, which lie at lengths - s_new .. lengths: new rows see one another too.
         """
         _check_integers("lengths", lengths, 1)
         _check_size("num_keys", num_keys)
         _check_size("s_new", s_new)
         if s_new > num_keys:
-            raise ValueError(f"s_new: expected at most num_keys = {num_keys}, got {s_new}; the new keys must fit the cache")
+            raise ValueError(f"s_new: expected at most num_keys = {num_keys}, got {s_new}; use a larger cache")
         used = lengths.clamp(0, num_keys)[:, None]
         return _pack(num_keys, 0 * used, used)
 
     @staticmethod
     def from_padding(mask: Tensor) -> KeyRanges:
-        """From a key mask: bool (B, Sk), True where the key is real, one run per row; gives (B, 1, 4). Synchronises once.
+        """From a key mask: bool (B, Sk), True where the key is real, one run per row: (B, 1, 4). Synchronises once.
 
         Raises ValueError naming the first batch entry whose keys are not one run.
         """
@@ -154,14 +163,17 @@ class KeyRanges:
         bounds, runs = _runs(mask[:, None])
         bad = _first(runs > 1, runs)
         if bad is not None:
-            raise ValueError(f"mask: expected one run of True per row, batch entry {bad[0]} has {bad[2]}; use from_dense or packed")
+            raise ValueError(
+                f"mask: expected one run of True per row, batch entry {bad[0]} has {bad[2]}; use from_dense"
+            )
         return KeyRanges(bounds, mask.shape[1])
 
     @staticmethod
     def from_dense(mask: Tensor) -> KeyRanges:
-        """From a full mask: bool (B, Sq, Sk) or (B, 1 or H, Sq, Sk), True where attention is allowed; gives (B, Sq, 4). Synchronises once.
+        """From a full mask: bool (B, Sq, Sk) or (B, 1 or H, Sq, Sk), True where a row may attend: (B, Sq, 4).
 
         Raises ValueError naming the first batch entry and row with more than two runs, or whose heads differ.
+        Synchronises once. Memory: a few int32 tensors of the size of one head's mask.
         """
         _check_mask("mask", mask, 3, 4)
         if mask.dim() == 4 and mask.shape[1] == 0:
@@ -175,12 +187,12 @@ class KeyRanges:
             batch, row, count = bad
             what = "heads that differ" if count < 0 else f"{count} runs of allowed keys"
             raise ValueError(
-                f"mask: expected the same at most two runs for all heads, batch entry {batch}, row {row} has {what}; KeyRanges cannot "
-                "express it: reorder the keys, or use another attention"
+                "mask: expected at most two runs of allowed keys, the same for all heads; "
+                f"batch entry {batch}, row {row} has {what}; reorder the keys, or use another attention"
             )
         return KeyRanges(bounds, mask.shape[-1])
 
-    # ---- use -------------------------------------------------------------------------------------------------------------------
+    # ---- use ---------------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -190,10 +202,10 @@ class KeyRanges:
         return KeyRanges(self.bounds.to(device, non_blocking=non_blocking), self.num_keys)
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> KeyRanges:
-        """`ranges[b0:b1, s0:s1]`: batch entries, then query rows. A broadcast dimension stays as it is. A view; never synchronises."""
+        """`ranges[b0:b1, s0:s1]`: a view of some batch entries and query rows. A broadcast dimension stays as it is."""
         slices = index if isinstance(index, tuple) else (index,)
         if len(slices) > 2 or not all(isinstance(s, slice) for s in slices):
-            raise TypeError(f"index: expected one or two slices (batch, query rows), got {index!r}; write i:i + 1 for one row")
+            raise TypeError(f"index: expected slices [batch, query rows], got {index!r}; write i:i + 1 for one row")
         bounds = self.bounds
         if bounds.shape[0] != 1:
             bounds = bounds[slices[0]]
@@ -202,13 +214,16 @@ class KeyRanges:
         return KeyRanges(bounds, self.num_keys)
 
     def __and__(self, other: KeyRanges) -> KeyRanges:
-        """Keys that both allow, broadcast over batch and rows. Synchronises once; ValueError names a row that would need three ranges."""
+        """The keys that both allow, broadcast over batch and rows. Synchronises once.
+
+        Raises ValueError naming the first batch entry and row that would need three ranges.
+        """
         if not isinstance(other, KeyRanges):
             return NotImplemented
         if self.num_keys != other.num_keys or self.device != other.device:
-            raise ValueError(
-                f"&: expected the same num_keys and device, got {self.num_keys} on {self.device} and {other.num_keys} on {other.device}"
-            )
+            raise ValueError(f"&: expected the same num_keys and device, got {self!r} and {other!r}")
+        if any(1 != a != b != 1 for a, b in zip(self.bounds.shape[:2], other.bounds.shape[:2])):
+            raise ValueError(f"&: expected batch and rows that are equal or 1, got {self!r} and {other!r}")
         bounds, parts = _intersect(_canonical(self.bounds, self.num_keys), _canonical(other.bounds, self.num_keys))
         bad = _first(parts == 3, parts)
         if bad is not None:
@@ -222,7 +237,7 @@ class KeyRanges:
         return ((lo0 <= key) & (key < hi0)) | ((lo1 <= key) & (key < hi1))
 
     def density(self) -> Tensor:
-        """The fraction of (row, key) pairs that are allowed: a 0-d float32 tensor on the device; 0 if there are none."""
+        """The allowed fraction of all (row, key) pairs: a 0-d float32 tensor on the device; 0 if there are no pairs."""
         lo0, hi0, lo1, hi1 = clamp_bounds(self.bounds, self.num_keys).unbind(-1)
         pairs = self.bounds.shape[0] * self.bounds.shape[1] * self.num_keys
         return ((hi0 - lo0) + (hi1 - lo1)).sum().to(torch.float64).div(max(pairs, 1)).to(torch.float32)
@@ -233,11 +248,11 @@ class KeyRanges:
 
 
 def clamp_bounds(bounds: Tensor, num_keys: int) -> Tensor:
-    """Any bounds in normal form, which is what every backend computes with: each bound is at least the one before and at most num_keys."""
+    """Bounds in normal form, as every backend reads them: each at least the one before it and at most num_keys."""
     return bounds.clamp(0, num_keys).cummax(-1).values
 
 
-# ---- host checks ---------------------------------------------------------------------------------------------------------------
+# ---- host checks -----------------------------------------------------------------------------------------------------
 
 
 def _check_size(name: str, value: int) -> None:
@@ -255,7 +270,9 @@ def _check_block(block: int) -> None:
 
 def _check_integers(name: str, value: Tensor, *dims: int) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected an int32 or int64 tensor, got {type(value).__name__}; use torch.tensor(..., device=...)")
+        raise TypeError(
+            f"{name}: expected an int32 or int64 tensor, got {type(value).__name__}; use torch.tensor(..., device=...)"
+        )
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {value.dtype}")
     if value.dim() not in dims:
@@ -266,12 +283,15 @@ def _check_mask(name: str, mask: Tensor, *dims: int) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a bool tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: expected bool (True: may be attended), got {mask.dtype}; use mask.bool() for 0/1, bias == 0 for a bias")
+        raise TypeError(
+            f"{name}: expected bool, True where a key may be attended, got {mask.dtype}; "
+            "use mask.bool() for zeros and ones, bias == 0 for a bias"
+        )
     if mask.dim() not in dims:
         raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got shape {tuple(mask.shape)}")
 
 
-# ---- arithmetic on the device --------------------------------------------------------------------------------------------------
+# ---- arithmetic on the device ----------------------------------------------------------------------------------------
 
 
 def _rows(s: int, device: Device) -> Tensor:
@@ -279,7 +299,9 @@ def _rows(s: int, device: Device) -> Tensor:
     return torch.arange(s, dtype=torch.int32, device=device)[None]  # (1, s)
 
 
-def _pack(num_keys: int, lo0: Tensor, hi0: Tensor | int, lo1: Tensor | None = None, hi1: Tensor | None = None) -> KeyRanges:
+def _pack(
+    num_keys: int, lo0: Tensor, hi0: Tensor | int, lo1: Tensor | None = None, hi1: Tensor | None = None
+) -> KeyRanges:
     """Bounds from (B or 1, Sq or 1) parts. Without a second range it is empty, at the end of the first."""
     end = hi0 if isinstance(hi0, Tensor) else torch.full_like(lo0, hi0)
     parts = torch.broadcast_tensors(lo0, end, end if lo1 is None else lo1, end if hi1 is None else hi1)
@@ -287,7 +309,7 @@ def _pack(num_keys: int, lo0: Tensor, hi0: Tensor | int, lo1: Tensor | None = No
 
 
 def _documents(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Start and end of the document of each token, (1, num_tokens) each; a token outside every document gets start = end = itself."""
+    """Start and end of each token's document, (1, num_tokens) each; both are the token itself where it has none."""
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens: expected N + 1 offsets, got none; a batch without documents is [0]")
     token = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
@@ -300,7 +322,7 @@ def _documents(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _runs(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """For bool (B, S, Sk): bounds of the first and the last run of True, (B, S, 4) int32, and the number of runs, (B, S)."""
+    """Of bool (B, S, Sk): bounds of the first and the last run of True, int32 (B, S, 4), and how many runs, (B, S)."""
     num_keys = mask.shape[2]
     if num_keys == 0:
         zeros = torch.zeros(*mask.shape[:2], 4, dtype=torch.int32, device=mask.device)
@@ -337,7 +359,7 @@ def _canonical(bounds: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
 
 
 def _intersect(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Bounds of the intersection of two canonical pairs of ranges, and the number of ranges it has, which fits if at most 2.
+    """Bounds of the intersection of two canonical pairs of ranges, and how many ranges it has; 3 do not fit.
 
     Of a0 & b1 and a1 & b0 at most one has keys (ranges are ordered), and parts never touch (canonical ranges do not).
     """

@@ -3,9 +3,9 @@
     s = scale * q k^T, -inf where a row may not attend;  lse = log sum exp s;  p = exp(s - lse);  out = p v
     dv = p^T dout;  dp = dout v^T;  ds = p * (dp - sum_k p dp + dlse);  dq = scale * ds k;  dk = scale * ds^T q
 
-Computes in float32, in float64 for float64 inputs, and stores the whole (B, Hq, Sq, Sk) score matrix. A row that may attend to no key
-gives out = 0, lse = -inf and no gradient. What such a row holds, and what keys hold that no row of their batch entry may attend to, is
-replaced by zero before any product, so that not even NaN or inf reaches a result.
+Computes in float32, in float64 for float64 inputs, and stores the whole (B, Hq, Sq, Sk) score matrix. A row that may
+attend to no key gives out = 0, lse = -inf and no gradient. What such a row holds, and what keys hold that no row of
+their batch entry may attend to, is replaced by zero before any product, so that not even NaN or inf reaches a result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from ...key_ranges import KeyRanges
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), bounds int32 (B or 1, Sq or 1, 4) or None for full: out, lse.
+    """q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), bounds int32 (B or 1, Sq or 1, 4) or None for full: out,
+    lse.
 
     out (B, Sq, Hq, Dv) has q's dtype; lse (B, Hq, Sq) is float32, float64 for float64 inputs.
     """
@@ -41,7 +42,8 @@ def backward(
     bounds: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum of out * dout and lse * dlse: dq, dk, dv, each with the shape and dtype of its tensor. `out` is not read."""
+    """Gradients of the sum of out * dout and lse * dlse: dq, dk, dv, each with the shape and dtype of its tensor. `out`
+    is not read."""
     with torch.autocast(q.device.type, enabled=False):
         allowed, rows, keys = _masks(k, bounds)
         group = _group(q, k)
@@ -56,7 +58,8 @@ def backward(
 
 
 def _masks(k: Tensor, bounds: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Which pairs (B or 1, 1, Sq or 1, Sk) attend, which rows (B or 1, Sq or 1) and which keys (B or 1, Sk) do so at all. None: all."""
+    """Which pairs (B or 1, 1, Sq or 1, Sk) attend, which rows (B or 1, Sq or 1) and which keys (B or 1, Sk) do so at
+    all. None: all."""
     if bounds is None:
         return None, None, None
     allowed = KeyRanges(bounds, k.shape[1]).dense()
