@@ -1,4 +1,4 @@
-"""Packaging hook: compiles `illada_kernels._C` with illada_kernels/_build.py (no torch needed); pyproject.toml has the rest."""
+"""Packaging hook: compiles `illada_kernels._C` with illada_kernels/_build.py (no torch); pyproject.toml has the rest."""
 
 import importlib.util
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Which backend runs a call: of an ordered tuple of backends in each room, most capable first, the first that can, does.
+"""Which backend runs a call: of an ordered tuple of backends in each room, most capable first, the first that can.
 
-An explicit `backend=` argument, or ILLADA_BACKEND in the environment, never falls back: it raises and lists every
-backend's reason.
+A kernel that has not run on a GPU yet is `opt_in`: it enters that order once `doctor --selftest` has passed on the
+machine (_proven.py). An explicit `backend=` argument, or ILLADA_BACKEND in the environment, never falls back: it raises
+and lists every backend's reason.
 """
 
 from __future__ import annotations
@@ -16,22 +17,28 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from . import _proven
+
 logger = logging.getLogger("illada_kernels")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`available()` and `supports(request)` give None, or the reason why not. `devices`: the device types it runs on."""
+    """`available()` and `supports(request)` give None, or the reason why not. `devices`: device types it runs on."""
 
     name: str
     devices: tuple[str, ...] | None  # None: every device
     available: Callable[[], str | None]
     supports: Callable[[Any], str | None]
+    opt_in: str | None = None  # why it is not in the default order, until the selftest has passed on this machine
 
     def reason(self, device: str, request: Any) -> str | None:
         if self.devices is not None and device not in self.devices:
             return f"runs on {' or '.join(self.devices)}, the tensors are on {device}"
         return self.available() or self.supports(request)
+
+    def by_default(self, op: str, device: str) -> bool:
+        return self.opt_in is None or (device == "cuda" and _proven.proven(op, self.name))
 
 
 def choose(op: str, backends: tuple[Backend, ...], device: str, request: Any, backend: str | None = None) -> str:
@@ -40,7 +47,7 @@ def choose(op: str, backends: tuple[Backend, ...], device: str, request: Any, ba
     if wanted is not None:
         return _insist(op, backends, device, request, wanted)
     for candidate in backends:
-        if candidate.reason(device, request) is None:
+        if candidate.by_default(op, device) and candidate.reason(device, request) is None:
             if candidate.name == "reference" and device != "cpu":
                 _log_reference_once(op, device)
             return candidate.name
@@ -57,7 +64,7 @@ def _insist(op: str, backends: tuple[Backend, ...], device: str, request: Any, w
 
 
 def reasons(backends: tuple[Backend, ...], device: str, request: Any) -> str:
-    return "\n".join(f"  {b.name}: {b.reason(device, request) or 'can run it'}" for b in backends)
+    return "\n".join(f"  {b.name}: {b.reason(device, request) or b.opt_in or 'can run it'}" for b in backends)
 
 
 _logged: set[tuple[str, str]] = set()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def is_plain(args: Sequence[Any]) -> bool:
-    """True if nothing watches: eager, no mode, no functorch level, no forward-mode AD, only plain tensors, parameters."""
+    """True if nothing watches: eager, no mode, no functorch level, no forward-mode AD, only plain tensors."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:

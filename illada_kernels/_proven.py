@@ -1,0 +1,91 @@
+"""Which GPU kernels have passed `python -m illada_kernels doctor --selftest` here: those enter the default order.
+
+Remembered in $XDG_CACHE_HOME (or ~/.cache)/illada_kernels/selftest.json, under the GPU's name and driver, with a
+fingerprint of the kernel: another GPU, driver, torch, triton or kernel source asks for a new selftest.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def cache_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "illada_kernels" / "selftest.json"
+
+
+def driver() -> str:
+    """The NVIDIA kernel module's version, or, where the system does not tell, the CUDA version the driver speaks."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split()
+        return next(word for word in words if word[0].isdigit() and "." in word)
+    except (OSError, IndexError, StopIteration):
+        import torch
+
+        native: Any = torch._C
+        return f"CUDA {native._cuda_getDriverVersion()}"
+
+
+def machine() -> str:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} sm_{major}{minor}, driver {driver()}, {platform.system()}"
+
+
+@functools.cache
+def kernel(op: str, backend: str) -> str:
+    """Identifies the code that would run: torch, and the extension's sources or the Triton version and kernel files."""
+    import torch
+
+    package = Path(__file__).parent
+    room = package / "ops" / op.removesuffix("_from_logits")
+    parts = [str(torch.__version__)]
+    if backend == "cuda":
+        info = json.loads((package / "_build_info.json").read_text())
+        parts += [str(info.get("sources")), str(info.get("cuda_archs"))]
+        files = [room / "native.py"]
+    else:
+        parts.append(metadata.version("triton"))
+        files = sorted(room.glob("triton*.py"))
+    code = hashlib.sha256(b"\0".join(f.read_bytes() for f in files if f.exists())).hexdigest()[:16]
+    return " ".join([*parts, code])
+
+
+def _read() -> dict[str, dict[str, str]]:
+    try:
+        known = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+@functools.cache
+def proven(op: str, backend: str) -> bool:
+    """True if this kernel, as it is now, has passed the selftest on this GPU and driver. The file is read once."""
+    try:
+        return _read().get(machine(), {}).get(f"{op}/{backend}") == kernel(op, backend)
+    except (RuntimeError, OSError, ValueError, metadata.PackageNotFoundError):
+        return False
+
+
+def remember(op: str, backend: str, passed: bool) -> Path:
+    """Writes the outcome of a selftest; a failure takes an earlier pass back."""
+    path, known = cache_file(), _read()
+    entry = known.setdefault(machine(), {})
+    entry.pop(f"{op}/{backend}", None)
+    if passed:
+        entry[f"{op}/{backend}"] = kernel(op, backend)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    fresh.replace(path)
+    proven.cache_clear()
+    return path

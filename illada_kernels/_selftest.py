@@ -1,0 +1,233 @@
+"""`doctor --selftest` for one op, backend and device: small hostile inputs, checked against the reference backend.
+
+Real numbers are compared with the reference in float64 on the same values: max|ours - ref| <= 2 * max|plain torch in
+the same dtype - ref| + one rounding of ref's largest value. Tokens must be equal: logits are small integers, exact in
+every dtype, so ties are many and the rule for them is tested too.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _proven
+from ._probe import attempt
+
+Case = tuple[str, Callable[[], None]]
+
+
+def near(name: str, ours: Tensor, plain: Tensor, ref: Tensor, dtype: torch.dtype) -> None:
+    bar = 2 * (plain.double() - ref).abs().max() + torch.finfo(dtype).eps * ref.abs().max()
+    error = (ours.double() - ref).abs().max()
+    if not error <= bar:  # also true for NaN
+        raise AssertionError(f"{name}: off by {float(error):.3g}, at most {float(bar):.3g} was expected")
+
+
+def same(name: str, ours: Tensor, ref: Tensor) -> None:
+    if not torch.equal(ours, ref):
+        where = (ours != ref).nonzero()[0].tolist() if ours.shape == ref.shape else "shape"
+        raise AssertionError(f"{name}: differs from the reference first at {where}")
+
+
+def randn(*shape: int, seed: int, device: str) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def attention_case(ranges: Any, dim: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Grouped heads, strided inputs, NaN in every key that no row may see, gradients through out and lse, twice."""
+    from . import attention
+
+    allowed = ranges.dense()  # (B or 1, Sq or 1, Sk)
+    batch, rows, keys = 2, ranges.bounds.shape[1] if ranges.bounds.shape[1] > 1 else 37, ranges.num_keys
+    q = randn(batch, 4, rows, dim, seed=1, device=device).to(dtype).transpose(1, 2)
+    k, v = (randn(batch, keys, 3, dim, seed=s, device=device).to(dtype)[:, :, :2] for s in (2, 3))
+    dout = randn(batch, rows, 4, dim, seed=4, device=device).to(dtype)
+    dlse = randn(batch, 4, rows, seed=5, device=device)
+    seen = allowed.any(1)[..., None, None]  # (B or 1, Sk, 1, 1)
+    clean, poisoned = [torch.where(seen, x, 0) for x in (k, v)], [torch.where(seen, x, torch.nan) for x in (k, v)]
+
+    def run(function: Callable[..., tuple[Tensor, Tensor]], to: torch.dtype, *inputs: Tensor) -> list[Tensor]:
+        leaves = [x.detach().to(to).requires_grad_() for x in inputs]
+        out, lse = function(*leaves)
+        weights = dout.to(out.dtype), torch.where(lse.isinf(), 0, dlse).to(lse.dtype)
+        grads = torch.autograd.grad((out, lse), leaves, weights)
+        return [out.detach(), torch.where(lse.isinf(), 0, lse).detach(), *grads]
+
+    def op(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda q, k, v: attention(q, k, v, ranges, return_lse=True, backend=name)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+        some = allowed.any(-1)[:, None, :, None]
+        scores = (q.transpose(1, 2) @ k.mT * dim**-0.5).masked_fill(~allowed[:, None], -torch.inf)
+        scores = torch.where(some, scores, 0)  # a row without keys: anything finite, taken out below
+        lse = torch.where(some[..., 0], scores.float().logsumexp(-1), -torch.inf)
+        return (torch.where(some, scores.softmax(-1), 0) @ v).transpose(1, 2), lse
+
+    names = ("out", "lse", "dq", "dk", "dv")
+    got, simple = run(op(backend), dtype, q, *poisoned), run(plain, dtype, q, *clean)
+    for name, mine, plainly, ref in zip(names, got, simple, run(op("reference"), torch.float64, q, *clean)):
+        near(name, mine, plainly, ref, torch.float32 if name == "lse" else dtype)
+    for name, first, second in zip(names, got, run(op(backend), dtype, q, *poisoned)):
+        same(f"{name}, second run", second, first)
+
+
+def attention(backend: str, device: str) -> Iterator[Case]:
+    from . import KeyRanges
+
+    lengths = torch.tensor([0, 61], device=device)
+    masks = {
+        "left padding, one sequence empty": KeyRanges.padding(lengths, 77, side="left"),
+        "block diffusion": KeyRanges.block_diffusion(40, 16, device=device),
+        "causal": KeyRanges.causal(131, device=device),
+    }
+    for dtype in halves(device):
+        for dim in (64, 128):
+            for name, ranges in masks.items():
+                yield f"{name}, head_dim {dim}, {dtype}", partial(attention_case, ranges, dim, dtype, backend, device)
+
+
+def halves(device: str) -> tuple[torch.dtype, ...]:
+    return (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16)
+
+
+# ---- masked_loss ----------------------------------------------------------------------------------------------------
+
+
+def loss_inputs(device: str, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets out of range wherever they must not be read, weights up to 1000."""
+    draw = torch.Generator().manual_seed(6)
+    masked = torch.rand(3, 47, generator=draw) < fraction
+    targets = torch.where(masked, torch.randint(0, 1003, (3, 47), generator=draw), -100)
+    weight = 1000 ** torch.rand(3, 47, generator=draw)
+    return targets.to(device), masked.to(device), weight.to(device)
+
+
+def loss_case(fraction: float, from_logits: bool, dtype: torch.dtype, backend: str, device: str) -> None:
+    from . import masked_loss, masked_loss_from_logits
+
+    targets, masked, weight = loss_inputs(device, fraction)
+    hidden, head = randn(3, 47, 64, seed=7, device=device), randn(1003, 64, seed=8, device=device) / 4
+    poison = torch.where(masked[..., None], 0, torch.nan)  # hidden rows or logits that must not be read
+    leaves = [(hidden @ head.T).to(dtype) + poison] if from_logits else [hidden.to(dtype) + poison, head.to(dtype)]
+    leaves = [x.to(dtype) for x in leaves]
+
+    def run(to: torch.dtype, function: Callable[..., Tensor]) -> list[Tensor]:
+        inputs = [x.to(to).requires_grad_() for x in leaves]
+        loss = function(*inputs)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    def op(name: str) -> Callable[..., Tensor]:
+        call: Callable[..., Tensor] = masked_loss_from_logits if from_logits else masked_loss
+        return lambda *x: call(*x, targets, masked, weight, forbid=(3,), backend=name)
+
+    def plain(*x: Tensor) -> Tensor:
+        logits = x[0][masked] if from_logits else x[0][masked] @ x[1].T
+        allowed = torch.arange(1003, device=device) != 3
+        rows = torch.nn.functional.cross_entropy(
+            torch.where(allowed, logits.float(), -torch.inf), targets[masked], reduction="none"
+        )
+        return (rows * weight[masked]).sum()
+
+    targets[targets == 3] = 4
+    names = ("loss", "dlogits") if from_logits else ("loss", "dhidden", "dhead")
+    got = run(dtype, op(backend))
+    for name, mine, simple, ref in zip(names, got, run(dtype, plain), run(torch.float64, op("reference"))):
+        near(name, mine, simple, ref, torch.float32 if name == "loss" else dtype)
+    for name, first, second in zip(names, got, run(dtype, op(backend))):
+        same(f"{name}, second run", second, first)
+
+
+def masked_loss(backend: str, device: str, from_logits: bool = False) -> Iterator[Case]:
+    for dtype in (*halves(device), torch.float32)[:3]:
+        for fraction in (0.0, 0.15, 1.0):
+            yield f"{fraction:.0%} masked, {dtype}", partial(loss_case, fraction, from_logits, dtype, backend, device)
+
+
+# ---- unmask ---------------------------------------------------------------------------------------------------------
+
+
+def unmask_case(
+    rule: Any, options: dict[str, Any], from_logits: bool, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    from . import unmask, unmask_from_logits
+
+    draw = torch.Generator().manual_seed(9)
+    batch, count, dim, vocab, length, mask_id = 3, 21, 16, 517, 40, 516
+    hidden = torch.randint(-2, 3, (batch, count, dim), generator=draw)
+    head = torch.randint(-2, 3, (vocab, dim), generator=draw)
+    positions = torch.stack([torch.randperm(length, generator=draw)[:count] for _ in range(batch)])
+    positions[:, ::7] = -1  # no candidate there
+    tokens = torch.where(torch.rand(batch, length, generator=draw) < 0.7, mask_id, 5)
+    rows = hidden.to(dtype)
+    if from_logits:
+        rows = (hidden @ head.T).to(dtype)
+    rows[1, 2] = torch.nan  # never commits
+
+    def run(name: str) -> list[Tensor]:
+        written, there = tokens.to(device, copy=True), positions.to(device)
+        keywords = dict(options, mask_id=mask_id, backend=name)
+        if from_logits:
+            result = unmask_from_logits(rows.to(device), written, there, rule, **keywords)
+        else:
+            result = unmask(rows.to(device), head.to(device, dtype), written, there, rule, **keywords)
+        return [written, result.proposal, result.committed, result.remaining, result.confidence]
+
+    got, ref = run(backend), run("reference")
+    for name, mine, theirs in zip(("tokens", "proposal", "committed", "remaining"), got, ref):
+        same(name, mine, theirs)
+    # logits are exact; a sum of 517 float32 exponentials in another order is off by less than 517 roundings
+    finite = ref[4].isfinite()
+    same("confidence, infinite entries", got[4][~finite], ref[4][~finite])
+    bar = vocab * torch.finfo(torch.float32).eps * ref[4][finite].abs().clamp(min=1)
+    if not bool(((got[4] - ref[4])[finite].abs() <= bar).all()):
+        raise AssertionError("confidence: differs by more than the rounding of its sum")
+    same("tokens, second run", run(backend)[0], got[0])
+
+
+def unmask(backend: str, device: str, from_logits: bool = False) -> Iterator[Case]:
+    from . import EntropyBound, Factor, Threshold, TopK
+
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "top 3": (TopK(3), {}),
+        "top 3, margin, Gumbel noise": (TopK(3), {"confidence": "margin", "temperature": 1.0, "seed": 3, "step": 2}),
+        "threshold": (Threshold(0.5), {}),
+        "factor": (Factor(1.0), {"confidence_temperature": 0.5}),
+        "entropy bound": (EntropyBound(0.3), {}),
+    }
+    for dtype in halves(device):
+        for name, (rule, options) in cases.items():
+            yield f"{name}, {dtype}", partial(unmask_case, rule, options, from_logits, dtype, backend, device)
+
+
+CASES: dict[str, Callable[[str, str], Iterator[Case]]] = {
+    "attention": attention,
+    "masked_loss": masked_loss,
+    "masked_loss_from_logits": lambda backend, device: masked_loss(backend, device, from_logits=True),
+    "unmask": unmask,
+    "unmask_from_logits": lambda backend, device: unmask(backend, device, from_logits=True),
+}
+
+
+def main(op: str, backend: str, device: str) -> None:
+    outcomes = [{"case": name, "error": attempt(run)[1]} for name, run in CASES[op](backend, device)]
+    passed = all(outcome["error"] is None for outcome in outcomes)
+    result: dict[str, Any] = {"passed": passed, "cases": outcomes}
+    if device == "cuda" and backend != "reference":
+        torch.cuda.synchronize()  # a kernel that faulted must not be remembered as good
+        path = _proven.remember(op, backend, passed)
+        result["remembered"] = str(path) if passed else None
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
