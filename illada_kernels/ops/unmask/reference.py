@@ -1,0 +1,207 @@
+"""unmask in plain PyTorch: the specification. Runs on any device, never synchronises with the host, looks at no data to
+decide what to compute. Logits, exponentials and noise are float32 (float64 where the logits are); sums over the
+vocabulary are float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import rules
+from .op import Step
+
+MASK32 = 0xFFFFFFFF
+LOGITS_AT_ONCE = 1 << 22  # rows go through in chunks of this many logits, so that real vocabularies fit a small machine
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def unmask(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(proposal, confidence, committed, remaining); writes into step.tokens."""
+    if step.positions.numel() == 0 or step.tokens.numel() == 0:
+        return step.nothing()
+    length = step.tokens.shape[1]
+    valid = (step.positions >= 0) & (step.positions < length)
+    at = torch.where(valid, step.positions, 0)
+    held = step.tokens.gather(1, at)
+    candidate = valid if step.frozen is None else valid & ~step.frozen.gather(1, at)
+    masked, fixed = candidate & (held == step.mask_id), candidate & (held != step.mask_id)
+
+    rows = all_rows(step, masked, held)
+    kinds = {
+        "probability": rows.probability,
+        "margin": rows.margin,
+        "neg_entropy": 0.0 - rows.entropy,
+        "random": rows.random,
+    }
+    takes_part = (masked | fixed if step.revise == rules.EDIT else masked) & ~rows.bad
+    proposal = torch.where(takes_part, rows.proposal, -1)
+    confidence = torch.where(takes_part, kinds[step.confidence], -torch.inf)
+    committed = masked & takes_part & chosen_by_rule(step, masked & takes_part, confidence, rows.entropy)
+    written = torch.where(committed, proposal, held)
+
+    if step.revise == rules.EDIT:
+        tau = step.per_sequence(step.revise_tensor, step.revise_number, torch.float32)
+        edited = fixed & takes_part & (proposal != held) & (rows.probability >= tau)
+        committed, written = committed | edited, torch.where(edited, proposal, written)
+    elif step.revise != rules.NO_REVISION:
+        score = torch.where(rows.bad, torch.nan, rows.held_probability)
+        score = score if step.revise_scores is None else step.revise_scores
+        eligible = fixed & ~score.isnan()
+        proposal, confidence = torch.where(eligible, held, proposal), torch.where(eligible, score, confidence)
+        n = step.per_sequence(step.revise_tensor, step.revise_number, torch.int64)
+        written = torch.where(eligible & (ranks(eligible, score, step.positions) < n), step.mask_id, written)
+
+    # whoever writes nothing writes to one column more
+    wide = torch.cat([step.tokens, step.tokens[:, :1]], dim=1)
+    wide.scatter_(1, torch.where(written != held, at, length), written)
+    step.tokens.copy_(wide[:, :length])
+    remaining = (candidate & (step.tokens.gather(1, at) == step.mask_id)).sum(1, dtype=torch.int32)
+    return proposal, confidence, committed, remaining
+
+
+# ---- one row: proposal and confidences
+class Rows(NamedTuple):
+    proposal: Tensor  # int64: argmax of l + temperature * Gumbel; without noise where the candidate holds a token
+    probability: Tensor  # of the proposal; float32, as the following
+    margin: Tensor
+    entropy: Tensor
+    random: Tensor
+    held_probability: Tensor  # of the token the candidate holds
+    bad: Tensor  # bool: a NaN or +inf logit, or no allowed id
+
+
+def all_rows(step: Step, masked: Tensor, held: Tensor) -> Rows:
+    batch, count = step.positions.shape
+    noise_positions = step.positions if step.noise_positions is None else step.noise_positions
+    temperature = step.per_sequence(step.temperature_tensor, step.temperature, torch.float32)
+    tc = step.per_sequence(step.confidence_temperature_tensor, step.confidence_temperature, torch.float32)
+    seed, at_step = step.seeds(), step.per_sequence(step.step_tensor, step.step, torch.int64)
+    per_row = [masked, held, noise_positions, seed, at_step, torch.where(masked, temperature, 0.0), tc]
+    flat = [t.expand(batch, count).reshape(-1, 1) for t in per_row]
+    chunk = max(1, LOGITS_AT_ONCE // max(1, step.vocabulary))
+    parts = []
+    for start in range(0, batch * count, chunk):
+        parts.append(some_rows(step, start, [t[start : start + chunk] for t in flat]))
+    return Rows(*(torch.cat(column).reshape(batch, count) for column in zip(*parts)))
+
+
+def some_rows(step: Step, start: int, per_row: list[Tensor]) -> Rows:
+    """Rows start, start + 1, ...; per_row: all_rows' list, each (N, 1)."""
+    masked, held, position, seed, at_step, temperature, tc = per_row
+    logits = row_logits(step, start, masked.shape[0])  # (N, V)
+    random = philox_unit(philox(seed, torch.zeros_like(position), position, at_step, 1)[:2])
+    if logits.shape[1] == 0:
+        zero = torch.zeros_like(random)
+        return Rows(held, zero, zero, zero, random, zero, torch.ones_like(masked))
+    noised = logits
+    if step.temperature_tensor is not None or step.temperature > 0:
+        temperature = torch.where(temperature > 0, temperature, 0.0).clamp(max=FLOAT32_MAX)  # a NaN counts as 0
+        noise = temperature * gumbel(seed, position, at_step, logits.shape[1])
+        noised = torch.where(temperature > 0, (logits + noise).clamp(min=-FLOAT32_MAX), logits)
+        noised = torch.where(logits == -torch.inf, logits, noised)
+    proposal = noised.argmax(1, keepdim=True)  # ties to the lowest id
+
+    top, best = logits.amax(1, keepdim=True), logits.argmax(1, keepdim=True)
+    bad = logits.isnan().any(1, keepdim=True) | (top.abs() == torch.inf)
+    second = logits.scatter(1, best, -torch.inf).amax(1, keepdim=True)
+    scale = (1 / torch.where(tc > 0, tc, 1.0)).clamp(max=FLOAT32_MAX)
+    shifted = ((logits - top) * scale).clamp(min=-1e4)  # exp gives 0 there: the product below must not be 0 * inf
+    e = shifted.exp()
+    total = e.sum(1, keepdim=True, dtype=torch.float64)
+    mean_shifted = (e * shifted).sum(1, keepdim=True, dtype=torch.float64) / total
+    entropy = (total.log() - mean_shifted).clamp(min=0.0)
+    margin = (1 - ((second - top) * scale).exp().double()) / total
+    known = (held >= 0) & (held < logits.shape[1])
+    held_probability = torch.where(known, e.gather(1, torch.where(known, held, 0)) / total, 0.0)
+    probability = e.gather(1, proposal) / total
+    confidences = (probability.float(), margin.float(), entropy.float(), random, held_probability.float())
+    return Rows(proposal, *confidences, bad)
+
+
+def row_logits(step: Step, start: int, rows: int) -> Tensor:
+    """l: the logits of the N rows from `start` on, with bias, and -inf at what is forbidden."""
+    source = step.source.reshape(-1, step.source.shape[2])[start : start + rows]
+    dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+    logits = source.to(dtype)
+    if step.head_weight is not None:
+        logits = logits @ step.head_weight.to(dtype).T
+        if step.head_bias is not None:
+            logits = logits + step.head_bias.to(dtype)
+    vocabulary = logits.shape[1]
+    if step.bias_ids is not None and step.bias_values is not None:
+        known = (step.bias_ids >= 0) & (step.bias_ids < vocabulary)
+        values = torch.where(known, step.bias_values.to(dtype), 0.0)
+        bias = torch.zeros(vocabulary, dtype=dtype, device=logits.device)
+        logits = logits + bias.index_add(0, torch.where(known, step.bias_ids, 0), values)
+    if step.forbid:
+        forbidden = torch.zeros(vocabulary, dtype=torch.bool, device=logits.device)
+        for i in step.forbid:
+            if 0 <= i < vocabulary:
+                forbidden[i] = True
+        logits = logits.masked_fill(forbidden, -torch.inf)
+    return logits
+
+
+# ---- noise: a function of (seed, step, position, token id) alone
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 of the counter (c0, c1, c2, c3) under the key (low, high) of seed: four words below 2**32 in
+    int64. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Integer products wrap, which leaves their
+    bits right."""
+    k0, k1 = seed & MASK32, seed >> 32 & MASK32
+    c0, c1, c2 = c0 & MASK32, c1 & MASK32, c2 & MASK32
+    w3: Tensor | int = c3
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, w3 = (p1 >> 32 & MASK32) ^ c1 ^ k0, p1 & MASK32, (p0 >> 32 & MASK32) ^ w3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    assert isinstance(w3, Tensor)
+    return c0, c1, c2, w3
+
+
+def philox_unit(words: tuple[Tensor, ...]) -> Tensor:
+    """(high << 32 | low) * 2**-64 in float32, rounded once, to nearest: halving keeps a signed integer positive, and
+    the bit shifted out stays behind as a sticky bit."""
+    u = words[0] << 32 | words[1]
+    positive = torch.where(u >= 0, u, u >> 1 & 0x7FFFFFFFFFFFFFFF | u & 1).float()
+    return torch.where(u >= 0, positive, positive * 2) * 2.0**-64
+
+
+def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocabulary: int) -> Tensor:
+    """(N, V) Gumbel noise, float32. seed, position, step: (N, 1) int64. The winning tail lies at u near 0, where
+    float32 is dense."""
+    pairs = torch.arange((vocabulary + 1) // 2, device=seed.device)
+    w0, w1, w2, w3 = philox(seed, pairs, position, step, 0)
+    both = torch.stack([philox_unit((w0, w1)), philox_unit((w2, w3))], dim=-1)
+    u = both.flatten(1)[:, :vocabulary].clamp(min=2.0**-64)
+    return -torch.log(-torch.log1p(-u))
+
+
+# ---- selection
+def ranks(eligible: Tensor, key: Tensor, positions: Tensor) -> Tensor:
+    """Rank 0, 1, ... of each candidate by rising key, ties to the lowest position; those not eligible come last."""
+    order = positions.argsort(dim=1, stable=True)
+    order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+    order = order.gather(1, (~eligible).gather(1, order).long().argsort(dim=1, stable=True))
+    return torch.empty_like(order).scatter_(1, order, torch.arange(key.shape[1], device=key.device).expand_as(order))
+
+
+def chosen_by_rule(step: Step, eligible: Tensor, confidence: Tensor, entropy: Tensor) -> Tensor:
+    by_entropy = step.rule in (rules.ENTROPY_BOUND, rules.ENTROPY_BOUND_INCLUSIVE)
+    rank = ranks(eligible, entropy if by_entropy else -confidence, step.positions)
+    if step.rule == rules.TOP_K:
+        return rank < step.per_sequence(step.rule_tensor, step.rule_number, torch.int64)
+    number = step.per_sequence(step.rule_tensor, step.rule_number, torch.float32)
+    if step.rule == rules.THRESHOLD:
+        return (rank == 0) | (confidence >= number)
+    order = rank.argsort(dim=1)
+    if step.rule == rules.FACTOR:
+        bar = 1 - number / (torch.arange(rank.shape[1], device=rank.device) + 2).float()  # ranks from 1: f / (r + 1)
+        within = confidence.gather(1, order) >= bar
+    else:
+        own = torch.where(eligible, entropy, 0.0).gather(1, order).double()
+        total = own.cumsum(1)
+        within = (total if step.rule == rules.ENTROPY_BOUND_INCLUSIVE else total - own) <= number.double()
+    within[:, 0] = True
+    return within.cumprod(1).bool().gather(1, rank)
