@@ -127,7 +127,10 @@ GPU_CASES = (
 
 
 def hostile_masks(batch: int, queries: int, keys: int, device: str = "cpu") -> dict[str, KeyRanges | None]:
-    """Masks by name. Ranges start and end one key around tile edges, overlap between rows, or hold nothing."""
+    """Masks by name: rows without keys, empty ranges beside full ones, ranges of rows that overlap, one key at a time.
+
+    Every constructor of KeyRanges is tested against its definition elsewhere; these are for the kernels.
+    """
     row = torch.arange(queries, dtype=torch.int64)
     third, half = keys // 3, keys // 2
 
@@ -185,7 +188,7 @@ def one_precision_up(dtype: torch.dtype) -> torch.dtype:
 
 
 def bar(same_dtype: Tensor, exact: Tensor) -> float:
-    """The largest error allowed: twice that of PyTorch in the same dtype, plus the rounding of `exact` to that dtype."""
+    """The largest error allowed: twice that of PyTorch in the same dtype, plus the rounding of `exact` to it."""
     if exact.numel() == 0:
         return 0.0
     info = torch.finfo(same_dtype.dtype)
@@ -194,7 +197,7 @@ def bar(same_dtype: Tensor, exact: Tensor) -> float:
 
 
 def lse_bar(q: Tensor, k: Tensor, scale: float, exact: Tensor) -> float:
-    """The largest error of a float32 lse: sqrt(D) roundings of the largest |q||k|, plus those of the sum and its log."""
+    """The largest error of a float32 lse: sqrt(D) roundings of the largest |q||k|, and those of the sum and log."""
     if exact.numel() == 0 or k.shape[1] == 0:
         return 0.0
     largest = scale * q.double().norm(dim=-1).max().item() * k.double().norm(dim=-1).max().item()
