@@ -1,0 +1,179 @@
+// The inside of the emulator. A cluster of blocks (mostly one block) runs on one thread of the host; each CUDA thread is
+// a fiber. A fiber runs until it waits; the scheduler then picks another at random and, now and then, carries out one of
+// the asynchronous operations under way. When no fiber can run and nothing is under way, that is a deadlock.
+#pragma once
+#include <cstdarg>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "../shim/emulator_api.h"
+
+namespace emulator {
+
+constexpr uint32_t kSharedStart = 1024;   // sm_90 keeps the first KiB of a block's shared memory for itself
+constexpr uint32_t kSharedMost = 232448;  // the most that a block may ask for
+constexpr uint32_t kSharedSpan = 256 << 10;
+constexpr size_t kStack = 128 << 10;  // of a fiber
+
+// splitmix64: the only source of chance, so a seed repeats a run exactly (with one host thread, or within a cluster)
+struct Random {
+  uint64_t state = 0;
+  uint64_t next();
+  bool chance(uint32_t of_2_32) { return uint32_t(next()) < of_2_32; }
+};
+
+// What a byte of shared memory holds.
+enum Byte : uint8_t {
+  unwritten = 0,
+  valid,      // readable by all
+  in_flight,  // a bulk copy is writing it
+  unfenced,   // written by an ordinary store; TMA and wgmma may not see it before the writer's fence_proxy_async
+  mbarrier,   // part of an mbarrier: no ordinary access
+};
+
+enum class Waits { nothing, exited, barrier, cluster_barrier, mbarrier, wgmma, bulk, warp };
+
+struct Block;
+struct Accumulator;
+struct BulkStore;
+
+struct Fiber {
+  Block* block = nullptr;
+  int thread = 0;  // linear index in the block
+  uint3 index{};
+  char* stack = nullptr;
+  void* stack_pointer = nullptr;
+  Waits waits = Waits::nothing;
+  uint64_t key = 0;               // which barrier, mbarrier... it waits on
+  int detail = 0;                 // parity, groups...: for the report
+  const void* pc = nullptr;       // the kernel's line, for reports
+  uint32_t cluster_phase = 0;     // of the cluster barrier: arrivals of this thread
+  int registers = 0;              // set by setmaxnreg
+  std::vector<std::pair<uint32_t, uint32_t>> unfenced_bytes;  // (address, bytes) of ordinary stores
+  std::vector<uint32_t> unfenced_barriers;
+  // wgmma: products issued, where groups end, accumulators in flight
+  uint64_t products = 0;
+  std::vector<uint64_t> group_ends;
+  std::vector<std::shared_ptr<Accumulator>> accumulators;
+  bool wgmma_fenced = false;
+  // bulk stores: not committed, and the groups
+  std::vector<std::shared_ptr<BulkStore>> stores;
+  std::vector<std::vector<std::shared_ptr<BulkStore>>> store_groups;
+};
+
+struct Mbarrier {
+  uint32_t arrivals, pending;
+  int64_t bytes = 0;  // announced and not yet come
+  uint32_t phase = 0;
+  bool fenced = false;
+};
+struct Barrier {
+  int threads = 0, arrived = 0, votes[2] = {0, 0};
+  uint32_t phase = 0;
+};
+struct WarpMeeting {  // of the lanes in one mask; two buffers, since a fast lane may come again before a slow one read
+  uint32_t arrived = 0, phase = 0;
+  const char* name = "";
+  Lanes values[2];
+};
+struct Issuer {  // of an asynchronous operation: whom a report names
+  const Fiber* fiber = nullptr;
+  const void* pc = nullptr;
+};
+struct BulkLoad {
+  Issuer issuer;
+  uint32_t dst, bar, bytes, blocks;  // dst and bar: offsets, the same in each of `blocks`
+  std::function<void(uint8_t* tile)> fetch;
+};
+struct BulkStore {
+  enum State { issued, read, done } state = issued;
+  Issuer issuer;
+  uint32_t src, bytes;
+  std::vector<uint8_t> data;
+  std::function<void(const uint8_t* tile)> write;
+};
+struct PendingProduct;
+struct Warpgroup {
+  std::deque<std::shared_ptr<PendingProduct>> queue;
+  uint64_t first = 0, finished = 0;  // index of queue[0]; products carried out
+};
+
+struct Block {
+  int rank = 0;  // in the cluster
+  uint3 index{};
+  uint8_t* shared = nullptr;  // address 0 of the shared window
+  uint32_t shared_end = 0;
+  std::vector<uint8_t> bytes;  // a Byte for each byte of the window
+  int alive = 0;
+  std::unordered_map<uint32_t, Mbarrier> mbarriers;
+  Barrier barriers[16];
+  std::vector<std::map<uint32_t, WarpMeeting>> warps;
+  std::vector<Warpgroup> warpgroups;
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;
+  std::vector<Fiber*> ready;
+  Barrier barrier;
+  Random random;
+  uint32_t chance_async = 0, chance_yield = 0;
+  std::vector<BulkLoad> loads;
+  std::vector<std::shared_ptr<BulkStore>> stores;
+  int alive = 0;
+  uint64_t steps = 0;  // memory accesses and switches: a bound on endless loops
+};
+
+extern thread_local Cluster* cluster;  // the one this host thread runs
+extern thread_local Fiber* self;       // the running fiber, null in the scheduler
+extern thread_local Issuer carried_out;  // the operation that the scheduler carries out
+
+// ---- scheduler.cpp ---------------------------------------------------------------------------------------------
+void sleep_on(Waits what, uint64_t key, int detail);  // until wake
+void wake(Waits what, uint64_t key);
+void maybe_yield(uint32_t chance);
+template <class Ready> void wait_until(Waits what, uint64_t key, int detail, Ready ready) {
+  maybe_yield(cluster->chance_yield);
+  while (!ready()) sleep_on(what, key, detail);
+}
+// Records the first fault of the launch ("{pc ...}" marks an address that the Python side turns into file and line)
+// and leaves the fiber for good.
+[[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string place(const void* pc);
+void thread_exits();
+
+// ---- memory.cpp ------------------------------------------------------------------------------------------------
+void check_shared_range(const Block& block, uint32_t at, uint32_t bytes, const char* what);
+void check_async_read(const Block& block, uint32_t at, uint32_t bytes, const char* what);  // and the range
+void mark(Block& block, uint32_t at, uint32_t bytes, Byte state);
+void check_global(const void* p, size_t bytes, const char* what);
+std::mutex& add_lock();  // around read-modify-write of global memory
+
+// ---- barriers.cpp, tma.cpp, wgmma.cpp --------------------------------------------------------------------------
+void bytes_arrived(Block& block, uint32_t bar, uint32_t bytes);
+void finish_load(size_t i);
+void advance_store(size_t i);
+bool carry_out_product(Block& block, int warpgroup);
+std::string describe_barrier(const Fiber& fiber);
+void check_copies_done(const Block& block);  // these three when its last thread exits
+void check_products_done(const Block& block);
+void check_barriers_empty(const Block& block);
+void fence_barriers();
+void recheck_barriers_after_exit(Block& block);
+uint32_t swizzle128(uint32_t address);
+
+// At the head of what kernels call. Calls from within the emulator leave the place alone.
+extern "C" const char __ehdr_start __attribute__((visibility("hidden"))), etext __attribute__((visibility("hidden")));
+inline void note_caller(const void* pc) {
+  if (pc < &__ehdr_start || pc >= &etext) self->pc = pc;
+}
+#define CALLED_FROM_KERNEL note_caller(__builtin_return_address(0))
+
+}  // namespace emulator

@@ -1,0 +1,246 @@
+// wgmma: descriptors, fragments, products that happen late; ldmatrix and stmatrix.
+//
+// The 128 threads of a warpgroup issue each product; once all have, it may be carried out, in order, at any time until a
+// wgmma_wait that covers it. From issue to wait the accumulators live here and the threads' registers hold NaN.
+#include <cuda_fp16.h>
+
+#include <cmath>
+
+#include "emulator.h"
+
+namespace emulator {
+
+struct Accumulator {
+  int n;
+  std::vector<float> matrix;  // (64, n)
+  float* registers[128] = {};
+};
+struct PendingProduct {
+  Issuer issuer;
+  Product what;
+  bool a_in_registers;
+  int threads = 0;  // that have issued it
+  std::vector<float> a;  // (64, 16), if A is in registers
+  std::shared_ptr<Accumulator> accumulator;
+};
+
+// ---- layouts, as in the PTX ISA's figures ----------------------------------------------------------------------
+// Row and column of accumulator register i of thread t; also of A's registers, two columns a register (n = 16).
+static int fragment_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
+static int fragment_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
+
+static float decode(uint16_t bits, bool is_bf16) {
+  if (!is_bf16) {
+    __half_raw raw;
+    raw.x = bits;
+    return __half2float(__half(raw));
+  }
+  const uint32_t word = uint32_t(bits) << 16;
+  float x;
+  memcpy(&x, &word, 4);
+  return x;
+}
+
+struct Descriptor {
+  uint32_t start, lead, stride;
+};
+static Descriptor read_descriptor(uint64_t d) {
+  if (d >> 62 != 1) fault("wgmma descriptor %016llx: only the 128-byte swizzle is known here", (unsigned long long)d);
+  const Descriptor r{uint32_t(d & 0x3fff) << 4, uint32_t(d >> 16 & 0x3fff) << 4, uint32_t(d >> 32 & 0x3fff) << 4};
+  if (d >> 49 & 7 || r.start & 0x380)
+    fault("wgmma descriptor: the tile starts at +%d, inside the swizzle's pattern of 8 rows (multiples of 1024)",
+          int(r.start - kSharedStart));
+  return r;
+}
+
+// A tile of `rows` by 16 k. K-major: 8 rows of 128 bytes are 1024 bytes, `stride` on follow the next 8. MN-major: 64 rows
+// are the 128 bytes, 8 k are 1024 bytes, `stride` on follow the next 8 k, `lead` on the next 64 rows.
+// Calls take(row, k, its 8 elements, which run along k or along the rows).
+template <class Take>
+static void read_tile(const Block& b, const Descriptor& d, int rows, bool mn_major, const char* what, Take take) {
+  for (int piece = 0; piece < rows * 2; ++piece) {
+    const int row = mn_major ? piece / 16 * 8 : piece / 2, k = mn_major ? piece % 16 : piece % 2 * 8;
+    const uint32_t offset = mn_major ? row / 64 * d.lead + row % 64 * 2 + k / 8 * d.stride + k % 8 * 128
+                                     : row / 8 * d.stride + row % 8 * 128 + k * 2;
+    const uint32_t at = swizzle128((d.start + offset) & (kSharedSpan - 1));
+    check_async_read(b, at, 16, what);
+    uint16_t elements[8];
+    memcpy(elements, b.shared + at, 16);
+    take(row, k, elements);
+  }
+}
+
+// out[row * row_stride + k * k_stride]
+static void read_operand(const Block& b, uint64_t descriptor, int rows, bool mn_major, bool is_bf16, const char* what,
+                         float* out, int row_stride, int k_stride) {
+  const int step = mn_major ? row_stride : k_stride;
+  read_tile(b, read_descriptor(descriptor), rows, mn_major, what, [&](int row, int k, const uint16_t* elements) {
+    float* to = out + row * row_stride + k * k_stride;
+    for (int i = 0; i < 8; ++i) to[i * step] = decode(elements[i], is_bf16);
+  });
+}
+
+// ---- carrying out ----------------------------------------------------------------------------------------------
+static void multiply(const Block& block, const PendingProduct& p) {
+  static thread_local std::vector<float> a_of_memory(64 * 16), b(16 * 256);
+  const Product& w = p.what;
+  if (!p.a_in_registers)
+    read_operand(block, w.a, 64, w.a_mn_major, w.bf16, "wgmma (operand A)", a_of_memory.data(), 16, 1);
+  const float* a = p.a_in_registers ? p.a.data() : a_of_memory.data();
+  read_operand(block, w.b, w.n, w.b_mn_major, w.bf16, "wgmma (operand B)", b.data(), 1, w.n);
+  float* d = p.accumulator->matrix.data();
+  if (!w.accumulate) std::fill(d, d + 64 * w.n, 0.f);
+  for (int i = 0; i < 64; ++i)
+    for (int k = 0; k < 16; ++k) {
+      const float x = a[i * 16 + k];
+      for (int j = 0; j < w.n; ++j) d[i * w.n + j] += x * b[k * w.n + j];
+    }
+}
+
+static uint64_t key_of(const Block& b, int warpgroup) { return uint64_t(b.rank) << 32 | warpgroup; }
+
+bool carry_out_product(Block& b, int warpgroup) {
+  Warpgroup& g = b.warpgroups[warpgroup];
+  const uint64_t i = g.finished - g.first;
+  if (i >= g.queue.size() || g.queue[i]->threads < 128) return false;
+  carried_out = g.queue[i]->issuer;
+  multiply(b, *g.queue[i]);
+  ++g.finished;
+  wake(Waits::wgmma, key_of(b, warpgroup));
+  return true;
+}
+
+// ---- issuing ---------------------------------------------------------------------------------------------------
+// This thread's accumulator whose registers start at d: one in flight, that of the product's other threads, or a new one.
+static std::shared_ptr<Accumulator> accumulator_of(PendingProduct& p, float* d) {
+  const int t = self->thread % 128, n = p.what.n;
+  std::shared_ptr<Accumulator> found;
+  for (auto& a : self->accumulators)
+    if (a->registers[t] == d) found = a;
+  if (!found) {
+    found = p.accumulator ? p.accumulator : std::make_shared<Accumulator>();
+    if (!p.accumulator) found->n = n, found->matrix.resize(64 * n);
+    found->registers[t] = d;
+    self->accumulators.push_back(found);
+    for (int i = 0; i < n / 2; ++i) {
+      if (p.what.accumulate) found->matrix[fragment_row(t, i) * n + fragment_column(t, i)] = d[i];
+      d[i] = NAN;
+    }
+  }
+  if (found->n != n) fault("wgmma: accumulators in flight with %d columns are used with %d", found->n, n);
+  if (p.accumulator && p.accumulator != found) fault("wgmma: the warpgroup's threads name different accumulators");
+  return found;
+}
+
+void wgmma(float* d, const uint32_t* a_registers, const Product& w) {
+  CALLED_FROM_KERNEL;
+  if (int(blockDim.x * blockDim.y * blockDim.z) / 128 <= self->thread / 128) fault("wgmma outside a whole warpgroup");
+  if (!self->wgmma_fenced) fault("wgmma without wgmma_fence at the start of its group");
+  Warpgroup& g = self->block->warpgroups[self->thread / 128];
+  const int t = self->thread % 128;
+  const uint64_t number = self->products++;
+  if (number - g.first == g.queue.size()) {
+    auto p = std::make_shared<PendingProduct>();
+    p->issuer = {self, self->pc};
+    p->what = w;
+    p->a_in_registers = a_registers;
+    if (a_registers) p->a.resize(64 * 16);
+    g.queue.push_back(std::move(p));
+  }
+  PendingProduct& p = *g.queue[number - g.first];
+  const Product& v = p.what;
+  if (v.n != w.n || v.a != w.a || v.b != w.b || v.accumulate != w.accumulate || p.a_in_registers != !!a_registers ||
+      v.bf16 != w.bf16 || v.a_mn_major != w.a_mn_major || v.b_mn_major != w.b_mn_major)
+    fault("wgmma: the warpgroup's threads disagree on shape, descriptors or accumulate");
+  p.accumulator = accumulator_of(p, d);
+  if (a_registers)
+    for (int i = 0; i < 8; ++i)
+      p.a[fragment_row(t, i) * 16 + fragment_column(t, i)] =
+          decode(uint16_t(a_registers[i / 2] >> i % 2 * 16), w.bf16);
+  ++p.threads;
+}
+
+void wgmma_fence() { self->wgmma_fenced = true; }
+
+void wgmma_commit() {
+  self->group_ends.push_back(self->products);
+  self->wgmma_fenced = false;  // each group starts with its own fence
+}
+
+void wgmma_wait(int newest) {
+  CALLED_FROM_KERNEL;
+  const int t = self->thread % 128, groups = int(self->group_ends.size());
+  Warpgroup& g = self->block->warpgroups[self->thread / 128];
+  const uint64_t wanted = groups > newest ? self->group_ends[groups - newest - 1] : 0;
+  wait_until(Waits::wgmma, key_of(*self->block, self->thread / 128), newest, [&] { return g.finished >= wanted; });
+  // Give back the accumulators that no later product of this thread uses.
+  auto& mine = self->accumulators;
+  for (size_t i = 0; i < mine.size();) {
+    Accumulator& a = *mine[i];
+    bool busy = false;
+    for (uint64_t p = std::max(wanted, g.first); p < self->products; ++p)
+      busy |= g.queue[p - g.first]->accumulator.get() == &a;
+    if (busy) {
+      ++i;
+      continue;
+    }
+    for (int r = 0; r < a.n / 2; ++r) a.registers[t][r] = a.matrix[fragment_row(t, r) * a.n + fragment_column(t, r)];
+    mine.erase(mine.begin() + i);
+  }
+  uint64_t issued_by_all = ~uint64_t(0);
+  for (const Fiber& f : cluster->fibers)
+    if (f.block == self->block && f.thread / 128 == self->thread / 128)
+      issued_by_all = std::min(issued_by_all, f.products);
+  while (g.first < g.finished && g.first < issued_by_all) g.queue.pop_front(), ++g.first;
+}
+
+// ---- 8x8 matrices ----------------------------------------------------------------------------------------------
+static uint16_t* matrix_row(const Lanes& rows, int matrix, int row) {
+  return reinterpret_cast<uint16_t*>(rows.at[matrix * 8 + row]);
+}
+static Lanes meet_with_rows(const char* name, int count, const void* row, bool write) {
+  const Lanes rows = warp_meet(name, ~0u, uint64_t(row));
+  if (self->thread % 32 < count * 8) {
+    if (uint64_t(row) % 16) fault("%s: a row that is not 16-byte aligned", name);
+    shared_address(row);
+    check_access(row, 16, 16, write);
+  }
+  return rows;
+}
+
+void ldmatrix(uint32_t* r, int count, bool transpose, const void* row) {
+  CALLED_FROM_KERNEL;
+  const Lanes rows = meet_with_rows("ldmatrix", count, row, false);
+  const int lane = self->thread % 32;
+  for (int m = 0; m < count; ++m) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const int a = lane / 4, b = lane % 4 * 2 + i;
+      pair[i] = transpose ? matrix_row(rows, m, b)[a] : matrix_row(rows, m, a)[b];
+    }
+    memcpy(&r[m], pair, 4);
+  }
+  warp_meet("ldmatrix", ~0u, 0);  // no lane goes on to overwrite a row before all have read
+}
+
+void stmatrix(const uint32_t* r, int count, bool transpose, void* row) {
+  CALLED_FROM_KERNEL;
+  const Lanes rows = meet_with_rows("stmatrix", count, row, true);
+  const int lane = self->thread % 32;
+  for (int m = 0; m < count; ++m) {
+    uint16_t pair[2];
+    memcpy(pair, &r[m], 4);
+    for (int i = 0; i < 2; ++i) {
+      const int a = lane / 4, b = lane % 4 * 2 + i;
+      (transpose ? matrix_row(rows, m, b)[a] : matrix_row(rows, m, a)[b]) = pair[i];
+    }
+  }
+  warp_meet("stmatrix", ~0u, 0);
+}
+
+void check_products_done(const Block& b) {
+  for (const Fiber& f : cluster->fibers)
+    if (f.block == &b && !f.accumulators.empty()) fault("the block ended without a wgmma_wait for its last products");
+}
+
+}  // namespace emulator

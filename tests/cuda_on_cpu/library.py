@@ -1,0 +1,214 @@
+"""Compile .cu files as C++ against the stand-in headers and run their entry points on this machine's CPU.
+
+    lib = compile_kernels("csrc/cuda/masked_loss_rows.cu")
+    x = GlobalArray(tensor, "x")                          # a copy between guard zones; only such memory may be touched
+    lib.run("illada_masked_loss_rows", x, y, rows, ctypes.c_float(1.0), None, seed=3)   # raises KernelFault
+    x.tensor                                              # what the kernel left there
+
+docs/cuda_on_cpu.md explains the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CACHE = ROOT / "build" / "cuda_on_cpu"
+EMULATOR_FLAGS = ["-std=c++17", "-O2", "-march=x86-64-v3", "-Wall", "-g1"]
+KERNEL_FLAGS = [
+    "-x", "c++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-fno-strict-aliasing",
+    # The compiler reports every access, and every misuse that it can see, to the emulator (memory.cpp), not to libtsan.
+    "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+]  # fmt: skip
+
+
+class KernelFault(AssertionError):
+    """What the emulator found wrong: which block and thread, what, and the line of the kernel."""
+
+
+def cuda_headers() -> Path | None:
+    """The folder with vector_types.h, cuda.h and cuda_bf16.h: the toolkit's, or the nvidia-cuda-runtime package's."""
+    nvcc = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    if nvcc:
+        places.insert(0, str(Path(nvcc).resolve().parents[1]))
+    folders = [Path(p) / "include" for p in places if p]
+    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    for package in packages:
+        folders += [Path(p) for p in sorted(glob.glob(f"{package}/nvidia/*/include"), reverse=True)]
+    for folder in folders:
+        if all((folder / name).exists() for name in ("vector_types.h", "cuda.h", "cuda_bf16.h", "cuda_runtime_api.h")):
+            return folder
+    return None
+
+
+def missing() -> str | None:
+    """Why kernels cannot be emulated here, or None."""
+    if platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
+        return "the emulator's switch of stacks is written for x86-64 Linux"
+    if "avx2" not in Path("/proc/cpuinfo").read_text():
+        return "the emulator is compiled for AVX2"
+    if shutil.which("g++") is None:
+        return "no g++"
+    if cuda_headers() is None:
+        return "no CUDA headers: install the CUDA toolkit or `pip install nvidia-cuda-runtime`"
+    return None
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def _cached(name: str, sources: list[Path], depends: list[Path], flags: list[str]) -> Path:
+    """The shared library of these sources: from the cache if nothing it depends on has changed, else compiled."""
+    digest = hashlib.sha256(repr(flags).encode() + Path(__file__).read_bytes())
+    for path in sorted(sources + depends):
+        digest.update(path.name.encode() + path.read_bytes())
+    target = CACHE / f"{name}-{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:  # then renamed: several test processes may compile at once
+        objects = [Path(scratch) / f"{path.stem}.o" for path in sources]
+        with ThreadPoolExecutor(2) as pool:
+            compile_one = ["g++", *flags, "-fPIC", "-ftls-model=initial-exec", "-c"]
+            list(pool.map(lambda s, o: _run([*compile_one, str(s), "-o", str(o)]), sources, objects))
+        result = Path(scratch) / target.name
+        _run(["g++", "-shared", *map(str, objects), "-o", str(result), "-pthread"])  # no -fsanitize: see memory.cpp
+        os.replace(result, target)
+    return target
+
+
+def _includes() -> list[str]:
+    headers = cuda_headers()
+    assert headers is not None
+    return ["-I", str(HERE / "shim"), "-isystem", str(headers)]
+
+
+def _shim_files() -> list[Path]:
+    return [p for p in (HERE / "shim").rglob("*") if p.is_file()]
+
+
+@functools.cache
+def _emulator() -> ctypes.CDLL:
+    sources = sorted((HERE / "emulator").glob("*.cpp"))
+    depends = sorted((HERE / "emulator").glob("*.h")) + _shim_files()
+    flags = [*EMULATOR_FLAGS, *_includes()]
+    library = ctypes.CDLL(str(_cached("emulator", sources, depends, flags)), mode=ctypes.RTLD_GLOBAL)
+    library.cuda_on_cpu_error.restype = ctypes.c_char_p
+    library.cuda_on_cpu_steps.restype = ctypes.c_uint64
+    return library
+
+
+def compile_kernels(source: str | Path, defines: tuple[str, ...] = (), text: str | None = None) -> Kernels:
+    """`source`: a .cu file, relative to the repository or absolute. `text`: compile this in its place (a copy with a
+    fault planted, say), with the same includes."""
+    path = ROOT / source
+    _emulator()  # loaded first: the kernels' library finds its symbols there
+    depends = [*_shim_files(), *ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/include/illada/*.h"),
+               *path.parent.glob("*.cuh")]  # fmt: skip
+    flags = [*KERNEL_FLAGS, *_includes(), "-I", str(ROOT / "csrc/include"), "-I", str(ROOT / "csrc/cuda")]
+    flags += [f"-D{d}" for d in defines]
+    if text is None:
+        return Kernels(_cached(path.stem, [path], depends, flags), path.name)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    copy = CACHE / f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.cu"
+    copy.write_text(text)
+    return Kernels(_cached(path.stem, [copy], depends, [*flags, "-I", str(path.parent)]), path.name)
+
+
+def plant(source: str | Path, old: str, new: str) -> str:
+    """The text of `source` with the one occurrence of `old` replaced: a copy with a fault."""
+    text = (ROOT / source).read_text()
+    if text.count(old) != 1:
+        raise ValueError(f"{source} holds {text.count(old)} times: {old}")
+    return text.replace(old, new)
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+class GlobalArray:
+    """A copy of `tensor` in memory that kernels may touch, with guard zones around it that they may not."""
+
+    GUARD = 4096
+
+    def __init__(self, tensor: torch.Tensor, name: str) -> None:
+        import torch
+
+        self.size = tensor.numel() * tensor.element_size()
+        whole = torch.full((self.size + 2 * self.GUARD + 128,), 0xA5, dtype=torch.uint8)
+        start = self.GUARD + -(whole.data_ptr() + self.GUARD) % 128  # cudaMalloc aligns to 256, and views to less
+        self._whole = whole
+        self.tensor = whole[start : start + self.size].view(tensor.dtype).view(tensor.shape)
+        self.tensor.copy_(tensor)
+        self.pointer = whole.data_ptr() + start
+        _emulator().cuda_on_cpu_allow(ctypes.c_void_p(self.pointer), ctypes.c_size_t(self.size), name.encode())
+
+    def __del__(self) -> None:
+        _emulator().cuda_on_cpu_forbid(ctypes.c_void_p(self.pointer))
+
+
+class Kernels:
+    """The extern "C" functions of a compiled file."""
+
+    def __init__(self, library: Path, name: str) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._name = name
+
+    def run(self, function: str, *arguments: Any, seed: int = 0, host_threads: int = 1, most_steps: int = 1 << 32) -> int:
+        """Call it with GlobalArrays, None for a null pointer or stream, ints, or ctypes values (a Python float has no
+        one C type). Raises KernelFault if the emulator found something wrong, else returns what it returned."""
+        emulator = _emulator()
+        emulator.cuda_on_cpu_configure(ctypes.c_uint64(seed), host_threads, ctypes.c_uint64(most_steps))
+        self.steps = 0
+        code = getattr(self._library, function)(*[_to_c(a) for a in arguments])
+        self.steps = emulator.cuda_on_cpu_steps()
+        error = emulator.cuda_on_cpu_error().decode()
+        if error:
+            raise KernelFault(f"{self._name}, seed {seed}: {_name_lines(error)}")
+        return code
+
+
+def _to_c(argument: Any) -> Any:
+    if isinstance(argument, GlobalArray):
+        return ctypes.c_void_p(argument.pointer)
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)  # the calling convention lets a narrower parameter take its low bits
+    if isinstance(argument, float):
+        raise TypeError("pass ctypes.c_float or ctypes.c_double: a Python float could mean either")
+    return argument
+
+
+def _name_lines(report: str) -> str:
+    """Replaces "{pc library offset}" by the lines of the kernel that the code at this offset came from."""
+
+    def lines(match: re.Match[str]) -> str:
+        library, offset = match[1], int(match[2], 16) - 1  # the call, not the instruction after it
+        command = ["addr2line", "-i", "-e", library, hex(offset)]
+        out = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        named = [line for line in out if str(HERE / "shim") not in line and re.match(r".*:\d+$", line)]
+        named = [re.sub(r"-[0-9a-f]{16}\.cu", ".cu", os.path.relpath(line, ROOT)) for line in named]
+        return " in ".join(named[:3]) or f"{library}+{match[2]}"
+
+    return re.sub(r"\{pc (\S+) (\w+)\}", lines, report)

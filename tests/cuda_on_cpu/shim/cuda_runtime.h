@@ -1,0 +1,230 @@
+// Stand-in for CUDA's <cuda_runtime.h>: the part of CUDA C++ that this library's kernels use, for a CPU. A kernel is an
+// ordinary function that the emulator calls once for each thread.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#include <cuda_runtime_api.h>  // of the CUDA toolkit: types and declarations only
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include "emulator_api.h"
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __constant__
+#undef __shared__
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __forceinline__
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __forceinline__ inline
+#define __shared__ static_assert(false, "static __shared__ memory does not exist here: use illada::dynamic_smem()");
+
+using std::max;
+using std::min;
+
+// ---- meetings of threads ---------------------------------------------------------------------------------------
+inline void __syncthreads() { emulator::barrier_all(0, nullptr); }
+inline int __syncthreads_count(int x) { return emulator::barrier_all(x, nullptr); }
+inline int __syncthreads_or(int x) { return emulator::barrier_all(x, nullptr) != 0; }
+inline int __syncthreads_and(int x) {
+  int all;
+  return emulator::barrier_all(x, &all) == all;
+}
+
+namespace emulator {
+template <class T> uint64_t to_bits(T x) {
+  static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+template <class T> T from_bits(uint64_t bits) {
+  T x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline int lane() {
+  return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
+}
+// A shuffle from `source` within this lane's group of `width` lanes; from itself where that lies outside of it.
+template <class T> T shuffle(const char* name, unsigned mask, T x, int source, int width) {
+  const int first = lane() / width * width;
+  if (source < first || source >= first + width) source = lane();
+  shuffle_source(mask, source);
+  return from_bits<T>(warp_meet(name, mask, to_bits(x)).at[source]);
+}
+template <class T, class Op> T reduce(const char* name, unsigned mask, T x, Op op) {
+  const Lanes all = warp_meet(name, mask, to_bits(x));
+  int first = 0;
+  while (!(mask >> first & 1)) ++first;
+  T total = from_bits<T>(all.at[first]);
+  for (int i = first + 1; i < 32; ++i)
+    if (mask >> i & 1) total = op(total, from_bits<T>(all.at[i]));
+  return total;
+}
+}  // namespace emulator
+
+inline void __syncwarp(unsigned mask = ~0u) { emulator::warp_meet("__syncwarp", mask, 0); }
+template <class T> T __shfl_sync(unsigned mask, T x, int source, int width = 32) {
+  return emulator::shuffle("__shfl_sync", mask, x, emulator::lane() / width * width + source % width, width);
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32) {
+  return emulator::shuffle("__shfl_xor_sync", mask, x, emulator::lane() ^ bits, width);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32) {
+  return emulator::shuffle("__shfl_up_sync", mask, x, emulator::lane() - int(by), width);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32) {
+  return emulator::shuffle("__shfl_down_sync", mask, x, emulator::lane() + int(by), width);
+}
+inline unsigned __ballot_sync(unsigned mask, int x) {
+  const emulator::Lanes all = emulator::warp_meet("__ballot_sync", mask, x != 0);
+  unsigned votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= unsigned((mask >> i & 1) && all.at[i]) << i;
+  return votes;
+}
+inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
+inline int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, x) == mask; }
+template <class T> unsigned __match_any_sync(unsigned mask, T x) {
+  const uint64_t mine = emulator::to_bits(x);
+  const emulator::Lanes all = emulator::warp_meet("__match_any_sync", mask, mine);
+  unsigned same = 0;
+  for (int i = 0; i < 32; ++i) same |= unsigned((mask >> i & 1) && all.at[i] == mine) << i;
+  return same;
+}
+#define EMULATED_REDUCE(name, expression)                                                                  \
+  template <class T> T name(unsigned mask, T x) {                                                          \
+    return emulator::reduce(#name, mask, x, [](T a, T b) -> T { return expression; });                     \
+  }
+EMULATED_REDUCE(__reduce_add_sync, a + b)
+EMULATED_REDUCE(__reduce_min_sync, std::min(a, b))
+EMULATED_REDUCE(__reduce_max_sync, std::max(a, b))
+EMULATED_REDUCE(__reduce_and_sync, a & b)
+EMULATED_REDUCE(__reduce_or_sync, a | b)
+#undef EMULATED_REDUCE
+// One host thread at a time runs a fiber of a cluster, and stores of x86 are seen in order.
+inline void __threadfence() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_block() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+
+// ---- atomics ---------------------------------------------------------------------------------------------------
+#define EMULATED_ATOMIC(name, op, T, code)                                                                          \
+  inline T name(T* p, T x) {                                                                                        \
+    using namespace emulator;                                                                                       \
+    return from_bits<T>(atomic(Atomic::op, AtomicType::code, p, to_bits(x), 0));                                    \
+  }
+#define EMULATED_ATOMICS(name, op)                                                                                  \
+  EMULATED_ATOMIC(name, op, int, i32)                                                                               \
+  EMULATED_ATOMIC(name, op, unsigned, u32)                                                                          \
+  EMULATED_ATOMIC(name, op, unsigned long long, u64)
+EMULATED_ATOMICS(atomicAdd, add)
+EMULATED_ATOMICS(atomicMin, min)
+EMULATED_ATOMICS(atomicMax, max)
+EMULATED_ATOMICS(atomicExch, exchange)
+EMULATED_ATOMICS(atomicAnd, bit_and)
+EMULATED_ATOMICS(atomicOr, bit_or)
+EMULATED_ATOMICS(atomicXor, bit_xor)
+EMULATED_ATOMIC(atomicAdd, add, float, f32)
+EMULATED_ATOMIC(atomicAdd, add, double, f64)
+EMULATED_ATOMIC(atomicExch, exchange, float, f32)
+template <class T> T atomicCAS(T* p, T expected, T x) {
+  using namespace emulator;
+  return from_bits<T>(atomic(Atomic::compare_and_swap, sizeof(T) == 4 ? AtomicType::u32 : AtomicType::u64, p, to_bits(x),
+                             to_bits(expected)));
+}
+
+// ---- loads and stores that hint at the caches -------------------------------------------------------------------
+namespace emulator {
+template <class T> T load(const T* p) {
+  check_access(p, sizeof(T), alignof(T), false);
+  T x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class T> void store(T* p, T x) {
+  check_access(p, sizeof(T), alignof(T), true);
+  __builtin_memcpy(p, &x, sizeof x);
+}
+}  // namespace emulator
+template <class T> T __ldg(const T* p) { return emulator::load(p); }
+template <class T> T __ldcs(const T* p) { return emulator::load(p); }
+template <class T> T __ldcg(const T* p) { return emulator::load(p); }
+template <class T> T __ldcv(const T* p) { return emulator::load(p); }
+template <class T> void __stcs(T* p, T x) { emulator::store(p, x); }
+template <class T> void __stcg(T* p, T x) { emulator::store(p, x); }
+template <class T> void __stwt(T* p, T x) { emulator::store(p, x); }
+
+// ---- arithmetic ------------------------------------------------------------------------------------------------
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __log2f(float x) { return std::log2(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __frcp_rn(float x) { return 1 / x; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.f) : 0.f; }
+inline float exp10f(float x) { return float(std::pow(10., x)); }
+inline float __int_as_float(int x) { return emulator::from_bits<float>(unsigned(x)); }
+inline float __uint_as_float(unsigned x) { return emulator::from_bits<float>(x); }
+inline int __float_as_int(float x) { return int(emulator::to_bits(x)); }
+inline unsigned __float_as_uint(float x) { return unsigned(emulator::to_bits(x)); }
+inline float __uint2float_rn(unsigned x) { return float(x); }
+inline float __int2float_rn(int x) { return float(x); }
+inline float __ull2float_rn(unsigned long long x) { return float(x); }
+inline float __ll2float_rn(long long x) { return float(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
+[[noreturn]] inline void __trap() { std::abort(); }
+
+// ---- host ------------------------------------------------------------------------------------------------------
+namespace emulator {
+template <class... P> struct Call {
+  void (*kernel)(P...);
+  std::tuple<P...> arguments;  // a copy, as a GPU keeps one in constant memory
+  static void run(void* p) {
+    Call* c = static_cast<Call*>(p);
+    std::apply(c->kernel, c->arguments);
+  }
+};
+}  // namespace emulator
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+  emulator::Call<P...> call{kernel, std::tuple<P...>(P(arguments)...)};
+  int cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = int(config->attrs[i].val.clusterDim.x);
+  return cudaError_t(emulator::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster,
+                                        &emulator::Call<P...>::run, &call, sizeof call));
+}
+
+namespace illada {
+inline uint8_t* dynamic_smem() { return emulator::shared_base(); }
+inline float fast_exp2(float x) {
+  const float y = std::exp2(x);
+  return y < 1.1754944e-38f ? 0.f : y;
+}
+}  // namespace illada
