@@ -75,9 +75,8 @@ class Step:
         )
 
 
-# ---- backends
-# ------------------------------------------------------------------------------------------------------------------
-def _cpu_available() -> Optional[str]:
+# ---- backends ----------------------------------------------------------------------------------------------------
+def _cpu_available() -> str | None:
     module, reason = _dispatch.extension()
     if module is not None and not hasattr(module, "unmask_rows"):
         return "the compiled extension is older than this code; build it again: python -m illada_kernels._build"
@@ -107,8 +106,7 @@ def _run(step: Step, backend: str) -> Outputs:
     return reference.unmask(step)
 
 
-# ---- the operator: Step's fields, then the backend's name ("" for the default)
-# ------------------------------------------------------
+# ---- the operator: Step's fields, then the backend's name ("" for the default) -----------------------------------
 def _forward(
     source: Tensor,
     head_weight: Tensor | None,
