@@ -57,8 +57,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_isa") = kIsaNames[isa];
 
   // attention
+  BIND_CPU(attention_fwd);
+  BIND_CPU(attention_bwd);
 
   // masked_loss
+  BIND_CPU(masked_loss_stats);
+  BIND_CPU(masked_loss_dlogits);
 
   // unmask
 

@@ -19,7 +19,28 @@ enum illada_error { ILLADA_OK = 0, ILLADA_BAD_DTYPE = 1, ILLADA_BAD_ARGUMENT = 2
 #endif
 
 // ---- attention (csrc/cpu/attention.cpp) ------------------------------------------------------------------------------------
+// q (batch, rows, heads, dim), k and v (batch, keys, key_heads, dim or dim_v): element strides of batch, row and head in `strides`, the last
+// dimension contiguous; bounds int32 (batch or 1, rows or 1, 4) or null, its batch and row strides in strides[9..10]. out (batch, rows, heads,
+// dim_v) and lse (batch, heads, rows) are contiguous.
+ILLADA_CPU(illada_attention_fwd, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds, void* out, float* lse,
+           int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v, const int64_t* strides,
+           float scale, int threads)
+// The same, strides of out and dout in strides[11..16]; lse and dlse (or null) contiguous. dq is float32 for every dtype, contiguous, zeros
+// on entry; dk and dv are contiguous.
+ILLADA_CPU(illada_attention_bwd, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds, const void* out,
+           const float* lse, const void* dout, const float* dlse, float* dq, void* dk, void* dv, int64_t batch, int64_t rows, int64_t keys,
+           int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v, const int64_t* strides, float scale, int threads)
 
 // ---- masked_loss (csrc/cpu/masked_loss.cpp, csrc/cuda/masked_loss_rows.cu) -------------------------------------------------
+// Row r of a call is row row_index[r] (null: r) of logits; columns [0, count) of it are the ids first .. first + count of the vocabulary.
+// bias: of those ids, or null. softcap 0: none. targets: rows. forbid: ascending ids. stats updates state (rows, 4) float64:
+// max, sum of exp(z - max), z at the target, sum of allowed z (if want_total); start from -inf, 0, -inf, 0.
+ILLADA_CPU(illada_masked_loss_stats, const void* logits, int dtype, int64_t rows, int64_t stride, const int64_t* row_index, int64_t first,
+           int64_t count, const float* bias, float softcap, const int64_t* targets, const int64_t* forbid, int64_t n_forbid,
+           int want_total, double* state, int threads)
+// out = (c1 exp(z - c0) - c2 - [target] c3) dz/dlogit with coefficients (rows, 4) c0..c3, 0 at forbidden ids; out may be logits.
+ILLADA_CPU(illada_masked_loss_dlogits, const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype, int64_t rows,
+           const int64_t* row_index, int64_t first, int64_t count, const float* bias, float softcap, const int64_t* targets,
+           const int64_t* forbid, int64_t n_forbid, const float* coefficients, int threads)
 
 // ---- unmask (csrc/cpu/unmask.cpp) ------------------------------------------------------------------------------------------

@@ -106,7 +106,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     ready = None
     if backend == "cpu" and not torch.is_grad_enabled() and is_plain((grad_loss, *saved)):
-        ready = native.ready_gradients(grad_loss, saved[0], saved[1], saved[5], saved[HEAD:], options)
+        plan = native.plan(saved[0], saved[1], saved[3], options[0], *options[5:], needs)
+        ready = native.ready_gradients(grad_loss, saved[0], saved[1], saved[5], saved[HEAD:], plan)
     grads = ready or _masked_loss_bwd(grad_loss, *saved, *options, *needs, backend)
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs))
     return (d_hidden, d_weight, None, None, None, d_bias, *nowhere[HEAD:])
@@ -140,8 +141,9 @@ def _bwd(
     with torch.no_grad(), no_autocast(hidden):
         if backend == "cpu":
             kept = (kept0, kept1, kept2)
+            plan = native.plan(hidden, head_weight, masked, reduction, max_masked, memory_budget, needs)
             return native.backward(
-                grad_loss, hidden, head_weight, targets, masked, weight, head_bias, kept, options, memory_budget, needs
+                grad_loss, hidden, head_weight, targets, masked, weight, head_bias, kept, options, plan, needs
             )
         grads = reference.masked_loss_backward(
             grad_loss, hidden, head_weight, targets, masked, weight, head_bias=head_bias, **options._asdict()
@@ -195,7 +197,7 @@ def _rows_fake(*args: Any) -> tuple[Tensor, Tensor]:
     loss = empty_loss(logits, masked, reduction)
     if args[-1] == "reference":
         return loss, loss.new_empty(0)
-    return loss, torch.empty(native.rows_kept_shape(masked), dtype=native.STATE_DTYPE, device=logits.device)
+    return loss, torch.empty(native.rows_kept_shape(masked), dtype=torch.float32, device=logits.device)
 
 
 def _rows_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
