@@ -1,0 +1,388 @@
+"""Hugging Face checkpoint folders: config.json and safetensors, one file or shards with an index, in and out.
+
+A folder is complete or refused: a missing, unexpected or wrongly shaped tensor is one error that lists them all. Saving
+is atomic: what was there stays loadable until the new weights are on disk, whatever happens before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .errors import CheckpointError, CheckpointIOError, ConfigError
+from .model import Model
+
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint: rows start .. stop of one of the model's parameters."""
+
+    name: str
+    parameter: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+# ---- names ----------------------------------------------------------------------------------------------------
+
+_LLAMA = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "layer": "model.layers.{}.",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_LLADA = {  # ff_proj is the gate; the blocks' ff_out is the down projection, the top one the head
+    "embed": "model.transformer.wte",
+    "norm": "model.transformer.ln_f",
+    "head": "model.transformer.ff_out",
+    "layer": "model.transformer.blocks.{}.",
+    "attn_norm": "attn_norm",
+    "ffn_norm": "ff_norm",
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "attn_out",
+    "q_norm": "q_norm",
+    "k_norm": "k_norm",
+    "gate": "ff_proj",
+    "up": "up_proj",
+    "down": "ff_out",
+}
+
+
+def entries(config: ModelConfig) -> Iterator[Entry]:
+    """The tensors that a checkpoint of this configuration holds; together they cover every parameter once."""
+    names = _LLADA if config.family == "llada" else _LLAMA
+
+    def rows(key: str, parameter: str, start: int, count: int, *rest: int, suffix: str = "weight") -> Entry:
+        return Entry(f"{names[key]}.{suffix}", f"{parameter}.{suffix}", start, start + count, (count, *rest))
+
+    def in_layer(index: int, entry: Entry) -> Entry:
+        name = names["layer"].format(index) + entry.name
+        return Entry(name, f"layers.{index}.{entry.parameter}", entry.start, entry.stop, entry.shape)
+
+    yield rows("embed", "embed", 0, config.vocab_size, config.dim)
+    for index in range(config.n_layers):
+        for entry in _layer_entries(config, rows):
+            yield in_layer(index, entry)
+    yield rows("norm", "norm", 0, config.dim)
+    if not config.tie_embeddings:
+        yield rows("head", "lm_head", 0, config.vocab_size, config.dim)
+
+
+def _layer_entries(config: ModelConfig, rows: Callable[..., Entry]) -> Iterator[Entry]:
+    dim, ffn, queries = config.dim, config.ffn_dim, config.n_heads * config.head_dim
+    keys = config.n_kv_heads * config.head_dim
+    yield rows("attn_norm", "attn_norm", 0, dim)
+    for key, start, count in (("q", 0, queries), ("k", queries, keys), ("v", queries + keys, keys)):
+        yield rows(key, "qkv_proj", start, count, dim)
+        if config.qkv_bias:
+            yield rows(key, "qkv_proj", start, count, suffix="bias")
+    if config.qk_norm:
+        yield rows("q_norm", "q_norm", 0, config.head_dim)
+        yield rows("k_norm", "k_norm", 0, config.head_dim)
+    yield rows("o", "o_proj", 0, dim, queries)
+    yield rows("ffn_norm", "ffn_norm", 0, dim)
+    yield rows("gate", "gate_up_proj", 0, ffn, dim)
+    yield rows("up", "gate_up_proj", ffn, ffn, dim)
+    yield rows("down", "down_proj", 0, dim, ffn)
+
+
+# ---- load ----------------------------------------------------------------------------------------------------
+
+
+def load(
+    path: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Model:
+    """The model in a Hugging Face folder, in evaluation mode; dtype None keeps that of the stored embedding.
+
+    Raises CheckpointIOError (an OSError) for what is not there or cannot be read, ConfigError for a config.json of
+    another kind of model, CheckpointError for tensors that are not exactly its own. Memory: the model and one tensor.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    headers = {file: _header(file) for file in _weight_files(folder)}
+    found = {name: (file, info) for file, infos in headers.items() for name, info in infos.items()}
+    expected = {entry.name: entry for entry in entries(config)}
+    tied = _tied_head(config)
+    _compare(folder, expected, found, also_allowed={tied} if tied else set())
+    embed = next(iter(expected.values()))
+    stored = _DTYPES[found[embed.name][1]["dtype"]]
+    model = Model(config, device="meta").to(dtype or stored).to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for file in headers:
+        _fill(file, expected, parameters)
+    if tied in found and not _same_as(found[tied][0], tied, parameters["embed.weight"]):
+        raise CheckpointError(
+            f"{folder}: {tied} differs from {embed.name} although {CONFIG} ties them; set tie_word_embeddings to false"
+        )
+    return model.eval()
+
+
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration in a checkpoint folder. Raises CheckpointIOError, CheckpointError or ConfigError."""
+    file = Path(path) / CONFIG
+    return ModelConfig.from_hf(_read_json(file))
+
+
+def _read_json(file: Path) -> Any:
+    if not file.parent.is_dir():
+        raise CheckpointIOError(f"{file.parent} is no folder; expected one with {CONFIG} and *.safetensors")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointIOError(f"{file} is missing; a checkpoint folder holds {CONFIG} and *.safetensors") from None
+    except OSError as error:
+        raise CheckpointIOError(f"{file} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); download or save it again") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files to read: those of the index if there is one, else the single file."""
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointIOError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
+        return [folder / SINGLE]
+    index = _read_json(folder / INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise CheckpointError(f"{folder / INDEX}: expected an object with weight_map, a file name for each tensor")
+    files = sorted(set(names.values()))
+    outside = [name for name in files if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{folder / INDEX}: expected plain file names, got {outside[0]!r}")
+    missing = [name for name in files if not (folder / name).exists()]
+    if missing:
+        raise CheckpointIOError(f"{folder}: {len(missing)} of {len(files)} shards missing: {', '.join(missing)}")
+    return [folder / name for name in files]
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {dtype, shape, data_offsets} of a safetensors file, after checking that the file is as long as it says."""
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 0 <= length <= size - 8:
+                raise CheckpointError(f"{file} is no safetensors file, or cut short at {size} bytes; get it again")
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointIOError(f"{file} cannot be read: {error.strerror or error}") from None
+    try:
+        infos = {name: info for name, info in json.loads(text).items() if name != "__metadata__"}
+        needed = 8 + length + max((info["data_offsets"][1] for info in infos.values()), default=0)
+    except (ValueError, AttributeError, KeyError, IndexError, TypeError):
+        raise CheckpointError(f"{file}: the header is damaged; get the file again") from None
+    if size < needed:
+        raise CheckpointError(f"{file} is cut short: {size} bytes of {needed}; get the file again")
+    unknown = sorted({info["dtype"] for info in infos.values()} - set(_DTYPES))
+    if unknown:
+        raise CheckpointError(f"{file}: dtype {', '.join(unknown)} is not supported; convert it to BF16 or F32")
+    return infos
+
+
+def _tied_head(config: ModelConfig) -> str:
+    """Tied checkpoints may hold the head as well: its name, or "" where the head is a tensor of its own."""
+    if not config.tie_embeddings:
+        return ""
+    return (_LLADA if config.family == "llada" else _LLAMA)["head"] + ".weight"
+
+
+def _compare(folder: Path, expected: dict[str, Entry], found: dict[str, Any], also_allowed: set[str]) -> None:
+    missing = [name for name in expected if name not in found]
+    buffers = (".rotary_emb.inv_freq",)
+    unexpected = [n for n in found if n not in expected and n not in also_allowed and not n.endswith(buffers)]
+    wrong = [
+        f"{name} {tuple(found[name][1]['shape'])} instead of {entry.shape}"
+        for name, entry in expected.items()
+        if name in found and tuple(found[name][1]["shape"]) != entry.shape
+    ]
+    if missing or unexpected or wrong:
+        kinds = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong))
+        parts = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds if names]
+        raise CheckpointError(f"{folder}: the tensors are not those of {CONFIG}: {'; '.join(parts)}")
+
+
+@torch.no_grad()
+def _fill(file: Path, expected: Mapping[str, Entry], parameters: Mapping[str, Tensor]) -> None:
+    for name, tensor in _tensors(file):
+        entry = expected.get(name)
+        if entry is not None:
+            parameters[entry.parameter][entry.start : entry.stop].copy_(tensor)
+
+
+def _same_as(file: Path, name: str, weight: Tensor) -> bool:
+    tensor = next(t for n, t in _tensors(file, only=name) if n == name)
+    return tensor.shape == weight.shape and torch.equal(tensor.to(weight), weight)
+
+
+def _tensors(file: Path, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(file, framework="pt") as stream:
+            for name in [only] if only else stream.keys():
+                yield name, stream.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); get the file again") from None
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("checkpoints need safetensors: pip install 'illada-kernels[model]'") from None
+    return safetensors
+
+
+# ---- save ----------------------------------------------------------------------------------------------------
+
+
+def save(
+    model: Model, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 2**30
+) -> None:
+    """Writes the model as a Hugging Face folder that `load` reads back; other files in it stay.
+
+    All weights are written under new names and flushed to disk, then one rename makes them the checkpoint: of the
+    single file, or of the index where there are several shards. If anything fails before, a full disk or a kill, the
+    previous checkpoint is what `load` finds. Raises CheckpointIOError if writing fails, CheckpointError if the folder
+    holds a model of another shape. Memory: one shard on the host.
+    """
+    folder = Path(path)
+    written: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _refuse_other_shape(folder, model.config)
+        _write(folder, model, dtype, max_shard_bytes, written)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointIOError(f"{folder}: not saved ({reason}); free space or save elsewhere") from error
+    finally:
+        for file in written:
+            file.unlink(missing_ok=True)
+
+
+def _refuse_other_shape(folder: Path, config: ModelConfig) -> None:
+    """config.json is a file of its own: over a model of another shape, no order of renames would be atomic."""
+    if not (folder / CONFIG).exists():
+        return
+    try:
+        there = set(entries(read_config(folder)))
+    except (CheckpointError, ConfigError):
+        there = set()
+    if there != set(entries(config)):
+        raise CheckpointError(f"{folder} holds a model of another shape; save elsewhere, or delete it first")
+
+
+def _write(folder: Path, model: Model, dtype: torch.dtype | None, limit: int, written: list[Path]) -> None:
+    """`written` keeps the files that do not count yet."""
+    shards = list(_shards(model.config, dtype or model.dtype, limit))
+    unique, parameters = uuid.uuid4().hex[:8], dict(model.named_parameters())
+    names = [f"model-{unique}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards):
+        written.append(folder / name)
+        tensors = {e.name: _stored(parameters[e.parameter], e, dtype or model.dtype) for e in shard}
+        _write_shard(folder / name, tensors)
+        _flush(folder / name)
+    config = folder / f"config-{unique}.json"
+    written.append(config)
+    _write_json(config, {**model.config.to_hf(), "torch_dtype": str(dtype or model.dtype).removeprefix("torch.")})
+    old = [file for file in _shards_there(folder) if file.name not in names]
+    if len(shards) == 1:
+        config.replace(folder / CONFIG)
+        (folder / names[0]).replace(folder / SINGLE)
+        # An index is read before the single file: while it stands, the shards it names are the checkpoint.
+        (folder / INDEX).unlink(missing_ok=True)
+    else:
+        index = folder / f"index-{unique}.json"
+        written.append(index)
+        weight_map = {e.name: name for name, shard in zip(names, shards) for e in shard}
+        total = sum(_bytes(e, dtype or model.dtype) for shard in shards for e in shard)
+        _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        config.replace(folder / CONFIG)
+        index.replace(folder / INDEX)
+        written.clear()
+        old.append(folder / SINGLE)
+    _flush(folder)
+    for file in old:
+        file.unlink(missing_ok=True)
+
+
+def _shards(config: ModelConfig, dtype: torch.dtype, limit: int) -> Iterator[list[Entry]]:
+    shard: list[Entry] = []
+    for entry in entries(config):
+        if shard and sum(_bytes(e, dtype) for e in shard) + _bytes(entry, dtype) > limit:
+            yield shard
+            shard = []
+        shard.append(entry)
+    yield shard
+
+
+def _bytes(entry: Entry, dtype: torch.dtype) -> int:
+    return dtype.itemsize * torch.Size(entry.shape).numel()
+
+
+def _stored(parameter: Tensor, entry: Entry, dtype: torch.dtype) -> Tensor:
+    return parameter.detach()[entry.start : entry.stop].to("cpu", dtype).contiguous()
+
+
+def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
+    safetensors = _safetensors()
+    try:
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _flush(file)
+
+
+def _shards_there(folder: Path) -> set[Path]:
+    """What the index names, and what an interrupted save left."""
+    shards = set(folder.glob("model-????????-?????-of-?????.safetensors"))
+    try:
+        return shards | set(_weight_files(folder)) - {folder / SINGLE}
+    except CheckpointError:
+        return shards
+
+
+def _flush(path: Path) -> None:
+    """Returns when the file, or the folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

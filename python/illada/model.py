@@ -1,0 +1,174 @@
+"""The thin model: tokens in, hidden rows out. The head belongs to the ops: give them these and `model.head_weight`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import illada_kernels
+from illada_kernels import KeyRanges
+
+from .cache import CacheWindow
+from .config import ModelConfig
+
+Rope = tuple[Tensor, Tensor]  # cos and sin
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, then times the weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
+
+
+def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """cos and sin of position * theta**(-2i / head_dim): (B or 1, S, 1, head_dim / 2), computed in at least float32."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    pair = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact)
+    angle = positions[..., None, None].to(exact) * config.rope_theta ** (-pair / config.head_dim)
+    rotate_in = exact if config.rope_in_fp32 else dtype
+    return angle.cos().to(rotate_in), angle.sin().to(rotate_in)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (x[i], x[i + head_dim / 2]) of x (B, S, H, head_dim), in the dtype of cos; returns x's dtype."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """h + attention(norm(h)), then h + SwiGLU(norm(h)). One product makes q, k and v; one gate and up."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.qkv_proj = nn.Linear(c.dim, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.gate_up_proj = nn.Linear(c.dim, 2 * c.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(c.ffn_dim, c.dim, bias=False)
+
+    def forward(
+        self, h: Tensor, rope: Rope, key_ranges: KeyRanges | None, layer: int, cache: CacheWindow | None
+    ) -> Tensor:
+        h = h + self.o_proj(self.attend(self.attn_norm(h), rope, key_ranges, layer, cache))
+        gate, up = self.gate_up_proj(self.ffn_norm(h)).chunk(2, dim=-1)
+        return h + self.down_proj(F.silu(gate) * up)
+
+    def attend(
+        self, x: Tensor, rope: Rope, key_ranges: KeyRanges | None, layer: int, cache: CacheWindow | None
+    ) -> Tensor:
+        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim)).split(self.heads, dim=2)  # (B, S, H, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = rope if self.config.rope_in_fp32 else (rope[0].to(q.dtype), rope[1].to(q.dtype))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        return illada_kernels.attention(q, k, v, key_ranges).flatten(2)
+
+
+class Model(nn.Module):
+    """`Model(config)(tokens)` -> hidden rows; row i is the one whose product with `head_weight` predicts token i.
+
+    Weights are drawn from torch's global generator: normal(init_std), projections back into the residual stream divided
+    by sqrt(2 * n_layers), the embedding with standard deviation sqrt(1 / (2 * dim)). `device="meta"`: no storage.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.embed = nn.Embedding(config.vocab_size, config.dim)
+            self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        if dtype is not None:
+            self.to(dtype)
+        if device is None or torch.device(device).type != "meta":
+            self.to_empty(device=device or torch.get_default_device())
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        std, into_residual = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.n_layers)
+        for name, parameter in self.named_parameters():
+            if name == "embed.weight":
+                parameter.normal_(0, math.sqrt(1 / (2 * self.config.dim)))
+            elif name.endswith("norm.weight"):
+                parameter.fill_(1)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0, into_residual if "o_proj" in name or "down_proj" in name else std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocab_size, dim), what `masked_loss` and `unmask` multiply hidden rows with."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def forward(
+        self,
+        tokens: Tensor,
+        key_ranges: KeyRanges | None = None,
+        positions: Tensor | None = None,
+        cache: CacheWindow | None = None,
+    ) -> Tensor:
+        """Hidden rows (B, S, dim) of tokens (B, S) int64.
+
+        key_ranges: who sees whom; None is what the model was made for (config.causal_block). positions: (S,), (B, S) or
+        (1, S) int64, counted from each sequence's start; None counts columns, with a cache slots. cache: keys and
+        values of this window are written into it, and queries see its first `num_keys` slots, so key_ranges must then
+        be given. With `shifted_logits` the rows come out shifted, row i from token i - 1; a row at position 0, and a
+        window's first row, which has no predecessor here, stay as they are. Raises ValueError for a wrong shape. Never
+        synchronises.
+        """
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens: expected int64 (B, S), got {tokens.dtype} of shape {tuple(tokens.shape)}")
+        batch, length = tokens.shape
+        if positions is None:
+            positions = torch.arange(length, device=tokens.device) if cache is None else cache.slots(length)
+        positions = positions[None] if positions.dim() == 1 else positions  # (B or 1, S)
+        if positions.dim() != 2 or positions.shape[1] != length or positions.shape[0] not in (1, batch):
+            raise ValueError(f"positions: expected ({batch} or 1, {length}) like tokens, got {tuple(positions.shape)}")
+        if key_ranges is None:
+            key_ranges = self._own_ranges(tokens, cache)
+        h = self.embed(tokens)
+        rope = rope_angles(self.config, positions, h.dtype)
+        for layer, block in enumerate(self.layers):
+            h = block(h, rope, key_ranges, layer, cache)
+        h = self.norm(h)
+        return _shift(h, positions) if self.config.shifted_logits else h
+
+    def _own_ranges(self, tokens: Tensor, cache: CacheWindow | None) -> KeyRanges | None:
+        if cache is not None:
+            raise ValueError("key_ranges: expected the ranges over the cache's slots, got None")
+        if self.config.causal_block == 0:
+            return None
+        return KeyRanges.block_causal(tokens.shape[1], self.config.causal_block, device=tokens.device)
+
+
+def _shift(h: Tensor, positions: Tensor) -> Tensor:
+    before = torch.cat([h[:, :1], h[:, :-1]], dim=1)
+    return torch.where((positions == 0)[..., None], h, before)
