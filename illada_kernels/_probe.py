@@ -74,10 +74,10 @@ def extension_facts() -> dict[str, Any]:
 
 def op_facts(op: str) -> list[dict[str, Any]]:
     """One row per backend, in the op's default order: reason None if available, its place in the order per device."""
-    order = "FROM_LOGITS_BACKENDS" if op.endswith("_from_logits") else "BACKENDS"
-    backends, error = attempt(lambda: getattr(importlib.import_module(f"illada_kernels.ops.{ROOMS[op]}"), order))
+    room, error = attempt(lambda: importlib.import_module(f"illada_kernels.ops.{ROOMS[op]}"))
     if error:
         return [{"backend": name, "reason": f"the op cannot be imported: {error}"} for name in BACKENDS]
+    backends = getattr(room, "FROM_LOGITS_BACKENDS", room.BACKENDS) if op.endswith("_from_logits") else room.BACKENDS
     import torch
 
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()

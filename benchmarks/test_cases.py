@@ -1,0 +1,30 @@
+"""`pytest benchmarks --benchmark-only`: every case of every bench file as a pytest-benchmark test of our first backend.
+
+The peers of the case are timed interleaved with it and stand in the extra info; `python -m benchmarks.run` gives rows.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from . import measure, run
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [case for op in run.FILES if run.exists(op) for case in run.collect(op, DEVICE)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}-{case.dtype}")
+def test_case(case: measure.Case, benchmark) -> None:
+    work = case.build()
+    backend, job = next(iter(work.ours.items()))
+    benchmark.group = case.op
+    times = measure.interleaved({backend: job, **work.peers}, rounds=3, seconds=10, device=DEVICE)
+    benchmark.extra_info.update(backend=backend, **{f"{name} ms": t["p50"] for name, t in times.items()})
+
+    def once() -> None:
+        job()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(once, rounds=3, warmup_rounds=0)
