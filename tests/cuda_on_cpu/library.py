@@ -133,7 +133,7 @@ def compile_kernels(source: str | Path, defines: tuple[str, ...] = (), text: str
         return Kernels(_cached(path.stem, [path], depends, flags), path.name)
     CACHE.mkdir(parents=True, exist_ok=True)
     copy = CACHE / f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.cu"
-    copy.write_text(text)
+    copy.write_text(f'#line 1 "{path}"\n{text}')
     return Kernels(_cached(path.stem, [copy], depends, [*flags, "-I", str(path.parent)]), path.name)
 
 
@@ -208,7 +208,7 @@ def _name_lines(report: str) -> str:
         command = ["addr2line", "-i", "-e", library, hex(offset)]
         out = subprocess.run(command, capture_output=True, text=True).stdout.split()
         named = [line for line in out if str(HERE / "shim") not in line and re.match(r".*:\d+$", line)]
-        named = [re.sub(r"-[0-9a-f]{16}\.cu", ".cu", os.path.relpath(line, ROOT)) for line in named]
+        named = [os.path.relpath(line, ROOT) for line in named]
         return " in ".join(named[:3]) or f"{library}+{match[2]}"
 
     return re.sub(r"\{pc (\S+) (\w+)\}", lines, report)

@@ -160,7 +160,11 @@ void wgmma(float* d, const uint32_t* a_registers, const Product& w) {
   ++p.threads;
 }
 
-void wgmma_fence() { self->wgmma_fenced = true; }
+void wgmma_fence() {
+  CALLED_FROM_KERNEL;
+  warp_meet("wgmma_fence", ~0u, 0);
+  self->wgmma_fenced = true;
+}
 
 void wgmma_commit() {
   self->group_ends.push_back(self->products);
@@ -169,6 +173,7 @@ void wgmma_commit() {
 
 void wgmma_wait(int newest) {
   CALLED_FROM_KERNEL;
+  warp_meet("wgmma_wait", ~0u, newest);
   const int t = self->thread % 128, groups = int(self->group_ends.size());
   Warpgroup& g = self->block->warpgroups[self->thread / 128];
   const uint64_t wanted = groups > newest ? self->group_ends[groups - newest - 1] : 0;

@@ -28,44 +28,46 @@
 #define __constant__
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
+// Always inlined, so that the return address of the emulator's functions lies in the kernel and names its line.
+#define EMULATED inline __attribute__((always_inline))
 #define __shared__ static_assert(false, "static __shared__ memory does not exist here: use illada::dynamic_smem()");
 
 using std::max;
 using std::min;
 
 // ---- meetings of threads ---------------------------------------------------------------------------------------
-inline void __syncthreads() { emulator::barrier_all(0, nullptr); }
-inline int __syncthreads_count(int x) { return emulator::barrier_all(x, nullptr); }
-inline int __syncthreads_or(int x) { return emulator::barrier_all(x, nullptr) != 0; }
-inline int __syncthreads_and(int x) {
+EMULATED void __syncthreads() { emulator::barrier_all(0, nullptr); }
+EMULATED int __syncthreads_count(int x) { return emulator::barrier_all(x, nullptr); }
+EMULATED int __syncthreads_or(int x) { return emulator::barrier_all(x, nullptr) != 0; }
+EMULATED int __syncthreads_and(int x) {
   int all;
   return emulator::barrier_all(x, &all) == all;
 }
 
 namespace emulator {
-template <class T> uint64_t to_bits(T x) {
+template <class T> EMULATED uint64_t to_bits(T x) {
   static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
   uint64_t bits = 0;
   std::memcpy(&bits, &x, sizeof x);
   return bits;
 }
-template <class T> T from_bits(uint64_t bits) {
+template <class T> EMULATED T from_bits(uint64_t bits) {
   T x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-inline int lane() {
+EMULATED int lane() {
   return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
 }
 // A shuffle from `source` within this lane's group of `width` lanes; from itself where that lies outside of it.
-template <class T> T shuffle(const char* name, unsigned mask, T x, int source, int width) {
+template <class T> EMULATED T shuffle(const char* name, unsigned mask, T x, int source, int width) {
   const int first = lane() / width * width;
   if (source < first || source >= first + width) source = lane();
   shuffle_source(mask, source);
   return from_bits<T>(warp_meet(name, mask, to_bits(x)).at[source]);
 }
-template <class T, class Op> T reduce(const char* name, unsigned mask, T x, Op op) {
+template <class T, class Op> EMULATED T reduce(const char* name, unsigned mask, T x, Op op) {
   const Lanes all = warp_meet(name, mask, to_bits(x));
   int first = 0;
   while (!(mask >> first & 1)) ++first;
@@ -76,28 +78,28 @@ template <class T, class Op> T reduce(const char* name, unsigned mask, T x, Op o
 }
 }  // namespace emulator
 
-inline void __syncwarp(unsigned mask = ~0u) { emulator::warp_meet("__syncwarp", mask, 0); }
-template <class T> T __shfl_sync(unsigned mask, T x, int source, int width = 32) {
+EMULATED void __syncwarp(unsigned mask = ~0u) { emulator::warp_meet("__syncwarp", mask, 0); }
+template <class T> EMULATED T __shfl_sync(unsigned mask, T x, int source, int width = 32) {
   return emulator::shuffle("__shfl_sync", mask, x, emulator::lane() / width * width + source % width, width);
 }
-template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32) {
+template <class T> EMULATED T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32) {
   return emulator::shuffle("__shfl_xor_sync", mask, x, emulator::lane() ^ bits, width);
 }
-template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32) {
+template <class T> EMULATED T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32) {
   return emulator::shuffle("__shfl_up_sync", mask, x, emulator::lane() - int(by), width);
 }
-template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32) {
+template <class T> EMULATED T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32) {
   return emulator::shuffle("__shfl_down_sync", mask, x, emulator::lane() + int(by), width);
 }
-inline unsigned __ballot_sync(unsigned mask, int x) {
+EMULATED unsigned __ballot_sync(unsigned mask, int x) {
   const emulator::Lanes all = emulator::warp_meet("__ballot_sync", mask, x != 0);
   unsigned votes = 0;
   for (int i = 0; i < 32; ++i) votes |= unsigned((mask >> i & 1) && all.at[i]) << i;
   return votes;
 }
-inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
-inline int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, x) == mask; }
-template <class T> unsigned __match_any_sync(unsigned mask, T x) {
+EMULATED int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
+EMULATED int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, x) == mask; }
+template <class T> EMULATED unsigned __match_any_sync(unsigned mask, T x) {
   const uint64_t mine = emulator::to_bits(x);
   const emulator::Lanes all = emulator::warp_meet("__match_any_sync", mask, mine);
   unsigned same = 0;
@@ -105,7 +107,7 @@ template <class T> unsigned __match_any_sync(unsigned mask, T x) {
   return same;
 }
 #define EMULATED_REDUCE(name, expression)                                                                  \
-  template <class T> T name(unsigned mask, T x) {                                                          \
+  template <class T> EMULATED T name(unsigned mask, T x) {                                                        \
     return emulator::reduce(#name, mask, x, [](T a, T b) -> T { return expression; });                     \
   }
 EMULATED_REDUCE(__reduce_add_sync, a + b)
@@ -115,12 +117,12 @@ EMULATED_REDUCE(__reduce_and_sync, a & b)
 EMULATED_REDUCE(__reduce_or_sync, a | b)
 #undef EMULATED_REDUCE
 // One host thread at a time runs a fiber of a cluster, and stores of x86 are seen in order.
-inline void __threadfence() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+EMULATED void __threadfence() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+EMULATED void __threadfence_block() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
 // ---- atomics ---------------------------------------------------------------------------------------------------
 #define EMULATED_ATOMIC(name, op, T, code)                                                                          \
-  inline T name(T* p, T x) {                                                                                        \
+  EMULATED T name(T* p, T x) {                                                                                        \
     using namespace emulator;                                                                                       \
     return from_bits<T>(atomic(Atomic::op, AtomicType::code, p, to_bits(x), 0));                                    \
   }
@@ -138,7 +140,7 @@ EMULATED_ATOMICS(atomicXor, bit_xor)
 EMULATED_ATOMIC(atomicAdd, add, float, f32)
 EMULATED_ATOMIC(atomicAdd, add, double, f64)
 EMULATED_ATOMIC(atomicExch, exchange, float, f32)
-template <class T> T atomicCAS(T* p, T expected, T x) {
+template <class T> EMULATED T atomicCAS(T* p, T expected, T x) {
   using namespace emulator;
   return from_bits<T>(atomic(Atomic::compare_and_swap, sizeof(T) == 4 ? AtomicType::u32 : AtomicType::u64, p, to_bits(x),
                              to_bits(expected)));
@@ -146,56 +148,56 @@ template <class T> T atomicCAS(T* p, T expected, T x) {
 
 // ---- loads and stores that hint at the caches -------------------------------------------------------------------
 namespace emulator {
-template <class T> T load(const T* p) {
+template <class T> EMULATED T load(const T* p) {
   check_access(p, sizeof(T), alignof(T), false);
   T x;
   __builtin_memcpy(&x, p, sizeof x);
   return x;
 }
-template <class T> void store(T* p, T x) {
+template <class T> EMULATED void store(T* p, T x) {
   check_access(p, sizeof(T), alignof(T), true);
   __builtin_memcpy(p, &x, sizeof x);
 }
 }  // namespace emulator
-template <class T> T __ldg(const T* p) { return emulator::load(p); }
-template <class T> T __ldcs(const T* p) { return emulator::load(p); }
-template <class T> T __ldcg(const T* p) { return emulator::load(p); }
-template <class T> T __ldcv(const T* p) { return emulator::load(p); }
-template <class T> void __stcs(T* p, T x) { emulator::store(p, x); }
-template <class T> void __stcg(T* p, T x) { emulator::store(p, x); }
-template <class T> void __stwt(T* p, T x) { emulator::store(p, x); }
+template <class T> EMULATED T __ldg(const T* p) { return emulator::load(p); }
+template <class T> EMULATED T __ldcs(const T* p) { return emulator::load(p); }
+template <class T> EMULATED T __ldcg(const T* p) { return emulator::load(p); }
+template <class T> EMULATED T __ldcv(const T* p) { return emulator::load(p); }
+template <class T> EMULATED void __stcs(T* p, T x) { emulator::store(p, x); }
+template <class T> EMULATED void __stcg(T* p, T x) { emulator::store(p, x); }
+template <class T> EMULATED void __stwt(T* p, T x) { emulator::store(p, x); }
 
 // ---- arithmetic ------------------------------------------------------------------------------------------------
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __frcp_rn(float x) { return 1 / x; }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.f) : 0.f; }
-inline float exp10f(float x) { return float(std::pow(10., x)); }
-inline float __int_as_float(int x) { return emulator::from_bits<float>(unsigned(x)); }
-inline float __uint_as_float(unsigned x) { return emulator::from_bits<float>(x); }
-inline int __float_as_int(float x) { return int(emulator::to_bits(x)); }
-inline unsigned __float_as_uint(float x) { return unsigned(emulator::to_bits(x)); }
-inline float __uint2float_rn(unsigned x) { return float(x); }
-inline float __int2float_rn(int x) { return float(x); }
-inline float __ull2float_rn(unsigned long long x) { return float(x); }
-inline float __ll2float_rn(long long x) { return float(x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
-inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
-inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+EMULATED float __expf(float x) { return std::exp(x); }
+EMULATED float __logf(float x) { return std::log(x); }
+EMULATED float __log2f(float x) { return std::log2(x); }
+EMULATED float __fdividef(float a, float b) { return a / b; }
+EMULATED float __fdiv_rn(float a, float b) { return a / b; }
+EMULATED float __fmul_rn(float a, float b) { return a * b; }
+EMULATED float __fadd_rn(float a, float b) { return a + b; }
+EMULATED float __fsub_rn(float a, float b) { return a - b; }
+EMULATED float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+EMULATED float __frcp_rn(float x) { return 1 / x; }
+EMULATED float __fsqrt_rn(float x) { return std::sqrt(x); }
+EMULATED float rsqrtf(float x) { return 1 / std::sqrt(x); }
+EMULATED float __saturatef(float x) { return x > 0 ? std::min(x, 1.f) : 0.f; }
+EMULATED float exp10f(float x) { return float(std::pow(10., x)); }
+EMULATED float __int_as_float(int x) { return emulator::from_bits<float>(unsigned(x)); }
+EMULATED float __uint_as_float(unsigned x) { return emulator::from_bits<float>(x); }
+EMULATED int __float_as_int(float x) { return int(emulator::to_bits(x)); }
+EMULATED unsigned __float_as_uint(float x) { return unsigned(emulator::to_bits(x)); }
+EMULATED float __uint2float_rn(unsigned x) { return float(x); }
+EMULATED float __int2float_rn(int x) { return float(x); }
+EMULATED float __ull2float_rn(unsigned long long x) { return float(x); }
+EMULATED float __ll2float_rn(long long x) { return float(x); }
+EMULATED int __popc(unsigned x) { return __builtin_popcount(x); }
+EMULATED int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+EMULATED int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+EMULATED int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
+EMULATED int __ffs(int x) { return __builtin_ffs(x); }
+EMULATED int __ffsll(long long x) { return __builtin_ffsll(x); }
+EMULATED unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
+EMULATED unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return (unsigned long long)((unsigned __int128)a * b >> 64);
 }
 [[noreturn]] inline void __trap() { std::abort(); }
@@ -222,8 +224,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 namespace illada {
-inline uint8_t* dynamic_smem() { return emulator::shared_base(); }
-inline float fast_exp2(float x) {
+EMULATED uint8_t* dynamic_smem() { return emulator::shared_base(); }
+EMULATED float fast_exp2(float x) {
   const float y = std::exp2(x);
   return y < 1.1754944e-38f ? 0.f : y;
 }
