@@ -1,4 +1,4 @@
-"""Checkpoint folders: names of every family, refusals that list everything, and saving that cannot lose what was there."""
+"""Checkpoint folders: names of every family, refusals that list everything, saving that cannot lose what was there."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_model import make, tiny, tokens_of
-
 from illada import checkpoint
 from illada.checkpoint import entries, load, save
 from illada.config import PRESETS
 from illada.errors import CheckpointError, CheckpointIOError, ConfigError
 from illada.model import Model
+from safetensors.torch import load_file, save_file
+from test_model import make, tiny, tokens_of
 
 
 def assert_same(a: Model, b: Model) -> None:
@@ -34,7 +33,7 @@ def saved(tmp_path: Path) -> tuple[Model, Path]:
     return model, tmp_path / "model"
 
 
-# ---- names -------------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -125,7 +124,7 @@ def test_a_tied_head_may_be_stored_but_not_differ(saved):
         load(folder)
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------------
 
 
 def test_every_wrong_tensor_is_listed_at_once(saved):
@@ -178,7 +177,7 @@ def test_what_is_not_a_checkpoint_says_what_one_is(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ConfigError, match="expected one of the types illada, .* got gpt2"):
+    with pytest.raises(ConfigError, match=r"expected one of the types illada, .* got gpt2"):
         load(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointIOError, match=r"holds no weights: expected model\.safetensors or"):
@@ -201,7 +200,7 @@ def test_an_index_is_checked_before_anything_is_read(tmp_path):
         load(tmp_path)
 
 
-# ---- saving ------------------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------------------
 
 
 def test_saving_again_replaces_the_weights_and_keeps_other_files(tmp_path):

@@ -1,4 +1,4 @@
-"""The model against a plain PyTorch transformer written here, in float64, and the properties that padding and caches need."""
+"""The model against a plain transformer written here, in float64, and the properties that padding and caches need."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from illada.cache import Cache
 from illada.config import PRESETS, ModelConfig
 from illada.errors import ConfigError
 from illada.model import Model
+from torch import Tensor
+from torch.nn import functional as F
+
 from illada_kernels import KeyRanges
 
 EXACT = 1e-12  # float64, values near 1, sums of at most 100 terms: 100 * 2**-53 is 1.1e-14
@@ -41,7 +41,7 @@ def tokens_of(config: ModelConfig, batch: int, length: int, seed: int = 1) -> Te
     return torch.randint(0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-# ---- the plain transformer ---------------------------------------------------------------------------------------------
+# ---- the plain transformer ---------------------------------------------------------------------------------------
 
 
 def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -179,7 +179,7 @@ def test_norm_is_rounded_before_the_weight_is_applied():
 
 
 def test_rope_in_float32_is_the_more_exact_of_the_two_in_bfloat16():
-    """Both are compared with float64 on the same bfloat16 weights; the float32 one rounds once instead of four times."""
+    """Both are compared with float64 on the same bfloat16 weights; the float32 one rounds less often."""
     errors = {}
     for in_fp32 in (False, True):
         config = tiny(rope_in_fp32=in_fp32, n_layers=1, head_dim=32)

@@ -36,7 +36,7 @@ class Entry:
     shape: tuple[int, ...]
 
 
-# ---- names ----------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------------
 
 _LLAMA = {
     "embed": "model.embed_tokens",
@@ -112,7 +112,7 @@ def _layer_entries(config: ModelConfig, rows: Callable[..., Entry]) -> Iterator[
     yield rows("down", "down_proj", 0, dim, ffn)
 
 
-# ---- load ----------------------------------------------------------------------------------------------------
+# ---- load --------------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -186,7 +186,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape, data_offsets} of a safetensors file, after checking that the file is as long as it says."""
+    """Name -> {dtype, shape, data_offsets} of a safetensors file that is at least as long as it says."""
     try:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -264,7 +264,7 @@ def _safetensors() -> Any:
     return safetensors
 
 
-# ---- save ----------------------------------------------------------------------------------------------------
+# ---- save --------------------------------------------------------------------------------------------------------
 
 
 def save(
