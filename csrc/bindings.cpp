@@ -65,9 +65,18 @@ PYBIND11_MODULE(_C, m) {
   BIND_CPU(masked_loss_dlogits);
 
   // unmask
+  m.attr("unmask_row_bytes") = ILLADA_UNMASK_ROW_BYTES;
+  m.attr("unmask_partial_bytes") = ILLADA_UNMASK_PARTIAL_BYTES;
+  m.attr("unmask_segment") = ILLADA_UNMASK_SEGMENT;
+  BIND_CPU(unmask_plan);
+  BIND_CPU(unmask_rows);
+  BIND_CPU(unmask_select);
+  BIND_CPU(unmask_noise);
 
 #ifdef ILLADA_WITH_CUDA
   m.attr("with_cuda") = true;
+  BIND_CUDA(masked_loss_rows_fwd);
+  BIND_CUDA(masked_loss_rows_bwd);
 #else
   m.attr("with_cuda") = false;
 #endif

@@ -42,5 +42,32 @@ ILLADA_CPU(illada_masked_loss_stats, const void* logits, int dtype, int64_t rows
 ILLADA_CPU(illada_masked_loss_dlogits, const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype, int64_t rows,
            const int64_t* row_index, int64_t first, int64_t count, const float* bias, float softcap, const int64_t* targets,
            const int64_t* forbid, int64_t n_forbid, const float* coefficients, int threads)
+// CUDA. All rows of logits, masked or not. losses (rows), 0 where not masked; stats (rows, 2): max, sum of exp(z - max).
+extern "C" int illada_masked_loss_rows_fwd(const void* logits, int dtype, int64_t rows, int64_t vocab, int64_t stride, const uint8_t* masked,
+                                           const int64_t* targets, const float* bias, float softcap, float label_smoothing, float z_loss,
+                                           const int64_t* forbid, int64_t n_forbid, float* losses, float* stats, void* stream);
+// scales (rows): what multiplies the gradient of a row; a NaN fills its row, masked or not. out may be logits, with their stride.
+extern "C" int illada_masked_loss_rows_bwd(const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype, int64_t rows,
+                                           int64_t vocab, const uint8_t* masked, const int64_t* targets, const float* stats,
+                                           const float* scales, const float* bias, float softcap, float label_smoothing, float z_loss,
+                                           const int64_t* forbid, int64_t n_forbid, void* stream);
 
 // ---- unmask (csrc/cpu/unmask.cpp) ------------------------------------------------------------------------------------------
+// Bytes that callers allocate per row and per (row, segment), and the ids of a segment: what one Partial covers.
+#define ILLADA_UNMASK_ROW_BYTES 48
+#define ILLADA_UNMASK_PARTIAL_BYTES 48
+#define ILLADA_UNMASK_SEGMENT 2048
+// integers (batch, 4): seed, step, the rule's k, Remask's n; numbers (batch, 4): temperature, confidence temperature, the rule's
+// number, Edit's tau. positions, noise_positions, scores and the outputs are contiguous (batch, count).
+ILLADA_CPU(illada_unmask_plan, const int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length, const int64_t* positions,
+           int64_t count, const uint8_t* frozen, int64_t frozen_stride, const int64_t* noise_positions, int64_t mask_id, int revise,
+           const int64_t* integers, const float* numbers, void* rows, int64_t* row_count)
+ILLADA_CPU(illada_unmask_rows, const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count, const void* rows,
+           int64_t row_count, int64_t first, int64_t ids, int64_t segments, const int64_t* edit_ids, const float* edit_values,
+           int64_t edits, int entropy, void* partials, int threads)
+ILLADA_CPU(illada_unmask_select, int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length, const int64_t* positions,
+           int64_t count, const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id, int rule, int confidence, int revise,
+           const float* scores, const int64_t* integers, const float* numbers, const void* rows, int64_t row_count,
+           const void* partials, int64_t segments, int64_t* proposal, float* confidences, uint8_t* committed, int32_t* remaining,
+           int threads)
+ILLADA_CPU(illada_unmask_noise, int64_t seed, int64_t position, int64_t step, int64_t ids, uint32_t* words, float* noise)

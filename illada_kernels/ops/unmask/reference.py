@@ -130,18 +130,15 @@ def row_logits(step: Step, start: int, rows: int) -> Tensor:
         if step.head_bias is not None:
             logits = logits + step.head_bias.to(dtype)
     vocabulary = logits.shape[1]
-    if step.bias_ids is not None and step.bias_values is not None:
+    bias = torch.zeros(vocabulary, dtype=torch.float32, device=logits.device)
+    if step.bias_ids is not None and step.bias_values is not None and vocabulary > 0:
         known = (step.bias_ids >= 0) & (step.bias_ids < vocabulary)
-        values = torch.where(known, step.bias_values.to(dtype), 0.0)
-        bias = torch.zeros(vocabulary, dtype=dtype, device=logits.device)
-        logits = logits + bias.index_add(0, torch.where(known, step.bias_ids, 0), values)
-    if step.forbid:
-        forbidden = torch.zeros(vocabulary, dtype=torch.bool, device=logits.device)
-        for i in step.forbid:
-            if 0 <= i < vocabulary:
-                forbidden[i] = True
-        logits = logits.masked_fill(forbidden, -torch.inf)
-    return logits
+        values = torch.where(known, step.bias_values, 0.0)
+        bias.index_add_(0, torch.where(known, step.bias_ids, 0), values)
+    for i in step.forbid:
+        if 0 <= i < vocabulary:
+            bias[i] = -torch.inf
+    return torch.where(bias == -torch.inf, -torch.inf, logits + bias)
 
 
 # ---- noise: a function of (seed, step, position, token id) alone
