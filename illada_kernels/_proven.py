@@ -64,7 +64,9 @@ def _read() -> dict[str, dict[str, str]]:
         known = json.loads(cache_file().read_text())
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    if not isinstance(known, dict):
+        return {}
+    return {gpu: passed for gpu, passed in known.items() if isinstance(passed, dict)}
 
 
 @functools.cache

@@ -1,0 +1,56 @@
+"""Writes the table of measurements in README.md, between its markers, from benchmarks/results:
+
+    python -m benchmarks.readme
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from .plot import rows_of
+from .run import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- measured: written by python -m benchmarks.readme -->", "<!-- /measured -->"
+
+
+def table(results: Path = RESULTS) -> str:
+    parts = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if rows := rows_of(folder):
+            parts += [
+                f"{rows[0]['device']}, torch {rows[0]['versions']['torch']} (`benchmarks/results/{folder.name}/`)",
+                "",
+                "| op | case | dtype | ours, ms | fastest peer, ms | times faster | share of floor | memory, MiB |",
+                "|---|---|---|---:|---:|---:|---:|---:|",
+                *map(table_row, rows),
+                "",
+            ]
+    return "\n".join(parts).strip()
+
+
+def table_row(row: dict[str, Any]) -> str:
+    peer, ratio = "none", ""
+    if row["best_peer"]:
+        peer, ratio = f"{row['best_peer']} {digits(row['peers'][row['best_peer']])}", f"{row['ratio']:.2f}"
+    return (
+        f"| {row['op']} | {row['case']} | {row['dtype']} | {digits(row['ms']['p50'])} | {peer} | {ratio} "
+        f"| {row['floor_ratio']:.2f} | {row['peak_memory'] / 2**20:.1f} |"
+    )
+
+
+def digits(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def updated(text: str) -> str:
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text()))
+    sys.exit(0)
