@@ -1,7 +1,7 @@
 """The loop behind `generate` and `fill`: forward passes over windows of columns, one `unmask` a pass.
 
-A batch is a rectangle of columns. Sequences are padded on the left, so that a block has the same columns in all of them;
-sequence b begins in column starts[b], and its positions count from there. What a window computes and what it reads:
+A batch is a rectangle of columns. Sequences are padded on the left, so that a block has the same columns in all of
+them; sequence b begins in column starts[b] and counts its positions from there. What a window computes and reads:
 
     cache           first pass of a block                  later passes
     none            all columns up to `end`                the same
@@ -114,7 +114,7 @@ class Decoder:
         return max(first - 1, 0) if self.config.shifted_logits else first, last
 
     def hidden(self, window: tuple[int, int], end: int) -> Tensor:
-        """(B, window, dim): with guidance w it is u + (w + 1) (c - u), the head being linear; u has the prompt masked."""
+        """(B, window, dim). With guidance w it is u + (w + 1) (c - u), the head being linear; u has no prompt."""
         first, last = window
         tokens, starts = self.tokens[:, first:last], self.starts
         if self.guided:
@@ -168,7 +168,7 @@ class Decoder:
             if not isinstance(revise, Remask):  # which goes on: what is full now may lose tokens in the next pass
                 active = out.remaining > 0
                 if isinstance(revise, Edit):
-                    active = active | out.committed.any(1)
+                    active = (active | out.committed.any(1)) & (step + 1 < masked + self.sampling.revise_steps)
             if self.callback is not None:
                 where = (self.tokens, self.first_columns, block.index, step, candidates)
                 self.callback(Step(*where, out.committed, out.confidence, self.forward_passes))
