@@ -82,7 +82,7 @@ def _run(command: list[str]) -> None:
 def _cached(name: str, sources: list[Path], depends: list[Path], flags: list[str]) -> Path:
     """The shared library of these sources: from the cache if nothing it depends on has changed, else compiled."""
     digest = hashlib.sha256(repr(flags).encode() + Path(__file__).read_bytes())
-    for path in sorted(sources + depends):
+    for path in sorted({*sources, *depends}):
         digest.update(path.name.encode() + path.read_bytes())
     target = CACHE / f"{name}-{digest.hexdigest()[:16]}.so"
     if target.exists():
@@ -120,15 +120,27 @@ def _emulator() -> ctypes.CDLL:
     return library
 
 
+def included_files(text: str, folders: list[Path]) -> set[Path]:
+    """The files of `folders` that `text` includes, and those that they include."""
+    found: set[Path] = set()
+    queue = [text]
+    while queue:
+        for name in re.findall(r'^\s*#\s*include\s*["<](.+?)[">]', queue.pop(), re.M):
+            path = next((f / name for f in folders if (f / name).is_file()), None)
+            if path is not None and path.resolve() not in found:
+                found.add(path.resolve())
+                queue.append(path.read_text())
+    return found
+
+
 def compile_kernels(source: str | Path, defines: tuple[str, ...] = (), text: str | None = None) -> Kernels:
     """`source`: a .cu file, relative to the repository or absolute. `text`: compile this in its place (a copy with a
     fault planted, say), with the same includes."""
     path = ROOT / source
     _emulator()  # loaded first: the kernels' library finds its symbols there
-    depends = [*_shim_files(), *ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/include/illada/*.h"),
-               *path.parent.glob("*.cuh")]  # fmt: skip
-    flags = [*KERNEL_FLAGS, *_includes(), "-I", str(ROOT / "csrc/include"), "-I", str(ROOT / "csrc/cuda")]
-    flags += [f"-D{d}" for d in defines]
+    folders = [path.parent, ROOT / "csrc/cuda", ROOT / "csrc/include"]
+    depends = [*_shim_files(), *included_files(text if text is not None else path.read_text(), folders)]
+    flags = [*KERNEL_FLAGS, *_includes(), *(f"-I{folder}" for folder in folders[1:]), *(f"-D{d}" for d in defines)]
     if text is None:
         return Kernels(_cached(path.stem, [path], depends, flags), path.name)
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -174,7 +186,7 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
         self._name = name
 
-    def run(self, function: str, *arguments: Any, seed: int = 0, host_threads: int = 1, most_steps: int = 1 << 32) -> int:
+    def run(self, function: str, *arguments: Any, seed: int = 0, host_threads: int = 1, most_steps: int = 1 << 28) -> int:
         """Call it with GlobalArrays, None for a null pointer or stream, ints, or ctypes values (a Python float has no
         one C type). Raises KernelFault if the emulator found something wrong, else returns what it returned."""
         emulator = _emulator()

@@ -76,7 +76,9 @@ void bytes_arrived(Block& b, uint32_t bar, uint32_t bytes) {
 bool mbarrier_test(uint32_t bar, uint32_t parity) {
   CALLED_FROM_KERNEL;
   maybe_yield(cluster->chance_yield | 0x40000000);  // who polls lets others run
-  return (find(*self->block, bar).phase & 1) != parity;
+  const bool ended = (find(*self->block, bar).phase & 1) != parity;
+  if (!ended && ++cluster->idle_polls > 256) carry_out_one();  // all may be polling: what is under way must get on
+  return ended;
 }
 
 void mbarrier_wait(uint32_t bar, uint32_t parity) {

@@ -128,6 +128,7 @@ struct Cluster {
   std::vector<BulkLoad> loads;
   std::vector<std::shared_ptr<BulkStore>> stores;
   int alive = 0;
+  uint32_t idle_polls = 0;  // of mbarriers, since the last wake
   uint64_t steps = 0;  // memory accesses and switches: a bound on endless loops
 };
 
@@ -139,6 +140,7 @@ extern thread_local Issuer carried_out;  // the operation that the scheduler car
 void sleep_on(Waits what, uint64_t key, int detail);  // until wake
 void wake(Waits what, uint64_t key);
 void maybe_yield(uint32_t chance);
+bool carry_out_one();  // one asynchronous operation, chosen at random among those under way; false if there is none
 template <class Ready> void wait_until(Waits what, uint64_t key, int detail, Ready ready) {
   maybe_yield(cluster->chance_yield);
   while (!ready()) sleep_on(what, key, detail);

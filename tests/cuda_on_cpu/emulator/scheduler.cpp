@@ -91,6 +91,7 @@ void sleep_on(Waits what, uint64_t key, int detail) {
 }
 
 void wake(Waits what, uint64_t key) {
+  cluster->idle_polls = 0;
   for (Fiber& f : cluster->fibers)
     if (f.waits == what && f.key == key) {
       f.waits = Waits::nothing;
@@ -137,8 +138,7 @@ void thread_exits() {
 }
 
 // ---- one cluster -----------------------------------------------------------------------------------------------
-// One asynchronous operation, chosen at random among those under way.
-static bool carry_out_one() {
+bool carry_out_one() {
   Cluster& c = *cluster;
   size_t groups = 0;
   for (Block& b : c.blocks) groups += b.warpgroups.size();
@@ -313,7 +313,7 @@ int run_grid(dim3 blocks, dim3 threads, size_t shared_bytes, int cluster_size, B
 
 // ---- what the Python side calls --------------------------------------------------------------------------------
 namespace control = emulator::control;
-uint64_t control::seed = 0, control::most_steps = uint64_t(1) << 32;
+uint64_t control::seed = 0, control::most_steps = uint64_t(1) << 28;
 int control::host_threads = 1;
 static std::atomic<uint64_t> steps_taken{0};
 void control::count(uint64_t steps) { steps_taken += steps; }
