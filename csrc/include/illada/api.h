@@ -64,7 +64,7 @@ ILLADA_CPU(illada_unmask_plan, const int64_t* tokens, int64_t token_stride, int6
            const int64_t* integers, const float* numbers, void* rows, int64_t* row_count)
 ILLADA_CPU(illada_unmask_rows, const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count, const void* rows,
            int64_t row_count, int64_t first, int64_t ids, int64_t segments, const int64_t* edit_ids, const float* edit_values,
-           int64_t edits, int entropy, void* partials, int threads)
+           int64_t edits, int needs, void* partials, int threads)
 ILLADA_CPU(illada_unmask_select, int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length, const int64_t* positions,
            int64_t count, const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id, int rule, int confidence, int revise,
            const float* scores, const int64_t* integers, const float* numbers, const void* rows, int64_t row_count,

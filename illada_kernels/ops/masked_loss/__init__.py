@@ -4,41 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._dispatch import Backend, choose
-from . import native
-from .op import from_logits_op, masked_loss_op
+from .op import BACKENDS, FROM_LOGITS_BACKENDS, from_logits_op, masked_loss_op
 
 __all__ = ["BACKENDS", "FROM_LOGITS_BACKENDS", "masked_loss", "masked_loss_from_logits"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Request:
-    dtype: torch.dtype
-
-
-def _always(_: Any = None) -> None:
-    return None
-
-
-def _no_float64(request: Request) -> str | None:
-    return "float64 runs on the reference only" if request.dtype == torch.float64 else None
-
-
-_CPU = Backend("cpu", ("cpu",), native.cpu_reason, _no_float64)
-_REFERENCE = Backend("reference", None, _always, _always)
-_CUDA = Backend(
-    "cuda", ("cuda",), native.cuda_reason, _no_float64, opt_in="not yet run on a GPU; use backend='cuda' explicitly"
-)
-BACKENDS: tuple[Backend, ...] = (_CPU, _REFERENCE)
-FROM_LOGITS_BACKENDS: tuple[Backend, ...] = (_CPU, _CUDA, _REFERENCE)
 
 
 def masked_loss(
@@ -60,39 +34,41 @@ def masked_loss(
 ) -> Tensor:
     """Cross-entropy of the masked rows against their targets: the LM head is applied to the masked hidden rows only.
 
-    With z = hidden_i @ head_weight.T + head_bias, capped to softcap * tanh(z / softcap), -inf at forbidden ids, and A ids
-    allowed:
+    With z = hidden_i @ head_weight.T + head_bias, capped to softcap * tanh(z / softcap), -inf at forbidden ids, and A
+    ids allowed:
 
         lse_i  = log(sum_v exp(z_v))
         loss_i = lse_i - (1 - label_smoothing) * z_target - label_smoothing / A * sum_allowed z_v + z_loss * lse_i**2
         loss   = sum over masked i of weight_i * loss_i
 
-    hidden: (..., D), bfloat16, float16, float32 (float64 on the reference). head_weight: (V, D), hidden's dtype or float32;
-    then the products are float32. targets: (...) int64. masked: (...) bool. weight: (...) float32, default 1, gets no
-    gradient. head_bias: (V,), head_weight's or hidden's dtype, or float32. Any strides with the last dimension of hidden and
-    head_weight contiguous. Under autocast hidden, head_weight and head_bias are cast to its dtype.
+    hidden: (..., D), bfloat16, float16, float32 (float64 on the reference). head_weight: (V, D), hidden's dtype or
+    float32; then the products are float32. targets: (...) int64. masked: (...) bool. weight: (...) float32, default
+    1, gets no gradient. head_bias: (V,), head_weight's or hidden's dtype, or float32. Any strides with the last
+    dimension of hidden and head_weight contiguous. Under autocast hidden, head_weight and head_bias are cast to its
+    dtype.
 
-    reduction: "sum"; "mean", the sum divided by the weights of the masked rows (0 if there are none); "none", the weighted
-    losses (...), 0 where not masked.
-    forbid: ids of probability zero; a masked row whose target is forbidden has loss inf and the gradient of its other terms.
-    max_masked: a capacity for masked rows that frees a GPU call of host synchronisation; more than that make the loss and
-    all gradients NaN.
-    memory_budget: bytes the call may hold beside inputs, output and gradients (a float32 head gradient kept for the backward
-    of a half-precision head counts as a gradient). Default: 256 MiB, or head_weight's size in float32 if that is more. On
-    the CPU, N being max_masked or the number of all rows:
+    reduction: "sum"; "mean", the sum divided by the weights of the masked rows (0 if there are none); "none", the
+    weighted losses (...), 0 where not masked.
+    forbid: ids of probability zero; a masked row whose target is forbidden has loss inf and the gradient of its other
+    terms.
+    max_masked: a capacity for masked rows that frees a GPU call of host synchronisation; more than that make the loss
+    and all gradients NaN.
+    memory_budget: bytes the call may hold beside inputs, output and gradients (a float32 head gradient kept for the
+    backward of a half-precision head counts as a gradient). Default: 256 MiB, or head_weight's size in float32 if
+    that is more. On the CPU, N being max_masked or the number of all rows:
       - N x V float32 logits fit, with the N x D rows: one chunk, kept from forward to backward; 3 products;
-      - "sum" or "mean", and 32 rows of logits fit: the fewest chunks of rows; gradients are made in the forward and scaled
-        by the upstream gradient in the backward (exactly 1 hands them over instead); 3 products;
-      - else: slices of the vocabulary, recomputed in the backward; 4 products. The least it needs is 8 * N * D bytes and a
-        slice of 64 ids.
-    Without gradients only the first product runs, by slices of the vocabulary. A frozen head or hidden skips its product.
+      - "sum" or "mean", and 32 rows of logits fit: the fewest chunks of rows; gradients are made in the forward and
+        scaled by the upstream gradient in the backward (exactly 1 hands them over instead); 3 products;
+      - else: slices of the vocabulary, recomputed in the backward; 4 products. The least it needs is 8 * N * D bytes
+        and a slice of 64 ids. Without gradients only the first product runs, by slices of the vocabulary. A frozen
+        head or hidden skips its product.
 
     Returns the loss, float32 (float64 for float64). Gradients reach hidden (zero where not masked), head_weight and
     head_bias, each rounded once from float32. The backward may run twice; a second derivative raises.
 
-    Raises TypeError or ValueError on arguments that do not fit together or if weight requires grad, and ValueError if a
-    masked row has a target outside [0, V); with max_masked on a GPU that makes its loss and the reduced loss NaN instead.
-    Targets at unmasked rows are ignored. On a GPU one host synchronisation, none with max_masked.
+    Raises TypeError or ValueError on arguments that do not fit together or if weight requires grad, and ValueError if
+    a masked row has a target outside [0, V); with max_masked on a GPU that makes its loss and the reduced loss NaN
+    instead. Targets at unmasked rows are ignored. On a GPU one host synchronisation, none with max_masked.
 
     Source: the objective of LLaDA (arXiv:2502.09992), weight 1/t; z-loss as in PaLM (arXiv:2204.02311).
     """
@@ -106,11 +82,10 @@ def masked_loss(
     options = _check_options(reduction, softcap, label_smoothing, z_loss, forbid, max_masked, vocab)
     if memory_budget is not None and (not _is_int(memory_budget) or memory_budget <= 0):
         raise ValueError(f"memory_budget: expected a positive number of bytes or None, got {memory_budget!r}")
-    chosen = choose("masked_loss", BACKENDS, hidden.device.type, Request(hidden.dtype), backend)
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in (hidden, head_weight, head_bias)]
     return masked_loss_op(
-        hidden, head_weight, targets, masked, weight, head_bias, *options, memory_budget, *needs, chosen
+        hidden, head_weight, targets, masked, weight, head_bias, *options, memory_budget, *needs, backend or ""
     )[0]
 
 
@@ -128,19 +103,19 @@ def masked_loss_from_logits(
     max_masked: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`masked_loss` for a model that already has its logits: (..., V), bfloat16, float16, float32 (float64 on the reference).
+    """`masked_loss` for a model that already has its logits: (..., V), bfloat16, float16, float32 (float64 on the
+    reference).
 
-    Formula, arguments, reductions and errors as in `masked_loss`, z starting from the logits. The gradient has the logits' dtype
-    and is zero where not masked; logits of unmasked rows are never read. Autocast does not touch the logits, and everything is
-    computed in float32 (as autocast itself does for a cross-entropy).
+    Formula, arguments, reductions and errors as in `masked_loss`, z starting from the logits. The gradient has the
+    logits' dtype and is zero where not masked; logits of unmasked rows are never read. Autocast does not touch the
+    logits, and everything is computed in float32 (as autocast itself does for a cross-entropy).
 
     Cost: forward one pass over the masked rows, backward one pass and the gradient; a few bytes a row are kept between.
     The "cuda" backend has not yet run on a GPU: until `doctor --selftest` has passed only backend="cuda" reaches it.
     """
     _check_rows("logits", logits, "V", targets, masked, weight)
     options = _check_options(reduction, softcap, label_smoothing, z_loss, forbid, max_masked, logits.shape[-1])
-    chosen = choose("masked_loss_from_logits", FROM_LOGITS_BACKENDS, logits.device.type, Request(logits.dtype), backend)
-    return from_logits_op(logits, targets, masked, weight, *options, chosen)[0]
+    return from_logits_op(logits, targets, masked, weight, *options, backend or "")[0]
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

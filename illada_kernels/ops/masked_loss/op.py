@@ -1,7 +1,8 @@
 """masked_loss and masked_loss_from_logits as torch operators: which implementation runs, what is kept for the backward.
 
-A forward returns the loss and what it keeps. What the kept tensors hold is the backend's business (native.py); their
-shapes depend on shapes and options only, never on data. The backward is an operator of its own, without a derivative.
+A forward returns the loss and what it keeps. What the kept tensors hold is the backend's business (head.py,
+native.py); their shapes depend on shapes and options only, never on data. The backend is chosen inside the operator,
+which torch.compile does not trace. The backward is an operator of its own, without a derivative.
 """
 
 from __future__ import annotations
@@ -12,12 +13,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._dispatch import Backend, choose
 from ..._torch_ops import TorchOp, is_plain
-from . import native, reference
+from . import head, native, reference
 from .native import Options
 
 HEAD = 6  # hidden, head_weight, targets, masked, weight, head_bias lead the arguments of masked_loss; then come options
 ROWS = 4  # logits, targets, masked, weight lead those of masked_loss_from_logits
+
+
+def _always(_: Any = None) -> None:
+    return None
+
+
+def _no_float64(rows: Tensor) -> str | None:
+    return "float64 runs on the reference only" if rows.dtype == torch.float64 else None
+
+
+_UNRUN = "not yet run on a GPU; use backend='cuda' explicitly"
+_CPU = Backend("cpu", ("cpu",), native.cpu_reason, _no_float64)
+_CUDA = Backend("cuda", ("cuda",), native.cuda_reason, _no_float64, opt_in=_UNRUN)
+_REFERENCE = Backend("reference", None, _always, _always)
+BACKENDS: tuple[Backend, ...] = (_CPU, _REFERENCE)
+FROM_LOGITS_BACKENDS: tuple[Backend, ...] = (_CUDA, _CPU, _REFERENCE)
+
+
+def _chosen(hidden: Tensor, backend: str) -> str:
+    return choose("masked_loss", BACKENDS, hidden.device.type, hidden, backend or None)
+
+
+def _rows_chosen(logits: Tensor, backend: str) -> str:
+    return choose("masked_loss_from_logits", FROM_LOGITS_BACKENDS, logits.device.type, logits, backend or None)
 
 
 def check_targets(targets: Tensor, masked: Tensor, vocab: int, max_masked: int | None) -> None:
@@ -64,27 +90,26 @@ def _forward(
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = _chosen(hidden, backend)
     check_targets(targets, masked, head_weight.shape[0], max_masked)
     options = Options(reduction, softcap, label_smoothing, z_loss, tuple(forbid), max_masked)
     with torch.no_grad(), no_autocast(hidden):
-        if backend == "cpu":
+        if chosen == "cpu":
             needs = (need_hidden, need_weight, need_bias)
-            return native.forward(
-                hidden, head_weight, targets, masked, weight, head_bias, options, memory_budget, needs
-            )
+            return head.forward(hidden, head_weight, targets, masked, weight, head_bias, options, memory_budget, needs)
         loss = reference.masked_loss(
             hidden, head_weight, targets, masked, weight, head_bias=head_bias, **options._asdict()
         )
-        return (loss, *(loss.new_empty(0) for _ in range(3)))
+        return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     hidden, head_weight, _, masked, *_ = args
     reduction, *_, max_masked, memory_budget, need_hidden, need_weight, need_bias, backend = args[HEAD:]
     shapes: list[tuple[int, ...]] = [(0,)] * 3
-    if backend == "cpu":
+    if _chosen(hidden, backend) == "cpu":
         needs = (need_hidden, need_weight, need_bias)
-        shapes = native.kept_shapes(hidden, head_weight, masked, reduction, max_masked, memory_budget, needs)
+        shapes = head.kept_shapes(hidden, head_weight, masked, reduction, max_masked, memory_budget, needs)
     loss = empty_loss(hidden, masked, reduction)
     return (loss, *(loss.new_empty(shape) for shape in shapes))
 
@@ -101,13 +126,14 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return nowhere
     *options, need_hidden, need_weight, need_bias, backend = ctx.options
+    reduction, max_masked, memory_budget = options[0], options[5], options[6]
     asked = ctx.needs_input_grad
     needs = (need_hidden and asked[0], need_weight and asked[1], need_bias and asked[5])
     saved = ctx.saved_tensors
     ready = None
-    if backend == "cpu" and not torch.is_grad_enabled() and is_plain((grad_loss, *saved)):
-        plan = native.plan(saved[0], saved[1], saved[3], options[0], *options[5:], needs)
-        ready = native.ready_gradients(grad_loss, saved[0], saved[1], saved[5], saved[HEAD:], plan)
+    if _chosen(saved[0], backend) == "cpu" and not torch.is_grad_enabled() and is_plain((grad_loss, *saved)):
+        plan = head.plan(saved[0], saved[1], saved[3], reduction, max_masked, memory_budget, needs)
+        ready = head.ready_gradients(grad_loss, saved[0], saved[1], saved[5], saved[HEAD:], plan)
     grads = ready or _masked_loss_bwd(grad_loss, *saved, *options, *needs, backend)
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs))
     return (d_hidden, d_weight, None, None, None, d_bias, *nowhere[HEAD:])
@@ -139,10 +165,10 @@ def _bwd(
     options = Options(reduction, softcap, label_smoothing, z_loss, tuple(forbid), max_masked)
     needs = (need_hidden, need_weight, need_bias)
     with torch.no_grad(), no_autocast(hidden):
-        if backend == "cpu":
+        if _chosen(hidden, backend) == "cpu":
             kept = (kept0, kept1, kept2)
-            plan = native.plan(hidden, head_weight, masked, reduction, max_masked, memory_budget, needs)
-            return native.backward(
+            plan = head.plan(hidden, head_weight, masked, reduction, max_masked, memory_budget, needs)
+            return head.backward(
                 grad_loss, hidden, head_weight, targets, masked, weight, head_bias, kept, options, plan, needs
             )
         grads = reference.masked_loss_backward(
@@ -183,10 +209,11 @@ def _rows_forward(
     max_masked: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    chosen = _rows_chosen(logits, backend)
     check_targets(targets, masked, logits.shape[-1], max_masked)
     options = Options(reduction, softcap, label_smoothing, z_loss, tuple(forbid), max_masked)
     with torch.no_grad(), no_autocast(logits):
-        if backend != "reference":
+        if chosen != "reference":
             return native.rows_forward(logits, targets, masked, weight, options)
         loss = reference.masked_loss_from_logits(logits, targets, masked, weight, **options._asdict())
         return loss, loss.new_empty(0)
@@ -195,7 +222,7 @@ def _rows_forward(
 def _rows_fake(*args: Any) -> tuple[Tensor, Tensor]:
     logits, _, masked, _, reduction = args[:5]
     loss = empty_loss(logits, masked, reduction)
-    if args[-1] == "reference":
+    if _rows_chosen(logits, args[-1]) == "reference":
         return loss, loss.new_empty(0)
     return loss, torch.empty(native.rows_kept_shape(masked), dtype=torch.float32, device=logits.device)
 
@@ -231,7 +258,7 @@ def _rows_bwd(
 ) -> Tensor:
     options = Options(reduction, softcap, label_smoothing, z_loss, tuple(forbid), max_masked)
     with torch.no_grad(), no_autocast(logits):
-        if backend != "reference":
+        if _rows_chosen(logits, backend) != "reference":
             return native.rows_backward(grad_loss, logits, targets, masked, weight, kept, options)
         d_logits = reference.masked_loss_from_logits_backward(
             grad_loss, logits, targets, masked, weight, **options._asdict()
