@@ -1,4 +1,4 @@
-"""Packaging hook: compiles `illada_kernels._C` with illada_kernels/_build.py (no torch); pyproject.toml has the rest."""
+"""Compiles `illada_kernels._C` with illada_kernels/_build.py, without torch; the rest is in pyproject.toml."""
 
 import importlib.util
 from pathlib import Path

@@ -189,6 +189,15 @@ def run_ninja(work: Path) -> None:
         raise BuildError(f"compilation failed:\n{(result.stdout + result.stderr)[-4000:]}")
 
 
+def check_loads(binary: Path) -> None:
+    """An extension may link and still miss a symbol, since Python's own are missing until it is loaded."""
+    load = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW)"
+    result = subprocess.run([sys.executable, "-c", load, str(binary)], capture_output=True, text=True)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        raise BuildError(f"the extension cannot be loaded: {last}")
+
+
 @contextlib.contextmanager
 def locked(work: Path) -> Iterator[None]:
     """One build at a time in a folder; ninja itself does not see to that."""
@@ -210,6 +219,7 @@ def compile_extension(root: Path, work: Path, output: Path, nvcc: str | None) ->
         problems = [problem for log in logs for problem in check_ptxas(log.read_text())]
         if problems:
             raise BuildError("ptxas reports slow code:\n" + "\n".join(problems))
+        check_loads(binary)
         if not (output.exists() and filecmp.cmp(binary, output, shallow=False)):
             fresh = output.with_suffix(".new")
             shutil.copyfile(binary, fresh)

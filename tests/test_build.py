@@ -48,7 +48,7 @@ def test_serialised_wgmma_is_a_problem(code):
     ("archs", "expected"),
     [
         ("80;90a", ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80"]),
-        ("9.0 8.6+PTX", ["arch=compute_90,code=sm_90", "arch=compute_86,code=sm_86", "arch=compute_86,code=compute_86"]),
+        ("89 8.6+PTX", ["arch=compute_89,code=sm_89", "arch=compute_86,code=sm_86", "arch=compute_86,code=compute_86"]),
         ("100f", ["arch=compute_100f,code=sm_100f", "arch=compute_100,code=compute_100"]),
     ],
 )
@@ -203,6 +203,13 @@ def test_a_compile_error_is_reported_and_an_older_binary_does_not_survive_it(pro
     monkeypatch.setenv("ILLADA_REQUIRE_EXT", "1")
     with pytest.raises(SystemExit, match=r"op\.cpp"):
         _build.build(project, project / "package", project / "work")
+
+
+def test_an_extension_that_cannot_be_loaded_is_no_extension(project, monkeypatch):
+    monkeypatch.setenv("ILLADA_CUDA", "0")
+    (project / "csrc" / "bindings.cpp").write_text("void absent();\nvoid caller() { absent(); }\n")
+    info, binary = run(project)
+    assert info["extension"] is False and "absent" in str(info["reason"]) and not binary.exists()
 
 
 def test_without_a_compiler_the_build_succeeds_and_says_what_to_install(project, bare):
