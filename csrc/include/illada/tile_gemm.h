@@ -1,0 +1,137 @@
+// Products of small float tiles that live in the cache, register-blocked as in a BLAS, and what attention needs around them:
+// transposing pack, row-wise maxima, exp2. Internal linkage, like vec.h: compiled once per instruction set.
+#pragma once
+#include "illada/vec.h"
+
+namespace {
+
+// A block of C held in registers: kBlockRows x 2 vectors. 8 x 2 leaves 16 of AVX-512's 32 registers, 4 x 2 fits the 16 of AVX2 and SSE;
+// per step of the inner dimension it loads 2 vectors and kBlockRows scalars for 2 * kBlockRows multiply-adds.
+constexpr int kBlockRows = kWidth == 16 ? 8 : 4;
+constexpr int kBlockCols = 2 * kWidth;
+
+inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
+inline int round_down(int n, int step) { return n / step * step; }
+
+// What becomes of the product: C = AB, C += AB, or C = diag(row_scale) C + AB.
+enum class Into { kStore, kAdd, kScaleAdd };
+
+// One block of kBlockRows x (kVectors * kWidth). A(i, p) is a[i * lda + p], or a[p * lda + i] if kTransposed.
+template <Into kInto, bool kTransposed, int kVectors>
+inline void multiply_block(int depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, const float* row_scale) {
+  vf acc[kBlockRows][kVectors] = {};
+  for (int p = 0; p < depth; ++p) {
+    vf row[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) row[j] = load(b + p * ldb + j * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlockRows; ++i) {
+      const float factor = kTransposed ? a[p * lda + i] : a[i * lda + p];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) acc[i][j] += row[j] * factor;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kBlockRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * ldc + j * kWidth;
+      if (kInto == Into::kAdd) acc[i][j] += load(to);
+      if (kInto == Into::kScaleAdd) acc[i][j] += load(to) * row_scale[i];
+      store(to, acc[i][j]);
+    }
+}
+
+// C (rows x cols) from A (rows x depth) and B (depth x cols); rows a multiple of kBlockRows, cols of kWidth.
+template <Into kInto, bool kTransposed>
+__attribute__((noinline)) void multiply(int rows, int cols, int depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                     const float* row_scale = nullptr) {
+  const int64_t next_rows = kTransposed ? kBlockRows : kBlockRows * lda;
+  for (int j = 0; j < cols; j += kBlockCols)
+    for (int i = 0; i < rows; i += kBlockRows) {
+      const float* a_block = a + i / kBlockRows * next_rows;
+      const float* scale_block = kInto == Into::kScaleAdd ? row_scale + i : nullptr;
+      if (cols - j >= kBlockCols)
+        multiply_block<kInto, kTransposed, 2>(depth, a_block, lda, b + j, ldb, c + i * ldc + j, ldc, scale_block);
+      else
+        multiply_block<kInto, kTransposed, 1>(depth, a_block, lda, b + j, ldb, c + i * ldc + j, ldc, scale_block);
+    }
+}
+
+// ---- shuffles ----------------------------------------------------------------------------------------------------------------------
+// low: a0 b0 a1 b1 ..., high: the same of the upper halves
+inline void interleave(vf a, vf b, vf& low, vf& high) {
+#if defined(__AVX512F__)
+  const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512 x = bit_cast<__m512>(a), y = bit_cast<__m512>(b);
+  low = bit_cast<vf>(_mm512_permutex2var_ps(x, at, y));
+  high = bit_cast<vf>(_mm512_permutex2var_ps(x, _mm512_add_epi32(at, _mm512_set1_epi32(8)), y));
+#elif defined(__AVX2__)
+  const __m256 x = bit_cast<__m256>(a), y = bit_cast<__m256>(b);
+  const __m256 odd = _mm256_unpackhi_ps(x, y), even = _mm256_unpacklo_ps(x, y);
+  low = bit_cast<vf>(_mm256_permute2f128_ps(even, odd, 0x20));
+  high = bit_cast<vf>(_mm256_permute2f128_ps(even, odd, 0x31));
+#else
+  low = vf{a[0], b[0], a[1], b[1]};
+  high = vf{a[2], b[2], a[3], b[3]};
+#endif
+}
+
+// lane i of the result: the largest of r[i]'s lanes
+inline vf reduce_max_rows(const vf* r) {
+  vf level[kWidth];
+  for (int i = 0; i < kWidth; ++i) level[i] = r[i];
+#pragma GCC unroll 4
+  for (int n = kWidth / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      vf low, high;
+      interleave(level[i], level[i + n], low, high);
+      level[i] = max(low, high);
+    }
+  return level[0];
+}
+
+inline void transpose(vf* r) {  // a perfect shuffle of the rows and lanes, log2(kWidth) times
+#pragma GCC unroll 4
+  for (int step = 1; step < kWidth; step *= 2) {
+    vf next[kWidth];
+#pragma GCC unroll 8
+    for (int i = 0; i < kWidth / 2; ++i) interleave(r[i], r[i + kWidth / 2], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) r[i] = next[i];
+  }
+}
+
+// to (dim x padded_rows) = from (rows x dim) transposed; columns from rows up to padded_rows, a multiple of kWidth, become 0.
+// Both hold dim rounded up to kWidth: `from` is read and `to` written that far.
+inline void transpose_tile(const float* from, int ld_from, int padded_rows, int dim, float* to, int ld_to) {
+  for (int i = 0; i < padded_rows; i += kWidth)
+    for (int d = 0; d < dim; d += kWidth) {
+      vf r[kWidth];
+#pragma GCC unroll 16
+      for (int k = 0; k < kWidth; ++k) r[k] = load(from + (i + k) * ld_from + d);
+      transpose(r);
+#pragma GCC unroll 16
+      for (int k = 0; k < kWidth; ++k) store(to + (d + k) * ld_to + i, r[k]);
+    }
+}
+
+// 2^(c * x) for c > 0 and x <= 0 (or barely above): relative error below 2e-7 + 2^-24 |c x|; exactly 1 at 0, exactly 0 where c * x <= -127
+// (`lowest` is -127 / c), NaN stays NaN. The product is never rounded by itself: it enters two fused multiply-adds.
+inline vf exp2_scaled(vf x, float c, float lowest) {
+  const float shift = 0x1.8p23f + 127;  // c * x + shift holds round(c * x) + 127 in its low mantissa bits
+  x = lowest > x ? splat(lowest) : x;
+  const vf biased = x * c + shift;
+  const vf r = x * c - (biased - shift);  // in [-0.5, 0.5]
+  vf p = splat(0.0001535336191096819f);   // minimax in relative error with p(0) = 1: below 2e-8
+  p = p * r + 0.0013398874414085574f;
+  p = p * r + 0.009618437357664352f;
+  p = p * r + 0.05550332471125967f;
+  p = p * r + 0.24022647913628908f;
+  p = p * r + 0.6931472028550663f;
+  p = p * r + 1.0f;
+  return p * bit_cast<vf>(bit_cast<vi>(biased) << 23);
+}
+
+}  // namespace
