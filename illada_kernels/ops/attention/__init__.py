@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...key_ranges import KeyRanges
+from .op import BACKENDS as BACKENDS
 from .op import forward_op
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -120,7 +121,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # torch has no autocast for meta
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     for name, x in (("k", k), ("v", v)):

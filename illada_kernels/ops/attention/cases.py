@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -198,12 +197,52 @@ def bar(same_dtype: Tensor, exact: Tensor) -> float:
 
 def lse_bar(q: Tensor, k: Tensor, scale: float, exact: Tensor) -> float:
     """The largest error of a float32 lse: sqrt(D) roundings of the largest |q||k|, and those of the sum and log."""
-    if exact.numel() == 0 or k.shape[1] == 0:
+    finite = exact[exact.isfinite()]
+    if finite.numel() == 0:
         return 0.0
-    largest = scale * q.double().norm(dim=-1).max().item() * k.double().norm(dim=-1).max().item()
-    finite = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
-    return torch.finfo(torch.float32).eps * (q.shape[-1] ** 0.5 * abs(largest) + finite + k.shape[1] ** 0.5)
+    largest = abs(scale) * q.double().norm(dim=-1).max().item() * k.double().norm(dim=-1).max().item()
+    return torch.finfo(torch.float32).eps * (
+        q.shape[3] ** 0.5 * largest + finite.abs().max().item() + k.shape[1] ** 0.5
+    )
+
+
+def float32_sums(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, key_ranges: KeyRanges | None, scale: float, dtype: torch.dtype
+) -> dict[str, float]:
+    """What accumulating in float32 does to out, dq, dk and dv at most, about 4 sigma; inputs one precision up.
+
+    u is a rounding of float32. A sum of n terms t in any order is off by up to 2 u sqrt(n) |t|; a p recomputed from a
+    rounded lse by u |lse| of itself. delta = sum_d out * dout, of `out` rounded to `dtype`, is off by r = |out * dout|
+    (4 roundings of dtype + 2 u sqrt(Dv)), which moves dq by scale * r * p k and dk by scale * p^T (r q): all that is
+    left where ds cancels, as it does in a row with one key.
+    """
+    group = q.shape[2] // k.shape[2]
+    q, k, v, dout = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), dout))
+    scores = scale * q @ k.mT  # (B, Hq, Sq, Sk)
+    if key_ranges is not None:
+        scores = scores.masked_fill(~key_ranges.dense()[:, None], -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True).nan_to_num(neginf=0.0)
+    p = (scores - lse).exp()
+    out, dp = p @ v, dout @ v.mT
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+    u = torch.finfo(torch.float32).eps / 2
+    r = (out * dout).norm(dim=-1, keepdim=True) * (2 * torch.finfo(dtype).eps + 2 * u * v.shape[3] ** 0.5)
+
+    def sums(weights: Tensor, x: Tensor, heads: int) -> Tensor:
+        terms = weights.shape[3] * heads
+        return 2 * u * (terms**0.5 + lse.abs().amax()) * (weights.square() @ x.square()).sqrt()
+
+    def largest(x: Tensor, heads: int) -> float:
+        return heads * x.max().item() if x.numel() else 0.0
+
+    if not p.numel():
+        return dict.fromkeys(("out", "dq", "dk", "dv"), 0.0)
+    return {
+        "out": largest(sums(p, v, 1), 1),
+        "dq": largest(sums(ds, k, 1) + abs(scale) * r * (p @ k).abs(), 1),
+        "dk": largest(sums(ds.mT, q, group) + abs(scale) * p.mT @ (r * q.abs()), group),
+        "dv": largest(sums(p.mT, dout, group), group),
+    }
 
 
 SIZES = (1, 7, 63, 64, 65, 127, 129, 1023)
-SIZE_PAIRS = tuple(itertools.product(SIZES, SIZES))
