@@ -1,0 +1,337 @@
+"""The `illada` command: train, generate, eval, bench, demo. Bad input ends with one line on stderr and exit code 2,
+Ctrl-C with 130."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, ConfigError, PromptError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("illada: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `illada generate | head`
+        sys.stderr.close()
+        return 141
+    except (
+        CheckpointError,
+        ConfigError,
+        PromptError,
+        ValueError,
+        ArithmeticError,
+        ModuleNotFoundError,
+        OSError,
+    ) as error:
+        print(f"illada: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="illada", description="Train a masked-diffusion language model and sample from it."
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+    _train_parser(commands.add_parser("train", help="train on a file or folder of text"))
+    _generate_parser(commands.add_parser("generate", help="continue a prompt"))
+    _eval_parser(commands.add_parser("eval", help="bits per byte on held-out text"))
+    bench = commands.add_parser("bench", help="each op against its PyTorch fallback on this machine")
+    bench.add_argument("--device", default=_device())
+    bench.set_defaults(run=_bench)
+    demo = commands.add_parser(
+        "demo", help="three minutes: train on Python's own sources, generate, fill a hole, time the ops"
+    )
+    demo.add_argument(
+        "--seconds", type=float, default=None, help="time to train (default: what fits five minutes in all)"
+    )
+    demo.add_argument("--out", default=".", help="folder of loss.png and demo.json (default: here)")
+    demo.add_argument("--data", default=None, help=_DATA)
+    demo.set_defaults(run=_demo)
+    return top
+
+
+_DATA = "a file or folder of UTF-8 text (default: the sources of Python's standard library)"
+
+
+def _device() -> str:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---- train --------------------------------------------------------------------------------------------------------
+
+
+def _train_parser(p: argparse.ArgumentParser) -> None:
+    """What describes the run has no default here, so that `--resume` can tell what was said and check that it has not
+    changed."""
+    p.add_argument("--out", required=True, help="the run's folder: state, log, loss curve, model")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument(
+        "--save-every", type=int, default=None, metavar="STEPS", help="default: every minute, and at the end"
+    )
+    p.add_argument("--device", default=_device())
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    said = p.add_argument_group("the run").add_argument
+    says: dict[str, Any] = {"default": argparse.SUPPRESS}
+    said("--data", help=_DATA + '; for sft JSON lines {"prompt", "response"}', **says)
+    said("--tokenizer", help="bytes (default), bpe:N learned from the text, or a tokenizers JSON file", **says)
+    said("--preset", help="shape of the model (default demo)", **says)
+    said(
+        "--objective",
+        choices=("full", "block", "sft"),
+        help="full: LLaDA (default); block: BD3-LM; sft: prompts kept",
+        **says,
+    )
+    said("--block", type=int, help="block length of --objective block (default 4)", **says)
+    said("--steps", type=int, help="length of the run (default 1000)", **says)
+    said("--seconds", type=float, help="length of the run in seconds, instead of --steps", **says)
+    said("--length", type=int, help="tokens in a window (default 128)", **says)
+    said("--batch-size", type=int, help="default 8", **says)
+    said("--weighting", choices=("llada", "mdlm", "cart"), help="of --objective full (default llada)", **says)
+    said(
+        "--complementary", action="store_true", help="of --objective full: each batch with its inverse mask too", **says
+    )
+    said(
+        "--hole-fraction",
+        type=float,
+        help="of --objective block: windows that learn to fill a hole (default 0.2)",
+        **says,
+    )
+    said("--optimizer", choices=("muon", "adamw"), help="default muon", **says)
+    said("--lr", type=float, help="default 0.02 for muon, 0.002 for adamw", **says)
+    said("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default)", **says)
+    said("--seed", type=int, help="default 0", **says)
+    p.set_defaults(run=_train)
+
+
+_RUN = ("data", "tokenizer", "preset", "block")  # settings of the run that are not TrainConfig's
+
+
+def _train(options: argparse.Namespace) -> int:
+    from . import runs
+
+    folder = Path(options.out)
+    said = {k: v for k, v in vars(options).items() if k in _RUN or k in {f.name for f in _train_fields()}}
+    if options.resume:
+        run = runs.Run.open(folder)
+        _check_unchanged(run, said)
+        train_documents, _ = _documents(run.data, run.train_config.objective)
+    else:
+        if (folder / "run.json").exists():
+            raise CheckpointError(f"{folder} holds a run already: go on with it by --resume, or choose another --out")
+        config = _train_config(said)
+        train_documents, _ = _documents(said.get("data"), config.objective)
+        block = said.get("block", 4) if config.objective == "block" else 0
+        run = runs.Run.create(
+            folder,
+            said.get("data"),
+            said.get("tokenizer", "bytes"),
+            said.get("preset", "demo"),
+            config,
+            block,
+            train_documents,
+        )
+    return _run_training(run, train_documents, options)
+
+
+def _run_training(run: Any, train_documents: Any, options: argparse.Namespace) -> int:
+    from . import runs
+    from .live import ProgressBar
+
+    trainer = run.trainer(train_documents, options.device)
+    if trainer.step:
+        print(f"resumed at step {trainer.step}", file=sys.stderr)
+    bar = ProgressBar()
+    with StopSignals() as stop:
+        complete = trainer.run(None if options.quiet else bar, options.save_every, should_stop=lambda: stop.number != 0)
+    run.export(trainer.model)
+    if len(trainer.losses):
+        runs.plot_losses(trainer.losses, run.folder / "loss.png", f"{run.folder.name}: {run.train_config.objective}")
+    if not complete:
+        bar.close()
+        print(
+            f"illada: interrupted at step {trainer.step}, saved; go on with: illada train --resume --out {run.folder}",
+            file=sys.stderr,
+        )
+        return 128 + stop.number
+    print(
+        f"saved to {run.folder} after {trainer.step} steps; try: illada generate --model {run.folder} --prompt 'def '"
+    )
+    return 0
+
+
+class StopSignals:
+    """Within it SIGINT and SIGTERM are noted instead of raised: the step under way is finished and saved. A second
+    SIGINT raises."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _documents(data: str | None, objective: str) -> tuple[list[Any], list[Any]]:
+    from . import runs
+    from .data import DataError, read_corpus
+
+    if objective == "sft":
+        if data is None:
+            raise DataError('sft: expected --data, a file of JSON lines {"prompt": "...", "response": "..."}')
+        return read_corpus(data), []
+    return runs.documents(data)
+
+
+def _train_fields() -> tuple[Any, ...]:
+    from .train import TrainConfig
+
+    return dataclasses.fields(TrainConfig)
+
+
+def _train_config(said: dict[str, Any]) -> Any:
+    from .train import TrainConfig
+
+    values = {k: v for k, v in said.items() if k not in _RUN}
+    values.setdefault("objective", "full")
+    if "steps" not in values and "seconds" not in values:
+        values["steps"] = 1000
+    if values["objective"] == "block":
+        values.setdefault("hole_fraction", 0.2)
+    if values.get("optimizer") == "adamw":
+        values.setdefault("lr", 0.002)
+    return TrainConfig(**values)
+
+
+def _check_unchanged(run: Any, said: dict[str, Any]) -> None:
+    """What a run's tokenizer and preset were called is not kept: they cannot be said again."""
+    before = {**dataclasses.asdict(run.train_config), "data": run.data, "block": run.model_config.causal_block}
+    changed = [f"--{k.replace('_', '-')} {v}" for k, v in said.items() if k not in before or before[k] != v]
+    if changed:
+        raise ValueError(
+            f"--resume goes on with the settings in {run.folder / 'run.json'}: leave out {', '.join(changed)}"
+        )
+
+
+# ---- generate, eval, bench, demo ----------------------------------------------------------------------------------
+
+
+def _generate_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", required=True, help="a run's folder, or one of Hugging Face")
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--block-length", type=int, default=None)
+    p.add_argument(
+        "--threshold", type=float, default=None, help="commit what is at least this sure (default: one token a pass)"
+    )
+    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--live", action="store_true", help="show masks turning into text")
+    p.add_argument("--device", default=_device())
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    p.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from illada_kernels import Threshold
+
+    from . import runs
+    from .generate import GenerationConfig, generate
+    from .live import LiveText
+
+    if not options.prompt:
+        raise PromptError("prompt: it is empty; give at least one character, for example --prompt 'def '")
+    model, tokenizer = runs.open_model(options.model, options.device, options.dtype)
+    prompt = [int(i) for i in tokenizer.encode(options.prompt.encode())]
+    config = GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        block_length=options.block_length,
+        rule=None if options.threshold is None else Threshold(options.threshold),
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    live = LiveText(tokenizer, len(prompt)) if options.live else None
+    done = generate(model, [prompt], config, live)
+    if live is not None:
+        live.finish([*prompt, *done.tokens[0]])
+    else:
+        print(options.prompt + tokenizer.decode(done.tokens[0]))
+    print(f"{sum(done.filled)} tokens in {done.forward_passes} passes", file=sys.stderr)
+    return 0
+
+
+def _eval_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", required=True, help="a run's folder, or one of Hugging Face")
+    p.add_argument("--data", default=None, help=_DATA + "; its held-out files are measured")
+    p.add_argument("--length", type=int, default=128, help="tokens in a window")
+    p.add_argument("--draws", type=int, default=1, help="masks drawn for each window")
+    p.add_argument("--max-bytes", type=int, default=400_000)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default=_device())
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    p.set_defaults(run=_eval)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from . import runs
+    from .data import ngram_bits
+    from .evaluate import bound, first_bytes
+
+    train_documents, held_out = runs.documents(options.data)
+    held_out = first_bytes(held_out, options.max_bytes)
+    model, tokenizer = runs.open_model(options.model, options.device, options.dtype)
+    if options.length > model.config.max_seq_len:
+        raise ValueError(
+            f"length: expected at most the model's max_seq_len = {model.config.max_seq_len}, got {options.length}"
+        )
+    found = bound(model, held_out, tokenizer, length=options.length, draws=options.draws, seed=options.seed)
+    ngrams = ngram_bits(train_documents, held_out)
+    print(
+        f"{found.bits_per_byte:.4f} ± {found.standard_error:.4f} bits per byte at most "
+        f"({found.what}; {found.bytes:,} bytes held out)"
+    )
+    print(
+        f"{ngrams.unigram:.4f} unigram, {ngrams.bigram:.4f} bigram, both fitted on the training files of the same data"
+    )
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .optable import table
+
+    print(table(options.device))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import demo
+
+    return demo(Path(options.out), options.data, options.seconds)

@@ -1,0 +1,249 @@
+"""Three tokenizers with one face: bytes (built in), byte pairs learned from the training text, and any `tokenizers`
+JSON file."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .data import EOS_ID, FIRST_MERGE, MASK_ID, PAD_ID, DataError, Document
+
+FILE = "illada_tokenizer.json"
+
+# What a learned token may span: a run of line breaks with the indentation that follows, a word, a run of signs (each
+# with one space before it), or other white space. Code has few long words, so indentation and ` =` being one token
+# each pays most.
+_PIECE = re.compile(rb"\s*\n[ \t]*| ?[A-Za-z0-9_]+| ?[^\sA-Za-z0-9_]+|\s+")
+
+
+class Tokenizer(Protocol):
+    mask_id: int
+    eos_id: int
+    pad_id: int
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Token ids, int64, without special ones."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; special ids give nothing, broken UTF-8 gives U+FFFD."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads back."""
+
+
+class ByteTokenizer:
+    """Byte-level, with merges if any were learned: id 259 + i stands for the bytes of the two ids in merges[i]."""
+
+    mask_id, eos_id, pad_id = MASK_ID, EOS_ID, PAD_ID
+
+    def __init__(self, merges: Sequence[tuple[int, int]] = ()):
+        self.merges = [(int(a), int(b)) for a, b in merges]
+        self.pieces: list[bytes] = [bytes([i]) for i in range(256)] + [b"", b"", b""]
+        for index, (a, b) in enumerate(self.merges):
+            if not all(0 <= x < FIRST_MERGE + index for x in (a, b)):
+                raise DataError(f"tokenizer: merge {index} joins ids {a} and {b}, which are not defined before it")
+            self.pieces.append(self.pieces[a] + self.pieces[b])
+        self._rank = {pair: FIRST_MERGE + i for i, pair in enumerate(self.merges)}
+        self._known: dict[bytes, list[int]] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @classmethod
+    def learn(cls, documents: Sequence[Document], vocab_size: int, sample_bytes: int = 4_000_000) -> ByteTokenizer:
+        """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) on evenly spaced documents up to `sample_bytes`.
+
+        Each round joins the most frequent neighbouring pair (ties to the lower ids). A few seconds for 4 MB and 2048
+        ids."""
+        total = sum(len(d.content) for d in documents)
+        stride = max(1, round(total / sample_bytes))
+        counts: Counter[bytes] = Counter()
+        for document in documents[::stride]:
+            counts.update(_PIECE.findall(document.content))
+        return cls(_learn_merges(counts, vocab_size - FIRST_MERGE))
+
+    def encode(self, text: bytes) -> np.ndarray:
+        if not self.merges:
+            return np.frombuffer(text, np.uint8).astype(np.int64)
+        known, ids = self._known, []
+        for piece in _PIECE.findall(text):
+            if piece not in known:
+                known[piece] = self._join(piece)
+            ids += known[piece]
+        return np.array(ids, dtype=np.int64)
+
+    def _join(self, piece: bytes) -> list[int]:
+        ids = list(piece)
+        while len(ids) > 1:
+            best = min(pairwise(ids), key=lambda pair: self._rank.get(pair, 1 << 60))
+            if best not in self._rank:
+                break
+            ids = _replace(ids, best, self._rank[best])
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self.pieces[i] if 0 <= i < len(self.pieces) else b"" for i in ids).decode("utf-8", "replace")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "bytes", "merges": self.merges}
+
+
+def _learn_merges(counts: Counter[bytes], rounds: int) -> list[tuple[int, int]]:
+    words = [list(word) for word in counts]
+    weights = list(counts.values())
+    pairs: Counter[tuple[int, int]] = Counter()
+    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in pairwise(word):
+            pairs[pair] += weights[index]
+            where[pair].add(index)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    merges: list[tuple[int, int]] = []
+    while heap and len(merges) < rounds:
+        count, pair = heapq.heappop(heap)
+        if pairs[pair] != -count:  # changed since it was pushed: another entry holds the true count
+            continue
+        if -count < 2:
+            break
+        changed: set[tuple[int, int]] = set()
+        for index in where.pop(pair):
+            old, weight = words[index], weights[index]
+            new = words[index] = _replace(old, pair, FIRST_MERGE + len(merges))
+            for p in pairwise(old):
+                pairs[p] -= weight
+                changed.add(p)
+            for p in pairwise(new):
+                pairs[p] += weight
+                where[p].add(index)
+                changed.add(p)
+        for p in changed:
+            if pairs[p] > 0:
+                heapq.heappush(heap, (-pairs[p], p))
+        merges.append(pair)
+    return merges
+
+
+def _replace(ids: list[int], pair: tuple[int, int], joined: int) -> list[int]:
+    out, i, last = [], 0, len(ids) - 1
+    while i <= last:
+        if i < last and ids[i] == pair[0] and ids[i + 1] == pair[1]:
+            out.append(joined)
+            i += 2
+        else:
+            out.append(ids[i])
+            i += 1
+    return out
+
+
+class JsonTokenizer:
+    """A `tokenizers` JSON file (tokenizer.json of Hugging Face models). Special ids come from the model it serves."""
+
+    def __init__(self, text: str, mask_id: int = -1, eos_id: int = -1, pad_id: int = -1):
+        try:
+            import tokenizers
+        except ModuleNotFoundError:
+            raise DataError(
+                "a tokenizers JSON file needs tokenizers: pip install 'illada-kernels[tokenizers]'"
+            ) from None
+        try:
+            self.inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise DataError(f"not a tokenizers JSON file ({error})") from None
+        self.text = text
+        size = self.inner.get_vocab_size(with_added_tokens=True)
+        given = (mask_id, eos_id, pad_id)
+        named = (
+            ("[MASK]", "<[MASK]>", "<mask>", "<|mdm_mask|>", "<|mask|>"),
+            ("</s>", "<|endoftext|>", "[SEP]", "<eos>"),
+            ("[PAD]", "<pad>"),
+        )
+        found = [
+            i if i >= 0 else next(filter(lambda x: x is not None, map(self.inner.token_to_id, n)), None)
+            for i, n in zip(given, named)
+        ]
+        # What the file does not name gets a row of its own behind the vocabulary.
+        for index, value in enumerate(found):
+            if value is None:
+                found[index], size = size, size + 1
+        self.mask_id, self.eos_id, self.pad_id = (int(i) for i in found if i is not None)
+        self._size = max(size, *(i + 1 for i in (self.mask_id, self.eos_id, self.pad_id)))
+
+    @property
+    def vocab_size(self) -> int:
+        return self._size
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return np.array(self.inner.encode(text.decode("utf-8"), add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        special = (self.mask_id, self.eos_id, self.pad_id)
+        size = self.inner.get_vocab_size(with_added_tokens=True)
+        return self.inner.decode([i for i in ids if i not in special and i < size], skip_special_tokens=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "tokenizers", "json": self.text, "ids": [self.mask_id, self.eos_id, self.pad_id]}
+
+
+def from_json(saved: Any) -> Tokenizer:
+    """The inverse of `to_json`. Raises DataError for anything else."""
+    kind = saved.get("kind") if isinstance(saved, dict) else None
+    try:
+        if kind == "bytes":
+            return ByteTokenizer([(a, b) for a, b in saved["merges"]])
+        if kind == "tokenizers":
+            return JsonTokenizer(saved["json"], *saved["ids"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"tokenizer: damaged ({error})") from None
+    raise DataError(f"tokenizer: expected kind 'bytes' or 'tokenizers', got {kind!r}")
+
+
+def make_tokenizer(spec: str, documents: Sequence[Document]) -> Tokenizer:
+    """spec: "bytes", "bpe:N" (byte pairs learned from `documents` up to N ids), or the path of a tokenizers JSON
+    file."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    if spec.startswith("bpe:"):
+        size = int(spec[4:]) if spec[4:].isdecimal() else 0
+        if size <= FIRST_MERGE:
+            raise DataError(f"tokenizer: expected bpe:N with N above {FIRST_MERGE}, got {spec!r}")
+        return ByteTokenizer.learn(documents, size)
+    return JsonTokenizer(_read(Path(spec), "bytes, bpe:N or the path of a tokenizers JSON file"))
+
+
+def load_tokenizer(folder: Path, vocab_size: int, mask_id: int, eos_id: int, pad_id: int) -> Tokenizer:
+    """The tokenizer beside a checkpoint: ours, else tokenizer.json of Hugging Face, else plain bytes if the
+    vocabulary fits."""
+    if (folder / FILE).exists():
+        try:
+            return from_json(json.loads(_read(folder / FILE, "a tokenizer")))
+        except DataError as error:
+            raise DataError(f"{folder / FILE}: {error}; save the checkpoint again") from None
+        except ValueError as error:
+            raise DataError(f"{folder / FILE} is not JSON ({error}); save the checkpoint again") from None
+    if (folder / "tokenizer.json").exists():
+        return JsonTokenizer(_read(folder / "tokenizer.json", "a tokenizer"), mask_id, eos_id, pad_id)
+    if vocab_size == FIRST_MERGE:
+        return ByteTokenizer()
+    raise DataError(f"{folder} holds no tokenizer: expected {FILE} or tokenizer.json beside the weights")
+
+
+def _read(file: Path, expected: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"tokenizer: {file} cannot be read ({error.strerror}); expected {expected}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"tokenizer: {file} is not text; expected {expected}") from None
