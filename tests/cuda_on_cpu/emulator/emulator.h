@@ -83,9 +83,10 @@ struct WarpMeeting {  // of the lanes in one mask; two buffers, since a fast lan
   const char* name = "";
   Lanes values[2];
 };
-struct Issuer {  // of an asynchronous operation: whom a report names
-  const Fiber* fiber = nullptr;
+struct Issuer {  // of an asynchronous operation
+  const Fiber* fiber = nullptr;  // whom a report names
   const void* pc = nullptr;
+  bool lazy = false;  // not carried out while anything else can get on
 };
 struct BulkLoad {
   Issuer issuer;
@@ -125,6 +126,7 @@ struct Cluster {
   Barrier barrier;
   Random random;
   uint32_t chance_async = 0, chance_yield = 0;
+  uint32_t chance_lazy = 0, lazy_places = 0;  // of one operation; of all operations issued by one line
   std::vector<BulkLoad> loads;
   std::vector<std::shared_ptr<BulkStore>> stores;
   int alive = 0;
@@ -135,6 +137,8 @@ struct Cluster {
 extern thread_local Cluster* cluster;  // the one this host thread runs
 extern thread_local Fiber* self;       // the running fiber, null in the scheduler
 extern thread_local Issuer carried_out;  // the operation that the scheduler carries out
+
+Issuer issuer_here();  // the running fiber, lazy or not as the schedule wants
 
 // ---- scheduler.cpp ---------------------------------------------------------------------------------------------
 void sleep_on(Waits what, uint64_t key, int detail);  // until wake
@@ -162,7 +166,7 @@ std::mutex& add_lock();  // around read-modify-write of global memory
 void bytes_arrived(Block& block, uint32_t bar, uint32_t bytes);
 void finish_load(size_t i);
 void advance_store(size_t i);
-bool carry_out_product(Block& block, int warpgroup);
+bool carry_out_product(Block& block, int warpgroup, bool lazy);
 std::string describe_barrier(const Fiber& fiber);
 void check_copies_done(const Block& block);  // these three when its last thread exits
 void check_products_done(const Block& block);

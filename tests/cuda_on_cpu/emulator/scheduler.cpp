@@ -137,8 +137,15 @@ void thread_exits() {
   check_barriers_empty(*self->block);
 }
 
+// ---- what happens when ---------------------------------------------------------------------------------------
+Issuer issuer_here() {
+  Random of_place{uint64_t(self->pc) % 4096 + cluster->lazy_places};  // an address changes from run to run, its low bits not
+  const bool lazy = cluster->random.chance(cluster->chance_lazy) || (cluster->lazy_places && of_place.next() % 2);
+  return {self, self->pc, lazy};
+}
+
 // ---- one cluster -----------------------------------------------------------------------------------------------
-bool carry_out_one() {
+static bool carry_out_one(bool lazy) {
   Cluster& c = *cluster;
   size_t groups = 0;
   for (Block& b : c.blocks) groups += b.warpgroups.size();
@@ -147,13 +154,19 @@ bool carry_out_one() {
   const size_t start = c.random.next() % all;
   for (size_t step = 0; step < all; ++step) {
     size_t i = (start + step) % all;
-    if (i < c.loads.size()) return finish_load(i), true;
+    if (i < c.loads.size()) {
+      if (c.loads[i].issuer.lazy != lazy) continue;
+      return finish_load(i), true;
+    }
     i -= c.loads.size();
-    if (i < c.stores.size()) return advance_store(i), true;
+    if (i < c.stores.size()) {
+      if (c.stores[i]->issuer.lazy != lazy) continue;
+      return advance_store(i), true;
+    }
     i -= c.stores.size();
     for (Block& b : c.blocks) {
       if (i < b.warpgroups.size()) {
-        if (carry_out_product(b, int(i))) return true;
+        if (carry_out_product(b, int(i), lazy)) return true;
         break;
       }
       i -= b.warpgroups.size();
@@ -161,6 +174,8 @@ bool carry_out_one() {
   }
   return false;
 }
+
+bool carry_out_one() { return carry_out_one(false) || carry_out_one(true); }
 
 static std::string deadlock() {
   std::map<std::string, std::vector<const Fiber*>> waiting;
@@ -180,7 +195,7 @@ static std::string deadlock() {
 static void run_fibers() {
   Cluster& c = *cluster;
   while (c.alive && !failed) {
-    if (c.chance_async && c.random.chance(c.chance_async)) carry_out_one();
+    if (c.chance_async && c.random.chance(c.chance_async)) carry_out_one(false);
     if (c.ready.empty()) {
       if (carry_out_one()) continue;
       carried_out = {};
@@ -222,10 +237,14 @@ static void run_cluster(const Grid& grid, uint64_t number, Pool& pool) {
   Cluster c;
   cluster = &c;
   c.random.state = control::seed * 0x9e3779b97f4a7c15ull + number * 7919;
-  // From "nothing happens before it must" to "everything happens at once"; from long runs of a thread to short ones.
+  // From "nothing happens before it must" to "everything happens at once"; from long runs of a thread to short ones; and
+  // operations, or all those of one line, that take longer than all others.
   constexpr uint32_t async[] = {0, 0x02000000, 0x30000000, 0xf0000000}, switches[] = {0, 0x08000000, 0x60000000};
   c.chance_async = async[c.random.next() % 4];
   c.chance_yield = switches[c.random.next() % 3];
+  const uint64_t lazy = c.random.next() % 4;
+  c.chance_lazy = lazy == 1 ? 0x40000000 : 0;
+  c.lazy_places = lazy >= 2 ? uint32_t(c.random.next()) | 1 : 0;
   const int threads = grid.threads.x * grid.threads.y * grid.threads.z;
   c.alive = threads * grid.cluster;
   c.blocks.resize(grid.cluster);

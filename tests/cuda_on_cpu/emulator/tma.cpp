@@ -130,7 +130,7 @@ void tensor_load(uint32_t dst, const void* map, uint32_t bar, uint32_t blocks, i
     });
   };
   if (!blocks) blocks = 1u << self->block->rank;
-  issue({{self, self->pc}, dst, bar, bytes_of(m), blocks, fetch});
+  issue({issuer_here(), dst, bar, bytes_of(m), blocks, fetch});
 }
 
 static void check_bulk(const void* global, uint32_t shared, uint32_t bytes, const char* what) {
@@ -144,7 +144,7 @@ void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
   check_bulk(src, dst, bytes, "bulk_load");
   check_global(src, bytes, "bulk_load");
   auto fetch = [=](uint8_t* tile) { memcpy(tile, src, bytes); };
-  issue({{self, self->pc}, dst, bar, bytes, 1u << self->block->rank, fetch});
+  issue({issuer_here(), dst, bar, bytes, 1u << self->block->rank, fetch});
 }
 
 void finish_load(size_t i) {
@@ -179,7 +179,7 @@ static void add_bytes(int type, uint8_t* to, const uint8_t* from, int64_t bytes)
 
 static void issue(uint32_t src, uint32_t bytes, std::function<void(const uint8_t*)> write) {
   auto store = std::make_shared<BulkStore>();
-  store->issuer = {self, self->pc};
+  store->issuer = issuer_here();
   store->src = src;
   store->bytes = bytes;
   store->write = std::move(write);

@@ -99,10 +99,10 @@ static void multiply(const Block& block, const PendingProduct& p) {
 
 static uint64_t key_of(const Block& b, int warpgroup) { return uint64_t(b.rank) << 32 | warpgroup; }
 
-bool carry_out_product(Block& b, int warpgroup) {
+bool carry_out_product(Block& b, int warpgroup, bool lazy) {
   Warpgroup& g = b.warpgroups[warpgroup];
   const uint64_t i = g.finished - g.first;
-  if (i >= g.queue.size() || g.queue[i]->threads < 128) return false;
+  if (i >= g.queue.size() || g.queue[i]->threads < 128 || g.queue[i]->issuer.lazy != lazy) return false;
   carried_out = g.queue[i]->issuer;
   multiply(b, *g.queue[i]);
   ++g.finished;
@@ -141,7 +141,7 @@ void wgmma(float* d, const uint32_t* a_registers, const Product& w) {
   const uint64_t number = self->products++;
   if (number - g.first == g.queue.size()) {
     auto p = std::make_shared<PendingProduct>();
-    p->issuer = {self, self->pc};
+    p->issuer = issuer_here();
     p->what = w;
     p->a_in_registers = a_registers;
     if (a_registers) p->a.resize(64 * 16);
