@@ -105,15 +105,19 @@ def test_report_survives_an_extension_that_fails_in_another_way(source, python, 
     assert states(found, "cpu") == {False}
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
-def test_report_survives_a_missing_or_damaged_build_record(content, python, installed):
-    record = installed / "illada_kernels" / "_build_info.json"
-    record.unlink(missing_ok=True)
-    if content is not None:
-        record.write_text(content)
+def test_report_survives_an_installation_that_was_never_built(python, installed):
+    (installed / "illada_kernels" / "_build_info.json").unlink(missing_ok=True)
     found = healed(python("-m", "illada_kernels", "doctor", "--json", path=(installed,), cwd=installed))
     assert found["build"]["extension"] is False and "make build" in found["build"]["reason"]
     assert "No module named 'illada_kernels._C'" in found["extension"]["error"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+def test_a_damaged_build_record_counts_as_none(content, installed, monkeypatch):
+    (installed / "illada_kernels" / "_build_info.json").write_text(content)
+    monkeypatch.setattr(doctor, "PACKAGE", installed / "illada_kernels")
+    info = doctor.build_info()
+    assert info["extension"] is False and "make build" in doctor.extension_lines(info, {"error": "none"})[0]
 
 
 def test_report_writes_nothing_into_the_package(python, installed, tmp_path):
