@@ -99,40 +99,33 @@ static void end_barrier(Block& b, int id) {
   wake(Waits::barrier, key_of(b, id));
 }
 
+static void end_cluster_barrier() {
+  cluster->barrier.arrived = 0;
+  ++cluster->barrier.phase;
+  wake(Waits::cluster_barrier, 0);
+}
+
 // Barrier 0 is that of all threads which have not exited.
-int barrier_all(int value, int* total) {
+static void end_barrier_of_all(Block& b) {
+  b.barriers[0].met = b.alive;
+  end_barrier(b, 0);
+}
+
+Votes barrier_all(bool vote) {
   CALLED_FROM_KERNEL;
   maybe_yield(cluster->chance_yield);
   Block& b = *self->block;
   Barrier& barrier = b.barriers[0];
   const uint32_t phase = barrier.phase;
-  int& votes = barrier.votes[phase & 1];
-  votes += value != 0;
-  if (++barrier.arrived == b.alive) {
-    const int result = votes;
-    if (total) *total = b.alive;
-    end_barrier(b, 0);
-    barrier.votes[phase & 1] = result;  // read by those who wait, cleared when the next phase ends
-    return result;
-  }
+  barrier.votes[phase & 1] += vote;
+  if (++barrier.arrived == b.alive) end_barrier_of_all(b);
   while (barrier.phase == phase) sleep_on(Waits::barrier, key_of(b, 0), 0);
-  if (total) *total = b.alive;
-  return votes;
+  return {barrier.votes[phase & 1], barrier.met};  // the next phase cannot end before this thread arrives again
 }
 
 void recheck_barriers_after_exit(Block& b) {
-  Barrier& barrier = b.barriers[0];
-  if (b.alive && barrier.arrived == b.alive) {
-    const uint32_t phase = barrier.phase;
-    const int votes = barrier.votes[phase & 1];
-    end_barrier(b, 0);
-    barrier.votes[phase & 1] = votes;
-  }
-  if (cluster->alive && cluster->barrier.arrived >= cluster->alive && cluster->barrier.arrived) {
-    cluster->barrier.arrived = 0;
-    ++cluster->barrier.phase;
-    wake(Waits::cluster_barrier, 0);
-  }
+  if (b.alive && b.barriers[0].arrived == b.alive) end_barrier_of_all(b);
+  if (cluster->alive && cluster->barrier.arrived >= cluster->alive) end_cluster_barrier();
 }
 
 void barrier_named(int id, int threads, bool wait) {
@@ -159,10 +152,7 @@ void cluster_barrier_arrive() {
   maybe_yield(cluster->chance_yield);
   if (self->cluster_phase > cluster->barrier.phase) fault("cluster_arrive twice without cluster_wait");
   self->cluster_phase = cluster->barrier.phase + 1;
-  if (++cluster->barrier.arrived < cluster->alive) return;
-  cluster->barrier.arrived = 0;
-  ++cluster->barrier.phase;
-  wake(Waits::cluster_barrier, 0);
+  if (++cluster->barrier.arrived >= cluster->alive) end_cluster_barrier();
 }
 
 void cluster_barrier_wait() {

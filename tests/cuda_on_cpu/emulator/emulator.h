@@ -75,7 +75,8 @@ struct Mbarrier {
   bool fenced = false;
 };
 struct Barrier {
-  int threads = 0, arrived = 0, votes[2] = {0, 0};
+  int threads = 0, arrived = 0;
+  int votes[2] = {0, 0}, met = 0;  // of __syncthreads: votes of this phase and the last; threads of the last
   uint32_t phase = 0;
 };
 struct WarpMeeting {  // of the lanes in one mask; two buffers, since a fast lane may come again before a slow one read

@@ -142,6 +142,8 @@ void check_access(const void* p, int bytes, int alignment, bool write) {
   touch(uint64_t(p), bytes, write, self->pc);
 }
 
+void memory_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
 // ---- atomics ---------------------------------------------------------------------------------------------------
 template <class T> static uint64_t apply(Atomic op, void* p, uint64_t operand, uint64_t compare) {
   T old, value, expected, next;

@@ -37,12 +37,12 @@ using std::max;
 using std::min;
 
 // ---- meetings of threads ---------------------------------------------------------------------------------------
-EMULATED void __syncthreads() { emulator::barrier_all(0, nullptr); }
-EMULATED int __syncthreads_count(int x) { return emulator::barrier_all(x, nullptr); }
-EMULATED int __syncthreads_or(int x) { return emulator::barrier_all(x, nullptr) != 0; }
+EMULATED void __syncthreads() { emulator::barrier_all(false); }
+EMULATED int __syncthreads_count(int x) { return emulator::barrier_all(x).yes; }
+EMULATED int __syncthreads_or(int x) { return emulator::barrier_all(x).yes != 0; }
 EMULATED int __syncthreads_and(int x) {
-  int all;
-  return emulator::barrier_all(x, &all) == all;
+  const emulator::Votes votes = emulator::barrier_all(x);
+  return votes.yes == votes.all;
 }
 
 namespace emulator {
@@ -116,9 +116,8 @@ EMULATED_REDUCE(__reduce_max_sync, std::max(a, b))
 EMULATED_REDUCE(__reduce_and_sync, a & b)
 EMULATED_REDUCE(__reduce_or_sync, a | b)
 #undef EMULATED_REDUCE
-// One host thread at a time runs a fiber of a cluster, and stores of x86 are seen in order.
-EMULATED void __threadfence() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
-EMULATED void __threadfence_block() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+EMULATED void __threadfence() { emulator::memory_fence(); }
+EMULATED void __threadfence_block() { emulator::memory_fence(); }
 
 // ---- atomics ---------------------------------------------------------------------------------------------------
 #define EMULATED_ATOMIC(name, op, T, code)                                                                          \

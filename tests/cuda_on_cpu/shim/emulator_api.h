@@ -20,13 +20,17 @@ int encode_tensor_map(void* map, int type, uint32_t rank, void* base, const uint
 // ---- memory ----------------------------------------------------------------------------------------------------
 uint8_t* shared_base();                       // of the dynamic shared memory of this block
 uint32_t shared_address(const void* p);       // as PTX sees it; a fault if p is not in this block's shared memory
+void memory_fence();
 void check_access(const void* p, int bytes, int alignment, bool write);
 enum class Atomic { add, min, max, exchange, compare_and_swap, bit_and, bit_or, bit_xor };
 enum class AtomicType { i32, u32, u64, f32, f64 };
 uint64_t atomic(Atomic op, AtomicType type, void* p, uint64_t value, uint64_t compare);
 
 // ---- meetings of threads ---------------------------------------------------------------------------------------
-int barrier_all(int value, int* total);       // __syncthreads and its votes: returns the number of nonzero values
+struct Votes {
+  int yes, all;
+};
+Votes barrier_all(bool vote);                 // __syncthreads and its votes
 void barrier_named(int id, int threads, bool wait);
 void cluster_barrier_arrive();
 void cluster_barrier_wait();
