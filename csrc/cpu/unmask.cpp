@@ -16,6 +16,7 @@
 #include "illada/vec.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of the undefined operands inside its own AVX-512 intrinsics
 #endif
 
@@ -66,16 +67,45 @@ inline v64 mul32(v64 a, v64 b) {  // product of the low halves: the high halves 
 #endif
 }
 
-inline bool any(vi mask) {
+inline v64 high32(v64 a) {  // the high halves, moved low; a shuffle, as the shifts' port is taken by the products
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask(bit_cast<__m512i>(mask)) != 0;
+  return bit_cast<v64>(_mm512_shuffle_epi32(bit_cast<__m512i>(a), _MM_PERM_DDBB));
 #elif defined(__AVX2__)
-  return !_mm256_testz_si256(bit_cast<__m256i>(mask), bit_cast<__m256i>(mask));
+  return bit_cast<v64>(_mm256_shuffle_epi32(bit_cast<__m256i>(a), 0xf5));
 #else
-  const v64 bits = bit_cast<v64>(mask);
-  return (bits[0] | bits[1]) != 0;
+  return a >> 32;
 #endif
 }
+
+inline bool any(vi mask) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return !_mm256_testz_si256(bit_cast<__m256i>(mask), bit_cast<__m256i>(mask));
+#else
+  int64_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= mask[i];
+  return bits != 0;
+#endif
+}
+
+inline bool any_at_most(vu v, uint32_t limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmple_epu32_mask(bit_cast<__m512i>(v), _mm512_set1_epi32(int(limit))) != 0;
+#else
+  return any(v <= limit);
+#endif
+}
+
+struct NaNs {  // has one of the vectors held a NaN?
+#if defined(__AVX512F__)
+  __mmask16 seen = 0;
+  void look(vf a, vf b) { seen |= _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_UNORD_Q); }
+  bool found() const { return seen != 0; }
+#else
+  vi seen{};
+  void look(vf a, vf b) { seen |= (a != a) | (b != b); }
+  bool found() const { return any(seen); }
+#endif
+};
 
 struct Doubles { vd low, high; };
 inline void accumulate(Doubles& sum, vf v) {
@@ -98,9 +128,9 @@ inline double total(const Doubles& sum) {
   return r;
 }
 
-// exp(z) for z <= 0, below 2 ulp; 0 below -87.3, where vec.h's exp flushes too. exp(0) = 1 exactly.
+// exp(max(z, -87.3)), below 2 ulp; exp(0) = 1 exactly. For z <= 0: 1.2e-38 instead of 0 is lost beside the maximum's 1.
 inline vf exp_not_positive(vf z) {
-  const vf lowest = splat(-87.3f), shift = splat(0x1.8p23f), c = max(z, lowest);
+  const vf shift = splat(0x1.8p23f), c = max(z, splat(-87.3f));
   const vf biased = c * 1.44269504f + shift, n = biased - shift;
   const vf r = (c - n * 0.693359375f) - n * -2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
@@ -110,8 +140,7 @@ inline vf exp_not_positive(vf z) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
-  const vf e = bit_cast<vf>(bit_cast<vi>(p) + (bit_cast<vi>(biased) << 23));  // p lies in [0.7, 1.42]: add n to its exponent
-  return z < lowest ? vf{} : e;
+  return bit_cast<vf>(bit_cast<vi>(p) + (bit_cast<vi>(biased) << 23));  // p lies in [0.7, 1.42]: add n to its exponent
 }
 
 // ---- noise -------------------------------------------------------------------------------------------------------------------
@@ -140,14 +169,14 @@ struct Words { v64 w0, w1, w2, w3; };  // in the low halves; the high halves hol
 inline Words philox_group(const RowNoise& row, v64 pairs) {
   const v64 m0 = v64{} + illada::kPhiloxM0, m1 = v64{} + illada::kPhiloxM1;
   const v64 first = mul32(pairs, m0);
-  const v64 second = mul32((first >> 32) ^ row.k1[0], m1);
-  v64 c0 = (second >> 32) ^ (row.a1 ^ row.k0[1]), c1 = second, c2 = first ^ row.b2, c3 = v64{} + row.b3;
+  const v64 second = mul32(high32(first) ^ row.k1[0], m1);
+  v64 c0 = high32(second) ^ (row.a1 ^ row.k0[1]), c1 = second, c2 = first ^ row.b2, c3 = v64{} + row.b3;
 #pragma GCC unroll 8
   for (int round = 2; round < 10; ++round) {
     const v64 p0 = mul32(c0, m0), p1 = mul32(c2, m1);
-    c0 = (p1 >> 32) ^ c1 ^ row.k0[round];
+    c0 = high32(p1) ^ c1 ^ row.k0[round];
     c1 = p1;
-    c2 = (p0 >> 32) ^ c3 ^ row.k1[round];
+    c2 = high32(p0) ^ c3 ^ row.k1[round];
     c3 = p0;
   }
   return Words{c0, c1, c2, c3};
@@ -171,6 +200,20 @@ struct Best {
   }
 };
 
+// The ids of one group whose top word is at most `threshold`. Rare, so kept out of the loop's registers.
+__attribute__((noinline)) void offer_hits(const RowNoise& noise, float temperature, const float* logits, int64_t first_id, uint32_t threshold,
+                                          double slack, Best& best) {
+  const Words words = philox_group(noise, first_pairs(first_id));
+  const vu high = top_words(words), low = low_words(words);
+  for (int i = 0; i < kWidth; ++i) {
+    const float l = logits[i];
+    if (high[i] > threshold || l == -kInf) continue;
+    // u >= 2^-(zeros + 1), so g <= (zeros + 1) log 2: spares most logarithms where one logit of the block towers
+    if (high[i] != 0 && l + temperature * 0.6932 * (__builtin_clz(high[i]) + 1) < best.score - slack) continue;
+    best.offer(l, illada::noised_score(l, temperature, illada::gumbel(high[i], low[i])), int32_t(first_id + i));
+  }
+}
+
 // Of kBlock ids from first_id on, whose logits are at most `top`: those that beat or tie best.
 inline void noise_block(const RowNoise& noise, float temperature, const float* logits, int64_t first_id, float top, Best& best) {
   // what rounding can add to a score, at most: a few ulp of each of its parts
@@ -180,20 +223,9 @@ inline void noise_block(const RowNoise& noise, float temperature, const float* l
   const double limit = std::exp(-need) * 1.0001 * 0x1p32;                // g >= need implies u <= exp(-need)
   const uint32_t threshold = limit < 4294967295.0 ? uint32_t(limit) : 0xffffffff;
   v64 pairs = first_pairs(first_id);
-  for (int j = 0; j < kBlock; j += kWidth, pairs += kWidth / 2) {
-    const Words words = philox_group(noise, pairs);
-    const vu high = top_words(words);
-    const vi hit = high <= threshold;
-    if (__builtin_expect(!any(hit), 1)) continue;
-    const vu low = low_words(words);
-    for (int i = 0; i < kWidth; ++i) {
-      const float l = logits[j + i];
-      if (!hit[i] || l == -kInf) continue;
-      // u >= 2^-(zeros + 1), so g <= (zeros + 1) log 2: spares most logarithms where one logit of the block towers
-      if (high[i] != 0 && l + temperature * 0.6932 * (__builtin_clz(high[i]) + 1) < best.score - slack) continue;
-      best.offer(l, illada::noised_score(l, temperature, illada::gumbel(high[i], low[i])), int32_t(first_id + j + i));
-    }
-  }
+  for (int j = 0; j < kBlock; j += kWidth, pairs += kWidth / 2)
+    if (__builtin_expect(any_at_most(top_words(philox_group(noise, pairs)), threshold), 0))
+      offer_hits(noise, temperature, logits + j, first_id + j, threshold, slack, best);
 }
 
 // ---- one segment of one row --------------------------------------------------------------------------------------------------
@@ -226,39 +258,44 @@ template <class T> inline const float* fetch(const T* p, int n, int64_t first_id
   return scratch;
 }
 
-// Maxima of the segment and of each block, the first id at the maximum, NaNs.
-inline void find_top(const float* logits, int blocks, int64_t first_id, float* block_top, Partial& out) {
+// Maxima of the segment and of each block, the first id at the maximum, NaNs; the second maximum if asked for.
+template <bool kSecond> inline void find_top(const float* logits, int blocks, int64_t first_id, float* block_top, Partial& out) {
   vf top = splat(-kInf), second = splat(-kInf);
-  vi nan{};
+  NaNs nans;
   int at = 0;
   for (int b = 0; b < blocks; ++b) {
     const float* x = logits + b * kBlock;
     vf t[4], s[4];
     for (int c = 0; c < 4; ++c) t[c] = s[c] = splat(-kInf);
-    for (int j = 0; j < kBlock; j += 4 * kWidth)
+    for (int j = 0; j < kBlock; j += 4 * kWidth) {
+      vf v[4];
       for (int c = 0; c < 4; ++c) {
-        const vf v = load(x + j + c * kWidth);
-        nan |= v != v;
-        s[c] = max(min(v, t[c]), s[c]);
-        t[c] = max(v, t[c]);
+        v[c] = load(x + j + c * kWidth);
+        if (kSecond) s[c] = max(min(v[c], t[c]), s[c]);
+        t[c] = max(v[c], t[c]);
       }
+      nans.look(v[0], v[1]);
+      nans.look(v[2], v[3]);
+    }
     for (int c = 1; c < 4; ++c) {
-      s[0] = max(max(s[c], s[0]), min(t[c], t[0]));
+      if (kSecond) s[0] = max(max(s[c], s[0]), min(t[c], t[0]));
       t[0] = max(t[c], t[0]);
     }
-    second = max(max(s[0], second), min(t[0], top));
+    if (kSecond) second = max(max(s[0], second), min(t[0], top));
     top = max(t[0], top);
     block_top[b] = reduce_max(t[0]);
     if (block_top[b] > block_top[at]) at = b;
   }
   out.top = block_top[at];
-  out.bad = any(nan) || out.top == kInf;
-  float first = -kInf, other = reduce_max(second);
-  for (int i = 0; i < kWidth; ++i) {
-    if (top[i] > first) other = first > other ? first : other, first = top[i];
-    else other = top[i] > other ? top[i] : other;
+  out.bad = nans.found() || out.top == kInf;
+  if (kSecond) {  // lanes hold one maximum each: all but the largest of them count
+    float first = -kInf, other = reduce_max(second);
+    for (int i = 0; i < kWidth; ++i) {
+      other = std::max(other, std::min(first, top[i]));
+      first = std::max(first, top[i]);
+    }
+    out.second = other;
   }
-  out.second = other;
   if (out.top == -kInf || out.bad) return;
   const float* x = logits + at * kBlock;
   int j = 0;
@@ -266,30 +303,36 @@ inline void find_top(const float* logits, int blocks, int64_t first_id, float* b
   out.top_id = int32_t(first_id + at * kBlock + j);
 }
 
-template <bool kEntropy> inline void add_exponentials(const float* logits, int n, float scale, Partial& out) {
+// `ahead`: memory that the next segment will read; asked for here, where the memory bus is idle.
+template <bool kEntropy> inline void add_exponentials(const float* logits, int n, float scale, const char* ahead, int ahead_step, Partial& out) {
   Doubles sum{}, sum_ez{};
-  for (int j = 0; j < n; j += kWidth) {
-    const vf z = max((load(logits + j) - out.top) * scale, splat(-1e4f));  // finite: 0 * -inf would be NaN
+  for (int j = 0; j < n; j += kWidth, ahead += ahead_step) {
+    __builtin_prefetch(ahead);
+    const vf z = (load(logits + j) - out.top) * scale;
     const vf e = exp_not_positive(z);
     accumulate(sum, e);
-    if (kEntropy) accumulate(sum_ez, e * z);
+    if (kEntropy) accumulate(sum_ez, e * max(z, splat(-1e4f)));  // finite: e * -inf would be
   }
   out.sum = total(sum);
   out.sum_ez = total(sum_ez);
 }
 
+enum Needs { kEntropy = 1, kSecond = 2 };
+
 template <class T>
-inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits, const Row& row, const RowNoise& noise, bool entropy,
+inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits, const Row& row, const RowNoise& noise, int needs,
                         Best& best, Partial& out) {
   alignas(64) float scratch[kSegment];
   float block_top[kSegment / kBlock];
   const float* logits = fetch(p, n, first_id, edits, scratch);
   const int blocks = (n + kBlock - 1) / kBlock;
   out = Partial{0, 0, -kInf, -kInf, -kInf, -kInf, -kInf, -1, -1, 0};
-  find_top(logits, blocks, first_id, block_top, out);
+  if (needs & kSecond) find_top<true>(logits, blocks, first_id, block_top, out);
+  else find_top<false>(logits, blocks, first_id, block_top, out);
   if (out.bad || out.top == -kInf) return;
-  if (entropy) add_exponentials<true>(logits, blocks * kBlock, row.scale, out);
-  else add_exponentials<false>(logits, blocks * kBlock, row.scale, out);
+  const char* ahead = reinterpret_cast<const char*>(p + kSegment);
+  if (needs & kEntropy) add_exponentials<true>(logits, blocks * kBlock, row.scale, ahead, kWidth * sizeof(T), out);
+  else add_exponentials<false>(logits, blocks * kBlock, row.scale, ahead, kWidth * sizeof(T), out);
   if (row.held >= first_id && row.held < first_id + n) out.held_logit = logits[row.held - first_id];
   if (!(row.temperature > 0)) {
     out.best_score = out.best_logit = out.top, out.best_id = out.top_id;
@@ -314,7 +357,7 @@ struct Logits {  // the logits of ids [first, first + ids) of all rows
   }
 };
 
-template <class T> void run_rows(const Logits& in, int64_t rows, const Edits& edits, bool entropy, Partial* partials, int threads) {
+template <class T> void run_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, Partial* partials, int threads) {
   const int64_t here = (in.ids + kSegment - 1) / kSegment, first_segment = in.first / kSegment;
   // few rows: several threads share one. Each span starts without a bar to beat, which costs time but changes nothing.
   const int64_t spans = rows >= 4 * threads ? 1 : std::min<int64_t>(here, (4 * threads + rows - 1) / std::max<int64_t>(rows, 1));
@@ -331,7 +374,7 @@ template <class T> void run_rows(const Logits& in, int64_t rows, const Edits& ed
         if (q->best_score > best.score) best = Best{q->best_score, q->best_logit, q->best_id};
     for (int64_t s = here * span / spans; s < here * (span + 1) / spans; ++s) {
       const int n = int(std::min<int64_t>(kSegment, in.ids - s * kSegment));
-      run_segment(p + s * kSegment, n, in.first + s * kSegment, edits, row, noise, entropy, best, out[s]);
+      run_segment(p + s * kSegment, n, in.first + s * kSegment, edits, row, noise, needs, best, out[s]);
     }
   }
 }
@@ -501,18 +544,18 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_plan)(const int64_t* tokens, int64_t 
 
 // Logits of ids [first, first + ids), first a multiple of ILLADA_UNMASK_SEGMENT, of the rows from `rows` on. count = K: row r lies at
 // (index / K) * stride_b + (index % K) * stride_k; count = 0: at r * stride_k. Fills those ids' entries of partials (rows, segments).
-// edit_ids rise; edit_values are added, -inf forbids.
+// edit_ids rise; edit_values are added, -inf forbids. needs: 1 if the entropy is needed, plus 2 if the second maximum is.
 extern "C" int ILLADA_ISA_FN(illada_unmask_rows)(const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count,
                                                   const void* rows, int64_t row_count, int64_t first, int64_t ids, int64_t segments,
-                                                  const int64_t* edit_ids, const float* edit_values, int64_t edits, int entropy,
+                                                  const int64_t* edit_ids, const float* edit_values, int64_t edits, int needs,
                                                   void* partials, int threads) {
   if (first % kSegment || first + ids > segments * kSegment) return ILLADA_BAD_ARGUMENT;
   const Logits in{logits, stride_b, stride_k, count, first, ids, segments, static_cast<const Row*>(rows)};
   const Edits changes{edit_ids, edit_values, edits};
   Partial* out = static_cast<Partial*>(partials);
-  if (dtype == ILLADA_F32) run_rows<float>(in, row_count, changes, entropy != 0, out, threads);
-  else if (dtype == ILLADA_BF16) run_rows<bf16>(in, row_count, changes, entropy != 0, out, threads);
-  else if (dtype == ILLADA_F16) run_rows<fp16>(in, row_count, changes, entropy != 0, out, threads);
+  if (dtype == ILLADA_F32) run_rows<float>(in, row_count, changes, needs, out, threads);
+  else if (dtype == ILLADA_BF16) run_rows<bf16>(in, row_count, changes, needs, out, threads);
+  else if (dtype == ILLADA_F16) run_rows<fp16>(in, row_count, changes, needs, out, threads);
   else return ILLADA_BAD_DTYPE;
   return ILLADA_OK;
 }

@@ -49,10 +49,14 @@ ILLADA_HD float gumbel(uint32_t high, uint32_t low) {
   return -logf(-log1pf(-(u > 0x1p-64f ? u : 0x1p-64f)));
 }
 
-// l + temperature * g, each operation rounded once whatever the compiler contracts; finite for every finite l.
+// l + temperature * g, product and sum each rounded once: a fused multiply-add would differ between machines. Finite for finite l.
 ILLADA_HD float noised_score(float logit, float temperature, float g) {
-  const float noise = float(double(temperature) * double(g));
+#ifdef __CUDA_ARCH__
+  const float score = logit + __fmul_rn(temperature, g);
+#else
+  volatile float noise = temperature * g;
   const float score = logit + noise;
+#endif
   return score > -3.402823466e38f ? score : -3.402823466e38f;
 }
 

@@ -42,8 +42,8 @@ def unmask(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
     _dispatch.check("unmask", code)
     rows = rows[: int(row_count)]
-    segments = max(1, -(-step.vocabulary // native.unmask_segment))
-    partials = torch.zeros(rows.shape[0], segments, native.unmask_partial_bytes, dtype=torch.uint8)
+    segments = -(-step.vocabulary // native.unmask_segment)
+    partials = torch.empty(rows.shape[0], segments, native.unmask_partial_bytes, dtype=torch.uint8)
     if rows.shape[0] and step.vocabulary:
         scan = Scan(native, step, rows, partials, threads)
         if step.head_weight is None:
@@ -102,7 +102,7 @@ class Scan:
         self.native, self.rows, self.partials, self.threads = native, rows, partials, threads
         self.ids, self.values = edits(step)
         by_entropy = step.rule in (rules.ENTROPY_BOUND, rules.ENTROPY_BOUND_INCLUSIVE)
-        self.entropy = int(by_entropy or step.confidence == "neg_entropy")
+        self.needs = int(by_entropy or step.confidence == "neg_entropy") + 2 * int(step.confidence == "margin")
 
     def run(
         self, logits: Tensor, stride_b: int, stride_k: int, count: int, first: int, ids: int, some: slice = slice(None)
@@ -111,11 +111,11 @@ class Scan:
         source = (logits.data_ptr(), DTYPES[logits.dtype], stride_b, stride_k, count)
         which = (rows.data_ptr(), rows.shape[0], first, ids, partials.shape[1])
         changes = (self.ids.data_ptr(), self.values.data_ptr(), self.ids.shape[0])
-        code = self.native.unmask_rows(*source, *which, *changes, self.entropy, partials.data_ptr(), self.threads)
+        code = self.native.unmask_rows(*source, *which, *changes, self.needs, partials.data_ptr(), self.threads)
         _dispatch.check("unmask", code)
 
 
-def slice_length(step: Step, dim: int, converted: bool, segment: int) -> int:
+def slice_length(dim: int, converted: bool, segment: int) -> int:
     floats = ROWS_AT_ONCE + (dim if converted else 0)
     return max(1, SLICE_BYTES // 4 // floats // segment) * segment
 
@@ -127,7 +127,7 @@ def from_hidden(scan: Scan, step: Step) -> None:
     vocabulary, dim = head.shape
     count = step.positions.shape[1]
     converted = head.dtype != torch.float32
-    length = slice_length(step, dim, converted, scan.native.unmask_segment)
+    length = slice_length(dim, converted, scan.native.unmask_segment)
     index = scan.rows.view(torch.int64)[:, 0]
     most = min(ROWS_AT_ONCE, index.shape[0])
     logits = torch.empty(most * min(length, vocabulary))

@@ -122,7 +122,7 @@ def some_rows(step: Step, start: int, per_row: list[Tensor]) -> Rows:
 
 def row_logits(step: Step, start: int, rows: int) -> Tensor:
     """l: the logits of the N rows from `start` on, with bias, and -inf at what is forbidden."""
-    source = step.source.reshape(-1, step.source.shape[2])[start : start + rows]
+    source = step.source.flatten(0, 1)[start : start + rows]
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
     logits = source.to(dtype)
     if step.head_weight is not None:

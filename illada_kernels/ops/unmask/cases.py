@@ -1,0 +1,59 @@
+"""Named shapes, tolerances, and what a case costs; read by tests and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EPS = 2.0**-24  # half an ulp of 1 in float32
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    batch: int
+    count: int  # candidates per sequence, K
+    vocabulary: int
+    dim: int
+    mask_id: int
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.count
+
+
+LLADA = Shape("llada_8x32", 8, 32, 126464, 1024, 126336)  # eight sequences, a block of 32 each
+LLADA_ONE = Shape("llada_1x256", 1, 256, 126464, 1024, 126336)  # one sequence, all of its 256 new tokens
+DREAM = Shape("dream_1x64", 1, 64, 152064, 1024, 151666)
+SMALL = (
+    Shape("one_id", 1, 1, 1, 3, 5),
+    Shape("odd", 3, 5, 37, 7, 36),
+    Shape("segment_less_one", 2, 3, 2047, 8, 2046),
+    Shape("segment", 1, 4, 2048, 8, 0),
+    Shape("segments_and_one", 2, 2, 4097, 8, 4096),
+)
+
+
+def flops(shape: Shape) -> float:
+    """Of the product with the head; the rest is a few per logit."""
+    return 2.0 * shape.rows * shape.vocabulary * shape.dim
+
+
+def logit_bytes(shape: Shape, itemsize: int) -> float:
+    """From logits: each is read once."""
+    return float(shape.rows * shape.vocabulary * itemsize)
+
+
+def head_bytes(shape: Shape, itemsize: int) -> float:
+    """From hidden states: the head is read once, and the rows."""
+    return float((shape.vocabulary + shape.rows) * shape.dim * itemsize)
+
+
+def probability_tolerance(spread: float = 20.0) -> float:
+    """Relative. An exponential is 2 ulp (4 EPS) off in numerator and in sum, and z = (l - top) * scale rounds twice,
+    which moves exp(z) by 2 EPS * |z|; ids with |z| > spread weigh too little to matter. Both sides may err so."""
+    return 2 * (2 * 4 + 2 * spread) * EPS
+
+
+def entropy_tolerance(vocabulary: int) -> float:
+    """Absolute: log of the sum errs by the sum's relative error, sum p z by that times the entropy's scale, log V."""
+    return probability_tolerance() * (1 + max(vocabulary, 2).bit_length() * 0.6932)
