@@ -41,14 +41,14 @@ def stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
 
 def first_bytes(documents: Sequence[Document], limit: int | None) -> list[Document]:
     """The documents up to `limit` bytes; the one that crosses it is cut at a character."""
-    kept, left = [], float("inf") if limit is None else limit
+    if limit is None:
+        return list(documents)
+    kept: list[Document] = []
     for document in documents:
-        if left <= 0:
-            break
-        if len(document.content) > left:
-            document = Document(document.name, document.content[: int(left)].decode("utf-8", "ignore").encode())
+        if len(document.content) > limit:
+            return [*kept, Document(document.name, document.content[:limit].decode("utf-8", "ignore").encode())]
         kept.append(document)
-        left -= len(document.content)
+        limit -= len(document.content)
     return kept
 
 

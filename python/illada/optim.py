@@ -8,6 +8,7 @@ torch.optim.Muon computes in bfloat16, which a CPU without bfloat16 units does e
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,7 +28,10 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        if x.dim() == 3:
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        else:
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -39,23 +43,29 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Matrices of one shape are orthogonalised together: many small products cost their calls more than their
+        work."""
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    ahead = self._momentum(parameter, parameter.grad, group["momentum"])
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    rows = group["splits"] or [parameter.shape[0]]
+                    for target, matrix in zip(parameter.split(rows), ahead.split(rows)):
+                        by_shape[matrix.shape].append((target, matrix, group["lr"]))
+        for (rows, columns), matrices in by_shape.items():
+            updates = orthogonalize(torch.stack([matrix for _, matrix, _ in matrices]))
+            for (target, _, lr), update in zip(matrices, updates):
+                target.sub_(update, alpha=lr * max(1.0, rows / columns) ** 0.5)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
+    def _momentum(self, parameter: Tensor, gradient: Tensor, decay: float) -> Tensor:
+        """Nesterov's: the gradient, a step of the average ahead."""
+        state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(state["momentum"], group["momentum"])  # Nesterov
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        rows = group["splits"] or [parameter.shape[0]]
-        for target, matrix in zip(parameter.split(rows), ahead.split(rows)):
-            scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-            target.sub_(orthogonalize(matrix), alpha=group["lr"] * scale)
+        state["momentum"].lerp_(gradient, 1 - decay)
+        return gradient.lerp(state["momentum"], decay)
 
 
 def optimizers(
