@@ -1,0 +1,206 @@
+"""What nvcc makes of every CUDA kernel: registers, spills, instructions. Needs nvcc, no GPU.
+
+    python -m tests.gpu_code.cuda_code            # compare with the committed table
+    python -m tests.gpu_code.cuda_code --write    # renew the table: cuda_table.csv
+
+The table holds one row per kernel and architecture, so that a change of a kernel's cost shows in review.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from tests.cuda_on_cpu.library import included_files
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "build" / "gpu_code"
+TABLE = Path(__file__).with_name("cuda_table.csv")
+# The library's kernels, and the two that show how Hopper kernels are written.
+SOURCES = sorted(
+    str(p.relative_to(ROOT)) for folder in ("csrc/cuda", "tests/cuda_on_cpu/kernels") for p in (ROOT / folder).glob("*.cu")
+    if p.stem not in ("probes_sm90a", "basics")
+)  # fmt: skip
+FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Icsrc/cuda", "-Icsrc/include"]  # as illada_kernels/_build.py, for what counts
+# What a word in the source must become in the SASS of sm_90a.
+MEANT = {"wgmma<": "HGMMA", "tma_load(": "UTMALDG", "tma_store(": "UTMASTG", "tma_reduce_add(": "UTMAREDG",
+         "bulk_load(": "UBLKCP", "bulk_reduce_add(": "UBLKRED", "stmatrix": "STSM"}  # fmt: skip
+SERIALISED = ("C7510", "C7511", "C7512", "C7515")  # ptxas: wgmma waits for each product
+
+
+@dataclass(frozen=True)
+class Kernel:
+    source: str
+    arch: str
+    kernel: str
+    registers: int
+    static_shared: int
+    stack: int
+    spilled_bytes: int
+    instructions: int
+    hgmma: int
+    bulk_copies: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    kernels: list[Kernel]
+    warnings: list[str]
+    sass: str  # of all kernels; empty without a disassembler
+
+
+def find_tool(name: str) -> str | None:
+    """A CUDA binary tool: beside nvcc, on the path, or in the Triton package."""
+    nvcc = shutil.which("nvcc")
+    places = [str(Path(nvcc).resolve().parent), "/usr/local/cuda/bin"] if nvcc else []
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        places.append(str(Path(triton.origin).parent / "backends/nvidia/bin"))
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
+
+
+def architectures(source: str) -> list[str]:
+    return ["90a"] if source.endswith("_sm90a.cu") else ["80", "90a"]
+
+
+@functools.cache
+def nvcc_version() -> str:
+    out = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", out)
+    return found[1] if found else "unknown"
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+def _digest(source: str, arch: str) -> str:
+    path = ROOT / source
+    text = path.read_text()
+    depends = sorted(included_files(text, [path.parent, ROOT / "csrc/cuda", ROOT / "csrc/include"]))
+    parts = [source, arch, nvcc_version(), repr(FLAGS), text, *(p.read_text() for p in depends)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _nvcc(source: str, arch: str, output: list[str]) -> str:
+    command = ["nvcc", *FLAGS, *output, source]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def compile_ptx(source: str) -> None:
+    """As forward compatible PTX, which later GPUs compile for themselves. Raises where nvcc does."""
+    with tempfile.TemporaryDirectory() as folder:
+        _nvcc(source, "80", ["-ptx", "-gencode=arch=compute_80,code=compute_80", "-o", f"{folder}/out.ptx"])
+
+
+def compile_source(source: str, arch: str) -> Compiled:
+    """Compiles for one architecture (cached by content) and reads what ptxas reports and the disassembler shows."""
+    stem = CACHE / f"{Path(source).stem}-{arch}-{_digest(source, arch)}"
+    cubin, log = stem.with_suffix(".cubin"), stem.with_suffix(".log")
+    if not (cubin.exists() and log.exists()):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            target = Path(folder) / "out.cubin"
+            gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+            text = _nvcc(source, arch, ["-cubin", gencode, "-Xptxas", "-v", "-o", str(target)])
+            (Path(folder) / "log").write_text(text)
+            os.replace(target, cubin)
+            os.replace(Path(folder) / "log", log)
+    disassembler = find_tool("nvdisasm")
+    sass = ""
+    if disassembler:
+        sass = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return Compiled(_read_kernels(source, arch, log.read_text(), sass), _warnings(log.read_text()), sass)
+
+
+def _warnings(log: str) -> list[str]:
+    return [line for line in log.splitlines() if re.search(r"warning|\(C75\d\d\)", line)]
+
+
+def _demangle(name: str) -> str:
+    done = subprocess.run(["c++filt", name], capture_output=True, text=True)
+    text = done.stdout.strip() or name
+    text = re.sub(r"\(anonymous namespace\)::|illada::|^void ", "", text)
+    return re.sub(r"\((?!.*>).*$", "", text)  # without the parameters
+
+
+def _read_kernels(source: str, arch: str, log: str, sass: str) -> list[Kernel]:
+    bodies = {m[1]: m[2] for m in re.finditer(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S)}
+    found = []
+    for name, text in re.findall(r"Compiling entry function '(\S+)' for '\S+'\n(.*?)(?=Compiling entry|\Z)", log, re.S):
+        number = {key: int(m[1]) if (m := re.search(pattern, text)) else 0 for key, pattern in {
+            "registers": r"Used (\d+) registers", "static_shared": r"(\d+) bytes smem", "stack": r"(\d+) bytes stack",
+            "stores": r"(\d+) bytes spill stores", "loads": r"(\d+) bytes spill loads"}.items()}  # fmt: skip
+        body = bodies.get(name, "")
+        found.append(Kernel(
+            source, arch, _demangle(name), number["registers"], number["static_shared"], number["stack"],
+            number["stores"] + number["loads"], len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", body, re.M)),
+            len(re.findall(r"\bHGMMA\b", body)), len(re.findall(r"\b(?:UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED)\b", body)),
+        ))  # fmt: skip
+    return sorted(found, key=lambda k: k.kernel)
+
+
+def missing_instructions(source: str, sass: str) -> list[str]:
+    """The words of MEANT that the source holds whose instruction the SASS lacks."""
+    text = (ROOT / source).read_text()
+    return [f"{word} -> {instruction}" for word, instruction in MEANT.items()
+            if word in text and not re.search(rf"\b{instruction}\b", sass)]  # fmt: skip
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+def measure() -> list[Kernel]:
+    return [k for source in SOURCES for arch in architectures(source) for k in compile_source(source, arch).kernels]
+
+
+def read_table() -> tuple[str, list[Kernel]]:
+    """The nvcc version it was written with, and its rows."""
+    lines = TABLE.read_text().splitlines()
+    rows = csv.DictReader(lines[1:])
+    types = {f.name: int if f.type == "int" else str for f in fields(Kernel)}
+    return lines[0].removeprefix("# nvcc "), [Kernel(**{k: types[k](v) for k, v in row.items()}) for row in rows]
+
+
+def write_table(kernels: list[Kernel]) -> None:
+    with TABLE.open("w", newline="") as file:
+        file.write(f"# nvcc {nvcc_version()}\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(Kernel)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(k) for k in kernels)
+
+
+def differences(old: list[Kernel], new: list[Kernel]) -> list[str]:
+    def by_name(kernels: list[Kernel]) -> dict[tuple[str, str, str], Kernel]:
+        return {(k.source, k.arch, k.kernel): k for k in kernels}
+
+    before, after = by_name(old), by_name(new)
+    lines = [f"gone: {key}" for key in before.keys() - after.keys()]
+    lines += [f"new: {key}" for key in after.keys() - before.keys()]
+    for key in before.keys() & after.keys():
+        for name, value in asdict(before[key]).items():
+            if getattr(after[key], name) != value:
+                lines.append(f"{' '.join(key)}: {name} {value} -> {getattr(after[key], name)}")
+    return sorted(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="renew the committed table")
+    arguments = parser.parse_args()
+    kernels = measure()
+    print("\n".join(differences(read_table()[1] if TABLE.exists() else [], kernels)) or "as in the table")
+    if arguments.write:
+        write_table(kernels)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Every CUDA kernel compiles for every architecture, without spills or serialised products, into the instructions meant."""
+
+import shutil
+
+import pytest
+
+from tests.gpu_code import cuda_code
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+CASES = [(s, a) for s in cuda_code.SOURCES for a in cuda_code.architectures(s)]
+needs_disassembler = pytest.mark.skipif(
+    cuda_code.find_tool("nvdisasm") is None, reason="no nvdisasm: it comes with the CUDA toolkit and with triton"
+)
+
+
+@pytest.mark.parametrize("source, arch", CASES)
+def test_kernels_fit_registers_and_serialise_nothing(source: str, arch: str) -> None:
+    compiled = cuda_code.compile_source(source, arch)
+    assert compiled.kernels, "no kernel in this file"
+    assert not [w for w in compiled.warnings if any(code in w for code in cuda_code.SERIALISED)]
+    assert not [w for w in compiled.warnings if "warning" in w]
+    for kernel in compiled.kernels:
+        assert kernel.spilled_bytes == 0 and kernel.stack == 0, kernel
+        assert kernel.registers <= 255 and kernel.static_shared == 0, kernel  # shared memory is dynamic, see device.cuh
+
+
+@pytest.mark.parametrize("source", [s for s in cuda_code.SOURCES if "80" in cuda_code.architectures(s)])
+def test_kernels_compile_to_forward_compatible_ptx(source: str) -> None:
+    cuda_code.compile_ptx(source)
+
+
+@needs_disassembler
+@pytest.mark.parametrize("source", [s for s in cuda_code.SOURCES if s.endswith("_sm90a.cu")])
+def test_hopper_kernels_hold_the_instructions_meant(source: str) -> None:
+    assert not cuda_code.missing_instructions(source, cuda_code.compile_source(source, "90a").sass)
+
+
+def test_a_spill_and_a_lost_instruction_would_be_seen() -> None:
+    log = """ptxas info    : Compiling entry function '_Z1kv' for 'sm_90a'
+ptxas info    : Function properties for _Z1kv
+    16 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 1024 bytes smem
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."""
+    (kernel,) = cuda_code._read_kernels("a.cu", "90a", log, ".text._Z1kv:\n        /*0000*/  HGMMA.64x8x16 ;\n")
+    assert (kernel.spilled_bytes, kernel.stack, kernel.static_shared, kernel.hgmma, kernel.instructions) == (44, 16, 1024, 1, 1)
+    assert any("C7510" in w for w in cuda_code._warnings(log))
+    assert cuda_code.missing_instructions("tests/cuda_on_cpu/kernels/gemm_sm90a.cu", "HGMMA UTMASTG") == ["tma_load( -> UTMALDG"]
+
+
+@needs_disassembler
+def test_table_is_up_to_date() -> None:
+    version, table = cuda_code.read_table()
+    if version != cuda_code.nvcc_version():
+        pytest.skip(f"the table was written with nvcc {version}, here is {cuda_code.nvcc_version()}")
+    changed = cuda_code.differences(table, cuda_code.measure())
+    assert not changed, "run `python -m tests.gpu_code.cuda_code --write` and commit:\n" + "\n".join(changed)
