@@ -159,7 +159,8 @@ def test_setup_leaves_cuda_out_where_there_is_no_gpu_and_pins_torch(root, tmp_pa
         smi = tmp_path / "nvidia-smi"
         smi.write_text(f"#!/bin/sh\n{nvidia_smi}\n")
         smi.chmod(0o755)
-        environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "TORCH", "PYTHON")}
+        environment = inherited | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
         command = ["make", "--dry-run", "--always-make", "demo", f"PYTHON={sys.executable}"]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
