@@ -51,7 +51,7 @@ def float32_step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperatu
         proposal = torch.sub(rows, race, alpha=temperature, out=race).argmax(-1)
     else:
         proposal = rows.argmax(-1)
-    probability = (rows.gather(-1, proposal[:, None])[:, 0] - rows.logsumexp(-1)).exp()
+    probability = (rows.gather(-1, proposal[:, None])[:, 0] - rows.logsumexp(-1)).exp().float()
     confidence = torch.full(tokens.shape, -torch.inf, device=logits.device).masked_scatter_(masked, probability)
     proposed = tokens.masked_scatter(masked, proposal)
     chosen = confidence.topk(k, -1).indices

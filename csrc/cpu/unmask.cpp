@@ -129,62 +129,79 @@ inline double total(const Doubles& sum) {
 }
 
 // exp(max(z, -87.3)), below 2 ulp; exp(0) = 1 exactly. For z <= 0: 1.2e-38 instead of 0 is lost beside the maximum's 1.
-inline vf exp_not_positive(vf z) {
-  const vf shift = splat(0x1.8p23f), c = max(z, splat(-87.3f));
-  const vf biased = c * 1.44269504f + shift, n = biased - shift;
-  const vf r = (c - n * 0.693359375f) - n * -2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  return bit_cast<vf>(bit_cast<vi>(p) + (bit_cast<vi>(biased) << 23));  // p lies in [0.7, 1.42]: add n to its exponent
+// N vectors side by side, as one waits for its own multiply-adds.
+template <int N> inline __attribute__((always_inline)) void exp_not_positive(vf (&z)[N]) {
+  static const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  const vf shift = splat(0x1.8p23f);
+  vf biased[N], r[N], p[N];
+  for (int c = 0; c < N; ++c) z[c] = max(z[c], splat(-87.3f));
+  for (int c = 0; c < N; ++c) biased[c] = z[c] * 1.44269504f + shift;
+  for (int c = 0; c < N; ++c) r[c] = z[c] - (biased[c] - shift) * 0.693359375f;
+  for (int c = 0; c < N; ++c) r[c] = r[c] - (biased[c] - shift) * -2.12194440e-4f;
+  for (int c = 0; c < N; ++c) p[c] = splat(1.9875691500e-4f);
+#pragma GCC unroll 5
+  for (int i = 0; i < 5; ++i)
+    for (int c = 0; c < N; ++c) p[c] = p[c] * r[c] + coefficients[i];
+  for (int c = 0; c < N; ++c) p[c] = (p[c] * r[c]) * r[c] + r[c] + 1.0f;
+  // p lies in [0.7, 1.42]: add n to its exponent
+  for (int c = 0; c < N; ++c) z[c] = bit_cast<vf>(bit_cast<vi>(p[c]) + (bit_cast<vi>(biased[c]) << 23));
 }
 
 // ---- noise -------------------------------------------------------------------------------------------------------------------
-// Philox of one row: the first two rounds are partly the same for all counters, as only the pair index varies.
+// Philox of one row: the first two rounds are partly the same for all counters, as only the pair index varies. The constants are
+// whole vectors in memory: broadcasting them in the loop would take the port that the shuffles need.
 struct RowNoise {
-  uint32_t k0[10], k1[10];
-  uint32_t a0, a1, b2, b3;  // after round one words 0 and 1; after round two the constant part of word 2, and word 3
+  v64 first, a1, b2, b3;  // xors of round one and two, and word 3 after round two
+  v64 k0[10], k1[10];     // round keys, from round three on
 
   RowNoise(uint64_t seed, uint32_t position, uint32_t step) {
-    for (uint32_t i = 0; i < 10; ++i) {
-      k0[i] = uint32_t(seed) + i * illada::kPhiloxW0;
-      k1[i] = uint32_t(seed >> 32) + i * illada::kPhiloxW1;
-    }
+    const auto key0 = [=](uint32_t round) { return uint32_t(seed) + round * illada::kPhiloxW0; };
+    const auto key1 = [=](uint32_t round) { return uint32_t(seed >> 32) + round * illada::kPhiloxW1; };
     const uint64_t p1 = uint64_t(illada::kPhiloxM1) * step;
-    a0 = uint32_t(p1 >> 32) ^ position ^ k0[0];
-    a1 = uint32_t(p1);
-    const uint64_t p0 = uint64_t(illada::kPhiloxM0) * a0;
-    b2 = uint32_t(p0 >> 32) ^ k1[1];
-    b3 = uint32_t(p0);
+    const uint64_t p0 = uint64_t(illada::kPhiloxM0) * (uint32_t(p1 >> 32) ^ position ^ key0(0));
+    first = v64{} + key1(0);
+    a1 = v64{} + (uint32_t(p1) ^ key0(1));
+    b2 = v64{} + (uint32_t(p0 >> 32) ^ key1(1));
+    b3 = v64{} + uint32_t(p0);
+    for (uint32_t i = 2; i < 10; ++i) k0[i] = v64{} + key0(i), k1[i] = v64{} + key1(i);
   }
 };
 
-struct Words { v64 w0, w1, w2, w3; };  // in the low halves; the high halves hold anything
+// Groups of kWidth ids whose rounds go side by side: one alone waits for its products, and a processor does not look far enough
+// ahead to fill the gaps with the next. Four fit AVX-512's registers.
+#if defined(__AVX512F__)
+constexpr int kSideBySide = 4;
+#else
+constexpr int kSideBySide = 2;
+#endif
+static_assert(kBlock % (kSideBySide * kWidth) == 0, "whole steps");
 
-// The words of kWidth / 2 pairs, whose indices are the lanes of `pairs`.
-inline Words philox_group(const RowNoise& row, v64 pairs) {
+template <int N> struct Words {  // of N groups: word w of pair i in the low half of lane i; the high half holds anything
+  v64 w0[N], w1[N], w2[N], w3[N];
+  // lane i: the top, or the low, 32 bits of id i of group g
+  vu top(int g) const { return bit_cast<vu>((w0[g] & 0xffffffff) | w2[g] << 32); }
+  vu low(int g) const { return bit_cast<vu>((w1[g] & 0xffffffff) | w3[g] << 32); }
+};
+
+// The words of N * kWidth / 2 pairs: lane i of group g has index pairs[i] + g * kWidth / 2.
+template <int N> inline __attribute__((always_inline)) Words<N> philox_groups(const RowNoise& row, v64 pairs) {
   const v64 m0 = v64{} + illada::kPhiloxM0, m1 = v64{} + illada::kPhiloxM1;
-  const v64 first = mul32(pairs, m0);
-  const v64 second = mul32(high32(first) ^ row.k1[0], m1);
-  v64 c0 = high32(second) ^ (row.a1 ^ row.k0[1]), c1 = second, c2 = first ^ row.b2, c3 = v64{} + row.b3;
+  Words<N> w;
+  v64 p[N], q[N];
+  for (int g = 0; g < N; ++g) p[g] = mul32(pairs + g * (kWidth / 2), m0);
+  for (int g = 0; g < N; ++g) q[g] = mul32(high32(p[g]) ^ row.first, m1);
+  for (int g = 0; g < N; ++g) w.w0[g] = high32(q[g]) ^ row.a1, w.w1[g] = q[g], w.w2[g] = p[g] ^ row.b2, w.w3[g] = row.b3;
 #pragma GCC unroll 8
   for (int round = 2; round < 10; ++round) {
-    const v64 p0 = mul32(c0, m0), p1 = mul32(c2, m1);
-    c0 = high32(p1) ^ c1 ^ row.k0[round];
-    c1 = p1;
-    c2 = high32(p0) ^ c3 ^ row.k1[round];
-    c3 = p0;
+    for (int g = 0; g < N; ++g) p[g] = mul32(w.w0[g], m0), q[g] = mul32(w.w2[g], m1);
+    for (int g = 0; g < N; ++g) {
+      w.w0[g] = high32(q[g]) ^ w.w1[g] ^ row.k0[round];
+      w.w2[g] = high32(p[g]) ^ w.w3[g] ^ row.k1[round];
+      w.w1[g] = q[g], w.w3[g] = p[g];
+    }
   }
-  return Words{c0, c1, c2, c3};
+  return w;
 }
-
-// Lane i: the top word of id i of the group.
-inline vu top_words(const Words& w) { return bit_cast<vu>((w.w0 & 0xffffffff) | w.w2 << 32); }
-inline vu low_words(const Words& w) { return bit_cast<vu>((w.w1 & 0xffffffff) | w.w3 << 32); }
 
 inline v64 first_pairs(int64_t first_id) {
   v64 pairs;
@@ -200,18 +217,21 @@ struct Best {
   }
 };
 
+// Whether an id of the group can reach `bar`, from the exponents of the top words: u >= 2^e gives g <= -e log 2.
+inline bool can_win(vu top, const float* logits, float temperature, float bar) {
+  const vf leading = __builtin_convertvector(bit_cast<vi>(top >> 8), vf);  // exact, so its exponent is that of the word
+  const vf negative_e = __builtin_convertvector(151 - (bit_cast<vi>(leading) >> 23), vf);
+  return any(load(logits) + negative_e * (temperature * 0.69315f) >= bar);
+}
+
 // The ids of one group whose top word is at most `threshold`. Rare, so kept out of the loop's registers.
 __attribute__((noinline)) void offer_hits(const RowNoise& noise, float temperature, const float* logits, int64_t first_id, uint32_t threshold,
-                                          double slack, Best& best) {
-  const Words words = philox_group(noise, first_pairs(first_id));
-  const vu high = top_words(words), low = low_words(words);
-  for (int i = 0; i < kWidth; ++i) {
-    const float l = logits[i];
-    if (high[i] > threshold || l == -kInf) continue;
-    // u >= 2^-(zeros + 1), so g <= (zeros + 1) log 2: spares most logarithms where one logit of the block towers
-    if (high[i] != 0 && l + temperature * 0.6932 * (__builtin_clz(high[i]) + 1) < best.score - slack) continue;
-    best.offer(l, illada::noised_score(l, temperature, illada::gumbel(high[i], low[i])), int32_t(first_id + i));
-  }
+                                          Best& best) {
+  const Words<1> words = philox_groups<1>(noise, first_pairs(first_id));
+  const vu high = words.top(0), low = words.low(0);
+  for (int i = 0; i < kWidth; ++i)
+    if (high[i] <= threshold && logits[i] > -kInf)
+      best.offer(logits[i], illada::noised_score(logits[i], temperature, illada::gumbel(high[i], low[i])), int32_t(first_id + i));
 }
 
 // Of kBlock ids from first_id on, whose logits are at most `top`: those that beat or tie best.
@@ -223,9 +243,15 @@ inline void noise_block(const RowNoise& noise, float temperature, const float* l
   const double limit = std::exp(-need) * 1.0001 * 0x1p32;                // g >= need implies u <= exp(-need)
   const uint32_t threshold = limit < 4294967295.0 ? uint32_t(limit) : 0xffffffff;
   v64 pairs = first_pairs(first_id);
-  for (int j = 0; j < kBlock; j += kWidth, pairs += kWidth / 2)
-    if (__builtin_expect(any_at_most(top_words(philox_group(noise, pairs)), threshold), 0))
-      offer_hits(noise, temperature, logits + j, first_id + j, threshold, slack, best);
+  for (int j = 0; j < kBlock; j += kSideBySide * kWidth, pairs += kSideBySide * (kWidth / 2)) {
+    const Words<kSideBySide> words = philox_groups<kSideBySide>(noise, pairs);
+    vu lowest = words.top(0);
+    for (int g = 1; g < kSideBySide; ++g) lowest = words.top(g) < lowest ? words.top(g) : lowest;
+    if (__builtin_expect(!any_at_most(lowest, threshold), 1)) continue;
+    for (int g = 0; g < kSideBySide; ++g)
+      if (can_win(words.top(g), logits + j + g * kWidth, temperature, float(best.score - 2 * slack)))
+        offer_hits(noise, temperature, logits + j + g * kWidth, first_id + j + g * kWidth, threshold, best);
+  }
 }
 
 // ---- one segment of one row --------------------------------------------------------------------------------------------------
@@ -305,13 +331,19 @@ template <bool kSecond> inline void find_top(const float* logits, int blocks, in
 
 // `ahead`: memory that the next segment will read; asked for here, where the memory bus is idle.
 template <bool kEntropy> inline void add_exponentials(const float* logits, int n, float scale, const char* ahead, int ahead_step, Partial& out) {
+  constexpr int kTogether = 4;
   Doubles sum{}, sum_ez{};
-  for (int j = 0; j < n; j += kWidth, ahead += ahead_step) {
-    __builtin_prefetch(ahead);
-    const vf z = (load(logits + j) - out.top) * scale;
-    const vf e = exp_not_positive(z);
-    accumulate(sum, e);
-    if (kEntropy) accumulate(sum_ez, e * max(z, splat(-1e4f)));  // finite: e * -inf would be
+  for (int j = 0; j < n; j += kTogether * kWidth) {
+    vf z[kTogether], e[kTogether];
+    for (int c = 0; c < kTogether; ++c, ahead += ahead_step) {
+      __builtin_prefetch(ahead);
+      e[c] = z[c] = (load(logits + j + c * kWidth) - out.top) * scale;
+    }
+    exp_not_positive(e);
+    for (int c = 0; c < kTogether; ++c) {
+      accumulate(sum, e[c]);
+      if (kEntropy) accumulate(sum_ez, e[c] * max(z[c], splat(-1e4f)));  // finite: e * -inf would be
+    }
   }
   out.sum = total(sum);
   out.sum_ez = total(sum_ez);
@@ -597,8 +629,8 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_noise)(int64_t seed, int64_t position
   if (ids % kSegment) return ILLADA_BAD_ARGUMENT;
   const RowNoise row{uint64_t(seed), uint32_t(position), uint32_t(step)};
   for (int64_t id = 0; id < ids; id += kWidth) {
-    const Words w = philox_group(row, first_pairs(id));
-    const vu high = top_words(w), low = low_words(w);
+    const Words<1> w = philox_groups<1>(row, first_pairs(id));
+    const vu high = w.top(0), low = w.low(0);
     for (int i = 0; i < kWidth; ++i) {
       words[2 * (id + i)] = high[i], words[2 * (id + i) + 1] = low[i];
       noise[id + i] = illada::gumbel(high[i], low[i]);
