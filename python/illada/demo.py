@@ -25,7 +25,7 @@ from .train import TrainConfig
 # Chosen by measurement: docs/measurements.md, "Demo training".
 SECONDS = 170.0
 TOKENIZER = "bpe:16384"
-BLOCK = 8
+BLOCK = 4
 TRAINING = {
     "objective": "block", "length": 128, "batch_size": 4, "hole_fraction": 0.1,
     "optimizer": "muon", "lr": 0.02, "adamw_lr": 0.004,
@@ -33,9 +33,9 @@ TRAINING = {
 
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n        self."
 HOLE = (
-    "def read_config(path):\n    try:\n        with open(path, encoding='utf-8') as file:\n",
-    "            data = file.read()\n",
-    "    except OSError as err:\n        raise ValueError(path) from err\n    return data\n",
+    "def read_config(path):\n    try:\n        with open(path, encoding='utf-8') as file:",
+    "\n            data = file.read()",
+    "\n    except OSError as err:\n        raise ValueError(path) from err\n    return data\n",
 )
 
 
