@@ -60,8 +60,9 @@ def masked_loss(
       - "sum" or "mean", and 32 rows of logits fit: the fewest chunks of rows; gradients are made in the forward and
         scaled by the upstream gradient in the backward (exactly 1 hands them over instead); 3 products;
       - else: slices of the vocabulary, recomputed in the backward; 4 products. The least it needs is 8 * N * D bytes
-        and a slice of 64 ids. Without gradients only the first product runs, by slices of the vocabulary. A frozen
-        head or hidden skips its product.
+        and a slice of 256 ids.
+    Without gradients only the first product runs, by slices of the vocabulary. A frozen head or hidden skips its
+    product.
 
     Returns the loss, float32 (float64 for float64). Gradients reach hidden (zero where not masked), head_weight and
     head_bias, each rounded once from float32. The backward may run twice; a second derivative raises.

@@ -16,7 +16,8 @@ from .native import Options, RowMath, Rows, gather, masked_rows, reduce, scale
 
 DEFAULT_BUDGET = 256 << 20
 LEAST_CHUNK = 32  # rows; products of fewer spend more on reading the head than on arithmetic
-LEAST_SLICE = 64  # ids
+LEAST_SLICE = 256  # ids; each slice adds a rounding to the gradient of hidden
+ROW_BYTES = 256  # of indices, states and coefficients
 SLICE_BYTES = 8 << 20  # of logits, or of a half-precision head in float32, where the budget allows more
 
 Needs = tuple[bool, bool, bool]  # gradients of hidden, head_weight, head_bias
@@ -42,6 +43,7 @@ def plan(
     rows = masked.numel() if max_masked is None else min(max_masked, masked.numel())
     if budget is None:
         budget = max(DEFAULT_BUDGET, 4 * vocab * width)
+    budget -= ROW_BYTES * rows
     half = head_weight.dtype != torch.float32
     converted = min(vocab, max(LEAST_SLICE, min(SLICE_BYTES, budget // 4) // (4 * max(width, 1)))) if half else vocab
     left = budget - (4 * converted * width if half else 0)
@@ -162,7 +164,7 @@ def _forward_row_chunks(
             dx = x  # the rows have been used
             for first, w in head_slices(head_weight, p.slice):
                 product(d[:, first : first + len(w)], w, dx, accumulate=first > 0)
-            d_hidden.view(-1, x.shape[1]).index_copy_(0, part.flat, dx)
+            d_hidden.view(d_hidden.shape[:-1].numel(), x.shape[1]).index_copy_(0, part.flat, dx)
     return losses
 
 
@@ -215,7 +217,7 @@ def backward(
     math = RowMath(options, head_weight.shape[0], head_bias)
     d_hidden = _backward_products(grad_loss, hidden, head_weight, rows, math, kept[0], p, grads, needs)
     if needs[0]:
-        grads[0].zero_().view(-1, hidden.shape[-1]).index_copy_(0, rows.flat, d_hidden.to(hidden.dtype))
+        grads[0].zero_().view(masked.numel(), hidden.shape[-1]).index_copy_(0, rows.flat, d_hidden.to(hidden.dtype))
     return grads[0], grads[1], grads[2]
 
 

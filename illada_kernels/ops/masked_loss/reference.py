@@ -35,7 +35,7 @@ def masked_loss(
     if max_masked is not None:  # a factor of NaN reaches every element of every gradient
         hidden, head_weight = hidden * poison, head_weight * poison
     rows, live = masked_rows(masked, max_masked)
-    x = hidden.reshape(-1, hidden.shape[-1])[rows]  # (rows, D)
+    x = hidden.reshape(masked.numel(), hidden.shape[-1])[rows]  # (rows, D)
     x = torch.where(live[:, None], x, 0)
     logits = x @ head_weight.T  # (rows, V)
     if head_bias is not None:
@@ -64,7 +64,7 @@ def masked_loss_from_logits(
     if max_masked is not None:
         logits = logits * poison
     rows, live = masked_rows(masked, max_masked)
-    z = torch.where(live[:, None], logits.reshape(-1, logits.shape[-1])[rows], 0)  # (rows, V)
+    z = torch.where(live[:, None], logits.reshape(masked.numel(), logits.shape[-1])[rows], 0)  # (rows, V)
     losses = row_losses(z, targets.reshape(-1)[rows], live, softcap, label_smoothing, z_loss, forbid)
     return reduce(losses * poison, rows, live, masked, weight, reduction) * poison
 
@@ -89,7 +89,7 @@ def masked_loss_backward(
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     poison = overflow_poison(masked, max_masked, compute)
     rows, live = masked_rows(masked, max_masked)
-    flat, w = hidden.reshape(-1, hidden.shape[-1]), head_weight.to(compute)
+    flat, w = hidden.reshape(masked.numel(), hidden.shape[-1]), head_weight.to(compute)
     x = torch.where(live[:, None], flat[rows].to(compute), 0)  # (rows, D)
     logits = x @ w.T if head_bias is None else x @ w.T + head_bias.to(compute)
     scale = row_scale(grad_loss, rows, live, masked, weight, reduction).to(compute)
@@ -117,7 +117,7 @@ def masked_loss_from_logits_backward(
     """Gradient of the logits, float32 or float64."""
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows, live = masked_rows(masked, max_masked)
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = logits.reshape(masked.numel(), logits.shape[-1])
     z = torch.where(live[:, None], flat[rows].to(compute), 0)
     scale = row_scale(grad_loss, rows, live, masked, weight, reduction).to(compute)
     d = scale[:, None] * row_gradients(z, targets.reshape(-1)[rows], live, softcap, label_smoothing, z_loss, forbid)
