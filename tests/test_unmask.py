@@ -355,3 +355,11 @@ def test_inputs_other_than_tokens_are_not_written(backend):
     before = [t.clone() for t in (logits, positions, scores, *bias)]
     step(logits, [[MASK, 1, 2]] * 2, positions, ik.TopK(1), backend, revise=ik.Remask(1, scores), logit_bias=bias)
     assert all(map(torch.equal, before, (logits, positions, scores, *bias)))
+
+
+def test_rows_that_are_certain_have_no_entropy_at_all(backend):
+    logits = torch.full((1, 3, 40), -200.0)
+    logits[0, :, 5] = 0.0
+    options = {"confidence": "neg_entropy", "backend": backend}
+    got, _ = step(logits, [[MASK] * 3], None, ik.EntropyBound(0.0, inclusive=True), **options)
+    assert got.confidence.eq(0.0).all() and got.committed.all()

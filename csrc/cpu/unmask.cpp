@@ -342,7 +342,7 @@ template <bool kEntropy> inline void add_exponentials(const float* logits, int n
     exp_not_positive(e);
     for (int c = 0; c < kTogether; ++c) {
       accumulate(sum, e[c]);
-      if (kEntropy) accumulate(sum_ez, e[c] * max(z[c], splat(-1e4f)));  // finite: e * -inf would be
+      if (kEntropy) accumulate(sum_ez, z[c] < -87.3f ? vf{} : e[c] * z[c]);  // exactly 0 for a row that is certain
     }
   }
   out.sum = total(sum);

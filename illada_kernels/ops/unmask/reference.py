@@ -107,10 +107,11 @@ def some_rows(step: Step, start: int, per_row: list[Tensor]) -> Rows:
     bad = logits.isnan().any(1, keepdim=True) | (top.abs() == torch.inf)
     second = logits.scatter(1, best, -torch.inf).amax(1, keepdim=True)
     scale = (1 / torch.where(tc > 0, tc, 1.0)).clamp(max=FLOAT32_MAX)
-    shifted = ((logits - top) * scale).clamp(min=-1e4)  # exp gives 0 there: the product below must not be 0 * inf
+    shifted = (logits - top) * scale
     e = shifted.exp()
     total = e.sum(1, keepdim=True, dtype=torch.float64)
-    mean_shifted = (e * shifted).sum(1, keepdim=True, dtype=torch.float64) / total
+    # below -87.3 exp is no normal float32 and counts as 0 here, so that backends agree on which rows are certain
+    mean_shifted = torch.where(shifted < -87.3, 0.0, e * shifted).sum(1, keepdim=True, dtype=torch.float64) / total
     entropy = (total.log() - mean_shifted).clamp(min=0.0)
     margin = (1 - ((second - top) * scale).exp().double()) / total
     known = (held >= 0) & (held < logits.shape[1])
