@@ -248,7 +248,7 @@ def test_sequences_stop_on_their_own(variable_length):
 def test_an_empty_prompt_generates_without_condition_and_no_prompts_give_nothing():
     for preset in MODELS:
         model = model_of(preset)
-        # Where all tokens are masks all rows are alike, and which comes first hangs on a rounding: take the whole block.
+        # Among nothing but masks all rows are alike, and a rounding says which is first: take the whole block.
         config = settings(model, rule=TopK(4))
         together = generate(model, [[], *PROMPTS], config)
         assert together.tokens[0] == plain_generate(model, [], config)[0] == generate(model, [[]], config).tokens[0]
@@ -454,7 +454,7 @@ def test_callbacks_see_every_pass_and_the_text_grow():
         ([[1]], {"rule": TopK(0)}, "rule: expected TopK of at least 1"),
         ([[1]], {"rule": TopK(1), "steps_per_block": 2}, "steps_per_block: expected None with a rule"),
         ([[1]], {"steps_per_block": 0}, "steps_per_block: expected at least 1"),
-        ([[1]], {"cache": "block_causal"}, "cache: expected one of none, prefix, dual for a model that sees everything"),
+        ([[1]], {"cache": "block_causal"}, "cache: expected one of none, prefix, dual for a model that sees"),
         ([[1]], {"refresh_every": 2}, "refresh_every: expected 0 with cache 'none'"),
         ([[1]], {"seed": [1, 2]}, "seed: expected an int or one for each of 1 sequences, got 2"),
         ([[1]], {"guidance": float("nan")}, "guidance: expected a finite number"),
