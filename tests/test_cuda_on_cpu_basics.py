@@ -1,4 +1,4 @@
-"""Plain CUDA on the emulator: collectives, atomics, several blocks, vector accesses, and the mistakes that it reports."""
+"""Plain CUDA on the emulator: collectives, atomics, several blocks, vector accesses, and the mistakes it reports."""
 
 import re
 
@@ -18,15 +18,16 @@ def test_collectives_give_what_cuda_documents() -> None:
     lane, warp = torch.arange(64) % 32, torch.arange(64) // 32 * 32
     halves, eights = x.view(2, 32), x.view(8, 8)
     ballot = [sum(1 << i for i in range(32) if h[i] > 0) for h in halves]
-    up, down = torch.where(lane % 16 >= 3, warp + lane - 3, warp + lane), torch.where(lane + 5 < 32, warp + lane + 5, warp + lane)
+    up = torch.where(lane % 16 >= 3, warp + lane - 3, warp + lane)
+    down = torch.where(lane + 5 < 32, warp + lane + 5, warp + lane)
     remainder = torch.fmod(x, 4)
     match = [sum(1 << j for j in range(32) if remainder[w + j] == remainder[w + i]) for w in (0, 32) for i in range(32)]
-    any7 = [bool((h[16:] == 7).any()) for h in halves]
+    any7 = torch.tensor([int((h[16:] == 7).any()) for h in halves])
     expected = torch.stack([
         halves.sum(1).repeat_interleave(32), eights.max(1).values.repeat_interleave(8), x.min().expand(64),
         x[warp + (lane * 7 + 3) % 32], x[up], x[down], torch.tensor(ballot).repeat_interleave(32), torch.tensor(match),
         torch.tensor(int((x > 2).sum()) * 4 + int((x > 90).any()) * 2 + int((x > -90).all())).expand(64),
-        torch.where(lane < 16, halves[:, :16].sum(1).repeat_interleave(32), torch.tensor(any7).repeat_interleave(32).long()),
+        torch.where(lane < 16, halves[:, :16].sum(1).repeat_interleave(32), any7.repeat_interleave(32)),
     ])  # fmt: skip
     kernels = compile_kernels(SOURCE)
     for seed in range(20):
@@ -43,8 +44,8 @@ def test_blocks_count_together_and_the_last_one_sums(host_threads: int) -> None:
     for seed in range(10):
         x = GlobalArray(torch.arange(n).float(), "x")
         counters = GlobalArray(torch.tensor([0, 0, 2**30, 0, 0, 0, 0], dtype=torch.int32), "counters")
-        wide, partial = GlobalArray(torch.zeros(1, dtype=torch.int64), "wide"), GlobalArray(torch.zeros(blocks), "partial")
-        total = GlobalArray(torch.zeros(1), "total")
+        wide = GlobalArray(torch.zeros(1, dtype=torch.int64), "wide")
+        partial, total = GlobalArray(torch.zeros(blocks), "partial"), GlobalArray(torch.zeros(1), "total")
         assert kernels.run("run_count", x, counters, wide, partial, total, blocks, None, seed=seed,
                            host_threads=host_threads) == 0  # fmt: skip
         assert counters.tensor.tolist() == [n * (n - 1) // 2, 3 * (n - 1), 5, 2**31 - 1, 99, n, blocks]
@@ -131,7 +132,8 @@ def test_static_shared_memory_is_refused_by_the_compiler() -> None:
 
 def test_one_seed_repeats_one_run() -> None:
     kernels = compile_kernels(SOURCE)
-    x, out = GlobalArray(torch.arange(64, dtype=torch.int32), "x"), GlobalArray(torch.zeros(10, 64, dtype=torch.int32), "out")
+    x = GlobalArray(torch.arange(64, dtype=torch.int32), "x")
+    out = GlobalArray(torch.zeros(10, 64, dtype=torch.int32), "out")
     steps = []
     for seed in (5, 6, 7, 5):
         kernels.run("run_collectives", x, out, None, seed=seed)

@@ -1,4 +1,4 @@
-"""Each Hopper primitive of the emulator against the documented layouts (probes.py), exactly, under several schedules."""
+"""Each Hopper primitive of the emulator against the documented layouts (probes.py), exactly, in several schedules."""
 
 import pytest
 import torch

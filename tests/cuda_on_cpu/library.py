@@ -10,7 +10,9 @@ docs/cuda_on_cpu.md explains the rest.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import glob
 import hashlib
@@ -21,6 +23,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +82,14 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Of several test processes that want the same file one makes it; the others wait."""
+    with target.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _cached(name: str, sources: list[Path], depends: list[Path], flags: list[str]) -> Path:
     """The shared library of these sources: from the cache if nothing it depends on has changed, else compiled."""
     digest = hashlib.sha256(repr(flags).encode() + Path(__file__).read_bytes())
@@ -88,7 +99,9 @@ def _cached(name: str, sources: list[Path], depends: list[Path], flags: list[str
     if target.exists():
         return target
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:  # then renamed: several test processes may compile at once
+    with _locked(target), tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        if target.exists():
+            return target
         objects = [Path(scratch) / f"{path.stem}.o" for path in sources]
         with ThreadPoolExecutor(2) as pool:
             compile_one = ["g++", *flags, "-fPIC", "-ftls-model=initial-exec", "-c"]
@@ -186,7 +199,9 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
         self._name = name
 
-    def run(self, function: str, *arguments: Any, seed: int = 0, host_threads: int = 1, most_steps: int = 1 << 28) -> int:
+    def run(
+        self, function: str, *arguments: Any, seed: int = 0, host_threads: int = 1, most_steps: int = 1 << 28
+    ) -> int:
         """Call it with GlobalArrays, None for a null pointer or stream, ints, or ctypes values (a Python float has no
         one C type). Raises KernelFault if the emulator found something wrong, else returns what it returned."""
         emulator = _emulator()

@@ -162,8 +162,8 @@ def add_f32_program(x: int, y: int, blocks: int) -> Program:
         for j in range(16):
             if 0 <= y + i < 11 and 0 <= x + j < 20:
                 expected[y + i, x + j] += blocks * box[i, j]
-    return Program(f"add float32 at {x, y}, {blocks} blocks", "probe_add_f32", [tensor, 20, 11, x, y, blocks, box, None],
-                   {0: expected})  # fmt: skip
+    arguments = [tensor, 20, 11, x, y, blocks, box, None]
+    return Program(f"add float32 at {x, y}, {blocks} blocks", "probe_add_f32", arguments, {0: expected})
 
 
 def bulk_program(bytes_: int, add: bool) -> Program:
@@ -184,8 +184,9 @@ def copy_programs() -> list[Program]:
 
 # ---- ldmatrix and stmatrix, clusters ---------------------------------------------------------------------------------
 def matrix_program(count: int, transpose: bool, store: bool, seed: int) -> Program:
-    """Lane l holds, of matrix i, row l / 4 and columns l % 4 * 2 and the next, in register i. From copy_traits_sm75.hpp, in
-    bits of a matrix of 8 rows of 128 bits: (32, 32):(32, 1), transposed ((4, 8), (16, 2)):((256, 16), (1, 128))."""
+    """Lane l holds, of matrix i, row l / 4 and columns l % 4 * 2 and the next, in register i. From
+    copy_traits_sm75.hpp, in bits of a matrix of 8 rows of 128 bits: (32, 32):(32, 1), transposed
+    ((4, 8), (16, 2)):((256, 16), (1, 128))."""
     random = torch.Generator().manual_seed(seed)
     rows = torch.randperm(64, generator=random)[:32] * 16  # where each lane's row lies in the image
     lane, half = torch.arange(32)[:, None], torch.arange(2)[None, :]

@@ -27,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "gpu_code"
 TABLE = Path(__file__).with_name("cuda_table.csv")
 # The library's kernels, and the two that show how Hopper kernels are written.
+FOLDERS = ("csrc/cuda", "tests/cuda_on_cpu/kernels")
 SOURCES = sorted(
-    str(p.relative_to(ROOT)) for folder in ("csrc/cuda", "tests/cuda_on_cpu/kernels") for p in (ROOT / folder).glob("*.cu")
-    if p.stem not in ("probes_sm90a", "basics")
+    str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("*.cu")
+    if path.stem not in ("probes_sm90a", "basics")
 )  # fmt: skip
-FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Icsrc/cuda", "-Icsrc/include"]  # as illada_kernels/_build.py, for what counts
+FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Icsrc/cuda", "-Icsrc/include"]
 # What a word in the source must become in the SASS of sm_90a.
 MEANT = {"wgmma<": "HGMMA", "tma_load(": "UTMALDG", "tma_store(": "UTMASTG", "tma_reduce_add(": "UTMAREDG",
          "bulk_load(": "UBLKCP", "bulk_reduce_add(": "UBLKRED", "stmatrix": "STSM"}  # fmt: skip
@@ -141,11 +142,14 @@ def _read_kernels(source: str, arch: str, log: str, sass: str) -> list[Kernel]:
         number = {key: int(m[1]) if (m := re.search(pattern, text)) else 0 for key, pattern in {
             "registers": r"Used (\d+) registers", "static_shared": r"(\d+) bytes smem", "stack": r"(\d+) bytes stack",
             "stores": r"(\d+) bytes spill stores", "loads": r"(\d+) bytes spill loads"}.items()}  # fmt: skip
-        body = bodies.get(name, "")
+
+        def count(pattern: str, body: str = bodies.get(name, "")) -> int:
+            return len(re.findall(pattern, body, re.M))
+
         found.append(Kernel(
             source, arch, _demangle(name), number["registers"], number["static_shared"], number["stack"],
-            number["stores"] + number["loads"], len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", body, re.M)),
-            len(re.findall(r"\bHGMMA\b", body)), len(re.findall(r"\b(?:UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED)\b", body)),
+            number["stores"] + number["loads"], count(r"^\s+/\*[0-9a-f]{4,}\*/"), count(r"\bHGMMA\b"),
+            count(r"\b(?:UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED)\b"),
         ))  # fmt: skip
     return sorted(found, key=lambda k: k.kernel)
 

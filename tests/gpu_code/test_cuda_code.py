@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for every architecture, without spills or serialised products, into the instructions meant."""
+"""Every CUDA kernel compiles for every architecture: no spills, no serialised products, the instructions meant."""
 
 import shutil
 
@@ -42,9 +42,11 @@ ptxas info    : Function properties for _Z1kv
 ptxas info    : Used 255 registers, used 1 barriers, 1024 bytes smem
 ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."""
     (kernel,) = cuda_code._read_kernels("a.cu", "90a", log, ".text._Z1kv:\n        /*0000*/  HGMMA.64x8x16 ;\n")
-    assert (kernel.spilled_bytes, kernel.stack, kernel.static_shared, kernel.hgmma, kernel.instructions) == (44, 16, 1024, 1, 1)
+    assert (kernel.spilled_bytes, kernel.stack, kernel.static_shared) == (44, 16, 1024)
+    assert (kernel.hgmma, kernel.instructions) == (1, 1)
     assert any("C7510" in w for w in cuda_code._warnings(log))
-    assert cuda_code.missing_instructions("tests/cuda_on_cpu/kernels/gemm_sm90a.cu", "HGMMA UTMASTG") == ["tma_load( -> UTMALDG"]
+    lost = cuda_code.missing_instructions("tests/cuda_on_cpu/kernels/gemm_sm90a.cu", "HGMMA UTMASTG")
+    assert lost == ["tma_load( -> UTMALDG"]
 
 
 @needs_disassembler

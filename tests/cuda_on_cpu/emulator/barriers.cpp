@@ -9,7 +9,8 @@ static uint64_t key_of(const Block& b, uint32_t bar) { return uint64_t(b.rank) <
 
 static Mbarrier& find(Block& b, uint32_t bar) {
   auto found = b.mbarriers.find(bar);
-  if (found == b.mbarriers.end()) fault("the mbarrier at shared memory +%d is not initialised", int(bar - kSharedStart));
+  if (found == b.mbarriers.end())
+    fault("the mbarrier at shared memory +%d is not initialised", int(bar - kSharedStart));
   return found->second;
 }
 
@@ -41,7 +42,8 @@ void fence_barriers() {
 void mbarrier_init_fence() { fence_barriers(); }
 
 static Block& block_of_cluster(uint32_t rank, const char* what) {
-  if (rank >= cluster->blocks.size()) fault("%s names block %u of a cluster of %zu", what, rank, cluster->blocks.size());
+  if (rank >= cluster->blocks.size())
+    fault("%s names block %u of a cluster of %zu", what, rank, cluster->blocks.size());
   Block& b = cluster->blocks[rank];
   if (!b.alive) fault("%s reaches block %u of the cluster, which has exited", what, rank);
   return b;
@@ -218,10 +220,11 @@ std::string describe_barrier(const Fiber& f) {
   const uint32_t low = uint32_t(f.key);
   if (f.waits == Waits::mbarrier) {
     const Mbarrier& m = f.block->mbarriers[low];
-    snprintf(text, sizeof text,
-             "the mbarrier at shared memory +%u for the end of phase parity %d (in phase %u; %u of %u arrivals and %lld "
-             "bytes are missing)",
-             low - kSharedStart, f.detail, m.phase, m.pending, m.arrivals, (long long)m.bytes);
+    snprintf(
+        text, sizeof text,
+        "the mbarrier at shared memory +%u for the end of phase parity %d (in phase %u; %u of %u arrivals and %lld "
+        "bytes are missing)",
+        low - kSharedStart, f.detail, m.phase, m.pending, m.arrivals, (long long)m.bytes);
   } else if (f.waits == Waits::barrier) {
     const Barrier& b = f.block->barriers[low];
     snprintf(text, sizeof text, "%s %u (%d of %d threads are there)", low ? "named barrier" : "__syncthreads, barrier",

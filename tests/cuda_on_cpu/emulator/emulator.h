@@ -1,7 +1,8 @@
-// The inside of the emulator. A cluster of blocks (mostly one block) runs on one thread of the host; each CUDA thread is
-// a fiber. A fiber runs until it waits; the scheduler then picks another at random and, now and then, carries out one of
-// the asynchronous operations under way. When no fiber can run and nothing is under way, that is a deadlock.
+// The inside of the emulator. A cluster of blocks (mostly one block) runs on one thread of the host; each CUDA thread
+// is a fiber. A fiber runs until it waits; the scheduler then picks another at random and, now and then, carries out
+// one of the asynchronous operations under way. When no fiber can run and nothing is under way, that is a deadlock.
 #pragma once
+#include <atomic>
 #include <cstdarg>
 #include <cstring>
 #include <deque>
@@ -51,11 +52,11 @@ struct Fiber {
   char* stack = nullptr;
   void* stack_pointer = nullptr;
   Waits waits = Waits::nothing;
-  uint64_t key = 0;               // which barrier, mbarrier... it waits on
-  int detail = 0;                 // parity, groups...: for the report
-  const void* pc = nullptr;       // the kernel's line, for reports
-  uint32_t cluster_phase = 0;     // of the cluster barrier: arrivals of this thread
-  int registers = 0;              // set by setmaxnreg
+  uint64_t key = 0;                                           // which barrier, mbarrier... it waits on
+  int detail = 0;                                             // parity, groups...: for the report
+  const void* pc = nullptr;                                   // the kernel's line, for reports
+  uint32_t cluster_phase = 0;                                 // of the cluster barrier: arrivals of this thread
+  int registers = 0;                                          // set by setmaxnreg
   std::vector<std::pair<uint32_t, uint32_t>> unfenced_bytes;  // (address, bytes) of ordinary stores
   std::vector<uint32_t> unfenced_barriers;
   // wgmma: products issued, where groups end, accumulators in flight
@@ -84,7 +85,7 @@ struct WarpMeeting {  // of the lanes in one mask; two buffers, since a fast lan
   const char* name = "";
   Lanes values[2];
 };
-struct Issuer {  // of an asynchronous operation
+struct Issuer {                  // of an asynchronous operation
   const Fiber* fiber = nullptr;  // whom a report names
   const void* pc = nullptr;
   bool lazy = false;  // not carried out while anything else can get on
@@ -128,15 +129,16 @@ struct Cluster {
   Random random;
   uint32_t chance_async = 0, chance_yield = 0;
   uint32_t chance_lazy = 0, lazy_places = 0;  // of one operation; of all operations issued by one line
+  uint32_t slow_warps = 0;                    // not 0: some warps run only when no other can
   std::vector<BulkLoad> loads;
   std::vector<std::shared_ptr<BulkStore>> stores;
   int alive = 0;
   uint32_t idle_polls = 0;  // of mbarriers, since the last wake
-  uint64_t steps = 0;  // memory accesses and switches: a bound on endless loops
+  uint64_t steps = 0;       // memory accesses and switches: a bound on endless loops
 };
 
-extern thread_local Cluster* cluster;  // the one this host thread runs
-extern thread_local Fiber* self;       // the running fiber, null in the scheduler
+extern thread_local Cluster* cluster;    // the one this host thread runs
+extern thread_local Fiber* self;         // the running fiber, null in the scheduler
 extern thread_local Issuer carried_out;  // the operation that the scheduler carries out
 
 Issuer issuer_here();  // the running fiber, lazy or not as the schedule wants
@@ -154,7 +156,12 @@ template <class Ready> void wait_until(Waits what, uint64_t key, int detail, Rea
 // and leaves the fiber for good.
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string place(const void* pc);
-void thread_exits();
+extern std::string fault_text;  // of this launch; empty: none
+extern std::atomic<bool> failed;
+extern thread_local Body running_body;
+extern thread_local void* running_arguments;
+void prepare(Fiber& fiber);  // to run the body from its start
+void run_fibers();           // of the cluster, until all have exited or one has failed
 
 // ---- memory.cpp ------------------------------------------------------------------------------------------------
 void check_shared_range(const Block& block, uint32_t at, uint32_t bytes, const char* what);

@@ -36,7 +36,9 @@ static std::string nearest_range(uint64_t at) {
   char text[200];
   snprintf(text, sizeof text, "; nearest: %s, %llu bytes, %lld bytes %s it", best->name.c_str(),
            (unsigned long long)(best->end - best->start), (long long)std::llabs(best_distance),
-           at < best->start ? "before" : at >= best->end ? "past the end of" : "inside, running out of");
+           at < best->start  ? "before"
+           : at >= best->end ? "past the end of"
+                             : "inside, running out of");
   return text;
 }
 
@@ -103,7 +105,8 @@ void fence_proxy_async() {
 
 static void remember_unfenced(uint32_t at, uint32_t bytes) {
   auto& list = self->unfenced_bytes;
-  if (list.size() >= 4096) {  // a kernel that never fences writes the same places over and over
+  // A kernel that never fences writes the same places over and over: drop repetitions before the list would grow.
+  if (list.size() >= 4096 && list.size() == list.capacity()) {
     std::sort(list.begin(), list.end());
     list.erase(std::unique(list.begin(), list.end()), list.end());
   }
@@ -195,20 +198,24 @@ extern "C" void cuda_on_cpu_forbid(const void* p) {
 }
 
 // ---- the compiler's hooks --------------------------------------------------------------------------------------
-#define HOOKS(bytes)                                                                                     \
-  extern "C" void __tsan_read##bytes(void* p) {                                                          \
-    emulator::touch(uint64_t(p), bytes, false, __builtin_return_address(0));                             \
-  }                                                                                                      \
-  extern "C" void __tsan_write##bytes(void* p) {                                                         \
-    emulator::touch(uint64_t(p), bytes, true, __builtin_return_address(0));                              \
-  }                                                                                                      \
-  extern "C" void __tsan_unaligned_read##bytes(void* p) {                                                \
-    emulator::touch(uint64_t(p), bytes, false, __builtin_return_address(0));                             \
-  }                                                                                                      \
-  extern "C" void __tsan_unaligned_write##bytes(void* p) {                                               \
-    emulator::touch(uint64_t(p), bytes, true, __builtin_return_address(0));                              \
+#define HOOKS(bytes)                                                         \
+  extern "C" void __tsan_read##bytes(void* p) {                              \
+    emulator::touch(uint64_t(p), bytes, false, __builtin_return_address(0)); \
+  }                                                                          \
+  extern "C" void __tsan_write##bytes(void* p) {                             \
+    emulator::touch(uint64_t(p), bytes, true, __builtin_return_address(0));  \
+  }                                                                          \
+  extern "C" void __tsan_unaligned_read##bytes(void* p) {                    \
+    emulator::touch(uint64_t(p), bytes, false, __builtin_return_address(0)); \
+  }                                                                          \
+  extern "C" void __tsan_unaligned_write##bytes(void* p) {                   \
+    emulator::touch(uint64_t(p), bytes, true, __builtin_return_address(0));  \
   }
-HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
 extern "C" void __tsan_read_range(void* p, size_t n) {
   emulator::touch(uint64_t(p), int(n), false, __builtin_return_address(0));
 }
@@ -232,9 +239,9 @@ extern "C" void __ubsan_handle_type_mismatch_v1(const void*, uint64_t at) {
   snprintf(text, sizeof text, "access to %p, which is not aligned for its type", reinterpret_cast<void*>(at));
   undefined(text, __builtin_return_address(0));
 }
-#define UNDEFINED(handler, what)                                                \
-  extern "C" void __ubsan_handle_##handler(const void*, uint64_t, uint64_t) {   \
-    undefined(what, __builtin_return_address(0));                               \
+#define UNDEFINED(handler, what)                                              \
+  extern "C" void __ubsan_handle_##handler(const void*, uint64_t, uint64_t) { \
+    undefined(what, __builtin_return_address(0));                             \
   }
 UNDEFINED(out_of_bounds, "index outside an array of registers or of a struct")
 UNDEFINED(shift_out_of_bounds, "shift by a negative or too large count")

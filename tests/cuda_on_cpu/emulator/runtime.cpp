@@ -15,7 +15,9 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t e) { return e ? "CUDA error (emulated)" : "no error"; }
-cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { return memset(p, value, bytes), cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  return memset(p, value, bytes), cudaSuccess;
+}
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   return memcpy(to, from, bytes), cudaSuccess;
 }
@@ -31,9 +33,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
 
 static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
                              const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
-                             const cuuint32_t* element_strides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  return emulator::encode_tensor_map(map, type, rank, base, size, stride, box, element_strides, interleave, swizzle, fill)
+                             const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
+                             CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  return emulator::encode_tensor_map(map, type, rank, base, size, stride, box, element_strides, interleave, swizzle,
+                                     fill)
              ? CUDA_ERROR_INVALID_VALUE
              : CUDA_SUCCESS;
 }

@@ -18,8 +18,9 @@ constexpr uint64_t kMagic = 0x70616d20726f736e;
 enum Type { f16 = 6, f32 = 7, bf16 = 9 };  // of CUtensorMapDataType
 
 // The checks are those that the driver documents for cuTensorMapEncodeTiled.
-int encode_tensor_map(void* map, int type, uint32_t rank, void* base, const uint64_t* size, const uint64_t* stride_bytes,
-                      const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int fill) {
+int encode_tensor_map(void* map, int type, uint32_t rank, void* base, const uint64_t* size,
+                      const uint64_t* stride_bytes, const uint32_t* box, const uint32_t* element_strides,
+                      int interleave, int swizzle, int fill) {
   constexpr int invalid = 1, no_swizzle = 0, swizzle_128 = 3;
   if (rank < 1 || rank > 5 || uint64_t(base) % 16 || uint64_t(map) % 64 || interleave || fill) return invalid;
   if (type != f16 && type != f32 && type != bf16) return invalid;
@@ -60,11 +61,13 @@ static uint32_t bytes_of(const TensorMap& m) {
 }
 static void check_tile(const TensorMap& m, uint32_t at, const char* what) {
   const uint32_t alignment = m.swizzled ? 1024 : 128;
-  if (at % alignment) fault("%s at shared memory +%u, which is not %u-byte aligned", what, at - kSharedStart, alignment);
+  if (at % alignment)
+    fault("%s at shared memory +%u, which is not %u-byte aligned", what, at - kSharedStart, alignment);
   check_shared_range(*self->block, at, bytes_of(m), what);
 }
 
-// The 128-byte swizzle: address bits 4-6, which 16-byte piece of a 128-byte row, change by bits 7-9, which row of eight.
+// The 128-byte swizzle: address bits 4-6, which 16-byte piece of a 128-byte row, change by bits 7-9, which row of
+// eight.
 uint32_t swizzle128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
 struct Coordinates {

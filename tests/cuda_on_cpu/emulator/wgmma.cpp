@@ -1,7 +1,7 @@
 // wgmma: descriptors, fragments, products that happen late; ldmatrix and stmatrix.
 //
-// The 128 threads of a warpgroup issue each product; once all have, it may be carried out, in order, at any time until a
-// wgmma_wait that covers it. From issue to wait the accumulators live here and the threads' registers hold NaN.
+// The 128 threads of a warpgroup issue each product; once all have, it may be carried out, in order, at any time until
+// a wgmma_wait that covers it. From issue to wait the accumulators live here and the threads' registers hold NaN.
 #include <cuda_fp16.h>
 
 #include <cmath>
@@ -19,7 +19,7 @@ struct PendingProduct {
   Issuer issuer;
   Product what;
   bool a_in_registers;
-  int threads = 0;  // that have issued it
+  int threads = 0;       // that have issued it
   std::vector<float> a;  // (64, 16), if A is in registers
   std::shared_ptr<Accumulator> accumulator;
 };
@@ -53,9 +53,9 @@ static Descriptor read_descriptor(uint64_t d) {
   return r;
 }
 
-// A tile of `rows` by 16 k. K-major: 8 rows of 128 bytes are 1024 bytes, `stride` on follow the next 8. MN-major: 64 rows
-// are the 128 bytes, 8 k are 1024 bytes, `stride` on follow the next 8 k, `lead` on the next 64 rows.
-// Calls take(row, k, its 8 elements, which run along k or along the rows).
+// A tile of `rows` by 16 k. K-major: 8 rows of 128 bytes are 1024 bytes, `stride` on follow the next 8. MN-major: 64
+// rows are the 128 bytes, 8 k are 1024 bytes, `stride` on follow the next 8 k, `lead` on the next 64 rows. Calls
+// take(row, k, its 8 elements, which run along k or along the rows).
 template <class Take>
 static void read_tile(const Block& b, const Descriptor& d, int rows, bool mn_major, const char* what, Take take) {
   for (int piece = 0; piece < rows * 2; ++piece) {
@@ -111,7 +111,8 @@ bool carry_out_product(Block& b, int warpgroup, bool lazy) {
 }
 
 // ---- issuing ---------------------------------------------------------------------------------------------------
-// This thread's accumulator whose registers start at d: one in flight, that of the product's other threads, or a new one.
+// This thread's accumulator whose registers start at d: one in flight, that of the product's other threads, or a new
+// one.
 static std::shared_ptr<Accumulator> accumulator_of(PendingProduct& p, float* d) {
   const int t = self->thread % 128, n = p.what.n;
   std::shared_ptr<Accumulator> found;
@@ -155,8 +156,7 @@ void wgmma(float* d, const uint32_t* a_registers, const Product& w) {
   p.accumulator = accumulator_of(p, d);
   if (a_registers)
     for (int i = 0; i < 8; ++i)
-      p.a[fragment_row(t, i) * 16 + fragment_column(t, i)] =
-          decode(uint16_t(a_registers[i / 2] >> i % 2 * 16), w.bf16);
+      p.a[fragment_row(t, i) * 16 + fragment_column(t, i)] = decode(uint16_t(a_registers[i / 2] >> i % 2 * 16), w.bf16);
   ++p.threads;
 }
 

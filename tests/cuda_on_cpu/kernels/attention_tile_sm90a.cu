@@ -1,13 +1,14 @@
-// out = softmax(q k^T * scale) v for blocks of 64 queries of one head: q (rows, 128), k and v (keys, 128), out (rows, 128), all
-// bf16 and contiguous. It shows what the GEMM does not: P stays in registers as the A operand of the second product, V is an
-// MN-major B, the result leaves through stmatrix. One consumer warpgroup; thread 128 copies k and v through two-stage rings.
-// Sums and maxima in float32; keys beyond the last count as -inf.
+// out = softmax(q k^T * scale) v for blocks of 64 queries of one head: q (rows, 128), k and v (keys, 128), out (rows,
+// 128), all bf16 and contiguous. It shows what the GEMM does not: P stays in registers as the A operand of the second
+// product, V is an MN-major B, the result leaves through stmatrix. One consumer warpgroup; thread 128 copies k and v
+// through two-stage rings. Sums and maxima in float32; keys beyond the last count as -inf.
 #include "hopper.cuh"
 
 using namespace illada;
 
 constexpr int kDim = 128, kTile = 64, kStages = 2;
-constexpr int kPiece = 64 * 64;  // elements of 64 rows of 128 bytes; a (64, 128) tile is two pieces, columns 0-63 and 64-127
+// Elements of 64 rows of 128 bytes; a (64, 128) tile is two such pieces, columns 0-63 and 64-127.
+constexpr int kPiece = 64 * 64;
 
 struct Shared {
   bf16 q[2 * kPiece], k[kStages][2 * kPiece], v[kStages][2 * kPiece];
@@ -145,8 +146,8 @@ __global__ void __launch_bounds__(256, 1)
     produce(s, &q, &k, &v, keys);
 }
 
-extern "C" int attention_tile_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* out, int rows, int keys, float scale,
-                                   void* stream) {
+extern "C" int attention_tile_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* out, int rows, int keys,
+                                   float scale, void* stream) {
   const uint64_t row_bytes = kDim * sizeof(bf16);
   CUtensorMap maps[4];
   const bf16* tensors[4] = {q, k, v, out};

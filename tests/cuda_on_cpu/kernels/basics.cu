@@ -16,7 +16,8 @@ __global__ void collectives(const int* x, int* out) {
   out[5 * 64 + t] = __shfl_down_sync(~0u, value, 5);
   out[6 * 64 + t] = int(__ballot_sync(~0u, value > 0));
   out[7 * 64 + t] = int(__match_any_sync(~0u, value % 4));
-  out[8 * 64 + t] = __syncthreads_count(value > 2) * 4 + __syncthreads_or(value > 90) * 2 + __syncthreads_and(value > -90);
+  out[8 * 64 + t] =
+      __syncthreads_count(value > 2) * 4 + __syncthreads_or(value > 90) * 2 + __syncthreads_and(value > -90);
   out[9 * 64 + t] = lane < 16 ? __reduce_add_sync(0xffffu, value) : __any_sync(0xffff0000u, value == 7);
 }
 extern "C" int run_collectives(const int* x, int* out, void* stream) {
@@ -24,8 +25,8 @@ extern "C" int run_collectives(const int* x, int* out, void* stream) {
 }
 
 // ---- several blocks --------------------------------------------------------------------------------------------
-// counters: add int, max int, min unsigned, or, exchange, CAS (counts up), add 64-bit; total: float sum of x by the block
-// that arrives last, in fixed order.
+// counters: add int, max int, min unsigned, or, exchange, CAS (counts up), add 64-bit; total: float sum of x by the
+// block that arrives last, in fixed order.
 __global__ void count(const float* x, int* counters, unsigned long long* wide, float* partial, float* total) {
   float* scratch = reinterpret_cast<float*>(dynamic_smem());
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -51,9 +52,10 @@ __global__ void count(const float* x, int* counters, unsigned long long* wide, f
     *total = all;
   }
 }
-extern "C" int run_count(const float* x, int* counters, unsigned long long* wide, float* partial, float* total, int blocks,
-                         void* stream) {
-  return launch({dim3(blocks), dim3(64), 16, static_cast<cudaStream_t>(stream)}, count, x, counters, wide, partial, total);
+extern "C" int run_count(const float* x, int* counters, unsigned long long* wide, float* partial, float* total,
+                         int blocks, void* stream) {
+  return launch({dim3(blocks), dim3(64), 16, static_cast<cudaStream_t>(stream)}, count, x, counters, wide, partial,
+                total);
 }
 
 // ---- 16-byte accesses and conversions --------------------------------------------------------------------------
@@ -86,28 +88,28 @@ __global__ void mistakes(int which, float* x, int n, const int* table) {
   const int t = threadIdx.x;
   float local[4] = {1, 2, 3, 4};
   shared[t] = float(t);
-  if (which == 0) x[0] = shared[64 + t];                                       // mistake: 0
-  if (which == 1) x[n + t] = 1;                                                // mistake: 1
-  if (which == 2) x[0] = x[-1 - t];                                            // mistake: 2
+  if (which == 0) x[0] = shared[64 + t];                                        // mistake: 0
+  if (which == 1) x[n + t] = 1;                                                 // mistake: 1
+  if (which == 2) x[0] = x[-1 - t];                                             // mistake: 2
   if (which == 3) *reinterpret_cast<float4*>(x + 1) = make_float4(1, 2, 3, 4);  // mistake: 3
-  if (which == 4) x[0] = load16(x + 2).at[0];                                  // mistake: 4
-  if (which == 5) x[0] = local[table[3]];                                      // mistake: 5
-  if (which == 6) x[0] = float(table[4] * 3);                                  // mistake: 6
-  if (which == 8 && t == 5) __syncwarp();                                      // mistake: 8
-  if (which == 9 && t < 32) x[t] = __shfl_sync(0xffu << t / 8 * 8, 1.f, 9);    // mistake: 9
-  if (which == 10) shared[128 + t] = 1;                                        // mistake: 10
+  if (which == 4) x[0] = load16(x + 2).at[0];                                   // mistake: 4
+  if (which == 5) x[0] = local[table[3]];                                       // mistake: 5
+  if (which == 6) x[0] = float(table[4] * 3);                                   // mistake: 6
+  if (which == 8 && t == 5) __syncwarp();                                       // mistake: 8
+  if (which == 9 && t < 32) x[t] = __shfl_sync(0xffu << t / 8 * 8, 1.f, 9);     // mistake: 9
+  if (which == 10) shared[128 + t] = 1;                                         // mistake: 10
   if (which == 11 && t == 0)
-    while (__ldcg(x) != 7) {                                                   // mistake: 11
+    while (__ldcg(x) != 7) {  // mistake: 11
     }
-  if (which == 12) x[0] = float(t >> table[5]);                                // mistake: 12
-  if (which == 13) x[0] = float(t / table[6]);                                 // mistake: 13
+  if (which == 12) x[0] = float(t >> table[5]);                                   // mistake: 12
+  if (which == 13) x[0] = float(t / table[6]);                                    // mistake: 13
   if (which == 14 && t < 32) t % 2 ? __syncwarp() : void(__ballot_sync(~0u, 1));  // mistake: 14
   if (which == 15) {  // no barrier between writing and reading: wrong under some schedule
     shared[t] = float(t);
     x[t] = shared[63 - t];
     return;
   }
-  __syncthreads();  // mistake: 7
+  __syncthreads();                             // mistake: 7
   if (which == 16 && t == 0) x[table[7]] = 1;  // mistake: 16
 }
 extern "C" int run_mistakes(int which, float* x, int n, const int* table, int smem, void* stream) {

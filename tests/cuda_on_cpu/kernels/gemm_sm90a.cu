@@ -1,7 +1,7 @@
 // C = A B^T: A (m, k) and B (n, k) bf16, C (m, n) float32, all contiguous; k a multiple of 8, n of 4 (bulk copies want
 // rows of whole 16 bytes). The worked example of docs/cuda_on_cpu.md, not a fast product.
-// A block owns CONSUMERS * 64 rows and 64 columns. One thread of the producer warpgroup copies tiles of 64 k into a ring
-// of kStages stages; each consumer warpgroup multiplies its 64 rows; the result leaves through shared memory.
+// A block owns CONSUMERS * 64 rows and 64 columns. One thread of the producer warpgroup copies tiles of 64 k into a
+// ring of kStages stages; each consumer warpgroup multiplies its 64 rows; the result leaves through shared memory.
 #include "hopper.cuh"
 
 using namespace illada;
@@ -14,8 +14,8 @@ template <int CONSUMERS> struct Shared {  // tiles are multiples of 1024 bytes, 
   uint64_t full[kStages], empty[kStages];
 };
 
-template <int CONSUMERS>
-ILLADA_DEVICE void produce(Shared<CONSUMERS>& s, const CUtensorMap* a, const CUtensorMap* b, int row, int column, int k) {
+template <int CONSUMERS> ILLADA_DEVICE void produce(Shared<CONSUMERS>& s, const CUtensorMap* a, const CUtensorMap* b,
+                                                    int row, int column, int k) {
   for (int step = 0; step * kDepth < k; ++step) {
     const int stage = step % kStages, phase = step / kStages % 2;
     mbar_wait(&s.empty[stage], phase ^ 1);
@@ -25,7 +25,8 @@ ILLADA_DEVICE void produce(Shared<CONSUMERS>& s, const CUtensorMap* a, const CUt
   }
 }
 
-template <int CONSUMERS> ILLADA_DEVICE void consume(Shared<CONSUMERS>& s, const CUtensorMap* c, int row, int column, int k) {
+template <int CONSUMERS>
+ILLADA_DEVICE void consume(Shared<CONSUMERS>& s, const CUtensorMap* c, int row, int column, int k) {
   const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128;
   float sum[kColumns / 2];
   for (int step = 0; step * kDepth < k; ++step) {
@@ -56,8 +57,7 @@ template <int CONSUMERS> ILLADA_DEVICE void consume(Shared<CONSUMERS>& s, const 
   }
 }
 
-template <int CONSUMERS>
-__global__ void __launch_bounds__(CONSUMERS * 128 + 128, 1)
+template <int CONSUMERS> __global__ void __launch_bounds__(CONSUMERS * 128 + 128, 1)
     gemm(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
          const __grid_constant__ CUtensorMap c, int k) {
   Shared<CONSUMERS>& s = *reinterpret_cast<Shared<CONSUMERS>*>(dynamic_smem());

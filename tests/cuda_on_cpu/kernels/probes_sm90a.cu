@@ -7,10 +7,10 @@ using namespace illada;
 // ---- wgmma -----------------------------------------------------------------------------------------------------
 // What to multiply: images of shared memory for A (or 4 register words for each thread) and B, their descriptors.
 struct WgmmaProbe {
-  int type;         // 0 bf16, 1 fp16
-  int a_kind;       // 0 K-major, 1 MN-major, 2 registers
-  int b_kind;       // 0 K-major, 1 MN-major
-  int accumulate;   // 0: d = a b, 1: d += a b
+  int type;                                                       // 0 bf16, 1 fp16
+  int a_kind;                                                     // 0 K-major, 1 MN-major, 2 registers
+  int b_kind;                                                     // 0 K-major, 1 MN-major
+  int accumulate;                                                 // 0: d = a b, 1: d += a b
   uint32_t a_start, a_stride, a_lead, b_start, b_stride, b_lead;  // start: bytes into the image
 };
 constexpr int kImage = 32768;  // bytes of an image
@@ -30,10 +30,9 @@ ILLADA_DEVICE void probe_multiply(float (&d)[N / 2], const uint8_t* smem, const 
   if (p.a_kind == 1 && p.b_kind == 1) wgmma<T, Major::MN, Major::MN>(d, from, b, p.accumulate);
 }
 
-// d (128, N / 2): each thread's accumulators, in and out. ALL: every type and kind, else only fp16 where both are MN-major
-// and bf16 where both are K-major (32 shapes times 12 kinds would take long to compile).
-template <int N, bool ALL>
-__global__ void __launch_bounds__(128, 1)
+// d (128, N / 2): each thread's accumulators, in and out. ALL: every type and kind, else only fp16 where both are
+// MN-major and bf16 where both are K-major (32 shapes times 12 kinds would take long to compile).
+template <int N, bool ALL> __global__ void __launch_bounds__(128, 1)
     probe_wgmma_kernel(const uint4* a, const uint32_t* a_registers, const uint4* b, float* d, WgmmaProbe p) {
   uint8_t* smem = dynamic_smem();
   for (int i = threadIdx.x; i < kImage / 16; i += 128) {
@@ -64,9 +63,8 @@ __global__ void __launch_bounds__(128, 1)
   for (int i = 0; i < N / 2; ++i) d[threadIdx.x * (N / 2) + i] = sum[i];
 }
 
-template <int N>
-static int find_wgmma(int n, const uint4* a, const uint32_t* a_registers, const uint4* b, float* d, const WgmmaProbe& p,
-                      cudaStream_t stream) {
+template <int N> static int find_wgmma(int n, const uint4* a, const uint32_t* a_registers, const uint4* b, float* d,
+                                       const WgmmaProbe& p, cudaStream_t stream) {
   constexpr bool all = N == 8 || N == 64 || N == 136 || N == 256;
   if (n == N)
     return launch({dim3(1), dim3(128), 2 * kImage, stream}, probe_wgmma_kernel<N, all>, a, a_registers, b, d, p);
@@ -103,8 +101,8 @@ static int cube_map(CUtensorMap* map, const bf16* p, uint64_t columns, uint64_t 
   return make_tensor_map<3>(map, p, {columns, rows, depth}, strides, {64, 8, 1},
                             swizzled ? Swizzle::bytes128 : Swizzle::none);
 }
-extern "C" int probe_load(const bf16* p, int columns, int rows, int depth, int swizzled, int x, int y, int z, uint4* image,
-                          void* stream) {
+extern "C" int probe_load(const bf16* p, int columns, int rows, int depth, int swizzled, int x, int y, int z,
+                          uint4* image, void* stream) {
   CUtensorMap map;
   const int e = cube_map(&map, p, columns, rows, depth, swizzled);
   if (e) return e;
@@ -127,8 +125,8 @@ __global__ void probe_store_kernel(const __grid_constant__ CUtensorMap map, cons
     bulk_wait<0>();
   }
 }
-extern "C" int probe_store(bf16* p, int columns, int rows, int depth, int swizzled, int x, int y, int z, const uint4* image,
-                           int add, void* stream) {
+extern "C" int probe_store(bf16* p, int columns, int rows, int depth, int swizzled, int x, int y, int z,
+                           const uint4* image, int add, void* stream) {
   CUtensorMap map;
   const int e = cube_map(&map, p, columns, rows, depth, swizzled);
   if (e) return e;
@@ -154,7 +152,8 @@ extern "C" int probe_add_f32(float* p, int columns, int rows, int x, int y, int 
   CUtensorMap map;
   const int e = make_tensor_map<2>(&map, p, size, &stride, {16, 8}, Swizzle::none);
   if (e) return e;
-  return launch({dim3(blocks), dim3(32), 512, static_cast<cudaStream_t>(stream)}, probe_add_f32_kernel, map, image, x, y);
+  return launch({dim3(blocks), dim3(32), 512, static_cast<cudaStream_t>(stream)}, probe_add_f32_kernel, map, image, x,
+                y);
 }
 
 // Without a map: copies `bytes` in, then out again (or adds them, as float32).
@@ -200,10 +199,11 @@ __global__ void probe_matrix_kernel(uint4* image, const uint32_t* offsets, uint3
     for (int i = 0; i < COUNT; ++i) r[threadIdx.x * COUNT + i] = words[i];
   }
 }
-template <int COUNT>
-static int probe_matrix_of(int transpose, uint4* image, const uint32_t* offsets, uint32_t* r, int store, cudaStream_t s) {
+template <int COUNT> static int probe_matrix_of(int transpose, uint4* image, const uint32_t* offsets, uint32_t* r,
+                                                int store, cudaStream_t s) {
   return launch({dim3(1), dim3(32), 1024, s},
-                transpose ? probe_matrix_kernel<COUNT, true> : probe_matrix_kernel<COUNT, false>, image, offsets, r, store);
+                transpose ? probe_matrix_kernel<COUNT, true> : probe_matrix_kernel<COUNT, false>, image, offsets, r,
+                store);
 }
 extern "C" int probe_matrix(int count, int transpose, uint4* image, const uint32_t* offsets, uint32_t* r, int store,
                             void* stream) {
@@ -214,10 +214,12 @@ extern "C" int probe_matrix(int count, int transpose, uint4* image, const uint32
 }
 
 // ---- clusters --------------------------------------------------------------------------------------------------
-// Clusters of 2 go through `rounds` pairs of boxes of a bf16 (rows, 64) tensor, 8 rows each: block r loads box 2 * round + r
-// into both blocks; both add what they got. A stage is reused only when both blocks have arrived at the loader's barrier.
-// sums (blocks, 64 threads): each thread adds the first element of row threadIdx.x % 8 of both boxes, times round + 1.
-__global__ void __launch_bounds__(64) probe_multicast_kernel(const __grid_constant__ CUtensorMap map, float* sums, int rounds) {
+// Clusters of 2 go through `rounds` pairs of boxes of a bf16 (rows, 64) tensor, 8 rows each: block r loads box 2 *
+// round + r into both blocks; both add what they got. A stage is reused only when both blocks have arrived at the
+// loader's barrier. sums (blocks, 64 threads): each thread adds the first element of row threadIdx.x % 8 of both boxes,
+// times round + 1.
+__global__ void __launch_bounds__(64)
+    probe_multicast_kernel(const __grid_constant__ CUtensorMap map, float* sums, int rounds) {
   uint8_t* smem = dynamic_smem();
   uint64_t* full = reinterpret_cast<uint64_t*>(smem + 2048);
   uint64_t* empty = full + 1;

@@ -57,9 +57,7 @@ template <class T> EMULATED T from_bits(uint64_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-EMULATED int lane() {
-  return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
-}
+EMULATED int lane() { return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
 // A shuffle from `source` within this lane's group of `width` lanes; from itself where that lies outside of it.
 template <class T> EMULATED T shuffle(const char* name, unsigned mask, T x, int source, int width) {
   const int first = lane() / width * width;
@@ -106,9 +104,9 @@ template <class T> EMULATED unsigned __match_any_sync(unsigned mask, T x) {
   for (int i = 0; i < 32; ++i) same |= unsigned((mask >> i & 1) && all.at[i] == mine) << i;
   return same;
 }
-#define EMULATED_REDUCE(name, expression)                                                                  \
-  template <class T> EMULATED T name(unsigned mask, T x) {                                                        \
-    return emulator::reduce(#name, mask, x, [](T a, T b) -> T { return expression; });                     \
+#define EMULATED_REDUCE(name, expression)                                              \
+  template <class T> EMULATED T name(unsigned mask, T x) {                             \
+    return emulator::reduce(#name, mask, x, [](T a, T b) -> T { return expression; }); \
   }
 EMULATED_REDUCE(__reduce_add_sync, a + b)
 EMULATED_REDUCE(__reduce_min_sync, std::min(a, b))
@@ -120,14 +118,14 @@ EMULATED void __threadfence() { emulator::memory_fence(); }
 EMULATED void __threadfence_block() { emulator::memory_fence(); }
 
 // ---- atomics ---------------------------------------------------------------------------------------------------
-#define EMULATED_ATOMIC(name, op, T, code)                                                                          \
-  EMULATED T name(T* p, T x) {                                                                                        \
-    using namespace emulator;                                                                                       \
-    return from_bits<T>(atomic(Atomic::op, AtomicType::code, p, to_bits(x), 0));                                    \
+#define EMULATED_ATOMIC(name, op, T, code)                                       \
+  EMULATED T name(T* p, T x) {                                                   \
+    using namespace emulator;                                                    \
+    return from_bits<T>(atomic(Atomic::op, AtomicType::code, p, to_bits(x), 0)); \
   }
-#define EMULATED_ATOMICS(name, op)                                                                                  \
-  EMULATED_ATOMIC(name, op, int, i32)                                                                               \
-  EMULATED_ATOMIC(name, op, unsigned, u32)                                                                          \
+#define EMULATED_ATOMICS(name, op)         \
+  EMULATED_ATOMIC(name, op, int, i32)      \
+  EMULATED_ATOMIC(name, op, unsigned, u32) \
   EMULATED_ATOMIC(name, op, unsigned long long, u64)
 EMULATED_ATOMICS(atomicAdd, add)
 EMULATED_ATOMICS(atomicMin, min)
@@ -141,8 +139,8 @@ EMULATED_ATOMIC(atomicAdd, add, double, f64)
 EMULATED_ATOMIC(atomicExch, exchange, float, f32)
 template <class T> EMULATED T atomicCAS(T* p, T expected, T x) {
   using namespace emulator;
-  return from_bits<T>(atomic(Atomic::compare_and_swap, sizeof(T) == 4 ? AtomicType::u32 : AtomicType::u64, p, to_bits(x),
-                             to_bits(expected)));
+  return from_bits<T>(atomic(Atomic::compare_and_swap, sizeof(T) == 4 ? AtomicType::u32 : AtomicType::u64, p,
+                             to_bits(x), to_bits(expected)));
 }
 
 // ---- loads and stores that hint at the caches -------------------------------------------------------------------

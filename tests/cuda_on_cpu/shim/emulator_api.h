@@ -1,5 +1,6 @@
-// What the stand-in headers (cuda_runtime.h, hopper_on_cpu.cuh) call in the emulator. Called by fibers, one for each CUDA
-// thread, except where "host" is said. None is inlined into a kernel, so that its return address names the kernel's line.
+// What the stand-in headers (cuda_runtime.h, hopper_on_cpu.cuh) call in the emulator. Called by fibers, one for each
+// CUDA thread, except where "host" is said. None is inlined into a kernel, so that its return address names the
+// kernel's line.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,13 +14,15 @@ namespace emulator {
 // ---- host ------------------------------------------------------------------------------------------------------
 using Body = void (*)(void* arguments);
 // Runs the grid; 0, or a CUDA error code after a fault (the text: cuda_on_cpu_error).
-int run_grid(dim3 grid, dim3 block, size_t shared_bytes, int cluster, Body body, void* arguments, size_t argument_bytes);
-int encode_tensor_map(void* map, int type, uint32_t rank, void* base, const uint64_t* size, const uint64_t* stride_bytes,
-                      const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int fill);
+int run_grid(dim3 grid, dim3 block, size_t shared_bytes, int cluster, Body body, void* arguments,
+             size_t argument_bytes);
+int encode_tensor_map(void* map, int type, uint32_t rank, void* base, const uint64_t* size,
+                      const uint64_t* stride_bytes, const uint32_t* box, const uint32_t* element_strides,
+                      int interleave, int swizzle, int fill);
 
 // ---- memory ----------------------------------------------------------------------------------------------------
-uint8_t* shared_base();                       // of the dynamic shared memory of this block
-uint32_t shared_address(const void* p);       // as PTX sees it; a fault if p is not in this block's shared memory
+uint8_t* shared_base();                  // of the dynamic shared memory of this block
+uint32_t shared_address(const void* p);  // as PTX sees it; a fault if p is not in this block's shared memory
 void memory_fence();
 void check_access(const void* p, int bytes, int alignment, bool write);
 enum class Atomic { add, min, max, exchange, compare_and_swap, bit_and, bit_or, bit_xor };
@@ -30,7 +33,7 @@ uint64_t atomic(Atomic op, AtomicType type, void* p, uint64_t value, uint64_t co
 struct Votes {
   int yes, all;
 };
-Votes barrier_all(bool vote);                 // __syncthreads and its votes
+Votes barrier_all(bool vote);  // __syncthreads and its votes
 void barrier_named(int id, int threads, bool wait);
 void cluster_barrier_arrive();
 void cluster_barrier_wait();
@@ -40,8 +43,8 @@ struct Lanes {
   uint64_t at[32];
 };
 Lanes warp_meet(const char* name, uint32_t mask, uint64_t value);
-uint32_t warp_lanes();                        // mask of the lanes that this warp has
-void shuffle_source(uint32_t mask, int lane); // a fault unless `lane` is in the mask
+uint32_t warp_lanes();                         // mask of the lanes that this warp has
+void shuffle_source(uint32_t mask, int lane);  // a fault unless `lane` is in the mask
 void set_registers(int count, bool increase);
 
 // ---- asynchronous proxy ----------------------------------------------------------------------------------------

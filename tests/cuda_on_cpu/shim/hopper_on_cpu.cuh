@@ -21,7 +21,9 @@ EMULATED void mbar_arrive_expect_tx(uint64_t* bar, uint32_t bytes) {
   mbar_expect_tx(bar, bytes);
   mbar_arrive(bar);
 }
-EMULATED bool mbar_try_wait(uint64_t* bar, uint32_t parity) { return emulator::mbarrier_test(smem_address(bar), parity); }
+EMULATED bool mbar_try_wait(uint64_t* bar, uint32_t parity) {
+  return emulator::mbarrier_test(smem_address(bar), parity);
+}
 EMULATED void mbar_wait(uint64_t* bar, uint32_t parity) { emulator::mbarrier_wait(smem_address(bar), parity); }
 
 // ---- bulk tensor copies: 2, 3 or 4 coordinates -----------------------------------------------------------------

@@ -1,0 +1,56 @@
+"""Every Triton kernel configuration compiles ahead of time for sm_80, sm_90 and sm_100, within shared memory."""
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="no triton")
+tl = pytest.importorskip("triton.language")
+
+from tests.gpu_code import triton_code  # noqa: E402
+from tests.gpu_code.triton_code import Configuration, Row  # noqa: E402
+
+
+@triton.jit
+def double_product(a, b, c, n, SIZE: tl.constexpr):
+    """c = 2 a b for one tile: enough for shared memory and tensor cores to appear."""
+    row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    inside = (row < n) & (column < n)
+    x = tl.load(a + row * n + column, mask=inside, other=0.0)
+    y = tl.load(b + row * n + column, mask=inside, other=0.0)
+    tl.store(c + row * n + column, 2 * tl.dot(x, y), mask=inside)
+
+
+def tiny(size: int = 64) -> Configuration:
+    signature = {"a": "*bf16", "b": "*bf16", "c": "*fp32", "n": "i32", "SIZE": "constexpr"}
+    return Configuration(f"double_product {size}", double_product, signature, {"SIZE": size}, {"num_warps": 4})
+
+
+def test_a_kernel_compiles_for_three_architectures_without_a_gpu() -> None:
+    rows, changes = triton_code.measure([], [tiny()])
+    assert [row.arch for row in rows] == [80, 90, 100] and len(changes) == 3
+    for row in rows:
+        assert 16 <= row.registers <= 255 and row.stack == 0 and row.instructions > 100
+        assert 0 < row.shared <= 2 * 64 * 64 * 4  # both tiles, as float32 at most
+    assert not triton_code.too_large(rows)
+
+
+def test_a_configuration_in_the_table_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [Row(tiny().name, arch, tiny().hash(arch), 30, 100, 0, 200) for arch in (80, 90, 100)]
+    monkeypatch.setattr(triton_code, "compile_configuration", lambda *_: pytest.fail("compiled again"))
+    assert triton_code.measure(known, [tiny()]) == (known, [])
+
+
+def test_the_hash_follows_source_arguments_and_architecture() -> None:
+    hashes = {tiny().hash(80), tiny().hash(90), tiny(32).hash(80)}
+    other = Configuration(tiny().name, double_product, tiny().signature, {"SIZE": 64}, {"num_warps": 8})
+    assert len(hashes | {other.hash(80)}) == 4
+
+
+def test_too_much_shared_memory_is_named() -> None:
+    rows = [Row("attention.fwd", 80, "", 1, 166913, 0, 1), Row("attention.fwd", 90, "", 1, 232448, 0, 1)]
+    assert triton_code.too_large(rows) == ["attention.fwd sm_80: 166913 bytes of shared memory, at most 166912 fit"]
+
+
+def test_table_is_up_to_date_and_every_configuration_fits() -> None:
+    rows, changes = triton_code.measure(triton_code.read_table(), triton_code.configurations())
+    assert not triton_code.too_large(rows)
+    assert not changes, "run `python -m tests.gpu_code.triton_code --write` and commit:\n" + "\n".join(changes)
