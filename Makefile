@@ -45,6 +45,7 @@ lint: setup
 
 bench: setup
 	for op in $(OPS); do $(BIN)/python -m benchmarks.run --op $$op || exit 1; done
+	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.readme
 

@@ -26,12 +26,12 @@ def root() -> Path:
 
 @pytest.fixture
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs this interpreter on arguments; `path` goes first on its module path, in place of the checkout."""
+    """Runs this interpreter on arguments; `path` goes first on its module path, here the checkout."""
 
     def run(*arguments: str, path: tuple[Path, ...] = (ROOT, ROOT / "python"), cwd: Path | None = None, **env: str):
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, path)),
+            "PYTHONPATH": os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYTHONDONTWRITEBYTECODE": "1",
             **env,
         }
