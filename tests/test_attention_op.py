@@ -154,7 +154,7 @@ def test_every_instruction_set_meets_the_numerics_bar(isa):
     root = Path(__file__).parents[1]
     script = SUBPROCESS.format(paths=[str(root), str(root / "tests")], isa=isa)
     environment = {**os.environ, "ILLADA_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
     assert done.stdout == "fine\n", done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Attention through the compiled extension: csrc/cpu/attention.cpp."""
+"""Attention through the compiled extension: csrc/cpu/attention_fwd.cpp and attention_bwd.cpp."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ def supports(request: Any) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), bounds int32 (B or 1, Sq or 1, 4) or None for full: out, lse.
+    """q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), bounds int32 (B or 1, Sq or 1, 4) or None for full: out,
+    lse.
 
-    out (B, Sq, Hq, Dv) in q's dtype, lse (B, Hq, Sq) float32. Accumulates in float32. Memory: a few hundred KB per thread.
+    out (B, Sq, Hq, Dv) in q's dtype, lse (B, Hq, Sq) float32. Accumulates in float32. Memory: a few hundred KB per
+    thread.
     """
     batch, rows, heads, _ = q.shape
     out = q.new_empty(batch, rows, heads, v.shape[3])

@@ -33,18 +33,12 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES[backend]}", __package__)
 
 
-def _available(backend: str) -> str | None:
-    try:
-        return _module(backend).available()
-    except ModuleNotFoundError as error:
-        return str(error)
-
-
 def _lazy(backend: str, devices: tuple[str, ...]) -> Backend:
+    """A backend whose module is imported when it is first asked."""
     return Backend(
         backend,
         devices,
-        available=lambda: _available(backend),
+        available=lambda: _module(backend).available(),
         supports=lambda request: _module(backend).supports(request),
     )
 
