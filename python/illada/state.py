@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import uuid
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,7 +35,7 @@ class RunState:
             return None
         try:
             saved = torch.load(self.file, map_location=device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:  # arbitrary bytes make the unpickler raise anything
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{self.file} is damaged ({first}); delete it to start over") from None
         if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
