@@ -221,9 +221,17 @@ def multicast_program(clusters: int, rounds: int) -> Program:
                    {2: sums.expand(2 * clusters, 64)})  # fmt: skip
 
 
+def barrier_program(rounds: int) -> Program:
+    thread = torch.arange(128)
+    expected = thread // 64 * 64 + (thread + rounds) % 64 + 1000  # one lane of each warp is elected
+    return Program(f"barriers {rounds} rounds", "probe_barriers", [torch.zeros(128, dtype=torch.int32), rounds, None],
+                   {0: expected.int()})  # fmt: skip
+
+
 def matrix_and_cluster_programs() -> list[Program]:
     flags = (False, True)
     return [
+        *(barrier_program(rounds) for rounds in (0, 1, 5)),
         *(matrix_program(c, t, s, seed) for c in (1, 2, 4) for t in flags for s in flags for seed in (1, 2)),
         *(multicast_program(*shape) for shape in ((1, 1), (2, 5), (3, 8))),
     ]

@@ -51,6 +51,9 @@ def test_too_much_shared_memory_is_named() -> None:
 
 
 def test_table_is_up_to_date_and_every_configuration_fits() -> None:
-    rows, changes = triton_code.measure(triton_code.read_table(), triton_code.configurations())
+    version, table = triton_code.read_table()
+    if version != triton_code.version():
+        pytest.skip(f"the table was written with triton {version}, here is {triton_code.version()}")
+    rows, changes = triton_code.measure(table, triton_code.configurations())
     assert not triton_code.too_large(rows)
     assert not changes, "run `python -m tests.gpu_code.triton_code --write` and commit:\n" + "\n".join(changes)

@@ -51,11 +51,9 @@ class Configuration:
     options: dict[str, Any]
 
     def hash(self, arch: int) -> str:
-        """Changes with the kernel's source and that of what it calls, the arguments, and the version of Triton."""
-        import triton
-
+        """Changes with the kernel's source and that of what it calls, the arguments and the options."""
         parts = (self.kernel.cache_key, sorted(self.signature.items()), sorted(self.constexprs.items(), key=str),
-                 sorted(self.options.items()), arch, triton.__version__)  # fmt: skip
+                 sorted(self.options.items()), arch)  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -96,12 +94,26 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, int]:
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
-def read_table() -> list[Row]:
-    if not TABLE.exists():
-        return []
+def version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+def read_table() -> tuple[str, list[Row]]:
+    """The version of Triton it was written with, and its rows."""
+    lines = TABLE.read_text().splitlines()
     types = {f.name: int if f.type == "int" else str for f in fields(Row)}
-    with TABLE.open(newline="") as file:
-        return [Row(**{k: types[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
+    rows = [Row(**{k: types[k](v) for k, v in row.items()}) for row in csv.DictReader(lines[1:])]
+    return lines[0].removeprefix("# triton "), rows
+
+
+def write_table(rows: Iterable[Row]) -> None:
+    with TABLE.open("w", newline="") as file:
+        file.write(f"# triton {version()}\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
 
 
 def measure(table: Iterable[Row], wanted: Iterable[Configuration]) -> tuple[list[Row], list[str]]:
@@ -128,13 +140,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="renew the committed table")
     arguments = parser.parse_args()
-    rows, changes = measure(read_table(), configurations())
+    written_with, table = read_table() if TABLE.exists() else ("", [])
+    rows, changes = measure(table if written_with == version() else [], configurations())
     print("\n".join([*changes, *too_large(rows)]) or "as in the table")
     if arguments.write:
-        with TABLE.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_table(rows)
 
 
 if __name__ == "__main__":

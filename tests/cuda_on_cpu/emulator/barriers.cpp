@@ -195,6 +195,15 @@ void shuffle_source(uint32_t mask, int lane) {
   if (!(mask >> lane & 1)) fault("shuffle from lane %d, which is not in the mask %08x", lane, mask);
 }
 
+// Any lane may be elected; it stays the same in one run, as kernels rely on.
+bool elect_one() {
+  CALLED_FROM_KERNEL;
+  const uint32_t lanes = warp_lanes();
+  warp_meet("elect_one", lanes, 0);
+  Random of_warp{cluster->elections + uint64_t(self->thread / 32)};
+  return self->thread % 32 == int(of_warp.next() % uint64_t(__builtin_popcount(lanes)));
+}
+
 void set_registers(int count, bool increase) {
   CALLED_FROM_KERNEL;
   if (count < 24 || count > 256 || count % 8) fault("setmaxnreg %d: a multiple of 8 from 24 to 256 is possible", count);

@@ -127,6 +127,7 @@ struct Cluster {
   std::vector<Fiber*> ready;
   Barrier barrier;
   Random random;
+  uint64_t elections = 0;
   uint32_t chance_async = 0, chance_yield = 0;
   uint32_t chance_lazy = 0, lazy_places = 0;  // of one operation; of all operations issued by one line
   uint32_t slow_warps = 0;                    // not 0: some warps run only when no other can

@@ -33,6 +33,7 @@ static void run_cluster(const Grid& grid, uint64_t number, Pool& pool) {
   Cluster c;
   cluster = &c;
   c.random.state = control::seed * 0x9e3779b97f4a7c15ull + number * 7919;
+  c.elections = c.random.next();
   // From "nothing happens before it must" to "everything happens at once"; from long runs of a thread to short ones;
   // and operations, or all those of one line, that take longer than all others.
   constexpr uint32_t async[] = {0, 0x02000000, 0x30000000, 0xf0000000}, switches[] = {0, 0x08000000, 0x60000000};

@@ -213,6 +213,28 @@ extern "C" int probe_matrix(int count, int transpose, uint4* image, const uint32
   return probe_matrix_of<4>(transpose, image, offsets, r, store, s);
 }
 
+// ---- barriers and election -------------------------------------------------------------------------------------
+// Two groups of 64 of the block's 128 threads pass values through shared memory `rounds` times, each behind its own named
+// barriers; out (128): what thread t got in the end (its neighbour's, `rounds` times) + 1000 * (elected lanes in its warp).
+__global__ void __launch_bounds__(128) probe_barriers_kernel(int* out, int rounds) {
+  int* slots = reinterpret_cast<int*>(dynamic_smem());
+  const int t = threadIdx.x, group = t / 64, first = group * 64;
+  int value = t;
+  for (int round = 0; round < rounds; ++round) {
+    slots[t] = value;
+    bar_sync(1 + group, 64);
+    value = slots[first + (t + 1) % 64];
+    bar_sync(3 + group, 64);
+  }
+  const bool elected = elect_one();
+  if (group == 0) bar_arrive(5, 128);  // the first group tells the second that it is done, and does not wait
+  if (group == 1) bar_sync(5, 128);
+  out[t] = value + 1000 * __popc(__ballot_sync(~0u, elected));
+}
+extern "C" int probe_barriers(int* out, int rounds, void* stream) {
+  return launch({dim3(1), dim3(128), 512, static_cast<cudaStream_t>(stream)}, probe_barriers_kernel, out, rounds);
+}
+
 // ---- clusters --------------------------------------------------------------------------------------------------
 // Clusters of 2 go through `rounds` pairs of boxes of a bf16 (rows, 64) tensor, 8 rows each: block r loads box 2 *
 // round + r into both blocks; both add what they got. A stage is reused only when both blocks have arrived at the

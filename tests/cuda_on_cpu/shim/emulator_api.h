@@ -45,6 +45,7 @@ struct Lanes {
 Lanes warp_meet(const char* name, uint32_t mask, uint64_t value);
 uint32_t warp_lanes();                         // mask of the lanes that this warp has
 void shuffle_source(uint32_t mask, int lane);  // a fault unless `lane` is in the mask
+bool elect_one();
 void set_registers(int count, bool increase);
 
 // ---- asynchronous proxy ----------------------------------------------------------------------------------------

@@ -93,10 +93,7 @@ EMULATED void bar_sync(int id, int threads) { emulator::barrier_named(id, thread
 EMULATED void bar_arrive(int id, int threads) { emulator::barrier_named(id, threads, false); }
 template <int N> EMULATED void reg_increase() { emulator::set_registers(N, true); }
 template <int N> EMULATED void reg_decrease() { emulator::set_registers(N, false); }
-EMULATED bool elect_one() {
-  emulator::warp_meet("elect_one", ~0u, 0);
-  return emulator::lane() == 0;
-}
+EMULATED bool elect_one() { return emulator::elect_one(); }
 EMULATED uint32_t cluster_rank() { return emulator::cluster_rank(); }
 EMULATED void cluster_arrive() { emulator::cluster_barrier_arrive(); }
 EMULATED void cluster_wait() { emulator::cluster_barrier_wait(); }
