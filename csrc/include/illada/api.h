@@ -18,7 +18,7 @@ enum illada_error { ILLADA_OK = 0, ILLADA_BAD_DTYPE = 1, ILLADA_BAD_ARGUMENT = 2
 #define ILLADA_CPU(name, ...) extern "C" int name##_scalar(__VA_ARGS__);
 #endif
 
-// ---- attention (csrc/cpu/attention.cpp) ------------------------------------------------------------------------------------
+// ---- attention (csrc/cpu/attention_{fwd,bwd}.cpp) ------------------------------------------------------------------------------------
 // q (batch, rows, heads, dim), k and v (batch, keys, key_heads, dim or dim_v): element strides of batch, row and head in `strides`, the last
 // dimension contiguous; bounds int32 (batch or 1, rows or 1, 4) or null, its batch and row strides in strides[9..10]. out (batch, rows, heads,
 // dim_v) and lse (batch, heads, rows) are contiguous.

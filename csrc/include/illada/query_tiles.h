@@ -1,5 +1,6 @@
-// Key ranges seen from a tile of query rows: what two hulls it needs, and where it needs no mask. All by arithmetic on the rows' bounds,
-// which are brought into normal form whenever they are read: each at least the one before it, and within [0, num_keys].
+// Key ranges seen from a tile of query rows: what two hulls it needs, and where it needs no mask. All by arithmetic on
+// the rows' bounds, which are brought into normal form whenever they are read: each at least the one before it, and
+// within [0, num_keys].
 #pragma once
 #include <cstdint>
 
@@ -35,7 +36,7 @@ struct Window {  // columns first .. last of a key tile
 };
 
 struct Hulls {
-  int lo[2], hi[2];              // every range of every row lies within
+  int lo[2], hi[2];                // every range of every row lies within
   int common_lo[2], common_hi[2];  // within every row's range
 
   // Of the key tile that starts at key `start`: the columns some row may need, rounded outwards to multiples of `step`.
@@ -51,6 +52,14 @@ struct Hulls {
   // True if every row attends to all keys of start .. end: no mask needed.
   bool all_attend(int start, int end) const {
     return (common_lo[0] <= start && end <= common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]);
+  }
+  // The first multiple of `size`, from `start` (itself one) on, whose chunk is touched; `none` if there is no such
+  // chunk.
+  int first_touched(int start, int size, int none) const {
+    int found = none;
+    for (int i = 0; i < 2; ++i)
+      if (lo[i] < hi[i] && start < hi[i]) found = smaller(found, larger(start, lo[i] / size * size));
+    return found;
   }
   // The last chunk of `size` keys before `chunk` that is touched, or -1.
   int touched_before(int chunk, int size) const {
@@ -77,7 +86,8 @@ inline Hulls hulls_of(const Bounds& bounds, int64_t batch, int64_t first_row, in
 }
 
 // Adds to `edges` (size + 1 entries) +1 where a range of the rows enters the key tile and -1 where it leaves.
-inline void mark_edges(const Bounds& bounds, int64_t batch, int64_t first_row, int rows, int start, int size, int* edges) {
+inline void mark_edges(const Bounds& bounds, int64_t batch, int64_t first_row, int rows, int start, int size,
+                       int* edges) {
   for (int row = 0; row < rows; ++row) {
     const Ranges r = bounds.of_row(batch, first_row + row);
     for (int i = 0; i < 2; ++i) {

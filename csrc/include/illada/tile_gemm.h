@@ -1,12 +1,13 @@
-// Products of small float tiles that live in the cache, register-blocked as in a BLAS, and what attention needs around them:
-// transposing pack, row-wise maxima, exp2. Internal linkage, like vec.h: compiled once per instruction set.
+// Products of small float tiles that live in the cache, register-blocked as in a BLAS, and what attention needs around
+// them: transposing pack, row-wise maxima, exp2. Internal linkage, like vec.h: compiled once per instruction set.
 #pragma once
 #include "illada/vec.h"
 
 namespace {
 
-// A block of C held in registers: kBlockRows x 2 vectors. 8 x 2 leaves 16 of AVX-512's 32 registers, 4 x 2 fits the 16 of AVX2 and SSE;
-// per step of the inner dimension it loads 2 vectors and kBlockRows scalars for 2 * kBlockRows multiply-adds.
+// A block of C held in registers: kBlockRows x 2 vectors. 8 x 2 leaves 16 of AVX-512's 32 registers, 4 x 2 fits the 16
+// of AVX2 and SSE; per step of the inner dimension it loads 2 vectors and kBlockRows scalars for 2 * kBlockRows
+// multiply-adds.
 constexpr int kBlockRows = kWidth == 16 ? 8 : 4;
 constexpr int kBlockCols = 2 * kWidth;
 
@@ -18,7 +19,8 @@ enum class Into { kStore, kAdd, kScaleAdd };
 
 // One block of kBlockRows x (kVectors * kWidth). A(i, p) is a[i * lda + p], or a[p * lda + i] if kTransposed.
 template <Into kInto, bool kTransposed, int kVectors>
-inline void multiply_block(int depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, const float* row_scale) {
+inline void multiply_block(int depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                           const float* row_scale) {
   vf acc[kBlockRows][kVectors] = {};
   for (int p = 0; p < depth; ++p) {
     vf row[kVectors];
@@ -42,13 +44,40 @@ inline void multiply_block(int depth, const float* a, int64_t lda, const float* 
     }
 }
 
+// Rows of memory that will be needed soon, asked for a few cache lines at a time: all at once would exhaust the core's
+// line fill buffers and stall it. Rows of one attention head lie far apart, so that no hardware prefetcher follows
+// them.
+class Ahead {
+ public:
+  Ahead() = default;
+  template <class T>
+  Ahead(const T* from, int64_t stride, int rows, int dim)
+      : row_(reinterpret_cast<const char*>(from)),
+        stride_(stride * int64_t(sizeof(T))),
+        rows_(rows),
+        bytes_(dim * int(sizeof(T))) {}
+  void ask() {
+    for (int i = 0; i < 4 && rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      if ((at_ += 64) >= bytes_) at_ = 0, row_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t stride_ = 0;
+  int rows_ = 0, bytes_ = 0, at_ = 0;
+};
+
 // C (rows x cols) from A (rows x depth) and B (depth x cols); rows a multiple of kBlockRows, cols of kWidth.
 template <Into kInto, bool kTransposed>
-__attribute__((noinline)) void multiply(int rows, int cols, int depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                     const float* row_scale = nullptr) {
+__attribute__((noinline)) void multiply(int rows, int cols, int depth, const float* a, int64_t lda, const float* b,
+                                        int64_t ldb, float* c, int64_t ldc, Ahead& ahead,
+                                        const float* row_scale = nullptr) {
   const int64_t next_rows = kTransposed ? kBlockRows : kBlockRows * lda;
   for (int j = 0; j < cols; j += kBlockCols)
     for (int i = 0; i < rows; i += kBlockRows) {
+      ahead.ask();
       const float* a_block = a + i / kBlockRows * next_rows;
       const float* scale_block = kInto == Into::kScaleAdd ? row_scale + i : nullptr;
       if (cols - j >= kBlockCols)
@@ -58,7 +87,7 @@ __attribute__((noinline)) void multiply(int rows, int cols, int depth, const flo
     }
 }
 
-// ---- shuffles ----------------------------------------------------------------------------------------------------------------------
+// ---- shuffles -------------------------------------------------------------------------------------------------------
 // low: a0 b0 a1 b1 ..., high: the same of the upper halves
 inline void interleave(vf a, vf b, vf& low, vf& high) {
 #if defined(__AVX512F__)
@@ -77,8 +106,9 @@ inline void interleave(vf a, vf b, vf& low, vf& high) {
 #endif
 }
 
-// lane i of the result: the largest of r[i]'s lanes
-inline vf reduce_max_rows(const vf* r) {
+// lane i of the result: r[i]'s lanes combined, in a fixed order
+template <class Combine>
+inline vf reduce_rows(const vf* r, Combine combine) {
   vf level[kWidth];
   for (int i = 0; i < kWidth; ++i) level[i] = r[i];
 #pragma GCC unroll 4
@@ -87,7 +117,7 @@ inline vf reduce_max_rows(const vf* r) {
     for (int i = 0; i < n; ++i) {
       vf low, high;
       interleave(level[i], level[i + n], low, high);
-      level[i] = max(low, high);
+      level[i] = combine(low, high);
     }
   return level[0];
 }
@@ -103,8 +133,8 @@ inline void transpose(vf* r) {  // a perfect shuffle of the rows and lanes, log2
   }
 }
 
-// to (dim x padded_rows) = from (rows x dim) transposed; columns from rows up to padded_rows, a multiple of kWidth, become 0.
-// Both hold dim rounded up to kWidth: `from` is read and `to` written that far.
+// to (dim x padded_rows) = from (rows x dim) transposed; columns from rows up to padded_rows, a multiple of kWidth,
+// become 0. Both hold dim rounded up to kWidth: `from` is read and `to` written that far.
 inline void transpose_tile(const float* from, int ld_from, int padded_rows, int dim, float* to, int ld_to) {
   for (int i = 0; i < padded_rows; i += kWidth)
     for (int d = 0; d < dim; d += kWidth) {
@@ -117,11 +147,12 @@ inline void transpose_tile(const float* from, int ld_from, int padded_rows, int 
     }
 }
 
-// 2^(c * x) for c > 0 and x <= 0 (or barely above): relative error below 2e-7 + 2^-24 |c x|; exactly 1 at 0, exactly 0 where c * x <= -127
+// 2^(c * x) for c > 0 and x <= 0 (or barely above): relative error below 2e-7 + 2^-24 |c x|; exactly 1 at 0, exactly 0
+// where c * x <= -127
 // (`lowest` is -127 / c), NaN stays NaN. The product is never rounded by itself: it enters two fused multiply-adds.
 inline vf exp2_scaled(vf x, float c, float lowest) {
   const float shift = 0x1.8p23f + 127;  // c * x + shift holds round(c * x) + 127 in its low mantissa bits
-  x = lowest > x ? splat(lowest) : x;
+  x = max(vf{} + lowest, x);
   const vf biased = x * c + shift;
   const vf r = x * c - (biased - shift);  // in [-0.5, 0.5]
   vf p = splat(0.0001535336191096819f);   // minimax in relative error with p(0) = 1: below 2e-8

@@ -110,7 +110,13 @@ template <class T> inline void store_n(T* p, vf v, int n) {
 }
 
 // ---- elementwise and across lanes -----------------------------------------------------------------------------------------------
-inline vf max(vf a, vf b) { return a > b ? a : b; }  // like maxps: b where either is NaN
+inline vf max(vf a, vf b) {  // like maxps: b where either is NaN
+#if defined(__AVX512F__)
+  return bit_cast<vf>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));  // of a > b ? a : b GCC makes two instructions
+#else
+  return a > b ? a : b;
+#endif
+}
 inline float reduce_max(vf v) {
   float m = v[0];
   for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;

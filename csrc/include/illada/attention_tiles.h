@@ -1,0 +1,174 @@
+// What the forward and the backward of attention share on the CPU: the problem, scratch memory, packing of tiles, and
+// which keys and query tiles meet. Internal linkage: compiled once per instruction set.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "illada/query_tiles.h"
+#include "illada/tile_gemm.h"
+
+namespace {
+
+constexpr int kTileRows = 32;  // query rows of a tile: scores, queries and a panel of keys fit a 32 KB L1 cache
+constexpr int kTileKeys = 128;
+constexpr int kLdScores = kTileKeys + 16;  // an odd number of cache lines, so that rows spread over the cache's sets
+
+inline int leading_dim(int dim) { return round_up(dim, 32) + 16; }
+
+struct View {  // (batch, rows, heads, dim), strides in elements, last dimension contiguous
+  const void* data;
+  int64_t batch_stride, row_stride, head_stride;
+  template <class T>
+  const T* at(int64_t b, int64_t row, int64_t head) const {
+    return static_cast<const T*>(data) + b * batch_stride + row * row_stride + head * head_stride;
+  }
+};
+
+struct Problem {
+  int64_t batch, rows;
+  int keys, heads, key_heads, dim, dim_v;
+  View q, k, v;
+  Bounds bounds;
+  float scale;
+  int threads;
+
+  int group() const { return heads / key_heads; }
+  int query_tiles() const { return int((rows + kTileRows - 1) / kTileRows); }
+  int tile_rows(int tile) const {
+    return int(rows - int64_t(tile) * kTileRows < kTileRows ? rows - int64_t(tile) * kTileRows : kTileRows);
+  }
+  // Scores are score_scale * (query_factor q) k^T: a negative scale turns the queries, so that maxima stay maxima, and
+  // a vanishing one multiplies them, so that -127 / score_scale stays finite.
+  bool vanishing() const { return std::fabs(scale) < 1e-30f; }
+  float query_factor() const { return vanishing() ? scale : scale < 0 ? -1.0f : 1.0f; }
+  float score_scale() const { return vanishing() ? 1.0f : std::fabs(scale); }
+};
+
+class Buffer {  // aligned, uninitialised memory; false if there was none
+ public:
+  explicit Buffer(std::size_t bytes) : data_(::operator new(bytes + 64, std::align_val_t(64), std::nothrow)) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  explicit operator bool() const { return data_; }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_;
+};
+
+class Cutter {  // cuts one block of floats into cache-line aligned arrays; counts only, if the block is null
+ public:
+  explicit Cutter(float* data) : data_(data) {}
+  float* take(int64_t n) {
+    float* taken = data_ ? data_ + used_ : nullptr;
+    used_ += (n + 15) / 16 * 16;
+    return taken;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* data_;
+  int64_t used_ = 0;
+};
+
+// ---- packing --------------------------------------------------------------------------------------------------------
+// to (padded_rows x ld) = factor * from (rows x dim) in float32; zero where keep[row] is 0, in rows beyond `rows`, and
+// in columns beyond dim up to ld - 16.
+template <class T>
+void pack_rows(const T* from, int64_t stride, int rows, int padded_rows, int dim, float factor, const uint8_t* keep,
+               float* to, int ld) {
+  for (int i = 0; i < padded_rows; ++i, from += stride, to += ld) {
+    int d = 0;
+    if (i < rows && (!keep || keep[i])) {
+      for (; d + kWidth <= dim; d += kWidth) store(to + d, load(from + d) * factor);
+      for (; d < dim; ++d) to[d] = to_float(from[d]) * factor;
+    }
+    for (; d < ld - 16; ++d) to[d] = 0.0f;
+  }
+}
+
+// The hulls of every query tile: (bounds batch, tile).
+class HullTable {
+ public:
+  explicit HullTable(const Problem& p)
+      : tiles_(p.query_tiles()),
+        batches_(p.bounds.data && p.bounds.batch_stride ? p.batch : 1),
+        buffer_(sizeof(Hulls) * batches_ * tiles_) {
+    if (!buffer_) return;
+    for (int64_t b = 0; b < batches_; ++b)
+      for (int t = 0; t < tiles_; ++t)
+        buffer_.as<Hulls>()[b * tiles_ + t] = hulls_of(p.bounds, b, int64_t(t) * kTileRows, p.tile_rows(t));
+  }
+  explicit operator bool() const { return bool(buffer_); }
+  const Hulls& at(int64_t b, int tile) const { return buffer_.as<Hulls>()[(batches_ == 1 ? 0 : b) * tiles_ + tile]; }
+
+ private:
+  int tiles_;
+  int64_t batches_;
+  Buffer buffer_;
+};
+
+// The first key tile from `start` on that one of the query tiles first .. last touches; the number of keys if none
+// does.
+inline int next_key_tile(const Problem& p, const HullTable& hulls, int64_t b, int first, int last, int start) {
+  int next = p.keys;
+  for (int t = first; t < last && next > start; ++t) next = hulls.at(b, t).first_touched(start, kTileKeys, next);
+  return next;
+}
+
+// live[j] = 1 if some row of the query tiles first .. last may attend to key start + j. Returns false if none is.
+inline bool live_keys(const Problem& p, const HullTable& hulls, int64_t b, int first, int last, int start,
+                      uint8_t* live) {
+  const int size = smaller(kTileKeys, p.keys - start);
+  int edges[kTileKeys + 1] = {};
+  for (int t = first; t < last; ++t) {
+    if (hulls.at(b, t).all_attend(start, start + size)) return std::memset(live, 1, kTileKeys), true;
+    if (hulls.at(b, t).touches(start, size))
+      mark_edges(p.bounds, b, int64_t(t) * kTileRows, p.tile_rows(t), start, size, edges);
+  }
+  int open = 0, any = 0;
+  for (int j = 0; j < kTileKeys; ++j) any |= live[j] = (open += edges[j]) > 0;
+  return any;
+}
+
+// Lanes whose key (first of them: `key`) lies in the ranges.
+inline vi allowed_lanes(const Ranges& r, int key) {
+  vi lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  const vi j = lane + key;
+  return ((j >= r.lo[0]) & (j < r.hi[0])) | ((j >= r.lo[1]) & (j < r.hi[1]));
+}
+
+inline Problem make_problem(const void* q, const void* k, const void* v, const int32_t* bounds, int64_t batch,
+                            int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v,
+                            const int64_t* strides, float scale, int threads) {
+  return {batch,
+          rows,
+          int(keys),
+          int(heads),
+          int(key_heads),
+          int(dim),
+          int(dim_v),
+          {q, strides[0], strides[1], strides[2]},
+          {k, strides[3], strides[4], strides[5]},
+          {v, strides[6], strides[7], strides[8]},
+          {bounds, strides[9], strides[10], int(keys)},
+          scale,
+          threads};
+}
+
+inline bool valid(int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                  int64_t dim_v, int threads) {
+  const int64_t limit = int64_t(1) << 31;
+  return batch >= 0 && rows >= 0 && keys >= 0 && keys < limit - 1024 && rows < limit - 1024 && key_heads > 0 &&
+         heads % key_heads == 0 && heads > 0 && dim > 0 && dim_v > 0 && dim <= 4096 && dim_v <= 4096 && threads > 0;
+}
+
+}  // namespace
