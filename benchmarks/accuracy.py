@@ -29,7 +29,7 @@ from .toy_tasks import TASKS, Task, train
 
 GOAL = 0.95
 RULES: dict[str, tuple[Any, tuple[float, ...]]] = {
-    "TopK(k)": (TopK, (1, 2, 3, 4, 6, 8)),
+    "TopK(k)": (TopK, (1, 2, 3, 4, 8)),
     "Threshold(tau)": (Threshold, (0.99, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3)),
     "Factor(f)": (Factor, (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5)),
     "EntropyBound(gamma)": (EntropyBound, (0.01, 0.05, 0.1, 0.3, 0.7, 1.5, 3.0)),

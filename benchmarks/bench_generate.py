@@ -25,43 +25,47 @@ PER_PASS = 2
 
 
 def cases(device: str) -> Iterator[Case]:
-    """name: preset, sequences, prompt, new tokens, block."""
+    """preset, sequences, prompt, new tokens, block, cache (dual is approximate, the others change nothing)."""
+    exact, dual, blocks = "none", "dual", "block_causal"
     if device == "cuda":
         sizes, dtype = {}, "bfloat16"
-        shapes = [("iLLaDA-8B", 1, 512, 64, 32), ("iLLaDA-8B", 8, 512, 64, 32), ("SDAR-8B", 1, 512, 64, 4)]
+        shapes = [("iLLaDA-8B", 1, 512, 64, 32, exact), ("iLLaDA-8B", 1, 512, 64, 32, dual)]
+        shapes += [("iLLaDA-8B", 8, 512, 64, 32, dual), ("SDAR-8B", 1, 512, 64, 4, blocks)]
     else:  # a model of 10 million parameters, half of them the head
         sizes = {"dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 704}
         sizes |= {"vocab_size": 32768, "mask_id": 5, "eos_id": 2, "pad_id": 1}
-        dtype, shapes = "float32", [("iLLaDA-8B", 4, 96, 32, 16), ("SDAR-8B", 4, 96, 32, 4)]
-    for preset, batch, prompt, new, block in shapes:
+        shapes = [("iLLaDA-8B", 4, 96, 32, 16, exact), ("iLLaDA-8B", 4, 96, 32, 16, dual)]
+        dtype, shapes = "float32", [*shapes, ("SDAR-8B", 4, 96, 32, 4, blocks)]
+    for preset, batch, prompt, new, block, cache in shapes:
         config = ModelConfig.preset(preset, **sizes)
-        name = f"{preset}{' shape' if sizes else ''} batch {batch}, prompt {prompt}, {new} new, block {block}"
-        yield Case("generate", name, dtype, partial(build, config, batch, prompt, new, block, device, dtype))
+        size = "tiny " + preset.removesuffix("-8B") if sizes else preset
+        name = f"{size}, {batch} x ({prompt} + {new}), block {block}, cache {cache}"
+        yield Case("generate", name, dtype, partial(build, config, batch, prompt, new, block, cache, device, dtype))
 
 
-def build(config: ModelConfig, batch: int, prompt: int, new: int, block: int, device: str, dtype: str) -> Work:
+def build(
+    config: ModelConfig, batch: int, prompt: int, new: int, block: int, cache: str, device: str, dtype: str
+) -> Work:
     torch.manual_seed(0)
     model = Model(config, device=device, dtype=getattr(torch, dtype)).eval()
     prompts = torch.randint(6, config.vocab_size - 1000, (batch, prompt), device=device)
-    settings = GenerationConfig(max_new_tokens=new, block_length=block, rule=TopK(PER_PASS), stop_ids=())
-    ours = {settings.cache or "default": lambda: generate(model, prompts, settings)}
-    if not config.causal_block:
-        dual = GenerationConfig(**{**vars(settings), "cache": "dual"})
-        ours["dual cache, approximate"] = lambda: generate(model, prompts, dual)
-    flops, moved = needed(config, batch, prompt, new, block, getattr(torch, dtype).itemsize)
-    loop = partial(plain_loop, model, prompts, new, block)
-    return Work(ours, {"LLaDA's loop": loop}, flops, moved)
+    settings = GenerationConfig(new, block, rule=TopK(PER_PASS), cache=cache, stop_ids=())
+    flops, moved = needed(config, batch, prompt, new, block, cache, getattr(torch, dtype).itemsize)
+    ours = {"default": partial(generate, model, prompts, settings)}
+    return Work(ours, {"LLaDA's loop": partial(plain_loop, model, prompts, new, block)}, flops, moved)
 
 
-def needed(config: ModelConfig, batch: int, prompt: int, new: int, block: int, itemsize: int) -> tuple[float, float]:
-    """(flops, bytes) of exact decoding."""
+def needed(
+    config: ModelConfig, batch: int, prompt: int, new: int, block: int, cache: str, itemsize: int
+) -> tuple[float, float]:
+    """(flops, bytes) of decoding with this cache."""
     embeddings = config.vocab_size * config.dim
     body = config.num_parameters - embeddings * (1 if config.tie_embeddings else 2)
     passes, flops = 0, 0.0
     for end in range(prompt + block, prompt + new + 1, block):
         for step in range(-(-block // PER_PASS)):
-            cached = block if step else 2 * block if end > prompt + block else end  # the block before is written late
-            columns = cached if config.causal_block else end
+            first_pass = 2 * block if cache == "block_causal" and end > prompt + block else end
+            columns = end if cache == "none" else block if step else first_pass
             attention = 4 * columns * end * config.n_heads * config.head_dim * config.n_layers
             flops += batch * (2 * body * columns + attention + 2 * embeddings * (block - step * PER_PASS))
             passes += 1
