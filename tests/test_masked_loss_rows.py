@@ -71,10 +71,10 @@ def assert_right(got: tuple[Tensor, Tensor], args: tuple[Tensor, ...], options: 
         leaf = x.detach().requires_grad_()
         loss = reference.masked_loss_from_logits(leaf, targets, masked, weight, **options._asdict())
         results.append((loss.detach(), torch.autograd.grad((loss * upstream).sum(), leaf)[0]))
+    # p and 1 are rounded to float32 before they are subtracted; and 2^x is good to 2 ulp here, to 1 in torch
+    cancellation = float(torch.finfo(torch.float32).eps * (w * upstream)[masked].abs().max())
     for mine, right, peer in zip(got, *results):
-        assert (mine.double() - right).abs().max() <= 2 * cases.bar(
-            peer, right
-        )  # 2^x here is good to 2 ulp, torch's to 1
+        assert (mine.double() - right).abs().max() <= 2 * cases.bar(peer, right) + cancellation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -162,14 +162,14 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, error = FAULTS[name]
-    args = inputs(5, 519, torch.bfloat16)
+    args = inputs(5, 4099, torch.bfloat16)
     emulated = Emulated(plant(SOURCE, old, new))
     with pytest.raises(error):
         got = both(monkeypatch, emulated, args, PLAIN, torch.tensor(1.0))
-        room = torch.zeros(5, 521, dtype=torch.bfloat16)  # an output whose rows are aligned otherwise than the logits'
+        room = torch.zeros(5, 4101, dtype=torch.bfloat16)  # an output whose rows are aligned otherwise than the logits'
         logits, targets, masked, w = args
         factors = torch.where(masked, w, 0)
         stats = torch.stack((logits.float().amax(1), torch.ones(5)), 1)
-        emulated("masked_loss_rows_bwd", logits.device, logits, 519, room, 521, 1, 5, 519, masked, targets, stats,
+        emulated("masked_loss_rows_bwd", logits.device, logits, 4099, room, 4101, 1, 5, 4099, masked, targets, stats,
                  factors, None, 0.0, 0.0, 0.0, None, 0)  # fmt: skip
         assert_right(got, args, PLAIN, torch.tensor(1.0))
