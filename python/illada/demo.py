@@ -28,10 +28,10 @@ TOKENIZER = "bpe:16384"
 BLOCK = 4
 TRAINING = {
     "objective": "block", "length": 128, "batch_size": 4, "hole_fraction": 0.1,
-    "optimizer": "muon", "lr": 0.02, "adamw_lr": 0.004,
+    "optimizer": "muon", "lr": 0.02, "adamw_lr": 0.012,
 }  # fmt: skip
 
-PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n        self."
+PROMPT = 'def get_name(self, name):\n    """Return the'
 HOLE = (
     "def read_config(path):\n    try:\n        with open(path, encoding='utf-8') as file:",
     "\n            data = file.read()",
@@ -102,10 +102,10 @@ def demo(out: Path, data: str | None = None, seconds: float | None = None) -> in
     return 0
 
 
-def write(model: Model, tokenizer: Tokenizer, prompt: str = PROMPT, count: int = 96) -> str:
+def write(model: Model, tokenizer: Tokenizer, prompt: str = PROMPT, count: int = 64) -> str:
     """Continues a prompt, live; returns the whole text."""
     ids = tokenizer.encode(prompt.encode()).tolist()
-    live = LiveText(tokenizer, len(ids), delay=0.02)
+    live = LiveText(tokenizer, len(ids), delay=0.03)
     config = GenerationConfig(max_new_tokens=count, temperature=0.5, seed=1, stop_ids=())
     done = generate(model, [ids], config, live)
     live.finish([*ids, *done.tokens[0]])
