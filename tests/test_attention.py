@@ -201,6 +201,21 @@ def test_poisoned_rows_of_another_batch_entry_stay_there(backend):
 
 
 @backends
+def test_keys_between_the_ranges_of_two_rows_are_never_used(backend):
+    """Whole tiles of keys lie between the two ranges, within what a tile of rows spans, and no row attends to them. The
+    first batch entry attends to inf and leaves it in whatever memory a kernel uses again."""
+    keys = 768
+    q, k, v, dout, dlse = draw(2, 2, keys, 1, 1, 16)
+    bounds = torch.tensor([[[0, keys, keys, keys]] * 2, [[0, 10, 10, 10], [700, 710, 710, 710]]], dtype=torch.int32)
+    ranges = KeyRanges(bounds, keys)
+    clean = run(backend, q, k, v, dout, dlse, ranges)
+    k[0], v[0] = math.inf, math.inf
+    poisoned = run(backend, q, k, v, dout, dlse, ranges)
+    for name, x in poisoned.tensors().items():
+        assert torch.equal(x[1], getattr(clean, name)[1]), name
+
+
+@backends
 def test_row_without_keys_gives_zero_minus_infinity_and_no_gradient(backend):
     inputs = draw(2, 35, 20, 4, 2, 16, dtype=torch.bfloat16)
     for name in ("nothing", "nothing_at_the_end"):

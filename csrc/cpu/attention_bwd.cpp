@@ -191,7 +191,7 @@ void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& gr
       for (int i = 0; i < kUnitKeyTiles; ++i) {
         const int first_key = start + i * kTileKeys;
         const Window w = hull.window(first_key, kTileKeys, kWidth);
-        if (w.empty()) continue;
+        if (w.empty() || !scratch.keys[i].any) continue;  // within the hull, but no row attends: not even loaded
         backward_tile(p, b, t, first_key, w, !hull.all_attend(first_key + w.first, first_key + w.last), scratch,
                       scratch.keys[i], next_q, next_dout, dq);
       }
