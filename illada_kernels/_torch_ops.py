@@ -8,6 +8,7 @@ torch.compile, functorch, a dispatch or function mode, or with tensor subclasses
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor
 
 
 def is_plain(args: Sequence[Any]) -> bool:
-    """True if nothing watches: eager, no mode, no functorch level, no forward-mode AD, only plain tensors."""
+    """True if nothing watches: eager, no mode, no functorch level, no forward-mode AD, no trace, only plain tensors."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace does not see what a kernel writes
         return False
     return all(type(a) in (Tensor, torch.nn.Parameter) for a in args if isinstance(a, Tensor))
 
@@ -46,6 +49,7 @@ class TorchOp:
         mutates: tuple[str, ...] = (),
     ) -> None:
         self.name, self.forward = name, forward
+        self.written = [i for i, name in enumerate(inspect.signature(forward).parameters) if name in mutates]
         self.op = torch.library.custom_op(f"illada_kernels::{name}", forward, mutates_args=mutates)
         self.op.register_fake(fake)
         self.function: type[torch.autograd.Function] | None = None
@@ -61,6 +65,9 @@ class TorchOp:
             return self.function.apply(*args)
         if wants_grad:  # no backward exists: let the dispatcher attach the node that says so
             return self.op(*args)
+        for i in self.written:  # as the dispatcher does: autograd must notice that a tensor it saved has changed
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
         return self.forward(*args)
 
 

@@ -74,10 +74,15 @@ def kept_shapes(
     return [(p.rows, 2) if p.mode == "slices" else (0,), (0,), (0,)]
 
 
+def floats(*shape: int) -> Tensor:
+    """Uninitialised float32, whatever torch's default dtype is."""
+    return torch.empty(shape, dtype=torch.float32)
+
+
 def head_slices(head_weight: Tensor, ids: int) -> Iterator[tuple[int, Tensor]]:
     """(first id, (ids, D) float32): views, or one buffer filled in turn."""
     vocab, width = head_weight.shape
-    buffer = None if head_weight.dtype == torch.float32 else torch.empty(min(ids, vocab), width)
+    buffer = None if head_weight.dtype == torch.float32 else floats(min(ids, vocab), width)
     for first in range(0, vocab, ids):
         part = head_weight[first : first + ids]
         yield first, part if buffer is None else buffer[: len(part)].copy_(part)
@@ -100,7 +105,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     p = plan(hidden, head_weight, masked, options.reduction, options.max_masked, budget, needs)
     shapes = kept_shapes(hidden, head_weight, masked, options.reduction, options.max_masked, budget, needs)
-    kept = (torch.empty(shapes[0]), torch.empty(shapes[1]), torch.empty(shapes[2]))
+    kept = (floats(*shapes[0]), floats(*shapes[1]), floats(*shapes[2]))
     rows = masked_rows(targets, masked, weight, options.max_masked)
     count = len(rows.flat)
     math = RowMath(options, head_weight.shape[0], head_bias)
@@ -147,7 +152,7 @@ def _forward_row_chunks(
         d_weight.zero_(), d_bias.zero_()
     losses = torch.empty(count, dtype=torch.float64)
     step = even_chunks(count, p.chunk)
-    logits = torch.empty(min(step, count), head_weight.shape[0])
+    logits = floats(min(step, count), head_weight.shape[0])
     for start in range(0, count, step):
         part = rows.chunk(start, start + step)
         x = gather(hidden, part)
@@ -178,7 +183,7 @@ def even_chunks(count: int, most: int) -> int:
 def _forward_slices(hidden: Tensor, head_weight: Tensor, rows: Rows, math: RowMath, p: Plan, kept: Tensor) -> Tensor:
     """kept[:N], where there are to be gradients, becomes the max and the sum of exponentials of each row."""
     x, state = gather(hidden, rows), math.state(len(rows.flat))
-    buffer = torch.empty(len(x) * p.slice)
+    buffer = floats(len(x) * p.slice)
     for first, w in head_slices(head_weight, p.slice):
         logits = buffer[: len(x) * len(w)].view(len(x), len(w))
         product(x, w.T, logits)
@@ -232,7 +237,7 @@ def _backward_products(
     """
     x = gather(hidden, rows)
     count, width = x.shape
-    dx = torch.empty(count if needs[0] else 0, width)
+    dx = floats(count if needs[0] else 0, width)
     one_chunk = p.mode == "one_chunk"
     upstream = grad_loss.reshape(-1)[rows.flat] if math.options.reduction == "none" else grad_loss.expand(count)
     if one_chunk:
@@ -240,8 +245,8 @@ def _backward_products(
     else:
         high, total = kept[:count].double().unbind(1)
         coefficients = math.coefficients(high, total, scale(rows, math.options.reduction, grad_loss))
-        buffer = torch.empty(count * p.slice)
-    d_weight = None if head_weight.dtype == torch.float32 else torch.empty(p.slice if needs[1] else 0, width)
+        buffer = floats(count * p.slice)
+    d_weight = None if head_weight.dtype == torch.float32 else floats(p.slice if needs[1] else 0, width)
     for first, w in head_slices(head_weight, p.slice):
         ids = slice(first, first + len(w))
         if one_chunk:

@@ -71,10 +71,11 @@ def gather(x: Tensor, rows: Rows) -> Tensor:
 def reduce(losses: Tensor, rows: Rows, masked: Tensor, reduction: str) -> Tensor:
     """losses: float64 (N,), unweighted."""
     if rows.overflow:
-        return torch.full(masked.shape if reduction == "none" else (), torch.nan)
+        return torch.full(masked.shape if reduction == "none" else (), torch.nan, dtype=torch.float32)
     weighted = losses * rows.weight
     if reduction == "none":
-        return torch.zeros(masked.numel()).index_copy_(0, rows.flat, weighted.float()).view(masked.shape)
+        zeros = torch.zeros(masked.numel(), dtype=torch.float32)
+        return zeros.index_copy_(0, rows.flat, weighted.float()).view(masked.shape)
     total = weighted.sum()
     if reduction == "mean" and len(losses):
         total = total / rows.weight.sum()
@@ -183,7 +184,7 @@ def rows_forward(
     flat, index = _flat_rows(logits, rows)
     state = math.state(len(rows.flat))
     math.stats(flat, 0, rows.targets, state, index)
-    kept = torch.zeros(rows_kept_shape(masked))
+    kept = torch.zeros(rows_kept_shape(masked), dtype=torch.float32)
     kept[: len(state)] = state[:, :2]
     return reduce(math.losses(state), rows, masked, options.reduction), kept
 
@@ -267,8 +268,8 @@ def cuda_rows_forward(
 ) -> tuple[Tensor, Tensor]:
     flat = logits.reshape(-1, logits.shape[-1])  # (R, V)
     rows, vocab = flat.shape
-    losses = torch.empty(masked.shape, device=logits.device)
-    kept = torch.empty(rows_kept_shape(masked), device=logits.device)
+    losses = torch.empty(masked.shape, dtype=torch.float32, device=logits.device)
+    kept = torch.empty(rows_kept_shape(masked), dtype=torch.float32, device=logits.device)
     launch("masked_loss_rows_fwd", logits.device, flat, dtype_code(flat), rows, vocab, flat.stride(0),
            masked.contiguous(), targets.contiguous(), *_kernel_options(logits.device, options),
            losses, kept)  # fmt: skip

@@ -165,7 +165,7 @@ def row_losses(
         losses = losses - label_smoothing * log_p.masked_fill(~allowed, 0).sum(-1) / (vocab - len(set(forbid)))
     if z_loss:
         losses = losses + z_loss * z.logsumexp(-1) ** 2
-    return losses * torch.where(bad, torch.nan, 1.0)
+    return losses * torch.ones_like(losses).masked_fill(bad, torch.nan)
 
 
 def reduce(losses: Tensor, rows: Tensor, live: Tensor, masked: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -217,4 +217,4 @@ def row_gradients(
     d = d.scatter_add(1, at_target, torch.full_like(at_target, -(1 - label_smoothing), dtype=d.dtype))
     if softcap is not None:
         d = d * (1 - (capped / softcap) ** 2)
-    return d.masked_fill(~allowed, 0) * torch.where(bad, torch.nan, 1.0)[:, None]
+    return d.masked_fill(~allowed, 0).masked_fill(bad[:, None], torch.nan)

@@ -91,8 +91,8 @@ def unmask(
     Position is `noise_positions` (B, K) int64 where given.
 
     dtypes: hidden float32, bfloat16, float16 (float64 on the reference); head_weight (V, D) and head_bias (V,) hidden's
-    or float32; products are accumulated and kept in float32. Under autocast hidden and head_weight are cast to its
-    dtype first. Strides are free but for the last dimension. forbid: ids, None means (mask_id,), () none. logit_bias =
+    or float32; products are accumulated and kept in float32. Under autocast all three are cast to its dtype
+    first. Strides are free but for the last dimension. forbid: ids, None means (mask_id,), () none. logit_bias =
     (ids, values): sequences, or int64 and float32 tensors (n,), added to every row; repeated ids add up, in a tensor
     ids outside [0, V) are ignored. temperature, confidence_temperature, seed, step and the rules' numbers may be
     tensors of shape () or (B,) on the device of the call.
@@ -105,8 +105,8 @@ def unmask(
     biases.
     """
     check_source("hidden", hidden)
+    hidden, head_weight, head_bias = cast_for_autocast(hidden, head_weight, head_bias)
     check_head(hidden, head_weight, head_bias)
-    hidden, head_weight = cast_for_autocast(hidden, head_weight)
     return _unmask(
         "hidden", hidden, head_weight, head_bias, tokens, positions, rule, mask_id, confidence, temperature,
         confidence_temperature, seed, step, forbid, logit_bias, revise, frozen, noise_positions, backend,

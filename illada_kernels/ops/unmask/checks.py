@@ -20,6 +20,8 @@ def expect(ok: bool, name: str, expected: str, got: Tensor) -> None:
 
 
 def expect_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in allowed:
         names = " or ".join(str(dtype) for dtype in allowed)
         raise TypeError(f"{name}: expected {names}, got {tensor.dtype}; convert it with .to({allowed[0]})")
@@ -33,23 +35,30 @@ def check_source(name: str, source: Tensor) -> None:
 
 def check_head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
     dim = hidden.shape[2]
+    expect_dtype("head_weight", head_weight, hidden.dtype, torch.float32)
     expect(head_weight.ndim == 2 and head_weight.shape[1] == dim, "head_weight", f"shape (V, {dim})", head_weight)
     contiguous = head_weight.stride(1) == 1 or dim < 2
     expect(contiguous, "head_weight", "a contiguous last dimension: .contiguous()", head_weight)
     if head_bias is not None:
+        expect_dtype("head_bias", head_bias, hidden.dtype, torch.float32)
         expect(head_bias.shape == head_weight.shape[:1], "head_bias", f"shape ({head_weight.shape[0]},)", head_bias)
     for name, tensor in (("head_weight", head_weight), ("head_bias", head_bias)):
         if tensor is not None:
-            expect_dtype(name, tensor, hidden.dtype, torch.float32)
             expect(tensor.device == hidden.device, name, f"a tensor on {hidden.device}, where hidden is", tensor)
 
 
-def cast_for_autocast(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+def cast_for_autocast(
+    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     kind = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return hidden, head_weight
+    if hidden.is_meta or not torch.is_autocast_enabled(kind):  # torch has no autocast for meta
+        return hidden, head_weight, head_bias
     dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), head_weight.to(dtype)
+
+    def cast(x: Tensor) -> Tensor:  # what is no tensor of floats is left for check_head to name
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+
+    return cast(hidden), cast(head_weight), None if head_bias is None else cast(head_bias)
 
 
 def check_tokens(name: str, source: Tensor, tokens: Tensor) -> None:

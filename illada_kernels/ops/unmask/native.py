@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch, rules
-from .op import Step
+from .op import HIGHEST_CONFIDENCE_TEMPERATURE, Step
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CONFIDENCES = {"probability": 0, "margin": 1, "neg_entropy": 2, "random": 3}
@@ -78,6 +78,7 @@ def parameters(step: Step) -> tuple[Tensor, Tensor]:
     for column, tensor in enumerate(tensors):
         if tensor is not None and tensor.is_floating_point():
             numbers[:, column] = tensor
+    numbers[:, 1].clamp_(max=HIGHEST_CONFIDENCE_TEMPERATURE)
     return integers, numbers
 
 
@@ -86,11 +87,11 @@ def edits(step: Step) -> tuple[Tensor, Tensor]:
     forbidden = torch.tensor([i for i in step.forbid if 0 <= i < step.vocabulary], dtype=torch.int64)
     if step.bias_ids is None or step.bias_values is None:
         ids = forbidden.unique()
-        return ids, torch.full(ids.shape, -torch.inf)
+        return ids, torch.full(ids.shape, -torch.inf, dtype=torch.float32)
     known = (step.bias_ids >= 0) & (step.bias_ids < step.vocabulary)
     ids, inverse = torch.cat([step.bias_ids[known], forbidden]).unique(return_inverse=True)
     biases = int(known.sum())
-    values = torch.zeros(ids.shape).index_add_(0, inverse[:biases], step.bias_values[known])
+    values = torch.zeros(ids.shape, dtype=torch.float32).index_add_(0, inverse[:biases], step.bias_values[known])
     values[inverse[biases:]] = -torch.inf
     return ids, values
 
@@ -130,8 +131,8 @@ def from_hidden(scan: Scan, step: Step) -> None:
     length = slice_length(dim, converted, scan.native.unmask_segment)
     index = scan.rows.view(torch.int64)[:, 0]
     most = min(ROWS_AT_ONCE, index.shape[0])
-    logits = torch.empty(most * min(length, vocabulary))
-    weights = torch.empty(min(length, vocabulary), dim) if converted else None
+    logits = torch.empty(most * min(length, vocabulary), dtype=torch.float32)
+    weights = torch.empty(min(length, vocabulary), dim, dtype=torch.float32) if converted else None
     for start in range(0, index.shape[0], ROWS_AT_ONCE):
         some = slice(start, start + ROWS_AT_ONCE)
         at = index[some]

@@ -11,6 +11,8 @@ from ... import _dispatch
 from ..._torch_ops import TorchOp
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+# A tensor may hold an infinite one: beyond this its reciprocal is no normal float32, and times -inf it would be NaN.
+HIGHEST_CONFIDENCE_TEMPERATURE = 2.0**126
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import rules
-from .op import Step
+from .op import HIGHEST_CONFIDENCE_TEMPERATURE, Step
 
 MASK32 = 0xFFFFFFFF
 LOGITS_AT_ONCE = 1 << 22  # rows go through in chunks of this many logits, so that real vocabularies fit a small machine
@@ -19,6 +19,13 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 def unmask(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(proposal, confidence, committed, remaining); writes into step.tokens."""
+    if step.tokens.is_meta:  # torch has no autocast for meta
+        return step.nothing()
+    with torch.autocast(step.tokens.device.type, enabled=False):  # whose product would round the logits
+        return without_autocast(step)
+
+
+def without_autocast(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if step.positions.numel() == 0 or step.tokens.numel() == 0:
         return step.nothing()
     length = step.tokens.shape[1]
@@ -106,7 +113,8 @@ def some_rows(step: Step, start: int, per_row: list[Tensor]) -> Rows:
     top, best = logits.amax(1, keepdim=True), logits.argmax(1, keepdim=True)
     bad = logits.isnan().any(1, keepdim=True) | (top.abs() == torch.inf)
     second = logits.scatter(1, best, -torch.inf).amax(1, keepdim=True)
-    scale = (1 / torch.where(tc > 0, tc, 1.0)).clamp(max=FLOAT32_MAX)
+    tc = torch.where(tc > 0, tc, 1.0).clamp(max=HIGHEST_CONFIDENCE_TEMPERATURE)
+    scale = (1 / tc).clamp(max=FLOAT32_MAX)
     shifted = (logits - top) * scale
     e = shifted.exp()
     total = e.sum(1, keepdim=True, dtype=torch.float64)
