@@ -207,6 +207,13 @@ def test_an_epoch_shows_every_window_once_at_one_offset():
     assert all(windows.batch(3)[0] == np.arange(10) + starts[3])
 
 
+def test_every_epoch_has_an_order_and_an_offset_of_its_own():
+    windows = Windows(np.arange(1000), 10, 1, seed=0)
+    epochs = [[int(windows.batch(99 * e + i)[0, 0]) for i in range(99)] for e in range(4)]
+    assert len({tuple(np.argsort(epoch)) for epoch in epochs}) == 4
+    assert len({epoch[0] % 10 for epoch in epochs}) > 1
+
+
 def test_a_stream_shorter_than_a_window_is_repeated():
     assert set(Windows(np.arange(3), 8, 2, seed=0).batch(0).ravel().tolist()) == {0, 1, 2}
 
