@@ -57,8 +57,9 @@ def masked_loss(
     backward of a half-precision head counts as a gradient). Default: 256 MiB, or head_weight's size in float32 if
     that is more. On the CPU, N being max_masked or the number of all rows:
       - N x V float32 logits fit, with the N x D rows: one chunk, kept from forward to backward; 3 products;
-      - "sum" or "mean", and 32 rows of logits fit: the fewest chunks of rows; gradients are made in the forward and
-        scaled by the upstream gradient in the backward (exactly 1 hands them over instead); 3 products;
+      - "sum" or "mean", and 32 rows of logits fit: few chunks of rows; gradients are made in the forward and scaled by
+        the upstream gradient in the backward (exactly 1 hands them over instead); 3 products, and up to half of one
+        again where that saves chunks;
       - else: slices of the vocabulary, recomputed in the backward; 4 products. The least it needs is 8 * N * D bytes
         and a slice of 256 ids.
     Without gradients only the first product runs, by slices of the vocabulary. A frozen head or hidden skips its

@@ -17,6 +17,7 @@ from .native import Options, RowMath, Rows, gather, masked_rows, reduce, scale
 DEFAULT_BUDGET = 256 << 20
 LEAST_CHUNK = 32  # rows; products of fewer spend more on reading the head than on arithmetic
 LEAST_SLICE = 256  # ids; each slice adds a rounding to the gradient of hidden
+CHUNK_COST = 75  # rows: what one more pass over the head costs; measured with D = 1024, V = 32768
 ROW_BYTES = 256  # of indices, states and coefficients
 SLICE_BYTES = 8 << 20  # of logits, or of a half-precision head in float32, where the budget allows more
 
@@ -30,7 +31,7 @@ Kept = tuple[Tensor, Tensor, Tensor]
 class Plan(NamedTuple):
     mode: str  # "loss", "one_chunk", "row_chunks" or "slices"
     rows: int  # capacity: masked rows there can be
-    chunk: int  # rows whose logits are held at a time
+    room: int  # row_chunks: bytes for a chunk of rows, their logits and their gradient
     slice: int  # ids whose logits are computed at a time
 
 
@@ -50,13 +51,31 @@ def plan(
     if any(needs):
         per_row = 4 * vocab + 8 * width  # logits, the row in float32 and its gradient
         if rows * per_row <= left:
-            return Plan("one_chunk", rows, rows, converted)
+            return Plan("one_chunk", rows, left, converted)
         if reduction != "none" and left // per_row >= LEAST_CHUNK:
-            return Plan("row_chunks", rows, left // per_row, converted)
+            return Plan("row_chunks", rows, left, converted)
     per_id = 4 * rows + (4 * width if half else 0)
     ids = (budget - 8 * rows * width) // max(per_id, 1)
     ids = max(LEAST_SLICE, min(ids, max(SLICE_BYTES // max(per_id, 1), 1024)))
-    return Plan("slices" if any(needs) else "loss", rows, rows, min(vocab, ids))
+    return Plan("slices" if any(needs) else "loss", rows, left, min(vocab, ids))
+
+
+def row_chunks(count: int, room: int, vocab: int, width: int) -> tuple[int, int]:
+    """(rows of a chunk, ids whose logits it holds) of least cost: where not all V fit, the rest, at most half, is
+    computed twice, and each chunk costs another pass over the head."""
+    best: tuple[float, int, int] | None = None
+    for chunks in range(1, count + 1):
+        rows = min(-(-count // (8 * chunks)) * 8, count)
+        held = min(vocab, (room - 8 * width * rows) // (4 * rows))
+        held -= held % 16 if held < vocab and vocab >= 64 else 0
+        if 2 * held < vocab:
+            continue
+        cost = count * (1 - held / vocab) + CHUNK_COST * chunks
+        if best is None or cost < best[0]:
+            best = (cost, rows, held)
+        if held == vocab:
+            break
+    return best[1:] if best else (1, vocab)
 
 
 def kept_shapes(
@@ -79,12 +98,13 @@ def floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-def head_slices(head_weight: Tensor, ids: int) -> Iterator[tuple[int, Tensor]]:
-    """(first id, (ids, D) float32): views, or one buffer filled in turn."""
+def head_slices(head_weight: Tensor, ids: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(first id, (ids, D) float32) of the ids from start to stop: views, or one buffer filled in turn."""
     vocab, width = head_weight.shape
-    buffer = None if head_weight.dtype == torch.float32 else floats(min(ids, vocab), width)
-    for first in range(0, vocab, ids):
-        part = head_weight[first : first + ids]
+    stop = vocab if stop is None else stop
+    buffer = None if head_weight.dtype == torch.float32 else floats(min(ids, stop - start), width)
+    for first in range(start, stop, ids):
+        part = head_weight[first : min(first + ids, stop)]
         yield first, part if buffer is None else buffer[: len(part)].copy_(part)
 
 
@@ -122,20 +142,23 @@ def forward(
     return (reduce(losses, rows, masked, options.reduction), *kept)
 
 
-def _logits(x: Tensor, head_weight: Tensor, rows: Rows, math: RowMath, ids: int, out: Tensor) -> Tensor:
-    """Fills out (N, V) with logits; returns their state."""
-    state = math.state(len(x))
-    for first, w in head_slices(head_weight, ids):
-        part = out[:, first : first + len(w)]
+def _logits(
+    x: Tensor, head_weight: Tensor, ids: int, out: Tensor, first: int = 0, rows: Rows | None = None,
+    math: RowMath | None = None, state: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fills out (N, n) with the logits of n ids from `first` on, and brings the state up to date if there is one."""
+    for at, w in head_slices(head_weight, ids, first, first + out.shape[1]):
+        part = out[:, at - first : at - first + len(w)]
         product(x, w.T, part)
-        math.stats(part, first, rows.targets, state)
-    return state
+        if rows is not None and math is not None and state is not None:
+            math.stats(part, at, rows.targets, state)
 
 
 def _forward_one_chunk(hidden: Tensor, head_weight: Tensor, rows: Rows, math: RowMath, p: Plan, kept: Tensor) -> Tensor:
     """kept[:N] becomes d(loss) / d(logits)."""
     d = kept[: len(rows.flat)]
-    state = _logits(gather(hidden, rows), head_weight, rows, math, p.slice, d)
+    state = math.state(len(d))
+    _logits(gather(hidden, rows), head_weight, p.slice, d, 0, rows, math, state)
     coefficients = math.coefficients(state[:, 0], state[:, 1], scale(rows, math.options.reduction))
     math.dlogits(d, d, 0, rows.targets, coefficients)
     return math.losses(state)
@@ -151,33 +174,51 @@ def _forward_row_chunks(
     if count == 0:
         d_weight.zero_(), d_bias.zero_()
     losses = torch.empty(count, dtype=torch.float64)
-    step = even_chunks(count, p.chunk)
-    logits = floats(min(step, count), head_weight.shape[0])
+    step, held = row_chunks(count, p.room, *head_weight.shape)
+    buffer = floats(min(step, count) * held)
     for start in range(0, count, step):
         part = rows.chunk(start, start + step)
         x = gather(hidden, part)
-        d = logits[: len(x)]
-        state = _logits(x, head_weight, part, math, p.slice, d)
-        losses[start : start + step] = math.losses(state)
-        coefficients = math.coefficients(state[:, 0], state[:, 1], scales[start : start + step])
-        math.dlogits(d, d, 0, part.targets, coefficients)
-        if needs[1]:
-            product(d.T, x, d_weight, accumulate=start > 0)
-        if needs[2]:
-            d_bias.copy_(d.sum(0)) if start == 0 else d_bias.add_(d.sum(0))
+        losses[start : start + step], coefficients = _chunk_forward(
+            x, head_weight, part, scales[start : start + step], math, p.slice, buffer, held
+        )
+        dx = torch.empty_like(x) if needs[0] else x
+        _chunk_gradients(x, head_weight, part, coefficients, math, p.slice, buffer, held, dx, kept, needs, start > 0)
         if needs[0]:
-            dx = x  # the rows have been used
-            for first, w in head_slices(head_weight, p.slice):
-                product(d[:, first : first + len(w)], w, dx, accumulate=first > 0)
             d_hidden.view(d_hidden.shape[:-1].numel(), x.shape[1]).index_copy_(0, part.flat, dx)
     return losses
 
 
-def even_chunks(count: int, most: int) -> int:
-    """Rows per chunk for the fewest chunks of at most `most`, all about alike, in steps of 8 where that fits."""
-    chunks = max(1, -(-count // most))
-    even = -(-count // chunks)
-    return max(1, min(most, -(-even // 8) * 8))
+def _chunk_forward(
+    x: Tensor, head_weight: Tensor, rows: Rows, scales: Tensor, math: RowMath, ids: int, buffer: Tensor, held: int
+) -> tuple[Tensor, Tensor]:
+    """(losses, coefficients of the gradients); the logits of the first `held` ids stay in the buffer."""
+    vocab, state = head_weight.shape[0], math.state(len(x))
+    for first in (held, 0) if held < vocab else (0,):
+        width = vocab - held if first else held
+        _logits(x, head_weight, ids, buffer[: len(x) * width].view(len(x), width), first, rows, math, state)
+    return math.losses(state), math.coefficients(state[:, 0], state[:, 1], scales)
+
+
+def _chunk_gradients(
+    x: Tensor, head_weight: Tensor, rows: Rows, coefficients: Tensor, math: RowMath, ids: int, buffer: Tensor,
+    held: int, dx: Tensor, kept: Kept, needs: Needs, accumulate: bool,
+) -> None:  # fmt: skip
+    """dx, and the gradients of the head: of the ids whose logits are in the buffer, then of the rest, done again."""
+    vocab = head_weight.shape[0]
+    for first, stop in ((0, held), (held, vocab)) if held < vocab else ((0, vocab),):
+        d = buffer[: len(x) * (stop - first)].view(len(x), stop - first)
+        if first:
+            _logits(x, head_weight, ids, d, first)
+        math.dlogits(d, d, first, rows.targets, coefficients)
+        if needs[1]:
+            product(d.T, x, kept[1][first:stop], accumulate)
+        if needs[2]:
+            part = kept[2][first:stop]
+            part.add_(d.sum(0)) if accumulate else torch.sum(d, 0, out=part)
+        if needs[0]:
+            for at, w in head_slices(head_weight, ids, first, stop):
+                product(d[:, at - first : at - first + len(w)], w, dx, accumulate=at > 0)
 
 
 def _forward_slices(hidden: Tensor, head_weight: Tensor, rows: Rows, math: RowMath, p: Plan, kept: Tensor) -> Tensor:
