@@ -186,6 +186,7 @@ def _forward_row_chunks(
         _chunk_gradients(x, head_weight, part, coefficients, math, p.slice, buffer, held, dx, kept, needs, start > 0)
         if needs[0]:
             d_hidden.view(d_hidden.shape[:-1].numel(), x.shape[1]).index_copy_(0, part.flat, dx)
+        del x, dx  # before the next chunk's are made
     return losses
 
 
