@@ -100,18 +100,21 @@ def pause(milliseconds: float):
     return lambda: time.sleep(milliseconds / 1e3)
 
 
-def test_a_row_compares_with_the_fastest_peer_and_the_nearest_limit():
-    ours, peers = {"cpu": pause(4), "reference": pause(8)}, {"slow": pause(40), "fast": pause(12)}
-    case = Case("unmask", "c", "float32", lambda: Work(ours, peers, flops=2e6, bytes=1e6, limit={"limit": pause(2)}))
-    rows = measure.run_case(case, "cpu", {"gemm": 2e9, "copy": 1e12}, rounds=3)
-    assert [row["backend"] for row in rows] == ["cpu", "reference"]
-    for row in rows:
-        assert row.keys() >= FIELDS and row["best_peer"] == "fast"
-        assert row["ratio"] == row["peers"]["fast"] / row["ms"]["p50"]
-        assert row["floor_ms"] >= 2.0 and row["floor_ratio"] == row["floor_ms"] / row["ms"]["p50"]
-        assert row["tflops"] == pytest.approx(2e6 / (row["ms"]["p50"] * 1e-3) * 1e-12)
-    assert rows[0]["floor_ms"] < 4.0  # 1 ms of flops, 2 ms of measured limit
-    json.dumps(rows)
+def test_a_row_compares_with_the_fastest_peer_and_the_nearest_limit(monkeypatch):
+    took = {"cpu": 4.0, "reference": 8.0, "slow": 40.0, "fast": 12.0, "limit": 2.0}
+    times = {name: {"p20": ms - 1, "p50": ms, "p80": ms + 1} for name, ms in took.items()}
+    monkeypatch.setattr(measure, "interleaved", lambda contenders, *_: {name: times[name] for name in contenders})
+    ours, peers = {"cpu": pause(0), "reference": pause(0)}, {"slow": pause(0), "fast": pause(0)}
+    for limit, floor in (({"limit": pause(0)}, 2.0), ({}, 1.0)):  # a measured limit, else 1 ms of flops
+        work = Work(ours, peers, flops=2e6, bytes=1e6, limit=limit)
+        case = Case("unmask", "c", "float32", lambda work=work: work)
+        rows = measure.run_case(case, "cpu", {"gemm": 2e9, "copy": 1e12})
+        assert [(row["backend"], row["best_peer"]) for row in rows] == [("cpu", "fast"), ("reference", "fast")]
+        assert all(row.keys() >= FIELDS for row in rows) and json.dumps(rows)
+        assert [row["ratio"] for row in rows] == [3.0, 1.5]
+        assert [row["floor_ratio"] for row in rows] == [floor / 4, floor / 8]
+        assert [row["tflops"] for row in rows] == pytest.approx([5e-4, 2.5e-4])
+        assert [row["gbps"] for row in rows] == pytest.approx([0.25, 0.125])
 
 
 def test_two_contenders_of_one_name_are_refused():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import alone
 
 import illada_kernels
 from illada_kernels import _dispatch, _probe, _proven, _selftest, doctor
@@ -81,7 +82,7 @@ def installed(tmp_path, root) -> Path:
     """The package without its extension, in a folder of its own."""
     junk = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(root / "illada_kernels", tmp_path / "site" / "illada_kernels", ignore=junk)
-    return tmp_path / "site"
+    return alone(tmp_path / "site")
 
 
 def states(found: dict, backend: str) -> set[bool]:

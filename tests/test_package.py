@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import build, copy_checkout
+from conftest import alone, build, copy_checkout
 
 import illada_kernels
 
@@ -57,7 +57,7 @@ def test_wheel_holds_both_packages_the_extension_and_nothing_else(distributions,
 def unpack(wheel: Path, target: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
-    return target
+    return alone(target)
 
 
 def test_the_installed_wheel_computes_with_its_own_extension(distributions, python, tmp_path):
