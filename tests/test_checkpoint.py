@@ -223,6 +223,7 @@ def test_a_failure_at_any_write_leaves_the_previous_checkpoint(tmp_path, monkeyp
     """Every file that saving writes, flushes or renames fails in turn, as a full disk does."""
     old, new = (make(tiny(), seed=s, dtype=torch.float32) for s in (1, 2))
     save(old, tmp_path, max_shard_bytes=before)
+    names = {f.name for f in tmp_path.iterdir()}
     real = {name: getattr(checkpoint, name) for name in ("_write_shard", "_write_json", "_flush")}
     for fail_at in range(1, 100):
         calls, committed = 0, False
@@ -249,6 +250,7 @@ def test_a_failure_at_any_write_leaves_the_previous_checkpoint(tmp_path, monkeyp
             assert_same(load(tmp_path), new if committed else old)
             if committed:
                 break
+            assert {f.name for f in tmp_path.iterdir()} == names  # nothing half written stays
     assert committed and fail_at >= 5
     for name in real:
         monkeypatch.setattr(checkpoint, name, real[name])

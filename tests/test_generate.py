@@ -326,6 +326,16 @@ def test_an_edit_replaces_a_token_that_the_model_no_longer_proposes():
     assert settled >= 4
 
 
+def test_edits_of_a_sequence_end_at_its_own_limit_while_others_go_on():
+    """Prompts that fill the first block to different degrees have different limits; tau 0 edits at every chance."""
+    model, prompts = model_of("SDAR-8B"), [[i] * (i % 4 + 1) for i in range(12)]
+    changes = {"rule": TopK(4), "revise": Edit(0.0), "revise_steps": 2, "max_new_tokens": 4}
+    together = generate(model, prompts, settings(model, **changes))
+    alone = [generate(model, [prompt], settings(model, **changes)) for prompt in prompts]
+    assert together.tokens == [result.tokens[0] for result in alone]
+    assert len(set(together.passes)) > 2
+
+
 def test_remasking_takes_tokens_back_and_then_fills_up():
     model = model_of("demo")
     masks: list[int] = []

@@ -216,7 +216,7 @@ def test_num_parameters_counts_the_models(preset):
 
 def test_fresh_weights_have_the_stated_spread():
     torch.manual_seed(0)
-    config = tiny(dim=256, ffn_dim=512, n_layers=8, vocab_size=500, tie_embeddings=False, qkv_bias=True)
+    config = tiny(dim=256, ffn_dim=512, n_layers=8, vocab_size=500, tie_embeddings=False, qkv_bias=True, init_std=0.02)
     weights = {name: p.std().item() for name, p in Model(config).named_parameters() if p.numel() > 10000}
     expected = {"embed": (1 / 512) ** 0.5, "o_proj": 0.02 / 4, "down_proj": 0.02 / 4}
     for name, spread in weights.items():
