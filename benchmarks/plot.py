@@ -63,7 +63,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     right.barh(places, [row["floor_ratio"] for row in rows], color=colors, height=0.7)
     right.axvline(1, color="black", linewidth=1)
     right.set_xlim(0, max(1.05, *(row["floor_ratio"] for row in rows)))
-    right.set_xlabel("share of the floor reached (1: hardware limit)")
+    right.set_xlabel("share of the floor (1: hardware limit)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{rows[0]['device']}; torch {rows[0]['versions']['torch']}", fontsize=10)
