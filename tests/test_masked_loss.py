@@ -150,7 +150,9 @@ def test_extreme_logits_stay_exact(dtype: torch.dtype) -> None:
 @needs_extension
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 hidden, float32 head"])
-def test_all_modes_agree_with_the_reference_under_any_upstream_gradient(reduction: str, kind: str) -> None:
+def test_all_modes_agree_with_the_reference_under_any_upstream_gradient(
+    reduction: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against float64 of the same inputs. A gradient of n float32 terms is off by at most about n eps of its largest
     sum; here 4 sqrt(257) eps of the largest element is asked for, and the final rounding of the dtype."""
     vocab, eps = 257, torch.finfo(torch.float32).eps
@@ -163,7 +165,11 @@ def test_all_modes_agree_with_the_reference_under_any_upstream_gradient(reductio
     upstream = torch.randn(60) if reduction == "none" else torch.tensor(-1.7)
     some_rows = (110 if kind == "bfloat16" else 74) * 1024  # a half-precision head also needs room to be converted
     modes = set()
-    for budget, z_loss, smoothing in itertools.product((None, some_rows, TINY), (0.0, 0.01), (0.0, 0.1)):
+    whole_rows, parts_twice = (some_rows, 0), (some_rows, head.CHUNK_COST)  # two chunks, or one that holds half
+    for (budget, cost), z_loss, smoothing in itertools.product(
+        ((None, 0), whole_rows, parts_twice, (TINY, 0)), (0.0, 0.01), (0.0, 0.1)
+    ):
+        monkeypatch.setattr(head, "CHUNK_COST", cost)
         options = {
             "reduction": reduction,
             "softcap": 3.0,
