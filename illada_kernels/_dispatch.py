@@ -81,13 +81,23 @@ def _log_reference_once(op: str, device: str) -> None:
 
 @functools.cache
 def extension() -> tuple[ModuleType | None, str | None]:
-    """(the compiled extension, None) or (None, why it is missing). Torch comes first: both then share one OpenMP."""
+    """(the compiled extension, None) or (None, why it is missing). Torch comes first: both then share one OpenMP.
+
+    Raises ValueError if ILLADA_CPU_ISA names an instruction set that there is not, or that this processor lacks.
+    """
     import torch  # noqa: F401
 
     try:
-        return importlib.import_module("illada_kernels._C"), None
+        module = importlib.import_module("illada_kernels._C")
     except ImportError as error:
         return None, f"the compiled extension is missing ({error}); `python -m illada_kernels doctor` says why"
+    wanted = os.environ.get("ILLADA_CPU_ISA")
+    if wanted and wanted != module.cpu_isa:
+        raise ValueError(
+            f"ILLADA_CPU_ISA: expected scalar, avx2 or avx512 and no more than this processor has ({module.cpu_isa}), "
+            f"got {wanted!r}; unset it or name another"
+        )
+    return module, None
 
 
 def extension_reason() -> str | None:

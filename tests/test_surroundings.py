@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from illada_kernels import (
+    KeyRanges,
     Remask,
     TopK,
     _dispatch,
@@ -132,3 +137,42 @@ def test_an_argument_of_unmask_that_is_no_tensor_is_named(argument):
     }  # fmt: skip
     with pytest.raises(TypeError, match=f"{argument}: expected a tensor, got list"):
         unmask(**{**call, argument: [1]}, positions=torch.tensor([[0, 1]]), rule=TopK(1), mask_id=MASK)
+
+
+def test_an_instruction_set_that_there_is_not_is_an_error():
+    code = "import torch, illada_kernels as k; x = torch.ones(1, 2, 1, 8); k.attention(x, x, x)"
+    environment = {**os.environ, "ILLADA_CPU_ISA": "sse9", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if _dispatch.extension_reason() is not None:
+        pytest.skip("no extension")
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "ILLADA_CPU_ISA: expected scalar, avx2 or avx512" in result.stderr
+
+
+def test_masked_loss_takes_meta_tensors():
+    hidden, head = torch.empty(4, 8, device="meta"), torch.empty(9, 8, device="meta")
+    targets, masked = torch.empty(4, dtype=torch.int64, device="meta"), torch.empty(4, dtype=torch.bool, device="meta")
+    assert masked_loss(hidden, head, targets, masked, max_masked=4).shape == ()
+
+
+@pytest.mark.parametrize("backend", ["reference", CPU])
+def test_a_row_whose_scores_all_overflow_has_no_keys(backend):
+    q, k, v = torch.full((1, 3, 1, 8), 1e30), torch.full((1, 5, 1, 8), -1e30), torch.ones(1, 5, 1, 8)
+    out, lse = attention(q, k, v, scale=1.0, return_lse=True, backend=backend)
+    assert out.eq(0).all() and lse.eq(-torch.inf).all()
+
+
+@pytest.mark.skipif(_dispatch.extension_reason() is not None, reason="no extension")
+def test_what_a_nan_key_touches_does_not_depend_on_threads():
+    """Only row 500 attends to the NaN key; rows beside it may turn NaN, but the same ones whatever the threads."""
+    q, k = torch.randn(1, 512, 1, 64), torch.randn(1, 128, 1, 64)
+    k[0, 100] = torch.nan
+    bounds = torch.tensor([0, 50, 50, 50], dtype=torch.int32).repeat(1, 512, 1)
+    bounds[0, 500] = torch.tensor([0, 101, 101, 101])
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 4, 8):
+        torch.set_num_threads(threads)
+        results.append(attention(q, k, torch.randn_like(k).copy_(k), KeyRanges(bounds, 128), backend="cpu"))
+    torch.set_num_threads(before)
+    assert results[0].isnan().any() and results[0][0, 500].isnan().all()
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0, equal_nan=True)

@@ -5,8 +5,8 @@
 // A unit of work is up to 512 rows of the heads that share a key head: they share each packed tile of 128 keys. A tile
 // of 32 rows walks the key tiles that its two hulls touch with a running maximum; only columns within the hulls are
 // computed, and only tiles in which some row differs are masked. Everything is float32; inputs are converted as tiles
-// are packed. Rows without keys: out 0, lse -inf. Keys to which no row of the unit may attend are packed as zeros,
-// whatever they hold. 4 * dim flops per pair; memory: a few hundred KB per thread.
+// are packed. Rows without keys: out 0, lse -inf. Keys to which no row of the batch entry may attend are packed as
+// zeros, whatever they hold. 4 * dim flops per pair; memory: a few hundred KB per thread.
 #include <omp.h>
 
 #include "illada/api.h"
@@ -91,7 +91,7 @@ void finish_tile(const Problem& p, int64_t b, int head, int tile, const ForwardT
   }
   for (int i = 0; i < p.tile_rows(tile); ++i) {
     const int64_t row = int64_t(tile) * kTileRows + i;
-    const bool none = p.bounds.of_row(b, row).empty();
+    const bool none = p.bounds.of_row(b, row).empty() || sums[i] == 0.0f;  // the latter: every score is -inf
     T* to = out + ((b * p.rows + row) * p.heads + head) * p.dim_v;
     const float* from = state.out + i * ld_v;
     int d = 0;
@@ -125,7 +125,7 @@ void forward_unit(const Problem& p, const HullTable& hulls, const ForwardUnit& u
   for (int start = next_key_tile(p, hulls, u.b, u.first, u.last, 0), next; start < p.keys; start = next) {
     next = next_key_tile(p, hulls, u.b, u.first, u.last, start + kTileKeys);
     uint8_t live[kTileKeys];
-    live_keys(p, hulls, u.b, u.first, u.last, start, live);
+    live_keys(p, hulls, u.b, 0, p.query_tiles(), start, live);  // of all rows: the unit's depend on the threads
     const int size = smaller(kTileKeys, p.keys - start), next_size = smaller(kTileKeys, p.keys - next);
     Ahead next_k(p.k.at<T>(u.b, next, key_head), p.k.row_stride, next_size, p.dim);
     Ahead next_v(p.v.at<T>(u.b, next, key_head), p.v.row_stride, next_size, p.dim_v);

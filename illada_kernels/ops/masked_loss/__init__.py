@@ -75,7 +75,7 @@ def masked_loss(
     Source: the objective of LLaDA (arXiv:2502.09992), weight 1/t; z-loss as in PaLM (arXiv:2204.02311).
     """
     device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # torch has no autocast for meta
         dtype = torch.get_autocast_dtype(device_type)
         hidden, head_weight = _autocast(hidden, dtype), _autocast(head_weight, dtype)
         head_bias = None if head_bias is None else _autocast(head_bias, dtype)

@@ -7,6 +7,7 @@ which torch.compile does not trace. The backward is an operator of its own, with
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def empty_loss(rows: Tensor, masked: Tensor, reduction: str) -> Tensor:
 
 
 def no_autocast(x: Tensor) -> Any:
-    return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 # ---- masked_loss ----
