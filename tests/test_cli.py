@@ -22,6 +22,7 @@ from illada.model import Model
 from illada.tokenizer import ByteTokenizer
 from illada.train import Progress
 
+ROOT = Path(__file__).parent.parent
 TEXT = "def f(x):\n    return x + 1\n" * 60
 FAST = ["--length", "32", "--batch-size", "2", "--quiet", "--device", "cpu"]
 
@@ -187,6 +188,81 @@ def test_fine_tuning_without_pairs_is_refused(corpus, tmp_path, capsys):
     command = ("train", "--out", tmp_path / "run", "--objective", "sft", *FAST)
     assert "expected --data" in fails(capsys, *command)
     assert 'text.py, line 1: expected {"prompt"' in fails(capsys, *command, "--data", corpus)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+@pytest.mark.parametrize("command", ["train", "generate", "eval", "bench"])
+def test_a_device_that_cannot_be_used_is_refused(run, corpus, tmp_path, capsys, command, device):
+    arguments = {
+        "train": ["--out", tmp_path / "new", "--data", corpus, "--steps", "1"],
+        "generate": ["--model", run, "--prompt", "def "],
+        "eval": ["--model", run, "--data", corpus],
+        "bench": [],
+    }[command]
+    assert f"device: {device} cannot be used" in fails(capsys, command, *arguments, "--device", device)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--seed", 2**64], "seed: expected a number from"),
+        (["--objective", "block", "--block", 0], "block: expected a length of at least 1"),
+        (["--objective", "block", "--hole-fraction", "nan"], "hole_fraction: expected a number from 0 to 1"),
+        (["--block", 4], "block: it is for --objective block only"),
+        (["--objective", "block", "--weighting", "cart"], "weighting: it is for --objective full only"),
+    ],
+)
+def test_settings_of_a_run_that_make_no_sense_are_refused(corpus, tmp_path, capsys, arguments, message):
+    command = ("train", "--out", tmp_path / "run", "--data", corpus, "--steps", "1", *FAST)
+    assert message in fails(capsys, *command, *arguments)
+
+
+def test_a_run_that_could_not_begin_is_not_in_the_way_of_the_next(corpus, tmp_path, capsys):
+    command = ("train", "--out", tmp_path / "run", "--data", corpus, "--steps", "1", "--objective", "block", *FAST)
+    assert "expected a multiple" in fails(capsys, *command, "--block", "5")
+    assert main([*map(str, command), "--block", "4"]) == 0
+
+
+@pytest.mark.parametrize("arguments", [["--draws", "0"], ["--max-bytes", "-1"], ["--length", "0"]])
+def test_an_evaluation_of_nothing_is_refused(run, corpus, capsys, arguments):
+    name = arguments[0][2:].replace("-", "_")
+    command = ("eval", "--model", run, "--data", corpus, "--length", "32", "--device", "cpu", *arguments)
+    assert f"{name}: expected at least" in fails(capsys, *command)
+
+
+def test_a_demo_of_no_seconds_is_refused(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo_module, "TOKENIZER", "bpe:300")
+    error = fails(capsys, "demo", "--seconds", "0", "--data", corpus, "--out", tmp_path)
+    assert "seconds: expected a positive number" in error
+
+
+def test_ctrl_c_while_torch_is_imported_exits_130_with_one_line(python, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise RuntimeError\n")
+    done = python("-m", "illada", "bench", path=(tmp_path, ROOT, ROOT / "python"))
+    assert (done.returncode, done.stderr) == (130, "illada: interrupted\n")
+
+
+def test_help_needs_no_torch(python, tmp_path):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('imported')\n")
+    done = python("-m", "illada", "train", "--help", path=(tmp_path, ROOT, ROOT / "python"))
+    assert done.returncode == 0 and "--device" in done.stdout
+
+
+def test_public_names_come_from_the_package_and_importing_it_loads_nothing(python):
+    code = """
+import sys, illada
+assert not {"torch", "numpy", "illada_kernels"} & set(sys.modules), "imported too early"
+for name in illada.__all__:
+    assert getattr(illada, name).__name__ == name, name
+from illada import GenerationConfig, Model, ModelConfig, fill, load
+try:
+    illada.nonsense
+except AttributeError:
+    print("done")
+"""
+    done = python("-c", code)
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_an_interrupt_outside_training_exits_130(monkeypatch, capsys):

@@ -241,3 +241,9 @@ def test_pairs_are_prompt_answer_and_end_of_text_to_the_right():
 def test_a_bad_pair_is_named(line, message):
     with pytest.raises(DataError, match=message):
         Pairs([Document("d", line.encode())], ByteTokenizer(), 8, 1, seed=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_negative_seeds_are_seeds_of_their_own():
+    batches = [Windows(np.arange(900), 8, 4, seed).batch(0).tolist() for seed in (-1, -2, 0)]
+    assert batches[0] != batches[1] != batches[2] != batches[0]

@@ -1,0 +1,48 @@
+"""A thin masked-diffusion language model on illada_kernels: `load` a checkpoint, or `illada train` one; `fill` holes.
+
+Importing this package imports neither torch nor illada_kernels; each name below loads what it needs when first used.
+`generate` is in the module of its own name: `from illada.generate import generate`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "Model": "model",
+    "ModelConfig": "config",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "GenerationConfig": "generate",
+    "Generation": "generate",
+    "fill": "generate",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "PromptError": "errors",
+}
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from .checkpoint import load as load
+    from .checkpoint import save as save
+    from .config import ModelConfig as ModelConfig
+    from .errors import CheckpointError as CheckpointError
+    from .errors import ConfigError as ConfigError
+    from .errors import PromptError as PromptError
+    from .generate import Generation as Generation
+    from .generate import GenerationConfig as GenerationConfig
+    from .generate import fill as fill
+    from .model import Model as Model
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'illada' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

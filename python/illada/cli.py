@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     options = parser().parse_args(arguments)
     try:
+        _load_torch()
+        _check_common(options)
         return options.run(options)
     except KeyboardInterrupt:
         print("illada: interrupted", file=sys.stderr)
@@ -51,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     _generate_parser(commands.add_parser("generate", help="continue a prompt"))
     _eval_parser(commands.add_parser("eval", help="bits per byte on held-out text"))
     bench = commands.add_parser("bench", help="each op against its PyTorch fallback on this machine")
-    bench.add_argument("--device", default=_device())
+    bench.add_argument("--device", help=_DEVICE)
     bench.set_defaults(run=_bench)
     demo = commands.add_parser(
         "demo", help="three minutes: train on Python's own sources, generate, fill a hole, time the ops"
@@ -68,12 +71,40 @@ def parser() -> argparse.ArgumentParser:
 _DATA = "a file or folder of UTF-8 text (default: the sources of Python's standard library)"
 
 
-def _device() -> str:
+_DEVICE = "default: cuda if there is one, else cpu"
+
+
+def _load_torch() -> None:
+    """Ctrl-C in the middle of this import comes out of it as any error at all, so until it is done it ends the
+    process."""
+    if "torch" in sys.modules:
+        return
+
+    def leave(*_: Any) -> None:
+        os.write(2, b"illada: interrupted\n")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
     try:
-        import torch
-    except ModuleNotFoundError:
-        return "cpu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        import torch  # noqa: F401
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _check_common(options: argparse.Namespace) -> None:
+    """Makes the device the one to use, and refuses one that cannot be used and a seed that torch cannot hold."""
+    import torch
+
+    if "device" in options:
+        options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.zeros(1, device=options.device).tolist()
+        except (RuntimeError, AssertionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"device: {options.device} cannot be used ({reason})") from None
+    seed = getattr(options, "seed", 0)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected a number from -2**63 to 2**63 - 1, got {seed}")
 
 
 # ---- train --------------------------------------------------------------------------------------------------------
@@ -87,7 +118,7 @@ def _train_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--save-every", type=int, default=None, metavar="STEPS", help="default: every minute, and at the end"
     )
-    p.add_argument("--device", default=_device())
+    p.add_argument("--device", help=_DEVICE)
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     said = p.add_argument_group("the run").add_argument
     says: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -123,6 +154,7 @@ def _train_parser(p: argparse.ArgumentParser) -> None:
 
 
 _RUN = ("data", "tokenizer", "preset", "block")  # settings of the run that are not TrainConfig's
+_OBJECTIVE_OF = {"block": "block", "hole_fraction": "block", "weighting": "full", "complementary": "full"}
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -156,7 +188,12 @@ def _run_training(run: Any, train_documents: Any, options: argparse.Namespace) -
     from . import runs
     from .live import ProgressBar
 
-    trainer = run.trainer(train_documents, options.device)
+    try:
+        trainer = run.trainer(train_documents, options.device)
+    except BaseException:
+        if not options.resume:
+            run.forget()
+        raise
     if trainer.step:
         print(f"resumed at step {trainer.step}", file=sys.stderr)
     bar = ProgressBar()
@@ -222,6 +259,11 @@ def _train_config(said: dict[str, Any]) -> Any:
 
     values = {k: v for k, v in said.items() if k not in _RUN}
     values.setdefault("objective", "full")
+    for name, objective in _OBJECTIVE_OF.items():
+        if name in said and values["objective"] != objective:
+            raise ValueError(f"{name}: it is for --objective {objective} only; leave out --{name.replace('_', '-')}")
+    if said.get("block", 1) < 1:
+        raise ValueError(f"block: expected a length of at least 1, got {said['block']}")
     if "steps" not in values and "seconds" not in values:
         values["steps"] = 1000
     if values["objective"] == "block":
@@ -255,7 +297,7 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--live", action="store_true", help="show masks turning into text")
-    p.add_argument("--device", default=_device())
+    p.add_argument("--device", help=_DEVICE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     p.set_defaults(run=_generate)
 
@@ -295,7 +337,7 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--draws", type=int, default=1, help="masks drawn for each window")
     p.add_argument("--max-bytes", type=int, default=400_000)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default=_device())
+    p.add_argument("--device", help=_DEVICE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     p.set_defaults(run=_eval)
 

@@ -157,7 +157,7 @@ class Windows:
     def _start(self, index: int) -> int:
         epoch, at = divmod(index, self.per_epoch)
         if epoch != self._epoch:
-            rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, epoch]))
+            rng = np.random.Generator(np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64)))
             self._starts = rng.integers(self.length) + self.length * rng.permutation(self.per_epoch)
             self._epoch = epoch
         return int(self._starts[at])

@@ -50,7 +50,7 @@ def demo(out: Path, data: str | None = None, seconds: float | None = None) -> in
     train_documents, held_out = runs.documents(data)
     size = sum(len(d.content) for d in train_documents)
     _title(f"1  Train on {data or 'the sources of Python itself'}: {len(train_documents)} files, {size / 1e6:.1f} MB")
-    config = TrainConfig(seconds=seconds or SECONDS, **TRAINING)  # type: ignore[arg-type]
+    config = TrainConfig(seconds=SECONDS if seconds is None else seconds, **TRAINING)  # type: ignore[arg-type]
     run = runs.Run.create(folder, data, TOKENIZER, "demo", config, BLOCK, train_documents)
     trainer = run.trainer(train_documents, "cpu")
     model, tokenizer = trainer.model, run.tokenizer

@@ -43,6 +43,8 @@ def first_bytes(documents: Sequence[Document], limit: int | None) -> list[Docume
     """The documents up to `limit` bytes; the one that crosses it is cut at a character."""
     if limit is None:
         return list(documents)
+    if limit < 0:
+        raise ValueError(f"max_bytes: expected at least 0, got {limit}")
     kept: list[Document] = []
     for document in documents:
         if len(document.content) > limit:
@@ -77,7 +79,10 @@ def bound(
     block = model.config.causal_block
     scored = length // 2 // block * block if block else length
     if scored < 1:
-        raise ValueError(f"length: expected at least two blocks of {block}, got {length}")
+        shortest = f"two blocks of {block}" if block else "1"
+        raise ValueError(f"length: expected at least {shortest}, got {length}")
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
     documents = first_bytes(documents, max_bytes)
     size = sum(len(d.content) for d in documents)
     if not size:

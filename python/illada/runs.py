@@ -58,6 +58,11 @@ class Run:
         replace_file(folder / "run.json", (json.dumps(run.to_json(), indent=2) + "\n").encode())
         return run
 
+    def forget(self) -> None:
+        """Takes back what `create` wrote, so that a run that could not begin is not in the way of the next attempt."""
+        for name in ("run.json", FILE):
+            (self.folder / name).unlink(missing_ok=True)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "data": self.data,
@@ -143,7 +148,7 @@ class Pairs:
         chosen = []
         for index in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, at = divmod(index, len(self.rows))
-            rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, epoch]))
+            rng = np.random.Generator(np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64)))
             chosen.append(self.rows[rng.permutation(len(self.rows))[at]])
         return np.stack([row for row, _ in chosen]), np.array([length for _, length in chosen])
 

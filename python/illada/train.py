@@ -65,6 +65,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not 0 <= self.hole_fraction <= 1:
+            raise ValueError(f"hole_fraction: expected a number from 0 to 1, got {self.hole_fraction}")
 
     def rate(self, done: float) -> float:
         """The factor on the learning rates when `done` (0 .. 1) of the run lies behind."""
