@@ -86,7 +86,7 @@ class KeyRanges:
                 _check_size(name, value)
         row = _rows(s, device)
         low = 0 * row if left is None else (row - left).clamp(min=0)
-        high = 0 * row + s if right is None else (row + right + 1).clamp(max=s)
+        high = 0 * row + s if right is None else s - (s - 1 - row - right).clamp(min=0)  # row + right may overflow
         return _pack(s, low, high)
 
     @staticmethod
@@ -109,7 +109,8 @@ class KeyRanges:
             return _pack(s, 0 * row, edges.gather(1, following).clamp(0, s))
         _check_block(block)
         row = _rows(s, device)
-        return _pack(s, 0 * row, ((row // block + 1) * block).clamp(max=s))
+        start = row // block * block
+        return _pack(s, 0 * row, start + (s - start).clamp(max=block))
 
     @staticmethod
     def block_diffusion(
@@ -134,7 +135,7 @@ class KeyRanges:
             row = _rows(length, cu_seqlens.device)
             start, end = _documents(cu_seqlens, length)
         block_start = start + (row - start) // block * block
-        block_end = torch.minimum(block_start + block, end)
+        block_end = block_start + (end - block_start).clamp(max=block)
         noisy = _pack(2 * length, block_start, block_end, length + start, length + block_start)
         clean = _pack(2 * length, length + start, length + block_end)
         return KeyRanges(torch.cat([noisy.bounds, clean.bounds], dim=1), 2 * length)

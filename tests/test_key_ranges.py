@@ -339,3 +339,16 @@ def test_a_broadcast_dimension_stays_when_sliced():
     ranges = KeyRanges.full(5)
     for b, s in itertools.product((slice(3, 4), slice(0, 0)), repeat=2):
         assert ranges[b, s].bounds.shape == (1, 1, 4)
+
+
+HUGE = 2**31 - 1
+
+
+def test_limits_as_large_as_they_may_be_do_not_overflow():
+    cu = torch.tensor([0, 2, 4], dtype=torch.int32)
+    assert KeyRanges.window(4, HUGE, HUGE).dense().all()
+    assert torch.equal(KeyRanges.window(4, HUGE, 0).dense(), KeyRanges.causal(4).dense())
+    assert KeyRanges.block_causal(4, HUGE).dense().all()
+    for documents in (None, cu, cu.long()):
+        got = KeyRanges.block_diffusion(4, HUGE, documents).dense()
+        assert torch.equal(got, KeyRanges.block_diffusion(4, 4, documents).dense())
