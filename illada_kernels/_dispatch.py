@@ -45,7 +45,7 @@ def choose(op: str, backends: tuple[Backend, ...], device: str, request: Any, ba
     """The name of the backend that runs `request` on `device`. `backend` (or ILLADA_BACKEND) insists on one."""
     wanted = backend or os.environ.get("ILLADA_BACKEND") or None
     if wanted is not None:
-        return _insist(op, backends, device, request, wanted)
+        return _insist(op, backends, device, request, wanted, "backend" if backend else "ILLADA_BACKEND")
     for candidate in backends:
         if candidate.by_default(op, device) and candidate.reason(device, request) is None:
             if candidate.name == "reference" and device != "cpu":
@@ -54,10 +54,10 @@ def choose(op: str, backends: tuple[Backend, ...], device: str, request: Any, ba
     raise RuntimeError(f"no backend of {op} can run this call:\n{reasons(backends, device, request)}")
 
 
-def _insist(op: str, backends: tuple[Backend, ...], device: str, request: Any, wanted: str) -> str:
+def _insist(op: str, backends: tuple[Backend, ...], device: str, request: Any, wanted: str, said_by: str) -> str:
     by_name = {b.name: b for b in backends}
     if wanted not in by_name:
-        raise ValueError(f"backend: expected one of {', '.join(by_name)} for {op}, got {wanted!r}")
+        raise ValueError(f"{said_by}: expected one of {', '.join(by_name)} for {op}, got {wanted!r}")
     if by_name[wanted].reason(device, request) is not None:
         raise RuntimeError(f"backend {wanted!r} cannot run this {op} call:\n{reasons(backends, device, request)}")
     return wanted

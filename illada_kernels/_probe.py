@@ -43,7 +43,11 @@ def torch_facts() -> dict[str, Any]:
     version, error = attempt(lambda: str(torch.__version__))
     if error:
         return {"error": f"what is imported as torch has no version ({error})"}
-    return {"version": version, "cuda": attempt(lambda: torch.version.cuda)[0], "threads": torch.get_num_threads()}
+    return {
+        "version": version,
+        "cuda": attempt(lambda: torch.version.cuda)[0],
+        "threads": attempt(lambda: torch.get_num_threads())[0],
+    }
 
 
 def gpu_facts() -> dict[str, Any]:

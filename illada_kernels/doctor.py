@@ -75,7 +75,8 @@ def compilers() -> dict[str, str]:
 def build_info() -> dict[str, Any]:
     """_build_info.json, and whether the sources beside it (in a checkout) are still those it was built from."""
     info, error = attempt(lambda: json.loads((PACKAGE / "_build_info.json").read_text()))
-    if error or not isinstance(info, dict):
+    needed = ("compiler", "seconds") if isinstance(info, dict) and info.get("extension") else ("extension", "reason")
+    if error or not isinstance(info, dict) or not all(name in info for name in needed):
         return {"extension": False, "reason": f"no build was recorded ({error or 'unreadable'}): `make build`"}
     csrc = PACKAGE.parent / "csrc"
     if csrc.is_dir():

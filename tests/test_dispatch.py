@@ -157,3 +157,9 @@ def test_gradients_are_the_same_either_way_and_stop_at_the_first(doubled):
     (gradient,) = torch.autograd.grad(doubled(x), x, torch.ones(3, requires_grad=True), create_graph=True)
     with pytest.raises(RuntimeError, match="test_doubled_bwd"):
         gradient.sum().backward()
+
+
+def test_an_unknown_backend_in_the_environment_is_blamed_on_the_environment(monkeypatch):
+    monkeypatch.setenv("ILLADA_BACKEND", "magic")
+    with pytest.raises(ValueError, match=r"ILLADA_BACKEND: expected one of .* got 'magic'"):
+        choose("op", ALL, "cpu", "easy")

@@ -113,7 +113,7 @@ def test_report_survives_an_installation_that_was_never_built(python, installed)
     assert "No module named 'illada_kernels._C'" in found["extension"]["error"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"extension": true}'])
 def test_a_damaged_build_record_counts_as_none(content, installed, monkeypatch):
     (installed / "illada_kernels" / "_build_info.json").write_text(content)
     monkeypatch.setattr(doctor, "PACKAGE", installed / "illada_kernels")
