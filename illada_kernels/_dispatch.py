@@ -21,6 +21,8 @@ from . import _proven
 
 logger = logging.getLogger("illada_kernels")
 
+KERNELS = ("cuda", "triton", "cpu", "reference")  # the backends there are; not every op has each
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -56,6 +58,8 @@ def choose(op: str, backends: tuple[Backend, ...], device: str, request: Any, ba
 
 def _insist(op: str, backends: tuple[Backend, ...], device: str, request: Any, wanted: str, said_by: str) -> str:
     by_name = {b.name: b for b in backends}
+    if wanted not in by_name and wanted in KERNELS:
+        raise RuntimeError(f"{op} has no {wanted!r} backend yet:\n{reasons(backends, device, request)}")
     if wanted not in by_name:
         raise ValueError(f"{said_by}: expected one of {', '.join(by_name)} for {op}, got {wanted!r}")
     if by_name[wanted].reason(device, request) is not None:

@@ -24,7 +24,8 @@ def is_plain(args: Sequence[Any]) -> bool:
         return False
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace does not see what a kernel writes
         return False
-    return all(type(a) in (Tensor, torch.nn.Parameter) for a in args if isinstance(a, Tensor))
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    return all(type(a) in (Tensor, torch.nn.Parameter) and not a.is_neg() for a in tensors)  # a lazy minus sign
 
 
 class TorchOp:

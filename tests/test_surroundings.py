@@ -176,3 +176,16 @@ def test_what_a_nan_key_touches_does_not_depend_on_threads():
     assert results[0].isnan().any() and results[0][0, 500].isnan().all()
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", CPU])
+def test_a_lazy_minus_sign_counts(backend):
+    q, k, v = torch.randn(3, 1, 4, 1, 8).unbind()
+    lazy, eager = (attention(minus_q, k, v, backend=backend) for minus_q in (torch._neg_view(q), -q))
+    torch.testing.assert_close(lazy, eager)
+
+
+def test_a_kernel_that_an_op_does_not_have_is_named_with_what_can_run():
+    x = torch.ones(1, 2, 1, 8)
+    with pytest.raises(RuntimeError, match=r"attention has no 'triton' backend(.|\n)*reference: can run it"):
+        attention(x, x, x, backend="triton")
