@@ -37,7 +37,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    height = 1.6 + 0.24 * len(rows)
+    height = 1.2 + 0.24 * len(rows)
     figure, (left, right) = pyplot.subplots(
         1, 2, sharey=True, figsize=(11, height), width_ratios=(3, 2), layout="constrained"
     )
@@ -58,8 +58,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         left.annotate(text, (max(ratio, 1), place), (4, 0), textcoords="offset points", va="center", fontsize=7)
     left.set_xlabel("times faster than the fastest peer (named)")
     left.set_yticks(places, [f"{row['op']}  {row['case']}  {row['dtype']}" for row in rows], fontsize=7)
-    left.margins(y=0.01)
-    left.invert_yaxis()
+    left.set_ylim(len(rows) - 0.4, -0.6)
     right.barh(places, [row["floor_ratio"] for row in rows], color=colors, height=0.7)
     right.axvline(1, color="black", linewidth=1)
     right.set_xlim(0, max(1.05, *(row["floor_ratio"] for row in rows)))
