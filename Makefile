@@ -6,8 +6,10 @@
 # make build    compile the extension in place      make clean    remove what was built
 #
 # PYTHON chooses the interpreter of a new .venv, TORCH what is installed as torch: make setup PYTHON=python3.11 TORCH='torch>=2.10'
+# TRITON is the version that tests/gpu_code/triton_table.csv was written with; its interpreter needs numpy below 2.4.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0 numpy<2.4
 OPS ?= attention_fwd attention_bwd masked_loss unmask generate train
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -24,6 +26,7 @@ $(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make setup PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet $(foreach package,$(TRITON),"$(package)")
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" "ninja>=1.11" wheel
 	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 0,$(HAS_GPU)),0,)} $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[model,tokenizers,test,bench,lint]"
 	touch $@

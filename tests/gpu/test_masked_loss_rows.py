@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from illada_kernels import masked_loss_from_logits
-from illada_kernels.ops.masked_loss import cases, native, reference
+from illada_kernels._gpu import cuda_reason
+from illada_kernels.ops.masked_loss import cases, reference
 
-reason = "no CUDA GPU" if not torch.cuda.is_available() else native.cuda_reason()
+reason = "no CUDA GPU" if not torch.cuda.is_available() else cuda_reason()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 OPTIONS: dict[str, Any] = {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4, "forbid": (1, 77)}
 

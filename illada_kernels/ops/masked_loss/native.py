@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import check, extension_reason, native
+from ..._gpu import launch
 
 
 class Options(NamedTuple):
@@ -26,14 +27,6 @@ class Options(NamedTuple):
 
 def cpu_reason() -> str | None:
     return extension_reason()
-
-
-def cuda_reason() -> str | None:
-    if (reason := extension_reason()) is not None:
-        return reason
-    if not native().with_cuda:
-        return "the extension was built without CUDA"
-    return None if torch.cuda.is_available() else "no CUDA GPU that torch can use"
 
 
 # ---- the masked rows, compacted ------------------------------------------------------------------------------------
@@ -227,17 +220,6 @@ def _flat_rows(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
 
 
 # ---- the same on a GPU: not yet run on one ---------------------------------------------------------------------------
-
-
-def launch(function: str, device: torch.device, *arguments: Any) -> None:
-    """Runs a CUDA entry point of the extension on the current stream of `device`; tensors go in as pointers."""
-    with torch.cuda.device(device):
-        index = torch.cuda.current_device()
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
-        code = getattr(native(), function)(*plain, stream)
-    if code:
-        raise RuntimeError(f"{function}: {torch.cuda.CudaError(code)}")
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import Backend, choose
+from ..._gpu import UNRUN, cuda_reason
 from ..._torch_ops import TorchOp, is_plain
 from . import head, native, reference
 from .native import Options
@@ -31,9 +32,8 @@ def _no_float64(rows: Tensor) -> str | None:
     return "float64 runs on the reference only" if rows.dtype == torch.float64 else None
 
 
-_UNRUN = "not yet run on a GPU; use backend='cuda' explicitly"
 _CPU = Backend("cpu", ("cpu",), native.cpu_reason, _no_float64)
-_CUDA = Backend("cuda", ("cuda",), native.cuda_reason, _no_float64, opt_in=_UNRUN)
+_CUDA = Backend("cuda", ("cuda",), cuda_reason, _no_float64, opt_in=UNRUN)
 _REFERENCE = Backend("reference", None, _always, _always)
 BACKENDS: tuple[Backend, ...] = (_CPU, _REFERENCE)
 FROM_LOGITS_BACKENDS: tuple[Backend, ...] = (_CUDA, _CPU, _REFERENCE)

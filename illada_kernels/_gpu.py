@@ -1,0 +1,56 @@
+"""What the GPU backends of every room share: why they cannot run here, and how a CUDA entry point is called."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._dispatch import extension_reason, native
+
+UNRUN = "not yet run on a GPU; `python -m illada_kernels doctor --selftest` tries it and lets it in"
+
+
+@functools.cache
+def device_reason() -> str | None:
+    return None if torch.cuda.is_available() else "no CUDA GPU that torch can use"
+
+
+def cuda_reason() -> str | None:
+    """None, or why the extension's CUDA kernels cannot run."""
+    if (reason := extension_reason()) is not None:
+        return reason
+    return device_reason() if native().with_cuda else "the extension was built without CUDA"
+
+
+def hopper_reason() -> str | None:
+    """None, or why its sm_90a kernels cannot run: wgmma and its tensor maps exist on compute capability 9.0 alone."""
+    if (reason := cuda_reason()) is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability()
+    return None if (major, minor) == (9, 0) else f"needs a GPU of compute capability 9.0, this one has {major}.{minor}"
+
+
+@functools.cache
+def triton_reason() -> str | None:
+    """None, or why Triton kernels cannot run here."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a Triton built for another Python or torch may raise anything
+        return f"triton cannot be imported ({type(error).__name__}: {error}); `pip install triton`"
+    return device_reason()
+
+
+def launch(function: str, device: torch.device, *arguments: Any) -> None:
+    """Runs a CUDA entry point of the extension on the current stream of `device`; tensors go in as pointers, None as
+    null. Raises RuntimeError with CUDA's words if it could not be launched."""
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+        code = getattr(native(), function)(*plain, stream)
+    if code:
+        raise RuntimeError(f"{function}: {torch.cuda.CudaError(code)}")
