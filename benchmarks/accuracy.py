@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from illada.generate import GenerationConfig, generate
+from illada.generation import GenerationConfig, generate
 from illada.model import Model
 
 from illada_kernels import EntropyBound, Factor, Threshold, TopK

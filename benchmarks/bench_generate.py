@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from illada.config import ModelConfig
-from illada.generate import GenerationConfig, generate
+from illada.generation import GenerationConfig, generate
 from illada.model import Model, apply_rope, rope_angles
 from torch import Tensor
 from torch.nn import functional as F

@@ -7,4 +7,10 @@ import sys
 from . import doctor
 
 if __name__ == "__main__":
-    sys.exit(doctor.main(sys.argv[1:]))
+    try:
+        code = doctor.main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `doctor | head`
+        sys.stderr.close()
+        code = 141
+    sys.exit(code)

@@ -51,6 +51,11 @@ def fails(capsys, *command: str) -> str:
     return error
 
 
+def test_saving_every_zero_steps_is_refused_before_a_run_begins(capsys, tmp_path):
+    assert "save_every: expected at least 1" in fails(capsys, "train", "--out", tmp_path / "run", "--save-every", "0")
+    assert not (tmp_path / "run").exists()
+
+
 # ---- what works ----------------------------------------------------------------------------------------------------
 
 

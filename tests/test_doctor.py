@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -41,6 +43,13 @@ def test_text_report_has_a_line_per_op_and_backend(python):
     lines = [line.split()[:2] for line in done.stdout.splitlines() if line.strip()]
     for op in _probe.ROOMS:
         assert {backend for first, backend in (line for line in lines if len(line) == 2) if first == op} == BACKENDS
+
+
+def test_a_reader_that_leaves_early_ends_the_doctor_quietly(root):
+    command = [sys.executable, "-m", "illada_kernels", "doctor"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root)
+    process.stdout.close()  # as `doctor | true` does
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 def test_no_gpu_kernel_is_in_a_default_order_before_it_ran_on_a_gpu():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from illada.generate import GenerationConfig, fill, generate
+from illada.generation import GenerationConfig, fill, generate
 from illada.model import Model
 
 from benchmarks.accuracy import GOAL, measure_rule

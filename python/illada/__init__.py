@@ -1,7 +1,6 @@
 """A thin masked-diffusion language model on illada_kernels: `load` a checkpoint, or `illada train` one; `fill` holes.
 
 Importing this package imports neither torch nor illada_kernels; each name below loads what it needs when first used.
-`generate` is in the module of its own name: `from illada.generate import generate`.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ _HOMES = {
     "ModelConfig": "config",
     "load": "checkpoint",
     "save": "checkpoint",
-    "GenerationConfig": "generate",
-    "Generation": "generate",
-    "fill": "generate",
+    "GenerationConfig": "generation",
+    "Generation": "generation",
+    "fill": "generation",
+    "generate": "generation",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "PromptError": "errors",
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import PromptError as PromptError
-    from .generate import Generation as Generation
-    from .generate import GenerationConfig as GenerationConfig
-    from .generate import fill as fill
+    from .generation import Generation as Generation
+    from .generation import GenerationConfig as GenerationConfig
+    from .generation import fill as fill
+    from .generation import generate as generate
     from .model import Model as Model
 
 

@@ -102,6 +102,9 @@ def _check_common(options: argparse.Namespace) -> None:
         except (RuntimeError, AssertionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"device: {options.device} cannot be used ({reason})") from None
+    save_every = getattr(options, "save_every", None)
+    if save_every is not None and save_every < 1:
+        raise ValueError(f"save_every: expected at least 1 step, got {save_every}; leave it out to save by time")
     seed = getattr(options, "seed", 0)
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a number from -2**63 to 2**63 - 1, got {seed}")
@@ -306,7 +309,7 @@ def _generate(options: argparse.Namespace) -> int:
     from illada_kernels import Threshold
 
     from . import runs
-    from .generate import GenerationConfig, generate
+    from .generation import GenerationConfig, generate
     from .live import LiveText
 
     if not options.prompt:

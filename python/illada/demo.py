@@ -13,7 +13,7 @@ import torch
 from . import runs
 from .data import ngram_bits
 from .evaluate import bound
-from .generate import GenerationConfig, generate
+from .generation import GenerationConfig, generate
 from .holes import fill_hole
 from .live import LiveText, ProgressBar
 from .model import Model

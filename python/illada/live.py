@@ -9,7 +9,7 @@ import time
 from collections import deque
 from typing import TextIO
 
-from .generate import Step
+from .generation import Step
 from .tokenizer import Tokenizer
 from .train import Progress
 

@@ -170,6 +170,8 @@ class Trainer:
 
         Saves too every `save_every` steps, or if None every `save_seconds`; saving changes no number. Raises
         ArithmeticError when the loss is no longer finite, with the last state on disk."""
+        if save_every is not None and save_every < 1:
+            raise ValueError(f"save_every: expected at least 1 step, got {save_every}; leave it out to save by time")
         self.model.train()
         last_save = time.monotonic()
         begun = time.monotonic() - self.seconds

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from illada.errors import PromptError
-from illada.generate import GenerationConfig, fill, generate
+from illada.generation import GenerationConfig, fill, generate
 from illada.model import Model
 from test_model import make, plain_forward, tiny
 from torch import Tensor
