@@ -1,0 +1,185 @@
+"""Runs the Triton kernels of a room on a CPU, in Triton's interpreter, within a `with` block and nowhere else.
+
+    with interpreted(op):                      # op: the room's module that holds BACKENDS
+        attention(q, k, v, backend="triton")   # tensors on the CPU
+
+Triton chooses its interpreter while it decorates a kernel (TRITON_INTERPRET=1), once per process, and a process that
+has chosen it can compile no kernel any more. Here a kernel stays a JITFunction, which tests/gpu_code compiles; only
+within the block do launches and device calls of one, Triton's own library included, go to the interpreter. Import the
+kernels before, and guard launches by `torch.cuda.device_of(x)`, which is nothing on a CPU. Beyond what Triton does
+- every load and store must lie within a tensor passed to the launch, or KernelFault names the kernel and the address;
+- lanes masked off without `other` load NaN (-1 for integers), as nothing is promised about them;
+- bfloat16 products and conversions are right (Triton 3.6 multiplies the bits as integers and truncates); other bfloat16
+  arithmetic is not: kernels convert to float32 first, as they should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="no triton")
+
+import triton.language as tl  # noqa: E402
+from triton import knobs  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+
+class KernelFault(Exception):
+    pass
+
+
+@contextmanager
+def interpreted(room: ModuleType, backend: str = "triton") -> Iterator[None]:
+    """`backend` of the room takes tensors on the CPU, and Triton kernels run in the interpreter."""
+    names = [b.name for b in room.BACKENDS]
+    assert backend in names, f"{room.__name__} has {names}"
+    here = tuple(
+        replace(b, devices=("cpu",), available=lambda: None) if b.name == backend else b for b in room.BACKENDS
+    )
+    with pytest.MonkeyPatch.context() as patch, _language_restored():
+        patch.setattr(room, "BACKENDS", here)
+        _redirect(patch)
+        yield
+
+
+def _redirect(patch: pytest.MonkeyPatch) -> None:
+    twins: dict[Callable[..., Any], interpreter.InterpretedFunction] = {}
+
+    def twin(kernel: JITFunction) -> interpreter.InterpretedFunction:
+        return twins.setdefault(kernel.fn, interpreter.InterpretedFunction(kernel.fn))
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(knobs.runtime, "interpret", True)
+            _guard(inner, self.fn.__name__, tensors)
+            try:
+                twin(self).run(*args, grid=grid, warmup=warmup, **kwargs)
+            except interpreter.InterpreterError as error:
+                raise _innermost(error) from error
+
+    def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        return twin(self)(*args, **kwargs)
+
+    def bind(self: JITFunction, instance: Any, _: type) -> Any:  # x.sum(0): a JITFunction is an attribute of tl.tensor
+        return self if instance is None else partial(self, instance)
+
+    patch.setattr(JITFunction, "run", run)
+    patch.setattr(JITFunction, "__call__", call)
+    patch.setattr(JITFunction, "__get__", bind, raising=False)
+    # tensors are on the CPU already; the copies there and back would take all of a storage of which a view is passed
+    patch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
+    patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot(interpreter.InterpreterBuilder.create_dot))
+    patch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast(interpreter.InterpreterBuilder.cast_impl))
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, interpreter.InterpreterError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextmanager
+def _language_restored() -> Iterator[None]:
+    """The interpreter patches triton.language and undoes only the patches of the outermost kernel."""
+    places = [tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base]
+    before = [dict(vars(place)) for place in places]
+    try:
+        yield
+    finally:
+        for place, old in zip(places, before):
+            for name in set(vars(place)) - set(old):
+                delattr(place, name)
+            for name, value in old.items():
+                if vars(place).get(name) is not value:
+                    setattr(place, name, value)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _guard(patch: pytest.MonkeyPatch, kernel: str, tensors: list[torch.Tensor]) -> None:
+    spans = sorted(_span(x) for x in tensors if x.numel())
+    merged: list[list[int]] = []
+    for begin, end in spans:
+        if merged and begin <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([begin, end])
+    begins, ends = (np.array([0, *(m[i] for m in merged)], dtype=np.uint64) for i in (0, 1))
+
+    def check(what: str, pointers: Any, mask: Any) -> None:
+        used = np.broadcast_to(mask.data, pointers.data.shape)
+        addresses = pointers.data[used]
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        inside = addresses + np.uint64(size) <= ends[np.searchsorted(begins, addresses, side="right") - 1]
+        if not inside.all():
+            address, program = int(addresses[~inside][0]), tuple(interpreter.interpreter_builder.grid_idx)
+            near = [f"{address - x.data_ptr():+d} bytes from {tuple(x.shape)} {x.dtype}" for x in tensors]
+            raise KernelFault(f"{kernel}, program {program}: {what} outside of every tensor: {'; '.join(near)}")
+
+    def load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
+        check("loads", pointers, mask)
+        if other is None:
+            dtype = interpreter._get_np_dtype(pointers.get_element_ty())
+            other = np.full((*pointers.data.shape, dtype.itemsize), 0xFF, np.uint8).view(dtype)[..., 0]
+            other = interpreter.TensorHandle(other, pointers.get_element_ty())
+        return masked_load(self, pointers, mask, other, *rest, **options)
+
+    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check("stores", pointers, mask)
+        return masked_store(self, pointers, value, mask, *rest, **options)
+
+    masked_load = interpreter.InterpreterBuilder.create_masked_load
+    masked_store = interpreter.InterpreterBuilder.create_masked_store
+    patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
+    patch.setattr(interpreter.InterpreterBuilder, "create_masked_store", store)
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+# ---- bfloat16, whose bits the interpreter keeps as uint16 ------------------------------------------------------------
+
+
+def _to_float(handle: Any) -> Any:
+    return (handle.data.astype(np.uint32) << 16).view(np.float32) if handle.dtype.scalar == tl.bfloat16 else handle.data
+
+
+def _to_bfloat(x: Any) -> Any:
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, nearest_even).astype(np.uint16)
+
+
+def _dot(original: Callable[..., Any]) -> Callable[..., Any]:
+    def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (interpreter.TensorHandle(_to_float(x), tl.float32) for x in (a, b))
+        return original(self, a, b, d, *rest)
+
+    return dot
+
+
+def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cast(self: Any, source: Any, to: Any) -> Any:
+        if source.dtype.scalar == tl.bfloat16 and to.scalar == tl.float32:
+            return interpreter.TensorHandle(_to_float(source), to.scalar)
+        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(_to_bfloat(source.data), to.scalar)
+        return original(self, source, to)
+
+    return cast
