@@ -13,6 +13,7 @@ import csv
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from illada_kernels import _build
 from tests.cuda_on_cpu.library import included_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,8 +100,41 @@ def _nvcc(source: str, arch: str, output: list[str]) -> str:
     return done.stdout + done.stderr
 
 
+def _built(source: str) -> tuple[Path, str] | None:
+    """The object file that `make build` left and what ptxas said of it, if csrc/ and nvcc are still the same: the
+    largest kernels take half a minute each."""
+    name = f"{Path(source).stem}.cu.o"
+    info_file = ROOT / "illada_kernels/_build_info.json"
+    file, log = ROOT / "build" / name, ROOT / "build" / f"{name}.log"
+    if not source.startswith("csrc/cuda/") or not all(f.exists() for f in (info_file, file, log)):
+        return None
+    info = json.loads(info_file.read_text())
+    same = info.get("sources") == _build.fingerprint(ROOT / "csrc") and nvcc_version() in str(info.get("cuda_reason"))
+    return (file, log.read_text()) if same and info.get("cuda_archs") == "80;90a" else None
+
+
+def _from_build(source: str, arch: str, target: Path) -> str | None:
+    """Takes the cubin of this architecture out of what was built; ptxas' report, or None if nothing was."""
+    built, tool = _built(source), find_tool("cuobjdump")
+    if built is None or tool is None:
+        return None
+    file, log = built
+    subprocess.run([tool, "-xelf", "all", str(file)], cwd=target.parent, capture_output=True, check=True)
+    number = arch.rstrip("a")  # older cuobjdumps call sm_90a so
+    (found,) = [p for p in target.parent.glob("*.cubin") if p.name.split(".")[-2] in (f"sm_{arch}", f"sm_{number}")]
+    found.rename(target)
+    parts = re.split(r"(?=^ptxas info    : Compiling entry function)", log, flags=re.M)
+    return "".join(part for part in parts if "Compiling entry" not in part or f"for 'sm_{arch}'" in part)
+
+
 def compile_ptx(source: str) -> None:
     """As forward compatible PTX, which later GPUs compile for themselves. Raises where nvcc does."""
+    tool = find_tool("cuobjdump")
+    if (built := _built(source)) and tool:
+        listed = subprocess.run([tool, "-lptx", str(built[0])], capture_output=True, text=True, check=True).stdout
+        if "sm_80.ptx" not in listed:
+            raise RuntimeError(f"{source} was built without PTX:\n{listed}")
+        return
     with tempfile.TemporaryDirectory() as folder:
         _nvcc(source, "80", ["-ptx", "-gencode=arch=compute_80,code=compute_80", "-o", f"{folder}/out.ptx"])
 
@@ -112,8 +147,10 @@ def compile_source(source: str, arch: str) -> Compiled:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             target = Path(folder) / "out.cubin"
-            gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-            text = _nvcc(source, arch, ["-cubin", gencode, "-Xptxas", "-v", "-o", str(target)])
+            text = _from_build(source, arch, target)
+            if text is None:
+                gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+                text = _nvcc(source, arch, ["-cubin", gencode, "-Xptxas", "-v", "-o", str(target)])
             (Path(folder) / "log").write_text(text)
             os.replace(target, cubin)
             os.replace(Path(folder) / "log", log)
