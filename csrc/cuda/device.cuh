@@ -113,6 +113,7 @@ template <class T> ILLADA_DEVICE void store16_streaming(T* p, const Vec16<T>& x)
 }
 
 // ---- launch ----------------------------------------------------------------------------------------------------
+#ifndef __CUDACC_RTC__  // where NVRTC compiles, Python launches
 struct Launch {
   dim3 grid, block;
   size_t smem;  // bytes of dynamic shared memory
@@ -142,5 +143,6 @@ template <class... P, class... A> int launch(const Launch& l, void (*kernel)(P..
   config.numAttrs = l.cluster > 1;
   return int(cudaLaunchKernelEx(&config, kernel, P(args)...));
 }
+#endif
 
 }  // namespace illada

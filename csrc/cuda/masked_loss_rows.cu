@@ -209,6 +209,11 @@ rows_bwd(const T* logits, int64_t stride, T* out, int64_t out_stride, const uint
   }
 }
 
+}  // namespace
+
+#ifndef __CUDACC_RTC__  // where NVRTC compiles, Python launches: illada_kernels/ops/masked_loss/nvrtc.py
+namespace {
+
 constexpr size_t kScratch = kThreads / 32 * sizeof(float);
 
 bool sizes_fit(int64_t rows, int64_t vocab) { return rows >= 0 && rows <= 0x7fffffff && vocab >= 1; }
@@ -258,3 +263,4 @@ extern "C" int illada_masked_loss_rows_bwd(const void* logits, int64_t stride, v
   }
   return int(cudaErrorInvalidValue);
 }
+#endif
