@@ -33,6 +33,20 @@ def test_a_kernel_compiles_for_three_architectures_without_a_gpu() -> None:
     assert not triton_code.too_large(rows)
 
 
+def test_arguments_divisible_by_16_give_wide_loads() -> None:
+    @triton.jit
+    def copy(a, b, SIZE: tl.constexpr):
+        i = tl.arange(0, SIZE)
+        tl.store(b + i, tl.load(a + i))
+
+    instructions = []
+    for kind in ("*bf16", "*bf16:16"):
+        signature = {"a": kind, "b": kind, "SIZE": "constexpr"}
+        configuration = Configuration("copy", copy, signature, {"SIZE": 1024}, {"num_warps": 1})
+        instructions.append(triton_code.compile_configuration(configuration, 80).instructions)
+    assert instructions[1] <= instructions[0] - 2 * (32 - 4)  # of a lane: 8 elements in a load or a store, not one
+
+
 def test_a_configuration_in_the_table_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     known = [Row(tiny().name, arch, tiny().hash(arch), 30, 100, 0, 200) for arch in (80, 90, 100)]
     monkeypatch.setattr(triton_code, "compile_configuration", lambda *_: pytest.fail("compiled again"))

@@ -5,8 +5,9 @@
 
 A file illada_kernels/ops/<op>/triton*.py takes part by defining `aot_configurations()`, which yields tuples
 (name, kernel, signature, constexprs, options): signature maps every argument to its type ("*bf16", "i32",
-"constexpr"), constexprs the constant ones to their values, options holds num_warps and num_stages. A configuration
-takes 2-5 s, so one whose hash is in the table is not compiled again.
+"constexpr"; "*bf16:16" and "i32:16" are divisible by 16, as most pointers and strides are at run time: without it no
+load is wider than an element), constexprs the constant ones to their values, options holds num_warps and num_stages. A
+configuration takes 2-5 s, so one whose hash is in the table is not compiled again.
 """
 
 from __future__ import annotations
@@ -70,7 +71,11 @@ def compile_configuration(configuration: Configuration, arch: int) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(configuration.kernel, configuration.signature, configuration.constexprs)
+    kernel, signature = configuration.kernel, configuration.signature
+    aligned = [name for name, kind in signature.items() if kind.endswith(":16")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    types = {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    source = ASTSource(kernel, types, configuration.constexprs, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=configuration.options)
     registers, stack, instructions = _read_cubin(compiled.asm["cubin"])
     shared = compiled.metadata.shared
