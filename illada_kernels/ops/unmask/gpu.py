@@ -1,0 +1,129 @@
+"""What unmask's GPU backends share on the host: parameters that never come back from the device, the list of forbidden
+ids, which sums are needed, the products of the many-row path. Nothing here synchronises or reads device data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import rules
+from .op import Outputs, Step
+
+# Up to this many candidate rows one kernel reads the head once; beyond, products by slices of the vocabulary. The head
+# turns from bound by memory to bound by products at about 184 rows on an H200; where the two paths cross is unmeasured.
+FUSED_ROWS = 128
+# Ids of one product of the many-row path: 4096 rows of a head with D = 4096 are 32 MiB of bf16, which an H200's second
+# level cache (50 MiB) holds beside their logits. Partials cover as many ids, so slices do not change a sum.
+SLICE = 4096
+# Which sums and maxima the rule and the confidence ask for.
+NEEDS_ENTROPY, NEEDS_SECOND, NEEDS_HELD = 1, 2, 4
+
+
+class Parameter(NamedTuple):
+    """A number of the call, or where there is a tensor what lies in it when the kernels run."""
+
+    number: float  # an int for the seed, the step, TopK.k and Remask.n
+    tensor: Tensor | None  # float32 (int64 for those four), contiguous, () or (B,)
+    stride: int  # 1: sequence b has tensor[b]; 0: the same for all, but for the seed, which is then seed + b
+
+
+class Parameters(NamedTuple):
+    temperature: Parameter
+    confidence_temperature: Parameter
+    rule: Parameter
+    revise: Parameter
+    seed: Parameter
+    step: Parameter
+
+
+def parameters(step: Step) -> Parameters:
+    def parameter(number: float, tensor: Tensor | None, integer: bool) -> Parameter:
+        number = int(number) if integer else number
+        if tensor is None:
+            return Parameter(number, None, 0)
+        tensor = tensor.to(torch.int64 if integer else torch.float32).contiguous()  # nothing happens if it is already
+        return Parameter(number, tensor, tensor.ndim)
+
+    return Parameters(
+        parameter(step.temperature, step.temperature_tensor, False),
+        parameter(step.confidence_temperature, step.confidence_temperature_tensor, False),
+        parameter(step.rule_number, step.rule_tensor, step.rule == rules.TOP_K),
+        parameter(step.revise_number, step.revise_tensor, step.revise in (rules.REMASK, rules.REMASK_BY_SCORES)),
+        parameter(step.seed, step.seed_tensor, True),
+        parameter(step.step, step.step_tensor, True),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def device_list(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied to the device once: warm up before you capture a graph, as always."""
+    return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+def forbidden(step: Step) -> Tensor | None:
+    ids = tuple(sorted({i for i in step.forbid if 0 <= i < step.vocabulary}))
+    return device_list(ids, step.tokens.device) if ids else None
+
+
+def needs(step: Step) -> int:
+    by_entropy = step.rule in (rules.ENTROPY_BOUND, rules.ENTROPY_BOUND_INCLUSIVE)
+    entropy = NEEDS_ENTROPY if by_entropy or step.confidence == "neg_entropy" else 0
+    second = NEEDS_SECOND if step.confidence == "margin" else 0
+    return entropy | second | (NEEDS_HELD if step.revise == rules.REMASK else 0)
+
+
+def is_empty(step: Step) -> bool:
+    """No candidate or no token: outputs are step.nothing()."""
+    return step.positions.numel() == 0 or step.tokens.numel() == 0
+
+
+def outputs(step: Step) -> Outputs:
+    """Not filled: the selection writes each element."""
+    shape, device = step.positions.shape, step.positions.device
+    return (
+        torch.empty(shape, dtype=torch.int64, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.bool, device=device),
+        torch.empty(shape[:1], dtype=torch.int32, device=device),
+    )
+
+
+# ---- many rows: products by slices of the vocabulary -----------------------------------------------------------------
+def product_rows(rows: int) -> int:
+    """Rows of one product. Fixed, with the last chunk filled up, so that cuBLAS sees the same shapes, chooses the same
+    kernel and sums a row alike whatever the batch."""
+    return 256 if rows <= 512 else 1024
+
+
+def product(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """out = x w^T, accumulated and kept in float32. x and w: float32, or both bfloat16 or float16."""
+    if x.dtype == torch.float32:
+        torch.mm(x, w.T, out=out)
+    else:
+        torch.mm(x, w.T, out_dtype=torch.float32, out=out)
+
+
+def head_products(step: Step, visit: Callable[[Tensor, int, int, int], None]) -> None:
+    """Calls visit(logits, first row, rows, first id): logits (>= rows, ids) float32 of rows of (B * K) and SLICE ids or
+    fewer, without head_bias; they are overwritten after. All rows are multiplied, also those that take no part: which
+    they are, only the device knows. One slice of the head serves all rows while it is in the cache."""
+    source, head = step.source, step.head_weight
+    assert head is not None
+    rows, vocabulary = source.shape[0] * source.shape[1], head.shape[0]
+    at_once = product_rows(rows)
+    x = source.flatten(0, 1).to(head.dtype)  # (rows, D): a view where strides allow, and the dtypes are the same
+    rest = rows % at_once
+    last = x.new_zeros(at_once, x.shape[1]) if rest else x
+    last[:rest].copy_(x[rows - rest :])
+    logits = torch.empty(at_once * min(SLICE, vocabulary), dtype=torch.float32, device=source.device)
+    for first_id in range(0, vocabulary, SLICE):
+        w = head[first_id : first_id + SLICE]
+        out = logits[: at_once * w.shape[0]].view(at_once, w.shape[0])
+        for first_row in range(0, rows, at_once):
+            here = min(at_once, rows - first_row)
+            product(x[first_row : first_row + at_once] if here == at_once else last, w, out)
+            visit(out, first_row, here, first_id)
