@@ -51,7 +51,7 @@ def kernel(op: str, backend: str) -> str:
     if backend == "cuda":
         info = json.loads((package / "_build_info.json").read_text())
         parts += [str(info.get("sources")), str(info.get("cuda_archs"))]
-        files = [room / "native.py"]
+        files = sorted({*room.glob("cuda*.py"), room / "native.py"})
     else:
         parts.append(metadata.version("triton"))
         files = sorted(room.glob("triton*.py"))

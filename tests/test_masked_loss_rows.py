@@ -11,7 +11,8 @@ from torch import Tensor
 
 from illada_kernels.ops.masked_loss import cases, native, reference
 from illada_kernels.ops.masked_loss.native import Options
-from tests.cuda_on_cpu.library import GlobalArray, KernelFault, compile_kernels, missing, plant
+from tests.cuda_on_cpu.emulated import Emulated
+from tests.cuda_on_cpu.library import GlobalArray, KernelFault, missing, plant
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SOURCE = "csrc/cuda/masked_loss_rows.cu"
@@ -19,29 +20,21 @@ ALL = Options("sum", 3.0, 0.1, 0.01, (1, 4, 30), None)
 PLAIN = Options("sum", None, 0.0, 0.0, (), None)
 
 
-class Emulated:
-    """Takes the place of native.launch: arguments are copied into guarded memory and outputs back."""
+class Rows(Emulated):
+    """The row kernels; `in_place` makes the backward write over the logits."""
 
-    def __init__(self, text: str | None = None, seed: int = 0) -> None:
-        self.kernels, self.seed, self.in_place = compile_kernels(SOURCE, text=text), seed, False
+    def __init__(self, text: str | None = None, seed: int = 0, in_place: bool = False) -> None:
+        super().__init__(SOURCE, text=text, seed=seed)
+        self.in_place = in_place
 
-    def __call__(self, function: str, device: torch.device, *arguments: Any) -> None:
-        arrays: dict[int, tuple[Tensor, GlobalArray]] = {}
-        passed: list[Any] = []
-        for position, a in enumerate(arguments):
-            if isinstance(a, Tensor):
-                array = GlobalArray(a, f"argument {position}")
-                arrays[position] = (a, array)
-                passed.append(array)
-            else:
-                passed.append(ctypes.c_float(a) if isinstance(a, float) else a)
+    def adjust(self, function: str, passed: list[Any]) -> None:
         if self.in_place and function.endswith("bwd"):
             passed[2] = passed[0]
-        assert self.kernels.run(f"illada_{function}", *passed, None, seed=self.seed) == 0
-        outputs = {"masked_loss_rows_fwd": (-2, -1), "masked_loss_rows_bwd": (2,)}[function]
-        for position in outputs:
-            position %= len(arguments)
-            arrays[position][0].copy_(passed[position].tensor.view(arrays[position][0].shape))
+
+    def __call__(self, function: str, device: torch.device, *arguments: Any) -> None:
+        super().__call__(function, device, *arguments)
+        if self.in_place and function.endswith("bwd"):
+            arguments[2].copy_(self.last[0].tensor.view(arguments[2].shape))
 
 
 def inputs(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,7 +49,7 @@ def inputs(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 
 
 def both(
-    monkeypatch: pytest.MonkeyPatch, emulated: Emulated, args: tuple[Tensor, ...], options: Options, upstream: Tensor
+    monkeypatch: pytest.MonkeyPatch, emulated: Rows, args: tuple[Tensor, ...], options: Options, upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
     monkeypatch.setattr(native, "launch", emulated)
     loss, kept = native.cuda_rows_forward(*args, options)
@@ -83,15 +76,15 @@ def test_rows_agree_with_the_reference(dtype: torch.dtype, vocab: int, monkeypat
     args = inputs(5, vocab, dtype)
     for options, seed in ((PLAIN, 1), (ALL, 2), (ALL._replace(reduction="mean"), 3)):
         upstream = torch.tensor(-0.7)
-        assert_right(both(monkeypatch, Emulated(seed=seed), args, options, upstream), args, options, upstream)
+        assert_right(both(monkeypatch, Rows(seed=seed), args, options, upstream), args, options, upstream)
     options, upstream = ALL._replace(reduction="none", max_masked=5), torch.randn(5)
     upstream[1] = torch.nan  # of an unmasked row
-    got = both(monkeypatch, Emulated(), args, options, upstream)
+    got = both(monkeypatch, Rows(), args, options, upstream)
     assert_right(got, args, options, upstream.nan_to_num())
     assert (got[1][~args[2]] == 0).all()
 
 
-class FromRoom(Emulated):
+class FromRoom(Rows):
     """Passes logits as a view into a larger tensor; a copy of the view alone would be contiguous and aligned."""
 
     def __init__(self, room: Tensor, offset: int) -> None:
@@ -118,22 +111,20 @@ def test_tiny_vocabularies_and_rows_at_any_alignment(vocab: int, offset: int, mo
 
 def test_backward_in_place_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     args = inputs(4, 519, torch.float16)
-    apart = both(monkeypatch, Emulated(), args, ALL, torch.tensor(1.0))[1]
-    emulated = Emulated()
-    emulated.in_place = True
-    assert torch.equal(both(monkeypatch, emulated, args, ALL, torch.tensor(1.0))[1], apart)
+    apart = both(monkeypatch, Rows(), args, ALL, torch.tensor(1.0))[1]
+    assert torch.equal(both(monkeypatch, Rows(in_place=True), args, ALL, torch.tensor(1.0))[1], apart)
 
 
 def test_bad_targets_and_too_many_rows_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets, masked, w = inputs(5, 41, torch.float32)
     targets[2] = 41
     options = PLAIN._replace(reduction="none", max_masked=5)
-    losses, d = both(monkeypatch, Emulated(), (logits, targets, masked, w), options, torch.ones(5))
+    losses, d = both(monkeypatch, Rows(), (logits, targets, masked, w), options, torch.ones(5))
     assert losses.isnan().tolist() == [False, False, True, False, False]
     assert d[2].isnan().all() and d[[0, 1, 3, 4]].isfinite().all()
-    assert both(monkeypatch, Emulated(), (logits, targets, masked, w), PLAIN, torch.tensor(1.0))[0].isnan()
+    assert both(monkeypatch, Rows(), (logits, targets, masked, w), PLAIN, torch.tensor(1.0))[0].isnan()
     few = options._replace(max_masked=2)
-    for got in both(monkeypatch, Emulated(), (logits, targets, masked, w), few, torch.ones(5)):
+    for got in both(monkeypatch, Rows(), (logits, targets, masked, w), few, torch.ones(5)):
         assert got.isnan().all()
 
 
@@ -144,9 +135,9 @@ def test_extreme_and_infinite_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     targets = torch.arange(6)
     args = (logits, targets, masked, w)
-    assert_right(both(monkeypatch, Emulated(), args, PLAIN, torch.tensor(1.0)), args, PLAIN, torch.tensor(1.0))
+    assert_right(both(monkeypatch, Rows(), args, PLAIN, torch.tensor(1.0)), args, PLAIN, torch.tensor(1.0))
     logits[2, 7] = torch.nan
-    losses, d = both(monkeypatch, Emulated(), args, PLAIN._replace(reduction="none"), torch.ones(6))
+    losses, d = both(monkeypatch, Rows(), args, PLAIN._replace(reduction="none"), torch.ones(6))
     assert losses.isnan().nonzero().tolist() == [[2]] and d[[0, 1, 3, 4, 5]].isfinite().all()
 
 
@@ -163,7 +154,7 @@ FAULTS = {
 def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, error = FAULTS[name]
     args = inputs(5, 4099, torch.bfloat16)
-    emulated = Emulated(plant(SOURCE, old, new))
+    emulated = Rows(plant(SOURCE, old, new))
     with pytest.raises(error):
         got = both(monkeypatch, emulated, args, PLAIN, torch.tensor(1.0))
         room = torch.zeros(5, 4101, dtype=torch.bfloat16)  # an output whose rows are aligned otherwise than the logits'

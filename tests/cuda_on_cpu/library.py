@@ -199,6 +199,9 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
         self._name = name
 
+    def holds(self, function: str) -> bool:
+        return hasattr(self._library, function)
+
     def run(
         self, function: str, *arguments: Any, seed: int = 0, host_threads: int = 1, most_steps: int = 1 << 28
     ) -> int:

@@ -42,7 +42,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float
     if out.numel() == 0:
         return out, lse
     q, k, v, bounds = _rows(q), _rows(k), _rows(v), _bounds(bounds)
-    strides = _strides(q, k, v, bounds)
+    strides = element_strides(q, k, v, bounds)
     code = native().attention_fwd(
         _DTYPES[q.dtype],
         *_pointers(q, k, v, bounds, out, lse),
@@ -76,7 +76,7 @@ def backward(
         return dq.to(q.dtype), dk.zero_(), dv.zero_()
     q, k, v, out, dout, bounds = _rows(q), _rows(k), _rows(v), _rows(out), _rows(dout), _bounds(bounds)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    strides = _strides(q, k, v, bounds, out, dout)
+    strides = element_strides(q, k, v, bounds, out, dout)
     code = native().attention_bwd(
         _DTYPES[q.dtype],
         *_pointers(q, k, v, bounds, out, lse, dout, dlse, dq, dk, dv),
@@ -106,7 +106,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     return (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
 
 
-def _strides(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, *rest: Tensor) -> array.array[int]:
+def element_strides(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, *rest: Tensor) -> array.array[int]:
     """Element strides of batch, row and head of each; of bounds those of batch and row, 0 where it is broadcast."""
     strides = [s for x in (q, k, v) for s in x.stride()[:3]]
     strides += [0, 0] if bounds is None else [bounds.stride(i) if bounds.shape[i] > 1 else 0 for i in (0, 1)]

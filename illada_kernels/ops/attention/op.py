@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import Backend, choose
+from ..._gpu import UNRUN
 from ..._torch_ops import TorchOp
 
 
@@ -25,7 +26,7 @@ class Request(NamedTuple):
     backward: bool
 
 
-_MODULES = {"cpu": "native", "reference": "reference"}
+_MODULES = {"cuda": "cuda", "cpu": "native", "reference": "reference"}
 
 
 @functools.cache
@@ -33,17 +34,19 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES[backend]}", __package__)
 
 
-def _lazy(backend: str, devices: tuple[str, ...]) -> Backend:
+def _lazy(backend: str, devices: tuple[str, ...], opt_in: str | None = None) -> Backend:
     """A backend whose module is imported when it is first asked."""
     return Backend(
         backend,
         devices,
         available=lambda: _module(backend).available(),
         supports=lambda request: _module(backend).supports(request),
+        opt_in=opt_in,
     )
 
 
 BACKENDS = (
+    _lazy("cuda", ("cuda",), opt_in=UNRUN),
     _lazy("cpu", ("cpu",)),
     Backend("reference", None, available=lambda: None, supports=lambda request: None),
 )

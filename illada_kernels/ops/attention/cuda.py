@@ -1,0 +1,126 @@
+"""Attention on Hopper: csrc/cuda/attention_fwd_sm90a.cuh and attention_bwd_sm90a.cu, and how their work is cut up."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._dispatch import native
+from ..._gpu import hopper_reason, launch
+from .native import element_strides
+
+_DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+_DIMS = (64, 96, 128, 256)
+_MAX_KEYS = 2**31 - 1024
+
+
+def available() -> str | None:
+    """None, or why the compiled kernels cannot run on this machine."""
+    return hopper_reason()
+
+
+def supports(request: Any) -> str | None:
+    """None, or why this call (its q, k, v and direction) cannot run here."""
+    entry = "attention_bwd_sm90a" if request.backward else "attention_fwd_sm90a"
+    if not hasattr(native(), entry):
+        return f"the extension has no {entry}"
+    q, k, v = request.q, request.k, request.v
+    if q.dtype not in _DTYPES:
+        return f"takes bfloat16 and float16, not {q.dtype}"
+    if q.shape[3] not in _DIMS or v.shape[3] != q.shape[3]:
+        return f"takes a head_dim of {', '.join(map(str, _DIMS))}, alike for q and v, not {q.shape[3]} and {v.shape[3]}"
+    if max(q.shape[1], k.shape[1]) > _MAX_KEYS:
+        return f"takes at most {_MAX_KEYS} queries and keys"
+    return next(filter(None, (_unfit_for_tma(name, x) for name, x in (("q", q), ("k", k), ("v", v)))), None)
+
+
+def _unfit_for_tma(name: str, x: Tensor) -> str | None:
+    """Bulk tensor copies take 16-byte aligned addresses and strides."""
+    if x.data_ptr() % 16:
+        return f"{name} starts at an address that is no multiple of 16 bytes; .clone() it"
+    for size, stride in zip(x.shape[:3], x.stride()[:3]):
+        if size > 1 and (stride <= 0 or stride * x.element_size() % 16):
+            return f"{name} has strides {x.stride()} that are no positive multiples of 16 bytes; use .contiguous()"
+    return None
+
+
+class Schedule(NamedTuple):
+    """How the forward is cut up; by shapes alone, so that a captured graph serves any lengths."""
+
+    pack: int  # query heads of one key head that share a tile's rows
+    items: int  # (batch entry, heads, tile of rows): what one block takes up at a time
+    splits: int  # of the keys of an item, among blocks
+
+
+def schedule(batch: int, rows: int, keys: int, heads: int, key_heads: int, dim: int, processors: int) -> Schedule:
+    """A tile is 3 warpgroups (2 for head_dim 256) of 64 rows.
+
+    Heads that share keys share a tile if that fills at least nine tenths of its rows, or if all rows fit one tile.
+    With fewer items than processors the keys are split: the number of splits minimises the steps of the busiest block,
+    where starting an item costs about two steps, and combining the parts about two more.
+    """
+    warpgroups, step = (2, 80) if dim == 256 else (3, 128)
+    group = heads // key_heads
+    packs = group <= 64 and (10 * (64 // group * group) >= 9 * 64 or group * rows <= 64 * warpgroups)
+    pack = group if packs else 1
+    items = batch * (heads // pack) * -(-rows // (warpgroups * (64 // pack)))
+    steps = -(-keys // step)
+
+    def cost(splits: int) -> int:
+        return -(-items * splits // processors) * (-(-steps // splits) + 2) + 2 * (splits > 1)
+
+    most = min(32, steps) if 0 < items < processors else 1
+    return Schedule(pack, items, min(range(1, most + 1), key=cost, default=1))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D), bounds int32 (B or 1, Sq or 1, 4) or None for full: out, lse.
+
+    out (B, Sq, Hq, D) in q's dtype, lse (B, Hq, Sq) float32. Accumulates in float32; the probabilities are rounded to
+    q's dtype for the second product. One launch, two where the keys are split. Memory: then 4 (D + 1) bytes per row,
+    head and split.
+    """
+    batch, rows, heads, dim = q.shape
+    keys, key_heads = k.shape[1], k.shape[2]
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
+    if out.numel() == 0 or keys == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    count = processors(q.device)
+    cut = schedule(batch, rows, keys, heads, key_heads, dim, count)
+    blocks = min(count, cut.items * cut.splits)
+    parts = lse.new_empty(cut.splits * lse.numel() * (dim + 1)) if cut.splits > 1 else None
+    # Blocks draw items of unlike lengths from a counter; like ones they take in turns.
+    counter = None
+    if bounds is not None and cut.items * cut.splits > blocks:
+        counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    q, scale = _with_positive_scale(q, scale)
+    bounds = _aligned(bounds)
+    strides = element_strides(q, k, v, bounds)
+    launch("attention_fwd_sm90a", q.device, _DTYPES[q.dtype], q, k, v, bounds, out, lse, batch, rows, keys, heads,
+           key_heads, dim, strides.buffer_info()[0], scale, cut.pack, cut.splits, parts, counter, blocks)  # fmt: skip
+    return out, lse
+
+
+def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Maxima stay maxima, and a masked score stays -inf when multiplied. Negation is exact; a scale that vanishes
+    beside float32 goes into q, where what it rounds away is far below one rounding of the log-sum-exp."""
+    if abs(scale) < 1e-30:
+        return (q.float() * scale).to(q.dtype), 1.0
+    return (q, scale) if scale > 0 else (-q, -scale)
+
+
+def _aligned(bounds: Tensor | None) -> Tensor | None:
+    """Rows of four integers that one 16-byte access reads."""
+    if bounds is None or (bounds.stride(2) == 1 and bounds.data_ptr() % 16 == 0 and bounds.stride(0) % 4 == 0
+                          and bounds.stride(1) % 4 == 0):  # fmt: skip
+        return bounds
+    return bounds.clone(memory_format=torch.contiguous_format)
