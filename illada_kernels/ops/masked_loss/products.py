@@ -1,0 +1,68 @@
+"""The large products of masked_loss on a GPU: torch.mm by cuBLAS, summed in float32."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out = a @ b, or out += a @ b, summed in float32; out has their dtype or float32."""
+    if out.dtype == a.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif not accumulate:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif _adds_to_float32(a.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:  # in pieces that stay in the second-level cache
+        for start in range(0, len(out), 1024):
+            out[start : start + 1024] += torch.mm(a[start : start + 1024], b, out_dtype=out.dtype)
+
+
+@functools.cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a half-precision product to a float32 matrix (2.9 did not: it wants one dtype)."""
+    a, out = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except RuntimeError:  # by a check on the host, before anything is launched
+        return False
+    return True
+
+
+_sums_lock = threading.Lock()
+_sums_users, _sums_before = 0, (True, True)
+
+
+def _reduced_sums(bf16: bool, fp16: bool) -> None:
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = bf16
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = fp16
+
+
+@contextlib.contextmanager
+def float32_sums() -> Iterator[None]:
+    """cuBLAS may otherwise add partial products of one element in half precision (torch allows it by default)."""
+    global _sums_users, _sums_before
+    flags = torch.backends.cuda.matmul
+    with _sums_lock:
+        if _sums_users == 0:
+            _sums_before = (flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction)
+            _reduced_sums(False, False)
+        _sums_users += 1
+    try:
+        yield
+    finally:
+        with _sums_lock:
+            _sums_users -= 1
+            if _sums_users == 0:
+                flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction = (
+                    _sums_before
+                )
