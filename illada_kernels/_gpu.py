@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import extension_reason, native
+from . import _nvrtc
+from ._dispatch import extension, extension_reason, native
 
 UNRUN = "not yet run on a GPU; `python -m illada_kernels doctor --selftest` tries it and lets it in"
 
@@ -34,6 +35,13 @@ def hopper_reason() -> str | None:
     return None if (major, minor) == (9, 0) else f"needs a GPU of compute capability 9.0, this one has {major}.{minor}"
 
 
+def rows_reason() -> str | None:
+    """None, or why the row kernels, those of plain .cu files, cannot run: what nvcc did not compile, NVRTC may."""
+    if (reason := cuda_reason()) is None or device_reason() is not None:
+        return reason
+    return None if (missing := _nvrtc.reason()) is None else f"{reason}; NVRTC cannot compile them either: {missing}"
+
+
 @functools.cache
 def triton_reason() -> str | None:
     """None, or why Triton kernels cannot run here."""
@@ -45,12 +53,15 @@ def triton_reason() -> str | None:
 
 
 def launch(function: str, device: torch.device, *arguments: Any) -> None:
-    """Runs a CUDA entry point of the extension on the current stream of `device`; tensors go in as pointers, None as
-    null. Raises RuntimeError with CUDA's words if it could not be launched."""
+    """Runs a CUDA entry point of the extension, or what it would launch, compiled by NVRTC, on the current stream of
+    `device`; tensors go in as pointers, None as null. Raises RuntimeError with CUDA's words if that failed."""
+    plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+    module, _ = extension()
+    if module is None or not module.with_cuda:
+        return _nvrtc.launch(function, device, *plain)
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         stream = torch._C._cuda_getCurrentRawStream(index)
-        plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
-        code = getattr(native(), function)(*plain, stream)
+        code = getattr(module, function)(*plain, stream)
     if code:
         raise RuntimeError(f"{function}: {torch.cuda.CudaError(code)}")

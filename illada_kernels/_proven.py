@@ -51,7 +51,11 @@ def kernel(op: str, backend: str) -> str:
     if backend == "cuda":
         info = json.loads((package / "_build_info.json").read_text())
         parts += [str(info.get("sources")), str(info.get("cuda_archs"))]
-        files = sorted({*room.glob("cuda*.py"), room / "native.py"})
+        if not info.get("cuda"):
+            from . import _nvrtc
+
+            parts += ["NVRTC", _nvrtc.fingerprint()]
+        files = sorted({*room.glob("cuda*.py"), room / "native.py", room / "nvrtc.py"})
     else:
         parts.append(metadata.version("triton"))
         files = sorted(room.glob("triton*.py"))

@@ -14,6 +14,7 @@ import pytest
 from conftest import alone, build, copy_checkout
 
 import illada_kernels
+from illada_kernels import _nvrtc
 
 
 def test_importing_the_package_imports_neither_torch_nor_the_extension(python):
@@ -51,7 +52,11 @@ def test_wheel_holds_both_packages_the_extension_and_nothing_else(distributions,
     extra = {name for name in names - wanted if ".dist-info/" not in name}
     compiled = {name for name in extra if name.startswith("illada_kernels/_C.")}
     assert len(compiled) == 1
-    assert extra - compiled == {"illada_kernels/py.typed", "illada/py.typed", "illada_kernels/_build_info.json"}
+    folders = [root / "csrc" / name for name in ("cuda", "include/illada", "nvrtc")]  # for NVRTC
+    sources = {p for folder in folders for p in folder.iterdir() if not p.name.endswith("_sm90a.cu")}
+    shipped = {f"illada_kernels/_csrc/{p.relative_to(root / 'csrc')}" for p in sources}
+    others = {"illada_kernels/py.typed", "illada/py.typed", "illada_kernels/_build_info.json"}
+    assert extra - compiled == shipped | others
 
 
 def unpack(wheel: Path, target: Path) -> Path:
@@ -70,10 +75,11 @@ q = torch.randn(1, 9, 2, 16)
 torch.testing.assert_close(attention(q, q, q, backend="cpu"), attention(q, q, q, backend="reference"))
 arguments = torch.randn(7, 16), torch.randn(50, 16), torch.arange(7), torch.arange(7) < 4
 torch.testing.assert_close(masked_loss(*arguments, backend="cpu"), masked_loss(*arguments, backend="reference"))
-print("same")
+from illada_kernels import _nvrtc
+print("same", _nvrtc.fingerprint())
 """
     done = python("-c", code.format(site=str(site)), path=(site,), cwd=tmp_path)
-    assert done.stdout.strip() == "same", done.stderr
+    assert done.stdout.split() == ["same", _nvrtc.fingerprint()], done.stderr
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import Backend, choose
-from ..._gpu import UNRUN, cuda_reason
+from ..._gpu import UNRUN, rows_reason
 from ..._torch_ops import TorchOp, is_plain
 from . import head, native, reference
 from .native import Options
@@ -33,7 +33,7 @@ def _no_float64(rows: Tensor) -> str | None:
 
 
 _CPU = Backend("cpu", ("cpu",), native.cpu_reason, _no_float64)
-_CUDA = Backend("cuda", ("cuda",), cuda_reason, _no_float64, opt_in=UNRUN)
+_CUDA = Backend("cuda", ("cuda",), rows_reason, _no_float64, opt_in=UNRUN)
 _REFERENCE = Backend("reference", None, _always, _always)
 BACKENDS: tuple[Backend, ...] = (_CPU, _REFERENCE)
 FROM_LOGITS_BACKENDS: tuple[Backend, ...] = (_CUDA, _CPU, _REFERENCE)

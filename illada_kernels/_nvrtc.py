@@ -1,0 +1,130 @@
+"""Compiles and launches the CUDA row kernels where the extension was built without nvcc: by NVRTC, through CuPy.
+
+A kernel is compiled at its first use (about a second). CuPy keeps it on disk ($CUPY_CACHE_DIR, else ~/.cupy) under its
+text, options, architecture and NVRTC's version. Which kernel an entry point of api.h launches, and how, is written
+once more in ops/<op>/nvrtc.py: the host code beside the kernels is C++ for nvcc.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+OPS = ("attention", "masked_loss", "unmask")
+FOLDERS = ("nvrtc", "cuda", "include")  # of csrc, searched in this order: nvrtc stands in for the host's headers
+
+
+class Launch(NamedTuple):
+    """What an entry point does: one kernel, named as in its source file, for one grid."""
+
+    source: str  # in csrc/cuda
+    kernel: str  # "rows_fwd<float>"
+    grid: tuple[int, ...]
+    block: int
+    smem: int  # bytes of dynamic shared memory, at most 48 KiB
+    arguments: tuple[Any, ...]  # NumPy scalars and structures of the parameters' types; plain ints are 64-bit
+
+
+def sources() -> Path:
+    """csrc: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "_csrc"
+    return inside if inside.is_dir() else package.parent / "csrc"
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of all that a kernel may include. CuPy's cache knows the text it is given, not what that includes."""
+    digest = hashlib.sha256()
+    files = [p for folder in FOLDERS for p in (sources() / folder).rglob("*") if p.is_file()]
+    for path in sorted(p for p in files if not p.name.endswith("_sm90a.cu")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+# ---- what it takes ---------------------------------------------------------------------------------------------------
+
+
+def headers(major: int) -> Path | None:
+    """The folder with cuda_bf16.h of CUDA `major`: of NVIDIA's Python packages, which come with torch, or a toolkit."""
+    spec = importlib.util.find_spec("nvidia")
+    packages = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    folders = [p / name for p in packages for name in (f"cu{major}", "cuda_runtime")]
+    folders += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for folder in (f / "include" for f in (*folders, Path("/usr/local/cuda"))):
+        if (folder / "cuda_bf16.h").is_file() and _major(folder) == major:
+            return folder
+    return None
+
+
+def _major(include: Path) -> int | None:
+    try:
+        found = re.search(r"#define CUDART_VERSION\s+(\d+)", (include / "cuda_runtime_api.h").read_text())
+    except OSError:
+        return None
+    return int(found[1]) // 1000 if found else None
+
+
+@functools.cache
+def reason() -> str | None:
+    """None, or what NVRTC lacks here."""
+    cuda = (torch.version.cuda or "13").partition(".")[0]
+    try:
+        cupy = importlib.import_module("cupy")
+    except Exception as error:  # a CuPy built for another NumPy or CUDA may raise anything
+        return f"cupy cannot be imported ({type(error).__name__}: {error}); `pip install 'illada-kernels[cupy{cuda}]'`"
+    try:
+        major = cupy.cuda.nvrtc.getVersion()[0]
+    except Exception as error:
+        package = "nvidia-cuda-nvrtc-cu12" if cuda == "12" else "nvidia-cuda-nvrtc"
+        return f"CuPy finds no NVRTC ({type(error).__name__}: {str(error)[:200]}); `pip install {package}`"
+    if headers(major) is None:
+        package = "nvidia-cuda-runtime-cu12" if major == 12 else f"nvidia-cuda-runtime=={major}.*"
+        return (
+            f"no cuda_bf16.h of CUDA {major} in NVIDIA's packages, $CUDA_HOME, /usr/local/cuda; `pip install {package}`"
+        )
+    return None
+
+
+def options(include: Path) -> tuple[str, ...]:
+    """NVRTC's, beside what CuPy adds: the architecture, -ftz=true and --device-as-default-execution-space."""
+    return ("-std=c++17", *(f"-I{sources() / folder}" for folder in FOLDERS), f"-I{include}")
+
+
+# ---- compiling and launching -----------------------------------------------------------------------------------------
+
+
+def program(source: str) -> str:
+    return f'// {fingerprint()}\n#include "{source}"\n'
+
+
+@functools.cache
+def kernel(source: str, name: str) -> Any:
+    """A cupy.RawKernel, which compiles and loads itself once per device."""
+    cupy = importlib.import_module("cupy")
+    include = headers(cupy.cuda.nvrtc.getVersion()[0])
+    assert include is not None  # or reason() would have said so
+    module = cupy.RawModule(code=program(source), options=options(include), name_expressions=(name,))
+    return module.get_function(name)
+
+
+def launch(function: str, device: torch.device, *arguments: Any) -> None:
+    """What the extension's `function` would do, on the current stream of `device`; pointers come as integers."""
+    op = next(op for op in OPS if function.startswith(op))
+    how: Launch = getattr(importlib.import_module(f"illada_kernels.ops.{op}.nvrtc"), function)(*arguments)
+    if 0 in how.grid:
+        return  # CuPy would launch one block
+    cupy = importlib.import_module("cupy")
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        stream = cupy.cuda.ExternalStream(torch._C._cuda_getCurrentRawStream(index), index)
+        with cupy.cuda.Device(index), stream:
+            kernel(how.source, how.kernel)(how.grid, (how.block,), how.arguments, shared_mem=how.smem)
