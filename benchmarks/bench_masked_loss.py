@@ -1,12 +1,14 @@
-"""masked_loss, forward and backward with all gradients, against plain PyTorch on all rows and on the masked ones.
+"""masked_loss, forward and backward with all gradients, against whoever else computes it, on all or on masked rows.
 
-The limit of a case is what its three products alone take, at the inputs' dtype on a GPU and in float32 on a CPU, into
-memory that is there already.
+The limit of a case is what its three products alone take (one product without gradients), at the inputs' dtype on a GPU
+and in float32 on a CPU, into memory that is there already. On a GPU: 8192 tokens, D = 4096, bfloat16, and the peers of
+peers_masked_loss.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +17,59 @@ from torch import Tensor
 
 from illada_kernels import masked_loss
 from illada_kernels.ops.masked_loss import cases as shapes
+from illada_kernels.ops.masked_loss.op import BACKENDS
 
+from . import peers_masked_loss
 from .measure import Case, Job, Work
+from .peers import ours_on
+from .peers_masked_loss import IGNORED, Rows
+
+TOKENS, DIM = 8192, 4096
+
+
+@dataclass(frozen=True)
+class GpuCase(shapes.Case):
+    gradients: bool = True
+    capacity: bool = False  # with max_masked: no host synchronisation
+    minimum: bool = False  # a budget of a tenth of the logits of all rows
+
+    @property
+    def memory_budget(self) -> int | None:
+        return 2 * self.rows * self.vocab // 10 if self.minimum else None
+
+    @property
+    def products(self) -> int:
+        return 3 if self.gradients else 1
+
+
+def gpu_cases() -> list[GpuCase]:
+    found = []
+    for vocab in (155136, 126464):
+        for ratio in (0.5, 0.1, 0.9):
+            shape = (f"{ratio} of 8192, V {vocab}", TOKENS, round(ratio * TOKENS), DIM, vocab)
+            found.append(GpuCase(*shape))
+            if ratio == 0.5:
+                name, *rest = shape
+                found.append(GpuCase(f"{name}, no_grad", *rest, gradients=False))
+                found.append(GpuCase(f"{name}, max_masked", *rest, capacity=True))
+                found.append(GpuCase(f"{name}, minimum memory", *rest, minimum=True))
+    return found
 
 
 def cases(device: str) -> Iterable[Case]:
-    kinds = {"cpu": (shapes.CPU_CASES, ("float32",)), "cuda": (shapes.GPU_CASES, ("bfloat16",))}
-    named, dtypes = kinds[device]
-    for dtype in dtypes:
-        for case in named:
-            yield Case("masked_loss", case.name, dtype, lambda c=case, d=dtype: build(c, getattr(torch, d), device))
+    if device == "cuda":
+        for case in gpu_cases():
+            facts = {"ratio": case.masked / case.rows, "masked": case.masked, "vocab": case.vocab}
+            facts |= {"products": case.products, "minimum": case.minimum, "capacity": case.capacity}
+            facts |= {"flops": case.products / 3 * shapes.flops(case), "bytes": moved(case, torch.bfloat16)}
+            yield Case("masked_loss", case.name, "bfloat16", lambda c=case: build_on_gpu(c, torch.bfloat16), facts)
+        return
+    for case in shapes.CPU_CASES:
+        yield Case("masked_loss", case.name, "float32", lambda c=case: build(c, torch.float32, device))
+
+
+def moved(case: GpuCase, dtype: torch.dtype) -> float:
+    return shapes.bytes(case, dtype) if case.gradients else shapes.bytes(case, dtype) / 2
 
 
 def build(case: shapes.Case, dtype: torch.dtype, device: str) -> Work:
@@ -53,15 +98,43 @@ def build(case: shapes.Case, dtype: torch.dtype, device: str) -> Work:
         peers["F.linear_cross_entropy, masked rows"] = training(
             lambda: weighted(fused(hidden[masked], head, targets[masked], reduction="none"))
         )
-    from illada_kernels.ops.masked_loss.op import _chosen
-
-    name = _chosen(hidden, "")
-    work = Work({name: training(ours)}, peers, shapes.flops(case), shapes.bytes(case, dtype))
-    work.limit["three products"] = three_products(case, dtype, device)
+    names, absent = ours_on(BACKENDS, device)
+    work = Work({(names or ["reference"])[0]: training(ours)}, peers, shapes.flops(case), shapes.bytes(case, dtype))
+    work.limit["three products"] = products(case, dtype, device)
+    work.absent = absent
     return work
 
 
-def three_products(case: shapes.Case, dtype: torch.dtype, device: str) -> Job:
+# ---- a GPU ----------------------------------------------------------------------------------------------------------
+def build_on_gpu(case: GpuCase, dtype: torch.dtype) -> Work:
+    hidden, head, targets, masked, weight = case.inputs(dtype, "cuda")
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    options: dict[str, Any] = {"memory_budget": case.memory_budget}
+    options |= {"max_masked": case.masked} if case.capacity else {}
+
+    def ours(backend: str) -> Job:
+        def loss() -> Tensor:
+            return masked_loss(hidden, head, targets, masked, weight, backend=backend, **options)
+
+        if case.gradients:
+            return lambda: torch.autograd.grad(loss(), leaves)
+        return torch.no_grad()(loss)
+
+    with torch.no_grad():
+        rows = hidden[masked]
+    compacted = Rows(rows.requires_grad_(), head, targets[masked], weight[masked])
+    everything = Rows(hidden, head, torch.where(masked, targets, IGNORED), weight * masked)
+    slow = ("cut-cross-entropy",) if case.capacity or case.minimum else ()  # said once, at the plain case
+    peers, missing = peers_masked_loss.find(compacted, everything, case.gradients, slow)
+    names, absent = ours_on(BACKENDS, "cuda")
+    share = case.products / 3
+    work = Work({name: ours(name) for name in names}, peers, share * shapes.flops(case), moved(case, dtype))
+    work.limit["three products" if case.gradients else "one product"] = products(case, dtype, "cuda", case.gradients)
+    work.absent = absent | missing
+    return work
+
+
+def products(case: shapes.Case, dtype: torch.dtype, device: str, gradients: bool = True) -> Job:
     dtype = torch.float32 if device == "cpu" else dtype
     x, w = (torch.randn(n, case.dim, device=device).to(dtype) for n in (case.masked, case.vocab))
     logits = torch.empty(case.masked, case.vocab, device=device, dtype=dtype)
@@ -69,7 +142,8 @@ def three_products(case: shapes.Case, dtype: torch.dtype, device: str) -> Job:
 
     def job() -> None:
         torch.mm(x, w.T, out=logits)
-        torch.mm(logits, w, out=dx)
-        torch.mm(logits.T, x, out=dw)
+        if gradients:
+            torch.mm(logits, w, out=dx)
+            torch.mm(logits.T, x, out=dw)
 
     return job

@@ -1,64 +1,36 @@
 """One decoding step, from logits and fused with the head, against LLaDA's sampler and smarter plain torch.
 
 The limit of a step from logits is reading them once: `amax` over them is measured beside it; that of a fused step is
-its matrix product. Peers do the whole job: proposal, confidence, selection, write.
+its matrix product, or, for up to 64 rows on a GPU, reading the head once at the copy rate. Peers do the whole job:
+proposal, confidence, selection, write. On a GPU: D = 4096, bfloat16, replayed as CUDA graphs where that can be, and the
+peers of peers_unmask.py after cuBLAS.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import illada_kernels as ik
+from illada_kernels.ops import unmask as room
 from illada_kernels.ops.unmask import BACKENDS
 from illada_kernels.ops.unmask import cases as shapes
 
+from . import peers_unmask
 from .measure import Case, Work, rotating
+from .peers import ours_on
+from .peers_unmask import float32_step, llada_step
 
+FROM_LOGITS = getattr(room, "FROM_LOGITS_BACKENDS", BACKENDS)
 COMMITTED_PER_STEP = 4
+DIM = 4096
 
 
-# ---- peers ----------------------------------------------------------------------------------------------------------
-def llada_step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperature: float) -> Tensor:
-    """LLaDA's generate.py, one step with low_confidence remasking: float64 Gumbel noise over all logits, argmax,
-    softmax in the logits' dtype, gather, and a top-k for each sequence."""
-    if temperature > 0:
-        wide = logits.to(torch.float64)
-        noise = (-torch.log(torch.rand_like(wide, dtype=torch.float64))) ** temperature
-        proposal = (wide.exp() / noise).argmax(-1)
-    else:
-        proposal = logits.argmax(-1)
-    confidence = torch.softmax(logits, -1).gather(-1, proposal[..., None])[..., 0]
-    masked = tokens == mask_id
-    proposal, confidence = torch.where(masked, proposal, tokens), torch.where(masked, confidence, -torch.inf)
-    for b in range(tokens.shape[0]):
-        chosen = confidence[b].topk(k).indices
-        tokens[b, chosen] = proposal[b, chosen]
-    return tokens
-
-
-def float32_step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperature: float) -> Tensor:
-    """What a careful user writes: masked rows only, exponential race in float32, log-sum-exp instead of softmax, one
-    batched top-k."""
-    masked = tokens == mask_id
-    rows = logits[masked] if not bool(masked.all()) else logits.reshape(-1, logits.shape[-1])
-    if temperature > 0:
-        race = torch.empty_like(rows).exponential_().log_()
-        proposal = torch.sub(rows, race, alpha=temperature, out=race).argmax(-1)
-    else:
-        proposal = rows.argmax(-1)
-    probability = (rows.gather(-1, proposal[:, None])[:, 0] - rows.logsumexp(-1)).exp().float()
-    confidence = torch.full(tokens.shape, -torch.inf, device=logits.device).masked_scatter_(masked, probability)
-    proposed = tokens.masked_scatter(masked, proposal)
-    chosen = confidence.topk(k, -1).indices
-    return tokens.scatter_(1, chosen, proposed.gather(1, chosen))
-
-
-# ---- cases ----------------------------------------------------------------------------------------------------------
+# ---- a CPU ----------------------------------------------------------------------------------------------------------
 def backends(device: str) -> list[str]:
     fast = [b.name for b in BACKENDS if b.name != "reference" and b.devices and device in b.devices]
     return [b.name for b in BACKENDS if b.name in fast and b.available() is None] or ["reference"]
@@ -70,7 +42,7 @@ def fresh_tokens(shape: shapes.Shape, device: str) -> tuple[Tensor, Tensor]:
 
 
 def from_logits(shape: shapes.Shape, dtype: torch.dtype, temperature: float, device: str) -> Work:
-    exact = dtype == torch.float32 or device == "cuda"  # torch's own bfloat16 is no limit on a CPU
+    exact = dtype == torch.float32  # torch's own bfloat16 is no limit on a CPU
     full = (shape.batch, shape.count, shape.vocabulary)
     sets = [(torch.randn(full, device=device).mul_(2).to(dtype),) for _ in range(2)]
     tokens, positions = fresh_tokens(shape, device)
@@ -94,7 +66,7 @@ def from_logits(shape: shapes.Shape, dtype: torch.dtype, temperature: float, dev
 
 
 def from_hidden(shape: shapes.Shape, dtype: torch.dtype, temperature: float, device: str) -> Work:
-    exact = dtype == torch.float32 or device == "cuda"
+    exact = dtype == torch.float32
     weight = torch.randn(shape.vocabulary, shape.dim, device=device, dtype=dtype)
     full = (shape.batch, shape.count, shape.dim)
     sets = [(torch.randn(full, device=device).div(shape.dim**0.5).to(dtype),) for _ in range(3)]
@@ -120,9 +92,112 @@ def from_hidden(shape: shapes.Shape, dtype: torch.dtype, temperature: float, dev
     )
 
 
+# ---- a GPU ----------------------------------------------------------------------------------------------------------
+def gpu_shape(batch: int, count: int, vocabulary: int) -> shapes.Shape:
+    return shapes.Shape(f"{batch}x{count}_v{vocabulary // 1000}k", batch, count, vocabulary, DIM, vocabulary - 1)
+
+
+def on_gpu(shape: shapes.Shape, temperature: float, kind: str) -> Work:
+    """kind: "step" (the top-k rule and probabilities), "entropy" (the rule that needs most, for few rows), "loop"
+    (LLaDA's own shape, peers in as many parts as fit)."""
+    weight = torch.randn(shape.vocabulary, shape.dim, device="cuda", dtype=torch.bfloat16)
+    full = (shape.batch, shape.count, shape.dim)
+    sets = [(torch.randn(full, device="cuda").div(shape.dim**0.5).bfloat16(),) for _ in range(2)]
+    tokens, positions = fresh_tokens(shape, "cuda")
+    options: dict[str, Any] = {"mask_id": shape.mask_id, "temperature": temperature}
+    options |= {"confidence": "neg_entropy"} if kind == "entropy" else {}
+    rule = ik.EntropyBound(0.1) if kind == "entropy" else ik.TopK(min(COMMITTED_PER_STEP, shape.count))
+
+    def ours(backend: str) -> Callable[[Tensor], Any]:
+        return lambda hidden: ik.unmask(hidden, weight, tokens.clone(), positions, rule, backend=backend, **options)
+
+    part = peers_unmask.sequences_at_a_time(*full[:2], shape.vocabulary) if kind == "loop" else shape.batch
+
+    def peer(step: peers_unmask.Step) -> Callable[[Tensor], Any]:
+        def run(hidden: Tensor) -> Tensor:
+            written, logits = tokens.clone(), hidden @ weight.T
+            for b in range(0, shape.batch, part):
+                step(logits[b : b + part], written[b : b + part], min(COMMITTED_PER_STEP, shape.count), shape.mask_id,
+                     temperature)  # fmt: skip
+            return written
+
+        return run
+
+    steps, missing = peers_unmask.find(temperature, compiled=kind != "loop" and shape.rows in (64, 256))
+    names, absent = ours_on(BACKENDS, "cuda")
+    product = {"cuBLAS product alone": rotating(lambda hidden: hidden @ weight.T, sets)}
+    work = Work(
+        ours={name: rotating(ours(name), sets) for name in names},
+        peers={name: rotating(peer(step), sets) for name, step in steps.items()},
+        flops=shapes.flops(shape),
+        bytes=shapes.head_bytes(shape, 2),
+        absent=absent | missing,
+        notes=notes(steps, kind, part if part < shape.batch else None),
+        replayed=0 if kind == "loop" else len(sets),
+    )
+    if shape.rows > 64:
+        work.limit = product
+    else:
+        work.beside = product
+    return work
+
+
+def notes(steps: Iterable[str], kind: str, part: int | None) -> dict[str, str]:
+    said = [f"{part} sequences at a time, since its float64 logits fill the memory"] if part else []
+    said += ["commits by probability, top-k: no peer computes entropies"] if kind == "entropy" else []
+    return dict.fromkeys(steps, "; ".join(said)) if said else {}
+
+
+def selection(batch: int, count: int) -> Work:
+    """1024 candidates of each sequence, from logits of eight ids: what is left is ranking, committing and counting. The
+    selection kernel's own time stands under `kernels`."""
+    logits = [(torch.randn(batch, count, 8, device="cuda"),) for _ in range(2)]
+    tokens = torch.full((batch, count), 7, device="cuda")
+    positions = torch.arange(count, device="cuda").repeat(batch, 1)
+
+    def ours(backend: str) -> Callable[[Tensor], Any]:
+        options: dict[str, Any] = {"mask_id": 7, "backend": backend}
+        return lambda x: ik.unmask_from_logits(x, tokens.clone(), positions, ik.TopK(4), **options)
+
+    def ranked(x: Tensor) -> Tensor:
+        return peers_unmask.device_step(x, tokens.clone(), 4, 7, 0.0)
+
+    names, absent = ours_on(FROM_LOGITS, "cuda")
+    return Work(
+        ours={name: rotating(ours(name), logits) for name in names},
+        peers={"float32": rotating(ranked, logits)},
+        bytes=float(batch * count * (8 * 4 + 8 + 8 + 8 + 4 + 1)),
+        absent=absent,
+        replayed=2,
+    )
+
+
+def gpu_cases() -> Iterator[Case]:
+    def case(name: str, shape: shapes.Shape, temperature: float, kind: str) -> Case:
+        facts = {"kind": kind, "rows": shape.rows, "vocab": shape.vocabulary, "temperature": temperature}
+        facts |= {"flops": shapes.flops(shape), "bytes": shapes.head_bytes(shape, 2)}
+        return Case("unmask", name, "bfloat16", lambda: on_gpu(shape, temperature, kind), facts)
+
+    for vocabulary in (126464, 155136):
+        for batch, count in ((1, 1), (1, 8), (1, 32), (2, 32)):
+            shape = gpu_shape(batch, count, vocabulary)
+            yield case(f"entropy_{shape.name}_t1", shape, 1.0, "entropy")
+        for batch in (4, 8, 16, 32, 64):
+            shape = gpu_shape(batch, 32, vocabulary)
+            for temperature in (0.0, 1.0):
+                yield case(f"hidden_{shape.name}_t{temperature:g}", shape, temperature, "step")
+    facts = {"kind": "selection", "rows": 32 * 1024, "flops": 0.0, "bytes": 32.0 * 1024 * 61}
+    yield Case("unmask", "selection_32x1024", "float32", lambda: selection(32, 1024), facts)
+    shape = gpu_shape(32, 1024, 126464)
+    yield case(f"llada_loop_{shape.name}_t1", shape, 1.0, "loop")
+
+
 def cases(device: str) -> Iterator[Case]:
+    if device == "cuda":
+        yield from gpu_cases()
+        return
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-    single = torch.float32 if device == "cpu" else torch.bfloat16
+    single = torch.float32
 
     def case(
         kind: str, build: Callable[..., Work], shape: shapes.Shape, dtype: torch.dtype, temperature: float
@@ -132,8 +207,7 @@ def cases(device: str) -> Iterator[Case]:
 
     for shape, temperature in itertools.product((shapes.LLADA, shapes.LLADA_ONE), (1.0, 0.0)):
         yield case("logits", from_logits, shape, single, temperature)
-    other = torch.bfloat16 if device == "cpu" else torch.float32
-    yield case("logits", from_logits, shapes.LLADA, other, 1.0)
+    yield case("logits", from_logits, shapes.LLADA, torch.bfloat16, 1.0)
     for dtype in dict.fromkeys((single, torch.bfloat16)):
         yield case("hidden", from_hidden, shapes.LLADA, dtype, 1.0)
     yield case("hidden", from_hidden, shapes.LLADA, single, 0.0)

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import gc
 import itertools
-import platform
-import re
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .counts import count_calls, gpu_profile, peak_memory
+from .journal import Journal
+from .machine import commit, device_name, gpu_limits, processor, slug, versions
+
+__all__ = ["commit", "count_calls", "device_name", "peak_memory", "processor", "slug", "versions"]  # taken from here
+
 Job = Callable[[], Any]
 SAMPLE_MS = 2.0  # a shorter job is called repeatedly within one sample: the clock and its call cost about 1 us
+CALL_LIMIT = 60.0  # seconds in which a contender's first call must end, compilation included, and any sample
+COMPILE_LIMIT = 240.0  # for contenders whose names say that they are compiled
 
 
 @dataclass
@@ -33,6 +37,10 @@ class Work:
     flops: float = 0.0  # floating-point operations that the mathematics needs
     bytes: float = 0.0  # bytes that must move between memory and chip
     limit: dict[str, Job] = field(default_factory=dict)  # measured ceilings: functions that run at the limit
+    beside: dict[str, Job] = field(default_factory=dict)  # timed in the same rounds, but another job: no peers
+    absent: dict[str, str] = field(default_factory=dict)  # contenders that cannot run here, and why
+    notes: dict[str, str] = field(default_factory=dict)  # how a contender was called
+    replayed: int = 0  # on a GPU, time replays of a CUDA graph of so many calls: short jobs without the host's share
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Case:
     name: str
     dtype: str
     build: Callable[[], Work]
+    facts: dict[str, Any] = field(default_factory=dict)  # what figures and floors need: length, density, rows, flops
 
 
 def rotating(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Job:
@@ -49,11 +58,36 @@ def rotating(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) ->
     return lambda: function(*next(turn))
 
 
+def sets_beyond_cache(bytes_of_one: float, device: str) -> int:
+    """How many sets of inputs to rotate, so that they are three times the GPU's L2 cache, and at most 64."""
+    cache = gpu_limits()["l2"] if device == "cuda" else 0
+    return max(2, min(64, -(-3 * cache // max(1, int(bytes_of_one)))))
+
+
 # ---- time -----------------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """`calls` calls of a job, captured as a CUDA graph; calling it replays them."""
+
+    def __init__(self, job: Job, calls: int) -> None:
+        self.calls, self.graph = calls, torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            job()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            for _ in range(calls):
+                job()
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def sample(job: Job, calls: int, device: str) -> float:
     """Milliseconds per call, over `calls` calls; on a GPU from one event to another on the stream."""
+    each = calls * getattr(job, "calls", 1)
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -61,22 +95,29 @@ def sample(job: Job, calls: int, device: str) -> float:
             job()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / calls
+        return start.elapsed_time(end) / each
     begin = time.perf_counter()
     for _ in range(calls):
         job()
-    return (time.perf_counter() - begin) * 1e3 / calls
+    return (time.perf_counter() - begin) * 1e3 / each
 
 
 def interleaved(
-    contenders: dict[str, Job], rounds: int = 15, seconds: float = 20.0, device: str = "cpu"
+    contenders: dict[str, Job],
+    rounds: int = 15,
+    seconds: float = 20.0,
+    device: str = "cpu",
+    begin: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[str, float]]:
     """Milliseconds {p20, p50, p80} per contender: one sample of each per round, so that a slow spell of the machine
-    meets all of them. Two unmeasured calls first; at least 3 rounds, and no new one after `seconds`."""
+    meets all of them. Two unmeasured calls first; at least 3 rounds, and no new one after `seconds`. `begin(name)` is
+    called before each sample."""
     calls: dict[str, int] = {}
     for name, job in contenders.items():
+        begin(name)
         sample(job, 1, device)
-        calls[name] = max(1, round(SAMPLE_MS / max(sample(job, 1, device), 1e-3)))
+        once = max(sample(job, 1, device) * getattr(job, "calls", 1), 1e-3)
+        calls[name] = max(1, round(SAMPLE_MS / once))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     gc.disable()
@@ -86,6 +127,7 @@ def interleaved(
             if done >= 3 and time.perf_counter() - start > seconds:
                 break
             for name, job in contenders.items():
+                begin(name)
                 times[name].append(sample(job, calls[name], device))
     finally:
         gc.enable()
@@ -104,6 +146,54 @@ def _quantile(ordered: list[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
+# ---- contenders that cannot run -------------------------------------------------------------------------------------
+
+
+class ContextLost(RuntimeError):
+    """A kernel's fault has ended this process's CUDA context: nothing more can run in it."""
+
+
+def why(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def first_call(job: Job, device: str) -> str | None:
+    """None, or why the job cannot run. Raises ContextLost if nothing can any more."""
+    try:
+        job()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return None
+    except Exception as error:
+        reason = why(error)
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            raise ContextLost(f"{reason}; then {why(error)}") from error
+    return reason
+
+
+def replayed(job: Job, calls: int) -> tuple[Job, str | None]:
+    """The job as a graph, or as it is and why it cannot be captured."""
+    try:
+        replay = Replay(job, calls)
+        replay()
+        torch.cuda.synchronize()
+        return replay, None
+    except Exception as error:
+        reason = why(error)
+    try:  # a capture that broke off leaves the random generator believing that it goes on; one that ends tells it
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+    except Exception as error:
+        raise ContextLost(f"{reason}; then {why(error)}") from error
+    return job, f"not captured in a graph, so with the host's share: {reason}"
+
+
 # ---- ceilings -------------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +201,7 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large square product of random matrices, the ceiling of compute-bound cases."""
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    times = [sample(lambda: a @ b, 1, device) for _ in range(6)]
+    times = [sample(lambda: a @ b, 1, device) for _ in range(12 if device == "cuda" else 6)]
     return 2 * n**3 / (statistics.median(times[1:]) * 1e-3)
 
 
@@ -119,7 +209,7 @@ def copy_rate(device: str, megabytes: int = 1024) -> float:
     """Bytes/s, read plus write, of a copy too large for the caches."""
     a = torch.randn(megabytes << 18, device=device)
     b = torch.empty_like(a)
-    times = [sample(lambda: b.copy_(a), 1, device) for _ in range(6)]
+    times = [sample(lambda: b.copy_(a), 1, device) for _ in range(12 if device == "cuda" else 6)]
     return 2 * a.numel() * 4 / (statistics.median(times[1:]) * 1e-3)
 
 
@@ -129,141 +219,104 @@ def ceilings(device: str, dtype: str) -> dict[str, float]:
     return {"gemm": max(gemm_rate(device, t) for t in dtypes), "copy": copy_rate(device)}
 
 
-# ---- memory, launches -----------------------------------------------------------------------------------------------
-
-
-def peak_memory(job: Job, device: str) -> int:
-    """Peak bytes that torch's allocator holds during one call, beyond what it held before."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = job()
-        torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - before
-    current = peak = 0
-    for event in profiled(job, device, memory=True):
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    return peak
-
-
-def profiled(job: Job, device: str, memory: bool = False) -> list[Any]:
-    """The profiler's events of one call, in the order of time."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=activities, profile_memory=memory) as recorded:
-        result = job()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    del result
-    native: Any = recorded.profiler
-    return sorted(native.kineto_results.events(), key=lambda event: event.start_ns())
-
-
-def count_calls(names: Iterable[str]) -> tuple[int, int]:
-    """(kernel launches, host synchronisations) among the names of CUDA API calls; the profiled call's own last
-    synchronisation is not counted."""
-    called = list(names)
-    launches = sum(bool(re.match(r"cu(da)?(LaunchKernel|LaunchCooperative|GraphLaunch)", name)) for name in called)
-    syncs = sum(bool(re.match(r"cu(da)?(Stream|Device|Event|Ctx)Synchronize", name)) for name in called)
-    return launches, max(0, syncs - 1)
-
-
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{processor()}, {torch.get_num_threads()} threads"
+class Watched:
+    """A case under way: its contenders as they can run, why the others cannot, and each begun in the journal."""
+
+    def __init__(self, case: Case, work: Work, device: str, journal: Journal | None = None) -> None:
+        self.case, self.journal = case, journal
+        avoided = journal.avoided() if journal else {}
+        self.failed, self.notes = dict(work.absent), dict(work.notes)
+        self.jobs: dict[str, Job] = {}
+        groups = (work.peers, work.limit, work.beside, work.ours)  # ours last: if one breaks the context, it alone does
+        for name, job in itertools.chain.from_iterable(group.items() for group in groups):
+            reason = avoided.get(self.key(name)) or twice(avoided, case.op, name)
+            if reason is None:
+                self.begin(name)
+                reason = first_call(job, device)
+            if reason is not None:
+                self.failed[name] = reason
+                continue
+            if device == "cuda" and work.replayed:
+                job, note = replayed(job, work.replayed)
+                if note:
+                    self.notes[name] = f"{self.notes[name]}; {note}" if name in self.notes else note
+            self.jobs[name] = job
+        order = (work.ours, work.peers, work.limit, work.beside)
+        self.jobs = {name: self.jobs[name] for group in order for name in group if name in self.jobs}
+
+    def key(self, name: str) -> str:
+        return f"{self.case.op}|{self.case.name}|{self.case.dtype}|{name}"
+
+    def begin(self, name: str) -> None:
+        if self.journal:
+            self.journal.begin(self.key(name), COMPILE_LIMIT if "compiled" in name else CALL_LIMIT)
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def slug(name: str) -> str:
-    """'Intel(R) Xeon(R) Processor, 2 threads' -> 'cpu-xeon-2c', 'NVIDIA H200' -> 'h200': a folder of results."""
-    name = re.sub(r"\((R|TM|C)\)|@.*?Hz|\b\d+-Core\b", " ", name, flags=re.IGNORECASE)
-    threads = re.search(r", (\d+) threads$", name)
-    words = re.findall(r"[a-z0-9]+", (name[: threads.start()] if threads else name).lower())
-    kept = [word for word in words if word not in ("intel", "amd", "nvidia", "cpu", "processor", "with", "genuine")]
-    return "-".join(["cpu", *kept, f"{threads[1]}c"] if threads else kept)
-
-
-def versions() -> dict[str, str]:
-    import illada_kernels
-
-    return {
-        "illada_kernels": illada_kernels.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def commit() -> str:
-    """The commit, with a + if what is measured differs from it."""
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "../csrc", "../illada_kernels", "../python", "*.py")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+def twice(avoided: dict[str, str], op: str, name: str) -> str | None:
+    """Why a contender is left out everywhere: it has hung or died in two cases of the op."""
+    times = [key for key in avoided if key.split("|")[0] == op and key.split("|")[-1] == name]
+    return f"left out after {times[0].split('|')[1]} ({avoided[times[0]]}) and another" if len(times) > 1 else None
 
 
 def run_case(
-    case: Case, device: str, rates: dict[str, float], rounds: int = 15, seconds: float = 20.0
+    case: Case,
+    device: str,
+    rates: dict[str, float],
+    rounds: int = 15,
+    seconds: float = 20.0,
+    ours: Sequence[str] | None = None,
+    journal: Journal | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per backend of ours; all contenders measured interleaved in this one run.
+    """One row per backend of ours that ran (of those named in `ours`), or one with `backend` None if none did; all
+    contenders measured interleaved in this one run.
 
     floor_ms is the time that the case's flops or bytes take at the measured rates, or that a `limit` function took;
-    floor_ratio = floor_ms / p50, ratio = best peer's p50 / p50.
+    floor_ratio = floor_ms / p50, ratio = best peer's p50 / p50. `failed` says of every contender that did not run why.
     """
+    if journal:
+        journal.begin(f"{case.op}|{case.name}|{case.dtype}|inputs", COMPILE_LIMIT)
     work = case.build()
-    contenders = {**work.ours, **work.peers, **work.limit}
-    if len(contenders) != len(work.ours) + len(work.peers) + len(work.limit):
+    if ours is not None:
+        work.ours = {name: job for name, job in work.ours.items() if name in ours}
+    groups = (work.ours, work.peers, work.limit, work.beside)
+    if len(set().union(*groups)) != sum(map(len, groups)):
         raise ValueError(f"{case.op} {case.name}: two contenders have the same name")
-    times = interleaved(contenders, rounds, seconds, device)
+    watched = Watched(case, work, device, journal)
+    times = interleaved(watched.jobs, rounds, seconds, device, watched.begin)
     floor = max(work.flops / rates["gemm"], work.bytes / rates["copy"]) * 1e3
-    floor = max([floor, *(times[name]["p50"] for name in work.limit)])
-    peers = {name: times[name]["p50"] for name in work.peers}
+    floor = max([floor, *(times[name]["p50"] for name in work.limit if name in times)])
+    peers = {name: times[name]["p50"] for name in work.peers if name in times}
     best_peer = min(peers, key=lambda name: peers[name]) if peers else None
+    shared: dict[str, Any] = {"floor_ms": floor, "peers": peers, "best_peer": best_peer}
+    if device == "cuda":
+        shared |= {
+            "limits": {name: times[name]["p50"] for name in work.limit if name in times},
+            "beside": {name: times[name]["p50"] for name in work.beside if name in times},
+            "peer_memory": {name: memory_of(work.peers[name], watched, name, device) for name in peers},
+            "timing": f"graph of {work.replayed} calls" if work.replayed else "calls",
+        }
+    for name, value in (("facts", case.facts), ("failed", watched.failed), ("notes", watched.notes)):
+        shared |= {name: value} if value else {}
+    about = {"rates": rates, "device": device_name(device), "versions": versions(), "commit": commit()}
     rows = []
-    for backend, job in work.ours.items():
+    for backend in [name for name in work.ours if name in times] or [None]:
+        row: dict[str, Any] = {"op": case.op, "case": case.name, "dtype": case.dtype, "backend": backend}
+        if backend is None:
+            names = ("ms", "tflops", "gbps", "floor_ratio", "peak_memory", "launches", "host_syncs", "ratio")
+            rows.append({**row, **dict.fromkeys(names), **shared, **about})
+            continue
         p50 = times[backend]["p50"]
-        launches = syncs = None
-        if device == "cuda":
-            launches, syncs = count_calls(event.name() for event in profiled(job, device))
-        rows.append(
-            {
-                "op": case.op,
-                "case": case.name,
-                "dtype": case.dtype,
-                "backend": backend,
-                "ms": times[backend],
-                "tflops": work.flops / p50 * 1e-9,
-                "gbps": work.bytes / p50 * 1e-6,
-                "floor_ms": floor,
-                "floor_ratio": floor / p50,
-                "peak_memory": peak_memory(job, device),
-                "launches": launches,
-                "host_syncs": syncs,
-                "peers": peers,
-                "best_peer": best_peer,
-                "ratio": peers[best_peer] / p50 if best_peer else None,
-                "rates": rates,
-                "device": device_name(device),
-                "versions": versions(),
-                "commit": commit(),
-            }
-        )
+        row |= {"ms": times[backend], "tflops": work.flops / p50 * 1e-9, "gbps": work.bytes / p50 * 1e-6}
+        row |= {"floor_ratio": floor / p50, "ratio": peers[best_peer] / p50 if best_peer else None}
+        row |= {"peak_memory": memory_of(work.ours[backend], watched, backend, device)}
+        row |= gpu_profile(work.ours[backend]) if device == "cuda" else {"launches": None, "host_syncs": None}
+        rows.append({**row, **shared, **about})
     return rows
+
+
+def memory_of(job: Job, watched: Watched, name: str, device: str) -> int:
+    watched.begin(name)
+    return peak_memory(job, device)

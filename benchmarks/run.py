@@ -2,14 +2,17 @@
 
     python -m benchmarks.run --op masked_loss                         into benchmarks/results/<device>/masked_loss.json
     python -m benchmarks.run --op unmask --case topk --json out.json  only cases whose name contains "topk", elsewhere
+    python -m benchmarks.run --op unmask --ours none                  ceilings and peers alone
 
 A case that is measured again replaces its rows in the file; the others stay. Columns: ours, the share of the floor
-reached (1 is the limit of the hardware), the fastest peer, and how many times faster we are than it.
+reached (1 is the limit of the hardware), the fastest peer, and how many times faster we are than it. A contender that
+raises is recorded with its reason; with --journal, one that hangs or dies too (on_gpu.py restarts what it ended).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import importlib.util
 import json
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 
 from . import measure, peers
+from .journal import AGAIN, Journal
 from .measure import Case
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,9 +62,67 @@ def write(path: Path, rows: list[dict[str, Any]], known: list[Case]) -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    peer = f"{row['best_peer']} {row['peers'][row['best_peer']]:.3f} ms, {row['ratio']:.2f}x" if row["peers"] else "-"
-    name = f"{row['case']} {row['dtype']} [{row['backend']}]"
+    peer = "-"
+    if row["best_peer"]:
+        ratio = f", {row['ratio']:.2f}x" if row["ratio"] else ""
+        peer = f"{row['best_peer']} {row['peers'][row['best_peer']]:.3f} ms{ratio}"
+    name = f"{row['case']} {row['dtype']} [{row['backend'] or 'none of ours'}]"
+    if row["backend"] is None:
+        return f"{name:<64} {'-':>10} {'-':>7}  {peer}"
     return f"{name:<64} {row['ms']['p50']:10.3f} {row['floor_ratio']:7.2f}  {peer}"
+
+
+def free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure_all(
+    cases: list[Case], options: argparse.Namespace, known: list[Case], path: Path, journal: Journal | None
+) -> int:
+    """The exit status: 0, 1 if a case failed, AGAIN if the GPU's context is lost."""
+    ours = None if options.ours == "all" else [name for name in options.ours.split(",") if name != "none"]
+    ended = journal.ended() if journal else {}
+    rates: dict[str, dict[str, float]] = {}
+    failures = 0
+    for case in cases:
+        key = f"{case.op}|{case.name}|{case.dtype}"
+        if key in ended:
+            continue
+        try:
+            if case.dtype not in rates:
+                rates[case.dtype] = measure.ceilings(options.device, case.dtype)
+            rows = measure.run_case(
+                case, options.device, rates[case.dtype], options.rounds, options.seconds, ours, journal
+            )
+        except Exception as error:
+            print(f"{case.name} {case.dtype}: {measure.why(error)}", flush=True)
+            if lost(error, options.device):
+                if journal and (current := journal.current()):
+                    journal.avoid(current["begin"], measure.why(error))
+                return AGAIN if journal else 1
+            failures += 1
+            if journal:
+                journal.end(key, error=measure.why(error))
+        else:
+            print("\n".join(line(row) for row in rows), flush=True)
+            write(path, rows, known)
+            if journal:
+                journal.end(key)
+        free(options.device)
+    return int(failures > 0)
+
+
+def lost(error: Exception, device: str) -> bool:
+    """Whether the error has ended the CUDA context, so that nothing more can be measured in this process."""
+    if isinstance(error, measure.ContextLost) or device != "cuda":
+        return isinstance(error, measure.ContextLost)
+    try:
+        torch.cuda.synchronize()
+        return False
+    except Exception:
+        return True
 
 
 def main(argv: list[str]) -> int:
@@ -71,6 +133,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=15, help="samples per contender (15)")
     parser.add_argument("--seconds", type=float, default=20.0, help="start no new round of a case after this (20)")
+    parser.add_argument("--ours", default="all", metavar="NAMES", help="backends of ours: cuda,triton or none (all)")
+    parser.add_argument("--journal", type=Path, help="what began and ended; a case ended there is not run again")
     options = parser.parse_args(argv)
     if not exists(options.op):
         print(f"{options.op}: no benchmark here (benchmarks/{FILES[options.op]}.py)", file=sys.stderr)
@@ -85,15 +149,9 @@ def main(argv: list[str]) -> int:
     path = options.json or RESULTS / measure.slug(name) / f"{options.op}.json"
     print(f"{options.op} on {name}; peers that cannot be measured here: {', '.join(peers.absent()) or 'none'}")
     print(f"{'case':<64} {'ours ms':>10} {'floor':>7}  best peer")
-    rates: dict[str, dict[str, float]] = {}
-    for case in cases:
-        if case.dtype not in rates:
-            rates[case.dtype] = measure.ceilings(options.device, case.dtype)
-        rows = measure.run_case(case, options.device, rates[case.dtype], options.rounds, options.seconds)
-        print("\n".join(line(row) for row in rows), flush=True)
-        write(path, rows, known)
+    status = measure_all(cases, options, known, path, options.journal and Journal(options.journal))
     print(f"written to {path}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":
