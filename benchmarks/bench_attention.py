@@ -184,6 +184,8 @@ def gpu_case(shape: GpuCase, direction: str) -> Case:
     facts = {"kind": shape.kind, "direction": direction, "length": shape.keys, "queries": shape.queries}
     facts |= {"batch": shape.batch, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
     facts |= {"density": density, "flops": flops, "bytes": moved}
+    shown = shape.kind in ("block_diffusion", "packed") or shape.keys == 16384 or shape.keys == 4096 == shape.queries
+    facts["headline"] = shape.kv_heads == 8 and direction != "backward" and shown
     name = shape.name if direction == "forward" else f"{shape.name} {direction}"
     return Case(op, name, "bfloat16", lambda: build_on_gpu(shape, direction, torch.bfloat16, "cuda"), facts)
 

@@ -61,6 +61,7 @@ def cases(device: str) -> Iterable[Case]:
         for case in gpu_cases():
             facts = {"ratio": case.masked / case.rows, "masked": case.masked, "vocab": case.vocab}
             facts |= {"products": case.products, "minimum": case.minimum, "capacity": case.capacity}
+            facts |= {"headline": case.masked == case.rows // 2 and not case.capacity}
             facts |= {"flops": case.products / 3 * shapes.flops(case), "bytes": moved(case, torch.bfloat16)}
             yield Case("masked_loss", case.name, "bfloat16", lambda c=case: build_on_gpu(c, torch.bfloat16), facts)
         return
@@ -106,8 +107,8 @@ def build(case: shapes.Case, dtype: torch.dtype, device: str) -> Work:
 
 
 # ---- a GPU ----------------------------------------------------------------------------------------------------------
-def build_on_gpu(case: GpuCase, dtype: torch.dtype) -> Work:
-    hidden, head, targets, masked, weight = case.inputs(dtype, "cuda")
+def build_on_gpu(case: GpuCase, dtype: torch.dtype, device: str = "cuda") -> Work:
+    hidden, head, targets, masked, weight = case.inputs(dtype, device)
     leaves = hidden.requires_grad_(), head.requires_grad_()
     options: dict[str, Any] = {"memory_budget": case.memory_budget}
     options |= {"max_masked": case.masked} if case.capacity else {}
@@ -126,10 +127,10 @@ def build_on_gpu(case: GpuCase, dtype: torch.dtype) -> Work:
     everything = Rows(hidden, head, torch.where(masked, targets, IGNORED), weight * masked)
     slow = ("cut-cross-entropy",) if case.capacity or case.minimum else ()  # said once, at the plain case
     peers, missing = peers_masked_loss.find(compacted, everything, case.gradients, slow)
-    names, absent = ours_on(BACKENDS, "cuda")
+    names, absent = ours_on(BACKENDS, device)
     share = case.products / 3
     work = Work({name: ours(name) for name in names}, peers, share * shapes.flops(case), moved(case, dtype))
-    work.limit["three products" if case.gradients else "one product"] = products(case, dtype, "cuda", case.gradients)
+    work.limit["three products" if case.gradients else "one product"] = products(case, dtype, device, case.gradients)
     work.absent = absent | missing
     return work
 

@@ -97,13 +97,13 @@ def gpu_shape(batch: int, count: int, vocabulary: int) -> shapes.Shape:
     return shapes.Shape(f"{batch}x{count}_v{vocabulary // 1000}k", batch, count, vocabulary, DIM, vocabulary - 1)
 
 
-def on_gpu(shape: shapes.Shape, temperature: float, kind: str) -> Work:
+def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cuda") -> Work:
     """kind: "step" (the top-k rule and probabilities), "entropy" (the rule that needs most, for few rows), "loop"
     (LLaDA's own shape, peers in as many parts as fit)."""
-    weight = torch.randn(shape.vocabulary, shape.dim, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(shape.vocabulary, shape.dim, device=device, dtype=torch.bfloat16)
     full = (shape.batch, shape.count, shape.dim)
-    sets = [(torch.randn(full, device="cuda").div(shape.dim**0.5).bfloat16(),) for _ in range(2)]
-    tokens, positions = fresh_tokens(shape, "cuda")
+    sets = [(torch.randn(full, device=device).div(shape.dim**0.5).bfloat16(),) for _ in range(2)]
+    tokens, positions = fresh_tokens(shape, device)
     options: dict[str, Any] = {"mask_id": shape.mask_id, "temperature": temperature}
     options |= {"confidence": "neg_entropy"} if kind == "entropy" else {}
     rule = ik.EntropyBound(0.1) if kind == "entropy" else ik.TopK(min(COMMITTED_PER_STEP, shape.count))
@@ -124,7 +124,7 @@ def on_gpu(shape: shapes.Shape, temperature: float, kind: str) -> Work:
         return run
 
     steps, missing = peers_unmask.find(temperature, compiled=kind != "loop" and shape.rows in (64, 256))
-    names, absent = ours_on(BACKENDS, "cuda")
+    names, absent = ours_on(BACKENDS, device)
     product = {"cuBLAS product alone": rotating(lambda hidden: hidden @ weight.T, sets)}
     work = Work(
         ours={name: rotating(ours(name), sets) for name in names},
@@ -148,12 +148,12 @@ def notes(steps: Iterable[str], kind: str, part: int | None) -> dict[str, str]:
     return dict.fromkeys(steps, "; ".join(said)) if said else {}
 
 
-def selection(batch: int, count: int) -> Work:
+def selection(batch: int, count: int, device: str = "cuda") -> Work:
     """1024 candidates of each sequence, from logits of eight ids: what is left is ranking, committing and counting. The
     selection kernel's own time stands under `kernels`."""
-    logits = [(torch.randn(batch, count, 8, device="cuda"),) for _ in range(2)]
-    tokens = torch.full((batch, count), 7, device="cuda")
-    positions = torch.arange(count, device="cuda").repeat(batch, 1)
+    logits = [(torch.randn(batch, count, 8, device=device),) for _ in range(2)]
+    tokens = torch.full((batch, count), 7, device=device)
+    positions = torch.arange(count, device=device).repeat(batch, 1)
 
     def ours(backend: str) -> Callable[[Tensor], Any]:
         options: dict[str, Any] = {"mask_id": 7, "backend": backend}
@@ -162,7 +162,7 @@ def selection(batch: int, count: int) -> Work:
     def ranked(x: Tensor) -> Tensor:
         return peers_unmask.device_step(x, tokens.clone(), 4, 7, 0.0)
 
-    names, absent = ours_on(FROM_LOGITS, "cuda")
+    names, absent = ours_on(FROM_LOGITS, device)
     return Work(
         ours={name: rotating(ours(name), logits) for name in names},
         peers={"float32": rotating(ranked, logits)},
@@ -176,6 +176,7 @@ def gpu_cases() -> Iterator[Case]:
     def case(name: str, shape: shapes.Shape, temperature: float, kind: str) -> Case:
         facts = {"kind": kind, "rows": shape.rows, "vocab": shape.vocabulary, "temperature": temperature}
         facts |= {"flops": shapes.flops(shape), "bytes": shapes.head_bytes(shape, 2)}
+        facts["headline"] = kind == "loop" or (shape.vocabulary == 126464 and shape.rows in (1, 32, 256, 2048))
         return Case("unmask", name, "bfloat16", lambda: on_gpu(shape, temperature, kind), facts)
 
     for vocabulary in (126464, 155136):

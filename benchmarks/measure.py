@@ -298,7 +298,8 @@ def run_case(
             "peer_memory": {name: memory_of(work.peers[name], watched, name, device) for name in peers},
             "timing": f"graph of {work.replayed} calls" if work.replayed else "calls",
         }
-    for name, value in (("facts", case.facts), ("failed", watched.failed), ("notes", watched.notes)):
+    notes = {name: note for name, note in watched.notes.items() if name in times}
+    for name, value in (("facts", case.facts), ("failed", watched.failed), ("notes", notes)):
         shared |= {name: value} if value else {}
     about = {"rates": rates, "device": device_name(device), "versions": versions(), "commit": commit()}
     rows = []

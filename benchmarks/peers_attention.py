@@ -119,7 +119,8 @@ def sdpa_backends(found: Peers, case: GpuCase, inputs: tuple[Tensor, ...]) -> No
 
 def scores_fit(case: GpuCase) -> bool:
     """Two float32 and two half-precision copies of every score, forward and backward."""
-    return 12.0 * case.batch * case.heads * case.queries * case.keys < gpu_limits()["memory"] / 3
+    memory = gpu_limits()["memory"] or 2**30
+    return 12.0 * case.batch * case.heads * case.queries * case.keys < memory / 3
 
 
 def with_groups(

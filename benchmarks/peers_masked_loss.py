@@ -109,6 +109,7 @@ MAKERS: dict[str, Callable[[], Loss]] = {
     "F.cross_entropy of half-precision logits": lambda: in_their_dtype,
     "F.cross_entropy, compiled": compiled,
     "F.linear_cross_entropy": linear_cross_entropy,
+    "F.linear_cross_entropy, chunked": lambda: linear_cross_entropy(options=torch.nn.LinearCrossEntropyOptions()),
     "Liger": lambda: liger("none"),
     "Liger, unweighted": lambda: liger("sum"),
     "cut-cross-entropy": cut,

@@ -1,7 +1,7 @@
-"""Draws each device's committed results as one figure: python -m benchmarks.plot [results/<device> ...]
+"""Draws each device's committed results: python -m benchmarks.plot [results/<device> ...]
 
-Left, how many times faster each case is than its fastest peer (a line at 1, logarithmic); right, which share of the
-hardware's floor it reaches. The figure is written beside the rows as results/<device>/cases.png.
+cases.png: left, how many times faster each case is than its fastest peer (a line at 1, logarithmic); right, which share
+of the hardware's floor it reaches. From a GPU's rows also the figures of plot_lines.py. They lie beside the rows.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import plot_lines
 from .run import FILES, RESULTS
 
 COLORS = dict(zip(FILES, ("#1b6ca8", "#5aa9d6", "#c8553d", "#4b8f5c", "#7a5195", "#b8860b")))
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """One row per case, that of the backend that ran first (the default one), ops in the order of FILES."""
+def rows_of(folder: Path, absent: bool = False) -> list[dict[str, Any]]:
+    """One row per case, that of the backend that ran first (the default one), ops in the order of FILES; `absent`: also
+    cases in which none of ours ran."""
     rows = []
     for op in FILES:
         path = folder / f"{op}.json"
         seen = set()
         for row in json.loads(path.read_text()) if path.exists() else []:
             case = (row["case"], row["dtype"])
-            if case not in seen:
+            if case not in seen and (absent or row["backend"] is not None):
                 rows.append(row)
             seen.add(case)
     return rows
@@ -76,6 +78,8 @@ def main(argv: list[str]) -> int:
         if rows := rows_of(folder):
             draw(rows, folder / "cases.png")
             print(f"{len(rows)} cases in {folder / 'cases.png'}")
+        for name in plot_lines.draw(folder):
+            print(f"written {folder / name}")
     return 0
 
 

@@ -19,24 +19,34 @@ BEGIN, END = "<!-- measured: written by python -m benchmarks.readme -->", "<!-- 
 def table(results: Path = RESULTS) -> str:
     parts = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        if rows := rows_of(folder):
-            parts += [
-                f"{rows[0]['device']}, torch {rows[0]['versions']['torch']} (`benchmarks/results/{folder.name}/`)",
-                "",
-                "| op | case | dtype | ours, ms | fastest peer, ms | times faster | share of floor | memory, MiB |",
-                "|---|---|---|---:|---:|---:|---:|---:|",
-                *map(table_row, rows),
-                "",
-            ]
+        every = rows_of(folder, absent=True)
+        rows = [row for row in every if row.get("facts", {}).get("headline", True)]
+        if not rows:
+            continue
+        parts += [
+            f"{rows[0]['device']}, torch {rows[0]['versions']['torch']} (`benchmarks/results/{folder.name}/`)",
+            "",
+            "| op | case | dtype | ours, ms | fastest peer, ms | times faster | share of floor | memory, MiB |",
+            "|---|---|---|---:|---:|---:|---:|---:|",
+            *map(table_row, rows),
+            "",
+        ]
+        if len(rows) < len(every):
+            parts += [f"{len(every) - len(rows)} more cases are in `benchmarks/results/{folder.name}/`.", ""]
     return "\n".join(parts).strip()
 
 
 def table_row(row: dict[str, Any]) -> str:
     peer, ratio = "none", ""
     if row["best_peer"]:
-        peer, ratio = f"{row['best_peer']} {digits(row['peers'][row['best_peer']])}", f"{row['ratio']:.2f}"
+        peer = f"{row['best_peer']} {digits(row['peers'][row['best_peer']])}"
+        ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
+    head = f"| {row['op']} | {row['case']} | {row['dtype']} |"
+    if row["backend"] is None:
+        return f"{head} absent | {peer} | | | |"
+    named = f" ({row['backend']})" if "facts" in row else ""  # on a GPU there are several
     return (
-        f"| {row['op']} | {row['case']} | {row['dtype']} | {digits(row['ms']['p50'])} | {peer} | {ratio} "
+        f"{head} {digits(row['ms']['p50'])}{named} | {peer} | {ratio} "
         f"| {row['floor_ratio']:.2f} | {row['peak_memory'] / 2**20:.1f} |"
     )
 

@@ -115,19 +115,22 @@ def probe() -> dict[str, Any]:
 
 
 def selftest(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Runs _selftest for every op, backend and device that the report calls available; the reference is what they are
-    compared with."""
-    rows = []
-    for op in ROOMS:
-        for row in found["ops"][op]:
-            for device in row.get("devices", ()) if row["backend"] != "reference" else ():
-                lines, death = child(["illada_kernels._selftest", op, row["backend"], device], 600)
-                result = {"op": op, "backend": row["backend"], "device": device, "passed": False, "cases": []}
-                result |= lines[-1] if lines else {"error": death or "printed nothing"}
-                if death:
-                    result |= {"passed": False, "error": death}
-                rows.append(result)
-    return rows
+    """selftest_one for every op, backend and device that the report calls available."""
+    return [selftest_one(*which) for which in to_selftest(found)]
+
+
+def to_selftest(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(op, backend, device); the reference is what the others are compared with."""
+    rows = [(op, row) for op in ROOMS for row in found["ops"][op] if row["backend"] != "reference"]
+    return [(op, row["backend"], device) for op, row in rows for device in row.get("devices", ())]
+
+
+def selftest_one(op: str, backend: str, device: str, seconds: float = 600) -> dict[str, Any]:
+    """Runs _selftest in a process of its own, which is killed after `seconds`."""
+    lines, death = child(["illada_kernels._selftest", op, backend, device], seconds)
+    result = {"op": op, "backend": backend, "device": device, "passed": False, "cases": []}
+    result |= lines[-1] if lines else {"error": death or "printed nothing"}
+    return result | ({"passed": False, "error": death} if death else {})
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
