@@ -32,13 +32,21 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
-        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
-        outcomes[report.nodeid] = report.outcome, (text.strip().splitlines() or [""])[-1][:300]
+        outcomes[report.nodeid] = report.outcome, message(report)
+
+
+def message(report: pytest.TestReport) -> str:
+    """One line: why it was skipped, or the exception."""
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2]
+    crash = getattr(report.longrepr, "reprcrash", None)
+    lines = (crash.message if crash else report.longreprtext).strip().splitlines()
+    return lines[0][:300] if lines else ""
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    outcome, message = outcomes.get(nodeid, ("passed", ""))
-    journal.end(nodeid, outcome=outcome, message=message)
+    outcome, said = outcomes.get(nodeid, ("passed", ""))
+    journal.end(nodeid, outcome=outcome, message=said)
     if outcome == "failed" and torch.cuda.is_available():
         try:
             torch.cuda.synchronize()

@@ -30,6 +30,7 @@ from typing import IO, Any
 from . import journal, run
 from .journal import Journal
 from .machine import commit, slug
+from .measure import why
 
 ROOT = Path(__file__).resolve().parent.parent
 # seconds that a stage may take, unless --seconds leaves less
@@ -260,7 +261,7 @@ def run_stages(names: list[str], session: Session, card: dict[str, str]) -> int:
         try:
             good, said = stages()[name](session) if session.left() > 1 else (False, "no time was left for it")
         except Exception as error:
-            good, said = False, f"{type(error).__name__}: {error}"
+            good, said = False, why(error)
         outcomes[name] = {"ok": good, "said": said, "seconds": round(time.time() - start, 1), **session.facts}
         summary = {"gpu": card, "commit": commit(), "stages": outcomes}
         (session.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
