@@ -125,8 +125,10 @@ def build_on_gpu(case: GpuCase, dtype: torch.dtype, device: str = "cuda") -> Wor
         rows = hidden[masked]
     compacted = Rows(rows.requires_grad_(), head, targets[masked], weight[masked])
     everything = Rows(hidden, head, torch.where(masked, targets, IGNORED), weight * masked)
-    slow = ("cut-cross-entropy",) if case.capacity or case.minimum else ()  # said once, at the plain case
-    peers, missing = peers_masked_loss.find(compacted, everything, case.gradients, slow)
+    # a case that is special to us has the peers that come near; the plain one has all
+    near = ("F.cross_entropy", "F.linear_cross_entropy, chunked", "Liger", "cut-cross-entropy")
+    only = near if case.capacity or case.minimum else tuple(peers_masked_loss.MAKERS)
+    peers, missing = peers_masked_loss.find(compacted, everything, case.gradients, only)
     names, absent = ours_on(BACKENDS, device)
     share = case.products / 3
     work = Work({name: ours(name) for name in names}, peers, share * shapes.flops(case), moved(case, dtype))

@@ -25,7 +25,8 @@ __all__ = ["commit", "count_calls", "device_name", "peak_memory", "processor", "
 Job = Callable[[], Any]
 SAMPLE_MS = 2.0  # a shorter job is called repeatedly within one sample: the clock and its call cost about 1 us
 CALL_LIMIT = 60.0  # seconds in which a contender's first call must end, compilation included, and any sample
-COMPILE_LIMIT = 240.0  # for contenders whose names say that they are compiled
+COMPILE_LIMIT = 240.0  # for those that compile or tune at length
+SLOW_STARTERS = ("compiled", "triton", "Liger", "cut-cross", "quack", "FlashInfer")
 
 
 @dataclass
@@ -107,18 +108,22 @@ def interleaved(
     rounds: int = 15,
     seconds: float = 20.0,
     device: str = "cpu",
-    begin: Callable[[str], None] = lambda name: None,
+    watched: Watched | None = None,
 ) -> dict[str, dict[str, float]]:
     """Milliseconds {p20, p50, p80} per contender: one sample of each per round, so that a slow spell of the machine
-    meets all of them. Two unmeasured calls first; at least 3 rounds, and no new one after `seconds`. `begin(name)` is
-    called before each sample."""
+    meets all of them. Two unmeasured calls first; at least 3 rounds, and no new one after `seconds`. `watched` hears
+    what begins, and of a contender that raises, which is then left out."""
+    watched = watched or Watched(device)
     calls: dict[str, int] = {}
-    for name, job in contenders.items():
-        begin(name)
+    times: dict[str, list[float]] = {}
+
+    def warm_up(name: str, job: Job) -> None:
         sample(job, 1, device)
         once = max(sample(job, 1, device) * getattr(job, "calls", 1), 1e-3)
-        calls[name] = max(1, round(SAMPLE_MS / once))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+        calls[name], times[name] = max(1, round(SAMPLE_MS / once)), []
+
+    for name, job in contenders.items():
+        watched.attempt(name, warm_up, name, job)
     gc.collect()
     gc.disable()
     try:
@@ -126,12 +131,13 @@ def interleaved(
         for done in range(rounds):
             if done >= 3 and time.perf_counter() - start > seconds:
                 break
-            for name, job in contenders.items():
-                begin(name)
-                times[name].append(sample(job, calls[name], device))
+            for name in [name for name in times if name not in watched.failed]:
+                watched.attempt(
+                    name, lambda name: times[name].append(sample(contenders[name], calls[name], device)), name
+                )
     finally:
         gc.enable()
-    return {name: quantiles(values) for name, values in times.items()}
+    return {name: quantiles(values) for name, values in times.items() if name not in watched.failed}
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -158,22 +164,69 @@ def why(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def first_call(job: Job, device: str) -> str | None:
-    """None, or why the job cannot run. Raises ContextLost if nothing can any more."""
-    try:
-        job()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return None
-    except Exception as error:
-        reason = why(error)
+def reason_of(error: Exception, device: str) -> str:
+    """Why a job cannot run. Raises ContextLost if nothing can any more."""
+    reason = why(error)
     if device == "cuda":
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-        except Exception as error:
-            raise ContextLost(f"{reason}; then {why(error)}") from error
+        except Exception as after:
+            raise ContextLost(f"{reason}; then {why(after)}") from after
     return reason
+
+
+class Watched:
+    """Contenders of a case under way: each begun in the journal, and why those that cannot run cannot."""
+
+    def __init__(self, device: str, key: str = "", journal: Journal | None = None) -> None:
+        self.device, self.key, self.journal = device, key, journal
+        self.avoided = journal.avoided() if journal else {}
+        self.failed: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
+        self.raises = not key  # outside of a case an error is the caller's
+
+    def begin(self, name: str) -> None:
+        if self.journal:
+            slow = any(word in name for word in SLOW_STARTERS)
+            self.journal.begin(f"{self.key}|{name}", COMPILE_LIMIT if slow else CALL_LIMIT)
+
+    def attempt(self, name: str, function: Callable[..., Any], *arguments: Any) -> None:
+        self.begin(name)
+        try:
+            function(*arguments)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            if self.raises:
+                raise
+            self.failed[name] = reason_of(error, self.device)
+
+    def ready(self, work: Work) -> dict[str, Job]:
+        """The jobs that can run, each called once, as graphs where that is asked for."""
+        self.failed, self.notes = dict(work.absent), dict(work.notes)
+        jobs: dict[str, Job] = {}
+        groups = (work.peers, work.limit, work.beside, work.ours)  # ours last: a graph that breaks off is ours alone
+        for name, job in itertools.chain.from_iterable(group.items() for group in groups):
+            reason = self.avoided.get(f"{self.key}|{name}") or twice(self.avoided, self.key.split("|")[0], name)
+            if reason is not None:
+                self.failed[name] = reason
+                continue
+            self.attempt(name, job)
+            if name in self.failed:
+                continue
+            if self.device == "cuda" and work.replayed:
+                job, note = replayed(job, work.replayed)
+                if note:
+                    self.notes[name] = f"{self.notes[name]}; {note}" if name in self.notes else note
+            jobs[name] = job
+        return {name: jobs[name] for group in (work.ours, *groups[:3]) for name in group if name in jobs}
+
+
+def twice(avoided: dict[str, str], op: str, name: str) -> str | None:
+    """Why a contender is left out everywhere: it has hung or died in two cases of the op."""
+    times = [key for key in avoided if key.split("|")[0] == op and key.split("|")[-1] == name]
+    return f"left out after {times[0].split('|')[1]} ({avoided[times[0]]}) and another" if len(times) > 1 else None
 
 
 def replayed(job: Job, calls: int) -> tuple[Job, str | None]:
@@ -222,45 +275,6 @@ def ceilings(device: str, dtype: str) -> dict[str, float]:
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-class Watched:
-    """A case under way: its contenders as they can run, why the others cannot, and each begun in the journal."""
-
-    def __init__(self, case: Case, work: Work, device: str, journal: Journal | None = None) -> None:
-        self.case, self.journal = case, journal
-        avoided = journal.avoided() if journal else {}
-        self.failed, self.notes = dict(work.absent), dict(work.notes)
-        self.jobs: dict[str, Job] = {}
-        groups = (work.peers, work.limit, work.beside, work.ours)  # ours last: if one breaks the context, it alone does
-        for name, job in itertools.chain.from_iterable(group.items() for group in groups):
-            reason = avoided.get(self.key(name)) or twice(avoided, case.op, name)
-            if reason is None:
-                self.begin(name)
-                reason = first_call(job, device)
-            if reason is not None:
-                self.failed[name] = reason
-                continue
-            if device == "cuda" and work.replayed:
-                job, note = replayed(job, work.replayed)
-                if note:
-                    self.notes[name] = f"{self.notes[name]}; {note}" if name in self.notes else note
-            self.jobs[name] = job
-        order = (work.ours, work.peers, work.limit, work.beside)
-        self.jobs = {name: self.jobs[name] for group in order for name in group if name in self.jobs}
-
-    def key(self, name: str) -> str:
-        return f"{self.case.op}|{self.case.name}|{self.case.dtype}|{name}"
-
-    def begin(self, name: str) -> None:
-        if self.journal:
-            self.journal.begin(self.key(name), COMPILE_LIMIT if "compiled" in name else CALL_LIMIT)
-
-
-def twice(avoided: dict[str, str], op: str, name: str) -> str | None:
-    """Why a contender is left out everywhere: it has hung or died in two cases of the op."""
-    times = [key for key in avoided if key.split("|")[0] == op and key.split("|")[-1] == name]
-    return f"left out after {times[0].split('|')[1]} ({avoided[times[0]]}) and another" if len(times) > 1 else None
-
-
 def run_case(
     case: Case,
     device: str,
@@ -276,16 +290,17 @@ def run_case(
     floor_ms is the time that the case's flops or bytes take at the measured rates, or that a `limit` function took;
     floor_ratio = floor_ms / p50, ratio = best peer's p50 / p50. `failed` says of every contender that did not run why.
     """
+    key = f"{case.op}|{case.name}|{case.dtype}"
     if journal:
-        journal.begin(f"{case.op}|{case.name}|{case.dtype}|inputs", COMPILE_LIMIT)
+        journal.begin(f"{key}|inputs", COMPILE_LIMIT)
     work = case.build()
     if ours is not None:
         work.ours = {name: job for name, job in work.ours.items() if name in ours}
     groups = (work.ours, work.peers, work.limit, work.beside)
     if len(set().union(*groups)) != sum(map(len, groups)):
         raise ValueError(f"{case.op} {case.name}: two contenders have the same name")
-    watched = Watched(case, work, device, journal)
-    times = interleaved(watched.jobs, rounds, seconds, device, watched.begin)
+    watched = Watched(device, key, journal)
+    times = interleaved(watched.ready(work), rounds, seconds, device, watched)
     floor = max(work.flops / rates["gemm"], work.bytes / rates["copy"]) * 1e3
     floor = max([floor, *(times[name]["p50"] for name in work.limit if name in times)])
     peers = {name: times[name]["p50"] for name in work.peers if name in times}

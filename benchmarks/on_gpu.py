@@ -43,7 +43,7 @@ BENCHMARKS = {
     "models": ("generate", "train"),
     "peers": ("attention_fwd", "attention_bwd", "masked_loss", "unmask"),
 }
-TESTS = {"compare": "tests/test_cuda_on_cpu_hardware.py", "tests": "tests/gpu"}
+TESTS = {"compare": str(ROOT / "tests/test_cuda_on_cpu_hardware.py"), "tests": str(ROOT / "tests/gpu")}
 SELFTEST_LIMIT = 90.0
 
 

@@ -122,13 +122,15 @@ ALL_ROWS = ("F.cross_entropy", "F.linear_cross_entropy", "Liger", "Liger, unweig
 
 
 def find(
-    compacted: Rows, everything: Rows, gradients: bool, left_out: tuple[str, ...] = ()
+    compacted: Rows, everything: Rows, gradients: bool, only: tuple[str, ...] = tuple(MAKERS)
 ) -> tuple[dict[str, Job], dict[str, str]]:
-    """({name: job}, {name: why it is absent})."""
+    """({name: job}, {name: why it is absent}) of the peers named in `only`."""
     torch._dynamo.reset()
     jobs: dict[str, Job] = {}
     absent: dict[str, str] = {}
     for name, make in MAKERS.items():
+        if name not in only:
+            continue
         try:
             loss = make()
         except Exception as error:  # a package built for another torch may raise anything at import
@@ -136,7 +138,7 @@ def find(
             continue
         few = compacted.padded(128) if "quack" in name else compacted
         jobs[f"{name}, compacted rows"] = job_of(loss, few, gradients)
-        if name in ALL_ROWS and name not in left_out:
+        if name in ALL_ROWS:
             jobs[f"{name}, all rows"] = job_of(loss, everything, gradients)
     return jobs, absent
 

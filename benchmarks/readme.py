@@ -1,6 +1,6 @@
 """Writes the table of measurements in README.md, between its markers, from benchmarks/results:
 
-    python -m benchmarks.readme
+python -m benchmarks.readme
 """
 
 from __future__ import annotations

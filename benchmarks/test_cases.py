@@ -17,9 +17,14 @@ CASES = [case for op in run.FILES if run.exists(op) for case in run.collect(op, 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}-{case.dtype}")
 def test_case(case: measure.Case, benchmark) -> None:
     work = case.build()
+    if not work.ours:
+        pytest.skip("; ".join(f"{name}: {reason}" for name, reason in work.absent.items()))
     backend, job = next(iter(work.ours.items()))
     benchmark.group = case.op
-    times = measure.interleaved({backend: job, **work.peers}, rounds=3, seconds=10, device=DEVICE)
+    watched = measure.Watched(DEVICE, case.name)
+    jobs = {name: timed for name, timed in watched.ready(work).items() if name == backend or name in work.peers}
+    times = measure.interleaved(jobs, rounds=3, seconds=10, device=DEVICE, watched=watched)
+    assert backend in times, watched.failed.get(backend)
     benchmark.extra_info.update(backend=backend, **{f"{name} ms": t["p50"] for name, t in times.items()})
 
     def once() -> None:

@@ -15,6 +15,7 @@ from benchmarks import (
     bench_attention,
     bench_masked_loss,
     bench_unmask,
+    floors,
     journal,
     measure,
     on_gpu,
@@ -80,7 +81,8 @@ def test_peers_of_attention_give_what_ours_gives(kind, direction, monkeypatch):
     pairs = [(ours, theirs)] if direction == "forward" else list(zip(ours, theirs))
     for mine, other in pairs:  # theirs has its heads first
         torch.testing.assert_close(mine, other.transpose(1, 2), rtol=1e-4, atol=1e-5)
-    assert "No viable backend" in measure.first_call(work.peers[name.replace("math", "cudnn")], "cpu")
+    with pytest.raises(RuntimeError, match="No viable backend"):
+        work.peers[name.replace("math", "cudnn")]()
 
 
 def test_key_heads_are_repeated_for_a_backend_that_takes_no_groups():
@@ -129,7 +131,8 @@ def test_steps_of_peers_commit_the_same_tokens():
 def test_every_kind_of_unmask_case_runs(kind, monkeypatch):
     monkeypatch.setattr(peers_unmask, "gpu_limits", lambda: {"memory": 2 * 2 * 40 * 5 * 33, "l2": 0})
     work = bench_unmask.on_gpu(Shape("s", 3, 5, 33, 16, 32), 1.0, kind, "cpu")
-    assert all(measure.first_call(job, "cpu") is None for job in {**work.ours, **work.peers}.values())
+    for job in {**work.ours, **work.peers}.values():
+        job()
     assert kind != "loop" or "2 sequences at a time" in work.notes["LLaDA's loop"]
     job = next(iter(bench_unmask.selection(2, 9, "cpu").ours.values()))
     assert job().committed.sum(-1).tolist() == [4, 4]
@@ -147,6 +150,22 @@ def test_a_contender_that_raises_is_recorded_and_the_others_are_measured():
     assert row["backend"] == "triton" and list(row["peers"]) == ["good"] and row["notes"] == {"good": "as it is"}
     reason = "RuntimeError: no kernel image"
     assert row["failed"] == {"cpu": "made for CPUs", "bad": reason, "cuda": reason}
+
+
+@pytest.mark.parametrize("calls_that_work", [1, 2, 3, 5])
+def test_a_contender_that_raises_late_is_left_out_of_the_rounds(calls_that_work, monkeypatch):
+    monkeypatch.setattr(measure, "SAMPLE_MS", 0.0)  # one call a sample
+    left, called = [calls_that_work], []
+
+    def breaks():
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("out of memory")
+
+    work = Work({"cuda": lambda: called.append(1)}, {"breaks": breaks})
+    (row,) = measure.run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=4)
+    assert row["failed"] == {"breaks": "RuntimeError: out of memory"} and row["peers"] == {}
+    assert len(called) >= 1 + 2 + 4
 
 
 def peers_only_row() -> dict:
@@ -355,3 +374,11 @@ def test_the_readme_shows_headlines_of_a_gpu_and_says_that_there_are_more(tmp_pa
     lines = readme.table(tmp_path).splitlines()
     assert lines[-3] == "| unmask | a | bfloat16 | 2 (cuda) | x 6 | 3.00 | 0.50 | 1.0 |"
     assert lines[-1].startswith("1 more cases")
+
+
+def test_the_page_of_floors_is_that_of_the_cases():
+    text = floors.PAGE.read_text()
+    assert floors.updated(text) == text, "run: python -m benchmarks.floors"
+    full = {"flops": 780e9, "bytes": 4.3e9, "kind": "full", "direction": "forward", "head_dim": 128, "length": 8192}
+    assert floors.floor_ms(full) == pytest.approx(1.0) and floors.attention_prediction(full, "cuda") == "1.13-1.26"
+    assert floors.bound({**full, "bytes": 5e9}) == "memory" and floors.floor_ms({**full, "bytes": 8.6e9}) == 2.0
