@@ -1,0 +1,278 @@
+// dK and dV of attention. S^T = K Q^T, dP^T = V dO^T, P = exp2(scale' S - lse), dS = P (dP - delta),
+//
+//   dV = P^T dO,   dK = scale dS^T Q,   summed over the query heads that share the key head
+//
+// A block owns the keys of one key head, 128 (64 for D = 256), keeps K and V in shared memory and dK and dV (float32) in
+// registers, and walks the query tiles that touch it in ascending order, heads innermost: the same sums every time. P^T
+// and dS^T are A operands from registers. One warp streams Q, dO, lse and delta; two warpgroups own 64 keys each, or (D =
+// 256) the same 64 keys and half of the columns each. 8 D flops a pair (12 D for 256, which computes S and dP twice).
+// Partial tiles: pairs that do not attend get P = dS = 0 by selection, and rows without keys become zeros in shared
+// memory, since 0 * NaN is NaN. K and V need nothing of the kind: a key's NaN stays in its own row of S^T.
+#include "attention_bwd.cuh"
+#include "illada/api.h"
+
+using namespace illada;
+
+namespace {
+
+template <class T, int D> struct Shape {
+  static constexpr int kSplit = D > 128 ? 2 : 1;  // warpgroups that share 64 keys
+  static constexpr int kKeys = 128 / kSplit, kColumns = D / kSplit, kStages = 2;
+  static constexpr int kKeyTile = pieces<D> * kKeys * 64, kQueryTile = pieces<D> * kTileRows * 64;  // elements
+};
+
+template <class T, int D> struct Shared {
+  using S = Shape<T, D>;
+  T k[S::kKeyTile], v[S::kKeyTile], q[S::kStages][S::kQueryTile], dout[S::kStages][S::kQueryTile];
+  RowStats stats[S::kStages];
+  RowSpans spans[S::kStages][kTileRows];  // partial tiles only
+  int step[S::kStages];
+  uint64_t keys_full, keys_empty, full[S::kStages], empty[S::kStages];
+};
+
+struct Item {
+  int key, key_head, batch;  // the key tile's first key
+};
+
+// Ascending keys, outermost: under causal masks the tiles with most queries come first.
+template <class T, int D> ILLADA_DEVICE Item item_at(int index, const Sizes& size) {
+  const int heads = size.batch * size.key_heads;
+  return {index / heads * Shape<T, D>::kKeys, index % size.key_heads, index % heads / size.key_heads};
+}
+
+struct Maps {
+  CUtensorMap q, k, v, dout, dk, dv;
+};
+
+// ---- producer: one warp ------------------------------------------------------------------------------------------
+template <class T, int D>
+ILLADA_DEVICE void load_queries(Shared<T, D>& s, const Maps& maps, const Workspace& w, const Sizes& size, Step step,
+                                int tile, int head, int batch, int stage) {
+  const bool masked = step != kFull;
+  uint64_t* full = &s.full[stage];
+  s.step[stage] = step;
+  mbar_arrive_expect_tx(full, 2 * sizeof(s.q[0]) + sizeof(RowStats) + (masked ? sizeof(s.spans[0]) : 0));
+  load_tile<D, kTileRows>(s.q[stage], &maps.q, full, tile * kTileRows, head, batch);
+  load_tile<D, kTileRows>(s.dout[stage], &maps.dout, full, tile * kTileRows, head, batch);
+  bulk_load(&s.stats[stage], w.stats + (int64_t(batch) * size.heads + head) * w.tiles + tile, sizeof(RowStats), full);
+  if (masked) bulk_load(s.spans[stage], w.spans + w.bounds_at(batch, tile) * kTileRows, sizeof(s.spans[0]), full);
+}
+
+template <class T, int D>
+ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w, const Sizes& size, int items) {
+  using S = Shape<T, D>;
+  const int lane = threadIdx.x % 32, group = size.heads / size.key_heads;
+  int n = 0;  // stages filled so far
+  for (int index = blockIdx.x, turn = 0; index < items; index += gridDim.x, ++turn) {
+    const Item item = item_at<T, D>(index, size);
+    if (lane == 0) {
+      mbar_wait(&s.keys_empty, turn % 2 ^ 1);
+      mbar_arrive_expect_tx(&s.keys_full, 2 * sizeof(s.k));
+      load_tile<D, S::kKeys>(s.k, &maps.k, &s.keys_full, item.key, item.key_head, item.batch);
+      load_tile<D, S::kKeys>(s.v, &maps.v, &s.keys_full, item.key, item.key_head, item.batch);
+    }
+    for (int first = 0; first < w.tiles; first += 32) {  // each lane looks at one query tile
+      bool touched = false, masked = false, empty_rows = false;
+      if (first + lane < w.tiles) {
+        const TileBounds& bounds = w.bounds[w.bounds_at(item.batch, first + lane)];
+        touched = bounds.touches(item.key, item.key + S::kKeys);
+        masked = !bounds.all_attend(item.key, item.key + S::kKeys);
+        empty_rows = bounds.empty_rows;
+      }
+      unsigned tiles = __ballot_sync(~0u, touched);
+      const unsigned partial = __ballot_sync(~0u, masked), cleaned = __ballot_sync(~0u, empty_rows);
+      if (lane == 0)
+        for (; tiles; tiles &= tiles - 1) {
+          const int bit = __ffs(tiles) - 1;
+          const Step step = cleaned >> bit & 1 ? kEmptyRows : partial >> bit & 1 ? kPartial : kFull;
+          for (int i = 0; i < group; ++i, ++n) {
+            const int stage = n % S::kStages;
+            mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);
+            load_queries<T, D>(s, maps, w, size, step, first + bit, item.key_head * group + i, item.batch, stage);
+          }
+        }
+      __syncwarp();
+    }
+    if (lane == 0) {
+      mbar_wait(&s.empty[n % S::kStages], n / S::kStages % 2 ^ 1);
+      s.step[n % S::kStages] = kEnd;
+      mbar_arrive(&s.full[n % S::kStages]);
+      ++n;
+    }
+  }
+}
+
+// ---- consumers: two warpgroups -----------------------------------------------------------------------------------
+// Q and dO of rows without keys become zeros, whatever they hold. Four threads a row.
+template <class T, int D> ILLADA_DEVICE void clear_empty_rows(T* q, T* dout, const RowSpans* spans) {
+  const int row = threadIdx.x / 4, part = threadIdx.x % 4 * 16;
+  if (spans[row].empty())
+    for (int piece = 0; piece < pieces<D>; ++piece)
+      for (int i = 0; i < 16; i += 8) {
+        const int at = (piece * kTileRows + row) * 64 + part + i;
+        store16(q + at, Vec16<T>{});
+        store16(dout + at, Vec16<T>{});
+      }
+  fence_proxy_async();
+  bar_sync(1, kConsumers);
+}
+
+// Bit i: may the key and the query row of this thread's accumulator i attend? Its keys are `key` and the 8th after it.
+ILLADA_DEVICE uint32_t attending(const RowSpans* spans, int key) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 32; ++i)
+    if (i / 2 % 2 == 0) {
+      const RowSpans& span = spans[i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2];
+      bits |= uint32_t(span.holds(key)) << i | uint32_t(span.holds(key + 8)) << (i + 2);
+    }
+  return bits;
+}
+
+// x where the bit is not set
+ILLADA_DEVICE void select(float (&s)[32], uint32_t bits, float x) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) s[i] = bits >> i & 1 ? s[i] : x;
+}
+
+// The two values of accumulators i and i + 1, of neighbouring query rows.
+ILLADA_DEVICE float2 of_rows(const float* values, int i) {
+  return reinterpret_cast<const float2*>(values)[i / 4 * 4 + threadIdx.x % 4];
+}
+
+// dk and dv (64 keys, columns) += what one query tile gives
+template <class T, int D>
+ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[Shape<T, D>::kColumns / 2],
+                               float (&dv)[Shape<T, D>::kColumns / 2], int stage, int key, int rows_at, int columns_at,
+                               float scale_log2) {
+  using S = Shape<T, D>;
+  float p[kTileRows / 2], ds[kTileRows / 2];  // (64 keys, 64 queries)
+  uint32_t p_operand[kTileRows / 16][4], ds_operand[kTileRows / 16][4];
+  const Step step = Step(s.step[stage]);
+  if (step == kEmptyRows) clear_empty_rows<T, D>(s.q[stage], s.dout[stage], s.spans[stage]);
+  multiply_transposed<D, S::kKeys>(p, s.k + rows_at, s.q[stage]);
+  multiply_transposed<D, S::kKeys>(ds, s.v + rows_at, s.dout[stage]);
+  uint32_t bits = 0;
+  if (step != kFull) bits = attending(s.spans[stage], key);
+
+  wgmma_wait<1>();
+  reg_fence(p);
+#pragma unroll
+  for (int i = 0; i < 32; i += 2) {
+    const float2 lse = of_rows(s.stats[stage].lse, i);
+    p[i] = fmaf(p[i], scale_log2, -lse.x);
+    p[i + 1] = fmaf(p[i + 1], scale_log2, -lse.y);
+  }
+  if (step != kFull) select(p, bits, -INFINITY);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) p[i] = fast_exp2(p[i]);
+  pack_operand<T>(p_operand, p);
+  multiply_add<T>(dv, p_operand, s.dout[stage] + columns_at);
+
+  wgmma_wait<1>();
+  reg_fence(ds);
+  if (step != kFull) select(ds, bits, 0);
+#pragma unroll
+  for (int i = 0; i < 32; i += 2) {
+    const float2 delta = of_rows(s.stats[stage].delta, i);
+    ds[i] = p[i] * (ds[i] - delta.x);
+    ds[i + 1] = p[i + 1] * (ds[i + 1] - delta.y);
+  }
+  pack_operand<T>(ds_operand, ds);
+  multiply_add<T>(dk, ds_operand, s.q[stage] + columns_at);
+  wgmma_wait<0>();
+  reg_fence(dk);
+  reg_fence(dv);
+}
+
+template <class T, int D>
+ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Sizes& size, int items, float scale) {
+  using S = Shape<T, D>;
+  const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128;
+  const int first_row = warpgroup / S::kSplit * 64, first_column = warpgroup % S::kSplit * S::kColumns;
+  int n = 0;
+  for (int index = blockIdx.x, turn = 0; index < items; index += gridDim.x, ++turn) {
+    const Item item = item_at<T, D>(index, size);
+    const int key = item.key + first_row + t / 32 * 16 + t % 32 / 4;  // and the 8th after it
+    float dk[S::kColumns / 2] = {}, dv[S::kColumns / 2] = {};
+    mbar_wait(&s.keys_full, turn % 2);
+    for (bool more = true; more; ++n) {
+      const int stage = n % S::kStages;
+      mbar_wait(&s.full[stage], n / S::kStages % 2);
+      more = s.step[stage] != kEnd;
+      if (more)
+        add_queries<T, D>(s, dk, dv, stage, key, first_row * 64, first_column / 64 * kTileRows * 64, scale * kLog2e);
+      arrive_by_warp(&s.empty[stage]);
+    }
+    // This warpgroup's rows of K and V have done their service; with D = 256 the other may still read them.
+    if (S::kSplit > 1) bar_sync(1, kConsumers);
+    const int at = first_row * 64 + first_column / 64 * S::kKeys * 64;
+    store_rows<S::kKeys>(s.k + at, dk, scale);
+    store_rows<S::kKeys>(s.v + at, dv, 1.0f);
+    fence_proxy_async();
+    bar_sync(2 + warpgroup, 128);
+    if (t == 0) {
+      for (int column = 0; column < S::kColumns; column += 64) {
+        const int from = at + column / 64 * S::kKeys * 64;
+        tma_store(&maps.dk, s.k + from, first_column + column, item.key + first_row, item.key_head, item.batch);
+        tma_store(&maps.dv, s.v + from, first_column + column, item.key + first_row, item.key_head, item.batch);
+      }
+      bulk_commit();
+      bulk_wait_read<0>();
+      mbar_arrive(&s.keys_empty);
+    }
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_bwd_keys(const __grid_constant__ Maps maps, Workspace workspace, Sizes size, int items, float scale) {
+  Shared<T, D>& s = *reinterpret_cast<Shared<T, D>*>(dynamic_smem());
+  if (threadIdx.x == 0) {
+    mbar_init(&s.keys_full, 1);
+    mbar_init(&s.keys_empty, kWarpgroups);
+    for (int i = 0; i < Shape<T, D>::kStages; ++i) {
+      mbar_init(&s.full[i], 1);
+      mbar_init(&s.empty[i], kConsumerWarps);
+    }
+    mbar_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < kConsumers) {
+    reg_increase<232>();
+    consume<T, D>(s, maps, size, items, scale);
+  } else {
+    reg_decrease<40>();
+    if (threadIdx.x < kConsumers + 32) produce<T, D>(s, maps, workspace, size, items);
+  }
+}
+
+}  // namespace
+
+// strides: batch, row and head of q, k, v, dout, in elements. dk and dv (batch, keys, key_heads, dim) are contiguous.
+extern "C" int illada_attention_bwd_keys(int dtype, const void* q, const void* k, const void* v, const void* dout,
+                                         const void* stats, const void* spans, const void* bounds, void* dk, void* dv,
+                                         int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
+                                         int64_t dim, int64_t bounds_batches, const int64_t* strides, float scale,
+                                         int blocks, void* stream) {
+  return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
+    using T = decltype(zero);
+    constexpr int D = decltype(head_dim)::value, kKeys = Shape<T, D>::kKeys;
+    const int64_t items = (keys + kKeys - 1) / kKeys * key_heads * batch;
+    if (items >= int64_t(1) << 30) return int(cudaErrorInvalidValue);
+    Maps maps;
+    if (int e = map_of_rows<T>(&maps.q, q, batch, rows, heads, D, strides, kTileRows)) return e;
+    if (int e = map_of_rows<T>(&maps.k, k, batch, keys, key_heads, D, strides + 3, kKeys)) return e;
+    if (int e = map_of_rows<T>(&maps.v, v, batch, keys, key_heads, D, strides + 6, kKeys)) return e;
+    if (int e = map_of_rows<T>(&maps.dout, dout, batch, rows, heads, D, strides + 9, kTileRows)) return e;
+    if (int e = map_of_contiguous_rows<T>(&maps.dk, dk, batch, keys, key_heads, D, 64)) return e;
+    if (int e = map_of_contiguous_rows<T>(&maps.dv, dv, batch, keys, key_heads, D, 64)) return e;
+    const Workspace w = {static_cast<const RowStats*>(stats), static_cast<const RowSpans*>(spans),
+                         static_cast<const TileBounds*>(bounds), int((rows + kTileRows - 1) / kTileRows),
+                         int(bounds_batches)};
+    const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
+    const int grid = int(items < blocks ? items : blocks);
+    return launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), static_cast<cudaStream_t>(stream)},
+                  attention_bwd_keys<T, D>, maps, w, size, int(items), scale);
+  });
+}

@@ -1,0 +1,261 @@
+// dQ of attention. S = Q K^T, dP = dO V^T, P = exp2(scale' S - lse), dS = P (dP - delta),
+//
+//   dQ = scale dS K
+//
+// A block owns 128 query rows of one head, keeps Q and dO in shared memory and dQ (float32) in registers, and walks the
+// key tiles that its rows' hulls touch in ascending order, each once: the same sums every time. One warp streams K and V
+// (128 keys a tile, 64 for D = 256); two warpgroups own 64 rows each. dS is the A operand from registers. 6 D flops a pair.
+// Partial tiles: pairs that do not attend get P = dS = 0 by selection, and rows of K that none of the block's rows attends
+// to become zeros in shared memory, since 0 * NaN is NaN. Q, dO and V need nothing of the kind: what rows without keys
+// hold stays in those rows, and a value's NaN in its column of dP.
+#include "attention_bwd.cuh"
+#include "illada/api.h"
+
+using namespace illada;
+
+namespace {
+
+template <class T, int D> struct Shape {
+  static constexpr int kRows = 128, kTiles = kRows / kTileRows;
+  static constexpr int kKeys = D > 128 ? 64 : 128, kStages = 2, kValueStages = D > 128 ? 1 : 2;
+  static constexpr int kQueryTile = pieces<D> * kRows * 64, kKeyTile = pieces<D> * kKeys * 64;  // elements
+  static constexpr int kWords = kKeys / 32;  // of a set of keys
+};
+
+template <class T, int D> struct Shared {
+  using S = Shape<T, D>;
+  T q[S::kQueryTile], dout[S::kQueryTile], k[S::kStages][S::kKeyTile], v[S::kValueStages][S::kKeyTile];
+  uint32_t attended[kConsumerWarps][S::kWords];  // keys of a partial tile that some row of the warp attends to
+  int step[S::kStages], key[S::kStages];
+  uint64_t rows_full, rows_empty, k_full[S::kStages], k_empty[S::kStages], v_full[S::kValueStages],
+      v_empty[S::kValueStages];
+};
+
+struct Item {
+  int tile, head, batch;  // tile: of the workspace, the first of kTiles
+};
+
+// Descending rows, outermost: under causal masks the tiles with most keys come first.
+template <class T, int D> ILLADA_DEVICE Item item_at(int index, int items, const Sizes& size) {
+  const int heads = size.batch * size.heads;
+  return {(items / heads - 1 - index / heads) * Shape<T, D>::kTiles, index % size.heads, index % heads / size.heads};
+}
+
+struct Maps {
+  CUtensorMap q, k, v, dout, dq;
+};
+
+// ---- producer: one thread ----------------------------------------------------------------------------------------
+template <class T, int D>
+ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w, const Sizes& size, int items) {
+  using S = Shape<T, D>;
+  int n = 0;  // key tiles so far
+  for (int index = blockIdx.x, turn = 0; index < items; index += gridDim.x, ++turn) {
+    const Item item = item_at<T, D>(index, items, size);
+    mbar_wait(&s.rows_empty, turn % 2 ^ 1);
+    mbar_arrive_expect_tx(&s.rows_full, 2 * sizeof(s.q));
+    load_tile<D, S::kRows>(s.q, &maps.q, &s.rows_full, item.tile * kTileRows, item.head, item.batch);
+    load_tile<D, S::kRows>(s.dout, &maps.dout, &s.rows_full, item.tile * kTileRows, item.head, item.batch);
+    TileBounds bounds = w.bounds[w.bounds_at(item.batch, item.tile)];
+    for (int i = 1; i < S::kTiles; ++i)
+      if (item.tile + i < w.tiles) bounds.merge(w.bounds[w.bounds_at(item.batch, item.tile + i)]);
+    const int key_head = item.head / (size.heads / size.key_heads);
+    for (int start = 0;; start += S::kKeys, ++n) {
+      start = bounds.first_touched(start, S::kKeys, size.keys);
+      const bool end = start >= size.keys;
+      const int stage = n % S::kStages, value_stage = n % S::kValueStages;
+      mbar_wait(&s.k_empty[stage], n / S::kStages % 2 ^ 1);
+      s.step[stage] = end ? kEnd : bounds.all_attend(start, start + S::kKeys) ? kFull : kPartial;
+      s.key[stage] = start;
+      if (end) mbar_arrive(&s.k_full[stage]);
+      mbar_wait(&s.v_empty[value_stage], n / S::kValueStages % 2 ^ 1);
+      if (end) {
+        mbar_arrive(&s.v_full[value_stage]);
+        ++n;
+        break;
+      }
+      mbar_arrive_expect_tx(&s.k_full[stage], sizeof(s.k[0]));
+      load_tile<D, S::kKeys>(s.k[stage], &maps.k, &s.k_full[stage], start, key_head, item.batch);
+      mbar_arrive_expect_tx(&s.v_full[value_stage], sizeof(s.v[0]));
+      load_tile<D, S::kKeys>(s.v[value_stage], &maps.v, &s.v_full[value_stage], start, key_head, item.batch);
+    }
+  }
+}
+
+// ---- consumers: two warpgroups -----------------------------------------------------------------------------------
+// What a thread knows of its two rows, t / 4 and the 8th after it: lse, delta and key ranges.
+struct MyRows {
+  float lse[2], delta[2];
+  RowSpans spans[2];
+
+  ILLADA_DEVICE MyRows(const Workspace& w, const Sizes& size, const Item& item) {
+    const int tile = item.tile + threadIdx.x / 128, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    for (int r = 0; r < 2; ++r) {
+      lse[r] = INFINITY, delta[r] = 0, spans[r] = {};
+      if (tile >= w.tiles) continue;
+      const RowStats& stats = w.stats[(int64_t(item.batch) * size.heads + item.head) * w.tiles + tile];
+      lse[r] = stats.lse[row + r * 8], delta[r] = stats.delta[row + r * 8];
+      spans[r] = w.spans[w.bounds_at(item.batch, tile) * kTileRows + row + r * 8];
+    }
+  }
+};
+
+// Those keys of word * 32 .. word * 32 + 31, from key `start` on, that lie in the ranges.
+ILLADA_DEVICE uint32_t keys_of(const RowSpans& span, int start) {
+  uint32_t set = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int first = Max{}(span.lo[i] - start, 0), last = Min{}(span.lo[i] + span.length[i] - start, 32);
+    if (first < last) set |= ~0u >> (32 - (last - first)) << first;
+  }
+  return set;
+}
+
+// Rows of the K tile that none of the block's rows attends to become zeros, whatever they hold.
+template <class T, int D>
+ILLADA_DEVICE void clear_unattended_keys(Shared<T, D>& s, T* k, const MyRows& rows, int start) {
+  using S = Shape<T, D>;
+#pragma unroll
+  for (int word = 0; word < S::kWords; ++word) {
+    const uint32_t mine = keys_of(rows.spans[0], start + word * 32) | keys_of(rows.spans[1], start + word * 32);
+    const uint32_t all = __reduce_or_sync(~0u, mine);
+    if (threadIdx.x % 32 == 0) s.attended[threadIdx.x / 32][word] = all;
+  }
+  bar_sync(1, kConsumers);
+  constexpr int kSharers = kConsumers / S::kKeys, kPart = 64 / kSharers;  // threads of a key, and their columns
+  const int key = threadIdx.x / kSharers, part = threadIdx.x % kSharers * kPart;
+  uint32_t attended = 0;
+#pragma unroll
+  for (int warp = 0; warp < kConsumerWarps; ++warp) attended |= s.attended[warp][key / 32];
+  if (!(attended >> key % 32 & 1))
+    for (int piece = 0; piece < pieces<D>; ++piece)
+      for (int i = 0; i < kPart; i += 8) store16(k + (piece * S::kKeys + key) * 64 + part + i, Vec16<T>{});
+  fence_proxy_async();
+  bar_sync(1, kConsumers);
+}
+
+// Accumulators of pairs that do not attend become x. key: the tile's first.
+template <int R> ILLADA_DEVICE void select(float (&s)[R], const MyRows& rows, int key, float x) {
+#pragma unroll
+  for (int i = 0; i < R; ++i)
+    if (!rows.spans[i / 2 % 2].holds(key + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2)) s[i] = x;
+}
+
+// dq (64 rows, D) += what key tile n gives
+template <class T, int D>
+ILLADA_DEVICE void add_keys(Shared<T, D>& s, float (&dq)[D / 2], const MyRows& rows, int n, float scale_log2) {
+  using S = Shape<T, D>;
+  const int stage = n % S::kStages, value_stage = n % S::kValueStages, first_row = threadIdx.x / 128 * 64;
+  float p[S::kKeys / 2], ds[S::kKeys / 2];  // (64 rows, keys)
+  uint32_t ds_operand[S::kKeys / 16][4];
+  const bool masked = s.step[stage] != kFull;
+  const int key = s.key[stage];
+  if (masked) clear_unattended_keys<T, D>(s, s.k[stage], rows, key);
+  multiply_transposed<D, S::kRows>(p, s.q + first_row * 64, s.k[stage]);
+  mbar_wait(&s.v_full[value_stage], n / S::kValueStages % 2);
+  multiply_transposed<D, S::kRows>(ds, s.dout + first_row * 64, s.v[value_stage]);
+
+  wgmma_wait<1>();
+  reg_fence(p);
+#pragma unroll
+  for (int i = 0; i < S::kKeys / 2; ++i) p[i] = fmaf(p[i], scale_log2, -rows.lse[i / 2 % 2]);
+  if (masked) select(p, rows, key, -INFINITY);
+#pragma unroll
+  for (int i = 0; i < S::kKeys / 2; ++i) p[i] = fast_exp2(p[i]);
+
+  wgmma_wait<0>();
+  reg_fence(ds);
+  arrive_by_warp(&s.v_empty[value_stage]);
+  if (masked) select(ds, rows, key, 0);
+#pragma unroll
+  for (int i = 0; i < S::kKeys / 2; ++i) ds[i] = p[i] * (ds[i] - rows.delta[i / 2 % 2]);
+  pack_operand<T>(ds_operand, ds);
+  multiply_add<T>(dq, ds_operand, s.k[stage]);
+  wgmma_wait<0>();
+  reg_fence(dq);
+}
+
+template <class T, int D>
+ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w, const Sizes& size, int items,
+                           float scale) {
+  using S = Shape<T, D>;
+  const int warpgroup = threadIdx.x / 128;
+  int n = 0;
+  for (int index = blockIdx.x, turn = 0; index < items; index += gridDim.x, ++turn) {
+    const Item item = item_at<T, D>(index, items, size);
+    const MyRows rows(w, size, item);
+    float dq[D / 2] = {};
+    mbar_wait(&s.rows_full, turn % 2);
+    for (bool more = true; more; ++n) {
+      mbar_wait(&s.k_full[n % S::kStages], n / S::kStages % 2);
+      more = s.step[n % S::kStages] != kEnd;
+      if (more)
+        add_keys<T, D>(s, dq, rows, n, scale * kLog2e);
+      else
+        arrive_by_warp(&s.v_empty[n % S::kValueStages]);
+      arrive_by_warp(&s.k_empty[n % S::kStages]);
+    }
+    store_rows<S::kRows>(s.q + warpgroup * 64 * 64, dq, scale);  // over this warpgroup's rows of Q, read for the last time
+    fence_proxy_async();
+    bar_sync(2 + warpgroup, 128);
+    if (threadIdx.x % 128 == 0) {
+      for (int piece = 0; piece < pieces<D>; ++piece)
+        tma_store(&maps.dq, s.q + (piece * S::kRows + warpgroup * 64) * 64, piece * 64,
+                  (item.tile + warpgroup) * kTileRows, item.head, item.batch);
+      bulk_commit();
+      bulk_wait_read<0>();
+      mbar_arrive(&s.rows_empty);
+    }
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_bwd_queries(const __grid_constant__ Maps maps, Workspace workspace, Sizes size, int items, float scale) {
+  Shared<T, D>& s = *reinterpret_cast<Shared<T, D>*>(dynamic_smem());
+  using S = Shape<T, D>;
+  if (threadIdx.x == 0) {
+    mbar_init(&s.rows_full, 1);
+    mbar_init(&s.rows_empty, kWarpgroups);
+    for (int i = 0; i < S::kStages; ++i) mbar_init(&s.k_full[i], 1), mbar_init(&s.k_empty[i], kConsumerWarps);
+    for (int i = 0; i < S::kValueStages; ++i) mbar_init(&s.v_full[i], 1), mbar_init(&s.v_empty[i], kConsumerWarps);
+    mbar_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < kConsumers) {
+    reg_increase<240>();
+    consume<T, D>(s, maps, workspace, size, items, scale);
+  } else {
+    reg_decrease<24>();
+    if (threadIdx.x == kConsumers) produce<T, D>(s, maps, workspace, size, items);
+  }
+}
+
+}  // namespace
+
+// strides: batch, row and head of q, k, v, dout, in elements. dq (batch, rows, heads, dim) is contiguous.
+extern "C" int illada_attention_bwd_queries(int dtype, const void* q, const void* k, const void* v, const void* dout,
+                                            const void* stats, const void* spans, const void* bounds, void* dq,
+                                            int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
+                                            int64_t dim, int64_t bounds_batches, const int64_t* strides, float scale,
+                                            int blocks, void* stream) {
+  return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
+    using T = decltype(zero);
+    constexpr int D = decltype(head_dim)::value, kRows = Shape<T, D>::kRows, kKeys = Shape<T, D>::kKeys;
+    const int64_t items = (rows + kRows - 1) / kRows * heads * batch;
+    if (items >= int64_t(1) << 30) return int(cudaErrorInvalidValue);
+    Maps maps;
+    if (int e = map_of_rows<T>(&maps.q, q, batch, rows, heads, D, strides, kRows)) return e;
+    if (int e = map_of_rows<T>(&maps.k, k, batch, keys, key_heads, D, strides + 3, kKeys)) return e;
+    if (int e = map_of_rows<T>(&maps.v, v, batch, keys, key_heads, D, strides + 6, kKeys)) return e;
+    if (int e = map_of_rows<T>(&maps.dout, dout, batch, rows, heads, D, strides + 9, kRows)) return e;
+    if (int e = map_of_contiguous_rows<T>(&maps.dq, dq, batch, rows, heads, D, 64)) return e;
+    const Workspace w = {static_cast<const RowStats*>(stats), static_cast<const RowSpans*>(spans),
+                         static_cast<const TileBounds*>(bounds), int((rows + kTileRows - 1) / kTileRows),
+                         int(bounds_batches)};
+    const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
+    const int grid = int(items < blocks ? items : blocks);
+    return launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), static_cast<cudaStream_t>(stream)},
+                  attention_bwd_queries<T, D>, maps, w, size, int(items), scale);
+  });
+}

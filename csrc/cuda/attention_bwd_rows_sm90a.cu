@@ -1,0 +1,105 @@
+// The first step of attention's backward: what the other two kernels want to know of each row and of each tile of 64.
+//
+//   lse (times log2 e), delta = sum_d out * dout - dlse      of each row and head: one block per 64 rows and head
+//   the row's key ranges in normal form, the hulls and the common ranges of 64 rows      one block per 64 rows
+//
+// Reads out and dout once (4 * D bytes a row and head), writes 8 bytes. float32, a fixed order of sums. A row without
+// keys gives lse = inf and delta = 0, whatever it holds.
+#include "attention_bwd.cuh"
+#include "illada/api.h"
+
+using namespace illada;
+
+namespace {
+
+struct Rows {  // (batch, rows, heads, dim), 16-byte aligned rows
+  const void* data;
+  int64_t batch_stride, row_stride, head_stride;
+  template <class T> ILLADA_DEVICE const T* at(int64_t batch, int64_t row, int64_t head) const {
+    return static_cast<const T*>(data) + batch * batch_stride + row * row_stride + head * head_stride;
+  }
+};
+
+constexpr int kStatsThreads = 256;
+
+// LANES lanes share a row, 8 columns each.
+template <class T, int LANES>
+__global__ void __launch_bounds__(kStatsThreads)
+    row_stats(Rows out, Rows dout, const float* lse, const float* dlse, KeyBounds bounds, RowStats* stats, Sizes size,
+              int dim, int tiles) {
+  const int tile = blockIdx.x % tiles, head = blockIdx.x / tiles % size.heads, batch = blockIdx.x / tiles / size.heads;
+  const int lane = threadIdx.x % LANES;
+  RowStats& to = stats[blockIdx.x];
+  for (int i = threadIdx.x / LANES; i < kTileRows; i += kStatsThreads / LANES) {
+    const int row = tile * kTileRows + i;
+    const bool live = row < size.rows && !bounds.of_row(batch, row).empty();
+    float sum = 0;
+    if (live && lane * 8 < dim) {
+      const Vec16<T> a = load16_streaming(out.at<T>(batch, row, head) + lane * 8);
+      const Vec16<T> b = load16_streaming(dout.at<T>(batch, row, head) + lane * 8);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum += to_float(a.at[j]) * to_float(b.at[j]);
+    }
+    sum = warp_sum<LANES>(sum);
+    if (lane == 0) {
+      const int64_t at = (int64_t(batch) * size.heads + head) * size.rows + row;
+      const float value = live ? lse[at] : -INFINITY;
+      to.lse[i] = value == -INFINITY ? INFINITY : value * kLog2e;
+      to.delta[i] = live ? sum - (dlse ? dlse[at] : 0.0f) : 0.0f;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kTileRows)
+    tile_bounds(KeyBounds bounds, RowSpans* spans, TileBounds* tile_bounds, int rows, int tiles) {
+  const int tile = blockIdx.x % tiles, batch = blockIdx.x / tiles, row = tile * kTileRows + threadIdx.x;
+  const int n = bounds.num_keys;
+  TileBounds t = {{n, n}, {0, 0}, {0, 0}, {n, n}, 0};  // of no row
+  RowSpans span = {};
+  if (row < rows) {
+    const RowRanges r = bounds.of_row(batch, row);
+    t.empty_rows = r.empty();
+    for (int i = 0; i < 2; ++i) {
+      const bool any = r.lo[i] < r.hi[i];
+      if (any) t.lo[i] = r.lo[i], t.hi[i] = r.hi[i];
+      t.common_lo[i] = r.lo[i], t.common_hi[i] = r.hi[i];
+      span.lo[i] = r.lo[i], span.length[i] = any ? r.hi[i] - r.lo[i] : 0;
+    }
+  }
+  spans[int64_t(blockIdx.x) * kTileRows + threadIdx.x] = span;
+  int* scratch = reinterpret_cast<int*>(dynamic_smem());
+  for (int i = 0; i < 2; ++i) {
+    t.lo[i] = block_reduce<kTileRows>(t.lo[i], scratch, Min{});
+    t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Max{});
+    t.common_lo[i] = block_reduce<kTileRows>(t.common_lo[i], scratch, Max{});
+    t.common_hi[i] = block_reduce<kTileRows>(t.common_hi[i], scratch, Min{});
+  }
+  t.empty_rows = block_reduce<kTileRows>(t.empty_rows, scratch, Max{});
+  if (threadIdx.x == 0) tile_bounds[blockIdx.x] = t;
+}
+
+}  // namespace
+
+extern "C" int illada_attention_bwd_rows(int dtype, const void* out, const float* lse, const void* dout,
+                                         const float* dlse, const int32_t* bounds, void* stats, void* spans,
+                                         void* tiles_out, int64_t batch, int64_t rows, int64_t keys, int64_t heads,
+                                         int64_t dim, int64_t bounds_batches, const int64_t* strides, void* stream) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, limit = int64_t(1) << 31;
+  if (tiles * heads * batch >= limit || rows >= limit - kTileRows || keys >= limit - 256 || dim % 8 || dim > 256)
+    return int(cudaErrorInvalidValue);
+  const KeyBounds key_bounds = {bounds, strides[0], strides[1], int(keys)};
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (int e = launch({dim3(tiles * bounds_batches), dim3(kTileRows), sizeof(int) * kTileRows / 32, s}, tile_bounds,
+                     key_bounds, static_cast<RowSpans*>(spans), static_cast<TileBounds*>(tiles_out), int(rows),
+                     int(tiles)))
+    return e;
+  const Rows of_out = {out, strides[2], strides[3], strides[4]}, of_dout = {dout, strides[5], strides[6], strides[7]};
+  const Sizes size = {int(batch), int(rows), int(keys), int(heads), 0};
+  const auto run = [&](auto kernel) {
+    return launch({dim3(tiles * heads * batch), dim3(kStatsThreads), 0, s}, kernel, of_out, of_dout, lse, dlse,
+                  key_bounds, static_cast<RowStats*>(stats), size, int(dim), int(tiles));
+  };
+  if (dtype == ILLADA_BF16) return run(dim <= 64 ? row_stats<bf16, 8> : dim <= 128 ? row_stats<bf16, 16> : row_stats<bf16, 32>);
+  if (dtype == ILLADA_F16) return run(dim <= 64 ? row_stats<fp16, 8> : dim <= 128 ? row_stats<fp16, 16> : row_stats<fp16, 32>);
+  return int(cudaErrorInvalidValue);
+}
