@@ -233,12 +233,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-// strides: batch, row and head of q, k, v, dout, in elements. dq (batch, rows, heads, dim) is contiguous.
-extern "C" int illada_attention_bwd_queries(int dtype, const void* q, const void* k, const void* v, const void* dout,
-                                            const void* stats, const void* spans, const void* bounds, void* dq,
-                                            int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
-                                            int64_t dim, int64_t bounds_batches, const int64_t* strides, float scale,
-                                            int blocks, void* stream) {
+extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, const void* k, const void* v,
+                                                  const void* dout, const void* stats, const void* spans,
+                                                  const void* bounds, void* dq, int64_t batch, int64_t rows, int64_t keys,
+                                                  int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                                  const int64_t* strides, float scale, int blocks, void* stream) {
   return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
     using T = decltype(zero);
     constexpr int D = decltype(head_dim)::value, kRows = Shape<T, D>::kRows, kKeys = Shape<T, D>::kKeys;
@@ -248,7 +247,7 @@ extern "C" int illada_attention_bwd_queries(int dtype, const void* q, const void
     if (int e = map_of_rows<T>(&maps.q, q, batch, rows, heads, D, strides, kRows)) return e;
     if (int e = map_of_rows<T>(&maps.k, k, batch, keys, key_heads, D, strides + 3, kKeys)) return e;
     if (int e = map_of_rows<T>(&maps.v, v, batch, keys, key_heads, D, strides + 6, kKeys)) return e;
-    if (int e = map_of_rows<T>(&maps.dout, dout, batch, rows, heads, D, strides + 9, kRows)) return e;
+    if (int e = map_of_rows<T>(&maps.dout, dout, batch, rows, heads, D, strides + 14, kRows)) return e;
     if (int e = map_of_contiguous_rows<T>(&maps.dq, dq, batch, rows, heads, D, 64)) return e;
     const Workspace w = {static_cast<const RowStats*>(stats), static_cast<const RowSpans*>(spans),
                          static_cast<const TileBounds*>(bounds), int((rows + kTileRows - 1) / kTileRows),

@@ -80,26 +80,30 @@ __global__ void __launch_bounds__(kTileRows)
 
 }  // namespace
 
-extern "C" int illada_attention_bwd_rows(int dtype, const void* out, const float* lse, const void* dout,
-                                         const float* dlse, const int32_t* bounds, void* stats, void* spans,
-                                         void* tiles_out, int64_t batch, int64_t rows, int64_t keys, int64_t heads,
-                                         int64_t dim, int64_t bounds_batches, const int64_t* strides, void* stream) {
+extern "C" int illada_attention_bwd_rows_sm90a(int dtype, const void* out, const float* lse, const void* dout,
+                                               const float* dlse, const int32_t* bounds, void* stats, void* spans,
+                                               void* tiles_out, int64_t batch, int64_t rows, int64_t keys,
+                                               int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                               const int64_t* strides, void* stream) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, limit = int64_t(1) << 31;
   if (tiles * heads * batch >= limit || rows >= limit - kTileRows || keys >= limit - 256 || dim % 8 || dim > 256)
     return int(cudaErrorInvalidValue);
-  const KeyBounds key_bounds = {bounds, strides[0], strides[1], int(keys)};
+  const KeyBounds key_bounds = {bounds, strides[9], strides[10], int(keys)};
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (int e = launch({dim3(tiles * bounds_batches), dim3(kTileRows), sizeof(int) * kTileRows / 32, s}, tile_bounds,
                      key_bounds, static_cast<RowSpans*>(spans), static_cast<TileBounds*>(tiles_out), int(rows),
                      int(tiles)))
     return e;
-  const Rows of_out = {out, strides[2], strides[3], strides[4]}, of_dout = {dout, strides[5], strides[6], strides[7]};
-  const Sizes size = {int(batch), int(rows), int(keys), int(heads), 0};
+  const Rows of_out = {out, strides[11], strides[12], strides[13]}, of_dout = {dout, strides[14], strides[15], strides[16]};
+  const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
   const auto run = [&](auto kernel) {
     return launch({dim3(tiles * heads * batch), dim3(kStatsThreads), 0, s}, kernel, of_out, of_dout, lse, dlse,
                   key_bounds, static_cast<RowStats*>(stats), size, int(dim), int(tiles));
   };
-  if (dtype == ILLADA_BF16) return run(dim <= 64 ? row_stats<bf16, 8> : dim <= 128 ? row_stats<bf16, 16> : row_stats<bf16, 32>);
-  if (dtype == ILLADA_F16) return run(dim <= 64 ? row_stats<fp16, 8> : dim <= 128 ? row_stats<fp16, 16> : row_stats<fp16, 32>);
+  const int lanes = dim <= 64 ? 8 : dim <= 128 ? 16 : 32;
+  if (dtype == ILLADA_BF16)
+    return run(lanes == 8 ? row_stats<bf16, 8> : lanes == 16 ? row_stats<bf16, 16> : row_stats<bf16, 32>);
+  if (dtype == ILLADA_F16)
+    return run(lanes == 8 ? row_stats<fp16, 8> : lanes == 16 ? row_stats<fp16, 16> : row_stats<fp16, 32>);
   return int(cudaErrorInvalidValue);
 }

@@ -1,4 +1,4 @@
-"""Attention on Hopper: csrc/cuda/attention_fwd_sm90a.cuh and attention_bwd_sm90a.cu, and how their work is cut up."""
+"""Attention on Hopper: csrc/cuda/attention_fwd_sm90a.cuh and attention_bwd_*_sm90a.cu, and how their work is cut up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def available() -> str | None:
 
 def supports(request: Any) -> str | None:
     """None, or why this call (its q, k, v and direction) cannot run here."""
-    entry = "attention_bwd_sm90a" if request.backward else "attention_fwd_sm90a"
+    entry = "attention_bwd_keys_sm90a" if request.backward else "attention_fwd_sm90a"
     if not hasattr(native(), entry):
         return f"the extension has no {entry}"
     q, k, v = request.q, request.k, request.v
@@ -110,6 +110,53 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float
     return out, lse
 
 
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, shaped and typed like q, k and v, of the sum of out * dout and lse * dlse (dlse may be None).
+
+    Four launches: the rows' delta and lse, the tiles' key ranges; dk and dv, one block per key tile and key head; dq, one
+    block per query tile and head. Seven products, not five, and in return nothing is added up across blocks: bitwise the
+    same run after run. dk and dv are summed over a group's query heads in registers. Memory: see `workspace`.
+    """
+    batch, rows, heads, dim = q.shape
+    keys, key_heads = k.shape[1], k.shape[2]
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if dq.numel() == 0 or dk.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    dout, out, bounds = _fit_for_tma(dout), _fit_for_tma(out), _aligned(bounds)
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    strides = element_strides(q, k, v, bounds, out, dout)
+    sizes = (batch, rows, keys, heads, key_heads, dim, 1 if bounds is None else bounds.shape[0])
+    code, at, blocks = _DTYPES[q.dtype], strides.buffer_info()[0], processors(q.device)
+    space = workspace(batch, rows, heads, sizes[-1], q.device)
+    launch("attention_bwd_rows_sm90a", q.device, code, out, lse, dout, dlse, bounds, *space, *sizes, at)
+    launch("attention_bwd_keys_sm90a", q.device, code, q, k, v, dout, *space, dk, dv, *sizes, at, scale, blocks)
+    launch("attention_bwd_queries_sm90a", q.device, code, q, k, v, dout, *space, dq, *sizes, at, scale, blocks)
+    return dq, dk, dv
+
+
+def workspace(
+    batch: int, rows: int, heads: int, bounds_batches: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward needs beside its results, by tiles of 64 rows: 8 bytes per row and head (lse, delta), 16 per row
+    of the bounds (its ranges in normal form) and 36 per tile of them (hulls). Nothing grows with the keys."""
+    tiles = -(-rows // 64)
+    return (
+        torch.empty(batch, heads, tiles, 2, 64, dtype=torch.float32, device=device),
+        torch.empty(bounds_batches, tiles * 64, 4, dtype=torch.int32, device=device),
+        torch.empty(bounds_batches, tiles, 9, dtype=torch.int32, device=device),
+    )
+
+
 def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     """Maxima stay maxima, and a masked score stays -inf when multiplied. Negation is exact; a scale that vanishes
     beside float32 goes into q, where what it rounds away is far below one rounding of the log-sum-exp."""
@@ -124,3 +171,8 @@ def _aligned(bounds: Tensor | None) -> Tensor | None:
                           and bounds.stride(1) % 4 == 0):  # fmt: skip
         return bounds
     return bounds.clone(memory_format=torch.contiguous_format)
+
+
+def _fit_for_tma(x: Tensor) -> Tensor:
+    """An upstream gradient may be expanded or a view at an odd offset."""
+    return x if _unfit_for_tma("", x) is None else x.clone(memory_format=torch.contiguous_format)
