@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from attention_oracle import HALF, Result, assert_close, draw, run
+from attention_oracle import HALF, Result, assert_close, draw
 from torch import Tensor
 
 from illada_kernels import KeyRanges
 from illada_kernels.key_ranges import clamp_bounds
 from illada_kernels.ops.attention import cases, cuda, reference
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import ROOT, KernelFault, compile_kernels, missing
+from tests.cuda_on_cpu.library import missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SOURCES = {name: f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("rows", "keys", "queries")}
@@ -147,12 +145,16 @@ def poisoned(inputs: tuple[Tensor, ...], ranges: KeyRanges, poison: float) -> tu
 
 
 def poison_masks() -> dict[str, KeyRanges]:
-    """Whole tiles, and parts of tiles, of keys without rows and rows without keys; keys between the hulls of two rows."""
+    """Tiles, and parts of tiles, of keys without rows; rows without keys; keys between the hulls of two rows."""
     row = torch.arange(70)
     two = torch.where(row[:, None] % 2 == 0, torch.tensor([0, 10, 10, 10]), torch.tensor([140, 150, 160, 165]))
     left = KeyRanges.padding(torch.tensor([0, 1, 64, 130]), 171, "left").bounds.expand(4, 70, 4).clone()
     left[:, 5::7] = 0
-    masks = {"between": two.expand(4, 70, 4), "left": left, "right": torch.stack([row * 0, row + 60, *[row * 0 + 150] * 2], 1)[None]}
+    masks = {
+        "between": two.expand(4, 70, 4),
+        "left": left,
+        "right": torch.stack([row * 0, row + 60, *[row * 0 + 150] * 2], 1)[None],
+    }
     return {name: KeyRanges(bounds.int().contiguous(), 171) for name, bounds in masks.items()}
 
 
@@ -241,7 +243,12 @@ def test_upstream_gradients_of_any_layout(use: Processors) -> None:
 def test_extra_memory_is_what_the_docstring_says(use: Processors, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
     real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **b: made.append(real(*a, **b)) or made[-1])
+
+    def empty(*shape: int, **options: Any) -> Tensor:
+        made.append(real(*shape, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
     for bounds_batches in (1, 2):
         inputs = draw(2, 130, 40, 2, 1, 64, dtype=torch.bfloat16)
         bounds = cases.hostile_masks(bounds_batches, 130, 40)["random"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def planted(name: str, dim: int, old: str, new: str) -> Kernels:
     header = (ROOT / "csrc/cuda" / HEADER).read_text().replace("#pragma once\n", "")
     header = re.sub(rf"      case (?!{dim}:).*\n", "", header)
     header = re.sub(r"  if \(dtype == fp16_code\).*\n", "", header)
-    text = Path(ROOT / source(name)).read_text().replace(f'#include "{HEADER}"\n', header)
+    text = (ROOT / source(name)).read_text().replace(f'#include "{HEADER}"\n', header)
     assert text.count(old) == 1, f"{text.count(old)} times: {old}"
     return compile_kernels(source(name), text=text.replace(old, new))
 
@@ -72,74 +72,142 @@ def gradients(emulated: Emulated, dim: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 WRONG = "wrong result"
 BUSY = "still being written by a bulk copy"
-# name: (kernel, old, new, what is seen of it[, head_dim])
-FAULTS: dict[str, tuple[str, str, str, str] | tuple[str, str, str, str, int]] = {
-    # ---- rows: what the others are told
-    "dlse forgotten": ("rows", "sum - (dlse ? dlse[at] : 0.0f)", "sum", WRONG),
-    "delta of a row without keys": ("rows", "!bounds.of_row(batch, row).empty()", "true", WRONG),
-    "hull from the wrong end": ("rows", "t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Max{})", "t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Min{})", WRONG),
-    "common range of some row": ("rows", "t.common_hi[i] = block_reduce<kTileRows>(t.common_hi[i], scratch, Min{})", "t.common_hi[i] = block_reduce<kTileRows>(t.common_hi[i], scratch, Max{})", WRONG),
-    "rows without keys unseen": ("rows", "t.empty_rows = r.empty();", "", WRONG),
-    "rows past the last": ("rows", "row < size.rows && ", "", "outside every allocation"),
-    "bounds past the last": ("rows", "if (row < rows) {", "{", "outside every allocation"),
-    # ---- keys: order
-    "no wait for Q and dO": ("keys", "      mbar_wait(&s.full[stage], n / S::kStages % 2);\n", "", "."),
-    "no wait for K and V": ("keys", "    mbar_wait(&s.keys_full, turn % 2);\n", "", BUSY),
-    "wrong phase of the stages": ("keys", "mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);", "mbar_wait(&s.empty[stage], n / S::kStages % 2);", "deadlock"),
-    "stages filled while read": ("keys", "            mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);\n", "", "."),
-    "K and V overwritten": ("keys", "      mbar_wait(&s.keys_empty, turn % 2 ^ 1);\n", "", "."),
-    "products unfinished at release": ("keys", "  wgmma_wait<0>();\n  reg_fence(dk);", "  reg_fence(dk);", "."),
-    "S read too early": ("keys", "  wgmma_wait<1>();\n  reg_fence(p);", "  reg_fence(p);", WRONG),
-    "dP read too early": ("keys", "  wgmma_wait<1>();\n  reg_fence(ds);", "  reg_fence(ds);", WRONG),
-    "result stored unfenced": ("keys", "    fence_proxy_async();\n    bar_sync(2", "    bar_sync(2", "without fence_proxy_async"),
-    "result stored before all wrote it": ("keys", "    bar_sync(2 + warpgroup, 128);\n", "", "."),
-    "K given up while a store reads it": ("keys", "      bulk_wait_read<0>();\n", "", "."),
-    "K overwritten by the other's dK": ("keys", "    if (S::kSplit > 1) bar_sync(1, kConsumers);\n", "", ".", 256),
-    # ---- keys: arithmetic
-    "cleared rows unfenced": ("keys", "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}", "  bar_sync(1, kConsumers);\n}", "without fence_proxy_async"),
-    "rows read before all are cleared": ("keys", "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}", "  fence_proxy_async();\n}", "."),
-    "dO not cleared": ("keys", "        store16(dout + at, Vec16<T>{});\n", "", WRONG),
-    "only the first piece cleared": ("keys", "for (int piece = 0; piece < pieces<D>; ++piece)\n      for (int i = 0; i < 16", "for (int piece = 0; piece < 1; ++piece)\n      for (int i = 0; i < 16", WRONG, 256),
-    "P not masked": ("keys", "  if (step != kFull) select(p, bits, -INFINITY);\n", "", WRONG),
-    "dS not masked": ("keys", "  if (step != kFull) select(ds, bits, 0);\n", "", WRONG),
-    "mask of the 8th key after": ("keys", "span.holds(key + 8)", "span.holds(key)", WRONG),
-    "one head of the group": ("keys", "item.key_head * group + i, item.batch", "item.key_head * group, item.batch", WRONG),
-    "half of the columns": ("keys", "first_column / 64 * kTileRows * 64", "0", WRONG, 256),
-    "touched only if wholly within": ("keys", "start < hi[0]) ||", "end <= hi[0]) ||", WRONG),
-    "full if it begins within": ("keys", "end <= common_hi[0])", "start < common_hi[0])", WRONG),
-    "MN-major lead": ("keys", "1024, STEPS * 16 * 128", "1024, STEPS * 16 * 64", WRONG, 256),
-    # ---- queries: order
-    "no wait for K": ("queries", "      mbar_wait(&s.k_full[n % S::kStages], n / S::kStages % 2);\n", "", "."),
-    "no wait for V": ("queries", "  mbar_wait(&s.v_full[value_stage], n / S::kValueStages % 2);\n", "", "."),
-    "no wait for Q": ("queries", "    mbar_wait(&s.rows_full, turn % 2);\n", "", BUSY),
-    "V filled while read, one stage": ("queries", "      mbar_wait(&s.v_empty[value_stage], n / S::kValueStages % 2 ^ 1);\n", "", ".", 256),
-    "K filled while read": ("queries", "      mbar_wait(&s.k_empty[stage], n / S::kStages % 2 ^ 1);\n", "", "."),
-    "Q overwritten": ("queries", "    mbar_wait(&s.rows_empty, turn % 2 ^ 1);\n", "", "."),
-    "dP read unfinished": ("queries", "  wgmma_wait<0>();\n  reg_fence(ds);", "  reg_fence(ds);", "."),
-    "K given up too early": ("queries", "  wgmma_wait<0>();\n  reg_fence(dq);", "  reg_fence(dq);", "."),
-    "V of the last step kept": ("queries", "      else\n        arrive_by_warp(&s.v_empty[n % S::kValueStages]);\n", "", "deadlock"),
-    # ---- queries: arithmetic
-    "cleared keys unfenced": ("queries", "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}", "  bar_sync(1, kConsumers);\n}", "without fence_proxy_async"),
-    "K read before it is cleared": ("queries", "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}", "  fence_proxy_async();\n}", "."),
-    "attended keys of one warp only": ("queries", "warp < kConsumerWarps; ++warp) attended", "warp < 1; ++warp) attended", WRONG),
-    "attended keys read too early": ("queries", "  bar_sync(1, kConsumers);\n  constexpr", "  constexpr", "."),
-    "unattended keys not cleared": ("queries", "  if (masked) clear_unattended_keys<T, D>(s, s.k[stage], rows, key);\n", "", WRONG),
-    "dS not masked in queries": ("queries", "  if (masked) select(ds, rows, key, 0);\n", "", WRONG),
-    "P not masked in queries": ("queries", "  if (masked) select(p, rows, key, -INFINITY);\n", "", WRONG),
-    "one hull of two": ("queries", "      if (item.tile + i < w.tiles) bounds.merge(", "      if (false) bounds.merge(", WRONG),
-    "a key tile skipped": ("queries", "Max{}(start, lo[i] / size * size)", "Max{}(start, (lo[i] + size - 1) / size * size)", WRONG),
-    "a bit too few": ("queries", "~0u >> (32 - (last - first)) << first", "~0u >> (31 - (last - first)) << first", ""),
-    "rows of the tile before": ("queries", "item.tile + threadIdx.x / 128, row", "item.tile, row", WRONG),
-}  # fmt: skip
+# of each kernel, name: (old, new, what is seen of it[, head_dim])
+FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "rows": {
+        # what the others are told
+        "dlse forgotten": ("sum - (dlse ? dlse[at] : 0.0f)", "sum", WRONG),
+        "delta of a row without keys": ("!bounds.of_row(batch, row).empty()", "true", WRONG),
+        "hull from the wrong end": (
+            "t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Max{})",
+            "t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Min{})",
+            WRONG,
+        ),
+        "common range of some row": (
+            "t.common_hi[i] = block_reduce<kTileRows>(t.common_hi[i], scratch, Min{})",
+            "t.common_hi[i] = block_reduce<kTileRows>(t.common_hi[i], scratch, Max{})",
+            WRONG,
+        ),
+        "rows without keys unseen": ("t.empty_rows = r.empty();", "", WRONG),
+        "rows past the last": ("row < size.rows && ", "", "outside every allocation"),
+        "bounds past the last": ("if (row < rows) {", "{", "outside every allocation"),
+    },
+    "keys": {
+        # order
+        "no wait for Q and dO": ("      mbar_wait(&s.full[stage], n / S::kStages % 2);\n", "", "."),
+        "no wait for K and V": ("    mbar_wait(&s.keys_full, turn % 2);\n", "", BUSY),
+        "wrong phase of the stages": (
+            "mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);",
+            "mbar_wait(&s.empty[stage], n / S::kStages % 2);",
+            "deadlock",
+        ),
+        "stages filled while read": ("            mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);\n", "", "."),
+        "K and V overwritten": ("      mbar_wait(&s.keys_empty, turn % 2 ^ 1);\n", "", "."),
+        "products unfinished at release": ("  wgmma_wait<0>();\n  reg_fence(dk);", "  reg_fence(dk);", "."),
+        "S read too early": ("  wgmma_wait<1>();\n  reg_fence(p);", "  reg_fence(p);", WRONG),
+        "dP read too early": ("  wgmma_wait<1>();\n  reg_fence(ds);", "  reg_fence(ds);", WRONG),
+        "result stored unfenced": (
+            "    fence_proxy_async();\n    bar_sync(2",
+            "    bar_sync(2",
+            "without fence_proxy_async",
+        ),
+        "result stored before all wrote it": ("    bar_sync(2 + warpgroup, 128);\n", "", "."),
+        "K given up while a store reads it": ("      bulk_wait_read<0>();\n", "", "."),
+        "K overwritten by the other's dK": ("    if (S::kSplit > 1) bar_sync(1, kConsumers);\n", "", ".", 256),
+        # arithmetic
+        "cleared rows unfenced": (
+            "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
+            "  bar_sync(1, kConsumers);\n}",
+            "without fence_proxy_async",
+        ),
+        "rows read before all are cleared": (
+            "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
+            "  fence_proxy_async();\n}",
+            ".",
+        ),
+        "dO not cleared": ("        store16(dout + at, Vec16<T>{});\n", "", WRONG),
+        "only the first piece cleared": (
+            "for (int piece = 0; piece < pieces<D>; ++piece)\n      for (int i = 0; i < 16",
+            "for (int piece = 0; piece < 1; ++piece)\n      for (int i = 0; i < 16",
+            WRONG,
+            256,
+        ),
+        "P not masked": ("  if (step != kFull) select(p, bits, -INFINITY);\n", "", WRONG),
+        "dS not masked": ("  if (step != kFull) select(ds, bits, 0);\n", "", WRONG),
+        "mask of the 8th key after": ("span.holds(key + 8)", "span.holds(key)", WRONG),
+        "one head of the group": ("item.key_head * group + i, item.batch", "item.key_head * group, item.batch", WRONG),
+        "half of the columns": ("first_column / 64 * kTileRows * 64", "0", WRONG, 256),
+        "touched only if wholly within": ("start < hi[0]) ||", "end <= hi[0]) ||", WRONG),
+        "full if it begins within": ("end <= common_hi[0])", "start < common_hi[0])", WRONG),
+        "MN-major lead": ("1024, STEPS * 16 * 128", "1024, STEPS * 16 * 64", WRONG, 256),
+    },
+    "queries": {
+        # order
+        "no wait for K": ("      mbar_wait(&s.k_full[n % S::kStages], n / S::kStages % 2);\n", "", "."),
+        "no wait for V": ("  mbar_wait(&s.v_full[value_stage], n / S::kValueStages % 2);\n", "", "."),
+        "no wait for Q": ("    mbar_wait(&s.rows_full, turn % 2);\n", "", BUSY),
+        "V filled while read, one stage": (
+            "      mbar_wait(&s.v_empty[value_stage], n / S::kValueStages % 2 ^ 1);\n",
+            "",
+            ".",
+            256,
+        ),
+        "K filled while read": ("      mbar_wait(&s.k_empty[stage], n / S::kStages % 2 ^ 1);\n", "", "."),
+        "Q overwritten": ("    mbar_wait(&s.rows_empty, turn % 2 ^ 1);\n", "", "."),
+        "dP read unfinished": ("  wgmma_wait<0>();\n  reg_fence(ds);", "  reg_fence(ds);", "."),
+        "K given up too early": ("  wgmma_wait<0>();\n  reg_fence(dq);", "  reg_fence(dq);", "."),
+        "V of the last step kept": (
+            "      else\n        arrive_by_warp(&s.v_empty[n % S::kValueStages]);\n",
+            "",
+            "deadlock",
+        ),
+        # arithmetic
+        "cleared keys unfenced": (
+            "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
+            "  bar_sync(1, kConsumers);\n}",
+            "without fence_proxy_async",
+        ),
+        "K read before it is cleared": (
+            "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
+            "  fence_proxy_async();\n}",
+            ".",
+        ),
+        "attended keys of one warp only": (
+            "warp < kConsumerWarps; ++warp) attended",
+            "warp < 1; ++warp) attended",
+            WRONG,
+        ),
+        "attended keys read too early": ("  bar_sync(1, kConsumers);\n  constexpr", "  constexpr", "."),
+        "unattended keys not cleared": (
+            "  if (masked) clear_unattended_keys<T, D>(s, s.k[stage], rows, key);\n",
+            "",
+            WRONG,
+        ),
+        "dS not masked in queries": ("  if (masked) select(ds, rows, key, 0);\n", "", WRONG),
+        "P not masked in queries": ("  if (masked) select(p, rows, key, -INFINITY);\n", "", WRONG),
+        "one hull of two": (
+            "      if (item.tile + i < w.tiles) bounds.merge(",
+            "      if (false) bounds.merge(",
+            WRONG,
+        ),
+        "a key tile skipped": (
+            "Max{}(start, lo[i] / size * size)",
+            "Max{}(start, (lo[i] + size - 1) / size * size)",
+            WRONG,
+        ),
+        "a bit too few": ("~0u >> (32 - (last - first)) << first", "~0u >> (31 - (last - first)) << first", ""),
+        "rows of the tile before": ("item.tile + threadIdx.x / 128, row", "item.tile, row", WRONG),
+    },
+}
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, old, new, said, *rest = FAULTS[name]
-    dim = int(rest[0]) if rest else 64
+@pytest.mark.parametrize("kernel, name", [(kernel, name) for kernel, faults in FAULTS.items() for name in faults])
+def test_planted_faults_are_seen(kernel: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, said, *rest = FAULTS[kernel][name]
+    dim = rest[0] if rest else 64
     clean = gradients(Mixed(0), dim, monkeypatch)
     assert all(x.isfinite().all() for x in (clean.dq, clean.dk, clean.dv))
-    other = {kernel: planted(kernel, dim, str(old), str(new))}
+    other = {kernel: planted(kernel, dim, old, new)}
     seen = []
     for seed in range(8):
         try:

@@ -123,9 +123,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, shaped and typed like q, k and v, of the sum of out * dout and lse * dlse (dlse may be None).
 
-    Four launches: the rows' delta and lse, the tiles' key ranges; dk and dv, one block per key tile and key head; dq, one
-    block per query tile and head. Seven products, not five, and in return nothing is added up across blocks: bitwise the
-    same run after run. dk and dv are summed over a group's query heads in registers. Memory: see `workspace`.
+    Four kernels: the rows' delta and lse, the tiles' key ranges; dk and dv, one block per key tile and key head; dq, one
+    block per query tile and head. Seven products, not five, and in return nothing is added up across blocks: bitwise
+    the same run after run. dk and dv are summed over a group's query heads in registers. Memory: see `workspace`.
     """
     batch, rows, heads, dim = q.shape
     keys, key_heads = k.shape[1], k.shape[2]
@@ -147,8 +147,8 @@ def backward(
 def workspace(
     batch: int, rows: int, heads: int, bounds_batches: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the backward needs beside its results, by tiles of 64 rows: 8 bytes per row and head (lse, delta), 16 per row
-    of the bounds (its ranges in normal form) and 36 per tile of them (hulls). Nothing grows with the keys."""
+    """What the backward needs beside its results, by tiles of 64 rows: 8 bytes per row and head (lse, delta), 16 per
+    row of the bounds (its ranges in normal form) and 36 per tile of them (hulls). Nothing grows with the keys."""
     tiles = -(-rows // 64)
     return (
         torch.empty(batch, heads, tiles, 2, 64, dtype=torch.float32, device=device),
