@@ -45,9 +45,10 @@ class Mixed(Emulated):
 
 
 def bounds() -> Tensor:
-    """Query tiles that see two key tiles whole; one of two ranges and of rows without keys; one that ends early."""
+    """Query tiles that see two key tiles whole, but for one row; one with two ranges and rows without keys; a short one."""
     row = torch.arange(200)[:, None]
     b = torch.where(row < 128, torch.tensor([0, 256, 256, 256]), torch.tensor([10, 140, 200, 210]))
+    b = torch.where(row == 100, torch.tensor([0, 200, 200, 200]), b)
     b = torch.where((row >= 128) & (row % 5 == 0), torch.tensor([0, 0, 300, 300]), b)
     b = torch.where(row >= 192, torch.tensor([20, 40, 290, 295]), b)
     return b.int()[None]

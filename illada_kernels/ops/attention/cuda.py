@@ -123,9 +123,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, shaped and typed like q, k and v, of the sum of out * dout and lse * dlse (dlse may be None).
 
-    Four kernels: the rows' delta and lse, the tiles' key ranges; dk and dv, one block per key tile and key head; dq, one
-    block per query tile and head. Seven products, not five, and in return nothing is added up across blocks: bitwise
-    the same run after run. dk and dv are summed over a group's query heads in registers. Memory: see `workspace`.
+    Four kernels: the rows' delta and lse; the tiles' key ranges; dk and dv, one block per key tile and key head; dq,
+    one block per query tile and head. Seven products, not five, and in return nothing is added across blocks:
+    bitwise the same run after run. dk and dv are summed over a group's query heads in registers. Memory: see `workspace`.
     """
     batch, rows, heads, dim = q.shape
     keys, key_heads = k.shape[1], k.shape[2]
