@@ -45,7 +45,7 @@ class Mixed(Emulated):
 
 
 def bounds() -> Tensor:
-    """Query tiles that see two key tiles whole, but for one row; one with two ranges and rows without keys; a short one."""
+    """Tiles that see two key tiles whole, but for one row; one with two ranges and rows without keys; a short one."""
     row = torch.arange(200)[:, None]
     b = torch.where(row < 128, torch.tensor([0, 256, 256, 256]), torch.tensor([10, 140, 200, 210]))
     b = torch.where(row == 100, torch.tensor([0, 200, 200, 200]), b)

@@ -125,7 +125,8 @@ def backward(
 
     Four kernels: the rows' delta and lse; the tiles' key ranges; dk and dv, one block per key tile and key head; dq,
     one block per query tile and head. Seven products, not five, and in return nothing is added across blocks:
-    bitwise the same run after run. dk and dv are summed over a group's query heads in registers. Memory: see `workspace`.
+    bitwise the same run after run. dk and dv are summed over a group's query heads in registers. Memory: that of
+    `workspace`.
     """
     batch, rows, heads, dim = q.shape
     keys, key_heads = k.shape[1], k.shape[2]
