@@ -229,6 +229,13 @@ def twice(avoided: dict[str, str], op: str, name: str) -> str | None:
     return f"left out after {times[0].split('|')[1]} ({avoided[times[0]]}) and another" if len(times) > 1 else None
 
 
+def capture_something() -> None:
+    """A capture that broke off leaves the random generator believing that it goes on; one that ends tells it better."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+
+
 def replayed(job: Job, calls: int) -> tuple[Job, str | None]:
     """The job as a graph, or as it is and why it cannot be captured."""
     try:
@@ -238,10 +245,8 @@ def replayed(job: Job, calls: int) -> tuple[Job, str | None]:
         return replay, None
     except Exception as error:
         reason = why(error)
-    try:  # a capture that broke off leaves the random generator believing that it goes on; one that ends tells it
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.zeros(1, device="cuda")
-        torch.cuda.synchronize()
+    try:
+        capture_something()
     except Exception as error:
         raise ContextLost(f"{reason}; then {why(error)}") from error
     return job, f"not captured in a graph, so with the host's share: {reason}"

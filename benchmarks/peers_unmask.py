@@ -71,10 +71,11 @@ def device_step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperatur
 
 def flashinfer_step() -> Step:
     sampling = importlib.import_module("flashinfer.sampling")
+    one = torch.ones(1, dtype=torch.int64, device="cuda")  # a seed on the device, so that graphs can capture it
 
     def step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperature: float) -> Tensor:
         wide = logits.reshape(-1, logits.shape[-1]).float() / temperature
-        proposal = sampling.sampling_from_logits(wide).long()
+        proposal = sampling.sampling_from_logits(wide, seed=one, offset=one).long()
         confidence = (wide.gather(-1, proposal[:, None])[:, 0] - wide.logsumexp(-1)).exp()
         return commit(proposal.view(tokens.shape), confidence.view(tokens.shape), tokens, k, mask_id)
 
