@@ -75,6 +75,8 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef ILLADA_WITH_CUDA
   m.attr("with_cuda") = true;
+  BIND_CUDA(attention_fwd_bf16_sm90a);
+  BIND_CUDA(attention_fwd_fp16_sm90a);
   BIND_CUDA(attention_bwd_rows_sm90a);
   BIND_CUDA(attention_bwd_keys_sm90a);
   BIND_CUDA(attention_bwd_queries_sm90a);

@@ -1,5 +1,6 @@
 // KeyRanges on the GPU: the bounds of a query row, brought into normal form whenever they are read, so that malformed
-// ones never lead out of range. csrc/include/illada/query_tiles.h is the same on the CPU.
+// ones never lead out of range; and what the rows of a tile have in common. csrc/include/illada/query_tiles.h is the
+// same on the CPU.
 #pragma once
 #include "device.cuh"
 
@@ -26,6 +27,68 @@ struct KeyBounds {
     return {{e0, e2}, {e1, e3}};
   }
   ILLADA_DEVICE int clamp(int bound, int least) const { return Max{}(least, Min{}(bound, num_keys)); }
+};
+
+// How the keys start .. end of a tile meet the rows of a tile.
+enum class Cover { none, some, all };
+
+// Of some rows: two hulls that hold every row's ranges, and the keys that range 0, or range 1, of every row holds.
+// An empty range widens no hull. No rows: nothing is touched.
+struct Hulls {
+  static constexpr int kMost = 0x7fffffff;
+  int lo[2] = {kMost, kMost}, hi[2] = {0, 0};
+  int common_lo[2] = {0, 0}, common_hi[2] = {kMost, kMost};
+
+  ILLADA_DEVICE void add(const RowRanges& r) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (r.lo[i] < r.hi[i]) lo[i] = Min{}(lo[i], r.lo[i]), hi[i] = Max{}(hi[i], r.hi[i]);
+      common_lo[i] = Max{}(common_lo[i], r.lo[i]);
+      common_hi[i] = Min{}(common_hi[i], r.hi[i]);
+    }
+  }
+  // The hulls, that they hold those of other rows too.
+  ILLADA_DEVICE void widen(const Hulls& other) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) lo[i] = Min{}(lo[i], other.lo[i]), hi[i] = Max{}(hi[i], other.hi[i]);
+  }
+  // Those of the rows of all lanes of the warp, in every lane.
+  ILLADA_DEVICE void reduce_over_warp() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      lo[i] = __reduce_min_sync(~0u, lo[i]), hi[i] = __reduce_max_sync(~0u, hi[i]);
+      common_lo[i] = __reduce_max_sync(~0u, common_lo[i]), common_hi[i] = __reduce_min_sync(~0u, common_hi[i]);
+    }
+  }
+  ILLADA_DEVICE Cover cover(int start, int end) const {
+    if ((common_lo[0] <= start && end <= common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]))
+      return lo[0] < hi[0] || lo[1] < hi[1] ? Cover::all : Cover::none;
+    return (lo[0] < end && start < hi[0]) || (lo[1] < end && start < hi[1]) ? Cover::some : Cover::none;
+  }
+};
+
+// The tiles of `size` keys that two hulls touch, ascending, each once: first[0] .. last[0], then first[1] .. last[1].
+struct KeyTiles {
+  int first[2], last[2];
+
+  ILLADA_DEVICE KeyTiles(const Hulls& h, int size) {
+    const int low = h.lo[1] < h.lo[0];  // which hull comes first
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int lo = i == low ? h.lo[0] : h.lo[1], hi = i == low ? h.hi[0] : h.hi[1];
+      first[i] = lo < hi ? lo / size : 0;
+      last[i] = lo < hi ? (hi - 1) / size + 1 : 0;
+    }
+    if (first[1] < last[0] && last[1] > 0) {  // they meet in a tile: one run
+      last[0] = Max{}(last[0], last[1]);
+      first[1] = last[1] = 0;
+    }
+  }
+  ILLADA_DEVICE int count() const { return last[0] - first[0] + last[1] - first[1]; }
+  ILLADA_DEVICE int at(int n) const {
+    const int of_first = last[0] - first[0];
+    return n < of_first ? first[0] + n : first[1] + n - of_first;
+  }
 };
 
 }  // namespace illada

@@ -192,8 +192,11 @@ def _read_kernels(source: str, arch: str, log: str, sass: str) -> list[Kernel]:
 
 
 def missing_instructions(source: str, sass: str) -> list[str]:
-    """The words of MEANT that the source holds whose instruction the SASS lacks."""
+    """The words of MEANT that the source, or a header of kernels that it includes, holds and whose instruction the SASS
+    lacks."""
     text = (ROOT / source).read_text()
+    headers = included_files(text, [(ROOT / source).parent])
+    text += "".join(path.read_text() for path in headers if path.name.endswith("_sm90a.cuh"))
     return [f"{word} -> {instruction}" for word, instruction in MEANT.items()
             if word in text and not re.search(rf"\b{instruction}\b", sass)]  # fmt: skip
 

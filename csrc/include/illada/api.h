@@ -30,6 +30,15 @@ ILLADA_CPU(illada_attention_fwd, int dtype, const void* q, const void* k, const 
 ILLADA_CPU(illada_attention_bwd, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds, const void* out,
            const float* lse, const void* dout, const float* dlse, float* dq, void* dk, void* dv, int64_t batch, int64_t rows, int64_t keys,
            int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v, const int64_t* strides, float scale, int threads)
+// CUDA, sm_90a (csrc/cuda/attention_fwd_sm90a.cuh), one function a type. scale > 0; dim 64, 96, 128 or 256; what q, k and v start at, and their
+// strides, multiples of 16 bytes; bounds in rows of 16 bytes. pack: heads of a key head in one tile, 1 or all; parts: (splits, batch, heads, rows,
+// dim) and then (splits, batch, heads, rows), null with one split; counter: one 0, or null; blocks: of the grid.
+#define ILLADA_ATTENTION_FWD_ARGUMENTS                                                                                                      \
+  const void *q, const void *k, const void *v, const int32_t *bounds, void *out, float *lse, int64_t batch, int64_t rows, int64_t keys,     \
+      int64_t heads, int64_t key_heads, int64_t dim, const int64_t *strides, float scale, int pack, int splits, float *parts,               \
+      int32_t *counter, int blocks, void *stream
+extern "C" int illada_attention_fwd_bf16_sm90a(ILLADA_ATTENTION_FWD_ARGUMENTS);
+extern "C" int illada_attention_fwd_fp16_sm90a(ILLADA_ATTENTION_FWD_ARGUMENTS);
 
 // CUDA, compute capability 9.0: bf16 and fp16, dim 64, 96, 128 or 256, strides as in the last function, rows of 16-byte multiples. First
 // rows, which fills the workspace that the others read: stats float32 (batch, heads, tiles, 2, 64), spans int32 (batch or 1, tiles * 64, 4),

@@ -13,6 +13,7 @@ from ..._gpu import hopper_reason, launch
 from .native import element_strides
 
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+_FORWARD = {torch.bfloat16: "attention_fwd_bf16_sm90a", torch.float16: "attention_fwd_fp16_sm90a"}
 _DIMS = (64, 96, 128, 256)
 _MAX_KEYS = 2**31 - 1024
 
@@ -24,7 +25,7 @@ def available() -> str | None:
 
 def supports(request: Any) -> str | None:
     """None, or why this call (its q, k, v and direction) cannot run here."""
-    entry = "attention_bwd_keys_sm90a" if request.backward else "attention_fwd_sm90a"
+    entry = "attention_bwd_keys_sm90a" if request.backward else "attention_fwd_bf16_sm90a"
     if not hasattr(native(), entry):
         return f"the extension has no {entry}"
     q, k, v = request.q, request.k, request.v
@@ -105,8 +106,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float
     q, scale = _with_positive_scale(q, scale)
     bounds = _aligned(bounds)
     strides = element_strides(q, k, v, bounds)
-    launch("attention_fwd_sm90a", q.device, _DTYPES[q.dtype], q, k, v, bounds, out, lse, batch, rows, keys, heads,
-           key_heads, dim, strides.buffer_info()[0], scale, cut.pack, cut.splits, parts, counter, blocks)  # fmt: skip
+    launch(_FORWARD[q.dtype], q.device, q, k, v, bounds, out, lse, batch, rows, keys, heads, key_heads, dim,
+           strides.buffer_info()[0], scale, cut.pack, cut.splits, parts, counter, blocks)  # fmt: skip
     return out, lse
 
 
