@@ -73,8 +73,8 @@ def test_every_head_dim_meets_the_numerics_bar(dim: int, dtype: torch.dtype, use
 
 
 def test_hostile_masks_meet_the_numerics_bar(use: Processors) -> None:
-    inputs = draw(2, 150, 171, 2, 2, 64, dtype=torch.bfloat16)
-    for name, ranges in cases.hostile_masks(2, 150, 171).items():
+    inputs = draw(2, 135, 171, 1, 1, 64, dtype=torch.bfloat16)
+    for name, ranges in cases.hostile_masks(2, 135, 171).items():
         try:
             assert_close(gradients(*inputs, ranges), *inputs, ranges)
         except AssertionError as error:
@@ -158,8 +158,7 @@ def poison_masks() -> dict[str, KeyRanges]:
     return {name: KeyRanges(bounds.int().contiguous(), 171) for name, bounds in masks.items()}
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("dim, poison", [(64, math.nan), (64, math.inf), (256, math.nan)])
 def test_poisoned_padding_never_reaches_a_gradient(dim: int, poison: float, use: Processors) -> None:
     inputs = draw(4, 70, 171, 1, 1, dim, dtype=torch.bfloat16)
     for name, ranges in poison_masks().items():
@@ -264,20 +263,20 @@ def test_extra_memory_is_what_the_docstring_says(use: Processors, monkeypatch: p
 
 
 def test_same_bits_under_every_schedule_and_number_of_blocks(use: Processors) -> None:
-    inputs = draw(1, 150, 300, 4, 2, 64, dtype=torch.bfloat16)
+    inputs = draw(1, 150, 300, 2, 1, 64, dtype=torch.bfloat16)
     ranges = cases.hostile_masks(1, 150, 300)["random"]
     first = gradients(*inputs, ranges)
-    for seed in range(1, 9):
-        use(Emulated(*SOURCES.values(), seed=seed), blocks=(1, 2, 5, 132)[seed % 4])
+    for seed, blocks in enumerate((1, 2, 5, 132, 1, 2)):
+        use(Emulated(*SOURCES.values(), seed=seed), blocks)
         assert_same(gradients(*inputs, ranges), first, seed)
 
 
 @pytest.mark.parametrize("dim", [96, 128, 256])
 def test_same_bits_under_other_schedules_for_other_head_dims(dim: int, use: Processors) -> None:
-    inputs = draw(1, 150, 200, 2, 1, dim, dtype=torch.float16)
-    ranges = cases.hostile_masks(1, 150, 200)["hulls_overlap"]
+    inputs = draw(1, 70, 200, 2, 1, dim, dtype=torch.float16)
+    ranges = cases.hostile_masks(1, 70, 200)["hulls_overlap"]
     first = gradients(*inputs, ranges)
-    for seed in range(1, 4):
+    for seed in range(1, 3):
         use(Emulated(*SOURCES.values(), seed=seed), blocks=2)
         assert_same(gradients(*inputs, ranges), first, seed)
 

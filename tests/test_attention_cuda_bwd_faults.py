@@ -86,7 +86,6 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "rows": {
         # what the others are told
         "dlse forgotten": ("sum - (dlse ? dlse[at] : 0.0f)", "sum", WRONG),
-        "delta of a row without keys": ("!bounds.of_row(batch, row).empty()", "true", WRONG),
         "hull from the wrong end": (
             "t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Max{})",
             "t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Min{})",
@@ -99,28 +98,18 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "rows without keys unseen": ("t.empty_rows = r.empty();", "", WRONG),
         "rows past the last": ("row < size.rows && ", "", "outside every allocation"),
-        "bounds past the last": ("if (row < rows) {", "{", "outside every allocation"),
     },
     "keys": {
         # order
         "no wait for Q and dO": ("      mbar_wait(&s.full[stage], n / S::kStages % 2);\n", "", "."),
         "no wait for K and V": ("    mbar_wait(&s.keys_full, turn % 2);\n", "", BUSY),
-        "wrong phase of the stages": (
-            "mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);",
-            "mbar_wait(&s.empty[stage], n / S::kStages % 2);",
-            "deadlock",
-        ),
         "stages filled while read": ("            mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);\n", "", "."),
-        "K and V overwritten": ("      mbar_wait(&s.keys_empty, turn % 2 ^ 1);\n", "", "."),
-        "products unfinished at release": ("  wgmma_wait<0>();\n  reg_fence(dk);", "  reg_fence(dk);", "."),
         "S read too early": ("  wgmma_wait<1>();\n  reg_fence(p);", "  reg_fence(p);", WRONG),
-        "dP read too early": ("  wgmma_wait<1>();\n  reg_fence(ds);", "  reg_fence(ds);", WRONG),
         "result stored unfenced": (
             "    fence_proxy_async();\n    bar_sync(2",
             "    bar_sync(2",
             "without fence_proxy_async",
         ),
-        "result stored before all wrote it": ("    bar_sync(2 + warpgroup, 128);\n", "", "."),
         "K given up while a store reads it": ("      bulk_wait_read<0>();\n", "", "."),
         "K overwritten by the other's dK": ("    if (S::kSplit > 1) bar_sync(1, kConsumers);\n", "", ".", 256),
         # arithmetic
@@ -143,9 +132,7 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "P not masked": ("  if (step != kFull) select(p, bits, -INFINITY);\n", "", WRONG),
         "dS not masked": ("  if (step != kFull) select(ds, bits, 0);\n", "", WRONG),
-        "mask of the 8th key after": ("span.holds(key + 8)", "span.holds(key)", WRONG),
         "one head of the group": ("item.key_head * group + i, item.batch", "item.key_head * group, item.batch", WRONG),
-        "half of the columns": ("first_column / 64 * kTileRows * 64", "0", WRONG, 256),
         "touched only if wholly within": ("start < hi[0]) ||", "end <= hi[0]) ||", WRONG),
         "full if it begins within": ("end <= common_hi[0])", "start < common_hi[0])", WRONG),
         "MN-major lead": ("1024, STEPS * 16 * 128", "1024, STEPS * 16 * 64", WRONG, 256),
@@ -164,7 +151,6 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "K filled while read": ("      mbar_wait(&s.k_empty[stage], n / S::kStages % 2 ^ 1);\n", "", "."),
         "Q overwritten": ("    mbar_wait(&s.rows_empty, turn % 2 ^ 1);\n", "", "."),
         "dP read unfinished": ("  wgmma_wait<0>();\n  reg_fence(ds);", "  reg_fence(ds);", "."),
-        "K given up too early": ("  wgmma_wait<0>();\n  reg_fence(dq);", "  reg_fence(dq);", "."),
         "V of the last step kept": (
             "      else\n        arrive_by_warp(&s.v_empty[n % S::kValueStages]);\n",
             "",
@@ -186,14 +172,12 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
             "warp < 1; ++warp) attended",
             WRONG,
         ),
-        "attended keys read too early": ("  bar_sync(1, kConsumers);\n  constexpr", "  constexpr", "."),
         "unattended keys not cleared": (
             "  if (masked) clear_unattended_keys<T, D>(s, s.k[stage], rows, key);\n",
             "",
             WRONG,
         ),
         "dS not masked in queries": ("  if (masked) select(ds, rows, key, 0);\n", "", WRONG),
-        "P not masked in queries": ("  if (masked) select(p, rows, key, -INFINITY);\n", "", WRONG),
         "one hull of two": (
             "      if (item.tile + i < w.tiles) bounds.merge(",
             "      if (false) bounds.merge(",
@@ -204,8 +188,6 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
             "Max{}(start, (lo[i] + size - 1) / size * size)",
             WRONG,
         ),
-        "a bit too few": ("~0u >> (32 - (last - first)) << first", "~0u >> (31 - (last - first)) << first", ""),
-        "rows of the tile before": ("item.tile + threadIdx.x / 128, row", "item.tile, row", WRONG),
     },
 }
 
