@@ -298,12 +298,12 @@ def test_tests_on_a_gpu_go_on_after_one_that_hangs(tmp_path, root, monkeypatch):
     """)
     )
     monkeypatch.setitem(on_gpu.TESTS, "tests", str(file))
-    monkeypatch.setenv("ILLADA_TEST_LIMIT", "1")
+    monkeypatch.setenv("ILLADA_TEST_LIMIT", "5")
     with open(tmp_path / "log", "wb") as log:
-        session = on_gpu.Session(None, tmp_path, tmp_path, log, time.time() + 120, on_gpu.environment(None))
+        session = on_gpu.Session(None, tmp_path, tmp_path, log, time.time() + 300, on_gpu.environment(None))
         good, said = on_gpu.tests("tests", session)
     assert not good and said == "1 passed, 1 failed, 1 skipped, 1 hung or died", (tmp_path / "log").read_text()
-    assert [*session.facts["hung_or_died"].values()] == ["no end within 1 s"]
+    assert [*session.facts["hung_or_died"].values()] == ["no end within 5 s"]
     assert [*session.facts["failed"].values()] == ["AssertionError: off by one"]
 
 
