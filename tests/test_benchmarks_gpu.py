@@ -348,6 +348,12 @@ def test_a_stage_that_fails_stops_no_other_and_shows_in_the_exit_status(tmp_path
     assert on_gpu.main(["--stage", "loss", "--out", str(tmp_path), "--seconds", "0"]) == 1
 
 
+def test_a_stage_leaves_time_to_those_after_it():
+    assert on_gpu.time_for("build", 1e6, 3) == on_gpu.LIMITS["build"]
+    assert on_gpu.time_for("tests", 300, 1) == 300 - on_gpu.KEPT
+    assert on_gpu.time_for("tests", 60, 1) == 30 and on_gpu.time_for("tests", 60, 0) == 60
+
+
 def test_hopper_is_built_for_with_its_own_instructions():
     assert [on_gpu.architecture(c) for c in ("9.0", "8.9", "10.0")] == ["90a", "89", "100"]
 
