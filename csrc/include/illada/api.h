@@ -77,7 +77,7 @@ extern "C" int illada_masked_loss_rows_bwd(const void* logits, int64_t stride, v
                                            const float* scales, const float* bias, float softcap, float label_smoothing, float z_loss,
                                            const int64_t* forbid, int64_t n_forbid, void* stream);
 
-// ---- unmask (csrc/cpu/unmask.cpp) ------------------------------------------------------------------------------------------
+// ---- unmask (csrc/cpu/unmask.cpp, csrc/cuda/unmask_*.cu) ------------------------------------------------------------------------------------------
 // Bytes that callers allocate per row and per (row, segment), and the ids of a segment: what one Partial covers.
 #define ILLADA_UNMASK_ROW_BYTES 48
 #define ILLADA_UNMASK_PARTIAL_BYTES 48
@@ -96,3 +96,42 @@ ILLADA_CPU(illada_unmask_select, int64_t* tokens, int64_t token_stride, int64_t 
            const void* partials, int64_t segments, int64_t* proposal, float* confidences, uint8_t* committed, int32_t* remaining,
            int threads)
 ILLADA_CPU(illada_unmask_noise, int64_t seed, int64_t position, int64_t step, int64_t ids, uint32_t* words, float* noise)
+
+// CUDA: one call's description, in host memory, copied into the kernels' arguments. Everything that data points to is on the device.
+struct illada_unmask_view { const void* data; int64_t stride_b, stride_k; };  // (B, K), of frozen (B, L); null: absent
+struct illada_unmask_parameter {  // tensor[b] or, where not per_sequence, tensor[0]: int64 or float; null: the number of that type
+  const void* tensor;
+  int64_t integer;
+  float number;
+  int32_t per_sequence;
+};
+struct illada_unmask_call {
+  int64_t* tokens;
+  int64_t token_stride, batch, count, length, vocabulary, mask_id;
+  illada_unmask_view positions, noise_positions, scores, frozen;  // int64, int64, float, uint8
+  illada_unmask_parameter temperature, confidence_temperature, rule_number, revise_number, seed, step;
+  const int64_t* forbid;  // ids whose logit is -inf
+  const int64_t* bias_ids;
+  const float* bias_values;  // added up at their ids, in order; ids out of range are ignored
+  const void* head_bias;     // (vocabulary), of head_bias_dtype
+  int64_t forbids, biases, head_bias_dtype;
+  float* partials;  // (ILLADA_UNMASK_FIELDS, B * K, parts)
+  int64_t parts;
+  int32_t rule, confidence, revise, needs;  // needs: 1 the entropy, 2 the second maximum, 4 the logit of the held token
+};
+#define ILLADA_UNMASK_FIELDS 8
+#define ILLADA_UNMASK_SPAN 4096          // ids of one part of illada_unmask_spans
+#define ILLADA_UNMASK_SORT_IN_SHARED 1024  // candidates of a sequence; with more the selection needs its workspace
+// parts of rows of the product of hidden (B, K, dim) and head (V, dim), bfloat16 or float16: part i is of block i of `blocks`, which must not
+// be more than there are tiles of 256 ids. B * K <= 128; addresses and strides multiples of 16 bytes. sm_90a only.
+extern "C" int illada_unmask_head(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b, int64_t stride_k,
+                                  const void* head, int64_t head_stride, int64_t dim, int64_t blocks, void* stream);
+// parts of `rows` rows from first_row on (of B * K), from logits of ids first .. first + ids, first a multiple of ILLADA_UNMASK_SPAN: part
+// s is of ids [s, s + 1) * ILLADA_UNMASK_SPAN. The logit of (b, k) and id lies at b * stride_b + k * stride_k + id, of row r at
+// (r - first_row) * stride_k + id - first if stride_b < 0.
+extern "C" int illada_unmask_spans(const illada_unmask_call* call, int dtype, const void* logits, int64_t stride_b, int64_t stride_k,
+                                   int64_t first_row, int64_t rows, int64_t first, int64_t ids, void* stream);
+// Merges the parts, ranks, commits. Outputs contiguous. workspace: null where count <= ILLADA_UNMASK_SORT_IN_SHARED, else 16 bytes for each
+// of B times the least power of two that is not below count.
+extern "C" int illada_unmask_commit(const illada_unmask_call* call, void* workspace, int64_t* proposal, float* confidence,
+                                    uint8_t* committed, int32_t* remaining, void* stream);

@@ -1,0 +1,258 @@
+// What the kernels of unmask share: a candidate's parameters, read on the device with the reference's roundings and
+// clamps, and what is kept of a row while a warp meets its logits:
+//   the maximum and the second one, sum of e = exp(z) and of e * z with z = (l - max) / Tc in units of log 2, and the best
+//   l + T * Gumbel with its id and its l. A NaN or +inf logit makes the maximum +inf for good: the row is bad.
+// A warp meets IDS * 32 ids at once, lane i those at first + j / 4 * 128 + i * 4 + j % 4: neighbours share a Philox block.
+// All of it, and so the order of every sum, is a function of the row's own logits and of where the caller cuts the vocabulary.
+// Noise costs Philox for each pair of ids; logarithms are computed only where the word's size leaves an id a chance to win,
+// by bounds that err to one side, so that the argmax is exact.
+#pragma once
+#include "device.cuh"
+#include "illada/api.h"
+#include "illada/philox.h"
+
+namespace illada {
+
+using Call = illada_unmask_call;
+enum UnmaskRule { kTopK, kThreshold, kFactor, kEntropyBound, kEntropyBoundInclusive };
+enum UnmaskRevise { kNoRevision, kEdit, kRemask, kRemaskByScores };
+enum UnmaskConfidence { kProbability, kMargin, kNegEntropy, kRandom };
+enum UnmaskNeeds { kEntropy = 1, kSecond = 2, kHeld = 4 };
+
+constexpr float kLog2e = 1.4426950408889634f, kLargest = 3.402823466e38f;
+constexpr float kHighestTc = 8.507059173e37f;  // 2^126: its reciprocal is a normal number
+constexpr float kLowestZ = -150.0f;            // 2^z is 0
+
+ILLADA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
+// ---- parameters ------------------------------------------------------------------------------------------------
+ILLADA_DEVICE float number_of(const illada_unmask_parameter& p, int64_t b) {
+  return p.tensor ? static_cast<const float*>(p.tensor)[p.per_sequence ? b : 0] : p.number;
+}
+ILLADA_DEVICE int64_t integer_of(const illada_unmask_parameter& p, int64_t b) {
+  return p.tensor ? static_cast<const int64_t*>(p.tensor)[p.per_sequence ? b : 0] : p.integer;
+}
+template <class T> ILLADA_DEVICE T at(const illada_unmask_view& view, int64_t b, int64_t k) {
+  return static_cast<const T*>(view.data)[b * view.stride_b + k * view.stride_k];
+}
+
+struct Row {
+  int64_t position, held;  // position -1: no candidate
+  uint64_t seed;
+  uint32_t noise_position, step;
+  float temperature;    // of the noise, 0: none
+  float scale, scale2;  // 1 / Tc, and times log2 e
+  int32_t masked, needed;  // needed: its logits are
+};
+
+ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
+  Row row{-1, 0, 0, 0, 0, 0.0f, 0.0f, 0.0f, 0, 0};
+  const int64_t position = at<int64_t>(c.positions, b, k);
+  if (position < 0 || position >= c.length) return row;
+  if (c.frozen.data && at<uint8_t>(c.frozen, b, position)) return row;
+  row.position = position;
+  row.held = c.tokens[b * c.token_stride + position];
+  row.masked = row.held == c.mask_id;
+  row.needed = row.masked || c.revise == kEdit || c.revise == kRemask;
+  const bool own_seed = c.seed.tensor && c.seed.per_sequence;
+  row.seed = uint64_t(integer_of(c.seed, b)) + (own_seed ? 0 : uint64_t(b));
+  row.noise_position = uint32_t(c.noise_positions.data ? at<int64_t>(c.noise_positions, b, k) : position);
+  row.step = uint32_t(integer_of(c.step, b));
+  const float t = number_of(c.temperature, b), tc = number_of(c.confidence_temperature, b);
+  row.temperature = row.masked && t > 0.0f ? fminf(t, kLargest) : 0.0f;  // a NaN counts as 0
+  row.scale = tc > 0.0f ? fminf(1.0f / fminf(tc, kHighestTc), kLargest) : 1.0f;
+  row.scale2 = fminf(row.scale * kLog2e, kLargest);
+  return row;
+}
+
+// ---- what is added to logits -----------------------------------------------------------------------------------
+template <int IDS> struct Edits {
+  float head_bias[IDS], bias[IDS];  // of this lane's ids; bias -inf: forbidden, or beyond the vocabulary
+};
+
+ILLADA_DEVICE float load_bias(const Call& c, int64_t id) {
+  switch (c.head_bias_dtype) {
+    case ILLADA_F32: return static_cast<const float*>(c.head_bias)[id];
+    case ILLADA_BF16: return to_float(static_cast<const bf16*>(c.head_bias)[id]);
+    default: return to_float(static_cast<const fp16*>(c.head_bias)[id]);
+  }
+}
+
+// For each of the n ids that lies among the warp's IDS * 32, in order: apply(its j in this lane or -1, its place in ids).
+template <int IDS, class Apply>
+ILLADA_DEVICE void find_ids(const Call& c, const int64_t* ids, int64_t n, int64_t first, Apply apply) {
+  const int lane = threadIdx.x % 32;
+  for (int64_t base = 0; base < n; base += 32) {
+    const int64_t id = base + lane < n ? ids[base + lane] : -1;
+    const bool known = id >= first && id < c.vocabulary && id - first < IDS * 32;
+    const int place = known ? int(id - first) : 0;
+    for (uint32_t left = __ballot_sync(0xffffffffu, known); left; left &= left - 1) {
+      const int source = __ffs(int(left)) - 1, p = __shfl_sync(0xffffffffu, place, source);
+      apply(p % 128 / 4 == lane ? p / 128 * 4 + p % 4 : -1, base + source);
+    }
+  }
+}
+
+template <int IDS> ILLADA_DEVICE Edits<IDS> load_edits(const Call& c, int64_t first) {
+  Edits<IDS> e;
+#pragma unroll
+  for (int j = 0; j < IDS; ++j) {
+    const int64_t id = first + j / 4 * 128 + threadIdx.x % 32 * 4 + j % 4;
+    e.head_bias[j] = c.head_bias && id < c.vocabulary ? load_bias(c, id) : 0.0f;
+    e.bias[j] = id < c.vocabulary ? 0.0f : -infinity();
+  }
+  find_ids<IDS>(c, c.bias_ids, c.biases, first, [&](int mine, int64_t i) {
+    const float value = c.bias_values[i];
+#pragma unroll
+    for (int j = 0; j < IDS; ++j) e.bias[j] = j == mine ? e.bias[j] + value : e.bias[j];
+  });
+  find_ids<IDS>(c, c.forbid, c.forbids, first, [&](int mine, int64_t) {
+#pragma unroll
+    for (int j = 0; j < IDS; ++j) e.bias[j] = j == mine ? -infinity() : e.bias[j];
+  });
+  return e;
+}
+
+template <int IDS> ILLADA_DEVICE void apply_edits(const Edits<IDS>& e, float (&l)[IDS]) {
+#pragma unroll
+  for (int j = 0; j < IDS; ++j) {
+    l[j] = __fadd_rn(__fadd_rn(l[j], e.head_bias[j]), e.bias[j]);  // of two zeros the positive one
+    l[j] = e.bias[j] == -infinity() ? -infinity() : l[j];          // even a NaN
+  }
+}
+
+// ---- one row, in the registers of a warp; all lanes hold the same ----------------------------------------------------
+struct Running {
+  float top, second, sum, sum_ez;
+  float best_score, best_logit, held_logit;
+  int32_t best_id;  // -1: none
+};
+ILLADA_DEVICE Running nothing_met() {
+  const float low = -infinity();
+  return Running{low, low, 0.0f, 0.0f, low, low, low, -1};
+}
+
+// Maximum over the warp of numbers that are not NaN and not -0, by one integer reduction.
+ILLADA_DEVICE float warp_top(float x) {
+  const int bits = __float_as_int(x), ordered = bits ^ (bits >> 31 & 0x7fffffff);
+  const int top = __reduce_max_sync(0xffffffffu, ordered);
+  return __int_as_float(top ^ (top >> 31 & 0x7fffffff));
+}
+
+// The highest first word of an id that can still need Gumbel noise of `need`: g >= need implies u <= exp(-need).
+ILLADA_DEVICE uint32_t highest_word(float need) {
+  const float limit = fast_exp2(fmaf(-need, kLog2e, 32.0f)) * 1.001f;
+  return limit < 4294967040.0f ? uint32_t(limit) : 0xffffffffu;  // a NaN too
+}
+
+struct Best {
+  float score, logit;
+  int32_t id;
+};
+// One id that the first bound let through.
+ILLADA_DEVICE void offer(float logit, uint32_t high, uint32_t low, float temperature, float slack, int32_t id, Best& best) {
+  const int halvings = high ? __clz(int(high)) + 1 : 64;  // u >= 2^-halvings, so g <= halvings * log 2
+  if (logit == -infinity() || logit + temperature * (0.6931473f * float(halvings)) + slack < best.score) return;
+  const float score = noised_score(logit, temperature, gumbel(high, low));
+  if (score > best.score || (score == best.score && id < best.id)) best = Best{score, logit, id};
+}
+
+template <int IDS> ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t mine, const Row& row, float top, Running& s) {
+  const float t = row.temperature;
+  const float slack = 1e-6f * (fabsf(s.best_score) + fabsf(top) + 64.0f * t);  // what rounding can add to a score, at most
+  const uint32_t limit = highest_word((s.best_score - top - slack) / t);
+  Best best{s.best_score, s.best_logit, s.best_id};
+#pragma unroll
+  for (int j = 0; j < IDS; j += 2) {
+    const int32_t id = mine + j / 4 * 128 + j % 4;
+    const PhiloxWords w = philox(row.seed, uint32_t(id) / 2, row.noise_position, row.step, 0);
+    const float pair[2] = {l[j], l[j + 1]};
+#pragma unroll 1
+    for (int odd = w.w0 <= limit ? 0 : 1; odd < (w.w2 <= limit ? 2 : 1); ++odd)  // one copy of the logarithms for both
+      offer(odd ? pair[1] : pair[0], odd ? w.w2 : w.w0, odd ? w.w3 : w.w1, t, slack, id + odd, best);
+  }
+  if (!__any_sync(0xffffffffu, best.id != s.best_id)) return;
+  s.best_score = warp_top(best.score);
+  s.best_id = __reduce_min_sync(0xffffffffu, best.score == s.best_score ? best.id : 0x7fffffff);
+  const uint32_t owners = __ballot_sync(0xffffffffu, best.score == s.best_score && best.id == s.best_id);
+  s.best_logit = __shfl_sync(0xffffffffu, best.logit, __ffs(int(owners)) - 1);
+}
+
+// The second largest of all lanes' logits, given each lane's two largest.
+ILLADA_DEVICE float warp_second(float top, float second) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    const float other_top = __shfl_xor_sync(0xffffffffu, top, step), other = __shfl_xor_sync(0xffffffffu, second, step);
+    second = fmaxf(fmaxf(second, other), fminf(top, other_top));
+    top = fmaxf(top, other_top);
+  }
+  return second;
+}
+
+// l: this lane's logits of ids first .. first + IDS * 32, edited.
+template <int IDS> ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, int needs, Running& s) {
+  const int lane = threadIdx.x % 32;
+  const int32_t mine = int32_t(first) + lane * 4;
+  bool bad = s.top == infinity();
+  float top = -infinity(), second = -infinity();
+#pragma unroll
+  for (int j = 0; j < IDS; ++j) {
+    bad |= !(l[j] < infinity());
+    if (needs & kSecond) second = fmaxf(second, fminf(top, l[j]));
+    top = fmaxf(top, l[j]);
+  }
+  if (__any_sync(0xffffffffu, bad)) {
+    s.top = infinity();
+    return;
+  }
+  if (needs & kSecond) s.second = fmaxf(s.second, warp_second(top, second));
+  top = warp_top(top);
+  if (top == -infinity()) return;
+  if (needs & kSecond) s.second = fmaxf(s.second, fminf(s.top, top));
+  const float high = fmaxf(s.top, top);
+  if (row.temperature > 0.0f) {
+    meet_noise(l, mine, row, top, s);
+  } else if (top > s.best_score) {
+    int32_t id = 0x7fffffff;
+#pragma unroll
+    for (int j = IDS - 1; j >= 0; --j) id = l[j] == top ? mine + j / 4 * 128 + j % 4 : id;
+    s.best_id = __reduce_min_sync(0xffffffffu, id);
+    s.best_score = s.best_logit = top;
+  }
+  float sum = 0.0f, sum_ez = 0.0f;
+#pragma unroll
+  for (int j = 0; j < IDS; ++j) {
+    const float z = fmaxf(__fmul_rn(l[j] - high, row.scale2), kLowestZ), e = fast_exp2(z);
+    sum += e;
+    if (needs & kEntropy) sum_ez = fmaf(e, z, sum_ez);
+  }
+  const float drop = fmaxf(__fmul_rn(s.top - high, row.scale2), kLowestZ), kept = fast_exp2(drop);
+  if (needs & kEntropy) s.sum_ez = fmaf(kept, fmaf(drop, s.sum, s.sum_ez), warp_sum(sum_ez));
+  s.sum = fmaf(kept, s.sum, warp_sum(sum));
+  s.top = high;
+  if (needs & kHeld && row.held >= first && row.held - first < IDS * 32) {
+    const int32_t id = int32_t(row.held);
+    float held = -infinity();
+#pragma unroll
+    for (int j = 0; j < IDS; ++j) held = fmaxf(held, mine + j / 4 * 128 + j % 4 == id ? l[j] : -infinity());
+    s.held_logit = warp_top(held);
+  }
+}
+
+// ---- partials (FIELDS, rows, parts) ------------------------------------------------------------------------------------
+enum PartialField { kTop, kSecondTop, kSum, kSumEz, kBestScore, kBestLogit, kHeldLogit, kBestId };
+ILLADA_DEVICE float* partial(const Call& c, int field, int64_t row, int64_t part) {
+  return c.partials + (field * c.batch * c.count + row) * c.parts + part;
+}
+ILLADA_DEVICE void store_partial(const Call& c, int64_t row, int64_t part, const Running& s) {
+  *partial(c, kTop, row, part) = s.top;
+  *partial(c, kSecondTop, row, part) = s.second;
+  *partial(c, kSum, row, part) = s.sum;
+  *partial(c, kSumEz, row, part) = s.sum_ez;
+  *partial(c, kBestScore, row, part) = s.best_score;
+  *partial(c, kBestLogit, row, part) = s.best_logit;
+  *partial(c, kHeldLogit, row, part) = s.held_logit;
+  *partial(c, kBestId, row, part) = __int_as_float(s.best_id);
+}
+
+}  // namespace illada

@@ -1,0 +1,267 @@
+// unmask, the last step: confidences, ranking, and which candidates are written. One block owns a sequence.
+//
+// 8 lanes merge the parts of a candidate (unmask.cuh) in a fixed order, sums in double; the candidates are sorted by (key, position,
+// place), a bitonic network in shared memory, or in a workspace for more than 1024; the rule's first failing rank is a scan and a
+// minimum; then tokens are written, and the masks left counted. Keys are -confidence, or the entropy for EntropyBound, or the score for
+// Remask, in which a NaN has no place. Bad rows (a NaN or +inf logit, no id allowed) propose -1 and are not written.
+// Reads 32 bytes for each part of a row that takes part; time is latency: about 55 barriers for 1024 candidates.
+#include "unmask.cuh"
+
+namespace {
+
+using namespace illada;
+
+constexpr int kThreads = 512, kLanes = 8;
+constexpr uint64_t kNoKey = ~uint64_t(0);
+constexpr float kRemaskable = -1.0f;         // in the place of an entropy
+constexpr double kLog2 = 0.69314718055994531;
+constexpr double kLeastEntropy = 1.06e-36;  // 87.3 exp(-87.3): the reference counts less as 0
+
+struct Best { float score, logit; int32_t id; };
+struct Better {
+  ILLADA_DEVICE Best operator()(const Best& a, const Best& b) const {
+    return b.score > a.score || (b.score == a.score && b.id < a.id) ? b : a;
+  }
+};
+ILLADA_DEVICE Best best_of_lanes(Best x) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const Best other{__shfl_xor_sync(0xffffffffu, x.score, step), __shfl_xor_sync(0xffffffffu, x.logit, step),
+                     __shfl_xor_sync(0xffffffffu, x.id, step)};
+    x = Better{}(x, other);
+  }
+  return x;
+}
+
+struct Result {
+  int64_t proposal;  // -1: a bad row
+  float confidence, probability, entropy, held_probability;
+};
+
+ILLADA_DEVICE float confidence_of(const Call& c, const Row& row, const Result& r, float second, float top, double sum) {
+  switch (c.confidence) {
+    case kProbability: return r.probability;
+    case kMargin: return float((1.0 - double(expf((second - top) * row.scale))) / sum);
+    case kNegEntropy: return 0.0f - r.entropy;
+    default: {
+      const PhiloxWords w = philox(row.seed, 0, row.noise_position, row.step, 1);
+      return philox_unit(w.w0, w.w1);
+    }
+  }
+}
+
+// By kLanes neighbouring lanes, each for the parts lane, lane + kLanes, ...; all 32 lanes of the warp come here.
+ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
+  const int lane = threadIdx.x % kLanes;
+  const int64_t parts = row.needed ? c.parts : 0;  // what the others' partials hold was never written
+  float top = -infinity(), second = -infinity(), held = -infinity();
+  Best best{-infinity(), -infinity(), 0x7fffffff};
+  for (int64_t p = lane; p < parts; p += kLanes) {
+    const float t = *partial(c, kTop, r, p);
+    second = fmaxf(fmaxf(second, *partial(c, kSecondTop, r, p)), fminf(t, top));
+    top = fmaxf(top, t);
+    held = fmaxf(held, *partial(c, kHeldLogit, r, p));
+    const int32_t id = __float_as_int(*partial(c, kBestId, r, p));
+    if (id >= 0) best = Better{}(best, Best{*partial(c, kBestScore, r, p), *partial(c, kBestLogit, r, p), id});
+  }
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const float other = __shfl_xor_sync(0xffffffffu, top, step);
+    second = fmaxf(fmaxf(second, __shfl_xor_sync(0xffffffffu, second, step)), fminf(top, other));
+    top = fmaxf(top, other);
+  }
+  held = warp_max<kLanes>(held);
+  best = best_of_lanes(best);
+  double sum = 0.0, sum_ez = 0.0;
+  for (int64_t p = lane; p < parts; p += kLanes) {
+    const float drop = fmaxf(__fmul_rn(*partial(c, kTop, r, p) - top, row.scale2), kLowestZ), kept = fast_exp2(drop);
+    const double part = *partial(c, kSum, r, p);
+    sum = fma(double(kept), part, sum);
+    if (c.needs & kEntropy) sum_ez = fma(double(kept), fma(double(drop), part, double(*partial(c, kSumEz, r, p))), sum_ez);
+  }
+  sum = warp_sum<kLanes>(sum);
+  if (c.needs & kEntropy) sum_ez = warp_sum<kLanes>(sum_ez) * kLog2;
+  Result result{-1, -infinity(), 0.0f, 0.0f, 0.0f};
+  if (top == infinity() || best.id == 0x7fffffff) return result;
+  result.proposal = best.id;
+  result.probability = float(double(expf((best.logit - top) * row.scale)) / sum);
+  if (held > -infinity()) result.held_probability = float(double(expf((held - top) * row.scale)) / sum);
+  if (c.needs & kEntropy) {
+    const double entropy = log(sum) - sum_ez / sum;
+    result.entropy = entropy < kLeastEntropy ? 0.0f : float(entropy);
+  }
+  result.confidence = confidence_of(c, row, result, second, top, sum);
+  return result;
+}
+
+// ---- the candidates of a sequence, and their order -------------------------------------------------------------------------
+struct Candidates {
+  uint64_t* keys;      // (n), n a power of two
+  uint32_t* places;    // (n): k of the candidate with this key
+  float* entropies;    // (n), by k
+};
+
+// Rises with (x, position).
+ILLADA_DEVICE uint64_t key_of(float x, int64_t position) {
+  const uint32_t bits = __float_as_uint(x + 0.0f), ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return uint64_t(ordered) << 32 | uint32_t(position);
+}
+
+ILLADA_DEVICE void sort(const Candidates& s, uint32_t n) {
+  for (uint32_t size = 2; size <= n; size *= 2)
+    for (uint32_t stride = size / 2; stride > 0; stride /= 2) {
+      for (uint32_t i = threadIdx.x; i < n / 2; i += kThreads) {
+        const uint32_t low = 2 * i - (i & (stride - 1)), high = low + stride;
+        const uint64_t a = s.keys[low], b = s.keys[high];
+        const uint32_t at_a = s.places[low], at_b = s.places[high];
+        const bool after = a > b || (a == b && at_a > at_b);
+        if (after == ((low & size) == 0)) s.keys[low] = b, s.keys[high] = a, s.places[low] = at_b, s.places[high] = at_a;
+      }
+      __syncthreads();
+    }
+}
+
+// Sum over the threads before this one.
+ILLADA_DEVICE double sum_before(double x, double* scratch) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  double through = x;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const double other = __shfl_up_sync(0xffffffffu, through, step);
+    if (lane >= step) through = other + through;
+  }
+  const double before = __shfl_up_sync(0xffffffffu, through, 1);
+  if (lane == 31) scratch[warp] = through;
+  __syncthreads();
+  double total = 0.0;
+  for (int w = 0; w < warp; ++w) total += scratch[w];
+  __syncthreads();
+  return lane == 0 ? total : total + before;
+}
+
+// How many of the m ranked candidates the rule commits, from the front.
+ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s, int64_t m, const float* confidence, double* scratch) {
+  if (c.rule == kTopK) {
+    const int64_t k = integer_of(c.rule_number, b);
+    return k < 0 ? 0 : k < m ? k : m;
+  }
+  const float number = number_of(c.rule_number, b);
+  const bool by_entropy = c.rule == kEntropyBound || c.rule == kEntropyBoundInclusive;
+  const int64_t share = (m + kThreads - 1) / kThreads, start = threadIdx.x * share, end = start + share < m ? start + share : m;
+  double entropies = 0.0;
+  if (by_entropy) {
+    for (int64_t r = start; r < end; ++r) entropies += double(s.entropies[s.places[r]]);
+    entropies = sum_before(entropies, scratch);
+  }
+  int64_t failing = m;
+  for (int64_t r = start; r < end && failing == m; ++r) {
+    const int64_t k = s.places[r];
+    bool pass = true;
+    if (c.rule == kThreshold) pass = confidence[k] >= number;
+    if (c.rule == kFactor) pass = confidence[k] >= 1.0f - number / float(r + 2);  // ranks count from 1: f / (r + 1)
+    if (c.rule == kEntropyBound) pass = entropies <= double(number);
+    if (by_entropy) entropies += double(s.entropies[k]);
+    if (c.rule == kEntropyBoundInclusive) pass = entropies <= double(number);
+    if (!pass && r > 0) failing = r;
+  }
+  return block_reduce<kThreads>(failing, reinterpret_cast<int64_t*>(scratch), Min{});
+}
+
+struct Outputs {
+  int64_t* proposal;
+  float* confidence;
+  uint8_t* committed;
+  int32_t* remaining;
+};
+
+// Everything about candidate k but its rank; written by one lane. Its key, or kNoKey where the rule does not rank it.
+ILLADA_DEVICE uint64_t propose(const Call& c, int64_t b, int64_t k, const Row& row, const Result& result, const Outputs& out, float* entropy) {
+  Result shown{-1, -infinity(), 0.0f, 0.0f, 0.0f};
+  bool edited = false;
+  uint64_t key = kNoKey;
+  *entropy = result.entropy;
+  if (row.position >= 0 && !row.masked && c.revise >= kRemask) {
+    const bool by_scores = c.revise == kRemaskByScores;
+    const float score = by_scores ? at<float>(c.scores, b, k) : result.held_probability;
+    if (by_scores ? score == score : result.proposal >= 0) shown.proposal = row.held, shown.confidence = score, *entropy = kRemaskable;
+  } else if (row.needed && result.proposal >= 0) {
+    shown = result;
+    const bool by_entropy = c.rule == kEntropyBound || c.rule == kEntropyBoundInclusive;
+    if (row.masked) key = key_of(by_entropy ? result.entropy : -result.confidence, row.position);
+    else edited = result.proposal != row.held && result.probability >= number_of(c.revise_number, b);
+  }
+  const int64_t i = b * c.count + k;
+  out.proposal[i] = shown.proposal;
+  out.confidence[i] = shown.confidence;
+  out.committed[i] = edited;
+  return key;
+}
+
+ILLADA_DEVICE void remask(const Call& c, int64_t b, const Candidates& s, uint32_t n, const float* confidence, int64_t* tokens, double* scratch) {
+  int64_t mine = 0;
+  for (uint32_t k = threadIdx.x; k < n; k += kThreads) {
+    const bool eligible = k < c.count && s.entropies[k] == kRemaskable;
+    s.keys[k] = eligible ? key_of(confidence[k], at<int64_t>(c.positions, b, k)) : kNoKey;
+    s.places[k] = k;
+    mine += eligible;
+  }
+  const int64_t eligible = block_reduce<kThreads>(mine, reinterpret_cast<int64_t*>(scratch), Sum{});
+  sort(s, n);
+  const int64_t wanted = integer_of(c.revise_number, b), most = wanted < eligible ? wanted : eligible;
+  for (int64_t r = threadIdx.x; r < most; r += kThreads) tokens[at<int64_t>(c.positions, b, s.places[r])] = c.mask_id;
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(kThreads, 1) commit(const __grid_constant__ Call c, uint8_t* workspace, uint32_t n, Outputs out) {
+  const int64_t b = blockIdx.x;
+  double* scratch = reinterpret_cast<double*>(dynamic_smem());
+  uint8_t* room = workspace ? workspace + b * n * 16 : dynamic_smem() + kThreads / 32 * sizeof(double);
+  const Candidates s{reinterpret_cast<uint64_t*>(room), reinterpret_cast<uint32_t*>(room + n * 8ull),
+                     reinterpret_cast<float*>(room + n * 12ull)};
+  int64_t mine = 0;
+  for (uint32_t first = threadIdx.x / 32 * (32 / kLanes); first < n; first += kThreads / kLanes) {  // alike in a warp
+    const uint32_t k = first + threadIdx.x % 32 / kLanes;
+    const Row row = k < c.count ? load_row(c, b, k) : Row{-1, 0, 0, 0, 0, 0.0f, 0.0f, 0.0f, 0, 0};
+    const Result result = merge_parts(c, row, b * c.count + k);
+    if (threadIdx.x % kLanes != 0 || k >= n) continue;
+    const uint64_t key = k < c.count ? propose(c, b, k, row, result, out, s.entropies + k) : kNoKey;
+    s.keys[k] = key;
+    s.places[k] = k;
+    mine += key != kNoKey;
+  }
+  const int64_t ranked = block_reduce<kThreads>(mine, reinterpret_cast<int64_t*>(scratch), Sum{});
+  sort(s, n);
+  int64_t* tokens = c.tokens + b * c.token_stride;
+  const float* confidence = out.confidence + b * c.count;
+  uint8_t* committed = out.committed + b * c.count;
+  const int64_t chosen = commit_count(c, b, s, ranked, confidence, scratch);
+  for (int64_t r = threadIdx.x; r < chosen; r += kThreads) committed[s.places[r]] = 1;
+  __syncthreads();
+  for (int64_t k = threadIdx.x; k < c.count; k += kThreads)
+    if (committed[k]) tokens[at<int64_t>(c.positions, b, k)] = out.proposal[b * c.count + k];
+  __syncthreads();
+  if (c.revise >= kRemask) remask(c, b, s, n, confidence, tokens, scratch);
+  int left = 0;
+  for (int64_t k = threadIdx.x; k < c.count; k += kThreads) {
+    const int64_t position = at<int64_t>(c.positions, b, k);
+    const bool candidate = position >= 0 && position < c.length && !(c.frozen.data && at<uint8_t>(c.frozen, b, position));
+    left += candidate && tokens[position] == c.mask_id;
+  }
+  left = block_reduce<kThreads>(left, reinterpret_cast<int*>(scratch), Sum{});
+  if (threadIdx.x == 0) out.remaining[b] = left;
+}
+
+}  // namespace
+
+extern "C" int illada_unmask_commit(const illada_unmask_call* call, void* workspace, int64_t* proposal, float* confidence,
+                                    uint8_t* committed, int32_t* remaining, void* stream) {
+  const Call& c = *call;
+  if (c.batch > 0x7fffffff || c.count > 1 << 30) return int(cudaErrorInvalidValue);
+  uint32_t n = 1;
+  while (n < c.count) n *= 2;
+  const bool in_shared = n <= ILLADA_UNMASK_SORT_IN_SHARED;
+  if (!in_shared && !workspace) return int(cudaErrorInvalidValue);
+  const size_t smem = kThreads / 32 * sizeof(double) + (in_shared ? n * 16 : 0);
+  return launch({dim3(unsigned(c.batch)), dim3(kThreads), smem, static_cast<cudaStream_t>(stream)}, commit, c,
+                static_cast<uint8_t*>(in_shared ? nullptr : workspace), n, Outputs{proposal, confidence, committed, remaining});
+}

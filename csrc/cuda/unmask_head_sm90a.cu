@@ -1,0 +1,187 @@
+// unmask fused with the head, for up to 128 candidate rows: logits = hidden head^T, met where they arise (unmask.cuh).
+//
+// A persistent block owns tiles of 256 ids, every gridDim-th. One thread streams the head through a ring of stages by bulk copies,
+// 64 columns of all rows beside them; two warpgroups multiply, vocabulary on M, candidates on N. Of a finished tile 128 ids at a
+// time go to shared memory, and a warp meets them for its rows: what is kept of a row is 32 bytes, in the end one part per block.
+// Reads the head once, hidden once per tile from the second-level cache; 2 * 256 * N flops for 512 + 2 N bytes a column. Products
+// and sums are float32. Which tiles a block has depends on the vocabulary and the grid alone: a row's result does not depend on the
+// others. Rows that take no part are multiplied (a NaN stays in its row) and then left; if none does, blocks leave at once.
+#include "hopper.cuh"
+#include "unmask.cuh"
+
+namespace {
+
+using namespace illada;
+
+constexpr int kIds = 256, kDepth = 64, kConsumers = 2, kWarps = kConsumers * 4;
+constexpr int kAtOnce = kIds / 2, kPitch = kAtOnce + 4;  // logits in shared memory: no bank conflicts with this pitch
+
+template <int N> constexpr int kStages = N <= 16 ? 6 : N <= 32 ? 5 : N <= 64 ? 4 : 3;
+
+template <class T, int N> struct Shared {  // tiles are multiples of 1024 bytes, as the swizzle asks
+  T head[kStages<N>][kIds * kDepth], hidden[kStages<N>][N * kDepth];
+  float logits[N][kPitch];
+  Row rows[N];
+  Running running[N];
+  uint64_t full[kStages<N>], empty[kStages<N>];
+};
+
+struct Sizes {
+  int rows, tiles, steps;  // of the whole call; steps of kDepth columns
+};
+
+template <class T, int N>
+ILLADA_DEVICE void produce(Shared<T, N>& s, const CUtensorMap* head, const CUtensorMap* hidden, const Sizes& z) {
+  int turn = 0;
+  for (int tile = blockIdx.x; tile < z.tiles; tile += gridDim.x)
+    for (int step = 0; step < z.steps; ++step, ++turn) {
+      const int stage = turn % kStages<N>, phase = turn / kStages<N> % 2;
+      mbar_wait(&s.empty[stage], phase ^ 1);
+      mbar_arrive_expect_tx(&s.full[stage], uint32_t(sizeof s.head[0]) + z.rows * kDepth * uint32_t(sizeof(T)));
+      tma_load(s.head[stage], head, &s.full[stage], step * kDepth, tile * kIds);
+      tma_load(s.hidden[stage], hidden, &s.full[stage], step * kDepth, 0, 0);
+    }
+}
+
+// Meets the 128 ids from `first` on, whose logits of all rows lie in shared memory. A warp has every eighth row.
+template <class T, int N> ILLADA_DEVICE void meet_rows(const Call& c, Shared<T, N>& s, int rows, int64_t first) {
+  const int lane = threadIdx.x % 32;
+  const Edits<4> edits = load_edits<4>(c, first);
+  for (int r = threadIdx.x / 32; r < rows; r += kWarps) {
+    const Row row = s.rows[r];
+    if (!row.needed) continue;
+    Running running = s.running[r];
+    const float4 four = *reinterpret_cast<const float4*>(&s.logits[r][lane * 4]);
+    float l[4] = {four.x, four.y, four.z, four.w};
+    apply_edits(edits, l);
+    meet(l, first, row, c.needs, running);
+    if (lane == 0) s.running[r] = running;
+  }
+}
+
+// The accumulators of 64 ids of this warpgroup to shared memory.
+template <class T, int N> ILLADA_DEVICE void put_logits(Shared<T, N>& s, const float (&sum)[N / 2]) {
+  const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const int id = warpgroup * 64 + t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, row = i / 4 * 8 + t % 4 * 2 + i % 2;
+    s.logits[row][id] = sum[i];
+  }
+}
+
+template <class T, int N> ILLADA_DEVICE void consume(const Call& c, Shared<T, N>& s, const Sizes& z) {
+  const int warpgroup = threadIdx.x / 128;
+  const bool speaker = threadIdx.x % 128 == 0;
+  int turn = 0;
+  for (int tile = blockIdx.x; tile < z.tiles; tile += gridDim.x) {
+    float low[N / 2], high[N / 2];  // ids of the tile's first and second half
+    for (int step = 0; step < z.steps; ++step, ++turn) {
+      const int stage = turn % kStages<N>, phase = turn / kStages<N> % 2;
+      mbar_wait(&s.full[stage], phase);
+      reg_fence(low);
+      reg_fence(high);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kDepth; k += 16) {
+        const T* head = s.head[stage] + warpgroup * 64 * kDepth + k;
+        const uint64_t hidden = smem_desc(s.hidden[stage] + k);
+        wgmma<T>(low, smem_desc(head), hidden, step + k > 0);
+        wgmma<T>(high, smem_desc(head + kAtOnce * kDepth), hidden, step + k > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();  // the products of the step before are done
+      if (speaker && step > 0) mbar_arrive(&s.empty[(turn - 1) % kStages<N>]);
+    }
+    wgmma_wait<0>();
+    reg_fence(low);
+    reg_fence(high);
+    if (speaker) mbar_arrive(&s.empty[(turn - 1) % kStages<N>]);
+    const int64_t first = int64_t(tile) * kIds;
+    put_logits(s, low);
+    bar_sync(1, kConsumers * 128);
+    meet_rows(c, s, z.rows, first);
+    bar_sync(1, kConsumers * 128);
+    put_logits(s, high);
+    bar_sync(1, kConsumers * 128);
+    if (first + kAtOnce < c.vocabulary) meet_rows(c, s, z.rows, first + kAtOnce);
+    bar_sync(1, kConsumers * 128);
+  }
+  for (int r = threadIdx.x / 32; r < z.rows; r += kWarps)  // each by the thread that wrote it
+    if (threadIdx.x % 32 == 0 && s.rows[r].needed) store_partial(c, r, blockIdx.x, s.running[r]);
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kConsumers * 128 + 128, 1)
+head(const __grid_constant__ Call c, const __grid_constant__ CUtensorMap head_map, const __grid_constant__ CUtensorMap hidden_map, Sizes z) {
+  Shared<T, N>& s = *reinterpret_cast<Shared<T, N>*>(dynamic_smem());
+  bool needed = false;
+  for (int r = threadIdx.x; r < z.rows; r += blockDim.x) {
+    s.rows[r] = load_row(c, r / c.count, r % c.count);
+    s.running[r] = nothing_met();
+    needed |= s.rows[r].needed;
+  }
+  // columns of the product without a row: never loaded, and never read after, but zeros keep NaNs out of sight
+  const int loaded = z.rows * kDepth, rest = N * kDepth - loaded;
+  for (int i = threadIdx.x; i < kStages<N> * rest; i += blockDim.x) s.hidden[i / rest][loaded + i % rest] = from_float<T>(0.0f);
+  fence_proxy_async();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages<N>; ++i) {
+      mbar_init(&s.full[i], 1);
+      mbar_init(&s.empty[i], kConsumers);
+    }
+    mbar_init_fence();
+  }
+  if (!__syncthreads_or(needed)) return;
+  if (threadIdx.x < kConsumers * 128) {
+    reg_increase<240>();
+    consume(c, s, z);
+  } else {
+    reg_decrease<24>();
+    if (threadIdx.x == kConsumers * 128) produce(s, &head_map, &hidden_map, z);
+  }
+}
+
+struct Operands {
+  const void *hidden, *head;
+  int64_t stride_b, stride_k, head_stride, dim, blocks;
+};
+
+template <class T, int N> int run(const Call& c, const Operands& o, cudaStream_t stream) {
+  const uint64_t dim = o.dim, count = c.count, batch = c.batch;
+  const uint64_t head_bytes = o.head_stride * sizeof(T);
+  // the stride of a dimension of one row is never used, but must be valid
+  const uint64_t row_bytes = dim * sizeof(T), aligned = (row_bytes + 15) / 16 * 16;
+  const uint64_t hidden_bytes[2] = {count > 1 ? o.stride_k * sizeof(T) : aligned, batch > 1 ? o.stride_b * sizeof(T) : aligned * count};
+  CUtensorMap head_map, hidden_map;
+  int e = make_tensor_map<2>(&head_map, static_cast<const T*>(o.head), {dim, uint64_t(c.vocabulary)}, &head_bytes, {kDepth, kIds},
+                             Swizzle::bytes128);
+  if (!e) e = make_tensor_map<3>(&hidden_map, static_cast<const T*>(o.hidden), {dim, count, batch}, hidden_bytes,
+                                 {kDepth, uint32_t(count), uint32_t(batch)}, Swizzle::bytes128);
+  if (e) return e;
+  const Sizes z{int(count * batch), int((c.vocabulary + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth)};
+  return launch({dim3(unsigned(o.blocks)), dim3(kConsumers * 128 + 128), sizeof(Shared<T, N>), stream}, head<T, N>, c, head_map, hidden_map,
+                z);
+}
+
+template <class T> int choose(const Call& c, const Operands& o, cudaStream_t stream) {
+  const int64_t rows = c.batch * c.count;
+  if (rows <= 16) return run<T, 16>(c, o, stream);
+  if (rows <= 32) return run<T, 32>(c, o, stream);
+  if (rows <= 64) return run<T, 64>(c, o, stream);
+  return run<T, 128>(c, o, stream);
+}
+
+}  // namespace
+
+extern "C" int illada_unmask_head(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b, int64_t stride_k,
+                                  const void* head, int64_t head_stride, int64_t dim, int64_t blocks, void* stream) {
+  const Call& c = *call;
+  const int64_t rows = c.batch * c.count, tiles = (c.vocabulary + kIds - 1) / kIds;
+  if (rows < 1 || rows > 128 || dim < 1 || c.vocabulary > 0x7fff0000) return int(cudaErrorInvalidValue);
+  if (blocks < 1 || blocks > tiles || blocks > c.parts) return int(cudaErrorInvalidValue);
+  const Operands o{hidden, head, stride_b, stride_k, head_stride, dim, blocks};
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (dtype == ILLADA_BF16) return choose<bf16>(c, o, on);
+  if (dtype == ILLADA_F16) return choose<fp16>(c, o, on);
+  return int(cudaErrorInvalidValue);
+}

@@ -1,0 +1,97 @@
+// unmask from logits: what is kept of each row (unmask.cuh), for spans of 4096 ids, so that few rows still fill the GPU.
+//
+// One block owns a span of a row: 8 warps of 512 ids, 16 a thread, merged in order. Each logit of a row that takes part is
+// read once, 16 bytes a thread where rows are aligned, element by element where not, in the same order. About 20 operations a
+// logit, and 40 with noise; 32 bytes are written for a span. Blocks of other rows leave at once: their logits are not read.
+// Sums are float32 over at most 4096 terms in a fixed tree. Used on the caller's logits and on slices of the head's product.
+#include "unmask.cuh"
+
+namespace {
+
+using namespace illada;
+
+constexpr int kWarps = 8, kIds = 16;  // a lane
+static_assert(kWarps * 32 * kIds == ILLADA_UNMASK_SPAN, "a block meets a span");
+
+template <class T> struct alignas(4 * sizeof(T)) Four { T at[4]; };
+
+// The ids from `first` on of this warp, of which `left` exist; -inf beyond.
+template <class T> ILLADA_DEVICE void load_logits(const T* p, int64_t left, float (&l)[kIds]) {
+  const int mine = threadIdx.x % 32 * 4;
+  const bool aligned = reinterpret_cast<uintptr_t>(p) % sizeof(Four<T>) == 0;
+#pragma unroll
+  for (int j = 0; j < kIds; j += 4) {
+    const int64_t at = j / 4 * 128 + mine;
+    if (aligned && at + 4 <= left) {
+      const Four<T> four = *reinterpret_cast<const Four<T>*>(p + at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) l[j + i] = to_float(four.at[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) l[j + i] = at + i < left ? to_float(p[at + i]) : -infinity();
+    }
+  }
+}
+
+// a met lower ids than b.
+ILLADA_DEVICE Running merge(const Running& a, const Running& b, float scale2) {
+  Running r = a;
+  r.top = fmaxf(a.top, b.top);
+  r.second = fmaxf(fmaxf(a.second, b.second), fminf(a.top, b.top));
+  const float drop_a = fmaxf(__fmul_rn(a.top - r.top, scale2), kLowestZ), drop_b = fmaxf(__fmul_rn(b.top - r.top, scale2), kLowestZ);
+  const float kept_a = fast_exp2(drop_a), kept_b = fast_exp2(drop_b);
+  r.sum = fmaf(kept_a, a.sum, kept_b * b.sum);
+  r.sum_ez = fmaf(kept_a, fmaf(drop_a, a.sum, a.sum_ez), kept_b * fmaf(drop_b, b.sum, b.sum_ez));
+  if (b.best_score > a.best_score) r.best_score = b.best_score, r.best_logit = b.best_logit, r.best_id = b.best_id;
+  r.held_logit = fmaxf(a.held_logit, b.held_logit);
+  return r;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kWarps * 32)
+spans(const __grid_constant__ Call c, const T* logits, int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t first, int64_t ids) {
+  const int64_t r = first_row + blockIdx.x, b = r / c.count, k = r % c.count;
+  const Row row = load_row(c, b, k);
+  if (!row.needed) return;
+  Running* of_warp = reinterpret_cast<Running*>(dynamic_smem());
+  const int warp = threadIdx.x / 32;
+  const int64_t start = int64_t(blockIdx.y) * ILLADA_UNMASK_SPAN + warp * 32 * kIds;  // from `first` on
+  Running s = nothing_met();
+  if (start < ids) {
+    const T* p = logits + (stride_b < 0 ? (r - first_row) * stride_k : b * stride_b + k * stride_k) + start;
+    float l[kIds];
+    load_logits(p, ids - start, l);
+    apply_edits(load_edits<kIds>(c, first + start), l);
+    meet(l, first + start, row, c.needs, s);
+  }
+  if (threadIdx.x % 32 == 0) of_warp[warp] = s;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kWarps; ++w) s = merge(s, of_warp[w], row.scale2);
+  store_partial(c, r, first / ILLADA_UNMASK_SPAN + blockIdx.y, s);
+}
+
+template <class T>
+int run(const Call& c, const void* logits, int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
+        cudaStream_t stream) {
+  const int64_t here = (ids + ILLADA_UNMASK_SPAN - 1) / ILLADA_UNMASK_SPAN;
+  return launch({dim3(unsigned(rows), unsigned(here)), dim3(kWarps * 32), kWarps * sizeof(Running), stream}, spans<T>, c,
+                static_cast<const T*>(logits), stride_b, stride_k, first_row, first, ids);
+}
+
+}  // namespace
+
+extern "C" int illada_unmask_spans(const illada_unmask_call* call, int dtype, const void* logits, int64_t stride_b, int64_t stride_k,
+                                   int64_t first_row, int64_t rows, int64_t first, int64_t ids, void* stream) {
+  const Call& c = *call;
+  const bool fits = rows <= 0x7fffffff && c.vocabulary <= 0x7fff0000 && ids <= int64_t(ILLADA_UNMASK_SPAN) * 65535;
+  const bool whole = first % ILLADA_UNMASK_SPAN == 0 && first + ids <= c.vocabulary && c.parts * ILLADA_UNMASK_SPAN >= first + ids;
+  if (!fits || !whole || first_row + rows > c.batch * c.count) return int(cudaErrorInvalidValue);
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (dtype) {
+    case ILLADA_F32: return run<float>(c, logits, stride_b, stride_k, first_row, rows, first, ids, on);
+    case ILLADA_BF16: return run<bf16>(c, logits, stride_b, stride_k, first_row, rows, first, ids, on);
+    case ILLADA_F16: return run<fp16>(c, logits, stride_b, stride_k, first_row, rows, first, ids, on);
+  }
+  return int(cudaErrorInvalidValue);
+}
