@@ -82,6 +82,10 @@ PYBIND11_MODULE(_C, m) {
   BIND_CUDA(attention_bwd_queries_sm90a);
   BIND_CUDA(masked_loss_rows_fwd);
   BIND_CUDA(masked_loss_rows_bwd);
+  m.attr("unmask_call_bytes") = sizeof(illada_unmask_call);
+  BIND_CUDA(unmask_head);
+  BIND_CUDA(unmask_spans);
+  BIND_CUDA(unmask_commit);
 #else
   m.attr("with_cuda") = false;
 #endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 from typing import Any
@@ -52,10 +53,18 @@ def triton_reason() -> str | None:
     return device_reason()
 
 
+def _plain(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.addressof(argument)
+    return 0 if argument is None else argument
+
+
 def launch(function: str, device: torch.device, *arguments: Any) -> None:
     """Runs a CUDA entry point of the extension, or what it would launch, compiled by NVRTC, on the current stream of
-    `device`; tensors go in as pointers, None as null. Raises RuntimeError with CUDA's words if that failed."""
-    plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+    `device`; tensors and records go in as pointers, None as null. Raises RuntimeError with CUDA's words if that failed."""
+    plain = [_plain(a) for a in arguments]
     module, _ = extension()
     if module is None or not module.with_cuda:
         return _nvrtc.launch(function, device, *plain)

@@ -55,10 +55,10 @@ def kernel(op: str, backend: str) -> str:
             from . import _nvrtc
 
             parts += ["NVRTC", _nvrtc.fingerprint()]
-        files = sorted({*room.glob("cuda*.py"), room / "native.py", room / "nvrtc.py"})
+        files = sorted({*room.glob("cuda*.py"), *(room / f"{name}.py" for name in ("gpu", "native", "nvrtc"))})
     else:
         parts.append(metadata.version("triton"))
-        files = sorted(room.glob("triton*.py"))
+        files = sorted({*room.glob("triton*.py"), room / "gpu.py"})
     code = hashlib.sha256(b"\0".join(f.read_bytes() for f in files if f.exists())).hexdigest()[:16]
     return " ".join([*parts, code])
 

@@ -2,12 +2,15 @@
 """The torch operator of unmask, the one record that all backends take, and the order of the backends."""
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ... import _dispatch
+from ..._gpu import UNRUN
 from ..._torch_ops import TorchOp
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -91,7 +94,18 @@ def _cpu_supports(step: Step) -> str | None:
     return None
 
 
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f".{backend}", __package__)
+
+
+def _lazy(backend: str) -> _dispatch.Backend:
+    """A GPU backend, whose module is imported when it is first asked."""
+    available, supports = lambda: _module(backend).available(), lambda step: _module(backend).supports(step)
+    return _dispatch.Backend(backend, ("cuda",), available, supports, opt_in=UNRUN)
+
+
 BACKENDS = (
+    _lazy("cuda"),
     _dispatch.Backend("cpu", ("cpu",), _cpu_available, _cpu_supports),
     _dispatch.Backend("reference", None, lambda: None, lambda step: None),
 )
@@ -99,13 +113,8 @@ BACKENDS = (
 
 def _run(step: Step, backend: str) -> Outputs:
     chosen = _dispatch.choose("unmask", BACKENDS, step.tokens.device.type, step, backend or None)
-    if chosen == "cpu":
-        from . import native
-
-        return native.unmask(step)
-    from . import reference
-
-    return reference.unmask(step)
+    outputs: Outputs = _module("native" if chosen == "cpu" else chosen).unmask(step)
+    return outputs
 
 
 # ---- the operator: Step's fields, then the backend's name ("" for the default) -----------------------------------

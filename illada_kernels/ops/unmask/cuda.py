@@ -1,0 +1,179 @@
+"""unmask in CUDA: csrc/cuda/unmask_head_sm90a.cu, unmask_spans.cu and unmask_commit.cu, and what is launched when.
+
+    few rows, bfloat16 or float16, Hopper       head, commit            two launches, the head is read once
+    from logits                                 spans, commit           two launches
+    everything else                             a product and spans for each slice of the vocabulary, then commit
+
+Which it is depends on shapes, dtypes, strides and the GPU alone. Within each the result of a row has the same bits
+whatever the batch and the order of candidates. Nothing synchronises; a parameter that is a tensor of another type than
+float32 or int64 costs a conversion, and the list of forbidden ids is copied to the device when it is first met.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from ..._gpu import cuda_reason, launch
+from . import gpu
+from .op import Outputs, Step
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CONFIDENCES = {"probability": 0, "margin": 1, "neg_entropy": 2, "random": 3}
+FIELDS, TILE, SORT_IN_SHARED = 8, 256, 1024  # api.h, unmask_head_sm90a.cu
+
+
+class View(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride_b", ctypes.c_int64), ("stride_k", ctypes.c_int64)]
+
+
+class Parameter(ctypes.Structure):
+    _fields_ = [
+        ("tensor", ctypes.c_void_p), ("integer", ctypes.c_int64), ("number", ctypes.c_float),
+        ("per_sequence", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class Call(ctypes.Structure):
+    """illada_unmask_call of api.h. `tensors`: what its pointers point to."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("token_stride", "batch", "count", "length", "vocabulary", "mask_id")),
+        *((name, View) for name in ("positions", "noise_positions", "scores", "frozen")),
+        *((name, Parameter) for name in
+          ("temperature", "confidence_temperature", "rule_number", "revise_number", "seed", "step")),
+        *((name, ctypes.c_void_p) for name in ("forbid", "bias_ids", "bias_values", "head_bias")),
+        *((name, ctypes.c_int64) for name in ("forbids", "biases", "head_bias_dtype")),
+        ("partials", ctypes.c_void_p), ("parts", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("rule", "confidence", "revise", "needs")),
+    ]  # fmt: skip
+
+    tensors: list[Tensor]
+
+
+def describe(step: Step, partials: Tensor) -> Call:
+    """partials: (FIELDS, B * K, parts) float32."""
+    tensors: list[Tensor] = []
+
+    def pointer(tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        tensors.append(tensor)
+        return tensor.data_ptr()
+
+    def view(tensor: Tensor | None) -> View:
+        return View(pointer(tensor), *(tensor.stride() if tensor is not None else (0, 0)))
+
+    def parameter(p: gpu.Parameter) -> Parameter:
+        integer = p.number if isinstance(p.number, int) else 0
+        return Parameter(pointer(p.tensor), integer, 0.0 if integer else p.number, p.stride)
+
+    batch, count = step.positions.shape
+    forbid = gpu.forbidden(step)
+    bias_ids = None if step.bias_ids is None else step.bias_ids.contiguous()
+    bias_values = None if step.bias_values is None else step.bias_values.contiguous()
+    head_bias = None if step.head_bias is None else step.head_bias.contiguous()
+    call = Call(
+        pointer(step.tokens), step.tokens.stride(0), batch, count, step.tokens.shape[1], step.vocabulary, step.mask_id,
+        *map(view, (step.positions, step.noise_positions, step.revise_scores, step.frozen)),
+        *map(parameter, gpu.parameters(step)),
+        *map(pointer, (forbid, bias_ids, bias_values, head_bias)),
+        0 if forbid is None else forbid.shape[0], 0 if bias_ids is None else bias_ids.shape[0],
+        0 if head_bias is None else DTYPES[head_bias.dtype],
+        pointer(partials), partials.shape[2],
+        step.rule, CONFIDENCES[step.confidence], step.revise, gpu.needs(step),
+    )  # fmt: skip
+    call.tensors = tensors
+    return call
+
+
+def unmask(step: Step) -> Outputs:
+    if gpu.is_empty(step):
+        return step.nothing()
+    device = step.tokens.device
+    batch, count = step.positions.shape
+    rows, vocabulary = batch * count, step.vocabulary
+    blocks = head_blocks(step)
+    parts = blocks or -(-vocabulary // gpu.SLICE)
+    partials = torch.empty(FIELDS, rows, parts, dtype=torch.float32, device=device)
+    call = describe(step, partials)
+    if blocks:
+        run_head(step, call, blocks)
+    elif step.head_weight is None and vocabulary:
+        source = step.source
+        strides = source.stride()[:2]
+        launch("unmask_spans", device, call, DTYPES[source.dtype], source, *strides, 0, rows, 0, vocabulary)
+    elif vocabulary:
+
+        def visit(logits: Tensor, first_row: int, here: int, first_id: int) -> None:
+            where = (-1, logits.stride(0), first_row, here, first_id, logits.shape[1])
+            launch("unmask_spans", device, call, DTYPES[logits.dtype], logits, *where)
+
+        gpu.head_products(step, visit)
+    outputs = gpu.outputs(step)
+    padded = 1 << (count - 1).bit_length()
+    fits = padded <= SORT_IN_SHARED
+    workspace = None if fits else torch.empty(batch * padded, 2, dtype=torch.int64, device=device)
+    launch("unmask_commit", device, call, workspace, *outputs)
+    return outputs
+
+
+# ---- the head, fused ------------------------------------------------------------------------------------------------
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def head_blocks(step: Step) -> int:
+    """Blocks of the fused kernel, 0 where it cannot serve this call."""
+    if step.head_weight is None or unfused_reason(step) or not is_hopper(step.tokens.device):
+        return 0
+    return min(processors(step.tokens.device), -(-step.vocabulary // TILE))
+
+
+def unfused_reason(step: Step) -> str | None:
+    """None, or why hidden and head_weight do not suit the fused kernel: bulk copies take whole 16 bytes."""
+    hidden, head = step.source, step.head_weight
+    assert head is not None
+    if hidden.dtype not in (torch.bfloat16, torch.float16) or head.dtype != hidden.dtype:
+        return "takes bfloat16 or float16, hidden and head_weight alike"
+    if not 0 < hidden.shape[0] * hidden.shape[1] <= gpu.FUSED_ROWS:
+        return f"takes at most {gpu.FUSED_ROWS} candidate rows"
+    if min(head.shape) == 0:
+        return "takes a head that is not empty"
+    for tensor in (hidden, head):
+        strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
+        if tensor.data_ptr() % 16 or any(stride <= 0 or stride % 8 for stride in strides):
+            return "takes addresses and strides that are multiples of 16 bytes"
+    return None
+
+
+def run_head(step: Step, call: Call, blocks: int) -> None:
+    hidden, head = step.source, step.head_weight
+    assert head is not None
+    head_stride = head.stride(0) if head.shape[0] > 1 else -(-head.shape[1] // 8) * 8
+    strides = (hidden.stride(0), hidden.stride(1))
+    operands = (DTYPES[hidden.dtype], hidden, *strides, head, head_stride, head.shape[1], blocks)
+    launch("unmask_head", step.tokens.device, call, *operands)
+
+
+# ---- the backend ----------------------------------------------------------------------------------------------------
+def available() -> str | None:
+    return cuda_reason()
+
+
+def supports(step: Step) -> str | None:
+    if step.source.dtype == torch.float64:
+        return "float64 is for the reference"
+    if step.vocabulary > 2**31 - 2**16:
+        return "takes vocabularies below 2**31 - 2**16"
+    return None

@@ -1,0 +1,84 @@
+"""Runs the cuda backend of unmask on CPU tensors: the kernels in the emulator, cuBLAS by torch."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import illada_kernels as ik
+from illada_kernels.ops.unmask import cuda, gpu, op
+from tests.cuda_on_cpu.emulated import Emulated, storage_of
+from tests.cuda_on_cpu.library import GlobalArray
+
+SOURCES = ("csrc/cuda/unmask_commit.cu", "csrc/cuda/unmask_spans.cu", "csrc/cuda/unmask_head_sm90a.cu")
+POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "partials")
+NESTED = {
+    **dict.fromkeys(("positions", "noise_positions", "scores", "frozen"), "data"),
+    **dict.fromkeys(
+        ("temperature", "confidence_temperature", "rule_number", "revise_number", "seed", "step"), "tensor"
+    ),
+}
+
+
+class OnCpu(Emulated):
+    """Also what the record of a call points to is copied into guarded memory and back. `launches`: the names."""
+
+    def __init__(self, *sources: str, **options: Any) -> None:
+        super().__init__(*(sources or SOURCES), **options)
+        self.launches: list[str] = []
+
+    def __call__(self, function: str, device: torch.device, record: cuda.Call, *arguments: Any) -> None:
+        self.launches.append(function)
+        copy, arrays = cuda.Call.from_buffer_copy(record), []
+        by_pointer = {t.data_ptr(): t for t in record.tensors if t.numel()}
+
+        def place(holder: Any, field: str) -> None:
+            tensor = by_pointer.get(getattr(holder, field))
+            if tensor is not None:
+                array = GlobalArray(storage_of(tensor), field)
+                arrays.append((tensor, array))
+                setattr(holder, field, array.pointer)
+
+        for name in POINTERS:
+            place(copy, name)
+        for name, field in NESTED.items():
+            place(getattr(copy, name), field)
+        super().__call__(function, device, ctypes.c_void_p(ctypes.addressof(copy)), *arguments)
+        for tensor, array in arrays:
+            storage_of(tensor).copy_(array.tensor)
+
+
+def product(x: Tensor, w: Tensor, out: Tensor) -> None:
+    torch.mm(x.float(), w.float().T, out=out)
+
+
+class Backend:
+    """Calls the cuda backend on the CPU. processors: blocks of the fused head, 0 for a GPU without Hopper."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, launch: OnCpu, processors: int = 2) -> None:
+        self.launch, self.processors = launch, processors
+        monkeypatch.setattr(cuda, "launch", launch)
+        monkeypatch.setattr(cuda, "is_hopper", lambda device: self.processors > 0)
+        monkeypatch.setattr(cuda, "processors", lambda device: self.processors)
+        monkeypatch.setattr(gpu, "product", product)
+        monkeypatch.setattr(op, "_run", self.run)
+
+    def run(self, step: op.Step, backend: str) -> op.Outputs:
+        from illada_kernels.ops.unmask import reference
+
+        if backend == "reference":
+            return reference.unmask(step)
+        assert cuda.supports(step) is None
+        return cuda.unmask(step)
+
+
+def unmask(backend: str, source: Tensor, head: Tensor | None, tokens: Tensor, *args: Any, **options: Any) -> Any:
+    """(result, tokens after), of `unmask` or, without a head, `unmask_from_logits`."""
+    tokens = tokens.clone()
+    operands = (source,) if head is None else (source, head)
+    function = ik.unmask_from_logits if head is None else ik.unmask
+    return function(*operands, tokens, *args, backend=backend, **options), tokens
