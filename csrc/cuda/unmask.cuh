@@ -157,11 +157,25 @@ ILLADA_DEVICE void offer(float logit, uint32_t high, uint32_t low, float tempera
   if (score > best.score || (score == best.score && id < best.id)) best = Best{score, logit, id};
 }
 
+// A score that the row reaches: the best of what each lane's likeliest id gets. A high bar spares logarithms; nothing else.
+template <int IDS> ILLADA_DEVICE float first_bar(const float (&l)[IDS], int32_t mine, const Row& row) {
+  float top = l[0];
+  int32_t id = mine;
+#pragma unroll
+  for (int j = 1; j < IDS; ++j)
+    if (l[j] > top) top = l[j], id = mine + j / 4 * 128 + j % 4;
+  const PhiloxWords w = philox(row.seed, uint32_t(id) / 2, row.noise_position, row.step, 0);
+  const float g = id % 2 ? gumbel(w.w2, w.w3) : gumbel(w.w0, w.w1);
+  return warp_top(top == -infinity() ? top : noised_score(top, row.temperature, g));
+}
+
 template <int IDS> ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t mine, const Row& row, float top, Running& s) {
   const float t = row.temperature;
-  const float slack = 1e-6f * (fabsf(s.best_score) + fabsf(top) + 64.0f * t);  // what rounding can add to a score, at most
-  const uint32_t limit = highest_word((s.best_score - top - slack) / t);
   Best best{s.best_score, s.best_logit, s.best_id};
+  if (best.score == -infinity()) best = Best{first_bar(l, mine, row), -infinity(), 0x7fffffff};  // its id comes again, in turn
+  const int32_t before = best.id;
+  const float slack = 1e-6f * (fabsf(best.score) + fabsf(top) + 64.0f * t);  // what rounding can add to a score, at most
+  const uint32_t limit = highest_word((best.score - top - slack) / t);
 #pragma unroll
   for (int j = 0; j < IDS; j += 2) {
     const int32_t id = mine + j / 4 * 128 + j % 4;
@@ -171,7 +185,7 @@ template <int IDS> ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t 
     for (int odd = w.w0 <= limit ? 0 : 1; odd < (w.w2 <= limit ? 2 : 1); ++odd)  // one copy of the logarithms for both
       offer(odd ? pair[1] : pair[0], odd ? w.w2 : w.w0, odd ? w.w3 : w.w1, t, slack, id + odd, best);
   }
-  if (!__any_sync(0xffffffffu, best.id != s.best_id)) return;
+  if (!__any_sync(0xffffffffu, best.id != before)) return;
   s.best_score = warp_top(best.score);
   s.best_id = __reduce_min_sync(0xffffffffu, best.score == s.best_score ? best.id : 0x7fffffff);
   const uint32_t owners = __ballot_sync(0xffffffffu, best.score == s.best_score && best.id == s.best_id);

@@ -61,6 +61,7 @@ struct Fiber {
   std::vector<uint32_t> unfenced_barriers;
   // wgmma: products issued, where groups end, accumulators in flight
   uint64_t products = 0;
+  uint64_t products_waited = 0;  // wgmma_wait has said that these are done
   std::vector<uint64_t> group_ends;
   std::vector<std::shared_ptr<Accumulator>> accumulators;
   bool wgmma_fenced = false;

@@ -192,11 +192,12 @@ void wgmma_wait(int newest) {
     for (int r = 0; r < a.n / 2; ++r) a.registers[t][r] = a.matrix[fragment_row(t, r) * a.n + fragment_column(t, r)];
     mine.erase(mine.begin() + i);
   }
-  uint64_t issued_by_all = ~uint64_t(0);
+  self->products_waited = std::max(self->products_waited, wanted);
+  uint64_t waited_by_all = ~uint64_t(0);  // what is still in the queue tells every thread alike what is in flight
   for (const Fiber& f : cluster->fibers)
     if (f.block == self->block && f.thread / 128 == self->thread / 128)
-      issued_by_all = std::min(issued_by_all, f.products);
-  while (g.first < g.finished && g.first < issued_by_all) g.queue.pop_front(), ++g.first;
+      waited_by_all = std::min(waited_by_all, f.products_waited);
+  while (g.first < waited_by_all) g.queue.pop_front(), ++g.first;
 }
 
 // ---- 8x8 matrices ----------------------------------------------------------------------------------------------
