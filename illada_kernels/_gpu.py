@@ -63,7 +63,8 @@ def _plain(argument: Any) -> Any:
 
 def launch(function: str, device: torch.device, *arguments: Any) -> None:
     """Runs a CUDA entry point of the extension, or what it would launch, compiled by NVRTC, on the current stream of
-    `device`; tensors and records go in as pointers, None as null. Raises RuntimeError with CUDA's words if that failed."""
+    `device`; tensors and records go in as pointers, None as null. Raises RuntimeError with CUDA's words if that
+    failed."""
     plain = [_plain(a) for a in arguments]
     module, _ = extension()
     if module is None or not module.with_cuda:

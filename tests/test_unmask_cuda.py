@@ -394,7 +394,7 @@ ALL_LANES = "s.second = fmaxf(s.second, warp_second(top, second));"
 FAULTS = {  # kernel, the file that holds the fault, old, new
     "operands read before they have come": (HEAD, HEAD, "mbar_wait(&s.full[stage], phase);", ""),
     "a stage overwritten while it is read": (HEAD, HEAD, "mbar_wait(&s.empty[stage], phase ^ 1);", ""),
-    "a stage released too early": (HEAD, HEAD, "step > 0) mbar_arrive(&s.empty[(turn - 1)", ") mbar_arrive(&s.empty[turn"),
+    "a stage freed early": (HEAD, HEAD, "step > 0) mbar_arrive(&s.empty[(turn - 1)", "1) mbar_arrive(&s.empty[(turn)"),
     "accumulators read before the last product": (HEAD, HEAD, "wgmma_wait<0>();", ""),
     "logits read before all are there": (HEAD, HEAD, f"{LOW}\n    {BARRIER}", LOW),
     "logits overwritten while they are read": (HEAD, HEAD, f"{BARRIER}\n    {HIGH}", HIGH),
@@ -461,9 +461,9 @@ def needs_everything(backend: Backend, launch: OnCpu, path: str) -> None:
             got = unmask("cuda", *source, tokens, positions, rule, **options)
             want = unmask("reference", *source, tokens, positions, rule, **options)
             assert_same(got, want, logits.shape[2], confidence == "neg_entropy")
-    flat = (torch.zeros(1, 4, 700), None) if path == "spans" else (torch.zeros(1, 4, 8).bfloat16(), head[:, :8])
-    args = (torch.full((1, 9), 699), torch.tensor([[8, 3, 5, 1]]), ik.TopK(2))
-    assert_same(unmask("cuda", *flat, *args, mask_id=699), unmask("reference", *flat, *args, mask_id=699), 700)
+    flat = (torch.zeros(1, 5, 703), None) if path == "spans" else (torch.zeros(1, 5, 8).bfloat16(), head[:, :8])
+    args = (torch.full((1, 9), 699), torch.tensor([[8, 3, 5, 1, 0]]), ik.TopK(2))
+    assert_same(unmask("cuda", *flat, *args, mask_id=699), unmask("reference", *flat, *args, mask_id=699), 703)
 
 
 @pytest.mark.parametrize("path", ["spans", "head"])

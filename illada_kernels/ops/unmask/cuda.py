@@ -17,6 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ..._dispatch import native
 from ..._gpu import cuda_reason, launch
 from . import gpu
 from .op import Outputs, Step
@@ -168,7 +169,11 @@ def run_head(step: Step, call: Call, blocks: int) -> None:
 
 # ---- the backend ----------------------------------------------------------------------------------------------------
 def available() -> str | None:
-    return cuda_reason()
+    if (reason := cuda_reason()) is not None:
+        return reason
+    if getattr(native(), "unmask_call_bytes", 0) != ctypes.sizeof(Call):
+        return "the compiled extension is older than this code; build it again: python -m illada_kernels._build"
+    return None
 
 
 def supports(step: Step) -> str | None:
