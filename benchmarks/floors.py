@@ -25,7 +25,7 @@ FORWARD: dict[str, dict[int, Range]] = {
     "cuda": {64: (430, 520), 96: (560, 640), 128: (620, 690), 256: (560, 640)},
     "triton": {128: (440, 530)},
 }
-BACKWARD: dict[str, dict[int, Range]] = {"cuda": {128: (400, 470)}, "triton": {128: (280, 400)}}
+BACKWARD: dict[str, dict[int, Range]] = {"cuda": {128: (440, 470)}, "triton": {128: (280, 400)}}
 LEFT_AT_LENGTH = {1024: 0.85, 2048: 0.93, 4096: 0.97}
 LEFT_UNDER_MASK = {"block_diffusion": 0.9, "packed": 0.83}
 CACHED_MS = (
