@@ -62,6 +62,12 @@ class Session:
     def left(self) -> float:
         return self.deadline - time.time()
 
+    def last_words(self) -> str:
+        """The end of the log, for a child that has nothing else to say."""
+        path = self.out / "log.txt"
+        lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+        return lines[-1][:200] if lines else "no output"
+
 
 Stage = Callable[[Session], tuple[bool, str]]
 
@@ -111,6 +117,7 @@ def tests(stage: str, session: Session) -> tuple[bool, str]:
     said += f", {len(avoided)} hung or died" if avoided else ""
     said += f"; {error}" if error else ""
     skipped = stage == "compare" and by["skipped"]  # then nothing was compared
+    said += f"; {session.last_words()}" if not ended else ""
     return bool(by["passed"]) and not (by["failed"] or avoided or error or skipped), said
 
 
@@ -141,6 +148,8 @@ def benchmark(stage: str, session: Session) -> tuple[bool, str]:
         error, status = journal.supervise(command, record, until, session.log, session.env)
         ended, avoided = record.ended(), record.avoided()
         broken = {name: line["error"] for name, line in ended.items() if "error" in line}
+        if not ended and error is None:
+            error = f"exit status {status}, {session.last_words()}"
         session.facts[op] = {"cases": len(ended), "failed": broken, "hung_or_died": avoided, "error": error}
         notes = [f"{len(broken)} failed"] * bool(broken) + [f"{len(avoided)} hung or died"] * bool(avoided)
         said.append(f"{op}: {len(ended)} cases" + "".join(f", {note}" for note in [*notes, *filter(None, [error])]))
