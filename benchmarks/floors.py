@@ -36,10 +36,7 @@ CACHED_SHARE = (0.87, 0.95)
 # Others: the time over the floor.
 LOSS = {"three products": (1.04, 1.08), "one product": (1.02, 1.06), "minimum": (1.38, 1.45)}
 UNMASK: dict[str, Range] = {"entropy": (1.08, 1.2), "step 0": (1.05, 1.15), "step 1": (1.1, 1.3), "loop": (1.1, 1.25)}
-HALF_A_WAVE: Range = (
-    1.8,
-    2.3,
-)  # 129 to 512 rows: products of 256 rows and 4096 ids are 64 tiles, for 132 multiprocessors
+ONE_WAVE: Range = (1.12, 1.35)  # 129 to 512 rows: a product is one wave of tiles, and the next waits for its end
 
 
 def floor_ms(facts: dict[str, Any]) -> float:
@@ -110,7 +107,7 @@ def unmask(named: dict[str, dict[str, Any]]) -> list[str]:
             lines.append(f"| {name} | memory, then latency | {digits(floor_ms(facts))} | 0.008-0.012 |")
             continue
         kind = f"step {facts['temperature']:g}" if facts["kind"] == "step" else facts["kind"]
-        over = HALF_A_WAVE if 128 < facts["rows"] <= 512 else UNMASK[kind]
+        over = ONE_WAVE if 128 < facts["rows"] <= 512 else UNMASK[kind]
         guess = between(floor_ms(facts) * times for times in over)
         lines.append(f"| {name} | {bound(facts)} | {digits(floor_ms(facts))} | {guess} |")
     return lines

@@ -50,6 +50,7 @@ def operands(path: str, rows: tuple[int, int], vocabulary: int, dim: int = 72, s
 def use(on_cpu: Backend, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu.processors = 2 if path == "head" else 0
     monkeypatch.setattr(gpu, "product_rows", lambda rows: 4)
+    monkeypatch.setattr(gpu, "product_ids", lambda at_once: gpu.SLICE)
 
 
 def where(rows: tuple[int, int], length: int, mask: int = MASK) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("vocabulary", [1, 255, 2047, 2049])
+@pytest.mark.parametrize("vocabulary", [1, 255, 2047, 2049, 4097])
 @pytest.mark.parametrize("path", ["head", "product"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_fused_steps_equal_the_reference(

@@ -16,8 +16,8 @@ from .op import Outputs, Step
 # Up to this many candidate rows one kernel reads the head once; beyond, products by slices of the vocabulary. The head
 # turns from bound by memory to bound by products at about 184 rows on an H200; where the two paths cross is unmeasured.
 FUSED_ROWS = 128
-# Ids of one product of the many-row path: 4096 rows of a head with D = 4096 are 32 MiB of bf16, which an H200's second
-# level cache (50 MiB) holds beside their logits. Partials cover as many ids, so slices do not change a sum.
+# Ids that one part covers, where parts are not those of the fused head; products take a multiple of them, so that how a
+# vocabulary is cut into products does not change a sum.
 SLICE = 4096
 # Which sums and maxima the rule and the confidence ask for.
 NEEDS_ENTROPY, NEEDS_SECOND, NEEDS_HELD = 1, 2, 4
@@ -94,9 +94,16 @@ def outputs(step: Step) -> Outputs:
 
 # ---- many rows: products by slices of the vocabulary -----------------------------------------------------------------
 def product_rows(rows: int) -> int:
-    """Rows of one product. Fixed, with the last chunk filled up, so that cuBLAS sees the same shapes, chooses the same
-    kernel and sums a row alike whatever the batch."""
-    return 256 if rows <= 512 else 1024
+    """Rows of one product. Few sizes, with the last chunk filled up, so that cuBLAS sees the same shapes, chooses the
+    same kernel and sums a row alike whatever the batch."""
+    return 256 if rows <= 256 else 512 if rows <= 512 else 1024
+
+
+def product_ids(at_once: int) -> int:
+    """Ids of one product: 16 MiB of logits, which stay in an H200's second-level cache (50 MiB), and enough tiles for
+    its multiprocessors. Of more than 1024 rows each chunk then finds the 32 MiB of the head (D = 4096) there too; of
+    fewer there is one chunk, and the head is read once."""
+    return SLICE * max(1, 1024 // at_once)
 
 
 def product(x: Tensor, w: Tensor, out: Tensor) -> None:
@@ -108,9 +115,9 @@ def product(x: Tensor, w: Tensor, out: Tensor) -> None:
 
 
 def head_products(step: Step, visit: Callable[[Tensor, int, int, int], None]) -> None:
-    """Calls visit(logits, first row, rows, first id): logits (>= rows, ids) float32 of rows of (B * K) and SLICE ids or
-    fewer, without head_bias; they are overwritten after. All rows are multiplied, also those that take no part: which
-    they are, only the device knows. One slice of the head serves all rows while it is in the cache."""
+    """Calls visit(logits, first row, rows, first id): logits (>= rows, ids) float32 of rows of (B * K) and a multiple
+    of SLICE ids, or the last ones, without head_bias; they are overwritten after. All rows are multiplied, also those
+    that take no part: which they are, only the device knows."""
     source, head = step.source, step.head_weight
     assert head is not None
     rows, vocabulary = source.shape[0] * source.shape[1], head.shape[0]
@@ -119,9 +126,10 @@ def head_products(step: Step, visit: Callable[[Tensor, int, int, int], None]) ->
     rest = rows % at_once
     last = x.new_zeros(at_once, x.shape[1]) if rest else x
     last[:rest].copy_(x[rows - rest :])
-    logits = torch.empty(at_once * min(SLICE, vocabulary), dtype=torch.float32, device=source.device)
-    for first_id in range(0, vocabulary, SLICE):
-        w = head[first_id : first_id + SLICE]
+    ids = product_ids(at_once)
+    logits = torch.empty(at_once * min(ids, vocabulary), dtype=torch.float32, device=source.device)
+    for first_id in range(0, vocabulary, ids):
+        w = head[first_id : first_id + ids]
         out = logits[: at_once * w.shape[0]].view(at_once, w.shape[0])
         for first_row in range(0, rows, at_once):
             here = min(at_once, rows - first_row)
