@@ -157,12 +157,18 @@ def masked_loss(backend: str, device: str, from_logits: bool = False) -> Iterato
 
 
 def unmask_case(
-    rule: Any, options: dict[str, Any], from_logits: bool, dtype: torch.dtype, backend: str, device: str
+    rule: Any,
+    options: dict[str, Any],
+    from_logits: bool,
+    dtype: torch.dtype,
+    backend: str,
+    device: str,
+    count: int = 21,
 ) -> None:
     from . import unmask, unmask_from_logits
 
     draw = torch.Generator().manual_seed(9)
-    batch, count, dim, vocab, length, mask_id = 3, 21, 16, 517, 40, 516
+    batch, dim, vocab, length, mask_id = 3, 16, 517, count + 19, 516
     hidden = torch.randint(-2, 3, (batch, count, dim), generator=draw)
     head = torch.randint(-2, 3, (vocab, dim), generator=draw)
     positions = torch.stack([torch.randperm(length, generator=draw)[:count] for _ in range(batch)])
@@ -207,6 +213,8 @@ def unmask(backend: str, device: str, from_logits: bool = False) -> Iterator[Cas
     for dtype in halves(device):
         for name, (rule, options) in cases.items():
             yield f"{name}, {dtype}", partial(unmask_case, rule, options, from_logits, dtype, backend, device)
+        many = partial(unmask_case, TopK(3), {}, from_logits, dtype, backend, device, count=60)
+        yield f"top 3, 180 rows, {dtype}", many
 
 
 CASES: dict[str, Callable[[str, str], Iterator[Case]]] = {

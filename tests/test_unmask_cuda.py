@@ -19,6 +19,7 @@ from torch import Tensor
 from unmask_oracle import INF, MASK, plain
 
 import illada_kernels as ik
+from illada_kernels import _selftest
 from illada_kernels.ops.unmask import cases, gpu
 from tests.cuda_on_cpu.library import ROOT, KernelFault, missing, plant
 from tests.unmask_on_cpu import SOURCES, Backend, OnCpu, unmask
@@ -379,6 +380,12 @@ def test_what_the_fused_head_cannot_take_goes_through_products(
     monkeypatch.setattr(gpu, "FUSED_ROWS", 1)
     unmask("cuda", hidden, head, *args, mask_id=MASK)
     assert on_cpu.launch.launches == ["unmask_spans", "unmask_commit"]
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_the_selftest_passes(on_cpu: Backend, from_logits: bool) -> None:
+    for _, run in _selftest.unmask("cuda", "cpu", from_logits):
+        run()
 
 
 def test_the_backend_is_not_in_the_default_order_and_insists_on_a_gpu() -> None:
