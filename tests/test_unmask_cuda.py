@@ -183,6 +183,27 @@ def test_no_token_differs_but_where_rounding_decides(
     assert (got.proposal != there).sum() <= 1
 
 
+@pytest.mark.parametrize("path", ["spans", "head"])
+@pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
+def test_confidence_is_as_accurate_as_torch_in_float32(on_cpu: Backend, path: str, confidence: str) -> None:
+    """Against float64 logits (exact in either): no further off than twice what float32 PyTorch is, plus the rounding of
+    the result."""
+    draw = torch.Generator().manual_seed(1)
+    hidden = torch.randint(-8, 9, (2, 5, 64), generator=draw) / 8
+    head = torch.randint(-8, 9, (9000, 64), generator=draw) / 8
+    logits, source = hidden @ head.T, (hidden.bfloat16(), head.bfloat16())
+    args = (*where((2, 5), 5), ik.TopK(1))
+    options: dict[str, Any] = {"mask_id": MASK, "confidence": confidence}
+    exact = unmask("reference", logits.double(), None, *args, **options)[0].confidence
+    got = unmask("cuda", *(source if path == "head" else (logits, None)), *args, **options)[0].confidence
+    logits[..., MASK] = -INF
+    p = logits.softmax(-1)
+    top, entropy = p.topk(2, -1).values, torch.special.xlogy(p, p).sum(-1)
+    in_torch = {"probability": top[..., 0], "margin": top[..., 0] - top[..., 1], "neg_entropy": entropy}[confidence]
+    bar = 2 * (in_torch - exact).abs().max() + 2 * cases.EPS * exact.abs().max()
+    assert (got - exact).abs().max() <= bar
+
+
 # ---- ties, bad rows, ends -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", PATHS)
 def test_ties_go_to_the_lowest_id_and_the_lowest_position(
