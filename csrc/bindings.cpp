@@ -80,12 +80,18 @@ PYBIND11_MODULE(_C, m) {
   BIND_CUDA(attention_bwd_rows_sm90a);
   BIND_CUDA(attention_bwd_keys_sm90a);
   BIND_CUDA(attention_bwd_queries_sm90a);
-  BIND_CUDA(masked_loss_rows_fwd);
-  BIND_CUDA(masked_loss_rows_bwd);
   m.attr("unmask_call_bytes") = sizeof(illada_unmask_call);
   BIND_CUDA(unmask_head);
   BIND_CUDA(unmask_spans);
   BIND_CUDA(unmask_commit);
+  BIND_CUDA(masked_loss_compact);
+  BIND_CUDA(masked_loss_gather);
+  BIND_CUDA(masked_loss_scatter);
+  BIND_CUDA(masked_loss_factors);
+  BIND_CUDA(masked_loss_losses);
+  BIND_CUDA(masked_loss_rows_stats);
+  BIND_CUDA(masked_loss_rows_dlogits);
+  BIND_CUDA(masked_loss_rows_gradients);
 #else
   m.attr("with_cuda") = false;
 #endif

@@ -35,6 +35,7 @@ class TorchOp:
     fake(*args): the same shapes and dtypes, no data.
     setup_context(ctx, inputs, output), backward(ctx, *grads) -> one entry per argument: as torch's register_autograd.
     mutates: names of arguments written in place (then there is no backward).
+    direct: takes the place of forward where the dispatcher is skipped; what it keeps may be smaller than fake says.
 
     A backward calls a second TorchOp (`<name>_bwd`) on ctx.saved_tensors: under create_graph those require grad, that
     operator has no backward of its own, and so a double backward raises instead of being silently wrong.
@@ -48,15 +49,16 @@ class TorchOp:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         mutates: tuple[str, ...] = (),
+        direct: Callable[..., Any] | None = None,
     ) -> None:
-        self.name, self.forward = name, forward
+        self.name, self.forward = name, direct or forward
         self.written = [i for i, name in enumerate(inspect.signature(forward).parameters) if name in mutates]
         self.op = torch.library.custom_op(f"illada_kernels::{name}", forward, mutates_args=mutates)
         self.op.register_fake(fake)
         self.function: type[torch.autograd.Function] | None = None
         if backward is not None and setup_context is not None:
             self.op.register_autograd(backward, setup_context=setup_context)
-            self.function = _autograd_function(name, forward, setup_context, backward)
+            self.function = _autograd_function(name, self.forward, setup_context, backward)
 
     def __call__(self, *args: Any) -> Any:
         if not is_plain(args):

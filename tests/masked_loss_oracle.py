@@ -29,9 +29,10 @@ def allowed_ids(formula: Formula) -> Tensor:
 
 
 def powers(scale: Tensor) -> Tensor:
-    """min(1, 2^floor(log2(scale))); 1 where that is no number."""
+    """min(1, 2^floor(log2(scale))); 1 where that is no normal number."""
     power = torch.exp2(torch.frexp(scale)[1].float() - 1)
-    return torch.where(scale.isfinite() & (scale != 0), power.clamp(max=1), 1)
+    normal = scale.isfinite() & (scale.abs() >= torch.finfo(torch.float32).tiny)
+    return torch.where(normal, power.clamp(max=1), 1)
 
 
 class TorchRows:
@@ -48,7 +49,7 @@ class TorchRows:
         denominator = torch.where(flat, w, 0).double().sum() if mean else torch.ones((), dtype=torch.float64)
         rows.index.copy_(torch.where(kept, index, 0))
         rows.targets.copy_(torch.where(kept, t[index], 0))
-        rows.scale.copy_(torch.where(kept, w[index] / denominator, 0))
+        rows.scale.copy_(torch.where(kept, (w[index].double() / denominator).float(), 0))
         rows.slot.copy_(torch.where(flat, flat.cumsum(0) - 1, -1))
         wrong = flat & ((t < 0) | (t >= vocab))
         first = torch.where(wrong, torch.arange(len(wrong)), len(wrong)).amin() if len(wrong) else 0
@@ -60,7 +61,7 @@ class TorchRows:
     def gather(self, x: Tensor, rows: Rows, out: Tensor, factors: Tensor | None = None) -> None:
         if len(rows.index) == 0:
             return
-        picked = x.reshape(-1, x.shape[-1])[rows.index.long()].float()
+        picked = x.reshape(len(rows.slot), x.shape[-1])[rows.index.long()].float()
         picked = picked if factors is None else picked * factors[:, None]
         out.copy_(torch.where(live(rows)[:, None], picked, 0))
 
@@ -92,7 +93,7 @@ class TorchRows:
     def compacted(self, logits: Tensor, rows: Rows, by_slot: bool) -> Tensor:
         if not by_slot:
             return logits
-        flat = logits.reshape(-1, logits.shape[-1])
+        flat = logits.reshape(len(rows.slot), logits.shape[-1])
         return flat[rows.index.long()] if len(flat) else flat
 
     def stats(
@@ -101,7 +102,8 @@ class TorchRows:
         z, _ = self.z(self.compacted(logits, rows, by_slot), first, formula)
         width = z.shape[1]
         allowed = allowed_ids(formula)[first : first + width]
-        total = torch.where(allowed, z, 0).double().sum(1).float()
+        counted = allowed if formula.label_smoothing else torch.zeros_like(allowed)
+        total = torch.where(counted, z, 0).double().sum(1).float()
         z = torch.where(allowed, z, -torch.inf)
         before = state if first else torch.tensor([-torch.inf, 0, -torch.inf, 0]).expand(len(z), 4)
         high = torch.maximum(before[:, 0], z.amax(1))

@@ -92,7 +92,7 @@ def test_smoothing_and_z_loss_are_their_formulas_over_allowed_ids() -> None:
 # ---- the CPU backend against float64 --------------------------------------------------------------------------------
 
 
-def check_against_float64(args: tuple[Tensor, ...], bias: Tensor | None, **options: Any) -> None:
+def check_against_float64(args: tuple[Tensor, ...], bias: Tensor | None, backend: str = "cpu", **options: Any) -> None:
     """Loss and gradients under the bar of cases.py; the loss through the error of PyTorch's own logits, because the
     cross-entropy of a row moves by at most 2 max|dz|."""
     hidden, weight, targets, masked, w = args
@@ -104,7 +104,7 @@ def check_against_float64(args: tuple[Tensor, ...], bias: Tensor | None, **optio
 
     exact = gradients(of(reference.masked_loss, as_=torch.float64), up)
     peer = gradients(lambda h, c, b=None: cases.plain(h, c, targets, masked, w, b), leaves)
-    ours = gradients(of(masked_loss, backend="cpu", **options), leaves)
+    ours = gradients(of(masked_loss, backend=backend, **options), leaves)
     z = torch.nn.functional.linear(hidden[masked], weight, bias).double()
     z_error = (z - torch.nn.functional.linear(up[0][masked], up[1], *up[2:])).abs().amax(1)
     most = 2 * (2 * z_error * w[masked]).sum() + torch.finfo(torch.float32).eps * exact[0].abs()

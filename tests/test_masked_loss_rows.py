@@ -1,40 +1,20 @@
-"""The CUDA row kernels of masked_loss_from_logits, and the Python around them, run on the CPU by tests/cuda_on_cpu."""
+"""masked_loss_from_logits as a GPU runs it, with the CUDA kernels, on the CPU by tests/cuda_on_cpu."""
 
 from __future__ import annotations
-
-import ctypes
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from illada_kernels.ops.masked_loss import cases, native, reference
+from illada_kernels.ops.masked_loss import cases, gpu, reference
+from illada_kernels.ops.masked_loss.cuda import CudaRows
 from illada_kernels.ops.masked_loss.native import Options
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import GlobalArray, KernelFault, missing, plant
+from tests.cuda_on_cpu.library import missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-SOURCE = "csrc/cuda/masked_loss_rows.cu"
 ALL = Options("sum", 3.0, 0.1, 0.01, (1, 4, 30), None)
 PLAIN = Options("sum", None, 0.0, 0.0, (), None)
-
-
-class Rows(Emulated):
-    """The row kernels; `in_place` makes the backward write over the logits."""
-
-    def __init__(self, text: str | None = None, seed: int = 0, in_place: bool = False) -> None:
-        super().__init__(SOURCE, text=text, seed=seed)
-        self.in_place = in_place
-
-    def adjust(self, function: str, passed: list[Any]) -> None:
-        if self.in_place and function.endswith("bwd"):
-            passed[2] = passed[0]
-
-    def __call__(self, function: str, device: torch.device, *arguments: Any) -> None:
-        super().__call__(function, device, *arguments)
-        if self.in_place and function.endswith("bwd"):
-            arguments[2].copy_(self.last[0].tensor.view(arguments[2].shape))
 
 
 def inputs(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,12 +28,11 @@ def inputs(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     return logits, targets, masked, 1 / torch.rand(rows, generator=g).clamp_min(1e-3)
 
 
-def both(
-    monkeypatch: pytest.MonkeyPatch, emulated: Rows, args: tuple[Tensor, ...], options: Options, upstream: Tensor
-) -> tuple[Tensor, Tensor]:
-    monkeypatch.setattr(native, "launch", emulated)
-    loss, kept = native.cuda_rows_forward(*args, options)
-    return loss, native.cuda_rows_backward(upstream, *args, kept, options)
+def both(args: tuple[Tensor, ...], options: Options, upstream: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(loss, gradient of the logits)."""
+    kernels = CudaRows(Emulated("csrc/cuda/masked_loss_rows.cu", "csrc/cuda/masked_loss_compact.cu", seed=seed))
+    loss, state = gpu.rows_forward(kernels, *args, options)
+    return loss, gpu.rows_backward(kernels, upstream, *args, state, options)
 
 
 def assert_right(got: tuple[Tensor, Tensor], args: tuple[Tensor, ...], options: Options, upstream: Tensor) -> None:
@@ -72,95 +51,67 @@ def assert_right(got: tuple[Tensor, Tensor], args: tuple[Tensor, ...], options: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [37, 64, 2051, 4096])
-def test_rows_agree_with_the_reference(dtype: torch.dtype, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_agree_with_the_reference(dtype: torch.dtype, vocab: int) -> None:
     args = inputs(5, vocab, dtype)
     for options, seed in ((PLAIN, 1), (ALL, 2), (ALL._replace(reduction="mean"), 3)):
         upstream = torch.tensor(-0.7)
-        assert_right(both(monkeypatch, Rows(seed=seed), args, options, upstream), args, options, upstream)
+        assert_right(both(args, options, upstream, seed), args, options, upstream)
     options, upstream = ALL._replace(reduction="none", max_masked=5), torch.randn(5)
     upstream[1] = torch.nan  # of an unmasked row
-    got = both(monkeypatch, Rows(), args, options, upstream)
+    got = both(args, options, upstream)
     assert_right(got, args, options, upstream.nan_to_num())
     assert (got[1][~args[2]] == 0).all()
 
 
-class FromRoom(Rows):
-    """Passes logits as a view into a larger tensor; a copy of the view alone would be contiguous and aligned."""
-
-    def __init__(self, room: Tensor, offset: int) -> None:
-        super().__init__()
-        self.room, self.offset = room, offset
-
-    def __call__(self, function: str, device: torch.device, *arguments: Any) -> None:
-        whole = GlobalArray(self.room, "room")
-        view = ctypes.c_void_p(whole.pointer + self.offset * self.room.element_size())
-        super().__call__(function, device, view, *arguments[1:])
-
-
 @pytest.mark.parametrize("offset", [0, 1, 3])
 @pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 40])
-def test_tiny_vocabularies_and_rows_at_any_alignment(vocab: int, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiny_vocabularies_and_rows_at_any_alignment(vocab: int, offset: int) -> None:
     options = PLAIN._replace(label_smoothing=0.1)
     logits, targets, masked, w = inputs(4, vocab, torch.bfloat16)
     targets = torch.where(masked, targets.clamp(0, vocab - 1), targets)
-    room = torch.zeros(4, vocab + 5, dtype=torch.bfloat16)
+    room = torch.full((4, vocab + 5), torch.nan, dtype=torch.bfloat16)
     view = room[:, offset : offset + vocab].copy_(logits)
-    got = both(monkeypatch, FromRoom(room, offset), (view, targets, masked, w), options, torch.tensor(1.0))
+    got = both((view, targets, masked, w), options, torch.tensor(1.0))
     assert_right(got, (logits, targets, masked, w), options, torch.tensor(1.0))
 
 
-def test_backward_in_place_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = inputs(4, 519, torch.float16)
-    apart = both(monkeypatch, Rows(), args, ALL, torch.tensor(1.0))[1]
-    assert torch.equal(both(monkeypatch, Rows(in_place=True), args, ALL, torch.tensor(1.0))[1], apart)
+def test_rows_of_two_strides_and_rows_that_no_two_strides_reach() -> None:
+    logits, targets, masked, w = inputs(12, 60, torch.float32)
+    apart = torch.full((3, 2, 4, 61), torch.nan)[:, :, ::2, :60]  # (3, 2, 2, V)
+    for shape, view in (
+        ((3, 4), torch.empty(4, 3, 60).transpose(0, 1)),
+        ((3, 2, 2), apart),
+        ((3, 2, 2), torch.empty(2, 2, 3, 60).permute(2, 1, 0, 3)),
+    ):
+        view.copy_(logits.view(*shape, 60))
+        beside = [x.view(shape) for x in (targets, masked, w)]
+        loss, d = both((view, *beside), PLAIN, torch.tensor(1.0))
+        assert_right((loss, d.reshape(12, 60)), (logits, targets, masked, w), PLAIN, torch.tensor(1.0))
 
 
-def test_bad_targets_and_too_many_rows_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_targets_and_too_many_rows_are_nan() -> None:
     logits, targets, masked, w = inputs(5, 41, torch.float32)
     targets[2] = 41
-    options = PLAIN._replace(reduction="none", max_masked=5)
-    losses, d = both(monkeypatch, Rows(), (logits, targets, masked, w), options, torch.ones(5))
+    args, options = (logits, targets, masked, w), PLAIN._replace(reduction="none", max_masked=5)
+    losses, d = both(args, options, torch.ones(5))
     assert losses.isnan().tolist() == [False, False, True, False, False]
     assert d[2].isnan().all() and d[[0, 1, 3, 4]].isfinite().all()
-    assert both(monkeypatch, Rows(), (logits, targets, masked, w), PLAIN, torch.tensor(1.0))[0].isnan()
-    few = options._replace(max_masked=2)
-    for got in both(monkeypatch, Rows(), (logits, targets, masked, w), few, torch.ones(5)):
-        assert got.isnan().all()
+    assert both(args, PLAIN._replace(max_masked=5), torch.tensor(1.0))[0].isnan()
+    with pytest.raises(ValueError, match=r"targets: expected ids in \[0, 41\) at masked rows, got 41 at row 2 of 5"):
+        both(args, PLAIN, torch.tensor(1.0))
+    for capacity in (0, 2):
+        for got in both(args, options._replace(max_masked=capacity), torch.ones(5)):
+            assert got.isnan().all()
 
 
-def test_extreme_and_infinite_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extreme_and_infinite_logits() -> None:
     logits, targets, masked, w = inputs(6, 300, torch.float32)
     logits = (torch.rand(6, 300) * 2e4 - 1e4).index_put(
         (torch.tensor([0]), torch.tensor([5])), torch.tensor(-torch.inf)
     )
     targets = torch.arange(6)
     args = (logits, targets, masked, w)
-    assert_right(both(monkeypatch, Rows(), args, PLAIN, torch.tensor(1.0)), args, PLAIN, torch.tensor(1.0))
+    assert_right(both(args, PLAIN, torch.tensor(1.0)), args, PLAIN, torch.tensor(1.0))
     logits[2, 7] = torch.nan
-    losses, d = both(monkeypatch, Rows(), args, PLAIN._replace(reduction="none"), torch.ones(6))
+    losses, d = both(args, PLAIN._replace(reduction="none"), torch.ones(6))
     assert losses.isnan().nonzero().tolist() == [[2]] and d[[0, 1, 3, 4, 5]].isfinite().all()
-
-
-FAULTS = {
-    "reads past the row": ("(vocab - head) / VECTOR,", "(vocab - head + VECTOR - 1) / VECTOR,", KernelFault),
-    "no barrier between reductions": ("fmaxf(high, z[k])", "high", AssertionError),
-    "no rescaling of the sum": ("s.sum *= exp_of(s.high - high);", "", AssertionError),
-    "vectors where the rows are not aligned alike": ("out_row)) % 16 == 0)", "out_row)) % 2 == 0)", KernelFault),
-    "a 32-bit offset": ("out + r * out_stride", "out + int(r) * int(out_stride << 30)", KernelFault),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new, error = FAULTS[name]
-    args = inputs(5, 4099, torch.bfloat16)
-    emulated = Rows(plant(SOURCE, old, new))
-    with pytest.raises(error):
-        got = both(monkeypatch, emulated, args, PLAIN, torch.tensor(1.0))
-        room = torch.zeros(5, 4101, dtype=torch.bfloat16)  # an output whose rows are aligned otherwise than the logits'
-        logits, targets, masked, w = args
-        factors = torch.where(masked, w, 0)
-        stats = torch.stack((logits.float().amax(1), torch.ones(5)), 1)
-        emulated("masked_loss_rows_bwd", logits.device, logits, 4099, room, 4101, 1, 5, 4099, masked, targets, stats,
-                 factors, None, 0.0, 0.0, 0.0, None, 0)  # fmt: skip
-        assert_right(got, args, PLAIN, torch.tensor(1.0))

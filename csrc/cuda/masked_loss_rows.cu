@@ -1,38 +1,29 @@
-// masked_loss_from_logits: log-sum-exp and loss of each masked row, and their gradient.
+// masked_loss between the products: statistics of rows of logits, and their gradients.
 //
 //   z = softcap(logit + bias), -inf at forbidden ids;  lse = log sum exp z
-//   loss = lse - (1 - e) z_target - e mean(z) + z_loss lse^2
 //   dlogit = scale ((1 + 2 z_loss lse) exp(z - lse) - e / allowed - [target] (1 - e)) dz/dlogit
 //
-// One block per row, 16 bytes a thread and step where the row is aligned, single elements at its ends. fwd reads each masked
-// row once, online; bwd reads it once and writes every row once (zeros, or NaN where scale is NaN, if not masked); it may
-// write over the logits. About 8 flops an element: bound by memory. Accumulates in float32, 256 partial sums a row, reduced
-// in a fixed order: equal inputs give equal bits. A NaN logit, or a target outside the vocabulary, makes the row NaN.
-#include "device.cuh"
-#include "illada/api.h"
+// One block per row, 16 bytes a thread and access where the row is aligned, single elements at its ends. rows_stats reads a
+// slice of ids once and merges it into the row's state; rows_dlogits reads a slice once and writes it once; rows_gradients
+// does both to whole rows in place: a row is wider than shared memory, so it keeps what fits there and takes the rest from
+// the second-level cache. About 8 flops an element: bound by memory. Sums are float32, in a fixed order. A NaN logit, a NaN
+// scale or a target that is no id makes the row's gradients NaN; rows behind the number of masked ones become zeros.
+#include "masked_loss.cuh"
 
-namespace {
+namespace illada {
+namespace loss {
 
-using namespace illada;
-
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;      // rows_stats, rows_dlogits: many blocks on a multiprocessor, also for short slices
+constexpr int kWideThreads = 512;  // rows_gradients: one block, which has the shared memory to itself
+constexpr int kScratch = 128;      // bytes of shared memory for reductions, before the row
 constexpr float kLog2e = 1.4426950408889634f;
 
-ILLADA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
-ILLADA_DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 ILLADA_DEVICE float exp_of(float x) { return fast_exp2(x * kLog2e); }
 
-struct Options {
-  int64_t vocab;
-  const float* bias;  // or null
-  float softcap;      // 0: none
-  float smoothing, z_loss;
-  const int64_t* forbid;  // ascending
-  int64_t n_forbid;
-};
+// ---- the ids of a row --------------------------------------------------------------------------------------------------
 
 // Position in `forbid` of the first id that is not below `id`.
-ILLADA_DEVICE int64_t forbidden_from(const Options& o, int64_t id) {
+ILLADA_DEVICE int64_t forbidden_from(const Options& o, int id) {
   int64_t low = 0, high = o.n_forbid;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
@@ -41,54 +32,8 @@ ILLADA_DEVICE int64_t forbidden_from(const Options& o, int64_t id) {
   return low;
 }
 
-// z of one logit, and dz/dlogit.
-ILLADA_DEVICE float capped(const Options& o, float logit, int64_t id, float* slope) {
-  const float x = o.bias ? logit + o.bias[id] : logit;
-  *slope = 1.0f;
-  if (o.softcap <= 0.0f) return x;
-  const float t = tanhf(x / o.softcap);
-  *slope = (1.0f - t) * (1.0f + t);
-  return o.softcap * t;
-}
-
-// Calls body(first id, std::integral_constant<int, N>) for this thread's share of a row: whole 16-byte vectors, which start
-// at `head` (the first aligned element), and the elements before and behind them one by one.
-template <int N> struct Count { static constexpr int value = N; };
-template <int VECTOR, class Body> ILLADA_DEVICE void share_of_row(int64_t vocab, int64_t head, Body body) {
-  const int64_t vectors = (vocab - head) / VECTOR, tail = head + vectors * VECTOR;
-  for (int64_t i = threadIdx.x; i < vectors; i += kThreads) body(head + i * VECTOR, Count<VECTOR>{});
-  if (threadIdx.x < head) body(int64_t(threadIdx.x), Count<1>{});
-  if (tail + threadIdx.x < vocab) body(tail + threadIdx.x, Count<1>{});
-}
-
-// Elements before the first 16-byte boundary of a row; all of it single elements where two rows are not aligned alike.
-template <class T> ILLADA_DEVICE int64_t unaligned_head(const T* row, int64_t vocab) {
-  const int64_t head = int64_t((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T));
-  return head < vocab ? head : vocab;
-}
-
-template <int N, class T> ILLADA_DEVICE void load(const T* p, float (&x)[N]) {
-  if constexpr (N == 1) {
-    x[0] = to_float(*p);
-  } else {
-    const Vec16<T> v = load16(p);
-#pragma unroll
-    for (int k = 0; k < N; ++k) x[k] = to_float(v.at[k]);
-  }
-}
-template <int N, class T> ILLADA_DEVICE void store(T* p, const float (&x)[N]) {
-  if constexpr (N == 1) {
-    *p = from_float<T>(x[0]);
-  } else {
-    Vec16<T> v;
-#pragma unroll
-    for (int k = 0; k < N; ++k) v.at[k] = from_float<T>(x[k]);
-    store16_streaming(p, v);
-  }
-}
-
 // Sets x at the forbidden ids among the N from `id` on; N is known, so x stays in registers.
-template <int N> ILLADA_DEVICE void set_forbidden(const Options& o, int64_t id, float value, float (&x)[N]) {
+template <int N> ILLADA_DEVICE void set_forbidden(const Options& o, int id, float value, float (&x)[N]) {
   if (o.n_forbid == 0) return;
   for (int64_t f = forbidden_from(o, id); f < o.n_forbid && o.forbid[f] < id + N; ++f) {
     const int at = int(o.forbid[f] - id);
@@ -97,170 +42,311 @@ template <int N> ILLADA_DEVICE void set_forbidden(const Options& o, int64_t id, 
   }
 }
 
-struct Online {
-  float high, sum, at_target, total;  // max, sum of exp(z - max), z of the target if this thread met it, sum of z
-};
-
-template <int N, class T>
-ILLADA_DEVICE void meet(const Options& o, const T* row, int64_t id, int64_t target, Online& s) {
-  float z[N], slope;
-  load(row + id, z);
+// x becomes z, and slope dz/dlogit.
+template <int N> ILLADA_DEVICE void cap(const Options& o, int id, float (&x)[N], float (&slope)[N]) {
 #pragma unroll
-  for (int k = 0; k < N; ++k) z[k] = capped(o, z[k], id + k, &slope);
-  if (o.smoothing > 0.0f) {
-    set_forbidden(o, id, 0.0f, z);
+  for (int k = 0; k < N; ++k) slope[k] = 1.0f;
+  if (o.bias) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) s.total += z[k];
+    for (int k = 0; k < N; ++k) x[k] += o.bias[id + k];
   }
-  set_forbidden(o, id, -infinity(), z);
-  float high = s.high;
+  if (o.softcap <= 0.0f) return;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    if (id + k == target) s.at_target = z[k];
-    high = fmaxf(high, z[k]);
+    const float t = tanhf(x[k] / o.softcap);
+    slope[k] = (1.0f - t) * (1.0f + t);
+    x[k] = o.softcap * t;
   }
+}
+
+// Elements before the first 16-byte boundary of a row.
+template <class T> ILLADA_DEVICE int unaligned_head(const T* row, int width) {
+  const int head = int((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T));
+  return head < width ? head : width;
+}
+
+// Calls body(column, float (&)[N]) for this thread's share of a row: aligned 16-byte vectors, AHEAD of them loaded by
+// fetch(number of the vector, pointer) before the first is used, and the elements before and behind them one by one.
+template <int THREADS, int AHEAD, class T, class Fetch, class Body>
+ILLADA_DEVICE void over_row(const T* row, int width, Fetch fetch, Body body) {
+  constexpr int kVector = Vec16<T>::size;
+  const int head = unaligned_head(row, width), vectors = (width - head) / kVector, tail = head + vectors * kVector + int(threadIdx.x);
+  for (int first = threadIdx.x; first < vectors; first += THREADS * AHEAD) {
+    Vec16<T> v[AHEAD];
+#pragma unroll
+    for (int u = 0; u < AHEAD; ++u) {
+      const int i = first + u * THREADS;
+      if (i < vectors) v[u] = fetch(i, row + head + i * kVector);
+    }
+#pragma unroll
+    for (int u = 0; u < AHEAD; ++u) {
+      const int i = first + u * THREADS;
+      if (i >= vectors) break;
+      float x[kVector];
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) x[k] = to_float(v[u].at[k]);
+      body(head + i * kVector, x);
+    }
+  }
+  float x[1];
+  if (int(threadIdx.x) < head) load(row + threadIdx.x, x), body(int(threadIdx.x), x);
+  if (tail < width) load(row + tail, x), body(tail, x);
+}
+
+template <int THREADS, class T> ILLADA_DEVICE void fill_row(T* row, int width, float value) {
+  constexpr int kVector = Vec16<T>::size;
+  const int head = unaligned_head(row, width), vectors = (width - head) / kVector, tail = head + vectors * kVector + int(threadIdx.x);
+  float x[kVector], one[1] = {value};
+  for (float& at : x) at = value;
+  for (int i = threadIdx.x; i < vectors; i += THREADS) store(row + head + i * kVector, x);
+  if (int(threadIdx.x) < head) store(row + threadIdx.x, one);
+  if (tail < width) store(row + tail, one);
+}
+
+// ---- statistics --------------------------------------------------------------------------------------------------------
+
+struct Online {
+  float high, sum, total;  // max, sum of exp(z - max), sum of z
+};
+
+// Meets the ids from `id` on; x becomes z.
+template <int N> ILLADA_DEVICE void meet(const Options& o, int id, int target, float (&x)[N], Online& s, float* at_target) {
+  float unused[N];
+  cap(o, id, x, unused);
+  if (o.smoothing > 0.0f) {
+    set_forbidden(o, id, 0.0f, x);
+    float total = x[0];
+#pragma unroll
+    for (int k = 1; k < N; ++k) total += x[k];
+    s.total += total;
+  }
+  set_forbidden(o, id, -infinity(), x);
+  if (unsigned(target - id) < N) {
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (id + k == target) *at_target = x[k];
+  }
+  float high = s.high;
+#pragma unroll
+  for (int k = 0; k < N; ++k) high = fmaxf(high, x[k]);
   if (high > s.high) {
     s.sum *= exp_of(s.high - high);  // from -inf: 0 * 0
     s.high = high;
   }
   const float shift = s.high == -infinity() ? 0.0f : s.high;  // -inf - -inf would be NaN
+  float sum = 0.0f;
 #pragma unroll
-  for (int k = 0; k < N; ++k) s.sum += exp_of(z[k] - shift);
+  for (int k = 0; k < N; ++k) sum += exp_of(x[k] - shift);
+  s.sum += sum;
+}
+
+// The sum of the block, in every thread, with its max. A sum without a max is 0 or NaN.
+template <int THREADS> ILLADA_DEVICE Online over_block(const Options& o, Online s, float* scratch) {
+  const float high = block_reduce<THREADS>(s.high, scratch, Max{});
+  const float kept = s.high == -infinity() ? s.sum : s.sum * exp_of(s.high - high);
+  const float sum = block_reduce<THREADS>(kept, scratch, Sum{});
+  const float total = o.smoothing > 0.0f ? block_reduce<THREADS>(s.total, scratch, Sum{}) : 0.0f;
+  return {high, sum, total};
+}
+
+// An id, or -1 if target is none.
+ILLADA_DEVICE int id_of(const Options& o, int64_t target) { return target >= 0 && target < o.vocab ? int(target) : -1; }
+
+// Place of row r among those held: by its slot, or rows lie in their order. -1: it is none of them.
+ILLADA_DEVICE int64_t place_of(int64_t r, const int32_t* slot, const int32_t* info, int64_t start, int64_t held) {
+  if (slot) return slot[r] < held ? slot[r] : -1;
+  return start + r < info[0] ? r : -1;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-rows_fwd(const T* logits, int64_t stride, const uint8_t* masked, const int64_t* targets, Options o, float* losses, float* stats) {
-  const int64_t r = blockIdx.x;
-  if (!masked[r]) {
-    if (threadIdx.x == 0) losses[r] = 0.0f, stats[2 * r] = 0.0f, stats[2 * r + 1] = 1.0f;
+rows_stats(const T* logits, int64_t inner, int64_t outer_stride, int64_t stride, const int32_t* slot, const int32_t* info,
+           int64_t start, int64_t held, int first, int width, const int64_t* targets, Options o, float* state) {
+  const int64_t r = blockIdx.x, place = place_of(r, slot, info, start, held);
+  if (place < 0) return;
+  const T* row = logits + r / inner * outer_stride + r % inner * stride;
+  const int target = id_of(o, targets[place]);
+  float* s = state + 4 * place;
+  Online mine{-infinity(), 0.0f, 0.0f};
+  over_row<kThreads, 2>(
+      row, width, [](int, const T* p) { return load16_streaming(p); },
+      [&](int at, auto& x) { meet(o, first + at, target, x, mine, s + 2); });
+  const Online slice = over_block<kThreads>(o, mine, reinterpret_cast<float*>(dynamic_smem()));
+  if (threadIdx.x != 0) return;
+  if (first == 0) {
+    s[0] = slice.high, s[1] = slice.sum, s[3] = slice.total;
+    if (target < 0 || target >= width) s[2] = -infinity();
     return;
   }
-  float* scratch = reinterpret_cast<float*>(dynamic_smem());
-  const T* row = logits + r * stride;
-  const int64_t target = targets[r];
-  Online s{-infinity(), 0.0f, -infinity(), 0.0f};
-  constexpr int kVector = Vec16<T>::size;
-  share_of_row<kVector>(o.vocab, unaligned_head(row, o.vocab), [&](int64_t id, auto count) {
-    meet<decltype(count)::value>(o, row, id, target, s);
-  });
-  const float high = block_reduce<kThreads>(s.high, scratch, Max{});
-  const float kept = s.high == -infinity() ? s.sum : s.sum * exp_of(s.high - high);  // a sum without a max is 0 or NaN
-  const float sum = block_reduce<kThreads>(kept, scratch, Sum{});
-  const float at_target = block_reduce<kThreads>(s.at_target, scratch, Max{});
-  const float total = o.smoothing > 0.0f ? block_reduce<kThreads>(s.total, scratch, Sum{}) : 0.0f;
-  if (threadIdx.x != 0) return;
-  const float log_sum = logf(sum), lse = high + log_sum;
-  float loss = log_sum + (1.0f - o.smoothing) * (high - at_target);
-  if (o.smoothing > 0.0f) loss += o.smoothing * (high - total / float(o.vocab - o.n_forbid));
-  if (o.z_loss > 0.0f) loss += o.z_loss * lse * lse;
-  losses[r] = target >= 0 && target < o.vocab ? loss : not_a_number();
-  stats[2 * r] = high;
-  stats[2 * r + 1] = sum;
+  const float before = s[0], high = fmaxf(before, slice.high), shift = high == -infinity() ? 0.0f : high;
+  s[1] = s[1] * exp_of(before - shift) + slice.sum * exp_of(slice.high - shift);
+  s[0] = high, s[3] += slice.total;
 }
+
+// ---- gradients ---------------------------------------------------------------------------------------------------------
 
 struct Coefficients {
   float high, factor, uniform, at_target;
 };
 
-template <int N, class T>
-ILLADA_DEVICE void differentiate(const Options& o, const T* row, T* out, int64_t id, int64_t target, const Coefficients& c) {
-  float d[N];
-  load(row + id, d);
+ILLADA_DEVICE Coefficients coefficients(const Options& o, float high, float sum, float scale) {
+  return {high, scale * (1.0f + 2.0f * o.z_loss * (high + logf(sum))) / sum,
+          scale * o.smoothing / float(o.vocab - o.n_forbid), scale * (1.0f - o.smoothing)};
+}
+
+// Logits x of the ids from `id` on become their gradients.
+template <int N> ILLADA_DEVICE void differentiate(const Options& o, int id, int target, const Coefficients& c, float (&x)[N]) {
+  float slope[N];
+  cap(o, id, x, slope);
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    float slope;
-    const float z = capped(o, d[k], id + k, &slope);
-    d[k] = (c.factor * exp_of(z - c.high) - c.uniform - (id + k == target ? c.at_target : 0.0f)) * slope;
+  for (int k = 0; k < N; ++k) x[k] = c.factor * exp_of(x[k] - c.high) - c.uniform;
+  if (unsigned(target - id) < N) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) x[k] -= id + k == target ? c.at_target : 0.0f;
   }
-  set_forbidden(o, id, 0.0f, d);
-  store(out + id, d);
+#pragma unroll
+  for (int k = 0; k < N; ++k) x[k] *= slope[k];
+  set_forbidden(o, id, 0.0f, x);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-rows_bwd(const T* logits, int64_t stride, T* out, int64_t out_stride, const uint8_t* masked, const int64_t* targets,
-         const float* stats, const float* scales, Options o) {
-  const int64_t r = blockIdx.x;
-  const T* row = logits + r * stride;
+rows_dlogits(const T* logits, int64_t inner, int64_t outer_stride, int64_t stride, T* out, int64_t out_stride, const int32_t* slot,
+             const int32_t* info, int64_t start, int64_t held, int64_t capacity, int first, int width, const int64_t* targets,
+             const float* state, const float* scales, Options o) {
+  const int64_t r = blockIdx.x, place = place_of(r, slot, info, start, held);
   T* out_row = out + r * out_stride;
-  const int64_t target = targets[r];
-  const bool good = !masked[r] || (target >= 0 && target < o.vocab);
-  const float scale = good ? scales[r] : not_a_number();
-  constexpr int kVector = Vec16<T>::size;
-  if (scale != scale || !masked[r]) {
-    const float fill = scale == scale ? 0.0f : scale;
-    share_of_row<kVector>(o.vocab, unaligned_head(out_row, o.vocab), [&](int64_t id, auto count) {
-      float x[decltype(count)::value];
-      for (float& at : x) at = fill;
-      store(out_row + id, x);
-    });
-    return;
+  const bool overflow = slot && info[0] > capacity;
+  float scale = overflow ? not_a_number() : place < 0 ? 0.0f : scales[place];
+  int target = 0;
+  if (place >= 0 && !overflow) {
+    target = id_of(o, targets[place]);
+    if (target < 0) scale = not_a_number();
   }
-  const float high = stats[2 * r], sum = stats[2 * r + 1];
-  const Coefficients c{high, scale * (1.0f + 2.0f * o.z_loss * (high + logf(sum))) / sum,
-                       scale * o.smoothing / float(o.vocab - o.n_forbid), scale * (1.0f - o.smoothing)};
+  if (place < 0 || scale != scale) return fill_row<kThreads>(out_row, width, scale);
+  const T* row = logits + r / inner * outer_stride + r % inner * stride;
+  const Coefficients c = coefficients(o, state[4 * place], state[4 * place + 1], scale);
+  const auto write = [&](int at, auto& x) {
+    differentiate(o, first + at, target, c, x);
+    store(out_row + at, x);
+  };
   if ((reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(out_row)) % 16 == 0) {
-    share_of_row<kVector>(o.vocab, unaligned_head(row, o.vocab), [&](int64_t id, auto count) {
-      differentiate<decltype(count)::value>(o, row, out_row, id, target, c);
-    });
+    over_row<kThreads, 2>(row, width, [](int, const T* p) { return load16_streaming(p); }, write);
   } else {
-    for (int64_t id = threadIdx.x; id < o.vocab; id += kThreads) differentiate<1>(o, row, out_row, id, target, c);
+    for (int at = threadIdx.x; at < width; at += kThreads) {
+      float x[1];
+      load(row + at, x);
+      write(at, x);
+    }
   }
 }
 
-}  // namespace
+template <class T>
+__global__ void __launch_bounds__(kWideThreads, 1)
+rows_gradients(T* logits, int64_t stride, const int32_t* info, int64_t start, const int64_t* targets, const float* scales, Options o,
+               float* state, int kept) {
+  const int64_t r = blockIdx.x;
+  T* row = logits + r * stride;
+  const int vocab = int(o.vocab);
+  if (start + r >= info[0]) return fill_row<kWideThreads>(row, vocab, 0.0f);
+  float* scratch = reinterpret_cast<float*>(dynamic_smem());
+  auto* keep = reinterpret_cast<Vec16<T>*>(dynamic_smem() + kScratch);  // the first `kept` vectors; each thread reads its own
+  float* s = state + 4 * r;
+  const int target = id_of(o, targets[r]);
+  Online mine{-infinity(), 0.0f, 0.0f};
+  over_row<kWideThreads, 4>(
+      row, vocab,
+      [&](int i, const T* p) {
+        if (i >= kept) return load16(p);
+        return keep[i] = load16_streaming(p);
+      },
+      [&](int at, auto& x) { meet(o, at, target, x, mine, s + 2); });
+  const Online all = over_block<kWideThreads>(o, mine, scratch);
+  if (threadIdx.x == 0) {
+    s[0] = all.high, s[1] = all.sum, s[3] = all.total;
+    if (target < 0) s[2] = -infinity();
+  }
+  const float scale = target >= 0 ? scales[r] : not_a_number();
+  if (scale != scale) return fill_row<kWideThreads>(row, vocab, scale);
+  const Coefficients c = coefficients(o, all.high, all.sum, scale);
+  over_row<kWideThreads, 4>(
+      row, vocab, [&](int i, const T* p) { return i < kept ? keep[i] : load16_streaming(p); },
+      [&](int at, auto& x) {
+        differentiate(o, at, target, c, x);
+        store(row + at, x);
+      });
+}
 
+}  // namespace loss
+}  // namespace illada
+
+// ---- entry points ------------------------------------------------------------------------------------------------------
 #ifndef __CUDACC_RTC__  // where NVRTC compiles, Python launches: illada_kernels/ops/masked_loss/nvrtc.py
+#include "illada/api.h"
+
 namespace {
 
-constexpr size_t kScratch = kThreads / 32 * sizeof(float);
+using namespace illada;
+using namespace illada::loss;
 
-bool sizes_fit(int64_t rows, int64_t vocab) { return rows >= 0 && rows <= 0x7fffffff && vocab >= 1; }
+// Ids are ints, and loops step a little over the end of a row.
+bool sizes_fit(int64_t rows, int64_t vocab) { return rows >= 0 && rows <= 0x7fffffff && vocab >= 1 && vocab <= 0x7fff0000; }
 
-template <class T>
-int fwd(const void* logits, int64_t rows, int64_t stride, const uint8_t* masked, const int64_t* targets, const Options& o, float* losses,
-        float* stats, cudaStream_t stream) {
-  return launch({dim3(unsigned(rows)), dim3(kThreads), kScratch, stream}, rows_fwd<T>, static_cast<const T*>(logits), stride, masked,
-                targets, o, losses, stats);
-}
-
-template <class T>
-int bwd(const void* logits, int64_t stride, void* out, int64_t out_stride, int64_t rows, const uint8_t* masked, const int64_t* targets,
-        const float* stats, const float* scales, const Options& o, cudaStream_t stream) {
-  return launch({dim3(unsigned(rows)), dim3(kThreads), 0, stream}, rows_bwd<T>, static_cast<const T*>(logits), stride,
-                static_cast<T*>(out), out_stride, masked, targets, stats, scales, o);
+// Calls run(T{}) for the type that dtype names.
+template <class Run> int with_type(int dtype, Run run) {
+  switch (dtype) {
+    case ILLADA_F32: return run(float{});
+    case ILLADA_BF16: return run(bf16{});
+    case ILLADA_F16: return run(fp16{});
+  }
+  return int(cudaErrorInvalidValue);
 }
 
 }  // namespace
 
-extern "C" int illada_masked_loss_rows_fwd(const void* logits, int dtype, int64_t rows, int64_t vocab, int64_t stride,
-                                           const uint8_t* masked, const int64_t* targets, const float* bias, float softcap,
-                                           float label_smoothing, float z_loss, const int64_t* forbid, int64_t n_forbid,
-                                           float* losses, float* stats, void* stream) {
+extern "C" int illada_masked_loss_rows_stats(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t stride,
+                                             const int32_t* slot, const int32_t* info, int64_t start, int64_t rows, int64_t held,
+                                             int64_t first, int64_t width, const int64_t* targets, int64_t vocab, const float* bias,
+                                             float softcap, float label_smoothing, float z_loss, const int64_t* forbid,
+                                             int64_t n_forbid, float* state, void* stream) {
   if (!sizes_fit(rows, vocab)) return int(cudaErrorInvalidValue);
   const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (dtype) {
-    case ILLADA_F32: return fwd<float>(logits, rows, stride, masked, targets, o, losses, stats, on);
-    case ILLADA_BF16: return fwd<bf16>(logits, rows, stride, masked, targets, o, losses, stats, on);
-    case ILLADA_F16: return fwd<fp16>(logits, rows, stride, masked, targets, o, losses, stats, on);
-  }
-  return int(cudaErrorInvalidValue);
+  const Launch how{dim3(unsigned(rows)), dim3(kThreads), kScratch, static_cast<cudaStream_t>(stream)};
+  return with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    return launch(how, rows_stats<T>, static_cast<const T*>(logits), inner, outer_stride, stride, slot, info, start, held, int(first),
+                  int(width), targets, o, state);
+  });
 }
 
-extern "C" int illada_masked_loss_rows_bwd(const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype, int64_t rows,
-                                           int64_t vocab, const uint8_t* masked, const int64_t* targets, const float* stats,
-                                           const float* scales, const float* bias, float softcap, float label_smoothing, float z_loss,
-                                           const int64_t* forbid, int64_t n_forbid, void* stream) {
+extern "C" int illada_masked_loss_rows_dlogits(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t stride,
+                                               void* out, int64_t out_stride, const int32_t* slot, const int32_t* info, int64_t start,
+                                               int64_t rows, int64_t held, int64_t capacity, int64_t first, int64_t width,
+                                               const int64_t* targets, const float* state, const float* scales, int64_t vocab,
+                                               const float* bias, float softcap, float label_smoothing, float z_loss,
+                                               const int64_t* forbid, int64_t n_forbid, void* stream) {
   if (!sizes_fit(rows, vocab)) return int(cudaErrorInvalidValue);
   const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (dtype) {
-    case ILLADA_F32: return bwd<float>(logits, stride, out, out_stride, rows, masked, targets, stats, scales, o, on);
-    case ILLADA_BF16: return bwd<bf16>(logits, stride, out, out_stride, rows, masked, targets, stats, scales, o, on);
-    case ILLADA_F16: return bwd<fp16>(logits, stride, out, out_stride, rows, masked, targets, stats, scales, o, on);
-  }
-  return int(cudaErrorInvalidValue);
+  const Launch how{dim3(unsigned(rows)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream)};
+  return with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    return launch(how, rows_dlogits<T>, static_cast<const T*>(logits), inner, outer_stride, stride, static_cast<T*>(out), out_stride,
+                  slot, info, start, held, capacity, int(first), int(width), targets, state, scales, o);
+  });
+}
+
+extern "C" int illada_masked_loss_rows_gradients(void* logits, int dtype, int64_t stride, const int32_t* info, int64_t start,
+                                                 int64_t rows, const int64_t* targets, const float* scales, int64_t vocab,
+                                                 const float* bias, float softcap, float label_smoothing, float z_loss,
+                                                 const int64_t* forbid, int64_t n_forbid, float* state, int64_t shared_memory,
+                                                 void* stream) {
+  if (!sizes_fit(rows, vocab) || shared_memory < kScratch) return int(cudaErrorInvalidValue);
+  const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
+  return with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    const int64_t fit = (shared_memory - kScratch) / 16, vectors = vocab / Vec16<T>::size, kept = vectors < fit ? vectors : fit;
+    const Launch how{dim3(unsigned(rows)), dim3(kWideThreads), size_t(kScratch + 16 * kept), static_cast<cudaStream_t>(stream)};
+    return launch(how, rows_gradients<T>, static_cast<T*>(logits), stride, info, start, targets, scales, o, state, int(kept));
+  });
 }
 #endif

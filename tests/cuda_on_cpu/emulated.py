@@ -1,7 +1,7 @@
 """Stands in for `illada_kernels._gpu.launch`, so that the Python around a CUDA kernel runs with it on the CPU.
 
-monkeypatch.setattr(native, "launch", Emulated("csrc/cuda/masked_loss_rows.cu", seed=3))
-loss, kept = native.cuda_rows_forward(...)            # CPU tensors; KernelFault as from Kernels.run
+kernels = CudaRows(Emulated("csrc/cuda/masked_loss_rows.cu", "csrc/cuda/masked_loss_compact.cu", seed=3))
+loss, kept = gpu.rows_forward(kernels, ...)           # CPU tensors; KernelFault as from Kernels.run
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def storage_of(x: Tensor) -> Tensor:
 
 
 class Emulated:
-    """Every tensor is copied into guarded memory, with its strides, and back after the call. `last`: the GlobalArrays
-    of the last call by position."""
+    """Every tensor is copied into guarded memory, with its strides and its place between 16-byte boundaries, and back
+    after the call; the same memory passed twice is one copy. `last`: the GlobalArrays of the last call by position."""
 
     def __init__(
         self, *sources: str | Path, text: str | None = None, defines: tuple[str, ...] = (), seed: int = 0, **run: Any
@@ -35,9 +35,14 @@ class Emulated:
     def __call__(self, function: str, device: torch.device, *arguments: Any) -> None:
         self.last: dict[int, GlobalArray] = {}
         passed: list[Any] = []
+        known: dict[Any, GlobalArray] = {}
         for position, a in enumerate(arguments):
             if isinstance(a, Tensor):
-                self.last[position] = GlobalArray(storage_of(a), f"argument {position}")
+                memory = storage_of(a)
+                key = (memory.data_ptr(), memory.dtype, len(memory)) if len(memory) else position
+                if key not in known:
+                    known[key] = GlobalArray(memory, f"argument {position}", memory.data_ptr() % 16)
+                self.last[position] = known[key]
                 passed.append(self.last[position])
             else:
                 passed.append(ctypes.c_float(a) if isinstance(a, float) else a)

@@ -172,16 +172,19 @@ def plant(source: str | Path, old: str, new: str) -> str:
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 class GlobalArray:
-    """A copy of `tensor` in memory that kernels may touch, with guard zones around it that they may not."""
+    """A copy of `tensor` in memory that kernels may touch, with guard zones around it that they may not. It starts at a
+    multiple of 128 bytes, and `offset` behind."""
 
     GUARD = 4096
 
-    def __init__(self, tensor: torch.Tensor, name: str) -> None:
+    def __init__(self, tensor: torch.Tensor, name: str, offset: int = 0) -> None:
         import torch
 
         self.size = tensor.numel() * tensor.element_size()
-        whole = torch.full((self.size + 2 * self.GUARD + 128,), 0xA5, dtype=torch.uint8)
-        start = self.GUARD + -(whole.data_ptr() + self.GUARD) % 128  # cudaMalloc aligns to 256, and views to less
+        whole = torch.full((self.size + 2 * self.GUARD + 256,), 0xA5, dtype=torch.uint8)
+        start = (
+            self.GUARD + -(whole.data_ptr() + self.GUARD) % 128 + offset
+        )  # cudaMalloc aligns to 256, and views to less
         self._whole = whole
         self.tensor = whole[start : start + self.size].view(tensor.dtype).view(tensor.shape)
         self.tensor.copy_(tensor)

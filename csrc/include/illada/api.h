@@ -56,7 +56,7 @@ extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, cons
                                                   int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
                                                   int64_t bounds_batches, const int64_t* strides, float scale, int blocks, void* stream);
 
-// ---- masked_loss (csrc/cpu/masked_loss.cpp, csrc/cuda/masked_loss_rows.cu) -------------------------------------------------
+// ---- masked_loss (csrc/cpu/masked_loss.cpp, csrc/cuda/masked_loss_*.cu) ------------------------------------------------------
 // Row r of a call is row row_index[r] (null: r) of logits; columns [0, count) of it are the ids first .. first + count of the vocabulary.
 // bias: of those ids, or null. softcap 0: none. targets: rows. forbid: ascending ids. stats updates state (rows, 4) float64:
 // max, sum of exp(z - max), z at the target, sum of allowed z (if want_total); start from -inf, 0, -inf, 0.
@@ -67,15 +67,39 @@ ILLADA_CPU(illada_masked_loss_stats, const void* logits, int dtype, int64_t rows
 ILLADA_CPU(illada_masked_loss_dlogits, const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype, int64_t rows,
            const int64_t* row_index, int64_t first, int64_t count, const float* bias, float softcap, const int64_t* targets,
            const int64_t* forbid, int64_t n_forbid, const float* coefficients, int threads)
-// CUDA. All rows of logits, masked or not. losses (rows), 0 where not masked; stats (rows, 2): max, sum of exp(z - max).
-extern "C" int illada_masked_loss_rows_fwd(const void* logits, int dtype, int64_t rows, int64_t vocab, int64_t stride, const uint8_t* masked,
-                                           const int64_t* targets, const float* bias, float softcap, float label_smoothing, float z_loss,
-                                           const int64_t* forbid, int64_t n_forbid, float* losses, float* stats, void* stream);
-// scales (rows): what multiplies the gradient of a row; a NaN fills its row, masked or not. out may be logits, with their stride.
-extern "C" int illada_masked_loss_rows_bwd(const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype, int64_t rows,
-                                           int64_t vocab, const uint8_t* masked, const int64_t* targets, const float* stats,
-                                           const float* scales, const float* bias, float softcap, float label_smoothing, float z_loss,
-                                           const int64_t* forbid, int64_t n_forbid, void* stream);
+// CUDA; illada_kernels/ops/masked_loss/rows.py says what each does. Masked rows are compacted: index, targets and scale hold `held` or
+// `capacity` of them from place `start` on; slot (rows) is the place of each row or -1; info is {number of masked rows, first whose target
+// is no id or -1}. Row r of x or logits starts at element r / inner * outer_stride + r % inner * stride.
+extern "C" int illada_masked_loss_compact(const uint8_t* masked, const int64_t* targets, const float* weight, int64_t rows, int64_t vocab,
+                                          int64_t capacity, int mean, int32_t* index, int64_t* row_targets, float* scale, int32_t* slot,
+                                          int32_t* info, void* stream);
+extern "C" int illada_masked_loss_gather(const void* x, int dtype, int64_t inner, int64_t outer_stride, int64_t stride,
+                                         const int32_t* index, const int32_t* info, int64_t start, int64_t rows, int64_t width,
+                                         const float* factors, void* out, int out_dtype, void* stream);
+extern "C" int illada_masked_loss_scatter(const float* dx, const int32_t* slot, const int32_t* info, int64_t capacity, int64_t rows,
+                                          int64_t held, int64_t width, const float* factors, void* out, int dtype, void* stream);
+extern "C" int illada_masked_loss_factors(const float* scale, const int32_t* index, const int32_t* info, int64_t start, int64_t rows,
+                                          int what, const float* grad, int grad_per_row, float* out, void* stream);
+extern "C" int illada_masked_loss_losses(const float* state, const int64_t* targets, const float* scale, const int32_t* slot,
+                                         const int32_t* info, int64_t capacity, int64_t rows, int64_t held, int64_t vocab,
+                                         int64_t allowed, float label_smoothing, float z_loss, int per_row, float* out, void* stream);
+extern "C" int illada_masked_loss_rows_stats(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t stride,
+                                             const int32_t* slot, const int32_t* info, int64_t start, int64_t rows, int64_t held,
+                                             int64_t first, int64_t width, const int64_t* targets, int64_t vocab, const float* bias,
+                                             float softcap, float label_smoothing, float z_loss, const int64_t* forbid,
+                                             int64_t n_forbid, float* state, void* stream);
+extern "C" int illada_masked_loss_rows_dlogits(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t stride,
+                                               void* out, int64_t out_stride, const int32_t* slot, const int32_t* info, int64_t start,
+                                               int64_t rows, int64_t held, int64_t capacity, int64_t first, int64_t width,
+                                               const int64_t* targets, const float* state, const float* scales, int64_t vocab,
+                                               const float* bias, float softcap, float label_smoothing, float z_loss,
+                                               const int64_t* forbid, int64_t n_forbid, void* stream);
+// shared_memory: bytes that a block may take, 128 at least; the row is kept there as far as it fits.
+extern "C" int illada_masked_loss_rows_gradients(void* logits, int dtype, int64_t stride, const int32_t* info, int64_t start,
+                                                 int64_t rows, const int64_t* targets, const float* scales, int64_t vocab,
+                                                 const float* bias, float softcap, float label_smoothing, float z_loss,
+                                                 const int64_t* forbid, int64_t n_forbid, float* state, int64_t shared_memory,
+                                                 void* stream);
 
 // ---- unmask (csrc/cpu/unmask.cpp, csrc/cuda/unmask_*.cu) ------------------------------------------------------------------------------------------
 // Bytes that callers allocate per row and per (row, segment), and the ids of a segment: what one Partial covers.

@@ -74,11 +74,9 @@ class CudaRows:
                     *_terms(formula))  # fmt: skip
 
     def gradients(self, logits: Tensor, rows: Rows, state: Tensor, scale: Tensor, formula: Formula) -> None:
-        rows_held, vocab = logits.shape
-        room = self.shared_memory(logits.device)
         self.launch("masked_loss_rows_gradients", logits.device, logits, dtype_code(logits), logits.stride(0),
-                    rows.info, rows.start, rows_held, vocab, rows.targets, scale, *_terms(formula)[1:], state,
-                    room)  # fmt: skip
+                    rows.info, rows.start, len(logits), rows.targets, scale, *_terms(formula), state,
+                    self.shared_memory(logits.device))  # fmt: skip
 
     def losses(self, state: Tensor, rows: Rows, formula: Formula, out: Tensor) -> None:
         per_row = out.dim() > 0

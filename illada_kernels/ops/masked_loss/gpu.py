@@ -189,7 +189,9 @@ def forward(
     rows = masked_rows(kernels, targets, masked, weight, head_weight.shape[0], options, check=True)
     head = Head(kernels, hidden, head_weight, head_bias, rows, options, p, needs)
     kept = kept_like(p, head_weight, needs, head.count if trim else None)
-    if not trim and p.mode != "loss" and (p.mode != "row_chunks" or needs[0]):
+    if p.mode == "slices":
+        kept[0].zero_()  # fillers too
+    elif not trim and (p.mode == "one_chunk" or needs[0]):
         kept[0][head.count :].zero_()
     state = kept[0][: head.count] if p.mode == "slices" else head.empty(head.count, 4)
     with float32_sums():

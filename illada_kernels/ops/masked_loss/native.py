@@ -1,19 +1,13 @@
-"""Calls the compiled extension: the row kernels of masked_loss on the CPU, and masked_loss_from_logits on both devices.
-
-The CPU compacts the masked rows and works on those; the CUDA kernels see all rows and leave the unmasked ones at
-once, so that no index of them is needed and nothing synchronises.
-"""
+"""Calls the compiled extension: the row kernels of masked_loss on the CPU, and masked_loss_from_logits there."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._dispatch import check, extension_reason, native
-from ..._gpu import launch
 
 
 class Options(NamedTuple):
@@ -170,8 +164,6 @@ def rows_forward(
     logits: Tensor, targets: Tensor, masked: Tensor, weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """(loss, kept): the max and the sum of exponentials of each masked row; on the CPU those rows come first."""
-    if logits.device.type == "cuda":
-        return cuda_rows_forward(logits, targets, masked, weight, options)
     rows = masked_rows(targets, masked, weight, options.max_masked)
     math = RowMath(options, logits.shape[-1], None)
     flat, index = _flat_rows(logits, rows)
@@ -192,8 +184,6 @@ def rows_backward(
     options: Options,
 ) -> Tensor:
     """The gradient of the logits, in their dtype, contiguous."""
-    if logits.device.type == "cuda":
-        return cuda_rows_backward(grad_loss, logits, targets, masked, weight, kept, options)
     rows = masked_rows(targets, masked, weight, options.max_masked)
     if rows.overflow:
         return torch.full(logits.shape, torch.nan, dtype=logits.dtype)
@@ -217,64 +207,3 @@ def _flat_rows(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         return x.view(-1, x.shape[-1]), rows.flat
     except RuntimeError:
         return x[rows.where], None
-
-
-# ---- the same on a GPU: not yet run on one ---------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=64)
-def _forbid_on(device: torch.device, forbid: tuple[int, ...]) -> Tensor:
-    """Uploaded once: a copy from the host at each call would synchronise and could not be captured in a graph."""
-    return torch.tensor(forbid, dtype=torch.int64, device=device)
-
-
-def _kernel_options(device: torch.device, options: Options) -> tuple[Any, ...]:
-    """bias, softcap, label_smoothing, z_loss, forbid, n_forbid."""
-    forbid = _forbid_on(device, options.forbid) if options.forbid else None
-    softcap = options.softcap or 0.0
-    return None, softcap, options.label_smoothing, options.z_loss, forbid, len(options.forbid)
-
-
-def _row_factors(masked: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor | float]:
-    """d(loss) / d(unweighted loss of a row), float32 of masked's shape; and NaN if there are too many rows, else 1."""
-    w = masked.float() if weight is None else torch.where(masked, weight, 0)
-    if options.reduction == "mean":
-        w = torch.where(masked, w / w.sum(), 0)
-    if options.max_masked is None:
-        return w, 1.0
-    return w, torch.where(masked.sum() > options.max_masked, torch.nan, 1.0)
-
-
-def cuda_rows_forward(
-    logits: Tensor, targets: Tensor, masked: Tensor, weight: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
-    flat = logits.reshape(-1, logits.shape[-1])  # (R, V)
-    rows, vocab = flat.shape
-    losses = torch.empty(masked.shape, dtype=torch.float32, device=logits.device)
-    kept = torch.empty(rows_kept_shape(masked), dtype=torch.float32, device=logits.device)
-    launch("masked_loss_rows_fwd", logits.device, flat, dtype_code(flat), rows, vocab, flat.stride(0),
-           masked.contiguous(), targets.contiguous(), *_kernel_options(logits.device, options),
-           losses, kept)  # fmt: skip
-    factors, poison = _row_factors(masked, weight, options)
-    weighted = losses * factors * poison
-    return weighted if options.reduction == "none" else weighted.double().sum().float(), kept
-
-
-def cuda_rows_backward(
-    grad_loss: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    masked: Tensor,
-    weight: Tensor | None,
-    kept: Tensor,
-    options: Options,
-) -> Tensor:
-    flat = logits.reshape(-1, logits.shape[-1])
-    rows, vocab = flat.shape
-    factors, poison = _row_factors(masked, weight, options)
-    factors = torch.where(masked, factors * grad_loss, 0) * poison  # upstream NaNs at unmasked rows go nowhere
-    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    launch("masked_loss_rows_bwd", logits.device, flat, flat.stride(0), d_logits, vocab, dtype_code(flat), rows, vocab,
-           masked.contiguous(), targets.contiguous(), kept, factors.contiguous(),
-           *_kernel_options(logits.device, options))  # fmt: skip
-    return d_logits

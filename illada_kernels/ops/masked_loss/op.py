@@ -8,6 +8,8 @@ which torch.compile does not trace. The backward is an operator of its own, with
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +19,9 @@ from torch import Tensor
 from ..._dispatch import Backend, choose
 from ..._gpu import UNRUN, rows_reason
 from ..._torch_ops import TorchOp, is_plain
-from . import head, native, reference
+from . import gpu, head, native, reference
 from .native import Options
+from .rows import RowKernels
 
 HEAD = 6  # hidden, head_weight, targets, masked, weight, head_bias lead the arguments of masked_loss; then come options
 ROWS = 4  # logits, targets, masked, weight lead those of masked_loss_from_logits
@@ -35,7 +38,7 @@ def _no_float64(rows: Tensor) -> str | None:
 _CPU = Backend("cpu", ("cpu",), native.cpu_reason, _no_float64)
 _CUDA = Backend("cuda", ("cuda",), rows_reason, _no_float64, opt_in=UNRUN)
 _REFERENCE = Backend("reference", None, _always, _always)
-BACKENDS: tuple[Backend, ...] = (_CPU, _REFERENCE)
+BACKENDS: tuple[Backend, ...] = (_CUDA, _CPU, _REFERENCE)
 FROM_LOGITS_BACKENDS: tuple[Backend, ...] = (_CUDA, _CPU, _REFERENCE)
 
 
@@ -45,6 +48,15 @@ def _chosen(hidden: Tensor, backend: str) -> str:
 
 def _rows_chosen(logits: Tensor, backend: str) -> str:
     return choose("masked_loss_from_logits", FROM_LOGITS_BACKENDS, logits.device.type, logits, backend or None)
+
+
+GPU = {"cuda": ".cuda"}  # backends that gpu.py runs, and where their KERNELS are
+
+
+@functools.cache
+def row_kernels(backend: str) -> RowKernels:
+    kernels: RowKernels = importlib.import_module(GPU[backend], __package__).KERNELS
+    return kernels
 
 
 def check_targets(targets: Tensor, masked: Tensor, vocab: int, max_masked: int | None) -> None:
@@ -91,13 +103,44 @@ def _forward(
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = _chosen(hidden, backend)
-    check_targets(targets, masked, head_weight.shape[0], max_masked)
     options = Options(reduction, softcap, label_smoothing, z_loss, tuple(forbid), max_masked)
+    needs = (need_hidden, need_weight, need_bias)
+    return _compute(
+        hidden, head_weight, targets, masked, weight, head_bias, options, memory_budget, needs, backend, trim=False
+    )
+
+
+def _direct(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, head_weight, targets, masked, weight, head_bias, *options, memory_budget = args[:-4]
+    needs, backend = args[-4:-1], args[-1]
+    return _compute(
+        hidden, head_weight, targets, masked, weight, head_bias, Options(*options), memory_budget, needs, backend,
+        trim=True,
+    )  # fmt: skip
+
+
+def _compute(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    masked: Tensor,
+    weight: Tensor | None,
+    head_bias: Tensor | None,
+    options: Options,
+    memory_budget: int | None,
+    needs: head.Needs,
+    backend: str,
+    trim: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """trim: of what a GPU keeps, only the rows that are masked rather than all that may be."""
+    chosen = _chosen(hidden, backend)
+    inputs = (hidden, head_weight, targets, masked, weight, head_bias)
     with torch.no_grad(), no_autocast(hidden):
+        if chosen in GPU:
+            return gpu.forward(row_kernels(chosen), *inputs, options, memory_budget, needs, trim)
+        check_targets(targets, masked, head_weight.shape[0], options.max_masked)
         if chosen == "cpu":
-            needs = (need_hidden, need_weight, need_bias)
-            return head.forward(hidden, head_weight, targets, masked, weight, head_bias, options, memory_budget, needs)
+            return head.forward(*inputs, options, memory_budget, needs)
         loss = reference.masked_loss(
             hidden, head_weight, targets, masked, weight, head_bias=head_bias, **options._asdict()
         )
@@ -107,11 +150,12 @@ def _forward(
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     hidden, head_weight, _, masked, *_ = args
     reduction, *_, max_masked, memory_budget, need_hidden, need_weight, need_bias, backend = args[HEAD:]
-    shapes: list[tuple[int, ...]] = [(0,)] * 3
-    if _chosen(hidden, backend) == "cpu":
-        needs = (need_hidden, need_weight, need_bias)
-        shapes = head.kept_shapes(hidden, head_weight, masked, reduction, max_masked, memory_budget, needs)
-    loss = empty_loss(hidden, masked, reduction)
+    needs = (need_hidden, need_weight, need_bias)
+    asked = (hidden, head_weight, masked, reduction, max_masked, memory_budget, needs)
+    loss, chosen = empty_loss(hidden, masked, reduction), _chosen(hidden, backend)
+    if chosen in GPU:
+        return (loss, *gpu.kept_like(gpu.plan(*asked), head_weight, needs))
+    shapes = head.kept_shapes(*asked) if chosen == "cpu" else [(0,)] * 3
     return (loss, *(loss.new_empty(shape) for shape in shapes))
 
 
@@ -165,13 +209,15 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(reduction, softcap, label_smoothing, z_loss, tuple(forbid), max_masked)
     needs = (need_hidden, need_weight, need_bias)
+    inputs, kept = (hidden, head_weight, targets, masked, weight, head_bias), (kept0, kept1, kept2)
+    asked = (hidden, head_weight, masked, reduction, max_masked, memory_budget, needs)
+    chosen = _chosen(hidden, backend)
     with torch.no_grad(), no_autocast(hidden):
-        if _chosen(hidden, backend) == "cpu":
-            kept = (kept0, kept1, kept2)
-            plan = head.plan(hidden, head_weight, masked, reduction, max_masked, memory_budget, needs)
-            return head.backward(
-                grad_loss, hidden, head_weight, targets, masked, weight, head_bias, kept, options, plan, needs
-            )
+        if chosen in GPU:
+            plan = gpu.plan(*asked)
+            return gpu.backward(row_kernels(chosen), grad_loss, *inputs, kept, options, plan, needs)
+        if chosen == "cpu":
+            return head.backward(grad_loss, *inputs, kept, options, head.plan(*asked), needs)
         grads = reference.masked_loss_backward(
             grad_loss, hidden, head_weight, targets, masked, weight, head_bias=head_bias, **options._asdict()
         )
@@ -190,7 +236,7 @@ def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) if need else grad_loss.new_empty(0) for x, need in zip(like, needs))
 
 
-masked_loss_op = TorchOp("masked_loss", _forward, _fake, _setup_context, _backward)
+masked_loss_op = TorchOp("masked_loss", _forward, _fake, _setup_context, _backward, direct=_direct)
 _masked_loss_bwd = TorchOp("masked_loss_bwd", _bwd, _bwd_fake)
 
 
@@ -211,10 +257,12 @@ def _rows_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     chosen = _rows_chosen(logits, backend)
-    check_targets(targets, masked, logits.shape[-1], max_masked)
     options = Options(reduction, softcap, label_smoothing, z_loss, tuple(forbid), max_masked)
     with torch.no_grad(), no_autocast(logits):
-        if chosen != "reference":
+        if chosen in GPU:
+            return gpu.rows_forward(row_kernels(chosen), logits, targets, masked, weight, options)
+        check_targets(targets, masked, logits.shape[-1], max_masked)
+        if chosen == "cpu":
             return native.rows_forward(logits, targets, masked, weight, options)
         loss = reference.masked_loss_from_logits(logits, targets, masked, weight, **options._asdict())
         return loss, loss.new_empty(0)
@@ -222,8 +270,10 @@ def _rows_forward(
 
 def _rows_fake(*args: Any) -> tuple[Tensor, Tensor]:
     logits, _, masked, _, reduction = args[:5]
-    loss = empty_loss(logits, masked, reduction)
-    if _rows_chosen(logits, args[-1]) == "reference":
+    loss, chosen = empty_loss(logits, masked, reduction), _rows_chosen(logits, args[-1])
+    if chosen in GPU:
+        return loss, gpu.rows_kept(masked, args[-2])
+    if chosen == "reference":
         return loss, loss.new_empty(0)
     return loss, torch.empty(native.rows_kept_shape(masked), dtype=torch.float32, device=logits.device)
 
@@ -259,7 +309,10 @@ def _rows_bwd(
 ) -> Tensor:
     options = Options(reduction, softcap, label_smoothing, z_loss, tuple(forbid), max_masked)
     with torch.no_grad(), no_autocast(logits):
-        if _rows_chosen(logits, backend) != "reference":
+        chosen = _rows_chosen(logits, backend)
+        if chosen in GPU:
+            return gpu.rows_backward(row_kernels(chosen), grad_loss, logits, targets, masked, weight, kept, options)
+        if chosen == "cpu":
             return native.rows_backward(grad_loss, logits, targets, masked, weight, kept, options)
         d_logits = reference.masked_loss_from_logits_backward(
             grad_loss, logits, targets, masked, weight, **options._asdict()

@@ -1,0 +1,327 @@
+"""masked_loss as a GPU runs it (gpu.py), on a CPU: the row operations in plain torch, or the CUDA kernels emulated."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from illada_kernels import masked_loss
+from illada_kernels._dispatch import Backend
+from illada_kernels.ops.masked_loss import gpu, op, reference
+from illada_kernels.ops.masked_loss.cuda import CudaRows
+from illada_kernels.ops.masked_loss.rows import RowKernels
+from tests import test_masked_loss_semantics as semantics
+from tests.cuda_on_cpu.emulated import Emulated
+from tests.cuda_on_cpu.library import missing
+from tests.masked_loss_oracle import TorchRows, product_on_cpu
+from tests.test_masked_loss import check_against_float64, gradients, inputs
+
+ALL = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01, "forbid": (1, 4)}
+MODES = ("one_chunk", "row_chunks", "slices")
+
+
+emulated = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+Use = Callable[[RowKernels], None]
+
+
+def cuda_rows(seed: int = 0) -> CudaRows:
+    """The CUDA kernels, with shared memory for the first ten vectors of a row."""
+    launch = Emulated("csrc/cuda/masked_loss_rows.cu", "csrc/cuda/masked_loss_compact.cu", seed=seed)
+    return CudaRows(launch, lambda device: 128 + 160)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Use:
+    """Makes backend="cuda" run on the CPU, with these row kernels."""
+
+    def no_reason(_: Any = None) -> None:
+        return None
+
+    def install(kernels: RowKernels) -> None:
+        backends = (Backend("cuda", ("cpu",), no_reason, no_reason, opt_in="emulated"), *op.BACKENDS[1:])
+        monkeypatch.setattr(op, "BACKENDS", backends)
+        monkeypatch.setattr(op, "FROM_LOGITS_BACKENDS", backends)
+        monkeypatch.setattr(op, "row_kernels", lambda backend: kernels)
+        monkeypatch.setattr(gpu, "product", product_on_cpu)
+        for name, value in (("LEAST_CHUNK", 8), ("LEAST_SLICE", 16), ("TILE", 4)):
+            monkeypatch.setattr(gpu, name, value)
+
+    return install
+
+
+def budget_for(mode: str, hidden: Tensor, head_weight: Tensor, rows: int) -> int | None:
+    """A budget that leaves this mode, with chunks of 8 rows or the smallest slices."""
+    vocab, width = head_weight.shape
+    if mode == "row_chunks":
+        least = rows * (gpu.ROW_BYTES + 4 * width) + 4 * vocab * width
+        return least + 8 * head_weight.element_size() * (vocab + width)
+    return None if mode == "one_chunk" else 1
+
+
+def mode_of(args: tuple[Tensor, ...], budget: int | None, reduction: str = "sum") -> str:
+    hidden, head_weight, _, masked, _ = args
+    return gpu.plan(hidden, head_weight, masked, reduction, None, budget, (True, True, True)).mode
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+def agree_with_float64(reduction: str, kind: str, rows: int, width: int, vocab: int) -> None:
+    """All modes, with and without all options, under an upstream gradient that is no power of two."""
+    eps = torch.finfo(torch.float32).eps
+    hidden, weight, targets, masked, w = inputs(rows, width, vocab, 0.7, torch.float32)
+    hidden = hidden.to(torch.bfloat16) if "bfloat16" in kind else hidden
+    weight = weight.to(torch.bfloat16) if kind == "bfloat16" else weight
+    targets[(targets == 1) | (targets == 4)] = 7
+    bias = torch.randn(vocab)
+    upstream = torch.randn(rows) if reduction == "none" else torch.tensor(-1.7)
+    seen = set()
+    capacities = (None, rows, int(masked.sum()))
+    for mode, capacity, options in itertools.product(MODES, capacities, ({}, ALL)):
+        budget = budget_for(mode, hidden, weight, rows)
+        seen.add(mode_of((hidden, weight, targets, masked, w), budget, reduction))
+
+        def ours(h: Tensor, c: Tensor, b: Tensor, o: Any = options, m: Any = capacity, y: Any = budget) -> Tensor:
+            return masked_loss(h, c, targets, masked, w, head_bias=b, backend="cuda", reduction=reduction,
+                               memory_budget=y, max_masked=m, **o)  # fmt: skip
+
+        def exact(h: Tensor, c: Tensor, b: Tensor, o: Any = options) -> Tensor:
+            return reference.masked_loss(h, c, targets, masked, w.double(), head_bias=b, reduction=reduction, **o)
+
+        leaves = (hidden, weight, bias)
+        right = gradients(exact, tuple(x.double() for x in leaves), upstream.double())
+        half = kind == "bfloat16"  # logits and their gradients are rounded to bfloat16 as torch's would be
+        for mine, want in zip(gradients(ours, leaves, upstream), right):
+            rounding = 2**-7 if half else torch.finfo(mine.dtype).eps / 2 if mine.dtype != torch.float32 else 0
+            assert (mine.double() - want).abs().max() <= (8 * vocab**0.5 * eps + rounding) * want.abs().max()
+    assert seen == ({"one_chunk", "slices"} if reduction == "none" else set(MODES))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 hidden, float32 head"])
+def test_all_modes_agree_with_float64_under_any_upstream_gradient(reduction: str, kind: str, use: Use) -> None:
+    use(TorchRows())
+    agree_with_float64(reduction, kind, 40, 12, 57)
+
+
+@emulated
+@pytest.mark.parametrize(
+    "reduction, kind", [("sum", "bfloat16"), ("mean", "float32"), ("none", "bfloat16 hidden, float32 head")]
+)
+def test_all_modes_agree_with_float64_with_the_cuda_kernels(reduction: str, kind: str, use: Use) -> None:
+    use(cuda_rows(seed=len(kind)))
+    agree_with_float64(reduction, kind, 30, 9, 57)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab, dim, rows", [(2, 5, 40), (257, 33, 40), (5021, 64, 40)])
+def test_as_exact_as_torch_at_every_mask_ratio_and_weight(
+    dtype: torch.dtype, vocab: int, dim: int, rows: int, use: Use
+) -> None:
+    use(TorchRows())
+    bias = torch.randn(vocab).to(dtype)
+    for seed, (ratio, budget) in enumerate(itertools.product((0.0, 0.05, 0.5, 0.95, 1.0), (None, 1))):
+        args = inputs(rows, dim, vocab, ratio, dtype, seed)
+        if ratio:
+            check_against_float64(args, bias if seed % 2 else None, "cuda", memory_budget=budget)
+        else:
+            got = gradients(lambda h, c, a=args: masked_loss(h, c, *a[2:], backend="cuda"), args[:2])
+            assert not any(x.any() for x in got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_extreme_logits_stay_exact(dtype: torch.dtype, use: Use) -> None:
+    use(TorchRows())
+    hidden, weight, targets, masked, w = inputs(20, 16, 300, 0.5, dtype)
+    big = (hidden * (1e4 / (hidden.float() @ weight.float().T).abs().max())).to(dtype)
+    for budget in (None, 1):
+        check_against_float64((big, weight, targets, masked, w), None, "cuda", memory_budget=budget)
+
+
+def test_a_half_precision_mean_keeps_small_gradients(use: Use) -> None:
+    """scale of "mean" is about 1 / rows: times p about 1 / V it lies below fp16's numbers, which start at 6e-8. A loss
+    scaler's 2^15 comes in the backward, when d(loss) / d(logits) has long been rounded."""
+    use(TorchRows())
+    hidden, weight, targets, masked, _ = inputs(300, 8, 3000, 1.0, torch.float16)
+
+    def loss(function: Any, **options: Any) -> Callable[..., Tensor]:
+        return lambda h, c: function(h, c, targets, masked, reduction="mean", **options)
+
+    exact = gradients(loss(reference.masked_loss), (hidden.double(), weight.double()), 2.0**15)
+    ours = gradients(loss(masked_loss, backend="cuda"), (hidden, weight), 2.0**15)
+    untargeted = torch.ones(3000, dtype=torch.bool).index_fill_(0, targets, False)
+    mine, right = ours[2][untargeted].double(), exact[2][untargeted]
+    assert (mine - right).abs().max() <= 2**-10 * right.abs().max()  # of rounded logits, gradients and result
+
+
+def test_head_gradient_over_chunks_is_one_rounding_of_the_float32_sum(use: Use) -> None:
+    use(TorchRows())
+    args = hidden, weight, targets, masked, w = inputs(400, 16, 64, 1.0, torch.bfloat16)
+    hidden.copy_(hidden.sign()), weight.zero_()  # so that logits and their gradients are exact in bfloat16: p is 1 / 64
+    w.fill_(1)
+    budget = budget_for("row_chunks", hidden, weight, 400)
+    assert mode_of(args, budget) == "row_chunks"
+    exact = gradients(lambda h, c: reference.masked_loss(h, c, targets, masked, w.double()),
+                      (hidden.double(), weight.double()))  # fmt: skip
+    ours = gradients(lambda h, c: masked_loss(h, c, targets, masked, w, memory_budget=budget, backend="cuda"),
+                     (hidden, weight))  # fmt: skip
+    # half an ulp of the element, of a sum of multiples of 1/64 that float32 holds; 63/64 takes 6 bits
+    assert ((ours[2].double() - exact[2]).abs() <= exact[2].abs() * 2**-8).all()
+
+
+# ---- semantics -------------------------------------------------------------------------------------------------------
+
+SEMANTICS: dict[str, Callable[..., None]] = {
+    "nan in unmasked rows": semantics.test_nan_in_unmasked_rows_never_reaches_loss_or_gradients,
+    "a forbidden target": semantics.test_a_forbidden_target_has_infinite_loss_and_finite_gradients,
+    "a second derivative": semantics.test_a_second_derivative_raises,
+    "no masked rows": semantics.test_no_masked_rows_give_zero_loss_and_zero_gradients,
+    "overflow": semantics.test_more_masked_rows_than_the_capacity_make_everything_nan,
+}
+
+
+def check_semantics(name: str, budget: int | None) -> None:
+    for reduction in ("sum", "mean", "none") if name in ("no masked rows", "overflow") else (None,):
+        SEMANTICS[name]("cuda", budget, *([reduction] if reduction else []))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", SEMANTICS)
+def test_what_holds_for_every_backend(name: str, mode: str, use: Use) -> None:
+    use(TorchRows())
+    args = inputs(dtype=torch.float32)
+    budget = budget_for(mode, args[0], args[1], 12)
+    assert mode_of(args, budget) == mode
+    check_semantics(name, budget)
+
+
+@emulated
+@pytest.mark.parametrize("mode", MODES)
+def test_what_holds_for_every_backend_holds_with_the_cuda_kernels(mode: str, use: Use) -> None:
+    use(cuda_rows(seed=7))
+    args = inputs(dtype=torch.float32)
+    for name in SEMANTICS:
+        check_semantics(name, budget_for(mode, args[0], args[1], 12))
+
+
+@pytest.mark.parametrize("lead, dim", [((0,), 4), ((3, 0), 4), ((), 4), ((2, 3, 2), 4), ((5,), 0)])
+def test_any_leading_dimensions_and_empty_ones(lead: tuple[int, ...], dim: int, use: Use) -> None:
+    for kernels in [TorchRows(), *([cuda_rows()] if missing() is None else [])]:
+        use(kernels)
+        semantics.test_any_leading_dimensions_and_empty_ones("cuda", lead, dim)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bad_target_raises_or_with_a_capacity_makes_its_row_nan(mode: str, use: Use) -> None:
+    use(TorchRows())
+    args = hidden, weight, targets, masked, _ = inputs(dtype=torch.float32)
+    budget = budget_for(mode, hidden, weight, 12)
+    place = int(masked.nonzero()[1])
+    targets[~masked], targets[place] = 99, 11
+    with pytest.raises(ValueError, match=rf"targets: expected ids in \[0, 11\) .* got 11 at row {place} of 12"):
+        masked_loss(*args, backend="cuda", memory_budget=budget)
+    options = {"backend": "cuda", "memory_budget": budget, "max_masked": 12}
+    got = gradients(lambda h, c: masked_loss(h, c, *args[2:], **options), (hidden, weight))
+    rows = torch.arange(12) == place
+    assert got[0].isnan() and got[1][rows].isnan().all() and got[1][~rows].isfinite().all()
+    losses = masked_loss(*args, reduction="none", **options)
+    assert torch.equal(losses.isnan(), rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("max_masked", [None, 40])
+def test_backward_runs_again_after_another_upstream_gradient(mode: str, max_masked: int | None, use: Use) -> None:
+    use(TorchRows())
+    hidden, weight, targets, masked, w = inputs(40, 12, 57, 0.7, torch.bfloat16)
+    budget = budget_for(mode, hidden, weight, 40)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+
+    def loss() -> Tensor:
+        return masked_loss(*leaves, targets, masked, w, max_masked=max_masked, memory_budget=budget, backend="cuda")
+
+    once = torch.autograd.grad(loss(), leaves)
+    again = loss()
+    torch.autograd.grad(again * -3.3, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again, leaves), once))
+
+
+def test_strided_inputs_give_what_contiguous_ones_give(use: Use) -> None:
+    use(TorchRows())
+    hidden, weight, targets, masked, w = inputs(24, 10, 31, dtype=torch.float32)
+    h = torch.zeros(6, 4, 13).transpose(0, 1)[..., 1:11].copy_(hidden.view(4, 6, 10))
+    c = torch.zeros(31, 14)[:, 2:12].copy_(weight)
+    t, m, v = (torch.stack((x, x), -1)[..., 0].view(4, 6) for x in (targets, masked, w))
+    want = gradients(lambda x, y: masked_loss(x, y, targets, masked, w, backend="cuda"), (hidden, weight))
+    for mode in MODES:
+        budget = budget_for(mode, hidden, weight, 24)
+        got = gradients(lambda x, y, b=budget: masked_loss(x, y, t, m, v, memory_budget=b, backend="cuda"), (h, c))
+        for g, x in zip(got, want):
+            torch.testing.assert_close(g, x.view(g.shape))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("max_masked", [None, 30])
+def test_operators_pass_opcheck_and_compile(mode: str, max_masked: int | None, use: Use) -> None:
+    use(TorchRows())
+    hidden, weight, targets, masked, w = inputs(40, 6, 50, 0.5, torch.float32)
+    budget = budget_for(mode, hidden, weight, max_masked or 40)
+    options = ("mean", 3.0, 0.1, 0.01, [1], max_masked)
+    targets[targets == 1] = 0
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    args = (*leaves, targets, masked, w, torch.randn(50), *options, budget, True, True, False, "cuda")
+    torch.library.opcheck(op.masked_loss_op.op, args)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    torch.library.opcheck(op.from_logits_op.op, (logits, targets, masked, w, *options, "cuda"))
+
+    def train(h: Tensor, c: Tensor) -> Tensor:
+        return masked_loss(h * 2, c, targets, masked, w, max_masked=max_masked, memory_budget=budget, backend="cuda")
+
+    compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled, leaves), gradients(train, leaves)):
+        torch.testing.assert_close(got, want)
+
+
+# ---- what it costs, from the allocations of a call on tensors without data ------------------------------------------
+
+
+class Costs(TorchDispatchMode):
+    """Of gpu.py with fake CUDA tensors, which raise where a value is asked for: bytes alive at most, and products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.most = 0
+        self.flops = 0.0
+        self.reads = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.known:
+                self.allocated(x.untyped_storage())
+        return result
+
+    def allocated(self, storage: Any) -> None:
+        size, key = storage.nbytes(), storage._cdata
+        self.known.add(key)
+        self.alive += size
+        self.most = max(self.most, self.alive)
+        weakref.finalize(storage, self.freed, key, size)
+
+    def freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.alive -= size
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+        assert out.shape == (a.shape[0], b.shape[1]) and a.shape[1] == b.shape[0]
+        self.flops += 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+
+
+_: Any = None
