@@ -65,28 +65,29 @@ template <class T> ILLADA_DEVICE int unaligned_head(const T* row, int width) {
   return head < width ? head : width;
 }
 
-// Calls body(column, float (&)[N]) for this thread's share of a row: aligned 16-byte vectors, AHEAD of them loaded by
-// fetch(number of the vector, pointer) before the first is used, and the elements before and behind them one by one.
+// Calls body(column, float (&)[N]) for this thread's share of a row: aligned 16-byte vectors, which fetch(number of the vector,
+// pointer) loads AHEAD steps before their turn, and the elements before and behind them one by one. The body is large, so
+// there is one of it: the vectors in flight move through registers rather than the loop being unrolled.
 template <int THREADS, int AHEAD, class T, class Fetch, class Body>
 ILLADA_DEVICE void over_row(const T* row, int width, Fetch fetch, Body body) {
   constexpr int kVector = Vec16<T>::size;
   const int head = unaligned_head(row, width), vectors = (width - head) / kVector, tail = head + vectors * kVector + int(threadIdx.x);
-  for (int first = threadIdx.x; first < vectors; first += THREADS * AHEAD) {
-    Vec16<T> v[AHEAD];
+  Vec16<T> flying[AHEAD];
 #pragma unroll
-    for (int u = 0; u < AHEAD; ++u) {
-      const int i = first + u * THREADS;
-      if (i < vectors) v[u] = fetch(i, row + head + i * kVector);
-    }
+  for (int u = 0; u < AHEAD; ++u) {
+    const int i = int(threadIdx.x) + u * THREADS;
+    if (i < vectors) flying[u] = fetch(i, row + head + i * kVector);
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < vectors; i += THREADS) {
+    float x[kVector];
 #pragma unroll
-    for (int u = 0; u < AHEAD; ++u) {
-      const int i = first + u * THREADS;
-      if (i >= vectors) break;
-      float x[kVector];
+    for (int k = 0; k < kVector; ++k) x[k] = to_float(flying[0].at[k]);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) x[k] = to_float(v[u].at[k]);
-      body(head + i * kVector, x);
-    }
+    for (int u = 1; u < AHEAD; ++u) flying[u - 1] = flying[u];
+    const int next = i + AHEAD * THREADS;
+    if (next < vectors) flying[AHEAD - 1] = fetch(next, row + head + next * kVector);
+    body(head + i * kVector, x);
   }
   float x[1];
   if (int(threadIdx.x) < head) load(row + threadIdx.x, x), body(int(threadIdx.x), x);
@@ -159,7 +160,7 @@ ILLADA_DEVICE int64_t place_of(int64_t r, const int32_t* slot, const int32_t* in
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
 rows_stats(const T* logits, int64_t inner, int64_t outer_stride, int64_t stride, const int32_t* slot, const int32_t* info,
            int64_t start, int64_t held, int first, int width, const int64_t* targets, Options o, float* state) {
   const int64_t r = blockIdx.x, place = place_of(r, slot, info, start, held);
@@ -210,7 +211,7 @@ template <int N> ILLADA_DEVICE void differentiate(const Options& o, int id, int 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
 rows_dlogits(const T* logits, int64_t inner, int64_t outer_stride, int64_t stride, T* out, int64_t out_stride, const int32_t* slot,
              const int32_t* info, int64_t start, int64_t held, int64_t capacity, int first, int width, const int64_t* targets,
              const float* state, const float* scales, Options o) {
