@@ -29,7 +29,7 @@ class Launch(NamedTuple):
     kernel: str  # "rows_fwd<float>"
     grid: tuple[int, ...]
     block: int
-    smem: int  # bytes of dynamic shared memory, at most 48 KiB
+    smem: int  # bytes of dynamic shared memory
     arguments: tuple[Any, ...]  # NumPy scalars and structures of the parameters' types; plain ints are 64-bit
 
 
@@ -116,10 +116,10 @@ def kernel(source: str, name: str) -> Any:
     return module.get_function(name)
 
 
-def launch(function: str, device: torch.device, *arguments: Any) -> None:
-    """What the extension's `function` would do, on the current stream of `device`; pointers come as integers."""
-    op = next(op for op in OPS if function.startswith(op))
-    how: Launch = getattr(importlib.import_module(f"illada_kernels.ops.{op}.nvrtc"), function)(*arguments)
+def launch(entry: str, device: torch.device, *arguments: Any) -> None:
+    """What the extension's entry point would do, on the current stream of `device`; pointers come as integers."""
+    op = next(op for op in OPS if entry.startswith(op))
+    how: Launch = getattr(importlib.import_module(f"illada_kernels.ops.{op}.nvrtc"), entry)(*arguments)
     if 0 in how.grid:
         return  # CuPy would launch one block
     cupy = importlib.import_module("cupy")
@@ -127,4 +127,7 @@ def launch(function: str, device: torch.device, *arguments: Any) -> None:
         index = torch.cuda.current_device()
         stream = cupy.cuda.ExternalStream(torch._C._cuda_getCurrentRawStream(index), index)
         with cupy.cuda.Device(index), stream:
-            kernel(how.source, how.kernel)(how.grid, (how.block,), how.arguments, shared_mem=how.smem)
+            function = kernel(how.source, how.kernel)
+            if how.smem > 48 << 10:  # more must be asked for
+                function.max_dynamic_shared_size_bytes = how.smem
+            function(how.grid, (how.block,), how.arguments, shared_mem=how.smem)

@@ -9,6 +9,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,10 @@ import torch
 
 from illada_kernels import _gpu, _nvrtc
 from illada_kernels.ops.masked_loss import nvrtc as masked_loss
-from tests.cuda_on_cpu.library import ROOT, GlobalArray, Kernels, compile_kernels, missing
+from illada_kernels.ops.masked_loss.cuda import CudaRows
+from illada_kernels.ops.masked_loss.rows import Formula
+from tests.cuda_on_cpu.emulated import Emulated
+from tests.cuda_on_cpu.library import ROOT, Kernels, compile_kernels, missing
 from tests.gpu_code.cuda_code import find_tool
 
 ROOMS = (masked_loss,)
@@ -151,29 +155,37 @@ def raw_kernels(source: str) -> Kernels:
 
 
 class RawModule:
-    """As cupy.RawModule: arguments by their NumPy types, Python's integers as 64 bits; compiled for the CPU."""
+    """As cupy.RawModule, compiled for the CPU: arguments by their NumPy types, Python's integers as 64 bits."""
 
     def __init__(self, *, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]) -> None:
         assert f"-I{_nvrtc.sources() / 'cuda'}" in options and "-std=c++17" in options
         self.source = re.findall(r'#include "(.+)"', code)[0]
         self.names = name_expressions
 
-    def get_function(self, name: str) -> Any:
+    def get_function(self, name: str) -> RawKernel:
         assert name in self.names
-        function = f"raw_{dict(SOURCES)[self.source].index(name)}"
+        return RawKernel(self.source, f"raw_{dict(SOURCES)[self.source].index(name)}")
 
-        def call(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], *, shared_mem: int) -> None:
-            import numpy as np
 
-            values = [np.int64(a) if type(a) is int else a for a in arguments]
-            held = [np.ascontiguousarray(v).reshape(1) for v in values]
-            pointers = (ctypes.c_void_p * len(held))(*(h.ctypes.data for h in held))
-            sizes = (ctypes.c_int64 * len(held))(*(h.itemsize for h in held))
-            shape = (ctypes.c_int64 * 5)(*(*grid, 1, 1)[:3], *block, shared_mem)
-            code = raw_kernels(self.source).run(function, pointers, sizes, len(held), shape)
-            assert code == 0, "the parameters' number or sizes differ" if code == -1 else f"error {code}"
+class RawKernel:
+    max_dynamic_shared_size_bytes = 48 << 10
 
-        return call
+    def __init__(self, source: str, function: str) -> None:
+        self.source, self.function = source, function
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], *, shared_mem: int
+    ) -> None:
+        import numpy as np
+
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        values = [np.int64(a) if type(a) is int else a for a in arguments]
+        held = [np.ascontiguousarray(v).reshape(1) for v in values]
+        pointers = (ctypes.c_void_p * len(held))(*(h.ctypes.data for h in held))
+        sizes = (ctypes.c_int64 * len(held))(*(h.itemsize for h in held))
+        shape = (ctypes.c_int64 * 5)(*(*grid, 1, 1)[:3], *block, shared_mem)
+        code = raw_kernels(self.source).run(self.function, pointers, sizes, len(held), shape)
+        assert code == 0, "the parameters' number or sizes differ" if code == -1 else f"error {code}"
 
 
 @pytest.fixture
@@ -204,44 +216,86 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     _nvrtc.kernel.cache_clear()
 
 
-def both_ways(function: str, source: str, arguments: list[Any], outputs: list[int]) -> None:
-    """The outputs of the C++ entry point and of what Python launches in its place have the same bits."""
-    results = []
-    for by_nvrtc in (False, True):
-        named = enumerate(arguments)
-        passed = [GlobalArray(a, f"argument {i}") if isinstance(a, torch.Tensor) else a for i, a in named]
-        if by_nvrtc:
-            plain = [a.pointer if isinstance(a, GlobalArray) else a for a in passed]
-            _gpu.launch(function, torch.device("cuda:1"), *plain)
-        else:
-            plain = [ctypes.c_float(a) if isinstance(a, float) else a for a in passed]
-            assert compile_kernels(f"csrc/cuda/{source}").run(f"illada_{function}", *plain, None) == 0
-        results.append([passed[i].tensor.view(torch.uint8) for i in outputs])
-    for cpp, python, i in zip(*results, outputs):
-        assert torch.equal(cpp, python), f"argument {i} of {function}"
-        assert not torch.equal(cpp, arguments[i].view(torch.uint8)), f"argument {i} of {function} was not written"
+class ByNvrtc:
+    """In place of the kernels of an `Emulated`: a call goes the way without nvcc."""
+
+    def holds(self, name: str) -> bool:
+        return True
+
+    def run(self, name: str, *passed: Any, **_: Any) -> int:
+        plain = [getattr(a, "pointer", getattr(a, "value", a)) for a in passed[:-1]]
+        _gpu.launch(name.removeprefix("illada_"), torch.device("cuda:1"), *plain)
+        return 0
 
 
-@pytest.mark.parametrize("code, dtype", enumerate([torch.float32, torch.bfloat16, torch.float16]))
-def test_rows_are_launched_as_the_extension_does(code: int, dtype: torch.dtype, cupy: list[Any]) -> None:
-    rows, vocab = 3, 300
-    g = torch.Generator().manual_seed(code)
-    logits = torch.randn(rows, vocab + 3, generator=g).to(dtype)
-    targets = torch.tensor([5, 299, 7])
-    masked = torch.tensor([1, 0, 1], dtype=torch.uint8)
-    options = [torch.randn(vocab, generator=g), 3.0, 0.1, 0.01, torch.tensor([2, 250]), 2]
-    losses, stats = torch.full((rows,), -7.0), torch.full((rows, 2), -7.0)
-    forward = [logits, code, rows, vocab, vocab + 3, masked, targets, *options, losses, stats]
-    both_ways("masked_loss_rows_fwd", "masked_loss_rows.cu", forward, [13, 14])
+ROOM = 50 << 10  # bytes of shared memory that `gradients` keeps rows in: more than a kernel has without asking
+
+
+@pytest.fixture
+def two_ways(cupy: list[Any]) -> tuple[CudaRows, CudaRows]:
+    """The row kernels of masked_loss by their C++ entry points, and as Python launches them without nvcc."""
+    by_nvrtc, sources = Emulated(), [f"csrc/cuda/{source}" for source in masked_loss.KERNELS]
+    by_nvrtc.kernels = [ByNvrtc()]
+    return CudaRows(Emulated(*sources), lambda device: ROOM), CudaRows(by_nvrtc, lambda device: ROOM)
+
+
+def bits(arguments: Iterable[Any]) -> list[torch.Tensor]:
+    return [a.contiguous().reshape(-1).view(torch.uint8) for a in arguments if isinstance(a, torch.Tensor)]
+
+
+def same(method: str, two_ways: tuple[CudaRows, CudaRows], *arguments: Any, **keywords: Any) -> None:
+    """Both ways write the same bits, and they write: tensors among the arguments are copied for each."""
+    written = []
+    for kernels in two_ways:
+        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        getattr(kernels, method)(*copies, **keywords)
+        written.append(bits(copies))
+    assert all(torch.equal(a, b) for a, b in zip(*written)), method
+    assert not all(torch.equal(a, b) for a, b in zip(written[0], bits(arguments))), f"{method} wrote nothing"
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_kernels_are_launched_as_the_extension_does(
+    dtype: torch.dtype, two_ways: tuple[CudaRows, CudaRows], cupy: list[Any]
+) -> None:
+    count, vocab, g = 5, 300, torch.Generator().manual_seed(0)
+    masked, targets = torch.tensor([1, 0, 1, 1, 0]).bool(), torch.tensor([5, -3, 299, 7, 0])
+    weight = torch.rand(count, generator=g)
+    cpp, python = (k.compact(masked, targets, weight, vocab, True, 4) for k in two_ways)
+    for name in ("index", "targets", "scale", "slot", "info"):
+        assert torch.equal(getattr(cpp, name), getattr(python, name)), name
+    x, factors = torch.randn(count, 37, generator=g).to(dtype), torch.rand(4, generator=g)
+    for to in {dtype, torch.float32}:
+        same("gather", two_ways, x, cpp, torch.full((4, 37), -7.0).to(to), factors)
+    same("scatter", two_ways, torch.randn(4, 37, generator=g), cpp, torch.full((count, 37), -7.0).to(dtype), factors)
+    for what, grad in ((0, torch.rand(count, generator=g)), (1, None), (2, torch.tensor(2.0))):
+        same("factors", two_ways, cpp, what, grad, torch.full((4,), -7.0))
+    formula = Formula(vocab, torch.randn(vocab, generator=g), 3.0, 0.1, 0.01, torch.tensor([2, 250]))
+    logits = torch.randn(count, vocab + 3, generator=g).to(dtype)[:, :vocab]
+    state = torch.tensor([3.0, 40.0, 1.0, 5.0]).repeat(4, 1)
+    same("stats", two_ways, logits[:4, 64:200].contiguous(), 64, cpp, state, formula)
+    out, part = torch.full((4, 136), -7.0).to(dtype), logits[:4, 64:200].contiguous()
+    same("dlogits", two_ways, part, out, 64, cpp, state, cpp.scale, formula)
+    out = torch.full((count, vocab), -7.0).to(dtype)
+    same("dlogits", two_ways, logits, out, 0, cpp, state, cpp.scale, formula, by_slot=True)
+    same("gradients", two_ways, logits[:4].contiguous(), cpp, state, cpp.scale, formula)
+    same("losses", two_ways, state, cpp, formula, torch.full((count,), -7.0))
+    same("losses", two_ways, state, cpp, formula, torch.tensor(-7.0))
     assert ("stream", 4711, 1) in cupy and ("device", 1) in cupy
-    stats, scales = torch.tensor([[3.0, 40.0]]).repeat(rows, 1), torch.tensor([0.5, 1.0, -2.0])
-    out = torch.full((rows, vocab), -7.0).to(dtype)
-    backward = [logits, vocab + 3, out, vocab, code, rows, vocab, masked, targets, stats, scales, *options]
-    both_ways("masked_loss_rows_bwd", "masked_loss_rows.cu", backward, [2])
+
+
+def test_a_block_gets_the_shared_memory_that_it_asks_for(two_ways: tuple[CudaRows, CudaRows]) -> None:
+    vocab = 4 * 3700
+    rows = two_ways[0].compact(torch.tensor([True]), torch.tensor([5]), None, vocab, False, 1)
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0))
+    same("gradients", two_ways, logits, rows, torch.zeros(1, 4), rows.scale, Formula(vocab, None, 0.0, 0.0, 0.0, None))
 
 
 def test_an_empty_grid_launches_nothing(cupy: list[Any]) -> None:
-    _gpu.launch("masked_loss_rows_fwd", torch.device("cuda:1"), 0, 0, 0, 9, 9, 0, 0, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0)
+    _gpu.launch("masked_loss_factors", torch.device("cuda:1"), 0, 0, 0, 0, 0, 1, 0, 0, 0)
     assert cupy == []
 
 
