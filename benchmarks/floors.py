@@ -34,7 +34,7 @@ CACHED_MS = (
 )  # launches, a block's start and end, combining: beside the floor at 0.87-0.95 of the copy rate
 CACHED_SHARE = (0.87, 0.95)
 # Others: the time over the floor.
-LOSS = {"three products": (1.04, 1.08), "one product": (1.02, 1.06), "minimum": (1.38, 1.45)}
+LOSS = {"three products": (1.04, 1.08), "one product": (1.04, 1.1), "minimum": (1.38, 1.5)}
 UNMASK: dict[str, Range] = {"entropy": (1.08, 1.2), "step 0": (1.05, 1.15), "step 1": (1.1, 1.3), "loop": (1.1, 1.25)}
 ONE_WAVE: Range = (1.12, 1.35)  # 129 to 512 rows: a product is one wave of tiles, and the next waits for its end
 
