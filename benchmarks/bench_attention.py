@@ -164,7 +164,9 @@ def build_on_gpu(shape: GpuCase, direction: str, dtype: torch.dtype, device: str
         return job_of(direction, lambda q, k, v, dout: attend(q, k, v), laid_out(layout))
 
     names, absent = ours_on(BACKENDS, device)
+    check = None if direction == "backward" else lambda name: error_of(name, ranges, sets[-1], direction)
     return Work(
+        check=check,
         ours={name: job_of(direction, our_forward(ranges, name), sets) for name in names},
         peers={name: peer(*how) for name, how in found.calls.items()},
         beside={name: peer(*how) for name, how in found.beside.items()},
@@ -174,6 +176,28 @@ def build_on_gpu(shape: GpuCase, direction: str, dtype: torch.dtype, device: str
         bytes=moved,
         replayed=count if shape.kind == "cached" else 0,
     )
+
+
+def error_of(backend: str, ranges: KeyRanges | None, inputs: tuple[Tensor, ...], direction: str) -> float:
+    """||ours - exact|| / ||exact|| in the middle 64 rows and the last 64 of the last batch entry, the larger: of out,
+    with the backward of dq; exact in float32 of the same inputs."""
+    q, k, v, dout = inputs
+    ours = (our_forward if direction == "forward" else our_gradients)(ranges, backend)(*inputs)
+    entry, rows, errors = slice(len(q) - 1, len(q)), q.shape[1], []
+    k32, v32 = k[entry].float(), v[entry].float()
+    for first in (max(rows // 2 - 32, 0), max(rows - 64, 0)):
+        here = slice(first, min(first + 64, rows))
+        some = q[entry, here].float().requires_grad_(direction != "forward")
+        exact, _ = shapes.plain(some, k32, v32, ranges and ranges[entry, here], q.shape[3] ** -0.5)
+        if direction != "forward":
+            (exact,) = torch.autograd.grad(exact, some, dout[entry, here].float())
+        difference = ours[entry, here].float() - exact
+        errors.append(difference.norm() / exact.norm())
+    return float(torch.stack(errors).max())  # NaN if one is
+
+
+def our_gradients(ranges: KeyRanges | None, backend: str) -> Callable[..., Tensor]:
+    return lambda *inputs: with_gradients(our_forward(ranges, backend))(*inputs)[0]
 
 
 def cost(shape: GpuCase, direction: str, dtype: torch.dtype) -> tuple[float, float]:

@@ -26,6 +26,7 @@ Job = Callable[[], Any]
 SAMPLE_MS = 2.0  # a shorter job is called repeatedly within one sample: the clock and its call cost about 1 us
 CALL_LIMIT = 60.0  # seconds in which a contender's first call must end, compilation included, and any sample
 COMPILE_LIMIT = 240.0  # for those that compile or tune at length
+WRONG = 0.02  # a relative error that no rounding of bfloat16 explains: the time of such a row means nothing
 SLOW_STARTERS = ("compiled", "triton", "Liger", "cut-cross", "quack", "FlashInfer")
 
 
@@ -41,6 +42,7 @@ class Work:
     beside: dict[str, Job] = field(default_factory=dict)  # timed in the same rounds, but another job: no peers
     absent: dict[str, str] = field(default_factory=dict)  # contenders that cannot run here, and why
     notes: dict[str, str] = field(default_factory=dict)  # how a contender was called
+    check: Callable[[str], float] | None = None  # relative error of a backend of ours, at this very size
     replayed: int = 0  # on a GPU, time replays of a CUDA graph of so many calls: short jobs without the host's share
 
 
@@ -306,6 +308,10 @@ def run_case(
         raise ValueError(f"{case.op} {case.name}: two contenders have the same name")
     watched = Watched(device, key, journal)
     times = interleaved(watched.ready(work), rounds, seconds, device, watched)
+    errors: dict[str, float] = {}
+    for name in work.ours if work.check else ():
+        if name in times:
+            watched.attempt(f"{name} check", lambda name: errors.update({name: work.check(name)}), name)
     floor = max(work.flops / rates["gemm"], work.bytes / rates["copy"]) * 1e3
     floor = max([floor, *(times[name]["p50"] for name in work.limit if name in times)])
     peers = {name: times[name]["p50"] for name in work.peers if name in times}
@@ -333,6 +339,7 @@ def run_case(
         row |= {"ms": times[backend], "tflops": work.flops / p50 * 1e-9, "gbps": work.bytes / p50 * 1e-6}
         row |= {"floor_ratio": floor / p50, "ratio": peers[best_peer] / p50 if best_peer else None}
         row |= {"peak_memory": memory_of(work.ours[backend], watched, backend, device)}
+        row |= {"error": errors[backend]} if backend in errors else {}
         row |= gpu_profile(work.ours[backend]) if device == "cuda" else {"launches": None, "host_syncs": None}
         rows.append({**row, **shared, **about})
     return rows

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -151,10 +151,19 @@ def benchmark(stage: str, session: Session) -> tuple[bool, str]:
         if not ended and error is None:
             error = f"exit status {status}, {session.last_words()}"
         session.facts[op] = {"cases": len(ended), "failed": broken, "hung_or_died": avoided, "error": error}
+        lies = wrong_rows(Path(command[command.index("--json") + 1]), ended)
+        broken |= dict.fromkeys(lies, "wrong results")
         notes = [f"{len(broken)} failed"] * bool(broken) + [f"{len(avoided)} hung or died"] * bool(avoided)
         said.append(f"{op}: {len(ended)} cases" + "".join(f", {note}" for note in [*notes, *filter(None, [error])]))
         good = good and not (error or broken or avoided or status or not ended)
     return good, "; ".join(said)
+
+
+def wrong_rows(path: Path, ended: Iterable[str]) -> list[str]:
+    """Of the cases that ended, those in which a backend of ours was far off, NaN included."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+    found = [f"{row['op']}|{row['case']}|{row['dtype']}" for row in rows if run.wrong(row)]
+    return [name for name in dict.fromkeys(found) if name in ended]
 
 
 def stages() -> dict[str, Stage]:
@@ -217,7 +226,7 @@ def rows_table(session: Session, began: float) -> list[str]:
             best = row["best_peer"]
             ratio = f" {row['ratio']:.2f}x" if row["ratio"] else ""
             peer = f"{best} {row['peers'][best]:.3f}{ratio}" if best else "-"
-            lines.append(f"{row['case'][:40]:<40} {row['backend'] or '-':<9} {time_and_share}  {peer}")
+            lines.append(f"{row['case'][:40]:<40} {row['backend'] or '-':<9} {time_and_share}  {peer}{run.wrong(row)}")
     return lines
 
 

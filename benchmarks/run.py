@@ -69,7 +69,12 @@ def line(row: dict[str, Any]) -> str:
     name = f"{row['case']} {row['dtype']} [{row['backend'] or 'none of ours'}]"
     if row["backend"] is None:
         return f"{name:<64} {'-':>10} {'-':>7}  {peer}"
-    return f"{name:<64} {row['ms']['p50']:10.3f} {row['floor_ratio']:7.2f}  {peer}"
+    return f"{name:<64} {row['ms']['p50']:10.3f} {row['floor_ratio']:7.2f}  {peer}{wrong(row)}"
+
+
+def wrong(row: dict[str, Any]) -> str:
+    error = row.get("error")
+    return "" if error is None or error <= measure.WRONG else f"  WRONG: relative error {error:.2g}"
 
 
 def free(device: str) -> None:

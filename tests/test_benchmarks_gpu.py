@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+import illada_kernels as ik
 from benchmarks import (
     bench_attention,
     bench_masked_loss,
@@ -85,6 +87,29 @@ def test_peers_of_attention_give_what_ours_gives(kind, direction, monkeypatch):
         torch.testing.assert_close(mine, other.transpose(1, 2), rtol=1e-4, atol=1e-5)
     with pytest.raises(RuntimeError, match="No viable backend"):
         work.peers[name.replace("math", "cudnn")]()
+
+
+@pytest.mark.parametrize("kind", ["full", "block_diffusion", "packed", "cached"])
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_a_kernel_that_is_wrong_at_the_size_measured_is_told(kind, direction, monkeypatch):
+    monkeypatch.setattr(peers_attention, "DOCUMENTS", (80, 100, 20))
+    case = GpuCase("x", 2, 8 if kind == "cached" else 200, 200, 4, 2, 16, bench_attention._gpu_mask, kind=kind, block=4)
+    case = dataclasses.replace(case, batch=1) if kind == "packed" else case
+    work = bench_attention.build_on_gpu(case, direction, torch.float32, "cpu")
+    name = next(iter(work.ours))
+    assert 0 < work.check(name) < 1e-5
+    right = ik.attention
+
+    for factor in (2, torch.nan):  # in the last row
+
+        def off(*arguments, factor=factor, **options):
+            out = right(*arguments, **options)
+            return torch.cat([out[:, :-1], factor * out[:, -1:]], dim=1)
+
+        monkeypatch.setattr(ik, "attention", off)
+        assert not work.check(name) <= measure.WRONG
+    assert "WRONG" in run.wrong({"error": 0.3}) and "WRONG" in run.wrong({"error": float("nan")})
+    assert not run.wrong({"error": 0.004}) and not run.wrong({})
 
 
 @pytest.mark.parametrize("kind", ["full", "block_diffusion"])
