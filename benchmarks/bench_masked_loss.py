@@ -134,7 +134,26 @@ def build_on_gpu(case: GpuCase, dtype: torch.dtype, device: str = "cuda") -> Wor
     work = Work({name: ours(name) for name in names}, peers, share * shapes.flops(case), moved(case, dtype))
     work.limit["three products" if case.gradients else "one product"] = products(case, dtype, device, case.gradients)
     work.absent = absent | missing
+    work.check = lambda name: error_of(ours(name)(), compacted, masked, case.gradients)
     return work
+
+
+def error_of(result: Any, rows: Rows, masked: Tensor, gradients: bool) -> float:
+    """Against float32 of the same inputs: with gradients ||ours - exact|| / ||exact|| of d(hidden) in the first and the
+    last 32 masked rows, infinite if an unmasked row has one; else the relative error of the loss."""
+    head = rows.head.detach().float()
+    if not gradients:
+        parts = (part.split(512) for part in (rows.hidden.detach(), rows.targets, rows.weight))
+        exact = sum((F.cross_entropy(x.float() @ head.T, t, reduction="none") * w).sum() for x, t, w in zip(*parts))
+        return float(((result - exact) / exact).abs())
+    d_hidden = result[0].float()
+    if d_hidden[~masked].any():
+        return float("inf")
+    ends = torch.cat([torch.arange(32), torch.arange(-32, 0)]).to(masked.device) % len(rows.targets)
+    p = (rows.hidden.detach()[ends].float() @ head.T).softmax(-1)
+    p[torch.arange(len(ends)), rows.targets[ends]] -= 1
+    exact = (rows.weight[ends, None] * p) @ head
+    return float((d_hidden[masked][ends] - exact).norm() / exact.norm())
 
 
 def products(case: shapes.Case, dtype: torch.dtype, device: str, gradients: bool = True) -> Job:

@@ -135,11 +135,25 @@ def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cu
         notes=notes(steps, kind, part if part < shape.batch else None),
         replayed=0 if kind == "loop" else len(sets),
     )
+    if temperature == 0:
+        work.check = lambda name: error_of(ours(name)(sets[0][0]).proposal, sets[0][0], weight, shape.mask_id)
     if shape.rows > 64:
         work.limit = product
     else:
         work.beside = product
     return work
+
+
+def error_of(proposal: Tensor, hidden: Tensor, weight: Tensor, forbidden: int) -> float:
+    """How far below the best the proposed logits of 128 rows lie in float32, of their spread over the vocabulary, the
+    largest; infinite where a proposal is no id."""
+    if bool((proposal < 0).any()):
+        return float("inf")
+    chosen = proposal.flatten()[-128:, None]
+    logits = hidden.flatten(0, 1)[-128:].float() @ weight.float().T
+    logits[:, forbidden] = -torch.inf
+    spread = logits[logits.isfinite()].std()
+    return float(((logits.amax(-1) - logits.gather(-1, chosen)[:, 0]) / spread).max())
 
 
 def notes(steps: Iterable[str], kind: str, part: int | None) -> dict[str, str]:

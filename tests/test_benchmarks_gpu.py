@@ -145,6 +145,34 @@ def test_peers_of_masked_loss_give_what_ours_gives(gradients, monkeypatch):
             torch.testing.assert_close(ours[0], job()[0], rtol=1e-4, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_loss_that_is_wrong_is_told(gradients, monkeypatch):
+    monkeypatch.setattr(peers_masked_loss, "MAKERS", {})
+    case = bench_masked_loss.GpuCase("x", 90, 40, 16, 129, gradients=gradients)
+    work = bench_masked_loss.build_on_gpu(case, torch.float32, "cpu")
+    name, right = next(iter(work.ours)), bench_masked_loss.masked_loss
+    assert work.check(name) < 1e-4
+    monkeypatch.setattr(bench_masked_loss, "masked_loss", lambda *a, **options: 1.1 * right(*a, **options))
+    assert work.check(name) == pytest.approx(0.1, rel=0.01)
+
+    def leaks(hidden, *a, **options):
+        return right(hidden, *a, **options) + (hidden.sum() if gradients else torch.nan)
+
+    monkeypatch.setattr(bench_masked_loss, "masked_loss", leaks)
+    assert not work.check(name) <= measure.WRONG
+
+
+def test_a_proposal_that_is_wrong_is_told():
+    work = bench_unmask.on_gpu(Shape("s", 3, 5, 33, 16, 32), 0.0, "step", "cpu")
+    assert work.check(next(iter(work.ours))) < 1e-5
+    hidden, weight = torch.randn(2, 3, 8), torch.randn(20, 8)
+    best = (hidden @ weight.T)[..., :19].argmax(-1)
+    assert bench_unmask.error_of(best, hidden, weight, 19) < 1e-5
+    assert bench_unmask.error_of((best + 1) % 19, hidden, weight, 19) > 0.1
+    best[1, 1] = -1
+    assert bench_unmask.error_of(best, hidden, weight, 19) == float("inf")
+
+
 def test_rows_that_pad_a_peer_change_nothing():
     hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
     rows = peers_masked_loss.Rows(hidden, head, torch.arange(5), torch.rand(5))
