@@ -56,6 +56,7 @@ class Schedule(NamedTuple):
     splits: int  # of the keys of an item, among blocks
 
 
+@functools.lru_cache(1024)
 def schedule(batch: int, rows: int, keys: int, heads: int, key_heads: int, dim: int, processors: int) -> Schedule:
     """A tile is 3 warpgroups (2 for head_dim 256) of 64 rows.
 
