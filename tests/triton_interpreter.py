@@ -120,7 +120,7 @@ def _guard(patch: pytest.MonkeyPatch, kernel: str, tensors: list[torch.Tensor]) 
     begins, ends = (np.array([0, *(m[i] for m in merged)], dtype=np.uint64) for i in (0, 1))
 
     def check(what: str, pointers: Any, mask: Any) -> None:
-        used = np.broadcast_to(mask.data, pointers.data.shape)
+        used = np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
         addresses = pointers.data[used]
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         inside = addresses + np.uint64(size) <= ends[np.searchsorted(begins, addresses, side="right") - 1]
