@@ -8,7 +8,7 @@ has chosen it can compile no kernel any more. Here a kernel stays a JITFunction,
 within the block do launches and device calls of one, Triton's own library included, go to the interpreter. Import the
 kernels before, and guard launches by `torch.cuda.device_of(x)`, which is nothing on a CPU. Beyond what Triton does
 - every load and store must lie within a tensor passed to the launch, or KernelFault names the kernel and the address;
-- lanes masked off without `other` load NaN (-1 for integers), as nothing is promised about them;
+- lanes masked off without `other` load NaN (-1 for integers; scalars 0), as nothing is promised about them;
 - bfloat16 products and conversions are right (Triton 3.6 multiplies the bits as integers and truncates); other bfloat16
   arithmetic is not: kernels convert to float32 first, as they should.
 """
@@ -133,7 +133,8 @@ def _guard(patch: pytest.MonkeyPatch, kernel: str, tensors: list[torch.Tensor]) 
         check("loads", pointers, mask)
         if other is None:
             dtype = interpreter._get_np_dtype(pointers.get_element_ty())
-            other = np.full((*pointers.data.shape, dtype.itemsize), 0xFF, np.uint8).view(dtype)[..., 0]
+            garbage = 0xFF if pointers.data.size > 1 else 0  # of a scalar, Triton itself takes `other=0` for none given
+            other = np.full((*pointers.data.shape, dtype.itemsize), garbage, np.uint8).view(dtype)[..., 0]
             other = interpreter.TensorHandle(other, pointers.get_element_ty())
         return masked_load(self, pointers, mask, other, *rest, **options)
 
