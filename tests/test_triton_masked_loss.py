@@ -22,11 +22,12 @@ tl = pytest.importorskip("triton.language")
 from triton_interpreter import KernelFault, interpreted  # noqa: E402
 
 from illada_kernels._dispatch import Backend  # noqa: E402
-from illada_kernels.ops.masked_loss import cases, gpu, reference, triton_compact, triton_rows  # noqa: E402
+from illada_kernels.ops.masked_loss import cases, gpu, op, reference, triton_compact, triton_rows  # noqa: E402
 from illada_kernels.ops.masked_loss import triton as room  # noqa: E402
 from illada_kernels.ops.masked_loss.native import Options  # noqa: E402
 from illada_kernels.ops.masked_loss.rows import Formula, Rows  # noqa: E402
 from illada_kernels.ops.masked_loss.triton import TritonRows  # noqa: E402
+from tests import test_masked_loss_gpu as through_the_op  # noqa: E402
 from tests.masked_loss_oracle import TorchRows  # noqa: E402
 
 HERE = SimpleNamespace(__name__="here", BACKENDS=(Backend("triton", ("cuda",), lambda: "no GPU", lambda _: None),))
@@ -317,6 +318,31 @@ def test_a_forbidden_target_has_infinite_loss_and_the_gradient_of_the_other_term
     assert (losses == torch.inf).all() and (d[:, 0:290:2] == 0).all() and d.isfinite().all()
     z = torch.where(torch.arange(300) % 2 + (torch.arange(300) >= 290) > 0, logits.double(), -torch.inf)
     torch.testing.assert_close(d.double(), w[:, None] * z.softmax(1), rtol=1e-5, atol=1e-9)
+
+
+# ---- the op ----------------------------------------------------------------------------------------------------------
+
+use = through_the_op.use
+
+
+def test_the_op_finds_these_kernels() -> None:
+    assert op.row_kernels("triton") is room.KERNELS
+    for backends in (op.BACKENDS, op.FROM_LOGITS_BACKENDS):
+        (backend,) = [b for b in backends if b.name == "triton"]
+        assert backend.devices == ("cuda",) and backend.opt_in and backend.supports(torch.ones(2).double()) is not None
+
+
+def test_all_modes_of_the_op_agree_with_float64(use: through_the_op.Use) -> None:
+    use(TritonRows())
+    through_the_op.agree_with_float64("mean", "bfloat16 hidden, float32 head", 12, 9, 57)
+
+
+def test_too_many_rows_make_the_op_nan(use: through_the_op.Use) -> None:
+    use(TritonRows())
+    through_the_op.check_semantics("overflow", None)
+
+
+# ---- tanh ------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import Backend, choose
-from ..._gpu import UNRUN, rows_reason
+from ..._gpu import UNRUN, rows_reason, triton_reason
 from ..._torch_ops import TorchOp, is_plain
 from . import gpu, head, native, reference
 from .native import Options
@@ -37,9 +37,10 @@ def _no_float64(rows: Tensor) -> str | None:
 
 _CPU = Backend("cpu", ("cpu",), native.cpu_reason, _no_float64)
 _CUDA = Backend("cuda", ("cuda",), rows_reason, _no_float64, opt_in=UNRUN)
+_TRITON = Backend("triton", ("cuda",), triton_reason, _no_float64, opt_in=UNRUN)
 _REFERENCE = Backend("reference", None, _always, _always)
-BACKENDS: tuple[Backend, ...] = (_CUDA, _CPU, _REFERENCE)
-FROM_LOGITS_BACKENDS: tuple[Backend, ...] = (_CUDA, _CPU, _REFERENCE)
+BACKENDS: tuple[Backend, ...] = (_CUDA, _TRITON, _CPU, _REFERENCE)
+FROM_LOGITS_BACKENDS: tuple[Backend, ...] = (_CUDA, _TRITON, _CPU, _REFERENCE)
 
 
 def _chosen(hidden: Tensor, backend: str) -> str:
@@ -50,7 +51,7 @@ def _rows_chosen(logits: Tensor, backend: str) -> str:
     return choose("masked_loss_from_logits", FROM_LOGITS_BACKENDS, logits.device.type, logits, backend or None)
 
 
-GPU = {"cuda": ".cuda"}  # backends that gpu.py runs, and where their KERNELS are
+GPU = {"cuda": ".cuda", "triton": ".triton"}  # backends that gpu.py runs, and where their KERNELS are
 
 
 @functools.cache
