@@ -22,8 +22,8 @@ from ._probe import attempt
 Case = tuple[str, Callable[[], None]]
 
 
-def near(name: str, ours: Tensor, plain: Tensor, ref: Tensor, dtype: torch.dtype) -> None:
-    bar = 2 * (plain.double() - ref).abs().max() + torch.finfo(dtype).eps * ref.abs().max()
+def near(name: str, ours: Tensor, plain: Tensor, ref: Tensor, dtype: torch.dtype, more: float = 0.0) -> None:
+    bar = 2 * (plain.double() - ref).abs().max() + torch.finfo(dtype).eps * ref.abs().max() + more
     error = (ours.double() - ref).abs().max()
     if not error <= bar:  # also true for NaN
         raise AssertionError(f"{name}: off by {float(error):.3g}, at most {float(bar):.3g} was expected")
@@ -112,37 +112,68 @@ def loss_inputs(device: str, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
     return targets.to(device), masked.to(device), weight.to(device)
 
 
-def loss_case(fraction: float, from_logits: bool, dtype: torch.dtype, backend: str, device: str) -> None:
+LOSS_OPTIONS: dict[str, dict[str, Any]] = {
+    "sum": {},
+    "mean, every term": {"reduction": "mean", "softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.01},
+    "no reduction, a capacity": {"reduction": "none", "max_masked": 140},
+    "least memory": {"memory_budget": 1, "label_smoothing": 0.1},
+}
+
+
+def plain_loss(
+    logits: Tensor, targets: Tensor, weight: Tensor, allowed: Tensor, masked: Tensor, reduction: str = "sum",
+    softcap: float | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0, **_: Any,
+) -> Tensor:  # fmt: skip
+    """What a user would write, of the masked rows; float32 from the logits on."""
+    z = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+    log_p = torch.where(allowed, z, -torch.inf).log_softmax(-1)
+    rows = -(1 - label_smoothing) * log_p.gather(1, targets[:, None])[:, 0]
+    rows = rows - label_smoothing * torch.where(allowed, log_p, 0).sum(1) / allowed.sum()
+    rows = (rows + z_loss * torch.where(allowed, z, -torch.inf).logsumexp(1) ** 2) * weight
+    if reduction == "none":
+        return rows.new_zeros(masked.shape).masked_scatter(masked, rows)
+    return rows.sum() / (weight.sum().clamp_min(1e-30) if reduction == "mean" else 1)
+
+
+def loss_case(
+    fraction: float, options: dict[str, Any], from_logits: bool, dtype: torch.dtype, backend: str, device: str
+) -> None:
     from . import masked_loss, masked_loss_from_logits
 
     targets, masked, weight = loss_inputs(device, fraction)
     hidden, head = randn(3, 47, 64, seed=7, device=device), randn(1003, 64, seed=8, device=device) / 4
+    bias = randn(1003, seed=9, device=device).to(dtype)
     poison = torch.where(masked[..., None], 0, torch.nan)  # hidden rows or logits that must not be read
-    leaves = [(hidden @ head.T).to(dtype) + poison] if from_logits else [hidden.to(dtype) + poison, head.to(dtype)]
+    leaves = [hidden @ head.T + poison] if from_logits else [hidden + poison, head, bias]
     leaves = [x.to(dtype) for x in leaves]
+    upstream = torch.where(masked, randn(3, 47, seed=10, device=device), 0)
+    options = {name: value for name, value in options.items() if not (from_logits and name == "memory_budget")}
 
     def run(to: torch.dtype, function: Callable[..., Tensor]) -> list[Tensor]:
         inputs = [x.to(to).requires_grad_() for x in leaves]
         loss = function(*inputs)
-        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+        return [loss.detach(), *torch.autograd.grad((loss * (upstream if loss.dim() else -1.7)).sum(), inputs)]
 
     def op(name: str) -> Callable[..., Tensor]:
-        call: Callable[..., Tensor] = masked_loss_from_logits if from_logits else masked_loss
-        return lambda *x: call(*x, targets, masked, weight, forbid=(3,), backend=name)
+        keywords = {"forbid": (3,), "backend": name, **options}
+        if from_logits:
+            return lambda x: masked_loss_from_logits(x, targets, masked, weight, **keywords)
+        return lambda h, w, b: masked_loss(h, w, targets, masked, weight, head_bias=b, **keywords)
 
     def plain(*x: Tensor) -> Tensor:
-        logits = x[0][masked] if from_logits else x[0][masked] @ x[1].T
+        logits = x[0][masked] if from_logits else torch.nn.functional.linear(x[0][masked], x[1], x[2])
         allowed = torch.arange(1003, device=device) != 3
-        rows = torch.nn.functional.cross_entropy(
-            torch.where(allowed, logits.float(), -torch.inf), targets[masked], reduction="none"
-        )
-        return (rows * weight[masked]).sum()
+        return plain_loss(logits, targets[masked], weight[masked], allowed, masked, **options)
 
     targets[targets == 3] = 4
-    names = ("loss", "dlogits") if from_logits else ("loss", "dhidden", "dhead")
+    names = ("loss", "dlogits") if from_logits else ("loss", "dhidden", "dhead", "dbias")
+    # p and 1 are rounded to float32 before they are subtracted; then come a row's scale and the other factor
+    scale = torch.where(masked, weight, 0) * (upstream if options.get("reduction") == "none" else 1.7)
+    rounded = torch.finfo(torch.float32).eps * float(scale.norm())
+    factors = {"loss": 0.0, "dhidden": float(head.abs().max()), "dhead": float(hidden.abs().max())}
     got = run(dtype, op(backend))
     for name, mine, simple, ref in zip(names, got, run(dtype, plain), run(torch.float64, op("reference"))):
-        near(name, mine, simple, ref, torch.float32 if name == "loss" else dtype)
+        near(name, mine, simple, ref, torch.float32 if name == "loss" else dtype, factors.get(name, 1.0) * rounded)
     for name, first, second in zip(names, got, run(dtype, op(backend))):
         same(f"{name}, second run", second, first)
 
@@ -150,7 +181,9 @@ def loss_case(fraction: float, from_logits: bool, dtype: torch.dtype, backend: s
 def masked_loss(backend: str, device: str, from_logits: bool = False) -> Iterator[Case]:
     for dtype in (*halves(device), torch.float32)[:3]:
         for fraction in (0.0, 0.15, 1.0):
-            yield f"{fraction:.0%} masked, {dtype}", partial(loss_case, fraction, from_logits, dtype, backend, device)
+            for name, options in LOSS_OPTIONS.items() if fraction == 0.15 else (("sum", {}),):
+                run = partial(loss_case, fraction, options, from_logits, dtype, backend, device)
+                yield f"{fraction:.0%} masked, {name}, {dtype}", run
 
 
 # ---- unmask ---------------------------------------------------------------------------------------------------------

@@ -171,11 +171,12 @@ def _configuration(name: str, kernel: Any, tile: str, element: str = "fp32", **c
 
 def aot_configurations() -> Iterator[tuple[Any, ...]]:
     stats, dlogits, gradients = rows_kernels.stats_kernel, rows_kernels.dlogits_kernel, rows_kernels.gradients_kernel
-    for element in ("bf16", "fp16", "fp32"):
-        for name, terms in (("", PLAIN), (", all terms", ALL_TERMS)):
-            yield _configuration(f"stats{name}", stats, "stats", element, slot=None, **terms)
-            yield _configuration(f"dlogits{name}", dlogits, "dlogits", element, slot=None, **terms)
-            yield _configuration(f"gradients{name}", gradients, "gradients", element, **terms)
+    for name, terms, element in (("", PLAIN, "bf16"), ("", PLAIN, "fp16"), (", all terms", ALL_TERMS, "bf16"),
+                                 (", all terms", ALL_TERMS, "fp32")):  # fmt: skip
+        yield _configuration(f"stats{name}", stats, "stats", element, slot=None, **terms)
+        yield _configuration(f"dlogits{name}", dlogits, "dlogits", element, slot=None, **terms)
+        yield _configuration(f"gradients{name}", gradients, "gradients", element, **terms)
+    for element in ("bf16", "fp32"):
         yield _configuration("stats by slot", stats, "stats", element, **PLAIN)
         yield _configuration("dlogits by slot", dlogits, "dlogits", element, **PLAIN)
         yield _configuration("gather", compact.gather_kernel, "copy", element)
