@@ -39,8 +39,8 @@ ALL = Options("sum", 3.0, 0.1, 0.01, (1, 4, 5, 30), None)
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small tiles, so that small shapes have several."""
-    tiles = {"compact": 16, "copy": 32, "factors": 16, "stats": 128, "dlogits": 256, "gradients": 128}
-    monkeypatch.setattr(room, "TILES", {name: (tiles[name], warps) for name, (_, warps) in room.TILES.items()})
+    small = {"compact": 16, "copy": 32, "factors": 16}
+    monkeypatch.setattr(room, "TILES", {name: (small.get(name, 128), warps) for name, (_, warps) in room.TILES.items()})
     with interpreted(HERE):
         yield
 

@@ -13,10 +13,11 @@ from . import triton_compact as compact
 from . import triton_rows as rows_kernels
 from .rows import POWER_TIMES_GRAD, SCALE_OVER_POWER, Formula, Rows, row_strides, rows_of
 
-# (elements a program handles at a time, warps): 16 bytes of half precision a thread, or two such loads. `gradients` has
-# one program on each multiprocessor, so that the rows in flight, 132 of 310 KB on Hopper, stay in the L2 cache.
-TILES = {"compact": (1024, 4), "copy": (2048, 8), "factors": (512, 4), "stats": (4096, 16), "dlogits": (4096, 16),
-         "gradients": (8192, 16)}  # fmt: skip
+# (elements a program handles at a time, warps): 16 bytes of half precision a thread, or two such loads. A program of
+# `gradients` should find its row in the L2 cache again, so few rows are to be in flight: where registers allow, 1024
+# threads work on one, which is a row of 310 KB for each of the 132 multiprocessors of a Hopper GPU with 50 MB of L2.
+TILES = {"compact": (1024, 4), "copy": (2048, 8), "factors": (512, 4), "stats": (2048, 8), "dlogits": (4096, 16),
+         "gradients": (16384, 32), "gradients, all terms": (8192, 16)}  # fmt: skip
 
 
 class TritonRows:
@@ -100,7 +101,8 @@ class TritonRows:
 
     def gradients(self, logits: Tensor, rows: Rows, state: Tensor, scale: Tensor, formula: Formula) -> None:
         held, vocab = logits.shape
-        block, warps = TILES["gradients"]
+        plain = not formula.softcap and not formula.label_smoothing and formula.bias is None and formula.forbid is None
+        block, warps = TILES["gradients" if plain else "gradients, all terms"]
         if held == 0:
             return
         with torch.cuda.device_of(logits):
@@ -175,7 +177,7 @@ def aot_configurations() -> Iterator[tuple[Any, ...]]:
                                  (", all terms", ALL_TERMS, "fp32")):  # fmt: skip
         yield _configuration(f"stats{name}", stats, "stats", element, slot=None, **terms)
         yield _configuration(f"dlogits{name}", dlogits, "dlogits", element, slot=None, **terms)
-        yield _configuration(f"gradients{name}", gradients, "gradients", element, **terms)
+        yield _configuration(f"gradients{name}", gradients, f"gradients{name}", element, **terms)
     for element in ("bf16", "fp32"):
         yield _configuration("stats by slot", stats, "stats", element, **PLAIN)
         yield _configuration("dlogits by slot", dlogits, "dlogits", element, **PLAIN)
