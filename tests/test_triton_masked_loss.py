@@ -21,6 +21,7 @@ tl = pytest.importorskip("triton.language")
 
 from triton_interpreter import KernelFault, interpreted  # noqa: E402
 
+from illada_kernels import masked_loss  # noqa: E402
 from illada_kernels._dispatch import Backend  # noqa: E402
 from illada_kernels.ops.masked_loss import cases, gpu, op, reference, triton_compact, triton_rows  # noqa: E402
 from illada_kernels.ops.masked_loss import triton as room  # noqa: E402
@@ -332,9 +333,28 @@ def test_the_op_finds_these_kernels() -> None:
         assert backend.devices == ("cuda",) and backend.opt_in and backend.supports(torch.ones(2).double()) is not None
 
 
-def test_all_modes_of_the_op_agree_with_float64(use: through_the_op.Use) -> None:
+@pytest.mark.parametrize("mode", through_the_op.MODES)
+def test_the_op_agrees_with_float64_in_every_mode(mode: str, use: through_the_op.Use) -> None:
     use(TritonRows())
-    through_the_op.agree_with_float64("mean", "bfloat16 hidden, float32 head", 12, 9, 57)
+    rows, width, vocab, eps = 20, 9, 57, torch.finfo(torch.float32).eps
+    hidden, weight, targets, masked, w = through_the_op.inputs(rows, width, vocab, 0.7, torch.float32)
+    hidden, bias, options = hidden.bfloat16(), torch.randn(vocab, generator=random(3)), through_the_op.ALL
+    targets[(targets == 1) | (targets == 4)] = 7
+    budget = through_the_op.budget_for(mode, hidden, weight, rows)
+    assert through_the_op.mode_of((hidden, weight, targets, masked, w), budget) == mode
+    keywords = {"reduction": "mean", "memory_budget": budget, "max_masked": None if mode == "slices" else rows}
+
+    def ours(h: Tensor, c: Tensor, b: Tensor) -> Tensor:
+        return masked_loss(h, c, targets, masked, w, head_bias=b, backend="cuda", **options, **keywords)
+
+    def exact(h: Tensor, c: Tensor, b: Tensor) -> Tensor:
+        return reference.masked_loss(h, c, targets, masked, w.double(), head_bias=b, reduction="mean", **options)
+
+    leaves, upstream = (hidden, weight, bias), torch.tensor(-1.7)
+    right = through_the_op.gradients(exact, tuple(x.double() for x in leaves), upstream.double())
+    for mine, want in zip(through_the_op.gradients(ours, leaves, upstream), right):
+        rounding = torch.finfo(mine.dtype).eps / 2 if mine.dtype != torch.float32 else 0
+        assert (mine.double() - want).abs().max() <= (8 * vocab**0.5 * eps + rounding) * want.abs().max()
 
 
 def test_too_many_rows_make_the_op_nan(use: through_the_op.Use) -> None:
