@@ -113,7 +113,8 @@ def masked_loss_from_logits(
     logits, and everything is computed in float32 (as autocast itself does for a cross-entropy).
 
     Cost: forward one pass over the masked rows, backward one pass and the gradient; a few bytes a row are kept between.
-    The "cuda" backend has not yet run on a GPU: until `doctor --selftest` has passed only backend="cuda" reaches it.
+    The "cuda" and "triton" backends have not yet run on a GPU: until `doctor --selftest` has passed only naming one
+    reaches it.
     """
     _check_rows("logits", logits, "V", targets, masked, weight)
     options = _check_options(reduction, softcap, label_smoothing, z_loss, forbid, max_masked, logits.shape[-1])
