@@ -42,7 +42,7 @@ def machine() -> str:
 
 @functools.cache
 def kernel(op: str, backend: str) -> str:
-    """Identifies the code that would run: torch, and the extension's sources or the Triton version and kernel files."""
+    """Identifies the code that would run: torch, the extension's sources or the Triton version, the op's Python."""
     import torch
 
     package = Path(__file__).parent
@@ -55,11 +55,9 @@ def kernel(op: str, backend: str) -> str:
             from . import _nvrtc
 
             parts += ["NVRTC", _nvrtc.fingerprint()]
-        files = sorted({*room.glob("cuda*.py"), *(room / f"{name}.py" for name in ("gpu", "native", "nvrtc"))})
     else:
         parts.append(metadata.version("triton"))
-        files = sorted({*room.glob("triton*.py"), room / "gpu.py"})
-    code = hashlib.sha256(b"\0".join(f.read_bytes() for f in files if f.exists())).hexdigest()[:16]
+    code = hashlib.sha256(b"\0".join(f.read_bytes() for f in sorted(room.glob("*.py")))).hexdigest()[:16]
     return " ".join([*parts, code])
 
 

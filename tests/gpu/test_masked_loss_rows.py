@@ -1,4 +1,4 @@
-"""The CUDA backend of masked_loss_from_logits on a GPU: numerics, streams, graph capture, large offsets."""
+"""The GPU backends of masked_loss_from_logits on one: numerics, streams, graph capture, large offsets."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from illada_kernels import masked_loss_from_logits
-from illada_kernels._gpu import cuda_reason
-from illada_kernels.ops.masked_loss import cases, reference
+from illada_kernels.ops.masked_loss import cases, op, reference
 
-reason = "no CUDA GPU" if not torch.cuda.is_available() else cuda_reason()
-pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+REASONS = {b.name: b.available() for b in op.FROM_LOGITS_BACKENDS if b.name in op.GPU}
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+    for name, reason in REASONS.items()
+]
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 OPTIONS: dict[str, Any] = {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4, "forbid": (1, 77)}
 
 
@@ -34,34 +37,34 @@ def loss_and_gradient(function: Any, logits: Tensor, *args: Tensor, **options: A
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [257, 5021, 126464, 157184])
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all"])
-def test_rows_meet_the_bar(dtype: torch.dtype, vocab: int, options: dict[str, Any]) -> None:
+def test_rows_meet_the_bar(dtype: torch.dtype, vocab: int, options: dict[str, Any], backend: str) -> None:
     logits, targets, masked, w = inputs(64, vocab, dtype)
     exact = loss_and_gradient(
         reference.masked_loss_from_logits, logits.double(), targets, masked, w.double(), **options
     )
     peer = loss_and_gradient(reference.masked_loss_from_logits, logits, targets, masked, w, **options)
-    ours = loss_and_gradient(masked_loss_from_logits, logits, targets, masked, w, backend="cuda", **options)
+    ours = loss_and_gradient(masked_loss_from_logits, logits, targets, masked, w, backend=backend, **options)
     for mine, theirs, right in zip(ours, peer, exact):
         assert (mine.double() - right).abs().max() <= 2 * cases.bar(theirs, right)
 
 
-def test_same_bits_run_after_run_and_on_another_stream() -> None:
+def test_same_bits_run_after_run_and_on_another_stream(backend: str) -> None:
     args = inputs(256, 32001, torch.bfloat16)
-    first = loss_and_gradient(masked_loss_from_logits, *args, backend="cuda", **OPTIONS)
+    first = loss_and_gradient(masked_loss_from_logits, *args, backend=backend, **OPTIONS)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        second = loss_and_gradient(masked_loss_from_logits, *args, backend="cuda", **OPTIONS)
+        second = loss_and_gradient(masked_loss_from_logits, *args, backend=backend, **OPTIONS)
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_a_graph_with_a_capacity_replays_on_new_data() -> None:
+def test_a_graph_with_a_capacity_replays_on_new_data(backend: str) -> None:
     logits, targets, masked, w = inputs(64, 5021, torch.bfloat16)
     leaf = logits.clone().requires_grad_()
 
     def step() -> tuple[Tensor, Tensor]:
-        loss = masked_loss_from_logits(leaf, targets, masked, w, max_masked=64, backend="cuda", **OPTIONS)
+        loss = masked_loss_from_logits(leaf, targets, masked, w, max_masked=64, backend=backend, **OPTIONS)
         return loss, torch.autograd.grad(loss, leaf)[0]
 
     warm = torch.cuda.Stream()
@@ -80,7 +83,7 @@ def test_a_graph_with_a_capacity_replays_on_new_data() -> None:
         assert torch.equal(got, want)
 
 
-def test_more_than_2_to_31_elements() -> None:
+def test_more_than_2_to_31_elements(backend: str) -> None:
     rows, vocab = 14000, 157184
     if torch.cuda.mem_get_info()[0] < 12 << 30:
         pytest.skip("needs 12 GiB of GPU memory")
@@ -89,7 +92,7 @@ def test_more_than_2_to_31_elements() -> None:
     targets = torch.full((rows,), vocab - 1, device="cuda")
     masked = torch.zeros(rows, dtype=torch.bool, device="cuda")
     masked[-1] = True
-    loss, d = loss_and_gradient(masked_loss_from_logits, logits, targets, masked, backend="cuda")
+    loss, d = loss_and_gradient(masked_loss_from_logits, logits, targets, masked, backend=backend)
     z = logits[-1].double()
     assert loss.item() == pytest.approx((z.logsumexp(0) - 5).item(), rel=1e-6)
     torch.testing.assert_close(
