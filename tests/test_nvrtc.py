@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,8 +177,6 @@ class RawKernel:
     def __call__(
         self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], *, shared_mem: int
     ) -> None:
-        import numpy as np
-
         assert shared_mem <= self.max_dynamic_shared_size_bytes
         values = [np.int64(a) if type(a) is int else a for a in arguments]
         held = [np.ascontiguousarray(v).reshape(1) for v in values]
@@ -284,6 +283,9 @@ def test_row_kernels_are_launched_as_the_extension_does(
     same("gradients", two_ways, logits[:4].contiguous(), cpp, state, cpp.scale, formula)
     same("losses", two_ways, state, cpp, formula, torch.full((count,), -7.0))
     same("losses", two_ways, state, cpp, formula, torch.tensor(-7.0))
+    many = two_ways[0].compact(torch.rand(300, generator=g) < 0.9, torch.zeros(300).long(), None, vocab, False, 300)
+    same("factors", two_ways, many, 0, None, torch.full((300,), -7.0))
+    same("losses", two_ways, torch.rand(300, 4, generator=g) + 1, many, formula, torch.full((300,), -7.0))
     assert ("stream", 4711, 1) in cupy and ("device", 1) in cupy
 
 
@@ -292,6 +294,22 @@ def test_a_block_gets_the_shared_memory_that_it_asks_for(two_ways: tuple[CudaRow
     rows = two_ways[0].compact(torch.tensor([True]), torch.tensor([5]), None, vocab, False, 1)
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0))
     same("gradients", two_ways, logits, rows, torch.zeros(1, 4), rows.scale, Formula(vocab, None, 0.0, 0.0, 0.0, None))
+
+
+WIDER = np.dtype([(name, "f8" if name == "z_loss" else kind) for name, (kind, _) in masked_loss.TERMS.fields.items()])
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [("ROW_THREADS", 128), ("FLAT_THREADS", 128), ("SCRATCH", 0), ("ROW_SCRATCH", 0), ("TERMS", WIDER)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_launch_that_differs_is_seen(
+    name: str, wrong: Any, two_ways: tuple[CudaRows, CudaRows], cupy: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masked_loss, name, wrong)
+    with pytest.raises(AssertionError):
+        test_row_kernels_are_launched_as_the_extension_does(torch.float32, two_ways, cupy)
 
 
 def test_an_empty_grid_launches_nothing(cupy: list[Any]) -> None:
