@@ -175,7 +175,9 @@ template <int IDS> ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t 
   if (best.score == -infinity()) best = Best{first_bar(l, mine, row), -infinity(), 0x7fffffff};  // its id comes again, in turn
   const int32_t before = best.id;
   const float slack = 1e-6f * (fabsf(best.score) + fabsf(top) + 64.0f * t);  // what rounding can add to a score, at most
-  const uint32_t limit = highest_word((best.score - top - slack) / t);
+  const float need = (best.score - top - slack) / t;  // the Gumbel value of a winner
+  if (need > 44.5f) return;                           // no 64-bit uniform gives more than 44.37
+  const uint32_t limit = highest_word(need);
 #pragma unroll
   for (int j = 0; j < IDS; j += 2) {
     const int32_t id = mine + j / 4 * 128 + j % 4;

@@ -1,11 +1,12 @@
 // unmask fused with the head, for up to 128 candidate rows: logits = hidden head^T, met where they arise (unmask.cuh).
 //
 // A persistent block owns tiles of 256 ids, every gridDim-th. One thread streams the head through a ring of stages by bulk copies,
-// 64 columns of all rows beside them; two warpgroups multiply, vocabulary on M, candidates on N. Of a finished tile 128 ids at a
-// time go to shared memory, and a warp meets them for its rows: what is kept of a row is 32 bytes, in the end one part per block.
-// Reads the head once, hidden once per tile from the second-level cache; 2 * 256 * N flops for 512 + 2 N bytes a column. Products
-// and sums are float32. Which tiles a block has depends on the vocabulary and the grid alone: a row's result does not depend on the
-// others. Rows that take no part are multiplied (a NaN stays in its row) and then left; if none does, blocks leave at once.
+// 64 columns of all rows beside them; two warpgroups multiply, vocabulary on M, candidates on N, and hand finished logits, 128
+// ids at a time, through shared memory to a third, whose warps meet them for their rows while the next products run. What is kept
+// of a row is 32 bytes, in the end one part per block. Reads the head once, hidden once per tile from the second-level cache; 2 * 256
+// * N flops for 512 + 2 N bytes a column. Products and sums are float32. Which tiles a block has depends on the vocabulary and the
+// grid alone, so a row's result does not depend on the others. Rows that take no part are multiplied (a NaN stays in its row) and
+// then left; if none does, blocks leave at once.
 #include "hopper.cuh"
 #include "unmask.cuh"
 
@@ -13,17 +14,20 @@ namespace {
 
 using namespace illada;
 
-constexpr int kIds = 256, kDepth = 64, kConsumers = 2, kWarps = kConsumers * 4;
+constexpr int kIds = 256, kDepth = 64;
+constexpr int kMultiplying = 256, kMeeting = 128, kThreads = kMultiplying + kMeeting + 128;
 constexpr int kAtOnce = kIds / 2, kPitch = kAtOnce + 4;  // logits in shared memory: no bank conflicts with this pitch
 
-template <int N> constexpr int kStages = N <= 16 ? 6 : N <= 32 ? 5 : N <= 64 ? 4 : 3;
+template <int N> constexpr int kStages = N <= 16 ? 6 : N <= 32 ? 5 : 3;
+template <int N> constexpr int kBuffers = N <= 64 ? 2 : 1;
 
 template <class T, int N> struct Shared {  // tiles are multiples of 1024 bytes, as the swizzle asks
   T head[kStages<N>][kIds * kDepth], hidden[kStages<N>][N * kDepth];
-  float logits[N][kPitch];
+  float logits[kBuffers<N>][N][kPitch];
   Row rows[N];
   Running running[N];
   uint64_t full[kStages<N>], empty[kStages<N>];
+  uint64_t ready[kBuffers<N>], met[kBuffers<N>];  // of the logits
 };
 
 struct Sizes {
@@ -43,36 +47,20 @@ ILLADA_DEVICE void produce(Shared<T, N>& s, const CUtensorMap* head, const CUten
     }
 }
 
-// Meets the 128 ids from `first` on, whose logits of all rows lie in shared memory. A warp has every eighth row.
-template <class T, int N> ILLADA_DEVICE void meet_rows(const Call& c, Shared<T, N>& s, int rows, int64_t first) {
-  const int lane = threadIdx.x % 32;
-  const Edits<4> edits = load_edits<4>(c, first);
-  for (int r = threadIdx.x / 32; r < rows; r += kWarps) {
-    const Row row = s.rows[r];
-    if (!row.needed) continue;
-    Running running = s.running[r];
-    const float4 four = *reinterpret_cast<const float4*>(&s.logits[r][lane * 4]);
-    float l[4] = {four.x, four.y, four.z, four.w};
-    apply_edits(edits, l);
-    meet(l, first, row, c.needs, running);
-    if (lane == 0) s.running[r] = running;
-  }
-}
-
 // The accumulators of 64 ids of this warpgroup to shared memory.
-template <class T, int N> ILLADA_DEVICE void put_logits(Shared<T, N>& s, const float (&sum)[N / 2]) {
+template <int N> ILLADA_DEVICE void put_logits(float (&logits)[N][kPitch], const float (&sum)[N / 2]) {
   const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
     const int id = warpgroup * 64 + t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, row = i / 4 * 8 + t % 4 * 2 + i % 2;
-    s.logits[row][id] = sum[i];
+    logits[row][id] = sum[i];
   }
 }
 
-template <class T, int N> ILLADA_DEVICE void consume(const Call& c, Shared<T, N>& s, const Sizes& z) {
+template <class T, int N> ILLADA_DEVICE void multiply(Shared<T, N>& s, const Sizes& z) {
   const int warpgroup = threadIdx.x / 128;
   const bool speaker = threadIdx.x % 128 == 0;
-  int turn = 0;
+  int turn = 0, half = 0;
   for (int tile = blockIdx.x; tile < z.tiles; tile += gridDim.x) {
     float low[N / 2], high[N / 2];  // ids of the tile's first and second half
     for (int step = 0; step < z.steps; ++step, ++turn) {
@@ -96,22 +84,46 @@ template <class T, int N> ILLADA_DEVICE void consume(const Call& c, Shared<T, N>
     reg_fence(low);
     reg_fence(high);
     if (speaker) mbar_arrive(&s.empty[(turn - 1) % kStages<N>]);
-    const int64_t first = int64_t(tile) * kIds;
-    put_logits(s, low);
-    bar_sync(1, kConsumers * 128);
-    meet_rows(c, s, z.rows, first);
-    bar_sync(1, kConsumers * 128);
-    put_logits(s, high);
-    bar_sync(1, kConsumers * 128);
-    if (first + kAtOnce < c.vocabulary) meet_rows(c, s, z.rows, first + kAtOnce);
-    bar_sync(1, kConsumers * 128);
+#pragma unroll
+    for (int h = 0; h < 2; ++h, ++half) {
+      const int buffer = half % kBuffers<N>, phase = half / kBuffers<N> % 2;
+      mbar_wait(&s.met[buffer], phase ^ 1);
+      if (h == 0) put_logits<N>(s.logits[buffer], low); else put_logits<N>(s.logits[buffer], high);
+      mbar_arrive(&s.ready[buffer]);
+    }
   }
-  for (int r = threadIdx.x / 32; r < z.rows; r += kWarps)  // each by the thread that wrote it
-    if (threadIdx.x % 32 == 0 && s.rows[r].needed) store_partial(c, r, blockIdx.x, s.running[r]);
+}
+
+// A warp has every fourth row; only it touches what is kept of them.
+template <class T, int N> ILLADA_DEVICE void meet_tiles(const Call& c, Shared<T, N>& s, const Sizes& z) {
+  const int lane = threadIdx.x % 32, warp = (threadIdx.x - kMultiplying) / 32;
+  int half = 0;
+  for (int tile = blockIdx.x; tile < z.tiles; tile += gridDim.x)
+    for (int h = 0; h < 2; ++h, ++half) {
+      const int64_t first = int64_t(tile) * kIds + h * kAtOnce;
+      const int buffer = half % kBuffers<N>, phase = half / kBuffers<N> % 2;
+      const Edits<4> edits = load_edits<4>(c, first);
+      mbar_wait(&s.ready[buffer], phase);
+      for (int r = warp; r < z.rows; r += kMeeting / 32) {
+        const Row row = s.rows[r];
+        if (!row.needed) continue;
+        Running running = s.running[r];
+        const float4 four = *reinterpret_cast<const float4*>(&s.logits[buffer][r][lane * 4]);
+        float l[4] = {four.x, four.y, four.z, four.w};
+        apply_edits(edits, l);
+        meet(l, first, row, c.needs, running);
+        if (lane == 0) s.running[r] = running;
+        __syncwarp();
+      }
+      __syncwarp();
+      if (lane == 0) mbar_arrive(&s.met[buffer]);
+    }
+  for (int r = warp; r < z.rows; r += kMeeting / 32)
+    if (lane == 0 && s.rows[r].needed) store_partial(c, r, blockIdx.x, s.running[r]);
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kConsumers * 128 + 128, 1)
+__global__ void __launch_bounds__(kThreads, 1)
 head(const __grid_constant__ Call c, const __grid_constant__ CUtensorMap head_map, const __grid_constant__ CUtensorMap hidden_map, Sizes z) {
   Shared<T, N>& s = *reinterpret_cast<Shared<T, N>*>(dynamic_smem());
   bool needed = false;
@@ -120,24 +132,31 @@ head(const __grid_constant__ Call c, const __grid_constant__ CUtensorMap head_ma
     s.running[r] = nothing_met();
     needed |= s.rows[r].needed;
   }
-  // columns of the product without a row: never loaded, and never read after, but zeros keep NaNs out of sight
+  // columns of the product without a row: never loaded
   const int loaded = z.rows * kDepth, rest = N * kDepth - loaded;
   for (int i = threadIdx.x; i < kStages<N> * rest; i += blockDim.x) s.hidden[i / rest][loaded + i % rest] = from_float<T>(0.0f);
   fence_proxy_async();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages<N>; ++i) {
       mbar_init(&s.full[i], 1);
-      mbar_init(&s.empty[i], kConsumers);
+      mbar_init(&s.empty[i], kMultiplying / 128);
+    }
+    for (int i = 0; i < kBuffers<N>; ++i) {
+      mbar_init(&s.ready[i], kMultiplying);
+      mbar_init(&s.met[i], kMeeting / 32);
     }
     mbar_init_fence();
   }
   if (!__syncthreads_or(needed)) return;
-  if (threadIdx.x < kConsumers * 128) {
-    reg_increase<240>();
-    consume(c, s, z);
+  if (threadIdx.x < kMultiplying) {
+    reg_increase<168>();
+    multiply(s, z);
+  } else if (threadIdx.x < kMultiplying + kMeeting) {
+    reg_increase<144>();
+    meet_tiles(c, s, z);
   } else {
     reg_decrease<24>();
-    if (threadIdx.x == kConsumers * 128) produce(s, &head_map, &hidden_map, z);
+    if (threadIdx.x == kMultiplying + kMeeting) produce(s, &head_map, &hidden_map, z);
   }
 }
 
@@ -159,7 +178,7 @@ template <class T, int N> int run(const Call& c, const Operands& o, cudaStream_t
                                  {kDepth, uint32_t(count), uint32_t(batch)}, Swizzle::bytes128);
   if (e) return e;
   const Sizes z{int(count * batch), int((c.vocabulary + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth)};
-  return launch({dim3(unsigned(o.blocks)), dim3(kConsumers * 128 + 128), sizeof(Shared<T, N>), stream}, head<T, N>, c, head_map, hidden_map,
+  return launch({dim3(unsigned(o.blocks)), dim3(kThreads), sizeof(Shared<T, N>), stream}, head<T, N>, c, head_map, hidden_map,
                 z);
 }
 
