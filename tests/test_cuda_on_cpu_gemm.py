@@ -62,7 +62,7 @@ FAULTS = {
     "misaligned store": ("&tile[tile_row * kColumns + tile_column])", "&tile[tile_row * kColumns + tile_column + 1])",
                          "not aligned for its type"),
     "register index out of range": ("sum[i + 1]);", "sum[i + 2]);", "index outside an array"),
-    "too many registers": ("reg_increase<240>", "reg_increase<256>", "there are 65536"),
+    "too many registers": ("reg_increase<240>", "reg_increase<256>", "start with at most 64512"),
     "barrier for too many threads": ("bar_sync(1 + warpgroup, 128)", "bar_sync(1 + warpgroup, 256)",
                                      "named barrier 1 .128 of 256 threads"),
     "a coordinate off by one": ("tma_store(c, tile, column,", "tma_store(c, tile, column + 1,", None),

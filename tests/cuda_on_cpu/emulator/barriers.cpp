@@ -210,10 +210,12 @@ void set_registers(int count, bool increase) {
   if (self->registers && (increase ? count < self->registers : count > self->registers))
     fault("setmaxnreg from %d to %d in the wrong direction", self->registers, count);
   self->registers = count;
+  const int threads = int(blockDim.x * blockDim.y * blockDim.z);
+  const int pool = 65536 / threads / 8 * 8 * threads;  // what a launch gives at most: alike, in steps of 8
   int sum = 0;  // of the warpgroups that have called it
   for (const Fiber& f : cluster->fibers)
     if (f.block == self->block) sum += f.registers;
-  if (sum > 65536) fault("setmaxnreg: %d registers for the block; there are 65536", sum);
+  if (sum > pool) fault("setmaxnreg: %d registers for the block; %d threads start with at most %d", sum, threads, pool);
 }
 
 void check_barriers_empty(const Block& b) {
