@@ -26,7 +26,7 @@ class Request(NamedTuple):
     backward: bool
 
 
-_MODULES = {"cuda": "cuda", "cpu": "native", "reference": "reference"}
+_MODULES = {"cuda": "cuda", "triton": "triton", "cpu": "native", "reference": "reference"}
 
 
 @functools.cache
@@ -47,6 +47,7 @@ def _lazy(backend: str, devices: tuple[str, ...], opt_in: str | None = None) -> 
 
 BACKENDS = (
     _lazy("cuda", ("cuda",), opt_in=UNRUN),
+    _lazy("triton", ("cuda",), opt_in=UNRUN),
     _lazy("cpu", ("cpu",)),
     Backend("reference", None, available=lambda: None, supports=lambda request: None),
 )

@@ -1,0 +1,161 @@
+"""Attention forward in Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton import FORWARD, Tile, every_tile, head_parts, strides
+from .triton_tiles import LN_2, LOG2_E, allowed_pairs, key_plan, load_tile, partial_tile, store_tile
+
+
+@triton.jit
+def _attend(
+    q, q_tail, maximum, total, acc, acc_tail, k, v, tile, k_row, v_row, num_keys, scale, lo0, hi0, lo1, hi1,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One key tile: the running maximum (in units of log 2), sum and output of a tile of rows."""
+    lanes = tl.arange(0, KEYS)
+    keys = tile * KEYS + lanes
+    k += tile.to(tl.int64) * KEYS * k_row
+    v += tile.to(tl.int64) * KEYS * v_row
+    k_at, v_at = lanes.to(tl.int64) * k_row, lanes.to(tl.int64) * v_row
+    if MASKED:
+        allowed = allowed_pairs(keys[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None])
+        exists = keys < num_keys
+        attended = tl.max(allowed.to(tl.int32), 0) > 0  # p is 0 elsewhere, but 0 * NaN is NaN: such v are not loaded
+    else:
+        exists, attended = None, None
+    s = tl.dot(q, tl.trans(load_tile(k, k_at, exists, 0, HEAD)), input_precision=PRECISION)  # (rows, keys)
+    if TAIL:
+        s = tl.dot(q_tail, tl.trans(load_tile(k, k_at, exists, HEAD, TAIL)), s, input_precision=PRECISION)
+    if MASKED:
+        s = tl.where(allowed, s * scale, float("-inf"))
+        new = tl.maximum(maximum, tl.max(s, 1))
+        centre = tl.where(new == float("-inf"), 0.0, new)  # a row without keys so far
+        p = tl.math.exp2(s - centre[:, None])
+    else:
+        new = tl.maximum(maximum, tl.max(s, 1) * scale)
+        centre = new
+        p = tl.math.exp2(s * scale - new[:, None])
+    rescale = tl.math.exp2(maximum - centre)
+    total = total * rescale + tl.sum(p, 1)
+    p = p.to(v.dtype.element_ty)
+    acc = tl.dot(p, load_tile(v, v_at, attended, 0, HEAD), acc * rescale[:, None], input_precision=PRECISION)
+    if TAIL:
+        tail = load_tile(v, v_at, attended, HEAD, TAIL)
+        acc_tail = tl.dot(p, tail, acc_tail * rescale[:, None], input_precision=PRECISION)
+    return new, total, acc, acc_tail
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads", "group"])
+def attention_fwd(
+    q, k, v, bounds, out, lse, scale, num_queries, num_keys, kv_heads, group,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale q k^T) v, lse = log sum exp(scale q k^T), over the keys that `bounds` allows each row.
+
+    One program owns ROWS packed rows of one key head and streams the key tiles of its two hulls: first those that some
+    row attends to in part, masked, then those that all rows attend to whole, without mask code. Each tile is loaded
+    once. Flops 4 D per pair of a tile visited; bytes: q, out, lse once, k and v once per tile of rows, from L2 mostly.
+    Scores, softmax and sums in float32 by exp2, the scale folded in; p is rounded to v's dtype for the second product.
+    Ties need no rule. NaN spreads to the rows that attend to it. A row without keys: out 0, lse -inf.
+    """
+    tiles = tl.cdiv(num_queries * group, ROWS)
+    program = tl.program_id(0)
+    tile_of_rows = tiles - 1 - program % tiles  # last rows first: under causal-like masks they have the most keys
+    batch = (program // tiles // kv_heads).to(tl.int64)
+    kv_head = program // tiles % kv_heads
+
+    rows = tile_of_rows * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_queries * group
+    queries, heads = rows // group, kv_head * group + rows % group
+    if bounds is not None:
+        bounds += batch * bounds_batch
+    lo0, hi0, lo1, hi1, t0, f0, g0, e0, t1, f1, g1, e1 = key_plan(bounds, queries, inside, bounds_row, num_keys, KEYS)
+
+    q += batch * q_batch
+    q_at = queries.to(tl.int64) * q_row + heads.to(tl.int64) * q_head
+    sign = tl.where(scale < 0, -1.0, 1.0)  # a negative scale is moved into q, so that the largest s is the largest score
+    q_head_part = (load_tile(q, q_at, inside, 0, HEAD).to(tl.float32) * sign).to(q.dtype.element_ty)
+    q_tail = q_head_part
+    if TAIL:
+        q_tail = (load_tile(q, q_at, inside, HEAD, TAIL).to(tl.float32) * sign).to(q.dtype.element_ty)
+    k += batch * k_batch + kv_head.to(tl.int64) * k_head
+    v += batch * v_batch + kv_head.to(tl.int64) * v_head
+    scale *= sign * LOG2_E
+
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD], tl.float32)
+    acc_tail = tl.zeros([ROWS, TAIL if TAIL else 16], tl.float32)
+    for i in tl.range(0, f0 - t0 + e0 - g0 + f1 - t1 + e1 - g1, num_stages=MASKED_STAGES):
+        tile = partial_tile(i, t0, f0, g0, e0, t1, f1, g1, e1)
+        maximum, total, acc, acc_tail = _attend(
+            q_head_part, q_tail, maximum, total, acc, acc_tail, k, v, tile, k_row, v_row, num_keys, scale,
+            lo0, hi0, lo1, hi1, HEAD, TAIL, KEYS, True, PRECISION,
+        )  # fmt: skip
+    for i in tl.range(0, g0 - f0 + g1 - f1, num_stages=STAGES):
+        tile = tl.where(i < g0 - f0, f0 + i, f1 + i - (g0 - f0))
+        maximum, total, acc, acc_tail = _attend(
+            q_head_part, q_tail, maximum, total, acc, acc_tail, k, v, tile, k_row, v_row, num_keys, scale,
+            lo0, hi0, lo1, hi1, HEAD, TAIL, KEYS, False, PRECISION,
+        )  # fmt: skip
+
+    none = total == 0.0
+    total = tl.where(none, 1.0, total)
+    out_at = ((batch * num_queries + queries) * kv_heads * group + heads) * (HEAD + TAIL)
+    store_tile(out, out_at, inside, acc / total[:, None], 0, HEAD)
+    if TAIL:
+        store_tile(out, out_at, inside, acc_tail / total[:, None], HEAD, TAIL)
+    log = tl.where(none, float("-inf"), (maximum + tl.math.log2(total)) * LN_2)
+    tl.store(lse + (batch * kv_heads * group + heads) * num_queries + queries, log, mask=inside)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float, tile: Tile) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, dim = q.shape
+    out = q.new_empty(batch, queries, heads, dim)
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    grid = (triton.cdiv(queries * group, tile.rows) * batch * kv_heads,)
+    with torch.cuda.device_of(q):
+        attention_fwd[grid](
+            q, k, v, bounds, out, lse, scale, queries, k.shape[1], kv_heads, group, *strides(q, k, v, bounds),
+            **constants(dim, q.dtype, tile), num_warps=tile.warps,
+        )  # fmt: skip
+    return out, lse
+
+
+def constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
+    head, tail = head_parts(dim)
+    return {
+        "HEAD": head,
+        "TAIL": tail,
+        "ROWS": tile.rows,
+        "KEYS": tile.keys,
+        "STAGES": tile.stages,
+        "MASKED_STAGES": tile.masked_stages,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+
+
+def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Every tile of the table, with bounds; see tests/gpu_code/triton_code.py."""
+    for name, dim, dtype, tile in every_tile(FORWARD):
+        kind = {torch.float32: "*fp32:16", torch.float16: "*fp16:16", torch.bfloat16: "*bf16:16"}[dtype]
+        signature = {argument: "i32:16" for argument in attention_fwd.arg_names}
+        signature |= dict.fromkeys(("q", "k", "v", "out"), kind) | {"bounds": "*i32:16", "lse": "*fp32:16"}
+        signature |= {"scale": "fp32"} | dict.fromkeys(("num_queries", "num_keys", "kv_heads", "group"), "i32")
+        fixed = constants(dim, dtype, tile)
+        signature |= dict.fromkeys(fixed, "constexpr")
+        yield f"fwd {name}", attention_fwd, signature, fixed, {"num_warps": tile.warps}
