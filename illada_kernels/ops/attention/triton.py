@@ -90,10 +90,11 @@ def head_parts(dim: int) -> tuple[int, int]:
 
 
 class Tile(NamedTuple):
-    """Packed query rows x keys, warps, stages of the pipeline over full tiles and over masked ones."""
+    """Packed query rows, keys of a full tile and of a masked one, warps, stages of the pipeline over each of the two."""
 
     rows: int
     keys: int
+    part: int
     warps: int
     stages: int
     masked_stages: int
@@ -105,44 +106,44 @@ Table = dict[str, dict[int, Tile]]  # family of GPUs, or float32 -> head_dim -> 
 # "99 KiB": GPUs whose blocks have no more shared memory (sm_86, sm_89, sm_120). "float32": any GPU; no tensor cores.
 FORWARD: Table = {
     "sm_80": {
-        64: Tile(128, 64, 4, 3, 2), 96: Tile(128, 64, 4, 3, 2), 128: Tile(128, 64, 8, 3, 2), 256: Tile(128, 32, 8, 3, 2),
+        64: Tile(128, 64, 32, 4, 3, 2), 96: Tile(128, 64, 32, 4, 3, 2), 128: Tile(128, 64, 32, 8, 3, 2), 256: Tile(128, 32, 16, 8, 3, 2),
     },
     "99 KiB": {
-        64: Tile(128, 64, 4, 2, 2), 96: Tile(128, 32, 4, 2, 2), 128: Tile(128, 32, 8, 2, 2), 256: Tile(64, 32, 4, 2, 2),
+        64: Tile(128, 64, 32, 4, 2, 2), 96: Tile(128, 32, 16, 4, 2, 2), 128: Tile(128, 32, 16, 8, 2, 2), 256: Tile(64, 32, 16, 4, 2, 2),
     },
     "sm_90": {
-        64: Tile(128, 128, 8, 3, 2), 96: Tile(128, 64, 8, 3, 2), 128: Tile(128, 64, 8, 3, 2), 256: Tile(128, 32, 8, 3, 2),
+        64: Tile(128, 128, 64, 8, 3, 2), 96: Tile(128, 64, 32, 8, 3, 2), 128: Tile(128, 64, 32, 8, 3, 2), 256: Tile(128, 32, 16, 8, 3, 2),
     },
     "float32": {
-        64: Tile(32, 32, 4, 1, 1), 96: Tile(32, 32, 4, 1, 1), 128: Tile(32, 32, 4, 1, 1), 256: Tile(32, 16, 4, 1, 1),
+        64: Tile(32, 32, 16, 4, 1, 1), 96: Tile(32, 32, 16, 4, 1, 1), 128: Tile(32, 32, 16, 4, 1, 1), 256: Tile(32, 16, 8, 4, 1, 1),
     },
 }  # fmt: skip
 KEYS_BACKWARD: Table = {  # dk and dv of a tile of keys
     "sm_80": {
-        64: Tile(64, 128, 8, 2, 1), 96: Tile(64, 64, 4, 2, 1), 128: Tile(64, 64, 4, 2, 1), 256: Tile(32, 64, 8, 2, 1),
+        64: Tile(64, 128, 64, 8, 2, 1), 96: Tile(64, 64, 32, 4, 2, 1), 128: Tile(64, 64, 32, 4, 2, 1), 256: Tile(32, 64, 32, 8, 2, 1),
     },
     "99 KiB": {
-        64: Tile(64, 64, 4, 2, 1), 96: Tile(32, 64, 4, 2, 1), 128: Tile(32, 64, 4, 2, 1), 256: Tile(16, 32, 4, 1, 1),
+        64: Tile(64, 64, 32, 4, 2, 1), 96: Tile(32, 64, 32, 4, 2, 1), 128: Tile(32, 64, 32, 4, 2, 1), 256: Tile(16, 32, 16, 4, 1, 1),
     },
     "sm_90": {
-        64: Tile(64, 128, 8, 2, 1), 96: Tile(64, 64, 4, 2, 1), 128: Tile(64, 64, 4, 2, 1), 256: Tile(32, 64, 8, 2, 1),
+        64: Tile(64, 128, 64, 8, 2, 1), 96: Tile(64, 64, 32, 4, 2, 1), 128: Tile(64, 64, 32, 4, 2, 1), 256: Tile(32, 64, 32, 8, 2, 1),
     },
     "float32": {
-        64: Tile(16, 32, 4, 1, 1), 96: Tile(16, 32, 4, 1, 1), 128: Tile(16, 32, 4, 1, 1), 256: Tile(16, 16, 4, 1, 1),
+        64: Tile(16, 32, 16, 4, 1, 1), 96: Tile(16, 32, 16, 4, 1, 1), 128: Tile(16, 32, 16, 4, 1, 1), 256: Tile(16, 16, 8, 4, 1, 1),
     },
 }  # fmt: skip
 QUERIES_BACKWARD: Table = {  # dq of a tile of rows
     "sm_80": {
-        64: Tile(128, 64, 8, 2, 1), 96: Tile(128, 32, 8, 2, 1), 128: Tile(128, 32, 8, 2, 1), 256: Tile(64, 32, 8, 2, 1),
+        64: Tile(128, 64, 32, 8, 2, 1), 96: Tile(128, 32, 16, 8, 2, 1), 128: Tile(128, 32, 16, 8, 2, 1), 256: Tile(64, 32, 16, 8, 2, 1),
     },
     "99 KiB": {
-        64: Tile(64, 64, 4, 2, 1), 96: Tile(64, 32, 4, 2, 1), 128: Tile(64, 32, 4, 2, 1), 256: Tile(32, 32, 4, 1, 1),
+        64: Tile(64, 64, 32, 4, 2, 1), 96: Tile(64, 32, 16, 4, 2, 1), 128: Tile(64, 32, 16, 4, 2, 1), 256: Tile(32, 32, 16, 4, 1, 1),
     },
     "sm_90": {
-        64: Tile(128, 64, 8, 2, 1), 96: Tile(128, 32, 8, 2, 1), 128: Tile(128, 32, 8, 2, 1), 256: Tile(64, 32, 8, 2, 1),
+        64: Tile(128, 64, 32, 8, 2, 1), 96: Tile(128, 32, 16, 8, 2, 1), 128: Tile(128, 32, 16, 8, 2, 1), 256: Tile(64, 32, 16, 8, 2, 1),
     },
     "float32": {
-        64: Tile(32, 16, 4, 1, 1), 96: Tile(32, 16, 4, 1, 1), 128: Tile(32, 16, 4, 1, 1), 256: Tile(16, 16, 4, 1, 1),
+        64: Tile(32, 16, 8, 4, 1, 1), 96: Tile(32, 16, 8, 4, 1, 1), 128: Tile(32, 16, 8, 4, 1, 1), 256: Tile(16, 16, 8, 4, 1, 1),
     },
 }  # fmt: skip
 
@@ -172,3 +173,16 @@ def every_tile(table: Table) -> Iterator[tuple[str, int, torch.dtype, Tile]]:
                 yield f"{family} head_dim {dim}", dim, dtype, tile
     first = next(iter(table))
     yield f"{first} head_dim 128 float16", 128, torch.float16, table[first][128]
+
+
+def aot(
+    kernel: Any, dtype: torch.dtype, fixed: dict[str, Any], warps: int
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    """What tests/gpu_code/triton_code.py compiles: pointers and strides divisible by 16, as they mostly are."""
+    kind = {torch.float32: "*fp32:16", torch.float16: "*fp16:16", torch.bfloat16: "*bf16:16"}[dtype]
+    signature = dict.fromkeys(kernel.arg_names, "i32:16")
+    signature |= dict.fromkeys(("num_queries", "num_keys", "kv_heads", "group", "packed_rows"), "i32") | {"scale": "fp32"}
+    signature |= dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), kind)
+    signature |= dict.fromkeys(("lse", "dlse", "log_sums", "deltas"), "*fp32:16")
+    signature |= dict.fromkeys(("bounds", "hulls"), "*i32:16") | dict.fromkeys(fixed, "constexpr")
+    return kernel, {name: signature[name] for name in kernel.arg_names}, fixed, {"num_warps": warps}

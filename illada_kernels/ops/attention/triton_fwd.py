@@ -10,25 +10,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton import FORWARD, Tile, every_tile, head_parts, strides
-from .triton_tiles import LN_2, LOG2_E, allowed_pairs, key_plan, load_tile, partial_tile, store_tile
+from .triton import FORWARD, Tile, aot, every_tile, head_parts, strides
+from .triton_tiles import LN_2, LOG2_E, allowed_pairs, attended_keys, key_plan, load_tile, part_at, store_tile
 
 
 @triton.jit
 def _attend(
-    q, q_tail, maximum, total, acc, acc_tail, k, v, tile, k_row, v_row, num_keys, scale, lo0, hi0, lo1, hi1,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_tail, maximum, total, acc, acc_tail, k, v, start, k_row, v_row, num_keys, scale, lo0, hi0, lo1, hi1,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One key tile: the running maximum (in units of log 2), sum and output of a tile of rows."""
     lanes = tl.arange(0, KEYS)
-    keys = tile * KEYS + lanes
-    k += tile.to(tl.int64) * KEYS * k_row
-    v += tile.to(tl.int64) * KEYS * v_row
+    keys = start + lanes
+    k += start.to(tl.int64) * k_row
+    v += start.to(tl.int64) * v_row
     k_at, v_at = lanes.to(tl.int64) * k_row, lanes.to(tl.int64) * v_row
     if MASKED:
         allowed = allowed_pairs(keys[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None])
         exists = keys < num_keys
-        attended = tl.max(allowed.to(tl.int32), 0) > 0  # p is 0 elsewhere, but 0 * NaN is NaN: such v are not loaded
+        attended = attended_keys(keys, lo0, hi0, lo1, hi1)  # p is 0 elsewhere, but 0 * NaN is NaN: such v are not loaded
     else:
         exists, attended = None, None
     s = tl.dot(q, tl.trans(load_tile(k, k_at, exists, 0, HEAD)), input_precision=PRECISION)  # (rows, keys)
@@ -40,7 +41,8 @@ def _attend(
         centre = tl.where(new == float("-inf"), 0.0, new)  # a row without keys so far
         p = tl.math.exp2(s - centre[:, None])
     else:
-        new = tl.maximum(maximum, tl.max(s, 1) * scale)
+        largest = tl.min(s, 1) if NEGATIVE else tl.max(s, 1)
+        new = tl.maximum(maximum, largest * scale)
         centre = new
         p = tl.math.exp2(s * scale - new[:, None])
     rescale = tl.math.exp2(maximum - centre)
@@ -57,8 +59,8 @@ def _attend(
 def attention_fwd(
     q, k, v, bounds, out, lse, scale, num_queries, num_keys, kv_heads, group,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
+    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v, lse = log sum exp(scale q k^T), over the keys that `bounds` allows each row.
 
@@ -79,34 +81,37 @@ def attention_fwd(
     queries, heads = rows // group, kv_head * group + rows % group
     if bounds is not None:
         bounds += batch * bounds_batch
-    lo0, hi0, lo1, hi1, t0, f0, g0, e0, t1, f1, g1, e1 = key_plan(bounds, queries, inside, bounds_row, num_keys, KEYS)
+    lo0, hi0, lo1, hi1, begin0, full0, full_end0, end0, begin1, full1, full_end1, end1 = key_plan(
+        bounds, queries, inside, bounds_row, num_keys, KEYS, PART
+    )
 
     q += batch * q_batch
     q_at = queries.to(tl.int64) * q_row + heads.to(tl.int64) * q_head
-    sign = tl.where(scale < 0, -1.0, 1.0)  # a negative scale is moved into q, so that the largest s is the largest score
-    q_head_part = (load_tile(q, q_at, inside, 0, HEAD).to(tl.float32) * sign).to(q.dtype.element_ty)
+    q_head_part = load_tile(q, q_at, inside, 0, HEAD)
     q_tail = q_head_part
     if TAIL:
-        q_tail = (load_tile(q, q_at, inside, HEAD, TAIL).to(tl.float32) * sign).to(q.dtype.element_ty)
+        q_tail = load_tile(q, q_at, inside, HEAD, TAIL)
     k += batch * k_batch + kv_head.to(tl.int64) * k_head
     v += batch * v_batch + kv_head.to(tl.int64) * v_head
-    scale *= sign * LOG2_E
+    scale *= LOG2_E
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD], tl.float32)
     acc_tail = tl.zeros([ROWS, TAIL if TAIL else 16], tl.float32)
-    for i in tl.range(0, f0 - t0 + e0 - g0 + f1 - t1 + e1 - g1, num_stages=MASKED_STAGES):
-        tile = partial_tile(i, t0, f0, g0, e0, t1, f1, g1, e1)
+    keys_in_part = full0 - begin0 + end0 - full_end0 + full1 - begin1 + end1 - full_end1
+    for i in tl.range(0, keys_in_part, PART, num_stages=MASKED_STAGES):
+        start = part_at(i, begin0, full0, full_end0, end0, begin1, full1, full_end1)
         maximum, total, acc, acc_tail = _attend(
-            q_head_part, q_tail, maximum, total, acc, acc_tail, k, v, tile, k_row, v_row, num_keys, scale,
-            lo0, hi0, lo1, hi1, HEAD, TAIL, KEYS, True, PRECISION,
+            q_head_part, q_tail, maximum, total, acc, acc_tail, k, v, start, k_row, v_row, num_keys, scale,
+            lo0, hi0, lo1, hi1, HEAD, TAIL, PART, True, NEGATIVE, PRECISION,
         )  # fmt: skip
-    for i in tl.range(0, g0 - f0 + g1 - f1, num_stages=STAGES):
-        tile = tl.where(i < g0 - f0, f0 + i, f1 + i - (g0 - f0))
+    whole = full_end0 - full0
+    for i in tl.range(0, whole + full_end1 - full1, KEYS, num_stages=STAGES):
+        start = tl.where(i < whole, full0 + i, full1 + i - whole)
         maximum, total, acc, acc_tail = _attend(
-            q_head_part, q_tail, maximum, total, acc, acc_tail, k, v, tile, k_row, v_row, num_keys, scale,
-            lo0, hi0, lo1, hi1, HEAD, TAIL, KEYS, False, PRECISION,
+            q_head_part, q_tail, maximum, total, acc, acc_tail, k, v, start, k_row, v_row, num_keys, scale,
+            lo0, hi0, lo1, hi1, HEAD, TAIL, KEYS, False, NEGATIVE, PRECISION,
         )  # fmt: skip
 
     none = total == 0.0
@@ -131,7 +136,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float
     with torch.cuda.device_of(q):
         attention_fwd[grid](
             q, k, v, bounds, out, lse, scale, queries, k.shape[1], kv_heads, group, *strides(q, k, v, bounds),
-            **constants(dim, q.dtype, tile), num_warps=tile.warps,
+            **constants(dim, q.dtype, tile), NEGATIVE=scale < 0, num_warps=tile.warps,
         )  # fmt: skip
     return out, lse
 
@@ -143,6 +148,7 @@ def constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
         "TAIL": tail,
         "ROWS": tile.rows,
         "KEYS": tile.keys,
+        "PART": tile.part,
         "STAGES": tile.stages,
         "MASKED_STAGES": tile.masked_stages,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
@@ -152,10 +158,5 @@ def constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
 def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """Every tile of the table, with bounds; see tests/gpu_code/triton_code.py."""
     for name, dim, dtype, tile in every_tile(FORWARD):
-        kind = {torch.float32: "*fp32:16", torch.float16: "*fp16:16", torch.bfloat16: "*bf16:16"}[dtype]
-        signature = {argument: "i32:16" for argument in attention_fwd.arg_names}
-        signature |= dict.fromkeys(("q", "k", "v", "out"), kind) | {"bounds": "*i32:16", "lse": "*fp32:16"}
-        signature |= {"scale": "fp32"} | dict.fromkeys(("num_queries", "num_keys", "kv_heads", "group"), "i32")
-        fixed = constants(dim, dtype, tile)
-        signature |= dict.fromkeys(fixed, "constexpr")
-        yield f"fwd {name}", attention_fwd, signature, fixed, {"num_warps": tile.warps}
+        fixed = constants(dim, dtype, tile) | {"NEGATIVE": False}
+        yield f"fwd {name}", *aot(attention_fwd, dtype, fixed, tile.warps)

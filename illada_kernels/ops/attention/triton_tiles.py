@@ -42,42 +42,45 @@ def hull(lo, hi, inside, num_keys):
 
 
 @triton.jit
-def key_tiles(begin, end, all_begin, all_end, first, KEYS: tl.constexpr):
-    """Of a hull, from key tile `first` on: its tiles, and those among them that every row attends to whole."""
-    tile = tl.maximum(begin // KEYS, first)
-    tiles_end = tl.maximum(tl.cdiv(end, KEYS), tile)
-    full = tl.minimum(tl.maximum(tl.cdiv(all_begin, KEYS), tile), tiles_end)
-    full_end = tl.maximum(tl.minimum(all_end // KEYS, tiles_end), full)
-    return tile, full, full_end, tiles_end
+def key_span(begin, end, all_begin, all_end, first, KEYS: tl.constexpr, PART: tl.constexpr):
+    """What a hull visits from key `first` on, begin <= full <= full_end <= end: whole tiles of KEYS keys in between,
+    which every row attends to, and before and after them parts of PART keys, which some row may attend to."""
+    begin = tl.maximum(begin // PART * PART, first)
+    end = tl.maximum(tl.cdiv(end, PART) * PART, begin)
+    full = tl.cdiv(tl.maximum(all_begin, first), KEYS) * KEYS
+    full_end = all_end // KEYS * KEYS
+    none = full >= full_end
+    return begin, tl.where(none, end, full), tl.where(none, end, full_end), end
 
 
 @triton.jit
-def key_plan(bounds, queries, inside, row_stride, num_keys, KEYS: tl.constexpr):
-    """The ranges of a tile of rows, and the tiles of its two hulls: those of the second start after the first's."""
+def key_plan(bounds, queries, inside, row_stride, num_keys, KEYS: tl.constexpr, PART: tl.constexpr):
+    """The ranges of a tile of rows, and what its two hulls visit; the second starts where the first ends."""
     if bounds is None:
         zero = tl.zeros_like(queries)
         lo0, hi0, lo1, hi1 = zero, zero + num_keys, zero + num_keys, zero + num_keys
-        t0, f0, g0, e0 = 0, 0, num_keys // KEYS, tl.cdiv(num_keys, KEYS)
-        t1, f1, g1, e1 = 0, 0, 0, 0
+        begin0, full0, full_end0, end0 = key_span(0, num_keys, 0, num_keys, 0, KEYS, PART)
+        begin1, full1, full_end1, end1 = end0, end0, end0, end0
     else:
         lo0, hi0, lo1, hi1 = row_ranges(bounds, queries, inside, row_stride, num_keys)
         begin, end, all_begin, all_end = hull(lo0, hi0, inside, num_keys)
-        t0, f0, g0, e0 = key_tiles(begin, end, all_begin, all_end, 0, KEYS)
+        begin0, full0, full_end0, end0 = key_span(begin, end, all_begin, all_end, 0, KEYS, PART)
         begin, end, all_begin, all_end = hull(lo1, hi1, inside, num_keys)
-        t1, f1, g1, e1 = key_tiles(begin, end, all_begin, all_end, e0, KEYS)
-    return lo0, hi0, lo1, hi1, t0, f0, g0, e0, t1, f1, g1, e1
+        begin1, full1, full_end1, end1 = key_span(begin, end, all_begin, all_end, end0, KEYS, PART)
+    return lo0, hi0, lo1, hi1, begin0, full0, full_end0, end0, begin1, full1, full_end1, end1
 
 
 @triton.jit
-def partial_tile(i, t0, f0, g0, e0, t1, f1, g1, e1):
-    """The i-th of the tiles t0..f0, g0..e0, t1..f1, g1..e1."""
-    tile = t0 + i
-    i -= f0 - t0
-    tile = tl.where(i >= 0, g0 + i, tile)
-    i -= e0 - g0
-    tile = tl.where(i >= 0, t1 + i, tile)
-    i -= f1 - t1
-    return tl.where(i >= 0, g1 + i, tile)
+def part_at(key, begin0, full0, full_end0, end0, begin1, full1, full_end1):
+    """The key that is `key` keys after begin0, where only begin0..full0, full_end0..end0, begin1..full1 and
+    full_end1.. count."""
+    at = begin0 + key
+    key -= full0 - begin0
+    at = tl.where(key >= 0, full_end0 + key, at)
+    key -= end0 - full_end0
+    at = tl.where(key >= 0, begin1 + key, at)
+    key -= full1 - begin1
+    return tl.where(key >= 0, full_end1 + key, at)
 
 
 @triton.jit
@@ -85,6 +88,14 @@ def allowed_pairs(keys, lo0, hi0, lo1, hi1):
     """(rows, keys) or (keys, rows), whichever way the arguments are spread. Unsigned: one comparison a range."""
     first = (keys - lo0).to(tl.uint32) < (hi0 - lo0).to(tl.uint32)
     return first | ((keys - lo1).to(tl.uint32) < (hi1 - lo1).to(tl.uint32))
+
+
+@triton.jit
+def attended_keys(keys, lo0, hi0, lo1, hi1):
+    """(keys,): some row attends. Computed again and the other way round: reducing (rows, keys) over its rows, which lie in
+    the layout of a product, would need twice the registers."""
+    pairs = allowed_pairs(keys[:, None], lo0[None, :], hi0[None, :], lo1[None, :], hi1[None, :])
+    return tl.max(pairs.to(tl.int32), 1) > 0
 
 
 @triton.jit

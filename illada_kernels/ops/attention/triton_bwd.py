@@ -1,0 +1,383 @@
+"""Attention backward in Triton: one kernel for what belongs to rows, one for dk and dv, one for dq. No atomics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton import KEYS_BACKWARD, QUERIES_BACKWARD, Tile, aot, every_tile, head_parts, strides
+from .triton_tiles import (
+    LOG2_E,
+    allowed_pairs,
+    attended_keys,
+    hull,
+    key_plan,
+    load_tile,
+    part_at,
+    row_ranges,
+    store_tile,
+)
+
+SCAN = tl.constexpr(32)  # tiles of rows that a key tile looks at together: as many as an int64 has bits to spare
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads", "group"])
+def attention_bwd_rows(
+    out, dout, lse, dlse, bounds, log_sums, deltas, hulls, num_queries, num_keys, kv_heads, group,
+    out_batch, out_row, out_head, dout_batch, dout_row, dout_head, bounds_batch, bounds_row,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of each packed row: its lse in units of log 2, and delta = sum out * dout - dlse. Of each tile: its two hulls.
+
+    One program owns ROWS packed rows of one key head, and reads out and dout once. Rows without keys, and those beyond
+    the last, get lse +inf, so that every p = exp2(s - lse) of theirs is 0, and delta 0, whatever they hold.
+    """
+    tiles = tl.cdiv(num_queries * group, ROWS)
+    program = tl.program_id(0)
+    batch, kv_head, tile = (program // tiles // kv_heads).to(tl.int64), program // tiles % kv_heads, program % tiles
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_queries * group
+    queries, heads = rows // group, kv_head * group + rows % group
+
+    at = (batch * kv_heads * group + heads) * num_queries + queries
+    log_sum = tl.load(lse + at, mask=inside, other=float("-inf"))
+    some = log_sum != float("-inf")
+    out += batch * out_batch
+    dout += batch * dout_batch
+    out_at = queries.to(tl.int64) * out_row + heads.to(tl.int64) * out_head
+    dout_at = queries.to(tl.int64) * dout_row + heads.to(tl.int64) * dout_head
+    o, g = load_tile(out, out_at, some, 0, HEAD), load_tile(dout, dout_at, some, 0, HEAD)
+    delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    if TAIL:
+        o, g = load_tile(out, out_at, some, HEAD, TAIL), load_tile(dout, dout_at, some, HEAD, TAIL)
+        delta += tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    if dlse is not None:
+        delta -= tl.load(dlse + at, mask=some, other=0.0)
+    packed = (program // tiles).to(tl.int64) * tiles * ROWS + rows
+    tl.store(log_sums + packed, tl.where(some, log_sum * LOG2_E, float("inf")))
+    tl.store(deltas + packed, delta)
+
+    if bounds is not None:
+        if kv_head == 0:
+            lo0, hi0, lo1, hi1 = row_ranges(bounds + batch * bounds_batch, queries, inside, bounds_row, num_keys)
+            begin0, end0, all_begin0, all_end0 = hull(lo0, hi0, inside, num_keys)
+            begin1, end1, all_begin1, all_end1 = hull(lo1, hi1, inside, num_keys)
+            hulls += (batch * tiles + tile) * 8
+            tl.store(hulls, begin0)
+            tl.store(hulls + 1, end0)
+            tl.store(hulls + 2, all_begin0)
+            tl.store(hulls + 3, all_end0)
+            tl.store(hulls + 4, begin1)
+            tl.store(hulls + 5, end1)
+            tl.store(hulls + 6, all_begin1)
+            tl.store(hulls + 7, all_end1)
+
+
+@triton.jit
+def _add_rows(
+    dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q, dout, log_sums, deltas, bounds, tile, first_key, scale,
+    num_queries, num_keys, kv_head, group, q_row, q_head, dout_row, dout_head, bounds_row,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one tile of rows adds to dk / scale and dv of a tile of keys. Scores lie as (keys, rows)."""
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    queries, heads = rows // group, kv_head * group + rows % group
+    log_sum, delta = tl.load(log_sums + rows), tl.load(deltas + rows)
+    wanted = rows < num_queries * group
+    if MASKED:
+        lo0, hi0, lo1, hi1 = row_ranges(bounds, queries, wanted, bounds_row, num_keys)
+        keys = first_key + tl.arange(0, KEYS)
+        allowed = allowed_pairs(keys[:, None], lo0[None, :], hi0[None, :], lo1[None, :], hi1[None, :])
+        wanted = lo0 < hi0  # p and ds are 0 elsewhere, but 0 * NaN is NaN: q and dout of a row without keys are not loaded
+    q_at = queries.to(tl.int64) * q_row + heads.to(tl.int64) * q_head
+    dout_at = queries.to(tl.int64) * dout_row + heads.to(tl.int64) * dout_head
+    x, g = load_tile(q, q_at, wanted, 0, HEAD), load_tile(dout, dout_at, wanted, 0, HEAD)
+    s = tl.dot(k, tl.trans(x), input_precision=PRECISION)  # (keys, rows)
+    if TAIL:
+        x_tail, g_tail = load_tile(q, q_at, wanted, HEAD, TAIL), load_tile(dout, dout_at, wanted, HEAD, TAIL)
+        s = tl.dot(k_tail, tl.trans(x_tail), s, input_precision=PRECISION)
+    p = tl.math.exp2(s * scale - log_sum[None, :])
+    if MASKED:
+        p = tl.where(allowed, p, 0.0)
+    p_narrow = p.to(q.dtype.element_ty)
+    dv = tl.dot(p_narrow, g, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)  # (keys, rows)
+    if TAIL:
+        dv_tail = tl.dot(p_narrow, g_tail, dv_tail, input_precision=PRECISION)
+        dp = tl.dot(v_tail, tl.trans(g_tail), dp, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
+    if MASKED:
+        ds = tl.where(allowed, ds, 0.0)  # v, and so dp, may be NaN where no row attends
+    ds_narrow = ds.to(q.dtype.element_ty)
+    dk = tl.dot(ds_narrow, x, dk, input_precision=PRECISION)
+    if TAIL:
+        dk_tail = tl.dot(ds_narrow, x_tail, dk_tail, input_precision=PRECISION)
+    return dk, dk_tail, dv, dv_tail
+
+
+@triton.jit
+def _lowest_bit(bits):
+    """Its position, from the exponent of a float; bits > 0."""
+    return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads", "group"])
+def attention_bwd_keys(
+    q, k, v, bounds, dout, log_sums, deltas, hulls, dk, dv, scale, num_queries, num_keys, kv_heads, group,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
+    dout_batch, dout_row, dout_head,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv = p^T dout, dk = scale ds^T q, where p = exp(scale q k^T - lse), ds = p (dout v^T - delta).
+
+    One program owns a tile of keys of one key head; it keeps k, v and the sums, and visits the tiles of packed rows
+    that touch it, all query heads of the group: 32 tiles at a time it compares their hulls with its keys, and keeps one
+    bit for each that some row needs in part and one for each whose rows all attend to all of its keys; the latter's
+    loop has no mask code. Nothing else of the others is loaded. Flops 8 D per pair of a tile visited; bytes: q and dout
+    once per tile of keys, from L2 mostly. p and ds are rounded to the inputs' dtype, sums are float32, in fixed order.
+    """
+    key_tiles = tl.cdiv(num_keys, KEYS)
+    program = tl.program_id(0)
+    first_key = program % key_tiles * KEYS
+    batch, kv_head = (program // key_tiles // kv_heads).to(tl.int64), program // key_tiles % kv_heads
+    keys = first_key + tl.arange(0, KEYS)
+    exists = keys < num_keys
+
+    tiles = tl.cdiv(num_queries * group, ROWS)
+    q += batch * q_batch
+    dout += batch * dout_batch
+    log_sums += (program // key_tiles).to(tl.int64) * tiles * ROWS
+    deltas += (program // key_tiles).to(tl.int64) * tiles * ROWS
+    k += batch * k_batch + kv_head.to(tl.int64) * k_head
+    v += batch * v_batch + kv_head.to(tl.int64) * v_head
+    k_at, v_at = keys.to(tl.int64) * k_row, keys.to(tl.int64) * v_row
+    k_part, v_part = load_tile(k, k_at, exists, 0, HEAD), load_tile(v, v_at, exists, 0, HEAD)
+    k_tail, v_tail = k_part, v_part
+    if TAIL:
+        k_tail, v_tail = load_tile(k, k_at, exists, HEAD, TAIL), load_tile(v, v_at, exists, HEAD, TAIL)
+    dk_part, dv_part = tl.zeros([KEYS, HEAD], tl.float32), tl.zeros([KEYS, HEAD], tl.float32)
+    dk_tail, dv_tail = dk_part, dv_part
+    if TAIL:
+        dk_tail, dv_tail = tl.zeros([KEYS, TAIL], tl.float32), tl.zeros([KEYS, TAIL], tl.float32)
+
+    if bounds is None:
+        for tile in tl.range(0, tiles, num_stages=STAGES):
+            dk_part, dk_tail, dv_part, dv_tail = _add_rows(
+                dk_part, dk_tail, dv_part, dv_tail, k_part, k_tail, v_part, v_tail, q, dout, log_sums, deltas, bounds,
+                tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, group, q_row, q_head, dout_row,
+                dout_head, bounds_row, HEAD, TAIL, ROWS, KEYS, False, PRECISION,
+            )  # fmt: skip
+    else:
+        bounds += batch * bounds_batch
+        hulls += batch * tiles * 8
+        end = tl.minimum(first_key + KEYS, num_keys)
+        bit = tl.arange(0, SCAN).to(tl.int64)
+        for first_tile in tl.range(0, tiles, SCAN, num_stages=1):
+            index = first_tile + tl.arange(0, SCAN)
+            at, there = hulls + index * 8, index < tiles
+            touched = (tl.load(at, mask=there, other=num_keys) < end) & (
+                tl.load(at + 1, mask=there, other=0) > first_key
+            )
+            touched |= (tl.load(at + 4, mask=there, other=num_keys) < end) & (
+                tl.load(at + 5, mask=there, other=0) > first_key
+            )
+            full = (tl.load(at + 2, mask=there, other=num_keys) <= first_key) & (
+                tl.load(at + 3, mask=there, other=0) >= end
+            )
+            full |= (tl.load(at + 6, mask=there, other=num_keys) <= first_key) & (
+                tl.load(at + 7, mask=there, other=0) >= end
+            )
+            one = tl.full([SCAN], 1, tl.int64) << bit
+            bits = tl.sum(tl.where(touched & (full == 0), one, 0), 0)
+            for _ in tl.range(0, tl.sum((touched & (full == 0)).to(tl.int32), 0), num_stages=MASKED_STAGES):
+                tile = first_tile + _lowest_bit(bits)
+                bits &= bits - 1
+                dk_part, dk_tail, dv_part, dv_tail = _add_rows(
+                    dk_part, dk_tail, dv_part, dv_tail, k_part, k_tail, v_part, v_tail, q, dout, log_sums, deltas,
+                    bounds, tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, group, q_row, q_head,
+                    dout_row, dout_head, bounds_row, HEAD, TAIL, ROWS, KEYS, True, PRECISION,
+                )  # fmt: skip
+            bits = tl.sum(tl.where(full, one, 0), 0)
+            for _ in tl.range(0, tl.sum(full.to(tl.int32), 0), num_stages=STAGES):
+                tile = first_tile + _lowest_bit(bits)
+                bits &= bits - 1
+                dk_part, dk_tail, dv_part, dv_tail = _add_rows(
+                    dk_part, dk_tail, dv_part, dv_tail, k_part, k_tail, v_part, v_tail, q, dout, log_sums, deltas,
+                    bounds, tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, group, q_row, q_head,
+                    dout_row, dout_head, bounds_row, HEAD, TAIL, ROWS, KEYS, False, PRECISION,
+                )  # fmt: skip
+
+    at = ((batch * num_keys + keys) * kv_heads + kv_head) * (HEAD + TAIL)
+    store_tile(dk, at, exists, dk_part * scale, 0, HEAD)
+    store_tile(dv, at, exists, dv_part, 0, HEAD)
+    if TAIL:
+        store_tile(dk, at, exists, dk_tail * scale, HEAD, TAIL)
+        store_tile(dv, at, exists, dv_tail, HEAD, TAIL)
+
+
+@triton.jit
+def _add_keys(
+    dq, dq_tail, q, q_tail, g, g_tail, log_sum, delta, k, v, start, scale, num_keys, k_row, v_row, lo0, hi0, lo1, hi1,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one tile of keys adds to dq / scale of a tile of rows. Scores lie as (rows, keys)."""
+    lanes = tl.arange(0, KEYS)
+    keys = start + lanes
+    k += start.to(tl.int64) * k_row
+    v += start.to(tl.int64) * v_row
+    k_at, v_at = lanes.to(tl.int64) * k_row, lanes.to(tl.int64) * v_row
+    if MASKED:
+        allowed = allowed_pairs(keys[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None])
+        wanted = attended_keys(keys, lo0, hi0, lo1, hi1)  # ds is 0 elsewhere, but 0 * NaN is NaN: such k are not loaded
+    else:
+        wanted = None
+    x, y = load_tile(k, k_at, wanted, 0, HEAD), load_tile(v, v_at, wanted, 0, HEAD)
+    s = tl.dot(q, tl.trans(x), input_precision=PRECISION)  # (rows, keys)
+    dp = tl.dot(g, tl.trans(y), input_precision=PRECISION)
+    if TAIL:
+        x_tail, y_tail = load_tile(k, k_at, wanted, HEAD, TAIL), load_tile(v, v_at, wanted, HEAD, TAIL)
+        s = tl.dot(q_tail, tl.trans(x_tail), s, input_precision=PRECISION)
+        dp = tl.dot(g_tail, tl.trans(y_tail), dp, input_precision=PRECISION)
+    ds = tl.math.exp2(s * scale - log_sum[:, None]) * (dp - delta[:, None])
+    if MASKED:
+        ds = tl.where(allowed, ds, 0.0)
+    ds = ds.to(k.dtype.element_ty)
+    dq = tl.dot(ds, x, dq, input_precision=PRECISION)
+    if TAIL:
+        dq_tail = tl.dot(ds, x_tail, dq_tail, input_precision=PRECISION)
+    return dq, dq_tail
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads", "group", "packed_rows"])
+def attention_bwd_queries(
+    q, k, v, bounds, dout, log_sums, deltas, dq, scale, num_queries, num_keys, kv_heads, group, packed_rows,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
+    dout_batch, dout_row, dout_head,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
+    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq = scale ds k, where ds = p (dout v^T - delta), p = exp(scale q k^T - lse).
+
+    One program owns ROWS packed rows of one key head and streams key tiles exactly as attention_fwd does: masked parts
+    first, then whole tiles. Flops 6 D per pair of a tile visited; ds is rounded to the inputs' dtype, sums are float32.
+    """
+    tiles = tl.cdiv(num_queries * group, ROWS)
+    program = tl.program_id(0)
+    tile_of_rows = tiles - 1 - program % tiles
+    batch, kv_head = (program // tiles // kv_heads).to(tl.int64), program // tiles % kv_heads
+    rows = tile_of_rows * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_queries * group
+    queries, heads = rows // group, kv_head * group + rows % group
+    if bounds is not None:
+        bounds += batch * bounds_batch
+    lo0, hi0, lo1, hi1, begin0, full0, full_end0, end0, begin1, full1, full_end1, end1 = key_plan(
+        bounds, queries, inside, bounds_row, num_keys, KEYS, PART
+    )
+
+    q += batch * q_batch
+    dout += batch * dout_batch
+    q_at = queries.to(tl.int64) * q_row + heads.to(tl.int64) * q_head
+    dout_at = queries.to(tl.int64) * dout_row + heads.to(tl.int64) * dout_head
+    q_part, g_part = load_tile(q, q_at, inside, 0, HEAD), load_tile(dout, dout_at, inside, 0, HEAD)
+    q_tail, g_tail = q_part, g_part
+    if TAIL:
+        q_tail, g_tail = load_tile(q, q_at, inside, HEAD, TAIL), load_tile(dout, dout_at, inside, HEAD, TAIL)
+    packed = (program // tiles).to(tl.int64) * packed_rows + rows
+    log_sum = tl.load(log_sums + packed, mask=inside, other=float("inf"))
+    delta = tl.load(deltas + packed, mask=inside, other=0.0)
+    k += batch * k_batch + kv_head.to(tl.int64) * k_head
+    v += batch * v_batch + kv_head.to(tl.int64) * v_head
+
+    dq_part = tl.zeros([ROWS, HEAD], tl.float32)
+    dq_tail = tl.zeros([ROWS, TAIL if TAIL else 16], tl.float32)
+    keys_in_part = full0 - begin0 + end0 - full_end0 + full1 - begin1 + end1 - full_end1
+    for i in tl.range(0, keys_in_part, PART, num_stages=MASKED_STAGES):
+        start = part_at(i, begin0, full0, full_end0, end0, begin1, full1, full_end1)
+        dq_part, dq_tail = _add_keys(
+            dq_part, dq_tail, q_part, q_tail, g_part, g_tail, log_sum, delta, k, v, start, scale * LOG2_E, num_keys,
+            k_row, v_row, lo0, hi0, lo1, hi1, HEAD, TAIL, PART, True, PRECISION,
+        )  # fmt: skip
+    whole = full_end0 - full0
+    for i in tl.range(0, whole + full_end1 - full1, KEYS, num_stages=STAGES):
+        start = tl.where(i < whole, full0 + i, full1 + i - whole)
+        dq_part, dq_tail = _add_keys(
+            dq_part, dq_tail, q_part, q_tail, g_part, g_tail, log_sum, delta, k, v, start, scale * LOG2_E, num_keys,
+            k_row, v_row, lo0, hi0, lo1, hi1, HEAD, TAIL, KEYS, False, PRECISION,
+        )  # fmt: skip
+
+    at = ((batch * num_queries + queries) * kv_heads * group + heads) * (HEAD + TAIL)
+    store_tile(dq, at, inside, dq_part * scale, 0, HEAD)
+    if TAIL:
+        store_tile(dq, at, inside, dq_tail * scale, HEAD, TAIL)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: Tensor | None,
+    scale: float,
+    keys_tile: Tile,
+    queries_tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if dq.numel() == 0 or dk.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    batch, queries, heads, dim = q.shape
+    kv_heads, group = k.shape[2], heads // k.shape[2]
+    sizes = queries, k.shape[1], kv_heads, group
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    tiles = triton.cdiv(queries * group, keys_tile.rows)
+    packed_rows = tiles * keys_tile.rows
+    log_sums, deltas = q.new_empty(2, batch * kv_heads, packed_rows, dtype=torch.float32).unbind(0)
+    hulls = None if bounds is None else q.new_empty(batch, tiles, 8, dtype=torch.int32)
+    moves = *strides(q, k, v, bounds), *dout.stride()[:3]
+    with torch.cuda.device_of(q):
+        attention_bwd_rows[(tiles * batch * kv_heads,)](
+            out, dout, lse, dlse, bounds, log_sums, deltas, hulls, *sizes, *out.stride()[:3], *dout.stride()[:3],
+            *moves[9:11], **_rows_constants(dim, keys_tile), num_warps=4,
+        )  # fmt: skip
+        attention_bwd_keys[(triton.cdiv(k.shape[1], keys_tile.keys) * batch * kv_heads,)](
+            q, k, v, bounds, dout, log_sums, deltas, hulls, dk, dv, scale, *sizes, *moves,
+            **_keys_constants(dim, q.dtype, keys_tile), num_warps=keys_tile.warps,
+        )  # fmt: skip
+        attention_bwd_queries[(triton.cdiv(queries * group, queries_tile.rows) * batch * kv_heads,)](
+            q, k, v, bounds, dout, log_sums, deltas, dq, scale, *sizes, packed_rows, *moves,
+            **_keys_constants(dim, q.dtype, queries_tile), PART=queries_tile.part, num_warps=queries_tile.warps,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _rows_constants(dim: int, tile: Tile) -> dict[str, Any]:
+    head, tail = head_parts(dim)
+    return {"HEAD": head, "TAIL": tail, "ROWS": tile.rows}
+
+
+def _keys_constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
+    return _rows_constants(dim, tile) | {
+        "KEYS": tile.keys,
+        "STAGES": tile.stages,
+        "MASKED_STAGES": tile.masked_stages,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+
+
+def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Every tile of the tables, with bounds; see tests/gpu_code/triton_code.py."""
+    for name, dim, dtype, tile in every_tile(KEYS_BACKWARD):
+        yield f"bwd_rows {name}", *aot(attention_bwd_rows, dtype, _rows_constants(dim, tile), 4)
+        yield f"bwd_keys {name}", *aot(attention_bwd_keys, dtype, _keys_constants(dim, dtype, tile), tile.warps)
+    for name, dim, dtype, tile in every_tile(QUERIES_BACKWARD):
+        fixed = _keys_constants(dim, dtype, tile) | {"PART": tile.part}
+        yield f"bwd_queries {name}", *aot(attention_bwd_queries, dtype, fixed, tile.warps)
