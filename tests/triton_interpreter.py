@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,13 +63,14 @@ def _redirect(patch: pytest.MonkeyPatch) -> None:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(knobs.runtime, "interpret", True)
             _guard(inner, self.fn.__name__, tensors)
+            interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
             try:
                 twin(self).run(*args, grid=grid, warmup=warmup, **kwargs)
             except interpreter.InterpreterError as error:
                 raise _innermost(error) from error
 
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return twin(self)(*args, **kwargs)
+        return twin(self).rewrite()(*args, **kwargs)  # InterpretedFunction would patch the language again: milliseconds
 
     def bind(self: JITFunction, instance: Any, _: type) -> Any:  # x.sum(0): a JITFunction is an attribute of tl.tensor
         return self if instance is None else partial(self, instance)
