@@ -44,14 +44,14 @@ def meets_the_bar(inputs, ranges=None, scale=None):
 
 @pytest.mark.parametrize("mask", cases.hostile_masks(1, 1, 1))
 def test_hostile_masks_meet_the_numerics_bar(mask):
-    inputs = draw(2, 23, 71, 4, 2, 64, dtype=torch.float16)
-    meets_the_bar(inputs, cases.hostile_masks(2, 23, 71)[mask])
+    inputs = draw(1, 40, 71, 2, 1, 64, dtype=torch.float16)
+    meets_the_bar(inputs, cases.hostile_masks(1, 40, 71)[mask])
 
 
 @pytest.mark.parametrize("mask", ["full", "random", "every_third_row_empty"])
 def test_float32_meets_the_numerics_bar(mask):
-    inputs = draw(1, 23, 71, 4, 2, 64)
-    meets_the_bar(inputs, cases.hostile_masks(1, 23, 71)[mask])
+    inputs = draw(2, 23, 41, 2, 2, 64)
+    meets_the_bar(inputs, cases.hostile_masks(2, 23, 41)[mask])
 
 
 @pytest.mark.parametrize("queries, keys", [(1, 1), (1, 129), (7, 63), (64, 7), (63, 65), (127, 64), (65, 127)])
@@ -69,21 +69,21 @@ def test_every_head_dim_and_dtype_meets_the_numerics_bar(dim, dtype):
 
 @pytest.mark.parametrize("heads, kv_heads", [(3, 3), (3, 1), (10, 2)])
 def test_any_grouping_of_heads_meets_the_numerics_bar(heads, kv_heads):
-    inputs = draw(2, 21, 40, heads, kv_heads, 64, dtype=torch.float16)
-    meets_the_bar(inputs, cases.hostile_masks(2, 21, 40)["causal"])
+    inputs = draw(1, 11, 40, heads, kv_heads, 64, dtype=torch.float16)
+    meets_the_bar(inputs, cases.hostile_masks(1, 11, 40)["causal"])
 
 
 MODEL_MASKS = {
-    "block_diffusion": lambda: KeyRanges.block_diffusion(96, 16),
-    "packed": lambda: KeyRanges.packed(torch.tensor([0, 1, 70, 128, 192]), 192),
-    "window": lambda: KeyRanges.window(192, 40, 5),
-    "cached": lambda: KeyRanges.cached(torch.tensor([161]), 192, 192),
+    "block_diffusion": lambda: KeyRanges.block_diffusion(64, 16),
+    "packed": lambda: KeyRanges.packed(torch.tensor([0, 1, 70, 128]), 128),
+    "window": lambda: KeyRanges.window(128, 40, 5),
+    "cached": lambda: KeyRanges.cached(torch.tensor([101]), 128, 128),
 }
 
 
 @pytest.mark.parametrize("mask", MODEL_MASKS)
 def test_masks_of_the_field_meet_the_numerics_bar(mask):
-    meets_the_bar(draw(1, 192, 192, 1, 1, 64, dtype=torch.float16), MODEL_MASKS[mask]())
+    meets_the_bar(draw(1, 128, 128, 1, 1, 64, dtype=torch.float16), MODEL_MASKS[mask]())
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-20])
@@ -101,24 +101,24 @@ def test_extreme_logits_stay_finite(scale):
 
 def test_more_row_tiles_than_a_key_tile_looks_at_together():
     assert 16 * triton_bwd.SCAN.value < 2 * 290
-    meets_the_bar(draw(1, 290, 40, 2, 1, 64, dtype=torch.float16), cases.hostile_masks(1, 290, 40)["random"])
+    meets_the_bar(draw(1, 290, 30, 2, 1, 64, dtype=torch.float16), cases.hostile_masks(1, 290, 30)["causal"])
 
 
 # ---- rows and keys that must not matter ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_poisoned_keys_and_rows_never_reach_output_or_gradient(poison):
+def test_poisoned_keys_and_rows_never_reach_output_or_gradient():
     """Keys beyond the lengths, keys between the ranges of all rows, and rows without keys."""
-    bounds = torch.tensor([[[3, 20, 41, 60]], [[0, 0, 0, 0]], [[35, 36, 67, 67]]], dtype=torch.int32).repeat(1, 23, 1)
-    bounds[0, :5], bounds[0, 5::4], bounds[2, ::2] = torch.tensor([0, 2, 2, 2]), 0, torch.tensor([64, 64, 66, 67])
+    bounds = torch.tensor([[[3, 20, 41, 60]], [[35, 36, 67, 67]]], dtype=torch.int32).repeat(1, 23, 1)
+    bounds[0, :5], bounds[0, 5::4], bounds[1, ::2] = torch.tensor([0, 2, 2, 2]), 0, torch.tensor([64, 64, 66, 67])
     ranges = KeyRanges(bounds, 67)
-    inputs = draw(3, 23, 67, 4, 2, 64, dtype=torch.float16)
+    inputs = draw(2, 23, 67, 2, 1, 64, dtype=torch.float16)
     clean = triton(*inputs, ranges=ranges)
-    q, k, v, dout, dlse = (x.clone() for x in inputs)
     unseen, empty = ~ranges.dense().any(1), ~ranges.dense().any(2)
-    k[unseen], v[unseen], q[empty], dout[empty] = poison, poison, poison, poison
-    dlse.transpose(1, 2)[empty] = poison
+    assert unseen.any(1).all() and empty.any()
+    q, k, v, dout, dlse = (x.clone() for x in inputs)
+    k[unseen], v[unseen], q[empty], dout[empty] = math.nan, math.nan, math.nan, math.inf
+    dlse.transpose(1, 2)[empty] = math.nan
     poisoned = triton(q, k, v, dout, dlse, ranges=ranges)
     for name, x in poisoned.tensors().items():
         assert torch.equal(x, getattr(clean, name)), name
@@ -152,8 +152,8 @@ def test_malformed_bounds_act_as_their_clamped_form():
     g = torch.Generator().manual_seed(0)
     bounds = torch.randint(-60, 130, (1, 40, 4), generator=g, dtype=torch.int32)
     bounds[0, :4] = torch.tensor([[-(2**31), 2**31 - 1, 5, 3], [2**31 - 1] * 4, [-(2**31)] * 4, [9, 3, 2**31 - 1, 0]])
-    inputs = draw(1, 40, 70, 1, 1, 64, dtype=torch.float16)
-    ours, clamped = (triton(*inputs, ranges=KeyRanges(b, 70)) for b in (bounds, clamp_bounds(bounds, 70)))
+    inputs = draw(1, 40, 50, 1, 1, 64, dtype=torch.float16)
+    ours, clamped = (triton(*inputs, ranges=KeyRanges(b, 50)) for b in (bounds, clamp_bounds(bounds, 50)))
     for name, x in ours.tensors().items():
         assert torch.equal(x, getattr(clamped, name)), name
 
@@ -167,14 +167,14 @@ def test_empty_dimensions_work(batch, queries, keys):
 
 
 def test_bounds_broadcast_over_batch_and_rows():
-    inputs = draw(2, 20, 50, 2, 1, 64, dtype=torch.float16)
+    inputs = draw(2, 20, 30, 1, 1, 64, dtype=torch.float16)
     for bounds in (
-        torch.tensor([[[3, 9, 20, 45]]]),
-        torch.tensor([[[3, 9, 20, 45]], [[0, 0, 1, 2]]]),
-        cases.hostile_masks(1, 20, 50)["random"].bounds,
+        torch.tensor([[[3, 9, 20, 25]]]),
+        torch.tensor([[[3, 9, 20, 25]], [[0, 0, 1, 2]]]),
+        cases.hostile_masks(1, 20, 30)["random"].bounds,
     ):
         whole = bounds.int().expand(2, 20, 4).contiguous()
-        ours, expanded = (triton(*inputs, ranges=KeyRanges(b, 50)) for b in (bounds.int(), whole))
+        ours, expanded = (triton(*inputs, ranges=KeyRanges(b, 30)) for b in (bounds.int(), whole))
         for name, x in ours.tensors().items():
             assert torch.equal(x, getattr(expanded, name)), (tuple(bounds.shape), name)
 
@@ -190,8 +190,8 @@ def in_padded_storage(x):
 
 
 def test_strides_and_surroundings_do_not_change_a_bit():
-    inputs = draw(2, 25, 45, 4, 2, 64, dtype=torch.float16)
-    ranges = cases.hostile_masks(2, 25, 45)["hulls_overlap"]
+    inputs = draw(2, 9, 45, 4, 2, 64, dtype=torch.float16)
+    ranges = cases.hostile_masks(2, 9, 45)["hulls_overlap"]
     plain = triton(*inputs, ranges=ranges)
     for move in (in_padded_storage, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
         moved = triton(*(move(x) for x in inputs[:4]), inputs[4], ranges=ranges)
@@ -208,15 +208,16 @@ def test_offsets_beyond_two_to_the_31_elements_are_right():
         pytest.skip("no address space for 4 GiB")
     q, k, v, dout, dlse = draw(1, 2, 2, 1, 1, 64, dtype=torch.float16)
     views = [store.as_strided((1, 2, 1, 64), (far, far, 64, 1), 64 * i) for i in range(4)]
-    ours = triton(*(view.copy_(x) for view, x in zip(views, (q, k, v, dout))), dlse)
+    with interpreted(op, overflow=True):
+        ours = run("triton", *(view.copy_(x) for view, x in zip(views, (q, k, v, dout))), dlse)
     for name, x in triton(q, k, v, dout, dlse).tensors().items():
         assert torch.equal(x, getattr(ours, name)), name
 
 
 def test_same_inputs_give_the_same_bits_and_are_left_alone():
-    inputs = draw(1, 40, 70, 4, 2, 64, dtype=torch.float16)
+    inputs = draw(1, 40, 50, 2, 1, 64, dtype=torch.float16)
     before = [x.clone() for x in inputs]
-    ranges = cases.hostile_masks(1, 40, 70)["random"]
+    ranges = cases.hostile_masks(1, 40, 50)["random"]
     first, second = (triton(*inputs, ranges=ranges) for _ in range(2))
     assert all(torch.equal(x, getattr(first, name)) for name, x in second.tensors().items())
     assert all(torch.equal(a, b) for a, b in zip(inputs, before))

@@ -39,8 +39,9 @@ class KernelFault(Exception):
 
 
 @contextmanager
-def interpreted(room: ModuleType, backend: str = "triton") -> Iterator[None]:
-    """`backend` of the room takes tensors on the CPU, and Triton kernels run in the interpreter."""
+def interpreted(room: ModuleType, backend: str = "triton", overflow: bool = False) -> Iterator[None]:
+    """`backend` of the room takes tensors on the CPU, and Triton kernels run in the interpreter. `overflow`: integer
+    arithmetic that leaves its type is an error; half as fast."""
     names = [b.name for b in room.BACKENDS]
     assert backend in names, f"{room.__name__} has {names}"
     here = tuple(
@@ -48,6 +49,8 @@ def interpreted(room: ModuleType, backend: str = "triton") -> Iterator[None]:
     )
     with pytest.MonkeyPatch.context() as patch, _language_restored():
         patch.setattr(room, "BACKENDS", here)
+        options = replace(interpreter.interpreter_builder.options, sanitize_overflow=overflow)
+        patch.setattr(interpreter.interpreter_builder, "options", options)
         _redirect(patch)
         yield
 

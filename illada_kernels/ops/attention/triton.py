@@ -181,7 +181,7 @@ def aot(
     """What tests/gpu_code/triton_code.py compiles: pointers and strides divisible by 16, as they mostly are."""
     kind = {torch.float32: "*fp32:16", torch.float16: "*fp16:16", torch.bfloat16: "*bf16:16"}[dtype]
     signature = dict.fromkeys(kernel.arg_names, "i32:16")
-    signature |= dict.fromkeys(("num_queries", "num_keys", "kv_heads", "group", "packed_rows"), "i32") | {"scale": "fp32"}
+    signature |= dict.fromkeys(("num_queries", "num_keys", "kv_heads", "packed_rows"), "i32") | {"scale": "fp32"}
     signature |= dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), kind)
     signature |= dict.fromkeys(("lse", "dlse", "log_sums", "deltas"), "*fp32:16")
     signature |= dict.fromkeys(("bounds", "hulls"), "*i32:16") | dict.fromkeys(fixed, "constexpr")

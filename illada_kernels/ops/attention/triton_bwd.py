@@ -26,25 +26,25 @@ from .triton_tiles import (
 SCAN = tl.constexpr(32)  # tiles of rows that a key tile looks at together: as many as an int64 has bits to spare
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads", "group"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads"])
 def attention_bwd_rows(
-    out, dout, lse, dlse, bounds, log_sums, deltas, hulls, num_queries, num_keys, kv_heads, group,
+    out, dout, lse, dlse, bounds, log_sums, deltas, hulls, num_queries, num_keys, kv_heads,
     out_batch, out_row, out_head, dout_batch, dout_row, dout_head, bounds_batch, bounds_row,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of each packed row: its lse in units of log 2, and delta = sum out * dout - dlse. Of each tile: its two hulls.
 
     One program owns ROWS packed rows of one key head, and reads out and dout once. Rows without keys, and those beyond
     the last, get lse +inf, so that every p = exp2(s - lse) of theirs is 0, and delta 0, whatever they hold.
     """
-    tiles = tl.cdiv(num_queries * group, ROWS)
+    tiles = tl.cdiv(num_queries * GROUP, ROWS)
     program = tl.program_id(0)
     batch, kv_head, tile = (program // tiles // kv_heads).to(tl.int64), program // tiles % kv_heads, program % tiles
     rows = tile * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_queries * group
-    queries, heads = rows // group, kv_head * group + rows % group
+    inside = rows < num_queries * GROUP
+    queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
 
-    at = (batch * kv_heads * group + heads) * num_queries + queries
+    at = (batch * kv_heads * GROUP + heads) * num_queries + queries
     log_sum = tl.load(lse + at, mask=inside, other=float("-inf"))
     some = log_sum != float("-inf")
     out += batch * out_batch
@@ -81,15 +81,15 @@ def attention_bwd_rows(
 @triton.jit
 def _add_rows(
     dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q, dout, log_sums, deltas, bounds, tile, first_key, scale,
-    num_queries, num_keys, kv_head, group, q_row, q_head, dout_row, dout_head, bounds_row,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    num_queries, num_keys, kv_head, q_row, q_head, dout_row, dout_head, bounds_row,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one tile of rows adds to dk / scale and dv of a tile of keys. Scores lie as (keys, rows)."""
     rows = tile * ROWS + tl.arange(0, ROWS)
-    queries, heads = rows // group, kv_head * group + rows % group
+    queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
     log_sum, delta = tl.load(log_sums + rows), tl.load(deltas + rows)
-    wanted = rows < num_queries * group
+    wanted = rows < num_queries * GROUP
     if MASKED:
         lo0, hi0, lo1, hi1 = row_ranges(bounds, queries, wanted, bounds_row, num_keys)
         keys = first_key + tl.arange(0, KEYS)
@@ -127,12 +127,12 @@ def _lowest_bit(bits):
     return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads", "group"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads"])
 def attention_bwd_keys(
-    q, k, v, bounds, dout, log_sums, deltas, hulls, dk, dv, scale, num_queries, num_keys, kv_heads, group,
+    q, k, v, bounds, dout, log_sums, deltas, hulls, dk, dv, scale, num_queries, num_keys, kv_heads,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
     dout_batch, dout_row, dout_head,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv = p^T dout, dk = scale ds^T q, where p = exp(scale q k^T - lse), ds = p (dout v^T - delta).
@@ -150,7 +150,7 @@ def attention_bwd_keys(
     keys = first_key + tl.arange(0, KEYS)
     exists = keys < num_keys
 
-    tiles = tl.cdiv(num_queries * group, ROWS)
+    tiles = tl.cdiv(num_queries * GROUP, ROWS)
     q += batch * q_batch
     dout += batch * dout_batch
     log_sums += (program // key_tiles).to(tl.int64) * tiles * ROWS
@@ -171,8 +171,8 @@ def attention_bwd_keys(
         for tile in tl.range(0, tiles, num_stages=STAGES):
             dk_part, dk_tail, dv_part, dv_tail = _add_rows(
                 dk_part, dk_tail, dv_part, dv_tail, k_part, k_tail, v_part, v_tail, q, dout, log_sums, deltas, bounds,
-                tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, group, q_row, q_head, dout_row,
-                dout_head, bounds_row, HEAD, TAIL, ROWS, KEYS, False, PRECISION,
+                tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, q_row, q_head, dout_row,
+                dout_head, bounds_row, GROUP, HEAD, TAIL, ROWS, KEYS, False, PRECISION,
             )  # fmt: skip
     else:
         bounds += batch * bounds_batch
@@ -201,8 +201,8 @@ def attention_bwd_keys(
                 bits &= bits - 1
                 dk_part, dk_tail, dv_part, dv_tail = _add_rows(
                     dk_part, dk_tail, dv_part, dv_tail, k_part, k_tail, v_part, v_tail, q, dout, log_sums, deltas,
-                    bounds, tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, group, q_row, q_head,
-                    dout_row, dout_head, bounds_row, HEAD, TAIL, ROWS, KEYS, True, PRECISION,
+                    bounds, tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, q_row, q_head,
+                    dout_row, dout_head, bounds_row, GROUP, HEAD, TAIL, ROWS, KEYS, True, PRECISION,
                 )  # fmt: skip
             bits = tl.sum(tl.where(full, one, 0), 0)
             for _ in tl.range(0, tl.sum(full.to(tl.int32), 0), num_stages=STAGES):
@@ -210,8 +210,8 @@ def attention_bwd_keys(
                 bits &= bits - 1
                 dk_part, dk_tail, dv_part, dv_tail = _add_rows(
                     dk_part, dk_tail, dv_part, dv_tail, k_part, k_tail, v_part, v_tail, q, dout, log_sums, deltas,
-                    bounds, tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, group, q_row, q_head,
-                    dout_row, dout_head, bounds_row, HEAD, TAIL, ROWS, KEYS, False, PRECISION,
+                    bounds, tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, q_row, q_head,
+                    dout_row, dout_head, bounds_row, GROUP, HEAD, TAIL, ROWS, KEYS, False, PRECISION,
                 )  # fmt: skip
 
     at = ((batch * num_keys + keys) * kv_heads + kv_head) * (HEAD + TAIL)
@@ -255,12 +255,12 @@ def _add_keys(
     return dq, dq_tail
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads", "group", "packed_rows"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads", "packed_rows"])
 def attention_bwd_queries(
-    q, k, v, bounds, dout, log_sums, deltas, dq, scale, num_queries, num_keys, kv_heads, group, packed_rows,
+    q, k, v, bounds, dout, log_sums, deltas, dq, scale, num_queries, num_keys, kv_heads, packed_rows,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
     dout_batch, dout_row, dout_head,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
     STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq = scale ds k, where ds = p (dout v^T - delta), p = exp(scale q k^T - lse).
@@ -268,13 +268,13 @@ def attention_bwd_queries(
     One program owns ROWS packed rows of one key head and streams key tiles exactly as attention_fwd does: masked parts
     first, then whole tiles. Flops 6 D per pair of a tile visited; ds is rounded to the inputs' dtype, sums are float32.
     """
-    tiles = tl.cdiv(num_queries * group, ROWS)
+    tiles = tl.cdiv(num_queries * GROUP, ROWS)
     program = tl.program_id(0)
     tile_of_rows = tiles - 1 - program % tiles
     batch, kv_head = (program // tiles // kv_heads).to(tl.int64), program // tiles % kv_heads
     rows = tile_of_rows * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_queries * group
-    queries, heads = rows // group, kv_head * group + rows % group
+    inside = rows < num_queries * GROUP
+    queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
     if bounds is not None:
         bounds += batch * bounds_batch
     lo0, hi0, lo1, hi1, begin0, full0, full_end0, end0, begin1, full1, full_end1, end1 = key_plan(
@@ -312,7 +312,7 @@ def attention_bwd_queries(
             k_row, v_row, lo0, hi0, lo1, hi1, HEAD, TAIL, KEYS, False, PRECISION,
         )  # fmt: skip
 
-    at = ((batch * num_queries + queries) * kv_heads * group + heads) * (HEAD + TAIL)
+    at = ((batch * num_queries + queries) * kv_heads * GROUP + heads) * (HEAD + TAIL)
     store_tile(dq, at, inside, dq_part * scale, 0, HEAD)
     if TAIL:
         store_tile(dq, at, inside, dq_tail * scale, HEAD, TAIL)
@@ -336,7 +336,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     batch, queries, heads, dim = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
-    sizes = queries, k.shape[1], kv_heads, group
+    sizes = queries, k.shape[1], kv_heads
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     tiles = triton.cdiv(queries * group, keys_tile.rows)
     packed_rows = tiles * keys_tile.rows
@@ -346,26 +346,26 @@ def backward(
     with torch.cuda.device_of(q):
         attention_bwd_rows[(tiles * batch * kv_heads,)](
             out, dout, lse, dlse, bounds, log_sums, deltas, hulls, *sizes, *out.stride()[:3], *dout.stride()[:3],
-            *moves[9:11], **_rows_constants(dim, keys_tile), num_warps=4,
+            *moves[9:11], **_rows_constants(group, dim, keys_tile), num_warps=4,
         )  # fmt: skip
         attention_bwd_keys[(triton.cdiv(k.shape[1], keys_tile.keys) * batch * kv_heads,)](
             q, k, v, bounds, dout, log_sums, deltas, hulls, dk, dv, scale, *sizes, *moves,
-            **_keys_constants(dim, q.dtype, keys_tile), num_warps=keys_tile.warps,
+            **_keys_constants(group, dim, q.dtype, keys_tile), num_warps=keys_tile.warps,
         )  # fmt: skip
         attention_bwd_queries[(triton.cdiv(queries * group, queries_tile.rows) * batch * kv_heads,)](
             q, k, v, bounds, dout, log_sums, deltas, dq, scale, *sizes, packed_rows, *moves,
-            **_keys_constants(dim, q.dtype, queries_tile), PART=queries_tile.part, num_warps=queries_tile.warps,
+            **_keys_constants(group, dim, q.dtype, queries_tile), PART=queries_tile.part, num_warps=queries_tile.warps,
         )  # fmt: skip
     return dq, dk, dv
 
 
-def _rows_constants(dim: int, tile: Tile) -> dict[str, Any]:
+def _rows_constants(group: int, dim: int, tile: Tile) -> dict[str, Any]:
     head, tail = head_parts(dim)
-    return {"HEAD": head, "TAIL": tail, "ROWS": tile.rows}
+    return {"GROUP": group, "HEAD": head, "TAIL": tail, "ROWS": tile.rows}
 
 
-def _keys_constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
-    return _rows_constants(dim, tile) | {
+def _keys_constants(group: int, dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
+    return _rows_constants(group, dim, tile) | {
         "KEYS": tile.keys,
         "STAGES": tile.stages,
         "MASKED_STAGES": tile.masked_stages,
@@ -376,8 +376,8 @@ def _keys_constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
 def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """Every tile of the tables, with bounds; see tests/gpu_code/triton_code.py."""
     for name, dim, dtype, tile in every_tile(KEYS_BACKWARD):
-        yield f"bwd_rows {name}", *aot(attention_bwd_rows, dtype, _rows_constants(dim, tile), 4)
-        yield f"bwd_keys {name}", *aot(attention_bwd_keys, dtype, _keys_constants(dim, dtype, tile), tile.warps)
+        yield f"bwd_rows {name}", *aot(attention_bwd_rows, dtype, _rows_constants(4, dim, tile), 4)
+        yield f"bwd_keys {name}", *aot(attention_bwd_keys, dtype, _keys_constants(4, dim, dtype, tile), tile.warps)
     for name, dim, dtype, tile in every_tile(QUERIES_BACKWARD):
-        fixed = _keys_constants(dim, dtype, tile) | {"PART": tile.part}
+        fixed = _keys_constants(4, dim, dtype, tile) | {"PART": tile.part}
         yield f"bwd_queries {name}", *aot(attention_bwd_queries, dtype, fixed, tile.warps)

@@ -55,11 +55,11 @@ def _attend(
     return new, total, acc, acc_tail
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads", "group"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads"])
 def attention_fwd(
-    q, k, v, bounds, out, lse, scale, num_queries, num_keys, kv_heads, group,
+    q, k, v, bounds, out, lse, scale, num_queries, num_keys, kv_heads,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
     STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v, lse = log sum exp(scale q k^T), over the keys that `bounds` allows each row.
@@ -70,15 +70,15 @@ def attention_fwd(
     Scores, softmax and sums in float32 by exp2, the scale folded in; p is rounded to v's dtype for the second product.
     Ties need no rule. NaN spreads to the rows that attend to it. A row without keys: out 0, lse -inf.
     """
-    tiles = tl.cdiv(num_queries * group, ROWS)
+    tiles = tl.cdiv(num_queries * GROUP, ROWS)
     program = tl.program_id(0)
     tile_of_rows = tiles - 1 - program % tiles  # last rows first: under causal-like masks they have the most keys
     batch = (program // tiles // kv_heads).to(tl.int64)
     kv_head = program // tiles % kv_heads
 
     rows = tile_of_rows * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_queries * group
-    queries, heads = rows // group, kv_head * group + rows % group
+    inside = rows < num_queries * GROUP
+    queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
     if bounds is not None:
         bounds += batch * bounds_batch
     lo0, hi0, lo1, hi1, begin0, full0, full_end0, end0, begin1, full1, full_end1, end1 = key_plan(
@@ -116,12 +116,12 @@ def attention_fwd(
 
     none = total == 0.0
     total = tl.where(none, 1.0, total)
-    out_at = ((batch * num_queries + queries) * kv_heads * group + heads) * (HEAD + TAIL)
+    out_at = ((batch * num_queries + queries) * kv_heads * GROUP + heads) * (HEAD + TAIL)
     store_tile(out, out_at, inside, acc / total[:, None], 0, HEAD)
     if TAIL:
         store_tile(out, out_at, inside, acc_tail / total[:, None], HEAD, TAIL)
     log = tl.where(none, float("-inf"), (maximum + tl.math.log2(total)) * LN_2)
-    tl.store(lse + (batch * kv_heads * group + heads) * num_queries + queries, log, mask=inside)
+    tl.store(lse + (batch * kv_heads * GROUP + heads) * num_queries + queries, log, mask=inside)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -135,15 +135,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float
     grid = (triton.cdiv(queries * group, tile.rows) * batch * kv_heads,)
     with torch.cuda.device_of(q):
         attention_fwd[grid](
-            q, k, v, bounds, out, lse, scale, queries, k.shape[1], kv_heads, group, *strides(q, k, v, bounds),
-            **constants(dim, q.dtype, tile), NEGATIVE=scale < 0, num_warps=tile.warps,
+            q, k, v, bounds, out, lse, scale, queries, k.shape[1], kv_heads, *strides(q, k, v, bounds),
+            **constants(group, dim, q.dtype, tile), NEGATIVE=scale < 0, num_warps=tile.warps,
         )  # fmt: skip
     return out, lse
 
 
-def constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
+def constants(group: int, dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
     head, tail = head_parts(dim)
     return {
+        "GROUP": group,
         "HEAD": head,
         "TAIL": tail,
         "ROWS": tile.rows,
@@ -158,5 +159,5 @@ def constants(dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
 def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """Every tile of the table, with bounds; see tests/gpu_code/triton_code.py."""
     for name, dim, dtype, tile in every_tile(FORWARD):
-        fixed = constants(dim, dtype, tile) | {"NEGATIVE": False}
+        fixed = constants(4, dim, dtype, tile) | {"NEGATIVE": False}
         yield f"fwd {name}", *aot(attention_fwd, dtype, fixed, tile.warps)
