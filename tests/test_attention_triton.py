@@ -1,4 +1,4 @@
-"""The Triton kernels of attention in Triton's interpreter: numerics, masks, poison, strides, gradients, on small tiles."""
+"""The Triton kernels of attention in Triton's interpreter, on small tiles: numerics, masks, poison, strides."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from illada_kernels.ops.attention import triton as room
 
 pytest.importorskip("triton", reason="no triton")
 
-from triton_interpreter import interpreted  # noqa: E402
+from triton_interpreter import interpreted
 
-from illada_kernels.ops.attention import triton_bwd, triton_fwd  # noqa: E402
+from illada_kernels.ops.attention import triton_bwd, triton_fwd
 
 SMALL = {  # several tiles in each direction on shapes of a hundred; parts of a tile where there is a mask
     id(room.FORWARD): room.Tile(32, 32, 16, 4, 1, 1),
@@ -130,7 +130,7 @@ def test_skipped_tiles_are_never_loaded(monkeypatch):
 
     bounds = torch.tensor([[[0, 20, 100, 110]]], dtype=torch.int32).repeat(1, 64, 1)
     bounds[:, 32:] = torch.tensor([150, 160, 160, 160])
-    q, k, v, dout, _ = draw(1, 64, 192, 1, 1, 64, dtype=torch.float16)
+    q, k, v, *_ = draw(1, 64, 192, 1, 1, 64, dtype=torch.float16)
     with interpreted(op):
         load, read = interpreter.InterpreterBuilder.create_masked_load, set()
 
@@ -143,7 +143,7 @@ def test_skipped_tiles_are_never_loaded(monkeypatch):
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", recording)
         attention(q, k, v, KeyRanges(bounds, 192), backend="triton")
         monkeypatch.undo()
-    assert read == {*range(0, 32), *range(96, 112), *range(144, 160)}  # parts of 16 keys
+    assert read == {*range(32), *range(96, 112), *range(144, 160)}  # parts of 16 keys
 
 
 def test_malformed_bounds_act_as_their_clamped_form():
@@ -231,13 +231,34 @@ def test_gradient_without_an_upstream_of_lse():
 # ---- the table, and what it may not say ------------------------------------------------------------------------------
 
 
-def test_every_family_has_a_tile_for_every_head_dim():
+def test_every_table_has_a_tile_for_every_head_dim():
     for table in (room.FORWARD, room.KEYS_BACKWARD, room.QUERIES_BACKWARD):
-        assert set(table) == {"sm_80", "99 KiB", "sm_90", "float32"}
+        assert set(table["any"]) == set(table["float32"]) == {64, 96, 128, 256} >= set(table.get("sm_90", {}))
         for tiles in table.values():
-            assert set(tiles) == {64, 96, 128, 256}
             for tile in tiles.values():
                 assert tile.keys % tile.part == 0 and all(n & (n - 1) == 0 for n in tile[:4])
+
+
+def test_tuning_uses_the_fastest_tile_from_then_on(monkeypatch):
+    from triton import testing
+    from triton.runtime.errors import OutOfResources
+
+    monkeypatch.undo()  # the real tables
+    monkeypatch.setattr(room, "_tuned", {})
+    q, k, v, *_ = draw(1, 4, 4, 1, 1, 64, dtype=torch.float16)
+    wanted = room.choose(room.FORWARD, q)._replace(rows=64, stages=4)
+
+    def bench(run):
+        tile = room.choose(room.FORWARD, q)
+        if tile.rows == 256:
+            raise OutOfResources(1 << 20, 1 << 10, "shared memory")
+        return 1.0 if tile == wanted else 2.0
+
+    monkeypatch.setattr(testing, "do_bench", bench)
+    with interpreted(op):
+        tuned = room.tune(q, k, v)
+    assert tuned["forward"] == (wanted, 1.0) and room.choose(room.FORWARD, q) == wanted
+    assert room.choose(room.FORWARD, q.bfloat16()) == room.FORWARD["any"][64]
 
 
 def test_importing_the_room_does_not_import_triton(python):

@@ -6,8 +6,9 @@
 A file illada_kernels/ops/<op>/triton*.py takes part by defining `aot_configurations()`, which yields tuples
 (name, kernel, signature, constexprs, options): signature maps every argument to its type ("*bf16", "i32",
 "constexpr"; "*bf16:16" and "i32:16" are divisible by 16, as most pointers and strides are at run time: without it no
-load is wider than an element), constexprs the constant ones to their values, options holds num_warps and num_stages. A
-configuration takes 2-5 s, so one whose hash is in the table is not compiled again.
+load is wider than an element), constexprs the constant ones to their values, options holds num_warps and num_stages,
+and archs (some of 80, 90, 100) where not all use it. A configuration takes 2-5 s, so one whose hash is in the table is
+not compiled again.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def compile_configuration(configuration: Configuration, arch: int) -> Row:
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     types = {name: kind.removesuffix(":16") for name, kind in signature.items()}
     source = ASTSource(kernel, types, configuration.constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=configuration.options)
+    options = {name: value for name, value in configuration.options.items() if name != "archs"}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack, instructions = _read_cubin(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     return Row(configuration.name, arch, configuration.hash(arch), registers, shared, stack, instructions)
@@ -126,7 +128,7 @@ def measure(table: Iterable[Row], wanted: Iterable[Configuration]) -> tuple[list
     known = {(row.configuration, row.arch): row for row in table}
     rows, changes = [], []
     for configuration in wanted:
-        for arch in SHARED_LIMIT:
+        for arch in configuration.options.get("archs", SHARED_LIMIT):
             old = known.pop((configuration.name, arch), None)
             if old and old.hash == configuration.hash(arch):
                 rows.append(old)

@@ -6,6 +6,7 @@ triton_fwd.py and triton_bwd.py hold the kernels and are imported at the first c
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..._gpu import triton_reason
 
 _HEAD_DIMS = (64, 96, 128, 256)
+_MAX_ROWS = 2**31 - 1024
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,6 +38,8 @@ def supports(request: Any) -> str | None:
         return f"takes bfloat16, float16 and float32, not {q.dtype}"
     if q.shape[3] not in _HEAD_DIMS or v.shape[3] != q.shape[3]:
         return f"takes q and v of a head_dim of 64, 96, 128 or 256, not {q.shape[3]} and {v.shape[3]}"
+    if max(q.shape[1] * q.shape[2] // v.shape[2], v.shape[1]) > _MAX_ROWS:
+        return f"takes at most {_MAX_ROWS} keys, and queries times query heads per key head"
     return None
 
 
@@ -90,7 +94,7 @@ def head_parts(dim: int) -> tuple[int, int]:
 
 
 class Tile(NamedTuple):
-    """Packed query rows, keys of a full tile and of a masked one, warps, stages of the pipeline over each of the two."""
+    """Packed query rows, keys of a whole tile and of a masked part, warps, stages of the pipelines over either."""
 
     rows: int
     keys: int
@@ -100,89 +104,117 @@ class Tile(NamedTuple):
     masked_stages: int
 
 
-Table = dict[str, dict[int, Tile]]  # family of GPUs, or float32 -> head_dim -> tile
+FULL = "head_dim 64 without bounds"  # of the configurations compiled ahead of time, the one without a mask
+Table = dict[str, dict[int, Tile]]  # "any" GPU, what "sm_90" and later do differently, "float32" -> head_dim -> tile
 
-# Chosen for registers without spills and shared memory that fits, as tests/gpu_code/triton_table.csv shows; not measured.
-# "99 KiB": GPUs whose blocks have no more shared memory (sm_86, sm_89, sm_120). "float32": any GPU; no tensor cores.
+# For registers without spills on sm_80, sm_90 and sm_100, and shared memory within the 99 KiB of a block on sm_86, 89
+# and 120, as tests/gpu_code/triton_table.csv shows. Not measured. float32 does without tensor cores.
 FORWARD: Table = {
-    "sm_80": {
-        64: Tile(128, 64, 32, 4, 3, 2), 96: Tile(128, 64, 32, 4, 3, 2), 128: Tile(128, 64, 32, 8, 3, 2), 256: Tile(128, 32, 16, 8, 3, 2),
+    "any": {
+        64: Tile(128, 64, 32, 4, 3, 1), 96: Tile(128, 32, 32, 8, 3, 1),
+        128: Tile(128, 32, 32, 8, 3, 1), 256: Tile(64, 32, 32, 8, 2, 1),
     },
-    "99 KiB": {
-        64: Tile(128, 64, 32, 4, 2, 2), 96: Tile(128, 32, 16, 4, 2, 2), 128: Tile(128, 32, 16, 8, 2, 2), 256: Tile(64, 32, 16, 4, 2, 2),
-    },
-    "sm_90": {
-        64: Tile(128, 128, 64, 8, 3, 2), 96: Tile(128, 64, 32, 8, 3, 2), 128: Tile(128, 64, 32, 8, 3, 2), 256: Tile(128, 32, 16, 8, 3, 2),
-    },
-    "float32": {
-        64: Tile(32, 32, 16, 4, 1, 1), 96: Tile(32, 32, 16, 4, 1, 1), 128: Tile(32, 32, 16, 4, 1, 1), 256: Tile(32, 16, 8, 4, 1, 1),
-    },
+    "sm_90": {128: Tile(128, 64, 32, 8, 3, 1), 256: Tile(64, 32, 16, 8, 2, 1)},
+    "float32": dict.fromkeys((64, 96, 128, 256), Tile(16, 16, 16, 4, 1, 1)),
 }  # fmt: skip
 KEYS_BACKWARD: Table = {  # dk and dv of a tile of keys
-    "sm_80": {
-        64: Tile(64, 128, 64, 8, 2, 1), 96: Tile(64, 64, 32, 4, 2, 1), 128: Tile(64, 64, 32, 4, 2, 1), 256: Tile(32, 64, 32, 8, 2, 1),
+    "any": {
+        64: Tile(32, 128, 128, 8, 2, 1), 96: Tile(16, 64, 64, 8, 2, 1),
+        128: Tile(32, 64, 64, 8, 2, 1), 256: Tile(32, 32, 32, 8, 2, 1),
     },
-    "99 KiB": {
-        64: Tile(64, 64, 32, 4, 2, 1), 96: Tile(32, 64, 32, 4, 2, 1), 128: Tile(32, 64, 32, 4, 2, 1), 256: Tile(16, 32, 16, 4, 1, 1),
-    },
-    "sm_90": {
-        64: Tile(64, 128, 64, 8, 2, 1), 96: Tile(64, 64, 32, 4, 2, 1), 128: Tile(64, 64, 32, 4, 2, 1), 256: Tile(32, 64, 32, 8, 2, 1),
-    },
-    "float32": {
-        64: Tile(16, 32, 16, 4, 1, 1), 96: Tile(16, 32, 16, 4, 1, 1), 128: Tile(16, 32, 16, 4, 1, 1), 256: Tile(16, 16, 8, 4, 1, 1),
-    },
+    "sm_90": {96: Tile(32, 64, 64, 8, 2, 1)},
+    "float32": dict.fromkeys((64, 96, 128, 256), Tile(16, 16, 16, 4, 1, 1)),
 }  # fmt: skip
 QUERIES_BACKWARD: Table = {  # dq of a tile of rows
-    "sm_80": {
-        64: Tile(128, 64, 32, 8, 2, 1), 96: Tile(128, 32, 16, 8, 2, 1), 128: Tile(128, 32, 16, 8, 2, 1), 256: Tile(64, 32, 16, 8, 2, 1),
+    "any": {
+        64: Tile(128, 64, 32, 8, 2, 1), 96: Tile(64, 32, 32, 8, 2, 1),
+        128: Tile(64, 64, 32, 8, 2, 1), 256: Tile(32, 32, 32, 8, 2, 1),
     },
-    "99 KiB": {
-        64: Tile(64, 64, 32, 4, 2, 1), 96: Tile(64, 32, 16, 4, 2, 1), 128: Tile(64, 32, 16, 4, 2, 1), 256: Tile(32, 32, 16, 4, 1, 1),
-    },
-    "sm_90": {
-        64: Tile(128, 64, 32, 8, 2, 1), 96: Tile(128, 32, 16, 8, 2, 1), 128: Tile(128, 32, 16, 8, 2, 1), 256: Tile(64, 32, 16, 8, 2, 1),
-    },
-    "float32": {
-        64: Tile(32, 16, 8, 4, 1, 1), 96: Tile(32, 16, 8, 4, 1, 1), 128: Tile(32, 16, 8, 4, 1, 1), 256: Tile(16, 16, 8, 4, 1, 1),
-    },
+    "float32": dict.fromkeys((64, 96, 128, 256), Tile(16, 16, 16, 4, 1, 1)),
 }  # fmt: skip
+
+
+_tuned: dict[tuple[int, torch.device, torch.dtype, int], Tile] = {}
 
 
 def choose(table: Table, q: Tensor) -> Tile:
-    return table["float32" if q.dtype == torch.float32 else _family(q.device)][q.shape[3]]
+    dim = q.shape[3]
+    if (id(table), q.device, q.dtype, dim) in _tuned:
+        return _tuned[id(table), q.device, q.dtype, dim]
+    if q.dtype == torch.float32:
+        return table["float32"][dim]
+    # a block of sm_120 has less shared memory than one of sm_90
+    later = q.device.type == "cuda" and 9 <= torch.cuda.get_device_capability(q.device)[0] < 12
+    return table.get("sm_90", {}).get(dim, table["any"][dim]) if later else table["any"][dim]
 
 
-@functools.cache
-def _family(device: torch.device) -> str:
-    if device.type != "cuda":  # Triton's interpreter
-        return "sm_80"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) in ((8, 0), (8, 7)):
-        return "sm_80"
-    return "sm_90" if major in (9, 10, 11) else "99 KiB"
+def tune(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> dict[str, tuple[Tile, float]]:
+    """Measures tiles on these tensors (arguments as of `forward`) and, in this process, uses the fastest for calls of
+    their dtype and head_dim on their device. Returns each kernel's tile and the milliseconds of its direction.
+
+    Compiles some thirty tiles a kernel: minutes. Other tiles mean other sums, so the last bits of results may change.
+    """
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    scale = q.shape[3] ** -0.5
+    out, lse = forward(q, k, v, bounds, scale)
+
+    def forwards() -> Any:
+        return forward(q, k, v, bounds, scale)
+
+    def backwards() -> Any:
+        return backward(out, None, q, k, v, out, lse, bounds, scale)
+
+    fastest = {}
+    for name, table, run in (
+        ("forward", FORWARD, forwards),
+        ("keys backward", KEYS_BACKWARD, backwards),
+        ("queries backward", QUERIES_BACKWARD, backwards),
+    ):
+        times = {}
+        for tile in _neighbours(choose(table, q)):
+            _tuned[id(table), q.device, q.dtype, q.shape[3]] = tile
+            try:
+                times[tile] = float(do_bench(run))
+            except OutOfResources:
+                continue
+        best = min(times, key=times.__getitem__)
+        _tuned[id(table), q.device, q.dtype, q.shape[3]] = best
+        fastest[name] = best, times[best]
+    return fastest
 
 
-def every_tile(table: Table) -> Iterator[tuple[str, int, torch.dtype, Tile]]:
-    """Each tile of the table once, named by what uses it; 16-bit ones as bfloat16, the first also as float16."""
-    seen = set()
-    for family, tiles in table.items():
-        for dim, tile in tiles.items():
-            dtype = torch.float32 if family == "float32" else torch.bfloat16
-            if (dim, dtype, tile) not in seen:
-                seen.add((dim, dtype, tile))
-                yield f"{family} head_dim {dim}", dim, dtype, tile
-    first = next(iter(table))
-    yield f"{first} head_dim 128 float16", 128, torch.float16, table[first][128]
+def _neighbours(tile: Tile) -> Iterator[Tile]:
+    """The tile itself first, then with half and twice its rows and keys, the other number of warps, more stages."""
+    for rows, keys, warps, more in itertools.product((1, 0.5, 2), (1, 0.5, 2), (tile.warps, 12 - tile.warps), (0, 1)):
+        keys = max(16, int(tile.keys * keys))
+        yield Tile(max(16, int(tile.rows * rows)), keys, min(tile.part, keys), warps, tile.stages + more, 1)
+
+
+def every_tile(table: Table) -> Iterator[tuple[str, int, torch.dtype, Tile, tuple[int, ...]]]:
+    """Each tile of the table and the architectures that use it; 16-bit ones as bfloat16, one also as float16."""
+    later = table.get("sm_90", {})
+    for dim, tile in table["any"].items():
+        yield f"head_dim {dim}", dim, torch.bfloat16, tile, (80,) if dim in later else (80, 90, 100)
+    for dim, tile in later.items():
+        yield f"head_dim {dim} from sm_90 on", dim, torch.bfloat16, tile, (90, 100)
+    for dim, tile in table["float32"].items():
+        yield f"head_dim {dim} float32", dim, torch.float32, tile, (80,)
+    yield "head_dim 64 float16", 64, torch.float16, table["any"][64], (90,)
+    yield FULL, 64, torch.bfloat16, table["any"][64], (90,)
 
 
 def aot(
-    kernel: Any, dtype: torch.dtype, fixed: dict[str, Any], warps: int
-) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    kernel: Any, name: str, dtype: torch.dtype, fixed: dict[str, Any], warps: int, archs: tuple[int, ...]
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
     """What tests/gpu_code/triton_code.py compiles: pointers and strides divisible by 16, as they mostly are."""
+    if name == FULL:
+        fixed = fixed | {x: None for x in ("bounds", "hulls", "dlse") if x in kernel.arg_names}
     kind = {torch.float32: "*fp32:16", torch.float16: "*fp16:16", torch.bfloat16: "*bf16:16"}[dtype]
     signature = dict.fromkeys(kernel.arg_names, "i32:16")
     signature |= dict.fromkeys(("num_queries", "num_keys", "kv_heads", "packed_rows"), "i32") | {"scale": "fp32"}
     signature |= dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), kind)
     signature |= dict.fromkeys(("lse", "dlse", "log_sums", "deltas"), "*fp32:16")
     signature |= dict.fromkeys(("bounds", "hulls"), "*i32:16") | dict.fromkeys(fixed, "constexpr")
-    return kernel, {name: signature[name] for name in kernel.arg_names}, fixed, {"num_warps": warps}
+    return kernel, {name: signature[name] for name in kernel.arg_names}, fixed, {"num_warps": warps, "archs": archs}

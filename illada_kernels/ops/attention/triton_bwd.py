@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Attention backward in Triton: one kernel for what belongs to rows, one for dk and dv, one for dq. No atomics."""
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _add_rows(
         lo0, hi0, lo1, hi1 = row_ranges(bounds, queries, wanted, bounds_row, num_keys)
         keys = first_key + tl.arange(0, KEYS)
         allowed = allowed_pairs(keys[:, None], lo0[None, :], hi0[None, :], lo1[None, :], hi1[None, :])
-        wanted = lo0 < hi0  # p and ds are 0 elsewhere, but 0 * NaN is NaN: q and dout of a row without keys are not loaded
+        wanted = lo0 < hi0  # p and ds are 0 elsewhere, but 0 * NaN is NaN: a row without keys is not loaded
     q_at = queries.to(tl.int64) * q_row + heads.to(tl.int64) * q_head
     dout_at = queries.to(tl.int64) * dout_row + heads.to(tl.int64) * dout_head
     x, g = load_tile(q, q_at, wanted, 0, HEAD), load_tile(dout, dout_at, wanted, 0, HEAD)
@@ -260,7 +261,8 @@ def attention_bwd_queries(
     q, k, v, bounds, dout, log_sums, deltas, dq, scale, num_queries, num_keys, kv_heads, packed_rows,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
     dout_batch, dout_row, dout_head,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
     STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq = scale ds k, where ds = p (dout v^T - delta), p = exp(scale q k^T - lse).
@@ -373,11 +375,12 @@ def _keys_constants(group: int, dim: int, dtype: torch.dtype, tile: Tile) -> dic
     }
 
 
-def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Every tile of the tables, with bounds; see tests/gpu_code/triton_code.py."""
-    for name, dim, dtype, tile in every_tile(KEYS_BACKWARD):
-        yield f"bwd_rows {name}", *aot(attention_bwd_rows, dtype, _rows_constants(4, dim, tile), 4)
-        yield f"bwd_keys {name}", *aot(attention_bwd_keys, dtype, _keys_constants(4, dim, dtype, tile), tile.warps)
-    for name, dim, dtype, tile in every_tile(QUERIES_BACKWARD):
+    for name, dim, dtype, tile, archs in every_tile(KEYS_BACKWARD):
+        yield f"bwd_rows {name}", *aot(attention_bwd_rows, name, dtype, _rows_constants(4, dim, tile), 4, archs[:1])
+        fixed = _keys_constants(4, dim, dtype, tile)
+        yield f"bwd_keys {name}", *aot(attention_bwd_keys, name, dtype, fixed, tile.warps, archs)
+    for name, dim, dtype, tile, archs in every_tile(QUERIES_BACKWARD):
         fixed = _keys_constants(4, dim, dtype, tile) | {"PART": tile.part}
-        yield f"bwd_queries {name}", *aot(attention_bwd_queries, dtype, fixed, tile.warps)
+        yield f"bwd_queries {name}", *aot(attention_bwd_queries, name, dtype, fixed, tile.warps, archs)

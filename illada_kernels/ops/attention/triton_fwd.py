@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Attention forward in Triton."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton import FORWARD, Tile, aot, every_tile, head_parts, strides
+from .triton import FORWARD, FULL, Tile, aot, every_tile, head_parts, strides
 from .triton_tiles import LN_2, LOG2_E, allowed_pairs, attended_keys, key_plan, load_tile, part_at, store_tile
 
 
@@ -29,7 +30,7 @@ def _attend(
     if MASKED:
         allowed = allowed_pairs(keys[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None])
         exists = keys < num_keys
-        attended = attended_keys(keys, lo0, hi0, lo1, hi1)  # p is 0 elsewhere, but 0 * NaN is NaN: such v are not loaded
+        attended = attended_keys(keys, lo0, hi0, lo1, hi1)  # p is 0 elsewhere, but 0 * NaN is NaN: such v stay out
     else:
         exists, attended = None, None
     s = tl.dot(q, tl.trans(load_tile(k, k_at, exists, 0, HEAD)), input_precision=PRECISION)  # (rows, keys)
@@ -59,7 +60,8 @@ def _attend(
 def attention_fwd(
     q, k, v, bounds, out, lse, scale, num_queries, num_keys, kv_heads,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
     STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v, lse = log sum exp(scale q k^T), over the keys that `bounds` allows each row.
@@ -156,8 +158,8 @@ def constants(group: int, dim: int, dtype: torch.dtype, tile: Tile) -> dict[str,
     }
 
 
-def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Every tile of the table, with bounds; see tests/gpu_code/triton_code.py."""
-    for name, dim, dtype, tile in every_tile(FORWARD):
-        fixed = constants(4, dim, dtype, tile) | {"NEGATIVE": False}
-        yield f"fwd {name}", *aot(attention_fwd, dtype, fixed, tile.warps)
+    for name, dim, dtype, tile, archs in every_tile(FORWARD):
+        fixed = constants(4, dim, dtype, tile) | {"NEGATIVE": name == FULL}
+        yield f"fwd {name}", *aot(attention_fwd, name, dtype, fixed, tile.warps, archs)

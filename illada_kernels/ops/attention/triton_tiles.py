@@ -1,8 +1,9 @@
+# mypy: allow-untyped-defs
 """What the Triton kernels of attention share: key ranges seen from a tile of rows, and tiles of memory.
 
-The query heads that read one key head are packed into rows: row r of a (batch entry, key head) is query r // group under
-head r % group of them. So a tile of 128 rows holds 32 queries where four heads share a key head: as many products,
-narrower hulls, and a block of a few new queries fills a tile. head_dim is one power of two, HEAD, or the sum of two, HEAD
+The query heads that read a key head are packed into rows: row r of a (batch entry, key head) is query r // GROUP under
+head r % GROUP of those. So a tile of 128 rows holds 32 queries where four heads share a key head: as many products, but
+narrower hulls, and a block of a few new queries fills a tile. head_dim is a power of two, HEAD, or the sum of two, HEAD
 and TAIL (96 = 64 + 32), whose parts are separate tensors: nothing is padded.
 """
 
@@ -92,8 +93,8 @@ def allowed_pairs(keys, lo0, hi0, lo1, hi1):
 
 @triton.jit
 def attended_keys(keys, lo0, hi0, lo1, hi1):
-    """(keys,): some row attends. Computed again and the other way round: reducing (rows, keys) over its rows, which lie in
-    the layout of a product, would need twice the registers."""
+    """(keys,): some row attends. Computed once more and the other way round: to reduce (rows, keys), which lies as a
+    product does, over its rows takes twice the registers."""
     pairs = allowed_pairs(keys[:, None], lo0[None, :], hi0[None, :], lo1[None, :], hi1[None, :])
     return tl.max(pairs.to(tl.int32), 1) > 0
 
