@@ -53,25 +53,35 @@ def masked_loss(
     terms.
     max_masked: a capacity for masked rows that frees a GPU call of host synchronisation; more than that make the loss
     and all gradients NaN.
-    memory_budget: bytes the call may hold beside inputs, output and gradients (a float32 head gradient kept for the
-    backward of a half-precision head counts as a gradient). Default: 256 MiB, or head_weight's size in float32 if
-    that is more. On the CPU, N being max_masked or the number of all rows:
+    memory_budget: bytes the call may hold beside inputs, output and gradients; which mode that gives is decided from
+    shapes and options alone. N is max_masked or the number of all rows.
+    On the CPU (default: 256 MiB, or head_weight's size in float32 if that is more; a float32 head gradient kept for
+    the backward of a half-precision head counts as a gradient):
       - N x V float32 logits fit, with the N x D rows: one chunk, kept from forward to backward; 3 products;
       - "sum" or "mean", and 32 rows of logits fit: few chunks of rows; gradients are made in the forward and scaled by
         the upstream gradient in the backward (exactly 1 hands them over instead); 3 products, and up to half of one
         again where that saves chunks;
       - else: slices of the vocabulary, recomputed in the backward; 4 products. The least it needs is 8 * N * D bytes
         and a slice of 256 ids.
+    On a GPU (default: 256 MiB, or 8 * V * D bytes if that is more):
+      - N x V logits in head_weight's dtype fit, with the rows: one chunk, which becomes its own gradient and is kept,
+        for the rows that are masked; 3 products;
+      - "sum" or "mean", and 1024 rows of logits fit beside the head's gradient in float32: the fewest chunks of rows;
+        gradients are made in the forward, in float32, and scaled in the backward; 3 products;
+      - else: slices of the vocabulary, recomputed in the backward; 4 products. The least it needs is 6 * N * D bytes
+        (8 for a float32 head) and a slice of 256 ids.
     Without gradients only the first product runs, by slices of the vocabulary. A frozen head or hidden skips its
-    product.
+    product. Under torch.compile on a GPU pass max_masked: without it the backward computes all rows.
 
     Returns the loss, float32 (float64 for float64). Gradients reach hidden (zero where not masked), head_weight and
     head_bias, each rounded once from float32. The backward may run twice; a second derivative raises.
 
     Raises TypeError or ValueError on arguments that do not fit together or if weight requires grad, and ValueError if
     a masked row has a target outside [0, V); with max_masked on a GPU that makes its loss and the reduced loss NaN
-    instead. Targets at unmasked rows are ignored. On a GPU one host synchronisation, none with max_masked.
+    instead. Targets at unmasked rows are ignored. On a GPU one host synchronisation, in the forward; none with
+    max_masked, once a first call has uploaded `forbid`.
 
+    The GPU backends have not yet run on a GPU: until `doctor --selftest` has passed only backend= reaches them.
     Source: the objective of LLaDA (arXiv:2502.09992), weight 1/t; z-loss as in PaLM (arXiv:2204.02311).
     """
     device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
@@ -113,6 +123,8 @@ def masked_loss_from_logits(
     logits, and everything is computed in float32 (as autocast itself does for a cross-entropy).
 
     Cost: forward one pass over the masked rows, backward one pass and the gradient; a few bytes a row are kept between.
+    On a GPU one host synchronisation, in the forward, none with max_masked. Logits whose rows need more than two
+    strides are copied.
     The "cuda" and "triton" backends have not yet run on a GPU: until `doctor --selftest` has passed only naming one
     reaches it.
     """
