@@ -1,11 +1,11 @@
 // What the kernels of unmask share: a candidate's parameters, read on the device with the reference's roundings and
 // clamps, and what is kept of a row while a warp meets its logits:
-//   the maximum and the second one, sum of e = exp(z) and of e * z with z = (l - max) / Tc in units of log 2, and the best
-//   l + T * Gumbel with its id and its l. A NaN or +inf logit makes the maximum +inf for good: the row is bad.
-// A warp meets IDS * 32 ids at once, lane i those at first + j / 4 * 128 + i * 4 + j % 4: neighbours share a Philox block.
-// All of it, and so the order of every sum, is a function of the row's own logits and of where the caller cuts the vocabulary.
-// Noise costs Philox for each pair of ids; logarithms are computed only where the word's size leaves an id a chance to win,
-// by bounds that err to one side, so that the argmax is exact.
+//   the maximum and the second one, sum of e = exp(z) and of e * z with z = (l - max) / Tc in units of log 2, and the
+//   best l + T * Gumbel with its id and its l. A NaN or +inf logit makes the maximum +inf for good: the row is bad.
+// A warp meets IDS * 32 ids at once, lane i those at first + j / 4 * 128 + i * 4 + j % 4: neighbours share a Philox
+// block. All of it, and so the order of every sum, is a function of the row's own logits and of where the caller cuts
+// the vocabulary. Noise costs Philox for each pair of ids; logarithms are computed only where the word's size leaves an
+// id a chance to win, by bounds that err to one side, so that the argmax is exact.
 #pragma once
 #include "device.cuh"
 #include "illada/api.h"
@@ -78,7 +78,7 @@ ILLADA_DEVICE float load_bias(const Call& c, int64_t id) {
   }
 }
 
-// For each of the n ids that lies among the warp's IDS * 32, in order: apply(its j in this lane or -1, its place in ids).
+// For each of the n ids that lies among the warp's IDS * 32, in order: apply(its j in this lane or -1, where in ids).
 template <int IDS, class Apply>
 ILLADA_DEVICE void find_ids(const Call& c, const int64_t* ids, int64_t n, int64_t first, Apply apply) {
   const int lane = threadIdx.x % 32;
@@ -121,7 +121,7 @@ template <int IDS> ILLADA_DEVICE void apply_edits(const Edits<IDS>& e, float (&l
   }
 }
 
-// ---- one row, in the registers of a warp; all lanes hold the same ----------------------------------------------------
+// ---- one row, in the registers of a warp; all lanes hold the same ----------------------------------------------
 struct Running {
   float top, second, sum, sum_ez;
   float best_score, best_logit, held_logit;
@@ -150,14 +150,15 @@ struct Best {
   int32_t id;
 };
 // One id that the first bound let through.
-ILLADA_DEVICE void offer(float logit, uint32_t high, uint32_t low, float temperature, float slack, int32_t id, Best& best) {
+ILLADA_DEVICE void offer(float logit, uint32_t high, uint32_t low, float temperature, float slack, int32_t id,
+                         Best& best) {
   const int halvings = high ? __clz(int(high)) + 1 : 64;  // u >= 2^-halvings, so g <= halvings * log 2
   if (logit == -infinity() || logit + temperature * (0.6931473f * float(halvings)) + slack < best.score) return;
   const float score = noised_score(logit, temperature, gumbel(high, low));
   if (score > best.score || (score == best.score && id < best.id)) best = Best{score, logit, id};
 }
 
-// A score that the row reaches: the best of what each lane's likeliest id gets. A high bar spares logarithms; nothing else.
+// A score that the row reaches: the best of what each lane's likeliest id gets. A high bar spares logarithms, no more.
 template <int IDS> ILLADA_DEVICE float first_bar(const float (&l)[IDS], int32_t mine, const Row& row) {
   float top = l[0];
   int32_t id = mine;
@@ -169,12 +170,15 @@ template <int IDS> ILLADA_DEVICE float first_bar(const float (&l)[IDS], int32_t 
   return warp_top(top == -infinity() ? top : noised_score(top, row.temperature, g));
 }
 
-template <int IDS> ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t mine, const Row& row, float top, Running& s) {
+template <int IDS>
+ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t mine, const Row& row, float top, Running& s) {
   const float t = row.temperature;
   Best best{s.best_score, s.best_logit, s.best_id};
-  if (best.score == -infinity()) best = Best{first_bar(l, mine, row), -infinity(), 0x7fffffff};  // its id comes again, in turn
+  if (best.score == -infinity())
+    best = Best{first_bar(l, mine, row), -infinity(), 0x7fffffff};  // its id comes again, in turn
   const int32_t before = best.id;
-  const float slack = 1e-6f * (fabsf(best.score) + fabsf(top) + 64.0f * t);  // what rounding can add to a score, at most
+  // what rounding can add to a score, at most
+  const float slack = 1e-6f * (fabsf(best.score) + fabsf(top) + 64.0f * t);
   const float need = (best.score - top - slack) / t;  // the Gumbel value of a winner
   if (need > 44.5f) return;                           // no 64-bit uniform gives more than 44.37
   const uint32_t limit = highest_word(need);
@@ -206,7 +210,8 @@ ILLADA_DEVICE float warp_second(float top, float second) {
 }
 
 // l: this lane's logits of ids first .. first + IDS * 32, edited.
-template <int IDS> ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, int needs, Running& s) {
+template <int IDS>
+ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, int needs, Running& s) {
   const int lane = threadIdx.x % 32;
   const int32_t mine = int32_t(first) + lane * 4;
   bool bad = s.top == infinity();
@@ -255,7 +260,7 @@ template <int IDS> ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first,
   }
 }
 
-// ---- partials (FIELDS, rows, parts) ------------------------------------------------------------------------------------
+// ---- partials (FIELDS, rows, parts) ----------------------------------------------------------------------------
 enum PartialField { kTop, kSecondTop, kSum, kSumEz, kBestScore, kBestLogit, kHeldLogit, kBestId };
 ILLADA_DEVICE float* partial(const Call& c, int field, int64_t row, int64_t part) {
   return c.partials + (field * c.batch * c.count + row) * c.parts + part;

@@ -1,10 +1,11 @@
 // unmask, the last step: confidences, ranking, and which candidates are written. One block owns a sequence.
 //
-// 8 lanes merge the parts of a candidate (unmask.cuh) in a fixed order, sums in double; the candidates are sorted by (key, position,
-// place), a bitonic network in shared memory, or in a workspace for more than 1024; the rule's first failing rank is a scan and a
-// minimum; then tokens are written, and the masks left counted. Keys are -confidence, or the entropy for EntropyBound, or the score for
-// Remask, in which a NaN has no place. Bad rows (a NaN or +inf logit, no id allowed) propose -1 and are not written.
-// Reads 32 bytes for each part of a row that takes part; time is latency: about 55 barriers for 1024 candidates.
+// 8 lanes merge the parts of a candidate (unmask.cuh) in a fixed order, sums in double; the candidates are sorted by
+// (key, position, place), a bitonic network in shared memory, or in a workspace for more than 1024; the rule's first
+// failing rank is a scan and a minimum; then tokens are written, and the masks left counted. Keys are -confidence, or
+// the entropy for EntropyBound, or the score for Remask, in which a NaN has no place. Bad rows (a NaN or +inf logit, no
+// id allowed) propose -1 and are not written. Reads 32 bytes for each part of a row that takes part; time is latency:
+// about 55 barriers for 1024 candidates.
 #include "unmask.cuh"
 
 namespace {
@@ -77,7 +78,8 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
     const float drop = fmaxf(__fmul_rn(*partial(c, kTop, r, p) - top, row.scale2), kLowestZ), kept = fast_exp2(drop);
     const double part = *partial(c, kSum, r, p);
     sum = fma(double(kept), part, sum);
-    if (c.needs & kEntropy) sum_ez = fma(double(kept), fma(double(drop), part, double(*partial(c, kSumEz, r, p))), sum_ez);
+    if (c.needs & kEntropy)
+      sum_ez = fma(double(kept), fma(double(drop), part, double(*partial(c, kSumEz, r, p))), sum_ez);
   }
   sum = warp_sum<kLanes>(sum);
   if (c.needs & kEntropy) sum_ez = warp_sum<kLanes>(sum_ez) * kLog2;
@@ -94,7 +96,7 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
   return result;
 }
 
-// ---- the candidates of a sequence, and their order -------------------------------------------------------------------------
+// ---- the candidates of a sequence, and their order -------------------------------------------------------------
 struct Candidates {
   uint64_t* keys;      // (n), n a power of two
   uint32_t* places;    // (n): k of the candidate with this key
@@ -115,7 +117,8 @@ ILLADA_DEVICE void sort(const Candidates& s, uint32_t n) {
         const uint64_t a = s.keys[low], b = s.keys[high];
         const uint32_t at_a = s.places[low], at_b = s.places[high];
         const bool after = a > b || (a == b && at_a > at_b);
-        if (after == ((low & size) == 0)) s.keys[low] = b, s.keys[high] = a, s.places[low] = at_b, s.places[high] = at_a;
+        if (after == ((low & size) == 0))
+          s.keys[low] = b, s.keys[high] = a, s.places[low] = at_b, s.places[high] = at_a;
       }
       __syncthreads();
     }
@@ -140,14 +143,16 @@ ILLADA_DEVICE double sum_before(double x, double* scratch) {
 }
 
 // How many of the m ranked candidates the rule commits, from the front.
-ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s, int64_t m, const float* confidence, double* scratch) {
+ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s, int64_t m, const float* confidence,
+                                   double* scratch) {
   if (c.rule == kTopK) {
     const int64_t k = integer_of(c.rule_number, b);
     return k < 0 ? 0 : k < m ? k : m;
   }
   const float number = number_of(c.rule_number, b);
   const bool by_entropy = c.rule == kEntropyBound || c.rule == kEntropyBoundInclusive;
-  const int64_t share = (m + kThreads - 1) / kThreads, start = threadIdx.x * share, end = start + share < m ? start + share : m;
+  const int64_t share = (m + kThreads - 1) / kThreads, start = threadIdx.x * share,
+                end = start + share < m ? start + share : m;
   double entropies = 0.0;
   if (by_entropy) {
     for (int64_t r = start; r < end; ++r) entropies += double(s.entropies[s.places[r]]);
@@ -175,7 +180,8 @@ struct Outputs {
 };
 
 // Everything about candidate k but its rank; written by one lane. Its key, or kNoKey where the rule does not rank it.
-ILLADA_DEVICE uint64_t propose(const Call& c, int64_t b, int64_t k, const Row& row, const Result& result, const Outputs& out, float* entropy) {
+ILLADA_DEVICE uint64_t propose(const Call& c, int64_t b, int64_t k, const Row& row, const Result& result,
+                               const Outputs& out, float* entropy) {
   Result shown{-1, -infinity(), 0.0f, 0.0f, 0.0f};
   bool edited = false;
   uint64_t key = kNoKey;
@@ -183,7 +189,8 @@ ILLADA_DEVICE uint64_t propose(const Call& c, int64_t b, int64_t k, const Row& r
   if (row.position >= 0 && !row.masked && c.revise >= kRemask) {
     const bool by_scores = c.revise == kRemaskByScores;
     const float score = by_scores ? at<float>(c.scores, b, k) : result.held_probability;
-    if (by_scores ? score == score : result.proposal >= 0) shown.proposal = row.held, shown.confidence = score, *entropy = kRemaskable;
+    if (by_scores ? score == score : result.proposal >= 0)
+      shown.proposal = row.held, shown.confidence = score, *entropy = kRemaskable;
   } else if (row.needed && result.proposal >= 0) {
     shown = result;
     const bool by_entropy = c.rule == kEntropyBound || c.rule == kEntropyBoundInclusive;
@@ -197,7 +204,8 @@ ILLADA_DEVICE uint64_t propose(const Call& c, int64_t b, int64_t k, const Row& r
   return key;
 }
 
-ILLADA_DEVICE void remask(const Call& c, int64_t b, const Candidates& s, uint32_t n, const float* confidence, int64_t* tokens, double* scratch) {
+ILLADA_DEVICE void remask(const Call& c, int64_t b, const Candidates& s, uint32_t n, const float* confidence,
+                          int64_t* tokens, double* scratch) {
   int64_t mine = 0;
   for (uint32_t k = threadIdx.x; k < n; k += kThreads) {
     const bool eligible = k < c.count && s.entropies[k] == kRemaskable;
@@ -212,7 +220,8 @@ ILLADA_DEVICE void remask(const Call& c, int64_t b, const Candidates& s, uint32_
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads, 1) commit(const __grid_constant__ Call c, uint8_t* workspace, uint32_t n, Outputs out) {
+__global__ void __launch_bounds__(kThreads, 1)
+    commit(const __grid_constant__ Call c, uint8_t* workspace, uint32_t n, Outputs out) {
   const int64_t b = blockIdx.x;
   double* scratch = reinterpret_cast<double*>(dynamic_smem());
   uint8_t* room = workspace ? workspace + b * n * 16 : dynamic_smem() + kThreads / 32 * sizeof(double);
@@ -244,7 +253,8 @@ __global__ void __launch_bounds__(kThreads, 1) commit(const __grid_constant__ Ca
   int left = 0;
   for (int64_t k = threadIdx.x; k < c.count; k += kThreads) {
     const int64_t position = at<int64_t>(c.positions, b, k);
-    const bool candidate = position >= 0 && position < c.length && !(c.frozen.data && at<uint8_t>(c.frozen, b, position));
+    const bool candidate =
+        position >= 0 && position < c.length && !(c.frozen.data && at<uint8_t>(c.frozen, b, position));
     left += candidate && tokens[position] == c.mask_id;
   }
   left = block_reduce<kThreads>(left, reinterpret_cast<int*>(scratch), Sum{});
@@ -253,8 +263,8 @@ __global__ void __launch_bounds__(kThreads, 1) commit(const __grid_constant__ Ca
 
 }  // namespace
 
-extern "C" int illada_unmask_commit(const illada_unmask_call* call, void* workspace, int64_t* proposal, float* confidence,
-                                    uint8_t* committed, int32_t* remaining, void* stream) {
+extern "C" int illada_unmask_commit(const illada_unmask_call* call, void* workspace, int64_t* proposal,
+                                    float* confidence, uint8_t* committed, int32_t* remaining, void* stream) {
   const Call& c = *call;
   if (c.batch > 0x7fffffff || c.count > 1 << 30) return int(cudaErrorInvalidValue);
   uint32_t n = 1;
@@ -263,5 +273,6 @@ extern "C" int illada_unmask_commit(const illada_unmask_call* call, void* worksp
   if (!in_shared && !workspace) return int(cudaErrorInvalidValue);
   const size_t smem = kThreads / 32 * sizeof(double) + (in_shared ? n * 16 : 0);
   return launch({dim3(unsigned(c.batch)), dim3(kThreads), smem, static_cast<cudaStream_t>(stream)}, commit, c,
-                static_cast<uint8_t*>(in_shared ? nullptr : workspace), n, Outputs{proposal, confidence, committed, remaining});
+                static_cast<uint8_t*>(in_shared ? nullptr : workspace), n,
+                Outputs{proposal, confidence, committed, remaining});
 }

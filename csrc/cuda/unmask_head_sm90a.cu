@@ -1,12 +1,13 @@
 // unmask fused with the head, for up to 128 candidate rows: logits = hidden head^T, met where they arise (unmask.cuh).
 //
-// A persistent block owns tiles of 256 ids, every gridDim-th. One thread streams the head through a ring of stages by bulk copies,
-// 64 columns of all rows beside them; two warpgroups multiply, vocabulary on M, candidates on N, and hand finished logits, 128
-// ids at a time, through shared memory to a third, whose warps meet them for their rows while the next products run. What is kept
-// of a row is 32 bytes, in the end one part per block. Reads the head once, hidden once per tile from the second-level cache; 2 * 256
-// * N flops for 512 + 2 N bytes a column. Products and sums are float32. Which tiles a block has depends on the vocabulary and the
-// grid alone, so a row's result does not depend on the others. Rows that take no part are multiplied (a NaN stays in its row) and
-// then left; if none does, blocks leave at once.
+// A persistent block owns tiles of 256 ids, every gridDim-th. One thread streams the head through a ring of stages by
+// bulk copies, 64 columns of all rows beside them; two warpgroups multiply, vocabulary on M, candidates on N, and hand
+// finished logits, 128 ids at a time, through shared memory to a third, whose warps meet them for their rows while the
+// next products run. What is kept of a row is 32 bytes, in the end one part per block. Reads the head once, hidden once
+// per tile from the second-level cache;
+// 512 N flops for 512 + 2 N bytes a column. Products and sums are float32. Which tiles a block has depends on the
+// vocabulary and the grid alone, so a row's result does not depend on the others. Rows that take no part are multiplied
+// (a NaN stays in its row) and then left; if none does, blocks leave at once.
 #include "hopper.cuh"
 #include "unmask.cuh"
 
@@ -124,7 +125,8 @@ template <class T, int N> ILLADA_DEVICE void meet_tiles(const Call& c, Shared<T,
 
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 1)
-head(const __grid_constant__ Call c, const __grid_constant__ CUtensorMap head_map, const __grid_constant__ CUtensorMap hidden_map, Sizes z) {
+    head(const __grid_constant__ Call c, const __grid_constant__ CUtensorMap head_map,
+         const __grid_constant__ CUtensorMap hidden_map, Sizes z) {
   Shared<T, N>& s = *reinterpret_cast<Shared<T, N>*>(dynamic_smem());
   bool needed = false;
   for (int r = threadIdx.x; r < z.rows; r += blockDim.x) {
@@ -134,7 +136,8 @@ head(const __grid_constant__ Call c, const __grid_constant__ CUtensorMap head_ma
   }
   // columns of the product without a row: never loaded
   const int loaded = z.rows * kDepth, rest = N * kDepth - loaded;
-  for (int i = threadIdx.x; i < kStages<N> * rest; i += blockDim.x) s.hidden[i / rest][loaded + i % rest] = from_float<T>(0.0f);
+  for (int i = threadIdx.x; i < kStages<N> * rest; i += blockDim.x)
+    s.hidden[i / rest][loaded + i % rest] = from_float<T>(0.0f);
   fence_proxy_async();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages<N>; ++i) {
@@ -170,16 +173,17 @@ template <class T, int N> int run(const Call& c, const Operands& o, cudaStream_t
   const uint64_t head_bytes = o.head_stride * sizeof(T);
   // the stride of a dimension of one row is never used, but must be valid
   const uint64_t row_bytes = dim * sizeof(T), aligned = (row_bytes + 15) / 16 * 16;
-  const uint64_t hidden_bytes[2] = {count > 1 ? o.stride_k * sizeof(T) : aligned, batch > 1 ? o.stride_b * sizeof(T) : aligned * count};
+  const uint64_t hidden_bytes[2] = {count > 1 ? o.stride_k * sizeof(T) : aligned,
+                                    batch > 1 ? o.stride_b * sizeof(T) : aligned * count};
   CUtensorMap head_map, hidden_map;
-  int e = make_tensor_map<2>(&head_map, static_cast<const T*>(o.head), {dim, uint64_t(c.vocabulary)}, &head_bytes, {kDepth, kIds},
-                             Swizzle::bytes128);
+  int e = make_tensor_map<2>(&head_map, static_cast<const T*>(o.head), {dim, uint64_t(c.vocabulary)}, &head_bytes,
+                             {kDepth, kIds}, Swizzle::bytes128);
   if (!e) e = make_tensor_map<3>(&hidden_map, static_cast<const T*>(o.hidden), {dim, count, batch}, hidden_bytes,
                                  {kDepth, uint32_t(count), uint32_t(batch)}, Swizzle::bytes128);
   if (e) return e;
   const Sizes z{int(count * batch), int((c.vocabulary + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth)};
-  return launch({dim3(unsigned(o.blocks)), dim3(kThreads), sizeof(Shared<T, N>), stream}, head<T, N>, c, head_map, hidden_map,
-                z);
+  return launch({dim3(unsigned(o.blocks)), dim3(kThreads), sizeof(Shared<T, N>), stream}, head<T, N>, c, head_map,
+                hidden_map, z);
 }
 
 template <class T> int choose(const Call& c, const Operands& o, cudaStream_t stream) {
@@ -192,8 +196,9 @@ template <class T> int choose(const Call& c, const Operands& o, cudaStream_t str
 
 }  // namespace
 
-extern "C" int illada_unmask_head(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b, int64_t stride_k,
-                                  const void* head, int64_t head_stride, int64_t dim, int64_t blocks, void* stream) {
+extern "C" int illada_unmask_head(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b,
+                                  int64_t stride_k, const void* head, int64_t head_stride, int64_t dim, int64_t blocks,
+                                  void* stream) {
   const Call& c = *call;
   const int64_t rows = c.batch * c.count, tiles = (c.vocabulary + kIds - 1) / kIds;
   if (rows < 1 || rows > 128 || dim < 1 || c.vocabulary > 0x7fff0000) return int(cudaErrorInvalidValue);

@@ -1,9 +1,10 @@
-// unmask from logits: what is kept of each row (unmask.cuh), for spans of 4096 ids, so that few rows still fill the GPU.
+// unmask from logits: what is kept of each row (unmask.cuh), for spans of 4096 ids: so few rows fill the GPU too.
 //
-// One block owns a span of a row: 8 warps of 512 ids, 16 a thread, merged in order. Each logit of a row that takes part is
-// read once, 16 bytes a thread where rows are aligned, element by element where not, in the same order. About 20 operations a
-// logit, and 40 with noise; 32 bytes are written for a span. Blocks of other rows leave at once: their logits are not read.
-// Sums are float32 over at most 4096 terms in a fixed tree. Used on the caller's logits and on slices of the head's product.
+// One block owns a span of a row: 8 warps of 512 ids, 16 a thread, merged in order. Each logit of a row that takes part
+// is read once, 16 bytes a thread where rows are aligned, element by element where not, in the same order. About 20
+// operations a logit, and 50 with noise; 32 bytes are written for a span. Blocks of other rows leave at once: their
+// logits are not read. Sums are float32 over at most 4096 terms in a fixed tree. Used on the caller's logits and on
+// slices of the head's product.
 #include "unmask.cuh"
 
 namespace {
@@ -38,7 +39,8 @@ ILLADA_DEVICE Running merge(const Running& a, const Running& b, float scale2) {
   Running r = a;
   r.top = fmaxf(a.top, b.top);
   r.second = fmaxf(fmaxf(a.second, b.second), fminf(a.top, b.top));
-  const float drop_a = fmaxf(__fmul_rn(a.top - r.top, scale2), kLowestZ), drop_b = fmaxf(__fmul_rn(b.top - r.top, scale2), kLowestZ);
+  const float drop_a = fmaxf(__fmul_rn(a.top - r.top, scale2), kLowestZ),
+              drop_b = fmaxf(__fmul_rn(b.top - r.top, scale2), kLowestZ);
   const float kept_a = fast_exp2(drop_a), kept_b = fast_exp2(drop_b);
   r.sum = fmaf(kept_a, a.sum, kept_b * b.sum);
   r.sum_ez = fmaf(kept_a, fmaf(drop_a, a.sum, a.sum_ez), kept_b * fmaf(drop_b, b.sum, b.sum_ez));
@@ -48,8 +50,8 @@ ILLADA_DEVICE Running merge(const Running& a, const Running& b, float scale2) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps * 32)
-spans(const __grid_constant__ Call c, const T* logits, int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t first, int64_t ids) {
+__global__ void __launch_bounds__(kWarps * 32) spans(const __grid_constant__ Call c, const T* logits, int64_t stride_b,
+                                                     int64_t stride_k, int64_t first_row, int64_t first, int64_t ids) {
   const int64_t r = first_row + blockIdx.x, b = r / c.count, k = r % c.count;
   const Row row = load_row(c, b, k);
   if (!row.needed) return;
@@ -72,20 +74,22 @@ spans(const __grid_constant__ Call c, const T* logits, int64_t stride_b, int64_t
 }
 
 template <class T>
-int run(const Call& c, const void* logits, int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
-        cudaStream_t stream) {
+int run(const Call& c, const void* logits, int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t rows,
+        int64_t first, int64_t ids, cudaStream_t stream) {
   const int64_t here = (ids + ILLADA_UNMASK_SPAN - 1) / ILLADA_UNMASK_SPAN;
-  return launch({dim3(unsigned(rows), unsigned(here)), dim3(kWarps * 32), kWarps * sizeof(Running), stream}, spans<T>, c,
-                static_cast<const T*>(logits), stride_b, stride_k, first_row, first, ids);
+  return launch({dim3(unsigned(rows), unsigned(here)), dim3(kWarps * 32), kWarps * sizeof(Running), stream}, spans<T>,
+                c, static_cast<const T*>(logits), stride_b, stride_k, first_row, first, ids);
 }
 
 }  // namespace
 
-extern "C" int illada_unmask_spans(const illada_unmask_call* call, int dtype, const void* logits, int64_t stride_b, int64_t stride_k,
-                                   int64_t first_row, int64_t rows, int64_t first, int64_t ids, void* stream) {
+extern "C" int illada_unmask_spans(const illada_unmask_call* call, int dtype, const void* logits, int64_t stride_b,
+                                   int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
+                                   void* stream) {
   const Call& c = *call;
   const bool fits = rows <= 0x7fffffff && c.vocabulary <= 0x7fff0000 && ids <= int64_t(ILLADA_UNMASK_SPAN) * 65535;
-  const bool whole = first % ILLADA_UNMASK_SPAN == 0 && first + ids <= c.vocabulary && c.parts * ILLADA_UNMASK_SPAN >= first + ids;
+  const bool whole =
+      first % ILLADA_UNMASK_SPAN == 0 && first + ids <= c.vocabulary && c.parts * ILLADA_UNMASK_SPAN >= first + ids;
   if (!fits || !whole || first_row + rows > c.batch * c.count) return int(cudaErrorInvalidValue);
   const auto on = static_cast<cudaStream_t>(stream);
   switch (dtype) {
