@@ -1,17 +1,12 @@
-// What the kernels of attention's backward on Hopper share: the workspace, tensor maps, and the steps of a tile.
-// A tile of T lies as [columns / 64][rows][64] with the 128-byte swizzle; a warpgroup owns 64 rows of the results.
+// The workspace of attention's backward: written by attention_bwd_rows_sm90a.cu, read by the two kernels of products.
 #pragma once
-#include "hopper.cuh"
 #include "key_ranges.cuh"
 
 namespace illada {
 
 constexpr int kTileRows = 64;  // query rows of a tile of the workspace
-constexpr int kWarpgroups = 2, kConsumers = kWarpgroups * 128, kThreads = kConsumers + 128;
 constexpr float kLog2e = 1.44269504f;
-enum Step { kEnd, kFull, kPartial, kEmptyRows };  // what a stage holds; kEmptyRows: partial, some row has no keys
 
-// ---- workspace, written by attention_bwd_rows_sm90a.cu -----------------------------------------------------------
 // Of one query tile and head. A row without keys, or beyond the last: lse = inf, so that exp2(s - lse) is 0; delta = 0.
 struct RowStats {
   float lse[kTileRows], delta[kTileRows];  // times log2(e); sum of out * dout, minus dlse
@@ -58,6 +53,7 @@ struct Workspace {
   const RowStats* stats;      // (batch, heads, tiles)
   const RowSpans* spans;      // (batch or 1, tiles * kTileRows)
   const TileBounds* bounds;   // (batch or 1, tiles)
+  int32_t* drawn;             // items that blocks drew: of keys, of queries
   int tiles, bounds_batches;  // query tiles; 1: the same bounds for all of the batch
 
   ILLADA_DEVICE int64_t bounds_at(int batch, int tile) const {
@@ -68,103 +64,5 @@ struct Workspace {
 struct Sizes {
   int batch, rows, keys, heads, key_heads;
 };
-
-// ---- host --------------------------------------------------------------------------------------------------------
-// A map of x (batch, rows, heads, dim) whose boxes are 64 columns of `box_rows` rows of one head; strides: elements, of
-// batch, row and head. A dimension of one element may have any stride.
-template <class T>
-int map_of_rows(CUtensorMap* map, const void* x, int64_t batch, int64_t rows, int64_t heads, int64_t dim,
-                const int64_t* strides, int box_rows) {
-  const uint64_t size[] = {uint64_t(dim), uint64_t(rows), uint64_t(heads), uint64_t(batch)};
-  const int64_t elements[] = {strides[1], strides[2], strides[0]};
-  uint64_t bytes[3];
-  for (int i = 0; i < 3; ++i) bytes[i] = (size[i + 1] == 1 ? dim : elements[i]) * sizeof(T);
-  return make_tensor_map<4>(map, static_cast<const T*>(x), size, bytes, {64, uint32_t(box_rows), 1, 1},
-                            Swizzle::bytes128);
-}
-template <class T>
-int map_of_contiguous_rows(CUtensorMap* map, const void* x, int64_t batch, int64_t rows, int64_t heads, int64_t dim,
-                           int box_rows) {
-  const int64_t strides[] = {rows * heads * dim, heads * dim, dim};
-  return map_of_rows<T>(map, x, batch, rows, heads, dim, strides, box_rows);
-}
-
-// f(zero of T, integral_constant of D), for the dtypes and head dimensions there are.
-template <class F> int for_type_and_dim(int bf16_code, int fp16_code, int dtype, int64_t dim, F f) {
-  const auto with_type = [&](auto zero) -> int {
-    switch (dim) {
-      case 64: return f(zero, std::integral_constant<int, 64>{});
-      case 96: return f(zero, std::integral_constant<int, 96>{});
-      case 128: return f(zero, std::integral_constant<int, 128>{});
-      case 256: return f(zero, std::integral_constant<int, 256>{});
-    }
-    return int(cudaErrorInvalidValue);
-  };
-  if (dtype == bf16_code) return with_type(bf16{});
-  if (dtype == fp16_code) return with_type(fp16{});
-  return int(cudaErrorInvalidValue);
-}
-
-// ---- device: the steps of a tile ---------------------------------------------------------------------------------
-template <int D> constexpr int pieces = (D + 63) / 64;
-
-// ROWS rows of one head, from `row` on; what lies outside of the tensor comes as zero.
-template <int D, int ROWS, class T>
-ILLADA_DEVICE void load_tile(T* tile, const CUtensorMap* map, uint64_t* full, int row, int head, int batch) {
-#pragma unroll
-  for (int piece = 0; piece < pieces<D>; ++piece)
-    tma_load(tile + piece * ROWS * 64, map, full, piece * 64, row, head, batch);
-}
-
-// s (64, N) = a (64, D) b^T: a lies in a tile of A_ROWS rows, b is a whole tile of N rows.
-template <int D, int A_ROWS, class T, int R>
-ILLADA_DEVICE void multiply_transposed(float (&s)[R], const T* a, const T* b) {
-  constexpr int kN = 2 * R;
-  reg_fence(s);
-  wgmma_fence();
-#pragma unroll
-  for (int d = 0; d < D; d += 16)
-    wgmma<T>(s, smem_desc(a + d / 64 * A_ROWS * 64 + d % 64), smem_desc(b + d / 64 * kN * 64 + d % 64), d > 0);
-  wgmma_commit();
-}
-
-// sum (64, columns) += a (64, 16 * STEPS) b: b is the columns from where it points on, in a tile of 16 * STEPS rows.
-template <class T, int R, int STEPS>
-ILLADA_DEVICE void multiply_add(float (&sum)[R], uint32_t (&a)[STEPS][4], const T* b) {
-  reg_fence(sum);
-#pragma unroll
-  for (int i = 0; i < STEPS; ++i) reg_fence(a[i]);
-  wgmma_fence();
-#pragma unroll
-  for (int i = 0; i < STEPS; ++i)
-    wgmma<T, Major::MN>(sum, a[i], smem_desc(b + i * 16 * 64, 1024, STEPS * 16 * 128), true);
-  wgmma_commit();
-}
-
-// Accumulators as the A operand of a product.
-template <class T, int STEPS> ILLADA_DEVICE void pack_operand(uint32_t (&a)[STEPS][4], const float (&x)[STEPS * 8]) {
-#pragma unroll
-  for (int i = 0; i < STEPS * 8; i += 2) a[i / 8][i / 2 % 4] = pack<T>(x[i], x[i + 1]);
-}
-
-// factor * x (64, columns) to the tile of ROWS rows that `tile` points into.
-template <int ROWS, class T, int R> ILLADA_DEVICE void store_rows(T* tile, const float (&x)[R], float factor) {
-  const int t = threadIdx.x % 128, matrix = t % 32 / 8, row = t / 32 * 16 + matrix % 2 * 8 + t % 8;
-#pragma unroll
-  for (int i = 0; i < R; i += 8) {
-    const int column = i * 2 + matrix / 2 * 8, byte = column % 64 * 2 ^ row % 8 * 16;
-    uint32_t words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) words[j] = pack<T>(factor * x[i + 2 * j], factor * x[i + 2 * j + 1]);
-    stmatrix(tile + column / 64 * ROWS * 64 + row * 64 + byte / 2, words);
-  }
-}
-
-// One arrival per warp, after all its lanes came here.
-ILLADA_DEVICE void arrive_by_warp(uint64_t* bar) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) mbar_arrive(bar);
-}
-constexpr int kConsumerWarps = kConsumers / 32;
 
 }  // namespace illada

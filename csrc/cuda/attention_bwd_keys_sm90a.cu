@@ -2,13 +2,13 @@
 //
 //   dV = P^T dO,   dK = scale dS^T Q,   summed over the query heads that share the key head
 //
-// A block owns the keys of one key head, 128 (64 for D = 256), keeps K and V in shared memory and dK and dV (float32) in
-// registers, and walks the query tiles that touch it in ascending order, heads innermost: the same sums every time. P^T
-// and dS^T are A operands from registers. One warp streams Q, dO, lse and delta; two warpgroups own 64 keys each, or (D =
-// 256) the same 64 keys and half of the columns each. 8 D flops a pair (12 D for 256, which computes S and dP twice).
+// A block owns the keys of one key head, 128 (64 for D = 256), keeps K and V in shared memory and dK and dV (float32)
+// in registers, and walks the query tiles that touch it in ascending order, heads innermost: the same sums every time.
+// P^T and dS^T are A operands from registers. One warp streams Q, dO, lse and delta; two warpgroups own 64 keys each,
+// or (D = 256) the same 64 keys and half of the columns each. 8 D flops a pair (12 D for 256: S and dP twice).
 // Partial tiles: pairs that do not attend get P = dS = 0 by selection, and rows without keys become zeros in shared
 // memory, since 0 * NaN is NaN. K and V need nothing of the kind: a key's NaN stays in its own row of S^T.
-#include "attention_bwd.cuh"
+#include "attention_bwd_sm90a.cuh"
 #include "illada/api.h"
 
 using namespace illada;
@@ -26,7 +26,7 @@ template <class T, int D> struct Shared {
   T k[S::kKeyTile], v[S::kKeyTile], q[S::kStages][S::kQueryTile], dout[S::kStages][S::kQueryTile];
   RowStats stats[S::kStages];
   RowSpans spans[S::kStages][kTileRows];  // partial tiles only
-  int step[S::kStages];
+  int step[S::kStages], item;
   uint64_t keys_full, keys_empty, full[S::kStages], empty[S::kStages];
 };
 
@@ -63,10 +63,19 @@ ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w
   using S = Shape<T, D>;
   const int lane = threadIdx.x % 32, group = size.heads / size.key_heads;
   int n = 0;  // stages filled so far
-  for (int index = blockIdx.x, turn = 0; index < items; index += gridDim.x, ++turn) {
+  for (int turn = 0, index = blockIdx.x;; ++turn) {
     const Item item = item_at<T, D>(index, size);
     if (lane == 0) {
       mbar_wait(&s.keys_empty, turn % 2 ^ 1);
+      s.item = index < items ? index : -1;
+    }
+    if (index >= items) {
+      if (lane == 0) mbar_arrive(&s.keys_full);
+      break;
+    }
+    int next = 0;
+    if (lane == 0) {
+      next = draw_item(w.drawn);
       mbar_arrive_expect_tx(&s.keys_full, 2 * sizeof(s.k));
       load_tile<D, S::kKeys>(s.k, &maps.k, &s.keys_full, item.key, item.key_head, item.batch);
       load_tile<D, S::kKeys>(s.v, &maps.v, &s.keys_full, item.key, item.key_head, item.batch);
@@ -99,6 +108,7 @@ ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w
       mbar_arrive(&s.full[n % S::kStages]);
       ++n;
     }
+    index = __shfl_sync(~0u, next, 0);
   }
 }
 
@@ -186,16 +196,17 @@ ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[Shape<T, D>::kColumn
 }
 
 template <class T, int D>
-ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Sizes& size, int items, float scale) {
+ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Sizes& size, float scale) {
   using S = Shape<T, D>;
   const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128;
   const int first_row = warpgroup / S::kSplit * 64, first_column = warpgroup % S::kSplit * S::kColumns;
   int n = 0;
-  for (int index = blockIdx.x, turn = 0; index < items; index += gridDim.x, ++turn) {
-    const Item item = item_at<T, D>(index, size);
+  for (int turn = 0;; ++turn) {
+    mbar_wait(&s.keys_full, turn % 2);
+    if (s.item < 0) break;
+    const Item item = item_at<T, D>(s.item, size);
     const int key = item.key + first_row + t / 32 * 16 + t % 32 / 4;  // and the 8th after it
     float dk[S::kColumns / 2] = {}, dv[S::kColumns / 2] = {};
-    mbar_wait(&s.keys_full, turn % 2);
     for (bool more = true; more; ++n) {
       const int stage = n % S::kStages;
       mbar_wait(&s.full[stage], n / S::kStages % 2);
@@ -240,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x < kConsumers) {
     reg_increase<232>();
-    consume<T, D>(s, maps, size, items, scale);
+    consume<T, D>(s, maps, size, scale);
   } else {
     reg_decrease<40>();
     if (threadIdx.x < kConsumers + 32) produce<T, D>(s, maps, workspace, size, items);
@@ -251,8 +262,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const void* k, const void* v,
                                                const void* dout, const void* stats, const void* spans,
-                                               const void* bounds, void* dk, void* dv, int64_t batch, int64_t rows, int64_t keys,
-                                               int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                               const void* bounds, int32_t* drawn, void* dk, void* dv, int64_t batch,
+                                               int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
+                                               int64_t dim, int64_t bounds_batches,
                                                const int64_t* strides, float scale, int blocks, void* stream) {
   return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
     using T = decltype(zero);
@@ -267,7 +279,7 @@ extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const v
     if (int e = map_of_contiguous_rows<T>(&maps.dk, dk, batch, keys, key_heads, D, 64)) return e;
     if (int e = map_of_contiguous_rows<T>(&maps.dv, dv, batch, keys, key_heads, D, 64)) return e;
     const Workspace w = {static_cast<const RowStats*>(stats), static_cast<const RowSpans*>(spans),
-                         static_cast<const TileBounds*>(bounds), int((rows + kTileRows - 1) / kTileRows),
+                         static_cast<const TileBounds*>(bounds), drawn, int((rows + kTileRows - 1) / kTileRows),
                          int(bounds_batches)};
     const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
     const int grid = int(items < blocks ? items : blocks);

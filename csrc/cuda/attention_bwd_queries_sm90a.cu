@@ -3,12 +3,12 @@
 //   dQ = scale dS K
 //
 // A block owns 128 query rows of one head, keeps Q and dO in shared memory and dQ (float32) in registers, and walks the
-// key tiles that its rows' hulls touch in ascending order, each once: the same sums every time. One warp streams K and V
-// (128 keys a tile, 64 for D = 256); two warpgroups own 64 rows each. dS is the A operand from registers. 6 D flops a pair.
-// Partial tiles: pairs that do not attend get P = dS = 0 by selection, and rows of K that none of the block's rows attends
-// to become zeros in shared memory, since 0 * NaN is NaN. Q, dO and V need nothing of the kind: what rows without keys
-// hold stays in those rows, and a value's NaN in its column of dP.
-#include "attention_bwd.cuh"
+// key tiles that its rows' hulls touch in ascending order, each once: the same sums every time. One thread streams K
+// and V (128 keys a tile, 64 for D = 256); two warpgroups own 64 rows each. dS is the A operand from registers. 6 D
+// flops a pair. Partial tiles: pairs that do not attend get P = dS = 0 by selection, and rows of K that none of the
+// block's rows attends to become zeros in shared memory, since 0 * NaN is NaN. Q, dO and V need nothing of the kind:
+// what rows without keys hold stays in those rows, and a value's NaN in its column of dP.
+#include "attention_bwd_sm90a.cuh"
 #include "illada/api.h"
 
 using namespace illada;
@@ -26,7 +26,7 @@ template <class T, int D> struct Shared {
   using S = Shape<T, D>;
   T q[S::kQueryTile], dout[S::kQueryTile], k[S::kStages][S::kKeyTile], v[S::kValueStages][S::kKeyTile];
   uint32_t attended[kConsumerWarps][S::kWords];  // keys of a partial tile that some row of the warp attends to
-  int step[S::kStages], key[S::kStages];
+  int step[S::kStages], key[S::kStages], item;
   uint64_t rows_full, rows_empty, k_full[S::kStages], k_empty[S::kStages], v_full[S::kValueStages],
       v_empty[S::kValueStages];
 };
@@ -50,9 +50,15 @@ template <class T, int D>
 ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w, const Sizes& size, int items) {
   using S = Shape<T, D>;
   int n = 0;  // key tiles so far
-  for (int index = blockIdx.x, turn = 0; index < items; index += gridDim.x, ++turn) {
-    const Item item = item_at<T, D>(index, items, size);
+  for (int turn = 0, index = blockIdx.x, next;; ++turn, index = next) {
     mbar_wait(&s.rows_empty, turn % 2 ^ 1);
+    s.item = index < items ? index : -1;
+    if (index >= items) {
+      mbar_arrive(&s.rows_full);
+      break;
+    }
+    next = draw_item(w.drawn);
+    const Item item = item_at<T, D>(index, items, size);
     mbar_arrive_expect_tx(&s.rows_full, 2 * sizeof(s.q));
     load_tile<D, S::kRows>(s.q, &maps.q, &s.rows_full, item.tile * kTileRows, item.head, item.batch);
     load_tile<D, S::kRows>(s.dout, &maps.dout, &s.rows_full, item.tile * kTileRows, item.head, item.batch);
@@ -181,11 +187,12 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
   using S = Shape<T, D>;
   const int warpgroup = threadIdx.x / 128;
   int n = 0;
-  for (int index = blockIdx.x, turn = 0; index < items; index += gridDim.x, ++turn) {
-    const Item item = item_at<T, D>(index, items, size);
+  for (int turn = 0;; ++turn) {
+    mbar_wait(&s.rows_full, turn % 2);
+    if (s.item < 0) break;
+    const Item item = item_at<T, D>(s.item, items, size);
     const MyRows rows(w, size, item);
     float dq[D / 2] = {};
-    mbar_wait(&s.rows_full, turn % 2);
     for (bool more = true; more; ++n) {
       mbar_wait(&s.k_full[n % S::kStages], n / S::kStages % 2);
       more = s.step[n % S::kStages] != kEnd;
@@ -195,7 +202,7 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
         arrive_by_warp(&s.v_empty[n % S::kValueStages]);
       arrive_by_warp(&s.k_empty[n % S::kStages]);
     }
-    store_rows<S::kRows>(s.q + warpgroup * 64 * 64, dq, scale);  // over this warpgroup's rows of Q, read for the last time
+    store_rows<S::kRows>(s.q + warpgroup * 64 * 64, dq, scale);  // this warpgroup's rows of Q have done their service
     fence_proxy_async();
     bar_sync(2 + warpgroup, 128);
     if (threadIdx.x % 128 == 0) {
@@ -223,10 +230,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < kConsumers) {
-    reg_increase<240>();
+    reg_increase<232>();
     consume<T, D>(s, maps, workspace, size, items, scale);
   } else {
-    reg_decrease<24>();
+    reg_decrease<40>();
     if (threadIdx.x == kConsumers) produce<T, D>(s, maps, workspace, size, items);
   }
 }
@@ -235,8 +242,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, const void* k, const void* v,
                                                   const void* dout, const void* stats, const void* spans,
-                                                  const void* bounds, void* dq, int64_t batch, int64_t rows, int64_t keys,
-                                                  int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                                  const void* bounds, int32_t* drawn, void* dq, int64_t batch,
+                                                  int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
+                                                  int64_t dim, int64_t bounds_batches,
                                                   const int64_t* strides, float scale, int blocks, void* stream) {
   return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
     using T = decltype(zero);
@@ -250,7 +258,7 @@ extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, cons
     if (int e = map_of_rows<T>(&maps.dout, dout, batch, rows, heads, D, strides + 14, kRows)) return e;
     if (int e = map_of_contiguous_rows<T>(&maps.dq, dq, batch, rows, heads, D, 64)) return e;
     const Workspace w = {static_cast<const RowStats*>(stats), static_cast<const RowSpans*>(spans),
-                         static_cast<const TileBounds*>(bounds), int((rows + kTileRows - 1) / kTileRows),
+                         static_cast<const TileBounds*>(bounds), drawn + 1, int((rows + kTileRows - 1) / kTileRows),
                          int(bounds_batches)};
     const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
     const int grid = int(items < blocks ? items : blocks);

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kStatsThreads)
 }
 
 __global__ void __launch_bounds__(kTileRows)
-    tile_bounds(KeyBounds bounds, RowSpans* spans, TileBounds* tile_bounds, int rows, int tiles) {
+    tile_bounds(KeyBounds bounds, RowSpans* spans, TileBounds* tile_bounds, int32_t* drawn, int rows, int tiles) {
   const int tile = blockIdx.x % tiles, batch = blockIdx.x / tiles, row = tile * kTileRows + threadIdx.x;
   const int n = bounds.num_keys;
   TileBounds t = {{n, n}, {0, 0}, {0, 0}, {n, n}, 0};  // of no row
@@ -76,25 +76,27 @@ __global__ void __launch_bounds__(kTileRows)
   }
   t.empty_rows = block_reduce<kTileRows>(t.empty_rows, scratch, Max{});
   if (threadIdx.x == 0) tile_bounds[blockIdx.x] = t;
+  if (blockIdx.x == 0 && threadIdx.x < 2) drawn[threadIdx.x] = 0;
 }
 
 }  // namespace
 
 extern "C" int illada_attention_bwd_rows_sm90a(int dtype, const void* out, const float* lse, const void* dout,
                                                const float* dlse, const int32_t* bounds, void* stats, void* spans,
-                                               void* tiles_out, int64_t batch, int64_t rows, int64_t keys,
-                                               int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
-                                               const int64_t* strides, void* stream) {
+                                               void* tiles_out, int32_t* drawn, int64_t batch, int64_t rows,
+                                               int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                               int64_t bounds_batches, const int64_t* strides, void* stream) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, limit = int64_t(1) << 31;
   if (tiles * heads * batch >= limit || rows >= limit - kTileRows || keys >= limit - 256 || dim % 8 || dim > 256)
     return int(cudaErrorInvalidValue);
   const KeyBounds key_bounds = {bounds, strides[9], strides[10], int(keys)};
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (int e = launch({dim3(tiles * bounds_batches), dim3(kTileRows), sizeof(int) * kTileRows / 32, s}, tile_bounds,
-                     key_bounds, static_cast<RowSpans*>(spans), static_cast<TileBounds*>(tiles_out), int(rows),
-                     int(tiles)))
+                     key_bounds, static_cast<RowSpans*>(spans), static_cast<TileBounds*>(tiles_out), drawn,
+                     int(rows), int(tiles)))
     return e;
-  const Rows of_out = {out, strides[11], strides[12], strides[13]}, of_dout = {dout, strides[14], strides[15], strides[16]};
+  const Rows of_out = {out, strides[11], strides[12], strides[13]};
+  const Rows of_dout = {dout, strides[14], strides[15], strides[16]};
   const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
   const auto run = [&](auto kernel) {
     return launch({dim3(tiles * heads * batch), dim3(kStatsThreads), 0, s}, kernel, of_out, of_dout, lse, dlse,

@@ -42,18 +42,19 @@ extern "C" int illada_attention_fwd_fp16_sm90a(ILLADA_ATTENTION_FWD_ARGUMENTS);
 
 // CUDA, compute capability 9.0: bf16 and fp16, dim 64, 96, 128 or 256, strides as in the last function, rows of 16-byte multiples. First
 // rows, which fills the workspace that the others read: stats float32 (batch, heads, tiles, 2, 64), spans int32 (batch or 1, tiles * 64, 4),
-// tiles int32 (batch or 1, tiles, 9), with tiles = ceil(rows / 64); then keys and queries, in any order, on at most `blocks` blocks.
+// tiles int32 (batch or 1, tiles, 9), drawn int32 (2), with tiles = ceil(rows / 64); then keys and queries, once each, in any order, on at
+// most `blocks` blocks.
 extern "C" int illada_attention_bwd_rows_sm90a(int dtype, const void* out, const float* lse, const void* dout, const float* dlse,
-                                               const int32_t* bounds, void* stats, void* spans, void* tiles, int64_t batch, int64_t rows,
-                                               int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
-                                               const int64_t* strides, void* stream);
+                                               const int32_t* bounds, void* stats, void* spans, void* tiles, int32_t* drawn, int64_t batch,
+                                               int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                               int64_t bounds_batches, const int64_t* strides, void* stream);
 extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const void* k, const void* v, const void* dout, const void* stats,
-                                               const void* spans, const void* tiles, void* dk, void* dv, int64_t batch, int64_t rows,
-                                               int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                               const void* spans, const void* tiles, int32_t* drawn, void* dk, void* dv, int64_t batch,
+                                               int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
                                                const int64_t* strides, float scale, int blocks, void* stream);
 extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, const void* k, const void* v, const void* dout,
-                                                  const void* stats, const void* spans, const void* tiles, void* dq, int64_t batch,
-                                                  int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                                  const void* stats, const void* spans, const void* tiles, int32_t* drawn, void* dq,
+                                                  int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
                                                   int64_t bounds_batches, const int64_t* strides, float scale, int blocks, void* stream);
 
 // ---- masked_loss (csrc/cpu/masked_loss.cpp, csrc/cuda/masked_loss_*.cu) ------------------------------------------------------

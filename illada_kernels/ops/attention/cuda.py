@@ -149,14 +149,15 @@ def backward(
 
 def workspace(
     batch: int, rows: int, heads: int, bounds_batches: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the backward needs beside its results, by tiles of 64 rows: 8 bytes per row and head (lse, delta), 16 per
-    row of the bounds (its ranges in normal form) and 36 per tile of them (hulls). Nothing grows with the keys."""
+    row of the bounds (its ranges in normal form) and 36 per tile of them (hulls), and 8. Nothing grows with keys."""
     tiles = -(-rows // 64)
     return (
         torch.empty(batch, heads, tiles, 2, 64, dtype=torch.float32, device=device),
         torch.empty(bounds_batches, tiles * 64, 4, dtype=torch.int32, device=device),
         torch.empty(bounds_batches, tiles, 9, dtype=torch.int32, device=device),
+        torch.empty(2, dtype=torch.int32, device=device),
     )
 
 
