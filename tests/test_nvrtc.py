@@ -18,15 +18,18 @@ import numpy as np
 import pytest
 import torch
 
+import illada_kernels as ik
 from illada_kernels import _gpu, _nvrtc
 from illada_kernels.ops.masked_loss import nvrtc as masked_loss
 from illada_kernels.ops.masked_loss.cuda import CudaRows
 from illada_kernels.ops.masked_loss.rows import Formula
+from illada_kernels.ops.unmask import nvrtc as unmask
+from tests import unmask_on_cpu
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, Kernels, compile_kernels, missing
 from tests.gpu_code.cuda_code import find_tool
 
-ROOMS = (masked_loss,)
+ROOMS = (masked_loss, unmask)
 SOURCES = [(source, kernels) for room in ROOMS for source, kernels in room.KERNELS.items()]
 CUPY_ADDS = ("-ftz=true", "--device-as-default-execution-space")
 
@@ -310,6 +313,28 @@ def test_a_launch_that_differs_is_seen(
     monkeypatch.setattr(masked_loss, name, wrong)
     with pytest.raises(AssertionError):
         test_row_kernels_are_launched_as_the_extension_does(torch.float32, two_ways, cupy)
+
+
+@pytest.mark.parametrize(
+    "count, dtype", [(6, torch.float32), (5, torch.bfloat16), (7, torch.float16), (1030, torch.float32)]
+)
+def test_unmask_is_launched_as_the_extension_does(
+    count: int, dtype: torch.dtype, cupy: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g, vocab = torch.Generator().manual_seed(0), 4500 if count < 1000 else 9
+    logits = torch.randn(2, count, vocab, generator=g).to(dtype)
+    tokens, positions = torch.full((2, count + 3), 3), torch.arange(count).expand(2, count)
+    options = {"mask_id": 3, "temperature": 0.7, "seed": 5, "confidence": "margin", "forbid": (1,)}
+    results = []
+    for kernels in (None, [ByNvrtc()]):
+        launcher = unmask_on_cpu.OnCpu(*(f"csrc/cuda/{source}" for source in unmask.KERNELS))
+        launcher.kernels = kernels or launcher.kernels
+        unmask_on_cpu.Backend(monkeypatch, launcher, processors=0)
+        step, after = unmask_on_cpu.unmask("cuda", logits, None, tokens, positions, ik.TopK(3), **options)
+        assert launcher.launches == ["unmask_spans", "unmask_commit"]
+        results.append(bits([*step, after]))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert ("stream", 4711, 1) in cupy
 
 
 def test_an_empty_grid_launches_nothing(cupy: list[Any]) -> None:

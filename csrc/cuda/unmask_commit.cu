@@ -263,6 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
+#ifndef __CUDACC_RTC__  // where NVRTC compiles, Python launches: illada_kernels/ops/unmask/nvrtc.py
 extern "C" int illada_unmask_commit(const illada_unmask_call* call, void* workspace, int64_t* proposal,
                                     float* confidence, uint8_t* committed, int32_t* remaining, void* stream) {
   const Call& c = *call;
@@ -276,3 +277,4 @@ extern "C" int illada_unmask_commit(const illada_unmask_call* call, void* worksp
                 static_cast<uint8_t*>(in_shared ? nullptr : workspace), n,
                 Outputs{proposal, confidence, committed, remaining});
 }
+#endif

@@ -73,6 +73,11 @@ __global__ void __launch_bounds__(kWarps * 32) spans(const __grid_constant__ Cal
   store_partial(c, r, first / ILLADA_UNMASK_SPAN + blockIdx.y, s);
 }
 
+}  // namespace
+
+#ifndef __CUDACC_RTC__  // where NVRTC compiles, Python launches: illada_kernels/ops/unmask/nvrtc.py
+namespace {
+
 template <class T>
 int run(const Call& c, const void* logits, int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t rows,
         int64_t first, int64_t ids, cudaStream_t stream) {
@@ -99,3 +104,4 @@ extern "C" int illada_unmask_spans(const illada_unmask_call* call, int dtype, co
   }
   return int(cudaErrorInvalidValue);
 }
+#endif

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import native
-from ..._gpu import cuda_reason, launch
+from ..._gpu import cuda_reason, launch, rows_reason
 from . import gpu
 from .op import Outputs, Step
 
@@ -131,7 +131,8 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    """And the extension holds the kernel: NVRTC compiles those for any GPU."""
+    return cuda_reason() is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def head_blocks(step: Step) -> int:
@@ -169,9 +170,9 @@ def run_head(step: Step, call: Call, blocks: int) -> None:
 
 # ---- the backend ----------------------------------------------------------------------------------------------------
 def available() -> str | None:
-    if (reason := cuda_reason()) is not None:
+    if (reason := rows_reason()) is not None:
         return reason
-    if getattr(native(), "unmask_call_bytes", 0) != ctypes.sizeof(Call):
+    if cuda_reason() is None and getattr(native(), "unmask_call_bytes", 0) != ctypes.sizeof(Call):
         return "the compiled extension is older than this code; build it again: python -m illada_kernels._build"
     return None
 
