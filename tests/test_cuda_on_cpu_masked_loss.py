@@ -254,28 +254,21 @@ def test_overflow_and_nan_scales_fill_rows_with_nan_and_forbidden_ids_too() -> N
 
 FAULTS = {
     "an element behind the row": (ROWS, "if (tail < width) load", "if (tail <= width) load"),
-    "no max": (ROWS, "high = fmaxf(high, x[k])", "high = high"),
     "no rescaling of the sum": (ROWS, "s.sum *= exp_of(s.high - high);", ""),
     "sums of a block not brought to its max": (ROWS, "s.sum * exp_of(s.high - high)", "s.sum"),
     "slices not brought to one max": (ROWS, "s[1] * exp_of(before - shift)", "s[1]"),
     "forbidden ids counted": (ROWS, "set_forbidden(o, id, -infinity(), x);", ""),
     "forbidden ids differentiated": (ROWS, "set_forbidden(o, id, 0.0f, x);\n}", "}"),
-    "a binary search one off": (ROWS, "if (o.forbid[middle] < id)", "if (o.forbid[middle] <= id)"),
-    "bias of another id": (ROWS, "x[k] += o.bias[id + k]", "x[k] += o.bias[id]"),
-    "no slope of the softcap": (ROWS, "x[k] *= slope[k];", ""),
     "the target's column of the slice": (ROWS, "differentiate(o, first + at", "differentiate(o, at"),
     "vectors where rows are not aligned alike": (ROWS, "out_row)) % 16 == 0)", "out_row)) % 2 == 0)"),
     "another thread's part of the kept row": (ROWS, "i < kept ? keep[i]", "i < kept ? keep[i ^ 1]"),
     "room for one vector too few": (ROWS, "size_t(kScratch + 16 * kept)", "size_t(kScratch + 16 * kept - 16)"),
     "fillers read": (ROWS, "if (start + r >= info[0])", "if (start + r > info[0])"),
-    "bad targets differentiated": (ROWS, "const float scale = target >= 0 ?", "const float scale = true ?"),
     "32-bit offsets": (ROWS, "T* row = logits + r * stride;", "T* row = logits + (int(r) << 30) * 8;"),
     "losses of fillers": (COMPACT, "info[0] < held ? info[0] : held", "held"),
     "a race in the scan": (COMPACT, "  __syncthreads();\n  *all = total;", "  *all = total;"),
-    "a scan that counts itself": (COMPACT, "return earlier + sum - x;", "return earlier + sum;"),
     "a tile of the compaction forgotten": (COMPACT, "count += all;", "count = all;"),
     "factors rounded first": (COMPACT, "value * factor : 0.0f", "value * to_float(from_float<Out>(factor)) : 0.0f"),
-    "the row of a slot": (COMPACT, "const float* from = dx + place * width;", "const float* from = dx + r * width;"),
     "one upstream gradient for all rows": (COMPACT, "grad[grad_per_row ? index[i] : 0]", "grad[0]"),
 }
 # Kernels of one dtype compile in half the time.

@@ -111,8 +111,12 @@ def check_against_float64(args: tuple[Tensor, ...], bias: Tensor | None, backend
     assert (ours[0] - exact[0]).abs() <= most
     slices = -(-len(weight) // head.LEAST_SLICE) if options["memory_budget"] == TINY else 1
     added = slices**0.5 * torch.finfo(torch.float32).eps / 2  # a rounding per slice of the vocabulary, at random
-    # p and 1 are rounded to float32 before they are subtracted; then come these factors
-    rounded = torch.finfo(torch.float32).eps * float(w[masked].norm())
+    # p and 1 are rounded to float32 before they are subtracted; a GPU also keeps logits and their gradients in the
+    # head's dtype, as torch does, but torch may be lucky where there are few; then come these factors
+    eps = torch.finfo(torch.float32).eps
+    if backend != "cpu" and weight.dtype != torch.float32:
+        eps += torch.finfo(weight.dtype).eps / 2 * (1 + float(z.abs().max()) / 2)
+    rounded = eps * float(w[masked].norm())
     factors = (float(weight.abs().max()), float(hidden.abs().max()), 1.0)
     for mine, theirs, right, factor in zip(ours[1:], peer[1:], exact[1:], factors):
         most = cases.bar(theirs, right) + added * right.abs().max() + rounded * factor

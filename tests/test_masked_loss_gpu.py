@@ -83,10 +83,11 @@ def agree_with_float64(reduction: str, kind: str, rows: int, width: int, vocab: 
     hidden = hidden.to(torch.bfloat16) if "bfloat16" in kind else hidden
     weight = weight.to(torch.bfloat16) if kind == "bfloat16" else weight
     targets[(targets == 1) | (targets == 4)] = 7
+    torch.manual_seed(0)
     bias = torch.randn(vocab)
     upstream = torch.randn(rows) if reduction == "none" else torch.tensor(-1.7)
     seen = set()
-    capacities = (None, rows, int(masked.sum()))
+    capacities = (None, rows, int(masked.sum())) if rows > 30 else (None, rows)
     for mode, capacity, options in itertools.product(MODES, capacities, ({}, ALL)):
         budget = budget_for(mode, hidden, weight, rows)
         seen.add(mode_of((hidden, weight, targets, masked, w), budget, reduction))
@@ -124,12 +125,12 @@ def test_all_modes_agree_with_float64_with_the_cuda_kernels(reduction: str, kind
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("vocab, dim, rows", [(2, 5, 40), (257, 33, 40), (5021, 64, 40)])
+@pytest.mark.parametrize("vocab, dim, rows", [(2, 5, 40), (257, 33, 40), (2051, 64, 40)])
 def test_as_exact_as_torch_at_every_mask_ratio_and_weight(
     dtype: torch.dtype, vocab: int, dim: int, rows: int, use: Use
 ) -> None:
     use(TorchRows())
-    bias = torch.randn(vocab).to(dtype)
+    bias = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
     for seed, (ratio, budget) in enumerate(itertools.product((0.0, 0.05, 0.5, 0.95, 1.0), (None, 1))):
         args = inputs(rows, dim, vocab, ratio, dtype, seed)
         if ratio:
