@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
-from ..._gpu import UNRUN
+from ..._gpu import UNRUN, triton_reason
 from ..._torch_ops import TorchOp
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -106,6 +106,7 @@ def _lazy(backend: str) -> _dispatch.Backend:
 
 BACKENDS = (
     _lazy("cuda"),
+    _dispatch.Backend("triton", ("cuda",), triton_reason, lambda step: _module("triton").supports(step), opt_in=UNRUN),
     _dispatch.Backend("cpu", ("cpu",), _cpu_available, _cpu_supports),
     _dispatch.Backend("reference", None, lambda: None, lambda step: None),
 )

@@ -1,0 +1,215 @@
+"""unmask in Triton. Up to gpu.FUSED_ROWS candidate rows: the head kernel, then the selection. More, or logits: the rows
+kernel, on the logits given or on products by slices of the vocabulary, then the selection. triton_rows.py and
+triton_select.py hold the kernels.
+
+Within a path results are bitwise the same for any batch, order of candidates and run: which ids make a tile, and which
+tiles a group, depends on V alone; a logit is summed over D in steps of BLOCK_D in one order; sums over ids are of
+integers; what remains is elementwise in order of id, or a maximum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import rules
+from . import gpu
+from .op import Outputs, Step
+from .triton_rows import FIELDS, head_kernel, rows_kernel
+from .triton_select import select_kernel
+
+CONFIDENCES = ("probability", "margin", "neg_entropy", "random")  # numbered as in triton_select.py
+PAIRS = 64  # id pairs of a tile of the head kernel: the product's M, twice
+GROUPS = 264  # of tiles, at most: two programs for each multiprocessor of an H200, 2.5 for each of an A100
+ROW_PAIRS = 512  # id pairs that the rows kernel holds at once
+MOST_CANDIDATES = 2048  # of a sequence: one program sorts them in registers
+
+
+def supports(step: Step) -> str | None:
+    if step.source.dtype == torch.float64:
+        return "float64 is for the reference"
+    count = step.positions.shape[1]
+    return None if count <= MOST_CANDIDATES else f"at most {MOST_CANDIDATES} candidates a sequence, got {count}"
+
+
+def unmask(step: Step) -> Outputs:
+    if gpu.is_empty(step):
+        return step.nothing()
+    with torch.cuda.device_of(step.tokens):
+        call = Call(step)
+        if step.vocabulary == 0:
+            pass
+        elif step.head_weight is None:
+            call.rows(step.source, step.source.stride(0), step.source.stride(1), 0, call.row_count, 0, False)
+        elif call.row_count <= gpu.FUSED_ROWS:
+            call.head()
+        else:
+            gpu.head_products(step, call.product)
+        return call.select()
+
+
+class Call:
+    """The arguments that kernels share."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.device = step, step.tokens.device
+        (batch, self.count), self.vocabulary = step.positions.shape, step.vocabulary
+        self.row_count = batch * self.count
+        numbers = gpu.parameters(step)
+        self.rule, self.revise = numbers.rule, numbers.revise
+        self.needs = gpu.needs(step)
+        fused = step.head_weight is not None and self.row_count <= gpu.FUSED_ROWS
+        tiles = -(-self.vocabulary // (2 * PAIRS))
+        self.groups = min(GROUPS, tiles) if fused else -(-self.vocabulary // gpu.SLICE)
+        self.partials = torch.empty(FIELDS, self.groups, self.row_count, dtype=torch.float32, device=self.device)
+        self.best_ids = torch.empty(self.groups, self.row_count, dtype=torch.int32, device=self.device)
+        frozen = None if step.frozen is None else step.frozen.view(torch.uint8)
+        self.where = (
+            step.tokens, step.tokens.stride(0), step.tokens.shape[1], *strided(step.positions), *strided(frozen),
+            step.mask_id, *strided(step.noise_positions),
+        )  # fmt: skip
+        self.confidence_temperature = value(numbers.confidence_temperature)
+        self.noise = (*value(numbers.seed), *value(numbers.step))
+        forbidden = gpu.forbidden(step)
+        biases = 0 if step.bias_ids is None else step.bias_ids.shape[0]
+        self.rest = (
+            *value(numbers.temperature), *self.confidence_temperature, *self.noise,
+            contiguous(step.bias_ids), contiguous(step.bias_values), biases,
+            forbidden, 0 if forbidden is None else forbidden.shape[0], self.partials, self.best_ids, self.groups,
+        )  # fmt: skip
+        self.constants = {
+            "NOISE": step.temperature_tensor is not None or step.temperature > 0,
+            "NEEDS": self.needs,
+            "REVISES": step.revise in (rules.EDIT, rules.REMASK),
+            "enable_fp_fusion": False,
+        }
+
+    def head(self) -> None:
+        step, head = self.step, self.step.head_weight
+        assert head is not None
+        dim = head.shape[1]
+        options = head_options(self.row_count, head.dtype)
+        scratch = torch.empty(self.groups, 2, PAIRS, options["BLOCK_N"], dtype=torch.float32, device=self.device)
+        head_kernel[(self.groups,)](
+            step.source, step.source.stride(0), step.source.stride(1), head, head.stride(0),
+            contiguous(step.head_bias), dim, scratch, self.vocabulary, self.row_count, self.count, *self.where,
+            *self.rest, PAIRS=PAIRS, EVEN_D=dim % options["BLOCK_D"] == 0, **options, **self.constants,
+        )  # fmt: skip
+
+    def product(self, logits: Tensor, first_row: int, rows: int, first_id: int) -> None:
+        self.rows(logits, 0, logits.stride(0), first_row, rows, first_id, True)
+
+    def rows(
+        self, logits: Tensor, stride_b: int, stride_k: int, first_row: int, rows: int, first_id: int, dense: bool
+    ) -> None:
+        ids = logits.shape[-1]
+        bias = contiguous(self.step.head_bias)
+        rows_kernel[(rows * -(-ids // gpu.SLICE),)](
+            logits, stride_b, stride_k, first_row, first_id, ids, bias, self.vocabulary, self.row_count, self.count,
+            *self.where, *self.rest, SPAN=gpu.SLICE, PAIRS=ROW_PAIRS, DENSE=dense, **ROWS_OPTIONS,
+            **self.constants,
+        )  # fmt: skip
+
+    def select(self) -> Outputs:
+        step, results = self.step, gpu.outputs(self.step)
+        proposal, confidence, committed, remaining = results
+        scores = strided(step.revise_scores)
+        select_kernel[(step.tokens.shape[0],)](
+            self.partials, self.best_ids, self.groups, self.row_count, self.count, *self.where,
+            *self.confidence_temperature, *self.noise, *limited(self.rule), *limited(self.revise), *scores,
+            proposal, confidence, committed.view(torch.uint8), remaining,
+            RULE=step.rule, CONFIDENCE=CONFIDENCES.index(step.confidence), REVISE=step.revise, NEEDS=self.needs,
+            ONE=one(self.vocabulary), enable_fp_fusion=False, **select_options(self.count),
+        )  # fmt: skip
+        return results
+
+
+def strided(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
+    return (None, 0, 0) if tensor is None else (tensor, tensor.stride(0), tensor.stride(1))
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def value(parameter: gpu.Parameter) -> tuple[Tensor | None, float, int]:
+    return parameter.tensor, parameter.number, parameter.stride
+
+
+def limited(parameter: gpu.Parameter) -> tuple[Tensor | None, float, int]:
+    """A count or a number of the rule: as more than 2**31 candidates never are, one type serves all."""
+    number = parameter.number
+    return parameter.tensor, min(number, 2**31 - 1) if isinstance(number, int) else number, parameter.stride
+
+
+def one(vocabulary: int) -> float:
+    """The unit's reciprocal of sums over all ids: V exponentials not above 1 fit 62 bits."""
+    return 2.0 ** min(50, 62 - max(vocabulary, 1).bit_length())
+
+
+# ---- launch configurations: by shape and type, nothing is tuned at run time ------------------------------------------
+ROWS_OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+def head_options(rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Without spills on sm_80, sm_90 and sm_100. 4 warps leave room for a second program on a multiprocessor, which
+    loads while the first reduces."""
+    shape = {"BLOCK_N": max(16, triton.next_power_of_2(rows)), "CHUNK": 8}
+    if dtype == torch.float32:
+        return shape | {"BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+    warps, stages = (4, 4) if rows <= 64 else (8, 3)
+    return shape | {"BLOCK_D": 64, "num_warps": warps, "num_stages": stages}
+
+
+def select_options(count: int) -> dict[str, int]:
+    block = max(16, triton.next_power_of_2(count))
+    return {"BLOCK": block, "BLOCK_G": max(1, min(64, 2048 // block)), "num_warps": 4 if block <= 256 else 8}
+
+
+# ---- compiled ahead of time by tests/gpu_code ------------------------------------------------------------------------
+def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """What a model with a bf16 head, and callers with logits, would launch, with numbers for parameters."""
+    absent = dict.fromkeys(
+        "head_bias frozen noise_positions temperature confidence_temperature seed step bias_ids bias_values rule "
+        "revision scores".split()
+    )
+    types = {
+        "hidden": "*bf16:16", "hidden_b": "i32:16", "hidden_k": "i32:16", "head": "*bf16:16", "head_v": "i32:16",
+        "dim": "i32:16", "scratch": "*fp32:16", "logits_b": "i32:16", "logits_k": "i32:16", "tokens": "*i64:16",
+        "positions": "*i64:16", "mask_id": "i64", "temperature_number": "fp32", "confidence_number": "fp32",
+        "seed_number": "i64", "step_number": "i64", "forbidden": "*i64:16", "partials": "*fp32:16",
+        "best_ids": "*i32:16", "proposals": "*i64:16", "confidences": "*fp32:16", "commits": "*u8:16",
+        "remaining": "*i32:16", "revise_number": "fp32", "rule_number": "fp32", "position_k": "constexpr",
+        "ids": "i32:16",
+    }  # fmt: skip
+
+    def configuration(name: str, kernel: Any, options: dict[str, Any], **changes: str) -> Any:
+        constants = {key: options[key] for key in options if key.isupper()}
+        constants |= {key: None for key in kernel.arg_names if key in absent} | {"position_k": 1}
+        kinds = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}
+        rest = {key: options[key] for key in options if key.islower()} | {"enable_fp_fusion": False}
+        return name, kernel, kinds | changes, constants, rest
+
+    entropy, everything = gpu.NEEDS_ENTROPY, gpu.NEEDS_ENTROPY | gpu.NEEDS_SECOND | gpu.NEEDS_HELD
+    sampled = {"NOISE": True, "NEEDS": entropy, "REVISES": False}
+    greedy = {"NOISE": False, "NEEDS": 0, "REVISES": False}
+    whole = {"NOISE": True, "NEEDS": everything, "REVISES": True}
+    for rows, dtype, name, needs in (
+        (16, torch.bfloat16, "sampled", sampled), (64, torch.bfloat16, "sampled", sampled),
+        (64, torch.bfloat16, "greedy", greedy), (128, torch.bfloat16, "all", whole),
+        (64, torch.float32, "sampled", sampled),
+    ):  # fmt: skip
+        kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+        options = {"PAIRS": PAIRS, "EVEN_D": True, **head_options(rows, dtype), **needs}
+        changes = {"hidden": f"*{kind}:16", "head": f"*{kind}:16"}
+        yield configuration(f"head {kind} {rows} rows, {name}", head_kernel, options, **changes)
+    for kind, dense, name, needs in (("fp32", True, "all", whole), ("bf16", False, "greedy", greedy)):
+        options = {"SPAN": gpu.SLICE, "PAIRS": ROW_PAIRS, "DENSE": dense, **ROWS_OPTIONS, **needs}
+        yield configuration(f"rows {kind}, {name}", rows_kernel, options, logits=f"*{kind}:16")
+    for count in (64, 1024):
+        chosen = {"RULE": rules.ENTROPY_BOUND, "CONFIDENCE": 1, "REVISE": rules.REMASK, "NEEDS": everything}
+        options = {**select_options(count), **chosen, "ONE": one(155136)}
+        yield configuration(f"select {count}, all", select_kernel, options, revise_number="i32")

@@ -1,0 +1,216 @@
+"""The last kernel of a step: partials to proposals and confidences, the rule, what is written into tokens."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ... import rules
+from .triton_noise import (
+    INF,
+    LEAST,
+    NO_ID,
+    candidates,
+    confidence_scale,
+    fixed_sum,
+    noise_counters,
+    of_sequence,
+    philox,
+    shifted,
+    unit,
+)  # fmt: skip
+from .triton_rows import BAD, HELD, LOGIT, NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND, SCORE, SECOND, SURPRISE, TOP, TOTAL
+
+TOP_K, THRESHOLD, FACTOR = (tl.constexpr(i) for i in (rules.TOP_K, rules.THRESHOLD, rules.FACTOR))
+ENTROPY_BOUND, INCLUSIVE = tl.constexpr(rules.ENTROPY_BOUND), tl.constexpr(rules.ENTROPY_BOUND_INCLUSIVE)
+EDIT, REMASK, BY_SCORES = (tl.constexpr(i) for i in (rules.EDIT, rules.REMASK, rules.REMASK_BY_SCORES))
+PROBABILITY, MARGIN, NEG_ENTROPY, RANDOM = (tl.constexpr(i) for i in range(4))
+ENTROPY_ONE = tl.constexpr(2.0**40)  # the sum of 2**14 entropies below 2**5 fits 63 bits
+LAST = tl.constexpr(2**63 - 1)  # the place of who is not ranked
+UNSPECIALIZED = (
+    "seed_number", "step_number", "mask_id", "length", "rows", "count", "groups", "rule_number", "revise_number",
+)  # fmt: skip
+
+
+# ---- rank: a place is (key, position) as one integer, and places are sorted ------------------------------------------
+@triton.jit
+def place(eligible, key, position):
+    """Rises with the float key, then with the position, which is below 2**31. 0 and -0 are one key."""
+    bits = tl.where(key == 0, 0.0, key).to(tl.int32, bitcast=True)
+    low = bits.to(tl.uint32, bitcast=True).to(tl.int64)
+    rising = tl.where(bits < 0, 0xFFFFFFFF - low, low + 0x80000000)
+    return tl.where(eligible, (rising << 31) | position, LAST)
+
+
+@triton.jit
+def key_of(places):
+    rising = places >> 31
+    low = tl.where(rising >= 0x80000000, rising - 0x80000000, 0xFFFFFFFF - rising)
+    return low.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def among_first(places, passes, sorted_places, i, BLOCK: tl.constexpr):
+    """Whether each place lies in the longest prefix of the sorted ones that passes."""
+    cut = tl.min(tl.where(passes, BLOCK, i), 0)
+    end = tl.max(tl.where((i < cut) & (sorted_places < LAST), sorted_places, -1), 0)
+    return (places <= end) & (places < LAST)
+
+
+@triton.jit
+def chosen_by_rule(eligible, confidence, entropy, at, number, RULE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    by_entropy: tl.constexpr = RULE == ENTROPY_BOUND or RULE == INCLUSIVE
+    places = place(eligible, entropy if by_entropy else -confidence, at)
+    if RULE == THRESHOLD:
+        chosen = eligible & ((confidence >= number) | (places == tl.min(places, 0)))
+    else:
+        ranked = tl.sort(places)
+        if RULE == TOP_K:
+            passes = i < number
+        elif RULE == FACTOR:  # ranks count from 1: f / (r + 1)
+            f = tl.zeros([BLOCK], tl.float32) + number
+            passes = (i == 0) | (-key_of(ranked) >= 1.0 - tl.div_rn(f, (i + 2).to(tl.float32)))
+        else:
+            own = tl.ceil(tl.where(ranked < LAST, key_of(ranked), 0.0).to(tl.float64) * ENTROPY_ONE).to(tl.int64)
+            total = tl.cumsum(own, 0)
+            if RULE == ENTROPY_BOUND:
+                total -= own
+            passes = (i == 0) | (total.to(tl.float64) * (1 / ENTROPY_ONE) <= number.to(tl.float64))
+        chosen = among_first(places, passes, ranked, i, BLOCK)
+    return chosen
+
+
+# ---- one row's partials ----------------------------------------------------------------------------------------------
+@triton.jit
+def merged(
+    partials, best_ids, groups, rows, row, wanted, scale, NEEDS: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """(best id or -1, probability, margin, entropy, held probability) of the wanted rows. Sums over groups are of
+    integers of 1 / ONE, so BLOCK and BLOCK_G change nothing."""
+    field = groups.to(tl.int64) * rows
+    top, second = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], -INF, tl.float32)
+    score, logit, held_logit = top, top, top
+    best, bad = tl.full([BLOCK], -1, tl.int32), tl.full([BLOCK], 0, tl.int32)
+    for start in range(0, groups, BLOCK_G):
+        group = start + tl.arange(0, BLOCK_G)
+        here = (group < groups)[:, None] & wanted[None, :]
+        at = group.to(tl.int64)[:, None] * rows + row[None, :]
+        tops = tl.load(partials + TOP * field + at, mask=here, other=-INF)
+        scores = tl.load(partials + SCORE * field + at, mask=here, other=-INF)
+        ids = tl.load(best_ids + at, mask=here, other=-1)
+        block_score = tl.max(scores, 0)
+        block_best = tl.min(tl.where(scores == block_score[None, :], ids, NO_ID), 0)
+        better = block_score > score
+        logits = tl.load(partials + LOGIT * field + at, mask=here, other=-INF)
+        block_logit = tl.max(tl.where(ids == block_best[None, :], logits, -INF), 0)
+        score, best = tl.where(better, block_score, score), tl.where(better, block_best, best)
+        logit = tl.where(better, block_logit, logit)
+        bad = tl.maximum(bad, tl.max((ids == BAD).to(tl.int32), 0))
+        block_top = tl.max(tops, 0)
+        if NEEDS_SECOND & NEEDS:
+            first = tl.min(tl.where(tops == block_top[None, :], group[:, None], NO_ID), 0)
+            rest = tl.max(tl.where(group[:, None] == first[None, :], -INF, tops), 0)
+            seconds = tl.max(tl.load(partials + SECOND * field + at, mask=here, other=-INF), 0)
+            second = tl.maximum(tl.maximum(second, tl.maximum(rest, seconds)), tl.minimum(top, block_top))
+        if NEEDS_HELD & NEEDS:
+            held = tl.load(partials + HELD * field + at, mask=here, other=-INF)
+            held_logit = tl.maximum(held_logit, tl.max(held, 0))
+        top = tl.maximum(top, block_top)
+    good = wanted & (bad == 0) & (top > -INF)
+
+    totals, surprises = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
+    for start in range(0, groups, BLOCK_G):
+        group = start + tl.arange(0, BLOCK_G)
+        here = (group < groups)[:, None] & good[None, :]
+        at = group.to(tl.int64)[:, None] * rows + row[None, :]
+        z = shifted(tl.load(partials + TOP * field + at, mask=here, other=-INF), top[None, :], scale[None, :])
+        weight = tl.where(z < LEAST, 0.0, tl.exp(z)).to(tl.float64)
+        group_total = tl.load(partials + TOTAL * field + at, mask=here, other=0.0).to(tl.float64)
+        totals += fixed_sum(weight * group_total, ONE)
+        if NEEDS_ENTROPY & NEEDS:
+            surprise = tl.load(partials + SURPRISE * field + at, mask=here, other=0.0).to(tl.float64)
+            z = tl.where(z < LEAST, 0.0, z).to(tl.float64)
+            surprises += fixed_sum(weight * (surprise - z * group_total), ONE)
+    total = tl.where(good, totals.to(tl.float64) * (1 / ONE), 1.0)
+    mean = surprises.to(tl.float64) * (1 / ONE) / total
+    entropy = tl.maximum(tl.log(total) + mean, 0.0).to(tl.float32)
+    probability = (tl.exp(shifted(logit, top, scale)).to(tl.float64) / total).to(tl.float32)
+    margin = ((1.0 - tl.exp(shifted(second, top, scale)).to(tl.float64)) / total).to(tl.float32)
+    held_probability = (tl.exp(shifted(held_logit, top, scale)).to(tl.float64) / total).to(tl.float32)
+    return tl.where(good, best, -1), probability, margin, entropy, held_probability
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def select_kernel(
+    partials, best_ids, groups, rows, count,
+    tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l, mask_id: tl.int64,
+    noise_positions, noise_b, noise_k, confidence_temperature, confidence_number, confidence_b,
+    seed, seed_number: tl.int64, seed_b, step, step_number: tl.int64, step_b, rule, rule_number, rule_b,
+    revision, revise_number, revise_b, scores, scores_b, scores_k, proposals, confidences, commits, remaining,
+    RULE: tl.constexpr, CONFIDENCE: tl.constexpr, REVISE: tl.constexpr, NEEDS: tl.constexpr, ONE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """One program owns one sequence, its K <= BLOCK candidates at once. Reads 32 bytes per candidate and group of ids;
+    merges them in integers, ranks by (confidence falling, position rising) in a sort of K 64-bit places, applies the
+    rule and the revision, writes tokens in place and (proposal, confidence, committed) for each candidate.
+    Confidences are float64 until rounded once. Whose row has a NaN or +inf or nothing above -inf proposes -1, has
+    confidence -inf and is not ranked."""
+    b = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK).to(tl.int64)
+    inside = k < count
+    row = b * count + k
+    sequence = tl.zeros([BLOCK], tl.int64) + b
+    candidate, held, at = candidates(
+        sequence, k, inside, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l
+    )
+    masked, fixed = candidate & (held == mask_id), candidate & (held != mask_id)
+    scale = confidence_scale(confidence_temperature, confidence_number, confidence_b, sequence, inside)
+    wanted = candidate if REVISE == EDIT or REVISE == REMASK else masked
+    best, probability, margin, entropy, held_probability = merged(
+        partials, best_ids, groups, rows, row, wanted, scale, NEEDS, ONE, BLOCK, BLOCK_G
+    )
+    if CONFIDENCE == PROBABILITY:
+        confidence = probability
+    elif CONFIDENCE == MARGIN:
+        confidence = margin
+    elif CONFIDENCE == NEG_ENTROPY:
+        confidence = 0.0 - entropy
+    else:
+        key0, key1, position, at_step = noise_counters(
+            sequence, k, inside, at, noise_positions, noise_b, noise_k, seed, seed_number, seed_b, step, step_number,
+            step_b,
+        )  # fmt: skip
+        zero = tl.zeros([BLOCK], tl.uint32)
+        w0, w1, _w2, _w3 = philox(key0, key1, zero, position, at_step, zero + 1)
+        confidence = unit(w0, w1)
+
+    good = wanted & (best >= 0)
+    takes_part = good if REVISE == EDIT else masked & good
+    proposal = tl.where(takes_part, best.to(tl.int64), -1)
+    confidence = tl.where(takes_part, confidence, -INF)
+    number = of_sequence(rule, rule_number, rule_b, sequence, inside, tl.int64 if RULE == TOP_K else tl.float32)
+    committed = chosen_by_rule(masked & takes_part, confidence, entropy, at, number, RULE, BLOCK)
+    if REVISE == EDIT:
+        tau = of_sequence(revision, revise_number, revise_b, sequence, inside, tl.float32)
+        committed = committed | (fixed & takes_part & (proposal != held) & (probability >= tau))
+    written = tl.where(committed, proposal, held)
+    if REVISE == REMASK or REVISE == BY_SCORES:
+        if REVISE == REMASK:
+            score, eligible = held_probability, fixed & good
+        else:
+            score = tl.load(scores + b * scores_b + k * scores_k, mask=inside, other=0.0)
+            eligible = fixed & (score == score)
+        n = of_sequence(revision, revise_number, revise_b, sequence, inside, tl.int64)
+        places = place(eligible, score, at)
+        i = tl.arange(0, BLOCK)
+        lowest = among_first(places, i < n, tl.sort(places), i, BLOCK)
+        proposal, confidence = tl.where(eligible, held, proposal), tl.where(eligible, score, confidence)
+        written = tl.where(lowest, mask_id, written)
+    tl.store(tokens + b * token_b + at, written, mask=candidate & (written != held))
+    tl.store(proposals + row, proposal, mask=inside)
+    tl.store(confidences + row, confidence, mask=inside)
+    tl.store(commits + row, committed.to(tl.uint8), mask=inside)
+    left = tl.sum((candidate & (written == mask_id)).to(tl.int32), 0)
+    tl.store(remaining + b, left)
