@@ -1,5 +1,5 @@
-"""unmask's Triton kernels in the interpreter: against the reference and a plain loop, bit for bit the same whatever must
-not matter, and planted faults that these tests must see."""
+"""unmask's Triton kernels in the interpreter: against the reference and a plain loop, bit for bit the same whatever
+must not matter, and planted faults that these tests must see."""
 
 from __future__ import annotations
 

@@ -193,6 +193,7 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
         rest = {key: options[key] for key in options if key.islower()} | {"enable_fp_fusion": False}
         return name, kernel, kinds | changes, constants, rest
 
+    options: dict[str, Any]
     entropy, everything = gpu.NEEDS_ENTROPY, gpu.NEEDS_ENTROPY | gpu.NEEDS_SECOND | gpu.NEEDS_HELD
     sampled = {"NOISE": True, "NEEDS": entropy, "REVISES": False}
     greedy = {"NOISE": False, "NEEDS": 0, "REVISES": False}

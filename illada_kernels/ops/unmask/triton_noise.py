@@ -4,6 +4,7 @@ logarithms; what they read about a row; sums that have no order.
 Every function takes arrays that broadcast. Kernels that call them are compiled with enable_fp_fusion=False, so that
 l + T * g rounds twice."""
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton

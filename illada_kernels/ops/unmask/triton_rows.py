@@ -1,5 +1,6 @@
 """From hidden states or logits to one partial per row and group of ids: the kernels before the selection."""
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton
@@ -19,7 +20,7 @@ from .triton_noise import (
     philox,
     rescaled,
     shifted,
-)  # fmt: skip
+)
 
 # Fields of a partial: float32 (FIELDS, groups, rows), and int32 (groups, rows) the id of the best score, NO_BEST if no
 # logit is above -inf, BAD if one is NaN or +inf.

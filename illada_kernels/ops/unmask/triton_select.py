@@ -1,5 +1,6 @@
 """The last kernel of a step: partials to proposals and confidences, the rule, what is written into tokens."""
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton
@@ -18,7 +19,7 @@ from .triton_noise import (
     philox,
     shifted,
     unit,
-)  # fmt: skip
+)
 from .triton_rows import BAD, HELD, LOGIT, NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND, SCORE, SECOND, SURPRISE, TOP, TOTAL
 
 TOP_K, THRESHOLD, FACTOR = (tl.constexpr(i) for i in (rules.TOP_K, rules.THRESHOLD, rules.FACTOR))
