@@ -359,7 +359,7 @@ def test_batch_order_of_candidates_and_block_shapes_do_not_change_a_bit(fused: b
     assert torch.equal(other[0], confidence[:, order]) and torch.equal(other[2], after)
     one = run(slice(1, 2), everything)  # 5 rows: BLOCK_N is 16
     assert torch.equal(one[0], confidence[1:2]) and torch.equal(one[2], after[1:2])
-    monkeypatch.setattr(room, "select_options", lambda count: {"BLOCK": 8, "BLOCK_G": 1, "num_warps": 4})
+    monkeypatch.setattr(room, "select_options", lambda count: {"BLOCK": 4, "BLOCK_G": 1, "ONE_BLOCK": False})
     again = run(all_rows, everything)
     assert all(map(torch.equal, again, (confidence, proposal, after)))
 
@@ -425,7 +425,9 @@ FAULTS: list[tuple[ModuleType, str, str, Callable[[], None]]] = [
     (ROWS, "tl.where(masked & (t > 0)", "tl.where((t > 0)", one_step(temperature=9.0, revise=ik.Edit(0.0))),
     (SELECT, "candidate if REVISE == EDIT or REVISE == REMASK else masked", "masked", one_step(revise=ik.Remask(1))),
     (SELECT, "(rising << 31) | position", "(rising << 31)", one_step()),
-    (SELECT, "total -= own", "total -= 0", one_step(rule=ik.EntropyBound(3.0))),
+    (SELECT, "RULE == INCLUSIVE else places < bound", "RULE != TOP_K else places < bound",
+     one_step(rule=ik.EntropyBound(2.0))),
+    (SELECT, "passes = rank < number", "passes = rank <= number", one_step()),
     (SELECT, "0.0, tl.exp(z)).to", "0.0, 1.0 + 0 * z).to", one_step(confidence_temperature=0.5)),
     (SELECT, "surprise - z * group_total", "surprise", one_step(confidence="neg_entropy")),
 ]  # fmt: skip

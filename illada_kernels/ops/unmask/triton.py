@@ -25,14 +25,11 @@ CONFIDENCES = ("probability", "margin", "neg_entropy", "random")  # numbered as 
 PAIRS = 64  # id pairs of a tile of the head kernel: the product's M, twice
 GROUPS = 264  # of tiles, at most: two programs for each multiprocessor of an H200, 2.5 for each of an A100
 ROW_PAIRS = 512  # id pairs that the rows kernel holds at once
-MOST_CANDIDATES = 2048  # of a sequence: one program sorts them in registers
+BLOCK = 1024  # candidates that the selection holds at once
 
 
 def supports(step: Step) -> str | None:
-    if step.source.dtype == torch.float64:
-        return "float64 is for the reference"
-    count = step.positions.shape[1]
-    return None if count <= MOST_CANDIDATES else f"at most {MOST_CANDIDATES} candidates a sequence, got {count}"
+    return "float64 is for the reference" if step.source.dtype == torch.float64 else None
 
 
 def unmask(step: Step) -> Outputs:
@@ -116,13 +113,16 @@ class Call:
     def select(self) -> Outputs:
         step, results = self.step, gpu.outputs(self.step)
         proposal, confidence, committed, remaining = results
-        scores = strided(step.revise_scores)
-        select_kernel[(step.tokens.shape[0],)](
-            self.partials, self.best_ids, self.groups, self.row_count, self.count, *self.where,
+        scores, batch, options = strided(step.revise_scores), step.tokens.shape[0], select_options(self.count)
+        scratch = proposal  # not touched
+        if not options["ONE_BLOCK"]:
+            scratch = torch.empty(batch, 2, self.count, dtype=torch.int64, device=self.device)
+        select_kernel[(batch,)](
+            self.partials, self.best_ids, self.groups, self.row_count, self.count, scratch, *self.where,
             *self.confidence_temperature, *self.noise, *limited(self.rule), *limited(self.revise), *scores,
             proposal, confidence, committed.view(torch.uint8), remaining,
             RULE=step.rule, CONFIDENCE=CONFIDENCES.index(step.confidence), REVISE=step.revise, NEEDS=self.needs,
-            ONE=one(self.vocabulary), enable_fp_fusion=False, **select_options(self.count),
+            ONE=one(self.vocabulary), enable_fp_fusion=False, **options,
         )  # fmt: skip
         return results
 
@@ -165,8 +165,9 @@ def head_options(rows: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def select_options(count: int) -> dict[str, int]:
-    block = max(16, triton.next_power_of_2(count))
-    return {"BLOCK": block, "BLOCK_G": max(1, min(64, 2048 // block)), "num_warps": 4 if block <= 256 else 8}
+    block = min(BLOCK, max(16, triton.next_power_of_2(count)))
+    warps = 4 if block <= 256 else 8
+    return {"BLOCK": block, "BLOCK_G": min(64, 2048 // block), "ONE_BLOCK": count <= block, "num_warps": warps}
 
 
 # ---- compiled ahead of time by tests/gpu_code ------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
     )
     types = {
         "hidden": "*bf16:16", "hidden_b": "i32:16", "hidden_k": "i32:16", "head": "*bf16:16", "head_v": "i32:16",
-        "dim": "i32:16", "scratch": "*fp32:16", "logits_b": "i32:16", "logits_k": "i32:16", "tokens": "*i64:16",
+        "dim": "i32:16", "logits_b": "i32:16", "logits_k": "i32:16", "tokens": "*i64:16",
         "positions": "*i64:16", "mask_id": "i64", "temperature_number": "fp32", "confidence_number": "fp32",
         "seed_number": "i64", "step_number": "i64", "forbidden": "*i64:16", "partials": "*fp32:16",
         "best_ids": "*i32:16", "proposals": "*i64:16", "confidences": "*fp32:16", "commits": "*u8:16",
@@ -206,11 +207,12 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
         kind = "bf16" if dtype == torch.bfloat16 else "fp32"
         options = {"PAIRS": PAIRS, "EVEN_D": True, **head_options(rows, dtype), **needs}
         changes = {"hidden": f"*{kind}:16", "head": f"*{kind}:16"}
+        changes["scratch"] = "*fp32:16"
         yield configuration(f"head {kind} {rows} rows, {name}", head_kernel, options, **changes)
     for kind, dense, name, needs in (("fp32", True, "all", whole), ("bf16", False, "greedy", greedy)):
         options = {"SPAN": gpu.SLICE, "PAIRS": ROW_PAIRS, "DENSE": dense, **ROWS_OPTIONS, **needs}
         yield configuration(f"rows {kind}, {name}", rows_kernel, options, logits=f"*{kind}:16")
-    for count in (64, 1024):
+    for count, name in ((64, "64 candidates"), (1024, "1024 candidates"), (9999, "any number")):
         chosen = {"RULE": rules.ENTROPY_BOUND, "CONFIDENCE": 1, "REVISE": rules.REMASK, "NEEDS": everything}
         options = {**select_options(count), **chosen, "ONE": one(155136)}
-        yield configuration(f"select {count}, all", select_kernel, options, revise_number="i32")
+        yield configuration(f"select {name}, all", select_kernel, options, scratch="*i64:16", revise_number="i32")

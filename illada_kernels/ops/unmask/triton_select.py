@@ -15,7 +15,6 @@ from .triton_noise import (
     confidence_scale,
     fixed_sum,
     noise_counters,
-    of_sequence,
     philox,
     shifted,
     unit,
@@ -33,7 +32,7 @@ UNSPECIALIZED = (
 )  # fmt: skip
 
 
-# ---- rank: a place is (key, position) as one integer, and places are sorted ------------------------------------------
+# ---- rank: a place is (key, position) as one integer -----------------------------------------------------------------
 @triton.jit
 def place(eligible, key, position):
     """Rises with the float key, then with the position, which is below 2**31. 0 and -0 are one key."""
@@ -51,35 +50,48 @@ def key_of(places):
 
 
 @triton.jit
-def among_first(places, passes, sorted_places, i, BLOCK: tl.constexpr):
-    """Whether each place lies in the longest prefix of the sorted ones that passes."""
-    cut = tl.min(tl.where(passes, BLOCK, i), 0)
-    end = tl.max(tl.where((i < cut) & (sorted_places < LAST), sorted_places, -1), 0)
-    return (places <= end) & (places < LAST)
+def below(places, bound, RULE: tl.constexpr):
+    """How many places lie below the bound, and the sum of their keys, which are entropies, in integers: it has no order
+    either. With INCLUSIVE the sum counts those at the bound too."""
+    count = tl.sum((places < bound).to(tl.int32), 0)
+    total = count.to(tl.int64)
+    if RULE == ENTROPY_BOUND or RULE == INCLUSIVE:
+        among = places < LAST
+        among = among & (places <= bound if RULE == INCLUSIVE else places < bound)
+        entropies = tl.where(among, key_of(places), 0.0).to(tl.float64)
+        total = tl.sum(tl.ceil(entropies * ENTROPY_ONE).to(tl.int64), 0)
+    return count, total
 
 
 @triton.jit
-def chosen_by_rule(eligible, confidence, entropy, at, number, RULE: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    by_entropy: tl.constexpr = RULE == ENTROPY_BOUND or RULE == INCLUSIVE
-    places = place(eligible, entropy if by_entropy else -confidence, at)
-    if RULE == THRESHOLD:
-        chosen = eligible & ((confidence >= number) | (places == tl.min(places, 0)))
-    else:
-        ranked = tl.sort(places)
-        if RULE == TOP_K:
-            passes = i < number
-        elif RULE == FACTOR:  # ranks count from 1: f / (r + 1)
-            f = tl.zeros([BLOCK], tl.float32) + number
-            passes = (i == 0) | (-key_of(ranked) >= 1.0 - tl.div_rn(f, (i + 2).to(tl.float32)))
+def last_chosen(
+    places, stored, count, number, RULE: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr
+):  # fmt: skip
+    """The last place that the rule commits, were there one at every integer. The rank of a place is the number of those
+    below it, and with rising rank confidences fall, bars and sums rise: what passes comes before what fails, so each
+    rule is a bisection. 63 steps of one reduction cost less than a sort, and no candidate need stay in a register."""
+    end = tl.zeros([], tl.int64)
+    for i in range(63):
+        bound = end | (tl.full([], 1, tl.int64) << (62 - i))
+        if ONE_BLOCK:
+            rank, total = below(places, bound, RULE)
         else:
-            own = tl.ceil(tl.where(ranked < LAST, key_of(ranked), 0.0).to(tl.float64) * ENTROPY_ONE).to(tl.int64)
-            total = tl.cumsum(own, 0)
-            if RULE == ENTROPY_BOUND:
-                total -= own
-            passes = (i == 0) | (total.to(tl.float64) * (1 / ENTROPY_ONE) <= number.to(tl.float64))
-        chosen = among_first(places, passes, ranked, i, BLOCK)
-    return chosen
+            rank, total = tl.zeros([], tl.int32), tl.zeros([], tl.int64)
+            for start in range(0, count, BLOCK):
+                k = start + tl.arange(0, BLOCK)
+                some_rank, some_total = below(tl.load(stored + k, mask=k < count, other=LAST), bound, RULE)
+                rank += some_rank
+                total += some_total
+        if RULE == TOP_K:
+            passes = rank < number
+        elif RULE == THRESHOLD:
+            passes = (rank == 0) | (-key_of(bound) >= number)
+        elif RULE == FACTOR:  # ranks count from 1: f / (r + 1)
+            passes = (rank == 0) | (-key_of(bound) >= 1.0 - tl.div_rn(number, (rank + 2).to(tl.float32)))
+        else:
+            passes = (rank == 0) | (total.to(tl.float64) * (1 / ENTROPY_ONE) <= number.to(tl.float64))
+        end = tl.where(passes, bound, end)
+    return end
 
 
 # ---- one row's partials ----------------------------------------------------------------------------------------------
@@ -143,23 +155,19 @@ def merged(
     return tl.where(good, best, -1), probability, margin, entropy, held_probability
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def select_kernel(
-    partials, best_ids, groups, rows, count,
-    tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l, mask_id: tl.int64,
+# ---- a sequence ------------------------------------------------------------------------------------------------------
+@triton.jit
+def proposed(
+    b, k, partials, best_ids, groups, rows, count,
+    tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l, mask_id,
     noise_positions, noise_b, noise_k, confidence_temperature, confidence_number, confidence_b,
-    seed, seed_number: tl.int64, seed_b, step, step_number: tl.int64, step_b, rule, rule_number, rule_b,
-    revision, revise_number, revise_b, scores, scores_b, scores_k, proposals, confidences, commits, remaining,
+    seed, seed_number, seed_b, step, step_number, step_b, tau, scores, scores_b, scores_k,
+    proposals, confidences, commits,
     RULE: tl.constexpr, CONFIDENCE: tl.constexpr, REVISE: tl.constexpr, NEEDS: tl.constexpr, ONE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one sequence, its K <= BLOCK candidates at once. Reads 32 bytes per candidate and group of ids;
-    merges them in integers, ranks by (confidence falling, position rising) in a sort of K 64-bit places, applies the
-    rule and the revision, writes tokens in place and (proposal, confidence, committed) for each candidate.
-    Confidences are float64 until rounded once. Whose row has a NaN or +inf or nothing above -inf proposes -1, has
-    confidence -inf and is not ranked."""
-    b = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK).to(tl.int64)
+    """Candidates k of sequence b: stores proposal, confidence and whether it is an edit; (their places under the rule,
+    and among those that may go back to the mask), LAST where there is none."""
     inside = k < count
     row = b * count + k
     sequence = tl.zeros([BLOCK], tl.int64) + b
@@ -191,27 +199,101 @@ def select_kernel(
     takes_part = good if REVISE == EDIT else masked & good
     proposal = tl.where(takes_part, best.to(tl.int64), -1)
     confidence = tl.where(takes_part, confidence, -INF)
-    number = of_sequence(rule, rule_number, rule_b, sequence, inside, tl.int64 if RULE == TOP_K else tl.float32)
-    committed = chosen_by_rule(masked & takes_part, confidence, entropy, at, number, RULE, BLOCK)
-    if REVISE == EDIT:
-        tau = of_sequence(revision, revise_number, revise_b, sequence, inside, tl.float32)
-        committed = committed | (fixed & takes_part & (proposal != held) & (probability >= tau))
-    written = tl.where(committed, proposal, held)
+    by_entropy: tl.constexpr = RULE == ENTROPY_BOUND or RULE == INCLUSIVE
+    places = place(masked & takes_part, entropy if by_entropy else -confidence, at)
+    lowest = tl.full([BLOCK], LAST, tl.int64)
+    edited = fixed & takes_part & (proposal != held) & (probability >= tau)
     if REVISE == REMASK or REVISE == BY_SCORES:
         if REVISE == REMASK:
             score, eligible = held_probability, fixed & good
         else:
             score = tl.load(scores + b * scores_b + k * scores_k, mask=inside, other=0.0)
             eligible = fixed & (score == score)
-        n = of_sequence(revision, revise_number, revise_b, sequence, inside, tl.int64)
-        places = place(eligible, score, at)
-        i = tl.arange(0, BLOCK)
-        lowest = among_first(places, i < n, tl.sort(places), i, BLOCK)
+        lowest = place(eligible, score, at)
         proposal, confidence = tl.where(eligible, held, proposal), tl.where(eligible, score, confidence)
-        written = tl.where(lowest, mask_id, written)
-    tl.store(tokens + b * token_b + at, written, mask=candidate & (written != held))
     tl.store(proposals + row, proposal, mask=inside)
     tl.store(confidences + row, confidence, mask=inside)
+    tl.store(commits + row, (edited if REVISE == EDIT else edited & False).to(tl.uint8), mask=inside)
+    return places, lowest
+
+
+@triton.jit
+def written(
+    b, k, places, lowest, end, lowest_end, count, tokens, token_b, length, positions, position_b, position_k, frozen,
+    frozen_b, frozen_l, mask_id, proposals, commits, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes tokens; how many of these candidates are masked then."""
+    inside = k < count
+    row = b * count + k
+    candidate, held, at = candidates(
+        tl.zeros([BLOCK], tl.int64) + b, k, inside, tokens, token_b, length, positions, position_b, position_k, frozen,
+        frozen_b, frozen_l,
+    )  # fmt: skip
+    edited = tl.load(commits + row, mask=inside, other=0) != 0
+    committed = edited | ((places <= end) & (places < LAST))
+    token = tl.where(committed, tl.load(proposals + row, mask=inside, other=-1), held)
+    token = tl.where((lowest <= lowest_end) & (lowest < LAST), mask_id, token)
+    tl.debug_barrier()  # all threads have read what is written now
+    tl.store(tokens + b * token_b + at, token, mask=candidate & (token != held))
     tl.store(commits + row, committed.to(tl.uint8), mask=inside)
-    left = tl.sum((candidate & (written == mask_id)).to(tl.int32), 0)
+    return tl.sum((candidate & (token == mask_id)).to(tl.int32), 0)
+
+
+@triton.jit
+def parameter(tensor, number, stride, b, dtype: tl.constexpr):
+    """Of sequence b, a scalar."""
+    if tensor is None:
+        return tl.full([], number, dtype)
+    else:
+        return tl.load(tensor + b * stride).to(dtype)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def select_kernel(
+    partials, best_ids, groups, rows, count, scratch,
+    tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l, mask_id: tl.int64,
+    noise_positions, noise_b, noise_k, confidence_temperature, confidence_number, confidence_b,
+    seed, seed_number: tl.int64, seed_b, step, step_number: tl.int64, step_b, rule, rule_number, rule_b,
+    revision, revise_number, revise_b, scores, scores_b, scores_k, proposals, confidences, commits, remaining,
+    RULE: tl.constexpr, CONFIDENCE: tl.constexpr, REVISE: tl.constexpr, NEEDS: tl.constexpr, ONE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_G: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program owns one sequence, BLOCK candidates at a time; if there are more, their places wait in scratch (B, 2,
+    K). Reads up to 32 bytes per candidate and group of ids; merges them in integers, ranks by (confidence falling,
+    position rising), applies the rule and the revision, writes tokens in place and (proposal, confidence, committed)
+    for each candidate. Confidences are float64 until rounded once. Whose row has a NaN or +inf or nothing above -inf
+    proposes -1, has confidence -inf and is not ranked."""
+    b = tl.program_id(0).to(tl.int64)
+    number = parameter(rule, rule_number, rule_b, b, tl.int64 if RULE == TOP_K else tl.float32)
+    revised = parameter(revision, revise_number, revise_b, b, tl.float32 if REVISE == EDIT else tl.int64)
+    tau = revised if REVISE == EDIT else 2.0
+    stored, stored_lowest = scratch + 2 * b * count, scratch + (2 * b + 1) * count
+    places = tl.full([BLOCK], LAST, tl.int64)
+    lowest = places
+    for start in range(0, count, BLOCK):
+        k = start + tl.arange(0, BLOCK).to(tl.int64)
+        places, lowest = proposed(
+            b, k, partials, best_ids, groups, rows, count, tokens, token_b, length, positions, position_b, position_k,
+            frozen, frozen_b, frozen_l, mask_id, noise_positions, noise_b, noise_k, confidence_temperature,
+            confidence_number, confidence_b, seed, seed_number, seed_b, step, step_number, step_b, tau, scores,
+            scores_b, scores_k, proposals, confidences, commits, RULE, CONFIDENCE, REVISE, NEEDS, ONE, BLOCK, BLOCK_G,
+        )  # fmt: skip
+        if not ONE_BLOCK:
+            tl.store(stored + k, places, mask=k < count)
+            tl.store(stored_lowest + k, lowest, mask=k < count)
+    tl.debug_barrier()
+    end = last_chosen(places, stored, count, number, RULE, BLOCK, ONE_BLOCK)
+    lowest_end = tl.zeros([], tl.int64)
+    if REVISE == REMASK or REVISE == BY_SCORES:
+        lowest_end = last_chosen(lowest, stored_lowest, count, revised, TOP_K, BLOCK, ONE_BLOCK)
+    left = tl.zeros([], tl.int32)
+    for start in range(0, count, BLOCK):
+        k = start + tl.arange(0, BLOCK).to(tl.int64)
+        if not ONE_BLOCK:
+            places = tl.load(stored + k, mask=k < count, other=LAST)
+            lowest = tl.load(stored_lowest + k, mask=k < count, other=LAST)
+        left += written(
+            b, k, places, lowest, end, lowest_end, count, tokens, token_b, length, positions, position_b, position_k,
+            frozen, frozen_b, frozen_l, mask_id, proposals, commits, BLOCK,
+        )  # fmt: skip
     tl.store(remaining + b, left)
