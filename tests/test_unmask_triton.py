@@ -426,7 +426,7 @@ FAULTS: list[tuple[ModuleType, str, str, Callable[[], None]]] = [
     (SELECT, "candidate if REVISE == EDIT or REVISE == REMASK else masked", "masked", one_step(revise=ik.Remask(1))),
     (SELECT, "(rising << 31) | position", "(rising << 31)", one_step()),
     (SELECT, "RULE == INCLUSIVE else places < bound", "RULE != TOP_K else places < bound",
-     one_step(rule=ik.EntropyBound(2.0))),
+     one_step(rule=ik.EntropyBound(7.0))),
     (SELECT, "passes = rank < number", "passes = rank <= number", one_step()),
     (SELECT, "0.0, tl.exp(z)).to", "0.0, 1.0 + 0 * z).to", one_step(confidence_temperature=0.5)),
     (SELECT, "surprise - z * group_total", "surprise", one_step(confidence="neg_entropy")),

@@ -160,14 +160,13 @@ def head_options(rows: int, dtype: torch.dtype) -> dict[str, int]:
     shape = {"BLOCK_N": max(16, triton.next_power_of_2(rows)), "CHUNK": 8}
     if dtype == torch.float32:
         return shape | {"BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
-    warps, stages = (4, 4) if rows <= 64 else (8, 3)
-    return shape | {"BLOCK_D": 64, "num_warps": warps, "num_stages": stages}
+    return shape | {"BLOCK_D": 64, "num_warps": 4 if rows <= 64 else 8, "num_stages": 4 if rows <= 32 else 3}
 
 
 def select_options(count: int) -> dict[str, int]:
     block = min(BLOCK, max(16, triton.next_power_of_2(count)))
-    warps = 4 if block <= 256 else 8
-    return {"BLOCK": block, "BLOCK_G": min(64, 2048 // block), "ONE_BLOCK": count <= block, "num_warps": warps}
+    groups = max(2, min(64, 1024 // block))
+    return {"BLOCK": block, "BLOCK_G": groups, "ONE_BLOCK": count <= block, "num_warps": 8}
 
 
 # ---- compiled ahead of time by tests/gpu_code ------------------------------------------------------------------------
