@@ -39,8 +39,8 @@ def added(ids, vocabulary, bias_ids, bias_values, biases, forbidden, forbids):
     or beyond the vocabulary."""
     total = tl.zeros(ids.shape, tl.float32)
     if bias_ids is not None:
-        for i in range(biases):
-            total += tl.where(tl.load(bias_ids + i) == ids, tl.load(bias_values + i), 0.0)
+        for entry in range(biases):
+            total += tl.where(tl.load(bias_ids + entry) == ids, tl.load(bias_values + entry), 0.0)
     barred = ids >= vocabulary
     if forbidden is not None:
         for start in range(0, forbids, FORBIDDEN_AT_ONCE):
