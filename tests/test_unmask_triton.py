@@ -243,6 +243,7 @@ def test_a_float32_head_serves_hidden_rows_of_16_bits(dtype) -> None:
 
 def test_many_rows_go_through_products_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "FUSED_ROWS", 4)
+    monkeypatch.setattr(gpu, "product_ids", lambda rows: 256)
     monkeypatch.setattr(gpu, "product_rows", lambda rows: 4)  # the second product is filled up
     inputs = exact_inputs(2, 3, 300, 16)
     inputs[0][1, 1, 3] = float("nan")
