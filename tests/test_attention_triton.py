@@ -245,6 +245,22 @@ def test_every_table_has_a_tile_for_every_head_dim():
                 assert tile.keys % tile.part == 0 and all(n & (n - 1) == 0 for n in tile[:4])
 
 
+def test_compiled_tiles_fit_and_hardly_spill():
+    """By the committed table. What is compiled for sm_80 also serves GPUs with 99 KiB of shared memory a block."""
+    from tests.gpu_code.triton_code import read_table
+
+    rows = [row for row in read_table()[1] if row.configuration.startswith("attention.")]
+    assert len(rows) == 65
+    assert max(row.shared for row in rows if row.arch == 80) <= 99 * 1024
+    spills = {(row.configuration, row.arch): row.stack for row in rows if row.stack}
+    assert spills == {
+        ("attention.bwd_keys head_dim 64", 100): 24,
+        ("attention.bwd_queries head_dim 96 float32", 80): 40,
+        ("attention.fwd head_dim 96 float32", 80): 8,
+        ("attention.fwd head_dim 256 float32", 80): 32,
+    }
+
+
 def test_tuning_uses_the_fastest_tile_from_then_on(monkeypatch):
     from triton import testing
     from triton.runtime.errors import OutOfResources

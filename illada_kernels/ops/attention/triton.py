@@ -107,8 +107,9 @@ class Tile(NamedTuple):
 FULL = "head_dim 64 without bounds"  # of the configurations compiled ahead of time, the one without a mask
 Table = dict[str, dict[int, Tile]]  # "any" GPU, what "sm_90" and later do differently, "float32" -> head_dim -> tile
 
-# For registers without spills on sm_80, sm_90 and sm_100, and shared memory within the 99 KiB of a block on sm_86, 89
-# and 120, as tests/gpu_code/triton_table.csv shows. Not measured. float32 does without tensor cores.
+# For registers without spills on sm_80, sm_90 and sm_100, and shared memory within the 99 KiB of a block on sm_86,
+# 89 and 120; tests/gpu_code/triton_table.csv has what came of it: four spill up to 40 bytes. Not measured. float32 does
+# without tensor cores.
 FORWARD: Table = {
     "any": {
         64: Tile(128, 64, 32, 4, 3, 1), 96: Tile(128, 32, 32, 8, 3, 1),
