@@ -193,7 +193,7 @@ def random_call(seed: int):
     return logits, tokens, positions, rule, options
 
 
-@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("seed", range(11))
 def test_steps_from_logits_are_the_references(seed: int) -> None:
     logits, tokens, positions, rule, options = random_call(seed)
     want, want_tokens = step(logits, tokens, positions, rule, "reference", **options)
@@ -336,7 +336,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 # ---- what must not matter, bit for bit -------------------------------------------------------------------------------
 @pytest.mark.parametrize("fused", [True, False])
 def test_batch_order_of_candidates_and_block_shapes_do_not_change_a_bit(fused: bool, monkeypatch) -> None:
-    hidden, weight, *_ = exact_inputs(4, 5, 300, 16)  # the interpreter's own products depend on their shape
+    hidden, weight, *_ = exact_inputs(4, 5, 200, 16)  # the interpreter's own products depend on their shape
     rows = 20 if fused else 10
     hidden = hidden[: rows // 5]
     logits = hidden @ weight.T
