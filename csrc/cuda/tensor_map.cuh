@@ -13,23 +13,34 @@ template <> struct TensorMapType<fp16> { static constexpr auto value = CU_TENSOR
 
 enum class Swizzle { none = CU_TENSOR_MAP_SWIZZLE_NONE, bytes128 = CU_TENSOR_MAP_SWIZZLE_128B };
 
-// size and box: RANK numbers of elements, the contiguous dimension first. stride_bytes: those of dimensions 1 and up,
-// multiples of 16. With the 128-byte swizzle box[0] spans at most 128 bytes. Elements outside the tensor load as zero
-// and are not stored. Returns a cudaError_t as int.
-template <int RANK, class T>
-int make_tensor_map(CUtensorMap* map, const T* base, const uint64_t (&size)[RANK], const uint64_t* stride_bytes,
-                    const uint32_t (&box)[RANK], Swizzle swizzle) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  // Asked of the driver at run time, so that the library does not link to libcuda and imports where there is none.
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, asked for at run time, so that the library does not link to libcuda and imports where there is
+// none; once, since asking takes longer than encoding.
+inline int find_encode_tiled(EncodeTiled* encode) {
+  static EncodeTiled known = nullptr;  // threads that ask at once all write the same
+  if ((*encode = known)) return 0;
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found;
   const cudaError_t e =
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
   if (e != cudaSuccess) return int(e);
   if (found != cudaDriverEntryPointSuccess) return int(cudaErrorNotSupported);
+  known = *encode = reinterpret_cast<EncodeTiled>(entry);
+  return 0;
+}
+
+// size and box: RANK numbers of elements, the contiguous dimension first. stride_bytes: those of dimensions 1 and up,
+// multiples of 16. With the 128-byte swizzle box[0] spans at most 128 bytes. Elements outside the tensor load as zero
+// and are not stored. Returns a cudaError_t as int.
+template <int RANK, class T>
+int make_tensor_map(CUtensorMap* map, const T* base, const uint64_t (&size)[RANK], const uint64_t* stride_bytes,
+                    const uint32_t (&box)[RANK], Swizzle swizzle) {
+  EncodeTiled encode;
+  if (int e = find_encode_tiled(&encode)) return e;
   uint32_t element_strides[RANK];
   for (int i = 0; i < RANK; ++i) element_strides[i] = 1;
-  const CUresult r = reinterpret_cast<Encode>(entry)(
+  const CUresult r = encode(
       map, TensorMapType<T>::value, RANK, const_cast<T*>(base), size, stride_bytes, box, element_strides,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CUtensorMapSwizzle(swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
