@@ -80,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   BIND_CUDA(attention_bwd_rows_sm90a);
   BIND_CUDA(attention_bwd_keys_sm90a);
   BIND_CUDA(attention_bwd_queries_sm90a);
+  BIND_CUDA(attention_bwd_fused_sm90a);
   m.attr("unmask_call_bytes") = sizeof(illada_unmask_call);
   BIND_CUDA(unmask_head);
   BIND_CUDA(unmask_spans);

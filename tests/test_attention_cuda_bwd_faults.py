@@ -18,7 +18,7 @@ from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-HEADERS = ("attention_bwd_sm90a.cuh", "attention_bwd.cuh")
+HEADERS = ("attention_bwd_keys_sm90a.cuh", "attention_bwd_sm90a.cuh", "attention_bwd.cuh")
 NAMES = ("rows", "keys", "queries")
 
 
@@ -115,13 +115,13 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "K overwritten by the other's dK": ("    if (S::kSplit > 1) bar_sync(1, kConsumers);\n", "", ".", 256),
         # arithmetic
         "cleared rows unfenced": (
-            "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
-            "  bar_sync(1, kConsumers);\n}",
+            "      }\n  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
+            "      }\n  bar_sync(1, kConsumers);\n}",
             "without fence_proxy_async",
         ),
         "rows read before all are cleared": (
-            "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
-            "  fence_proxy_async();\n}",
+            "      }\n  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
+            "      }\n  fence_proxy_async();\n}",
             ".",
         ),
         "dO not cleared": ("        store16(dout + at, Vec16<T>{});\n", "", WRONG),
@@ -133,7 +133,7 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "P not masked": ("  if (step != kFull) select(p, bits, -INFINITY);\n", "", WRONG),
         "dS not masked": ("  if (step != kFull) select(ds, bits, 0);\n", "", WRONG),
-        "one head of the group": ("item.key_head * group + i, item.batch", "item.key_head * group, item.batch", WRONG),
+        "one head of the group": ("head = item.key_head * group + i;", "head = item.key_head * group;", WRONG),
         "touched only if wholly within": ("start < hi[0]) ||", "end <= hi[0]) ||", WRONG),
         "full if it begins within": ("end <= common_hi[0])", "start < common_hi[0])", WRONG),
         "MN-major lead": ("1024, STEPS * 16 * 128", "1024, STEPS * 16 * 64", WRONG, 256),
@@ -164,7 +164,7 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
             "without fence_proxy_async",
         ),
         "attended keys of one warp only": (
-            "warp < kConsumerWarps; ++warp) attended",
+            "warp < kConsumers / 32; ++warp) attended",
             "warp < 1; ++warp) attended",
             WRONG,
         ),

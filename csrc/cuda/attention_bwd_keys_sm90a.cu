@@ -8,7 +8,7 @@
 // or (D = 256) the same 64 keys and half of the columns each. 8 D flops a pair (12 D for 256: S and dP twice).
 // Partial tiles: pairs that do not attend get P = dS = 0 by selection, and rows without keys become zeros in shared
 // memory, since 0 * NaN is NaN. K and V need nothing of the kind: a key's NaN stays in its own row of S^T.
-#include "attention_bwd_sm90a.cuh"
+#include "attention_bwd_keys_sm90a.cuh"
 #include "illada/api.h"
 
 using namespace illada;
@@ -30,126 +30,7 @@ template <class T, int D> struct Shared {
   uint64_t keys_full, keys_empty, full[S::kStages], empty[S::kStages];
 };
 
-struct Item {
-  int key, key_head, batch;  // the key tile's first key
-};
-
-// Ascending keys, outermost: under causal masks the tiles with most queries come first.
-template <class T, int D> ILLADA_DEVICE Item item_at(int index, const Sizes& size) {
-  const int heads = size.batch * size.key_heads;
-  return {index / heads * Shape<T, D>::kKeys, index % size.key_heads, index % heads / size.key_heads};
-}
-
-struct Maps {
-  CUtensorMap q, k, v, dout, dk, dv;
-};
-
-// ---- producer: one warp ------------------------------------------------------------------------------------------
-template <class T, int D>
-ILLADA_DEVICE void load_queries(Shared<T, D>& s, const Maps& maps, const Workspace& w, const Sizes& size, Step step,
-                                int tile, int head, int batch, int stage) {
-  const bool masked = step != kFull;
-  uint64_t* full = &s.full[stage];
-  s.step[stage] = step;
-  mbar_arrive_expect_tx(full, 2 * sizeof(s.q[0]) + sizeof(RowStats) + (masked ? sizeof(s.spans[0]) : 0));
-  load_tile<D, kTileRows>(s.q[stage], &maps.q, full, tile * kTileRows, head, batch);
-  load_tile<D, kTileRows>(s.dout[stage], &maps.dout, full, tile * kTileRows, head, batch);
-  bulk_load(&s.stats[stage], w.stats + (int64_t(batch) * size.heads + head) * w.tiles + tile, sizeof(RowStats), full);
-  if (masked) bulk_load(s.spans[stage], w.spans + w.bounds_at(batch, tile) * kTileRows, sizeof(s.spans[0]), full);
-}
-
-template <class T, int D>
-ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w, const Sizes& size, int items) {
-  using S = Shape<T, D>;
-  const int lane = threadIdx.x % 32, group = size.heads / size.key_heads;
-  int n = 0;  // stages filled so far
-  for (int turn = 0, index = blockIdx.x;; ++turn) {
-    const Item item = item_at<T, D>(index, size);
-    if (lane == 0) {
-      mbar_wait(&s.keys_empty, turn % 2 ^ 1);
-      s.item = index < items ? index : -1;
-    }
-    if (index >= items) {
-      if (lane == 0) mbar_arrive(&s.keys_full);
-      break;
-    }
-    int next = 0;
-    if (lane == 0) {
-      next = draw_item(w.drawn);
-      mbar_arrive_expect_tx(&s.keys_full, 2 * sizeof(s.k));
-      load_tile<D, S::kKeys>(s.k, &maps.k, &s.keys_full, item.key, item.key_head, item.batch);
-      load_tile<D, S::kKeys>(s.v, &maps.v, &s.keys_full, item.key, item.key_head, item.batch);
-    }
-    for (int first = 0; first < w.tiles; first += 32) {  // each lane looks at one query tile
-      bool touched = false, masked = false, empty_rows = false;
-      if (first + lane < w.tiles) {
-        const TileBounds& bounds = w.bounds[w.bounds_at(item.batch, first + lane)];
-        touched = bounds.touches(item.key, item.key + S::kKeys);
-        masked = !bounds.all_attend(item.key, item.key + S::kKeys);
-        empty_rows = bounds.empty_rows;
-      }
-      unsigned tiles = __ballot_sync(~0u, touched);
-      const unsigned partial = __ballot_sync(~0u, masked), cleaned = __ballot_sync(~0u, empty_rows);
-      if (lane == 0)
-        for (; tiles; tiles &= tiles - 1) {
-          const int bit = __ffs(tiles) - 1;
-          const Step step = cleaned >> bit & 1 ? kEmptyRows : partial >> bit & 1 ? kPartial : kFull;
-          for (int i = 0; i < group; ++i, ++n) {
-            const int stage = n % S::kStages;
-            mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);
-            load_queries<T, D>(s, maps, w, size, step, first + bit, item.key_head * group + i, item.batch, stage);
-          }
-        }
-      __syncwarp();
-    }
-    if (lane == 0) {
-      mbar_wait(&s.empty[n % S::kStages], n / S::kStages % 2 ^ 1);
-      s.step[n % S::kStages] = kEnd;
-      mbar_arrive(&s.full[n % S::kStages]);
-      ++n;
-    }
-    index = __shfl_sync(~0u, next, 0);
-  }
-}
-
 // ---- consumers: two warpgroups -----------------------------------------------------------------------------------
-// Q and dO of rows without keys become zeros, whatever they hold. Four threads a row.
-template <class T, int D> ILLADA_DEVICE void clear_empty_rows(T* q, T* dout, const RowSpans* spans) {
-  const int row = threadIdx.x / 4, part = threadIdx.x % 4 * 16;
-  if (spans[row].empty())
-    for (int piece = 0; piece < pieces<D>; ++piece)
-      for (int i = 0; i < 16; i += 8) {
-        const int at = (piece * kTileRows + row) * 64 + part + i;
-        store16(q + at, Vec16<T>{});
-        store16(dout + at, Vec16<T>{});
-      }
-  fence_proxy_async();
-  bar_sync(1, kConsumers);
-}
-
-// Bit i: may the key and the query row of this thread's accumulator i attend? Its keys are `key` and the 8th after it.
-ILLADA_DEVICE uint32_t attending(const RowSpans* spans, int key) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < 32; ++i)
-    if (i / 2 % 2 == 0) {
-      const RowSpans& span = spans[i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2];
-      bits |= uint32_t(span.holds(key)) << i | uint32_t(span.holds(key + 8)) << (i + 2);
-    }
-  return bits;
-}
-
-// x where the bit is not set
-ILLADA_DEVICE void select(float (&s)[32], uint32_t bits, float x) {
-#pragma unroll
-  for (int i = 0; i < 32; ++i) s[i] = bits >> i & 1 ? s[i] : x;
-}
-
-// The two values of accumulators i and i + 1, of neighbouring query rows.
-ILLADA_DEVICE float2 of_rows(const float* values, int i) {
-  return reinterpret_cast<const float2*>(values)[i / 4 * 4 + threadIdx.x % 4];
-}
-
 // dk and dv (64 keys, columns) += what one query tile gives
 template <class T, int D>
 ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[Shape<T, D>::kColumns / 2],
@@ -167,27 +48,13 @@ ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[Shape<T, D>::kColumn
 
   wgmma_wait<1>();
   reg_fence(p);
-#pragma unroll
-  for (int i = 0; i < 32; i += 2) {
-    const float2 lse = of_rows(s.stats[stage].lse, i);
-    p[i] = fmaf(p[i], scale_log2, -lse.x);
-    p[i + 1] = fmaf(p[i + 1], scale_log2, -lse.y);
-  }
-  if (step != kFull) select(p, bits, -INFINITY);
-#pragma unroll
-  for (int i = 0; i < 32; ++i) p[i] = fast_exp2(p[i]);
+  probabilities(p, s.stats[stage], step, bits, scale_log2);
   pack_operand<T>(p_operand, p);
   multiply_add<T>(dv, p_operand, s.dout[stage] + columns_at);
 
   wgmma_wait<1>();
   reg_fence(ds);
-  if (step != kFull) select(ds, bits, 0);
-#pragma unroll
-  for (int i = 0; i < 32; i += 2) {
-    const float2 delta = of_rows(s.stats[stage].delta, i);
-    ds[i] = p[i] * (ds[i] - delta.x);
-    ds[i + 1] = p[i + 1] * (ds[i + 1] - delta.y);
-  }
+  score_gradients(ds, p, s.stats[stage], step, bits);
   pack_operand<T>(ds_operand, ds);
   multiply_add<T>(dk, ds_operand, s.q[stage] + columns_at);
   wgmma_wait<0>();
@@ -204,7 +71,7 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Sizes& size,
   for (int turn = 0;; ++turn) {
     mbar_wait(&s.keys_full, turn % 2);
     if (s.item < 0) break;
-    const Item item = item_at<T, D>(s.item, size);
+    const Item item = item_at<S::kKeys>(s.item, size);
     const int key = item.key + first_row + t / 32 * 16 + t % 32 / 4;  // and the 8th after it
     float dk[S::kColumns / 2] = {}, dv[S::kColumns / 2] = {};
     for (bool more = true; more; ++n) {
@@ -254,7 +121,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     consume<T, D>(s, maps, size, scale);
   } else {
     reg_decrease<40>();
-    if (threadIdx.x < kConsumers + 32) produce<T, D>(s, maps, workspace, size, items);
+    if (threadIdx.x < kConsumers + 32)
+      produce<D, Shape<T, D>::kKeys>(s, maps, workspace, size, items, [](auto...) {}, [](auto...) {});
   }
 }
 
@@ -272,12 +140,8 @@ extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const v
     const int64_t items = (keys + kKeys - 1) / kKeys * key_heads * batch;
     if (items >= int64_t(1) << 30) return int(cudaErrorInvalidValue);
     Maps maps;
-    if (int e = map_of_rows<T>(&maps.q, q, batch, rows, heads, D, strides, kTileRows)) return e;
-    if (int e = map_of_rows<T>(&maps.k, k, batch, keys, key_heads, D, strides + 3, kKeys)) return e;
-    if (int e = map_of_rows<T>(&maps.v, v, batch, keys, key_heads, D, strides + 6, kKeys)) return e;
-    if (int e = map_of_rows<T>(&maps.dout, dout, batch, rows, heads, D, strides + 14, kTileRows)) return e;
-    if (int e = map_of_contiguous_rows<T>(&maps.dk, dk, batch, keys, key_heads, D, 64)) return e;
-    if (int e = map_of_contiguous_rows<T>(&maps.dv, dv, batch, keys, key_heads, D, 64)) return e;
+    if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, rows, keys, heads, key_heads, strides))
+      return e;
     const Workspace w = {static_cast<const RowStats*>(stats), static_cast<const RowSpans*>(spans),
                          static_cast<const TileBounds*>(bounds), drawn, int((rows + kTileRows - 1) / kTileRows),
                          int(bounds_batches)};

@@ -106,38 +106,15 @@ struct MyRows {
   }
 };
 
-// Those keys of word * 32 .. word * 32 + 31, from key `start` on, that lie in the ranges.
-ILLADA_DEVICE uint32_t keys_of(const RowSpans& span, int start) {
-  uint32_t set = 0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int first = Max{}(span.lo[i] - start, 0), last = Min{}(span.lo[i] + span.length[i] - start, 32);
-    if (first < last) set |= ~0u >> (32 - (last - first)) << first;
-  }
-  return set;
-}
-
 // Rows of the K tile that none of the block's rows attends to become zeros, whatever they hold.
 template <class T, int D>
 ILLADA_DEVICE void clear_unattended_keys(Shared<T, D>& s, T* k, const MyRows& rows, int start) {
   using S = Shape<T, D>;
+  uint32_t mine[S::kWords];
 #pragma unroll
-  for (int word = 0; word < S::kWords; ++word) {
-    const uint32_t mine = keys_of(rows.spans[0], start + word * 32) | keys_of(rows.spans[1], start + word * 32);
-    const uint32_t all = __reduce_or_sync(~0u, mine);
-    if (threadIdx.x % 32 == 0) s.attended[threadIdx.x / 32][word] = all;
-  }
-  bar_sync(1, kConsumers);
-  constexpr int kSharers = kConsumers / S::kKeys, kPart = 64 / kSharers;  // threads of a key, and their columns
-  const int key = threadIdx.x / kSharers, part = threadIdx.x % kSharers * kPart;
-  uint32_t attended = 0;
-#pragma unroll
-  for (int warp = 0; warp < kConsumerWarps; ++warp) attended |= s.attended[warp][key / 32];
-  if (!(attended >> key % 32 & 1))
-    for (int piece = 0; piece < pieces<D>; ++piece)
-      for (int i = 0; i < kPart; i += 8) store16(k + (piece * S::kKeys + key) * 64 + part + i, Vec16<T>{});
-  fence_proxy_async();
-  bar_sync(1, kConsumers);
+  for (int word = 0; word < S::kWords; ++word)
+    mine[word] = keys_of(rows.spans[0], start + word * 32) | keys_of(rows.spans[1], start + word * 32);
+  clear_other_keys<D>(k, s.attended, mine);
 }
 
 // Accumulators of pairs that do not attend become x. key: the tile's first.

@@ -105,6 +105,38 @@ template <int ROWS, class T, int R> ILLADA_DEVICE void store_rows(T* tile, const
   }
 }
 
+// Those keys of start .. start + 31 that lie in the ranges.
+ILLADA_DEVICE uint32_t keys_of(const RowSpans& span, int start) {
+  uint32_t set = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int first = Max{}(span.lo[i] - start, 0), last = Min{}(span.lo[i] + span.length[i] - start, 32);
+    if (first < last) set |= ~0u >> (32 - (last - first)) << first;
+  }
+  return set;
+}
+
+// Rows of the K tile that are in no consumer's set become zeros, whatever they hold. sets: of each warp.
+template <int D, class T, int WORDS>
+ILLADA_DEVICE void clear_other_keys(T* k, uint32_t (&sets)[kConsumers / 32][WORDS], const uint32_t (&mine)[WORDS]) {
+#pragma unroll
+  for (int word = 0; word < WORDS; ++word) {
+    const uint32_t all = __reduce_or_sync(~0u, mine[word]);
+    if (threadIdx.x % 32 == 0) sets[threadIdx.x / 32][word] = all;
+  }
+  bar_sync(1, kConsumers);
+  constexpr int kKeys = WORDS * 32, kSharers = kConsumers / kKeys, kPart = 64 / kSharers;  // threads, columns of a key
+  const int key = threadIdx.x / kSharers, part = threadIdx.x % kSharers * kPart;
+  uint32_t attended = 0;
+#pragma unroll
+  for (int warp = 0; warp < kConsumers / 32; ++warp) attended |= sets[warp][key / 32];
+  if (!(attended >> key % 32 & 1))
+    for (int piece = 0; piece < pieces<D>; ++piece)
+      for (int i = 0; i < kPart; i += 8) store16(k + (piece * kKeys + key) * 64 + part + i, Vec16<T>{});
+  fence_proxy_async();
+  bar_sync(1, kConsumers);
+}
+
 // One arrival per warp, after all its lanes came here.
 ILLADA_DEVICE void arrive_by_warp(uint64_t* bar) {
   __syncwarp();

@@ -56,6 +56,13 @@ extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, cons
                                                   const void* stats, const void* spans, const void* tiles, int32_t* drawn, void* dq,
                                                   int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
                                                   int64_t bounds_batches, const int64_t* strides, float scale, int blocks, void* stream);
+// In place of the two, dim <= 128: sums float32 (batch, heads, tiles, dim, 64), zeros on entry, whose last bits vary from run to run, and
+// dq, dk, dv.
+extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const void* k, const void* v, const void* dout, const void* stats,
+                                                const void* spans, const void* tiles, int32_t* drawn, float* sums, void* dq, void* dk,
+                                                void* dv, int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
+                                                int64_t dim, int64_t bounds_batches, const int64_t* strides, float scale, int blocks,
+                                                void* stream);
 
 // ---- masked_loss (csrc/cpu/masked_loss.cpp, csrc/cuda/masked_loss_*.cu) ------------------------------------------------------
 // Row r of a call is row row_index[r] (null: r) of logits; columns [0, count) of it are the ids first .. first + count of the vocabulary.

@@ -15,6 +15,7 @@ from .native import element_strides
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 _FORWARD = {torch.bfloat16: "attention_fwd_bf16_sm90a", torch.float16: "attention_fwd_fp16_sm90a"}
 _DIMS = (64, 96, 128, 256)
+_MOST_FUSED_DIM = 128
 _MAX_KEYS = 2**31 - 1024
 
 
@@ -122,13 +123,16 @@ def backward(
     lse: Tensor,
     bounds: Tensor | None,
     scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, shaped and typed like q, k and v, of the sum of out * dout and lse * dlse (dlse may be None).
 
-    Four kernels: the rows' delta and lse; the tiles' key ranges; dk and dv, one block per key tile and key head; dq,
-    one block per query tile and head. Seven products, not five, and in return nothing is added across blocks:
-    bitwise the same run after run. dk and dv are summed over a group's query heads in registers. Memory: that of
-    `workspace`.
+    First the rows' delta and lse and the tiles' key ranges, then dk and dv, one block per key tile and key head, and dq,
+    one block per query tile and head. Seven products, not five, and in return nothing is added across blocks: bitwise
+    the same run after run. dk and dv are summed over a group's query heads in registers. Memory: that of `workspace`.
+
+    Not deterministic, head_dim up to 128: the blocks of dk and dv add to a float32 dq too, five products; then 4 D
+    bytes per row (of tiles of 64) and head more, and the last bits of dq vary. dk and dv are the same bits as ever.
     """
     batch, rows, heads, dim = q.shape
     keys, key_heads = k.shape[1], k.shape[2]
@@ -142,6 +146,11 @@ def backward(
     code, at, blocks = _DTYPES[q.dtype], strides.buffer_info()[0], processors(q.device)
     space = workspace(batch, rows, heads, sizes[-1], q.device)
     launch("attention_bwd_rows_sm90a", q.device, code, out, lse, dout, dlse, bounds, *space, *sizes, at)
+    if not deterministic and dim <= _MOST_FUSED_DIM:
+        sums = torch.zeros(space[0].numel() // 2 * dim, dtype=torch.float32, device=q.device)
+        launch("attention_bwd_fused_sm90a", q.device, code, q, k, v, dout, *space, sums, dq, dk, dv, *sizes, at, scale,
+               blocks)  # fmt: skip
+        return dq, dk, dv
     launch("attention_bwd_keys_sm90a", q.device, code, q, k, v, dout, *space, dk, dv, *sizes, at, scale, blocks)
     launch("attention_bwd_queries_sm90a", q.device, code, q, k, v, dout, *space, dq, *sizes, at, scale, blocks)
     return dq, dk, dv

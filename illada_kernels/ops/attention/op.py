@@ -91,7 +91,7 @@ def _backward(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     module = _chosen(Request(q, k, v, bounds, deterministic, True), backend)
-    return module.backward(dout, dlse, q, k, v, out, lse, bounds, scale)
+    return module.backward(dout, dlse, q, k, v, out, lse, bounds, scale, deterministic)
 
 
 def _backward_fake(

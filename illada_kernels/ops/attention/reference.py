@@ -41,6 +41,7 @@ def backward(
     lse: Tensor,
     bounds: Tensor | None,
     scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sum of out * dout and lse * dlse: dq, dk, dv, each with the shape and dtype of its tensor. `out`
     is not read."""

@@ -63,6 +63,7 @@ def backward(
     lse: Tensor,
     bounds: Tensor | None,
     scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, shaped and typed like q, k and v, of the sum of out * dout and lse * dlse (dlse may be None).
 

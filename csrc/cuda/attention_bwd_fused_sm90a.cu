@@ -1,0 +1,275 @@
+// dQ, dK and dV of attention at once, for deterministic=False and D <= 128. As attention_bwd_keys_sm90a.cu, and dS,
+// turned over through shared memory, gives what the block's 128 keys add to dQ:
+//
+//   dQ = scale dS K,   64 queries a step, D / 2 columns a warpgroup (64 for D = 96)
+//
+// 10 D flops a pair where the two kernels do 14. Bulk copies add dQ (float32) to `sums` in whatever order blocks come,
+// so its last bits vary; dK and dV do not. sums, zeros on entry, is (batch, heads, tiles, D / 8, 128, 4): accumulators
+// as a warpgroup's 128 threads hold them, for one contiguous copy. A second kernel rounds it to dq: 14 D bytes a row and
+// head in all, with the zeros. Rows of K that no row of the batch entry attends to become zeros once, since 0 * NaN is
+// NaN; an item of which some query tile attends to every key has none, the others search the rows that touch it.
+#include "attention_bwd_keys_sm90a.cuh"
+#include "illada/api.h"
+
+using namespace illada;
+
+namespace {
+
+constexpr int kKeys = 128, kStageCount = 2;
+
+template <int D> struct Shape {
+  static constexpr int kStages = kStageCount, kColumns = D == 64 ? 32 : 64;  // of dQ, a warpgroup
+  static constexpr int kKeyTile = pieces<D> * kKeys * 64, kQueryTile = pieces<D> * kTileRows * 64;  // elements
+};
+
+template <class T, int D> struct Shared {
+  using S = Shape<D>;
+  T k[S::kKeyTile], v[S::kKeyTile], q[S::kStages][S::kQueryTile], dout[S::kStages][S::kQueryTile];
+  T ds[S::kStages][kKeys * kTileRows];  // [keys / 64][64 queries][64 keys]
+  alignas(1024) float dq[kTileRows * D];
+  RowStats stats[S::kStages];
+  RowSpans spans[S::kStages][kTileRows];            // partial tiles only
+  uint32_t attended[kConsumerWarps][kKeys / 32];    // keys that some row found by the warp attends to
+  int step[S::kStages], tile[S::kStages], item;     // tile: of sums
+  int search[2];                                    // query tiles in which to search for rows that attend; none if equal
+  uint64_t keys_full, keys_empty, full[S::kStages], empty[S::kStages];
+};
+
+// By the producer's warp: does every key of the item have a row? If no query tile attends to all, where to look.
+template <class Shared>
+ILLADA_DEVICE void find_search(Shared& s, const Workspace& w, const Sizes& size, const Item& item) {
+  const int lane = threadIdx.x % 32, end = Min{}(item.key + kKeys, size.keys);
+  int from = w.tiles, to = 0;
+  for (int first = 0; first < w.tiles; first += 32) {
+    bool touched = false, whole = false;
+    if (first + lane < w.tiles) {
+      const TileBounds& bounds = w.bounds[w.bounds_at(item.batch, first + lane)];
+      touched = bounds.touches(item.key, end), whole = bounds.all_attend(item.key, end);
+    }
+    if (__any_sync(~0u, whole)) {
+      to = 0;
+      break;
+    }
+    const unsigned tiles = __ballot_sync(~0u, touched);
+    if (tiles) from = Min{}(from, first + __ffs(tiles) - 1), to = first + 32 - __clz(tiles);
+  }
+  if (lane == 0) s.search[0] = Min{}(from, to), s.search[1] = to;
+}
+
+// Rows of K that no row of the batch entry attends to become zeros, whatever they hold.
+template <class T, int D>
+ILLADA_DEVICE void clear_unattended_keys(Shared<T, D>& s, const Workspace& w, const Item& item) {
+  if (s.search[0] == s.search[1]) return;
+  const RowSpans* spans = w.spans + w.bounds_at(item.batch, 0) * kTileRows;
+  uint32_t mine[kKeys / 32] = {};
+  for (int row = s.search[0] * kTileRows + threadIdx.x; row < s.search[1] * kTileRows; row += kConsumers) {
+    const RowSpans span = spans[row];
+#pragma unroll
+    for (int word = 0; word < kKeys / 32; ++word) mine[word] |= keys_of(span, item.key + word * 32);
+  }
+  clear_other_keys<D>(s.k, s.attended, mine);
+}
+
+// A warpgroup's dS^T (64 keys, 64 queries), packed, to (64 queries, 64 keys).
+ILLADA_DEVICE void store_transposed(void* to, const uint32_t (&ds)[kTileRows / 16][4]) {
+  const int lane = threadIdx.x % 32, matrix = lane / 8, key = threadIdx.x % 128 / 32 * 16 + matrix % 2 * 8;
+#pragma unroll
+  for (int i = 0; i < kTileRows / 16; ++i) {
+    const int query = i * 16 + matrix / 2 * 8 + lane % 8;
+    stmatrix<true>(static_cast<uint8_t*>(to) + query * 128 + (key * 2 ^ query % 8 * 16), ds[i]);
+  }
+}
+
+// dq (64 queries, columns) = ds (64 queries, keys) k, of which k is the columns from where it points on.
+template <class T, int R> ILLADA_DEVICE void multiply_keys(float (&dq)[R], const T* ds, const T* k) {
+  reg_fence(dq);
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kKeys; i += 16)
+    wgmma<T, Major::K, Major::MN>(dq, smem_desc(ds + i / 64 * kTileRows * 64 + i % 64),
+                                  smem_desc(k + i * 64, 1024, kKeys * 128), i > 0);
+  wgmma_commit();
+}
+
+// sums += dq, of this warpgroup's columns; the copy is under way on return.
+template <int D, int R> ILLADA_DEVICE void add_to_sums(float* staged, float* sums, const float (&dq)[R]) {
+  const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128, first = warpgroup * R / 4;
+  const int count = Min{}(R / 4, D / 8 - first);  // blocks of 8 columns; D = 96 has 4 in its second half
+#pragma unroll
+  for (int i = 0; i < R / 4; ++i)
+    if (i < count)
+      *reinterpret_cast<float4*>(staged + ((first + i) * 128 + t) * 4) =
+          make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+  fence_proxy_async();
+  bar_sync(2 + warpgroup, 128);
+  if (t == 0) {
+    bulk_reduce_add(sums + first * 512, staged + first * 512, count * 512 * sizeof(float));
+    bulk_commit();
+  }
+}
+
+// dk and dv (64 keys, D) and sums += what one query tile gives
+template <class T, int D>
+ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[D / 2], float (&dv)[D / 2], float* sums, int stage, int key,
+                               float scale_log2) {
+  const int warpgroup = threadIdx.x / 128, rows_at = warpgroup * 64 * 64;
+  float p[kTileRows / 2], ds[kTileRows / 2];  // (64 keys, 64 queries)
+  uint32_t p_operand[kTileRows / 16][4], ds_operand[kTileRows / 16][4];
+  const Step step = Step(s.step[stage]);
+  sums += int64_t(s.tile[stage]) * kTileRows * D;
+  if (step == kEmptyRows) clear_empty_rows<T, D>(s.q[stage], s.dout[stage], s.spans[stage]);
+  multiply_transposed<D, kKeys>(p, s.k + rows_at, s.q[stage]);
+  multiply_transposed<D, kKeys>(ds, s.v + rows_at, s.dout[stage]);
+  uint32_t bits = 0;
+  if (step != kFull) bits = attending(s.spans[stage], key);
+
+  wgmma_wait<1>();
+  reg_fence(p);
+  probabilities(p, s.stats[stage], step, bits, scale_log2);
+  pack_operand<T>(p_operand, p);
+  multiply_add<T>(dv, p_operand, s.dout[stage]);
+
+  wgmma_wait<1>();
+  reg_fence(ds);
+  score_gradients(ds, p, s.stats[stage], step, bits);
+  pack_operand<T>(ds_operand, ds);
+  store_transposed(s.ds[stage] + rows_at, ds_operand);
+  fence_proxy_async();
+  multiply_add<T>(dk, ds_operand, s.q[stage]);
+  if (threadIdx.x % 128 == 0) bulk_wait_read<0>();  // the last step's dq has left
+  __syncwarp();
+  bar_sync(1, kConsumers);
+  float dq[Shape<D>::kColumns / 2];
+  constexpr int kAt = D == 64 ? 32 : kKeys * 64;  // where the second warpgroup's columns of K begin
+  multiply_keys(dq, s.ds[stage], s.k + warpgroup * kAt);
+  wgmma_wait<1>();
+  reg_fence(dk);
+  reg_fence(dv);
+  arrive_by_warp(&s.empty[stage]);
+  wgmma_wait<0>();
+  reg_fence(dq);
+  add_to_sums<D>(s.dq, sums, dq);
+}
+
+template <class T, int D>
+ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w, const Sizes& size, float* sums,
+                           float scale) {
+  using S = Shape<D>;
+  const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128;
+  int n = 0;
+  for (int turn = 0;; ++turn) {
+    mbar_wait(&s.keys_full, turn % 2);
+    if (s.item < 0) break;
+    const Item item = item_at<kKeys>(s.item, size);
+    clear_unattended_keys(s, w, item);
+    const int key = item.key + warpgroup * 64 + t / 32 * 16 + t % 32 / 4;  // and the 8th after it
+    float dk[D / 2] = {}, dv[D / 2] = {};
+    for (bool more = true; more; ++n) {
+      const int stage = n % S::kStages;
+      mbar_wait(&s.full[stage], n / S::kStages % 2);
+      more = s.step[stage] != kEnd;
+      if (more)
+        add_queries<T, D>(s, dk, dv, sums, stage, key, scale * kLog2e);
+      else
+        arrive_by_warp(&s.empty[stage]);
+    }
+    bar_sync(1, kConsumers);  // both warpgroups have read all of K
+    T* const of_k = s.k + warpgroup * 64 * 64;
+    T* const of_v = s.v + warpgroup * 64 * 64;
+    store_rows<kKeys>(of_k, dk, scale);
+    store_rows<kKeys>(of_v, dv, 1.0f);
+    fence_proxy_async();
+    bar_sync(2 + warpgroup, 128);
+    if (t == 0) {
+      for (int piece = 0; piece < pieces<D>; ++piece) {
+        const int from = piece * kKeys * 64, first = item.key + warpgroup * 64;
+        tma_store(&maps.dk, of_k + from, piece * 64, first, item.key_head, item.batch);
+        tma_store(&maps.dv, of_v + from, piece * 64, first, item.key_head, item.batch);
+      }
+      bulk_commit();
+      bulk_wait_read<0>();
+      mbar_arrive(&s.keys_empty);
+    }
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads, 1) attention_bwd_fused(const __grid_constant__ Maps maps, Workspace workspace,
+                                                                   Sizes size, int items, float* sums, float scale) {
+  Shared<T, D>& s = *reinterpret_cast<Shared<T, D>*>(dynamic_smem());
+  if (threadIdx.x == 0) {
+    mbar_init(&s.keys_full, 1);
+    mbar_init(&s.keys_empty, kWarpgroups);
+    for (int i = 0; i < Shape<D>::kStages; ++i) {
+      mbar_init(&s.full[i], 1);
+      mbar_init(&s.empty[i], kConsumerWarps);
+    }
+    mbar_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < kConsumers) {
+    reg_increase<232>();
+    consume<T, D>(s, maps, workspace, size, sums, scale);
+  } else {
+    reg_decrease<40>();
+    if (threadIdx.x < kConsumers + 32)
+      produce<D, kKeys>(
+          s, maps, workspace, size, items, [&](const Item& item) { find_search(s, workspace, size, item); },
+          [&](int stage, int tile) { s.tile[stage] = tile; });
+  }
+}
+
+// dq (batch, rows, heads, D) = scale * sums: one block per 64 rows and head.
+constexpr int kRoundThreads = 256;
+template <class T, int D>
+__global__ void __launch_bounds__(kRoundThreads) round_sums(const float* sums, T* dq, Sizes size, int tiles, float scale) {
+  const int tile = blockIdx.x % tiles, head = blockIdx.x / tiles % size.heads, batch = blockIdx.x / tiles / size.heads;
+  const float4* from = reinterpret_cast<const float4*>(sums) + int64_t(blockIdx.x) * (kTileRows * D / 4);
+  for (int i = threadIdx.x; i < D / 8 * 32; i += kRoundThreads) {
+    const int columns = i % (D / 8), rows = i / (D / 8), row = tile * kTileRows + rows / 8 * 16 + rows % 8;
+    Vec16<T> x[2];  // 8 columns of `row` and of the 8th row after it, which 4 threads held
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float4 four = __ldcs(from + columns * 128 + rows * 4 + j);
+      x[0].at[2 * j] = from_float<T>(scale * four.x), x[0].at[2 * j + 1] = from_float<T>(scale * four.y);
+      x[1].at[2 * j] = from_float<T>(scale * four.z), x[1].at[2 * j + 1] = from_float<T>(scale * four.w);
+    }
+    for (int j = 0; j < 2; ++j)
+      if (row + j * 8 < size.rows)
+        store16(dq + ((int64_t(batch) * size.rows + row + j * 8) * size.heads + head) * D + columns * 8, x[j]);
+  }
+}
+
+}  // namespace
+
+extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const void* k, const void* v,
+                                                const void* dout, const void* stats, const void* spans,
+                                                const void* bounds, int32_t* drawn, float* sums, void* dq, void* dk,
+                                                void* dv, int64_t batch, int64_t rows, int64_t keys, int64_t heads,
+                                                int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                                const int64_t* strides, float scale, int blocks, void* stream) {
+  return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
+    using T = decltype(zero);
+    constexpr int D = decltype(head_dim)::value;
+    if constexpr (D > 128) {
+      return int(cudaErrorInvalidValue);
+    } else {
+      const int64_t items = (keys + kKeys - 1) / kKeys * key_heads * batch;
+      if (items >= int64_t(1) << 30) return int(cudaErrorInvalidValue);
+      Maps maps;
+      if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, rows, keys, heads, key_heads, strides))
+        return e;
+      const int tiles = int((rows + kTileRows - 1) / kTileRows);
+      const Workspace w = {static_cast<const RowStats*>(stats), static_cast<const RowSpans*>(spans),
+                           static_cast<const TileBounds*>(bounds), drawn, tiles, int(bounds_batches)};
+      const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
+      const cudaStream_t s = static_cast<cudaStream_t>(stream);
+      const int grid = int(items < blocks ? items : blocks);
+      if (int e = launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), s}, attention_bwd_fused<T, D>, maps, w, size,
+                         int(items), sums, scale))
+        return e;
+      return launch({dim3(uint32_t(tiles * heads * batch)), dim3(kRoundThreads), 0, s}, round_sums<T, D>, sums,
+                    static_cast<T*>(dq), size, tiles, scale);
+    }
+  });
+}
