@@ -13,6 +13,7 @@ from illada_kernels.ops.attention.op import BACKENDS
 
 # every backend that can run on a CPU here; each property is asserted of each
 NAMES = [b.name for b in BACKENDS if (b.devices is None or "cpu" in b.devices) and b.available() is None]
+FASTER = " deterministic=False"
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -38,9 +39,12 @@ def draw(batch, queries, keys, heads, kv_heads, dim, value_dim=None, dtype=torch
 
 
 def run(backend: str, q, k, v, dout, dlse, ranges: KeyRanges | None = None, scale: float | None = None) -> Result:
-    """Forward and backward; dlse None leaves lse out of the loss."""
+    """Forward and backward; dlse None leaves lse out of the loss. "<name> deterministic=False" is that backend's."""
+    name = backend.removesuffix(FASTER)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out, lse = attention(q, k, v, ranges, scale=scale, return_lse=True, backend=backend)
+    out, lse = attention(
+        q, k, v, ranges, scale=scale, deterministic=name == backend, return_lse=True, backend=name
+    )
     outputs, grads = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
     dq, dk, dv = torch.autograd.grad(outputs, (q, k, v), grads)
     return Result(out.detach(), lse.detach(), dq, dk, dv)

@@ -83,6 +83,7 @@ def masks() -> dict[str, Tensor]:
     between = torch.where(row % 2 == 0, torch.tensor([0, 10, 10, 10]), torch.tensor([140, 150, 160, 165]))
     late = torch.where(row < 130, torch.tensor([0, 128, 128, 128]), torch.tensor([0, 0, 200, 230]))
     late = torch.where(row % 7 == 5, torch.tensor([0, 0, 0, 0]), late)
+    late = torch.where(row >= 196, torch.tensor([0, 0, 200, 240]), late)
     whole = torch.where(row < 200, torch.tensor([0, 256, 256, 256]), 0)
     return {"between": torch.stack([between, between]), "entries differ": torch.stack([whole, late])}
 
@@ -179,6 +180,9 @@ FAULTS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+SEEDS = (*range(8), 28, 31)  # of 40, those under which a dQ leaves so late that the next overwrites it: 28, 31, 34, 39
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(name: str) -> None:
     """Sums of dq differ by their order: wrong is what is a hundredth off, or NaN."""
@@ -186,7 +190,7 @@ def test_planted_faults_are_seen(name: str) -> None:
     dim = rest[0] if rest else 64
     (inputs, ranges), clean, kernels = faulted_inputs(dim), right(dim), planted(old, new, dim)
     seen = []
-    for seed in range(8):
+    for seed in SEEDS:
         try:
             ours = gradients(*inputs, ranges=ranges, kernels=kernels, seed=seed)
             pairs = [(getattr(ours, x).float(), getattr(clean, x).float()) for x in ("dq", "dk", "dv")]
@@ -196,5 +200,5 @@ def test_planted_faults_are_seen(name: str) -> None:
             seen.append(str(fault))
         if any(re.search(said, report) for report in seen):
             break
-    print(f"{name}: {len(seen)} of {seed + 1} seeds;", seen[0] if seen else "")
+    print(f"{name}: seed {seed};", seen[0] if seen else "")
     assert any(re.search(said, report) for report in seen), seen

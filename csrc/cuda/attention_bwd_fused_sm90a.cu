@@ -5,7 +5,7 @@
 //
 // 10 D flops a pair where the two kernels do 14. Bulk copies add dQ (float32) to `sums` in whatever order blocks come,
 // so its last bits vary; dK and dV do not. sums, zeros on entry, is (batch, heads, tiles, D / 8, 128, 4): accumulators
-// as a warpgroup's 128 threads hold them, for one contiguous copy. A second kernel rounds it to dq: 14 D bytes a row and
+// as a warpgroup's 128 threads hold them, for one contiguous copy. A second kernel rounds it to dq: 10 D bytes a row and
 // head in all, with the zeros. Rows of K that no row of the batch entry attends to become zeros once, since 0 * NaN is
 // NaN; an item of which some query tile attends to every key has none, the others search the rows that touch it.
 #include "attention_bwd_keys_sm90a.cuh"
