@@ -38,13 +38,11 @@ def draw(batch, queries, keys, heads, kv_heads, dim, value_dim=None, dtype=torch
     return *tensors, torch.randn(batch, heads, queries, generator=g)
 
 
-def run(backend: str, q, k, v, dout, dlse, ranges: KeyRanges | None = None, scale: float | None = None) -> Result:
+def run(backend: str | None, q, k, v, dout, dlse, ranges: KeyRanges | None = None, scale: float | None = None) -> Result:
     """Forward and backward; dlse None leaves lse out of the loss. "<name> deterministic=False" is that backend's."""
-    name = backend.removesuffix(FASTER)
+    name = backend and backend.removesuffix(FASTER)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out, lse = attention(
-        q, k, v, ranges, scale=scale, deterministic=name == backend, return_lse=True, backend=name
-    )
+    out, lse = attention(q, k, v, ranges, scale=scale, deterministic=name == backend, return_lse=True, backend=name)
     outputs, grads = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
     dq, dk, dv = torch.autograd.grad(outputs, (q, k, v), grads)
     return Result(out.detach(), lse.detach(), dq, dk, dv)

@@ -174,13 +174,16 @@ FAULTS: dict[str, tuple[Any, ...]] = {
     "second half of K's columns": ("s.k + warpgroup * kAt", "s.k", WRONG, 128),
     "unattended keys not cleared": ("    clear_unattended_keys(s, w, item);\n", "", WRONG),
     "searched in the first batch entry": ("w.bounds_at(item.batch, 0) * kTileRows;", "0;", WRONG),
-    "whole in any batch entry": ("w.bounds[w.bounds_at(item.batch, first + lane)];\n      touched = bounds.touches(item.key, end)",
-                                 "w.bounds[w.bounds_at(0, first + lane)];\n      touched = bounds.touches(item.key, end)", WRONG),
+    "whole in any batch entry": (
+        "item.batch, first + lane)];\n      touched = bounds.touches(item.key, end)",
+        "0, first + lane)];\n      touched = bounds.touches(item.key, end)",
+        WRONG,
+    ),
     "search ends early": ("to = first + 32 - __clz(tiles);", "to = first + 31 - __clz(tiles);", WRONG),
 }  # fmt: skip
 
 
-SEEDS = (*range(8), 28, 31)  # of 40, those under which a dQ leaves so late that the next overwrites it: 28, 31, 34, 39
+SEEDS = (28, *range(8))  # of 40, those under which a dQ leaves so late that the next overwrites it: 28, 31, 34, 39
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -4,10 +4,10 @@
 //   dQ = scale dS K,   64 queries a step, D / 2 columns a warpgroup (64 for D = 96)
 //
 // 10 D flops a pair where the two kernels do 14. Bulk copies add dQ (float32) to `sums` in whatever order blocks come,
-// so its last bits vary; dK and dV do not. sums, zeros on entry, is (batch, heads, tiles, D / 8, 128, 4): accumulators
-// as a warpgroup's 128 threads hold them, for one contiguous copy. A second kernel rounds it to dq: 10 D bytes a row and
-// head in all, with the zeros. Rows of K that no row of the batch entry attends to become zeros once, since 0 * NaN is
-// NaN; an item of which some query tile attends to every key has none, the others search the rows that touch it.
+// so its last bits vary; dK's and dV's do not. sums, zeros on entry, is (batch, heads, tiles, D / 8, 128, 4): the
+// accumulators as 128 threads hold them, for contiguous copies. A second kernel rounds it to dq: 10 D bytes a row and
+// head in all. Rows of K that no row of the batch entry attends to become zeros, once, since 0 * NaN is NaN: if no
+// query tile attends to all of the item's keys, the rows that touch it are searched.
 #include "attention_bwd_keys_sm90a.cuh"
 #include "illada/api.h"
 
@@ -28,10 +28,10 @@ template <class T, int D> struct Shared {
   T ds[S::kStages][kKeys * kTileRows];  // [keys / 64][64 queries][64 keys]
   alignas(1024) float dq[kTileRows * D];
   RowStats stats[S::kStages];
-  RowSpans spans[S::kStages][kTileRows];            // partial tiles only
-  uint32_t attended[kConsumerWarps][kKeys / 32];    // keys that some row found by the warp attends to
-  int step[S::kStages], tile[S::kStages], item;     // tile: of sums
-  int search[2];                                    // query tiles in which to search for rows that attend; none if equal
+  RowSpans spans[S::kStages][kTileRows];          // partial tiles only
+  uint32_t attended[kConsumerWarps][kKeys / 32];  // keys that some row found by the warp attends to
+  int step[S::kStages], tile[S::kStages], item;   // tile: of sums
+  int search[2];                                  // the query tiles to search for rows that attend; none if equal
   uint64_t keys_full, keys_empty, full[S::kStages], empty[S::kStages];
 };
 
@@ -194,8 +194,9 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads, 1) attention_bwd_fused(const __grid_constant__ Maps maps, Workspace workspace,
-                                                                   Sizes size, int items, float* sums, float scale) {
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_bwd_fused(const __grid_constant__ Maps maps, Workspace workspace, Sizes size, int items, float* sums,
+                        float scale) {
   Shared<T, D>& s = *reinterpret_cast<Shared<T, D>*>(dynamic_smem());
   if (threadIdx.x == 0) {
     mbar_init(&s.keys_full, 1);
@@ -222,7 +223,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_fused(const __grid_
 // dq (batch, rows, heads, D) = scale * sums: one block per 64 rows and head.
 constexpr int kRoundThreads = 256;
 template <class T, int D>
-__global__ void __launch_bounds__(kRoundThreads) round_sums(const float* sums, T* dq, Sizes size, int tiles, float scale) {
+__global__ void __launch_bounds__(kRoundThreads)
+    round_sums(const float* sums, T* dq, Sizes size, int tiles, float scale) {
   const int tile = blockIdx.x % tiles, head = blockIdx.x / tiles % size.heads, batch = blockIdx.x / tiles / size.heads;
   const float4* from = reinterpret_cast<const float4*>(sums) + int64_t(blockIdx.x) * (kTileRows * D / 4);
   for (int i = threadIdx.x; i < D / 8 * 32; i += kRoundThreads) {
@@ -265,8 +267,8 @@ extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const 
       const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
       const cudaStream_t s = static_cast<cudaStream_t>(stream);
       const int grid = int(items < blocks ? items : blocks);
-      if (int e = launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), s}, attention_bwd_fused<T, D>, maps, w, size,
-                         int(items), sums, scale))
+      if (int e = launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), s}, attention_bwd_fused<T, D>, maps, w,
+                         size, int(items), sums, scale))
         return e;
       return launch({dim3(uint32_t(tiles * heads * batch)), dim3(kRoundThreads), 0, s}, round_sums<T, D>, sums,
                     static_cast<T*>(dq), size, tiles, scale);

@@ -44,7 +44,7 @@ ILLADA_DEVICE void load_queries(Shared& s, const Maps& maps, const Workspace& w,
   if (masked) bulk_load(s.spans[stage], w.spans + w.bounds_at(batch, tile) * kTileRows, sizeof(s.spans[0]), full);
 }
 
-// Before an item is announced all lanes call on_item(item), before a stage is one calls on_stage(stage, which of stats).
+// Before an item is announced all lanes call on_item(item); before a stage is, one calls on_stage(stage, which stats).
 template <int D, int KEYS, class Shared, class OnItem, class OnStage>
 ILLADA_DEVICE void produce(Shared& s, const Maps& maps, const Workspace& w, const Sizes& size, int items,
                            OnItem on_item, OnStage on_stage) {

@@ -77,10 +77,10 @@ def attention(
     union of the ranges of a batch entry's rows reach no output and no gradient, even if NaN or inf. Any dimension B,
     Sq, Sk may be 0.
 
-    deterministic=False permits a faster backward whose gradients may differ in the last bits from run to run: "cuda" then
-    sums dq, up to a head_dim of 128, across blocks, in 4 D bytes of memory per row and head more. `backend` insists on one
-    of "cuda" (Hopper) and "triton" (NVIDIA GPUs from compute capability 8.0 on; both not yet run on a GPU), "cpu" and
-    "reference" (default: the first that can; ILLADA_BACKEND in the environment also insists).
+    deterministic=False permits a faster backward whose gradients may differ in the last bits from run to run: "cuda"
+    then sums dq, up to a head_dim of 128, across blocks, in 4 D bytes of memory per row and head more. `backend`
+    insists on one of "cuda" (Hopper) and "triton" (NVIDIA GPUs from compute capability 8.0 on; both not yet run on a
+    GPU), "cpu" and "reference" (default: the first that can; ILLADA_BACKEND in the environment also insists).
 
     Raises TypeError or ValueError, before anything runs, on a wrong type, dtype, shape, device or stride; RuntimeError
     if the backend insisted on cannot run the call. Never synchronises with the host. Memory: the results, and what the

@@ -127,12 +127,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, shaped and typed like q, k and v, of the sum of out * dout and lse * dlse (dlse may be None).
 
-    First the rows' delta and lse and the tiles' key ranges, then dk and dv, one block per key tile and key head, and dq,
-    one block per query tile and head. Seven products, not five, and in return nothing is added across blocks: bitwise
-    the same run after run. dk and dv are summed over a group's query heads in registers. Memory: that of `workspace`.
+    First the rows' delta and lse and the tiles' key ranges, then dk and dv, one block per key tile and key head, and
+    dq, one block per query tile and head. Seven products, not five, and in return nothing is added across blocks:
+    bitwise the same run after run. dk and dv are summed over a group's query heads in registers. Memory: that of
+    `workspace`.
 
     Not deterministic, head_dim up to 128: the blocks of dk and dv add to a float32 dq too, five products; then 4 D
-    bytes per row (of tiles of 64) and head more, and the last bits of dq vary. dk and dv are the same bits as ever.
+    bytes per row (of tiles of 64) and head more, and the last bits of dq vary. Those of dk and dv do not.
     """
     batch, rows, heads, dim = q.shape
     keys, key_heads = k.shape[1], k.shape[2]
