@@ -38,7 +38,7 @@ def draw(batch, queries, keys, heads, kv_heads, dim, value_dim=None, dtype=torch
     return *tensors, torch.randn(batch, heads, queries, generator=g)
 
 
-def run(backend: str | None, q, k, v, dout, dlse, ranges: KeyRanges | None = None, scale: float | None = None) -> Result:
+def run(backend, q, k, v, dout, dlse, ranges: KeyRanges | None = None, scale: float | None = None) -> Result:
     """Forward and backward; dlse None leaves lse out of the loss. "<name> deterministic=False" is that backend's."""
     name = backend and backend.removesuffix(FASTER)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
