@@ -230,6 +230,12 @@ def test_a_stop_token_ends_a_sequence_and_all_of_them_end_the_loop():
     assert unstopped.forward_passes == 16 and unstopped.tokens == [[eos] * 16] * 3
 
 
+def test_a_logit_bias_beyond_the_vocabulary_is_named():
+    model = model_of("demo")
+    with pytest.raises(PromptError, match=r"logit_bias: expected ids in \[0, \d+\), got 100000"):
+        generate(model, PROMPTS, settings(model, logit_bias=([3, 100000], [1.0, 1.0])))
+
+
 @pytest.mark.parametrize("variable_length", [True, False])
 def test_sequences_stop_on_their_own(variable_length):
     """The stop token is one that the text of some prompts holds early, of others late or never."""

@@ -30,6 +30,18 @@ inline int find_encode_tiled(EncodeTiled* encode) {
   return 0;
 }
 
+// Makes the device's context current on this thread, as the driver's functions want it: on a thread that torch has only
+// handed cached memory to (autograd's, a server's worker) nobody may have done so yet.
+inline int bind_context() {
+  static thread_local bool bound = false;
+  if (bound) return 0;
+  int device;
+  if (const cudaError_t e = cudaGetDevice(&device)) return int(e);
+  if (const cudaError_t e = cudaSetDevice(device)) return int(e);
+  bound = true;
+  return 0;
+}
+
 // size and box: RANK numbers of elements, the contiguous dimension first. stride_bytes: those of dimensions 1 and up,
 // multiples of 16. With the 128-byte swizzle box[0] spans at most 128 bytes. Elements outside the tensor load as zero
 // and are not stored. Returns a cudaError_t as int.
@@ -37,6 +49,7 @@ template <int RANK, class T>
 int make_tensor_map(CUtensorMap* map, const T* base, const uint64_t (&size)[RANK], const uint64_t* stride_bytes,
                     const uint32_t (&box)[RANK], Swizzle swizzle) {
   EncodeTiled encode;
+  if (int e = bind_context()) return e;
   if (int e = find_encode_tiled(&encode)) return e;
   uint32_t element_strides[RANK];
   for (int i = 0; i < RANK; ++i) element_strides[i] = 1;
@@ -44,7 +57,7 @@ int make_tensor_map(CUtensorMap* map, const T* base, const uint64_t (&size)[RANK
       map, TensorMapType<T>::value, RANK, const_cast<T*>(base), size, stride_bytes, box, element_strides,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CUtensorMapSwizzle(swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return int(r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue);
+  return int(r);  // the runtime's codes have the driver's numbers
 }
 
 }  // namespace illada

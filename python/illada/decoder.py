@@ -91,6 +91,12 @@ class Decoder:
         self.device = tokens.device
         self.starts = torch.tensor(self.first_columns, dtype=torch.int64).to(self.device)
         self.seeds = torch.tensor(sampling.seeds, dtype=torch.int64).to(self.device)
+        self.unmask_options = dict(sampling.unmask)
+        if (bias := sampling.unmask["logit_bias"]) is not None:  # as tensors: lists would be copied in every pass
+            kinds = (torch.int64, torch.float32)
+            self.unmask_options["logit_bias"] = tuple(
+                torch.as_tensor(x, dtype=kind).to(self.device) for x, kind in zip(bias, kinds)
+            )
         self.guided = sampling.guidance != 0
         self.forward_passes = 0
         self.passes = torch.zeros(len(self.first_columns), dtype=torch.int64, device=self.device)
@@ -162,7 +168,7 @@ class Decoder:
                 revise=revise,
                 frozen=self.frozen,
                 noise_positions=candidates - self.starts[:, None],
-                **self.sampling.unmask,
+                **self.unmask_options,
             )
             self.passes += active
             if not isinstance(revise, Remask):  # which goes on: what is full now may lose tokens in the next pass

@@ -298,6 +298,9 @@ def _sampling(config: GenerationConfig, model: ModelConfig, batch: int, block_le
         raise PromptError("rule: expected TopK of at least 1, got 0, which never commits a token")
     if config.revise_steps < 0 or config.refresh_every < 0:
         raise PromptError("revise_steps, refresh_every: expected 0 or more")
+    if config.logit_bias is not None and not isinstance(config.logit_bias[0], Tensor):
+        if bad := [i for i in config.logit_bias[0] if not 0 <= i < model.vocab_size]:
+            raise PromptError(f"logit_bias: expected ids in [0, {model.vocab_size}), got {bad[0]}")
     if not math.isfinite(config.guidance):
         raise PromptError(f"guidance: expected a finite number, got {config.guidance}")
     return Sampling(

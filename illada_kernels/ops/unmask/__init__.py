@@ -100,9 +100,10 @@ def unmask(
     Returns Unmasked(proposal, confidence, committed, remaining); not differentiable. Raises TypeError or ValueError for
     a wrong dtype, shape, device, stride or number, RuntimeError if `backend` cannot run it.
     Cost: one product of the rows that take part with the head, in slices of the vocabulary: (rows, V) logits are never
-    stored. On a CPU at most about 60 MB beside inputs and outputs for D <= 4096. No synchronisation with the host. The
-    GPU kernels cannot leave rows out before their product: up to 128 rows share one reading of the head, more are all
-    multiplied, with 16 MiB of logits at a time and 32 bytes for each row and 4096 ids.
+    stored. On a CPU at most about 60 MB beside inputs and outputs for D <= 4096. No synchronisation with the host, but
+    for a logit_bias of sequences, copied to the device in each call (for a graph give tensors). The GPU kernels cannot
+    leave rows out before their product: up to 128 rows share one reading of the head, more are all multiplied, with 16
+    MiB of logits at a time and 32 bytes for each row and 4096 ids.
     Sources: LLaDA's generate.py (ML-GSAI/LLaDA); Zheng et al., arXiv 2409.02908, on why low-precision Gumbel noise
     biases.
     """

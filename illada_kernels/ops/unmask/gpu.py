@@ -58,7 +58,7 @@ def parameters(step: Step) -> Parameters:
     )
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # kept for good: a captured graph holds the address
 def device_list(ids: tuple[int, ...], device: torch.device) -> Tensor:
     """Copied to the device once: warm up before you capture a graph, as always."""
     return torch.tensor(ids, dtype=torch.int64, device=device)

@@ -14,6 +14,7 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute what, int value)
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
 const char* cudaGetErrorString(cudaError_t e) { return e ? "CUDA error (emulated)" : "no error"; }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   return memset(p, value, bytes), cudaSuccess;
