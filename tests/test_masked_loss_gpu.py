@@ -149,20 +149,35 @@ def test_extreme_logits_stay_exact(dtype: torch.dtype, use: Use) -> None:
         check_against_float64((big, weight, targets, masked, w), None, "cuda", memory_budget=budget)
 
 
-def test_a_half_precision_mean_keeps_small_gradients(use: Use) -> None:
-    """scale of "mean" is about 1 / rows: times p about 1 / V it lies below fp16's numbers, which start at 6e-8. A loss
-    scaler's 2^15 comes in the backward, when d(loss) / d(logits) has long been rounded."""
+@pytest.mark.parametrize("weights", ["equal", "one row of 1000"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_half_precision_mean_keeps_small_gradients(mode: str, weights: str, use: Use) -> None:
+    """scale of "mean" is about 1 / rows, here the weights of a sum: times p about 1 / V it lies below fp16's numbers,
+    which start at 6e-8. A loss scaler's 2^16 comes in the backward, when d(loss) / d(logits) has long been rounded. A
+    row's own gradient must not suffer from another's weight, either."""
     use(TorchRows())
-    hidden, weight, targets, masked, _ = inputs(300, 8, 3000, 1.0, torch.float16)
+    hidden, weight, targets, masked, w = inputs(300, 8, 3000, 1.0, torch.float16)
+    w.fill_(1 / 32768)
+    if weights != "equal":
+        w[3] *= 1000
+    bias, budget = torch.zeros(3000), budget_for(mode, hidden, weight, 300)
+    assert mode_of((hidden, weight, targets, masked, w), budget) == mode
 
-    def loss(function: Any, **options: Any) -> Callable[..., Tensor]:
-        return lambda h, c: function(h, c, targets, masked, reduction="mean", **options)
+    def loss(function: Any, w: Tensor, **options: Any) -> Callable[..., Tensor]:
+        return lambda h, c, b: function(h, c, targets, masked, w, head_bias=b, **options)
 
-    exact = gradients(loss(reference.masked_loss), (hidden.double(), weight.double()), 2.0**15)
-    ours = gradients(loss(masked_loss, backend="cuda"), (hidden, weight), 2.0**15)
-    untargeted = torch.ones(3000, dtype=torch.bool).index_fill_(0, targets, False)
-    mine, right = ours[2][untargeted].double(), exact[2][untargeted]
-    assert (mine - right).abs().max() <= 2**-10 * right.abs().max()  # of rounded logits, gradients and result
+    leaves = hidden, weight, bias
+    exact = gradients(loss(reference.masked_loss, w.double()), tuple(x.double() for x in leaves), 2.0**16)
+    ours = gradients(loss(masked_loss, w, backend="cuda", memory_budget=budget), leaves, 2.0**16)
+    targeted = torch.zeros(3000, dtype=torch.bool).index_fill_(0, targets, True)
+    few = w == w.max()
+    z = (hidden.double() @ weight.double().T).abs().max()
+    bar = (z + 3) * 2**-11  # half an ulp of the logits, which p takes on, of d, hidden's rows, the result
+    for got, right, where in zip(ours[1:], exact[1:], (few, targeted, targeted)):
+        for rows in (where, ~where):  # apart: the smaller gradients must not hide behind the larger
+            if rows.any():
+                off = (got.double() - right)[rows].abs().max()
+                assert off <= bar * right[rows].abs().max()
 
 
 def test_head_gradient_over_chunks_is_one_rounding_of_the_float32_sum(use: Use) -> None:

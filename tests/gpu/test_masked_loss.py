@@ -124,6 +124,25 @@ def test_head_gradient_is_one_rounding_of_the_float32_sum(backend: str) -> None:
         assert ((mine - exact[2]).abs() <= exact[2].abs() * 2**-8).all()
 
 
+@pytest.mark.parametrize("mode", ["one_chunk", "row_chunks", "slices"])
+def test_a_half_precision_mean_keeps_small_gradients(mode: str, backend: str) -> None:
+    """p / rows is 2e-9, and a loss scaler's 2^16 comes in the backward, long after d(loss) / d(logits) was rounded."""
+    hidden, head, targets, masked, _ = inputs(32768, 64, 16384, 1.0, torch.float16)
+    ones = torch.ones(32768, device="cuda")
+    budget = budgets((hidden, head, targets, masked, ones), torch.float16)[mode]
+    assert gpu.plan(hidden, head, masked, "mean", None, budget, (True, True, False)).mode == mode
+
+    def scaled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+        return lambda h, c: 2.0**16 * function(h, c, targets, masked, reduction="mean", **options)
+
+    ours = gradients(scaled(masked_loss, backend=backend, memory_budget=budget), hidden, head)[1:]
+    exact = gradients(scaled(masked_loss, backend=backend), hidden.float(), head.float())[1:]
+    z = (hidden @ head.T).abs().max()
+    bar = (z + 3) * 2**-11  # half an ulp of the logits, their gradients, hidden's rows, the result
+    for mine, right in zip(ours, exact):
+        assert (mine.float() - right).abs().max() <= bar * right.abs().max()
+
+
 def test_same_bits_run_after_run_and_on_another_stream(backend: str) -> None:
     args = inputs(3000, 128, 32001, 0.5, torch.bfloat16)
     for budget in (None, 1):

@@ -5,7 +5,8 @@ and each gradient is rounded once:
 
     one_chunk   logits of all masked rows; they become their gradients in place, which are kept for the backward, where
                 the upstream gradient multiplies rows of hidden and of its gradient. 3 products.
-    row_chunks  the gradients are made in the forward, chunk by chunk, in float32, and kept. 3 products.
+    row_chunks  the gradients are made in the forward, chunk by chunk, in float32, and kept but for powers of two that
+                only the float32 backward multiplies by. 3 products.
     slices      slices of the vocabulary; the backward computes the logits again, writes each slice of the head's
                 gradient once, and adds up hidden's. Keeps four numbers a row. 4 products.
     loss        no gradients: slices, forward only. 1 product.
@@ -177,6 +178,11 @@ class Head:
             yield slice(first, first + len(w)), w, logits
 
 
+def _largest(factors: Tensor) -> Tensor:
+    """Their largest magnitude, on the device; not 0, as of fillers alone, so that they can be divided by it."""
+    return factors.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+
+
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
@@ -214,26 +220,28 @@ def _one_chunk(head: Head, d: Tensor, state: Tensor) -> None:
 
 
 def _row_chunks(head: Head, kept: Kept, state: Tensor) -> None:
-    """kept become d(loss) / d(hidden) of the masked rows, d(head_weight), d(head_bias)."""
+    """kept become d(loss) / d(hidden) of the masked rows over their powers, d(head_weight) and d(head_bias) over the
+    largest power: half precision never holds a row's scale, only how its power compares with the largest."""
     d_hidden, d_weight, d_bias = kept
     if head.count == 0:
         d_weight.zero_(), d_bias.zero_()
         return
+    scale, power = head.factors(SCALE_OVER_POWER), head.factors(POWER_TIMES_GRAD)
+    power /= _largest(power)
     step = chunk_rows(head.count, head.plan.step)
     buffer = head.empty(min(step, head.count) * head.vocab, dtype=head.weight.dtype)
     for start in range(0, head.count, step):
+        at = slice(start, start + step)
         part = head.rows.chunk(start, start + step)
-        x = head.gather(part)
-        d = buffer[: len(x) * head.vocab].view(len(x), head.vocab)
-        product(x, head.weight.T, d)
-        head.kernels.gradients(d, part, state[start : start + step], part.scale, head.formula)
+        d = buffer[: len(part.index) * head.vocab].view(-1, head.vocab)
+        product(head.gather(part), head.weight.T, d)
+        head.kernels.gradients(d, part, state[at], scale[at], head.formula)
         if head.needs[0]:
-            product(d, head.weight, d_hidden[start : start + len(x)])
+            product(d, head.weight, d_hidden[start : start + len(d)])
         if head.needs[1]:
-            product(d.T, x, d_weight, accumulate=start > 0)
+            product(d.T, head.gather(part, power[at]), d_weight, accumulate=start > 0)
         if head.needs[2]:
-            product(d.T, x.new_ones(len(x), 1), d_bias[:, None], accumulate=start > 0)
-        del x  # before the next chunk's is made
+            product(d.T, power[at, None].to(d.dtype), d_bias[:, None], accumulate=start > 0)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -287,10 +295,11 @@ def _one_chunk_backward(head: Head, grad_loss: Tensor, d: Tensor, grads: list[Te
 
 def _row_chunks_backward(head: Head, grad_loss: Tensor, kept: Kept, grads: list[Tensor]) -> None:
     if head.needs[0]:
-        _scatter(head, kept[0], grads[0], grad_loss.expand(len(kept[0])).contiguous())
+        _scatter(head, kept[0], grads[0], head.factors(POWER_TIMES_GRAD, grad_loss)[: len(kept[0])])
+    factor = _largest(head.factors(POWER_TIMES_GRAD)) * grad_loss
     for g, k, need in zip(grads[1:], kept[1:], head.needs[1:]):
         if need:
-            torch.mul(k, grad_loss, out=g)
+            torch.mul(k, factor, out=g)
 
 
 def _slices_backward(head: Head, grad_loss: Tensor, state: Tensor, grads: list[Tensor]) -> None:
