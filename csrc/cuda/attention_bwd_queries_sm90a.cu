@@ -73,15 +73,17 @@ ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w
       mbar_wait(&s.k_empty[stage], n / S::kStages % 2 ^ 1);
       s.step[stage] = end ? kEnd : bounds.all_attend(start, start + S::kKeys) ? kFull : kPartial;
       s.key[stage] = start;
-      if (end) mbar_arrive(&s.k_full[stage]);
+      if (!end) {
+        mbar_arrive_expect_tx(&s.k_full[stage], sizeof(s.k[0]));
+        load_tile<D, S::kKeys>(s.k[stage], &maps.k, &s.k_full[stage], start, key_head, item.batch);
+      }
       mbar_wait(&s.v_empty[value_stage], n / S::kValueStages % 2 ^ 1);
-      if (end) {
+      if (end) {  // told only now: who sees it releases v of n, and v of n - 1 is to be released by all before
         mbar_arrive(&s.v_full[value_stage]);
+        mbar_arrive(&s.k_full[stage]);
         ++n;
         break;
       }
-      mbar_arrive_expect_tx(&s.k_full[stage], sizeof(s.k[0]));
-      load_tile<D, S::kKeys>(s.k[stage], &maps.k, &s.k_full[stage], start, key_head, item.batch);
       mbar_arrive_expect_tx(&s.v_full[value_stage], sizeof(s.v[0]));
       load_tile<D, S::kKeys>(s.v[value_stage], &maps.v, &s.v_full[value_stage], start, key_head, item.batch);
     }
