@@ -101,7 +101,8 @@ def agree_with_float64(reduction: str, kind: str, rows: int, width: int, vocab: 
 
         leaves = (hidden, weight, bias)
         right = gradients(exact, tuple(x.double() for x in leaves), upstream.double())
-        half = kind == "bfloat16"  # logits and their gradients are rounded to bfloat16 as torch's would be
+        # logits and their gradients are rounded to bfloat16 as torch's would be, the upstream gradient is not (below)
+        half = kind == "bfloat16"
         for mine, want in zip(gradients(ours, leaves, upstream), right):
             rounding = 2**-7 if half else torch.finfo(mine.dtype).eps / 2 if mine.dtype != torch.float32 else 0
             assert (mine.double() - want).abs().max() <= (8 * vocab**0.5 * eps + rounding) * want.abs().max()
@@ -193,6 +194,35 @@ def test_head_gradient_over_chunks_is_one_rounding_of_the_float32_sum(use: Use) 
                      (hidden, weight))  # fmt: skip
     # half an ulp of the element, of a sum of multiples of 1/64 that float32 holds; 63/64 takes 6 bits
     assert ((ours[2].double() - exact[2]).abs() <= exact[2].abs() * 2**-8).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "mode, reduction", [("one_chunk", "sum"), ("one_chunk", "mean"), ("one_chunk", "none"), ("row_chunks", "mean")]
+)
+def test_no_upstream_gradient_is_rounded_into_the_gradient_of_the_bias(
+    mode: str, reduction: str, dtype: torch.dtype, use: Use
+) -> None:
+    """Half an ulp of 0.3 would shift the sum over all rows by 2^-9. Logits of zero: d(loss) / d(logits) but for the
+    upstream gradient is exact in half precision (p is 1 / 64, rows a power of two), so nothing else is rounded either,
+    but for the second of the two columns that hold each factor, by 2^-18 of it, and for sums in float32."""
+    use(TorchRows())
+    hidden, weight, targets, masked, _ = inputs(512, 16, 64, 1.0, dtype)
+    weight.zero_()
+    bias, budget = torch.zeros(64), budget_for(mode, hidden, weight, 512)
+    assert mode_of((hidden, weight, targets, masked, bias), budget, reduction) == mode
+    upstream = 0.3 + torch.arange(512) / 3000 if reduction == "none" else torch.tensor(0.3)
+
+    def loss(function: Any, h: Tensor, c: Tensor, **options: Any) -> Callable[..., Tensor]:
+        return lambda b: function(h, c, targets, masked, head_bias=b, reduction=reduction, **options)
+
+    exact = gradients(loss(reference.masked_loss, hidden.double(), weight.double()), (bias.double(),), upstream)[1]
+    ours = gradients(loss(masked_loss, hidden, weight, backend="cuda", memory_budget=budget), (bias,), upstream)[1]
+    per_row = upstream.expand(512) / (512 if reduction == "mean" else 1)
+    eps = torch.finfo(torch.float32).eps
+    count = torch.bincount(targets, minlength=64)
+    magnitude = per_row.max() * (count + 512 / 64)  # of the addends' sum
+    assert ((ours.double() - exact).abs() <= (2**-18 + 512**0.5 * eps) * magnitude).all()
 
 
 # ---- semantics -------------------------------------------------------------------------------------------------------
