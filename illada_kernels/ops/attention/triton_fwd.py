@@ -39,13 +39,13 @@ def _attend(
     if MASKED:
         s = tl.where(allowed, s * scale, float("-inf"))
         new = tl.maximum(maximum, tl.max(s, 1))
-        centre = tl.where(new == float("-inf"), 0.0, new)  # a row without keys so far, or only scores of -inf
+        centre = tl.where(new == float("-inf"), 0.0, new)  # a row without keys so far
         p = tl.math.exp2(s - centre[:, None])
     else:
         largest = tl.min(s, 1) if NEGATIVE else tl.max(s, 1)
         new = tl.maximum(maximum, largest * scale)
-        centre = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.math.exp2(s * scale - centre[:, None])
+        centre = new
+        p = tl.math.exp2(s * scale - new[:, None])
     rescale = tl.math.exp2(maximum - centre)
     total = total * rescale + tl.sum(p, 1)
     p = p.to(v.dtype.element_ty)
