@@ -288,9 +288,20 @@ def _one_chunk_backward(head: Head, grad_loss: Tensor, d: Tensor, grads: list[Te
     if head.needs[1]:
         product(d.T, head.gather(head.rows, factors), grads[1])
     if head.needs[2]:
-        d_bias = head.empty(head.vocab, 1)
-        product(d.T, factors.to(d.dtype)[:, None], d_bias)
-        grads[2].copy_(d_bias[:, 0])
+        grads[2].copy_(_weighted_sum(head, d, factors))
+
+
+def _weighted_sum(head: Head, d: Tensor, factors: Tensor) -> Tensor:
+    """(V,) float32: the rows of d, (N, V), times factors. Two columns hold each factor in half precision: one would round
+    the upstream gradient the same way in all rows. They are relative to the largest, so that fp16 holds them."""
+    if head.count == 0:
+        return head.empty(head.vocab).zero_()
+    largest = _largest(factors)
+    ratio = factors / largest
+    high = ratio.to(d.dtype)
+    sums = head.empty(head.vocab, 2)
+    product(d.T, torch.stack((high, (ratio - high).to(d.dtype)), 1), sums)
+    return sums.sum(1) * largest
 
 
 def _row_chunks_backward(head: Head, grad_loss: Tensor, kept: Kept, grads: list[Tensor]) -> None:
