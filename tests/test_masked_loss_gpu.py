@@ -492,9 +492,25 @@ def test_a_value_read_by_the_host_would_be_noticed(run: Run, monkeypatch: pytest
         run(cases.Case("", 64, 32, 16, 50), None, max_masked=40)
 
 
-def test_products_are_summed_in_float32_and_settings_come_back() -> None:
+@pytest.mark.parametrize("given", [True, False, (True, True), (False, True), (False, False)], ids=str)
+def test_products_are_summed_in_float32_and_settings_come_back(given: Any) -> None:
     flags = torch.backends.cuda.matmul
-    before = flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction
-    with float32_sums(), float32_sums():
-        assert not flags.allow_bf16_reduced_precision_reduction and not flags.allow_fp16_reduced_precision_reduction
-    assert (flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction) == before
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    pairs = hasattr(flags, names[0] + "_split_k")
+    if isinstance(given, tuple) and not pairs:
+        pytest.skip("this torch has no setting of split k")
+
+    def settings() -> list[tuple[bool, bool]]:
+        return [(getattr(flags, name), getattr(flags, name + "_split_k", True)) for name in names]
+
+    reduced, split_k = given if isinstance(given, tuple) else (given, True)
+    before = settings()
+    try:
+        for name in names:
+            setattr(flags, name, given)
+        with float32_sums(), float32_sums():
+            assert settings() == [(False, split_k)] * 2
+        assert settings() == [(reduced, split_k)] * 2
+    finally:
+        for name, pair in zip(names, before):
+            setattr(flags, name, pair if pairs else pair[0])

@@ -39,23 +39,27 @@ def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 _sums_lock = threading.Lock()
-_sums_users, _sums_before = 0, (True, True)
+_sums_users = 0
+_sums_before: list[tuple[str, bool, bool | None]] = []  # (setting, reduced sums, split k; None where torch has no such)
 
 
-def _reduced_sums(bf16: bool, fp16: bool) -> None:
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = bf16
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = fp16
+def _reduced_sums(setting: str, allowed: bool, split_k: bool | None) -> None:
+    """Since 2.10 a setting is a pair, and a bool alone would allow split k again."""
+    setattr(torch.backends.cuda.matmul, setting, allowed if split_k is None else (allowed, split_k))
 
 
 @contextlib.contextmanager
 def float32_sums() -> Iterator[None]:
-    """cuBLAS may otherwise add partial products of one element in half precision (torch allows it by default)."""
-    global _sums_users, _sums_before
+    """cuBLAS may otherwise add partial products of one element in half precision (torch allows it by default). Whether
+    it may split the sum stays as the user has it."""
+    global _sums_users
     flags = torch.backends.cuda.matmul
     with _sums_lock:
         if _sums_users == 0:
-            _sums_before = (flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction)
-            _reduced_sums(False, False)
+            names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+            _sums_before[:] = [(name, getattr(flags, name), getattr(flags, name + "_split_k", None)) for name in names]
+            for name, _, split_k in _sums_before:
+                _reduced_sums(name, False, split_k)
         _sums_users += 1
     try:
         yield
@@ -63,6 +67,5 @@ def float32_sums() -> Iterator[None]:
         with _sums_lock:
             _sums_users -= 1
             if _sums_users == 0:
-                flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction = (
-                    _sums_before
-                )
+                for before in _sums_before:
+                    _reduced_sums(*before)
