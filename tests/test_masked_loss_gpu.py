@@ -337,6 +337,17 @@ def test_operators_pass_opcheck_and_compile(mode: str, max_masked: int | None, u
         torch.testing.assert_close(got, want)
 
 
+def test_forbidden_ids_stay_where_a_captured_graph_reads_them() -> None:
+    def ids(last: int) -> Tensor | None:
+        options = Options("sum", None, 0.0, 0.0, (1, last), None)
+        return gpu.formula(options, 2000, None, torch.device("cpu")).forbid
+
+    first = ids(2)
+    for last in range(3, 503):
+        ids(last)
+    assert first is not None and ids(2) is first
+
+
 # ---- what it costs: gpu.py with tensors that have no data ------------------------------------------------------------
 
 

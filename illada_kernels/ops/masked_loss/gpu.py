@@ -125,9 +125,10 @@ def masked_rows(
     return rows.chunk(0, count)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _forbid_on(device: torch.device, forbid: tuple[int, ...]) -> Tensor:
-    """Uploaded once: a copy from the host at each call would synchronise and could not be captured in a graph."""
+    """Uploaded once: a copy from the host at each call would synchronise and could not be captured in a graph. Kept for
+    good, a few bytes each: a captured graph reads the list at its address, whatever other lists have come since."""
     return torch.tensor(forbid, dtype=torch.int64, device=device)
 
 
@@ -292,8 +293,8 @@ def _one_chunk_backward(head: Head, grad_loss: Tensor, d: Tensor, grads: list[Te
 
 
 def _weighted_sum(head: Head, d: Tensor, factors: Tensor) -> Tensor:
-    """(V,) float32: the rows of d, (N, V), times factors. Two columns hold each factor in half precision: one would round
-    the upstream gradient the same way in all rows. They are relative to the largest, so that fp16 holds them."""
+    """(V,) float32: the rows of d, (N, V), times factors. Two columns hold each factor in half precision: one would
+    round the upstream gradient the same way in all rows. They are relative to the largest, so that fp16 holds them."""
     if head.count == 0:
         return head.empty(head.vocab).zero_()
     largest = _largest(factors)
