@@ -9,7 +9,7 @@ import torch
 from attention_oracle import assert_close, draw, run
 
 from illada_kernels import KeyRanges, attention
-from illada_kernels.ops.attention import cases, op
+from illada_kernels.ops.attention import cases, op, reference
 from illada_kernels.ops.attention import triton as room
 
 pytest.importorskip("triton", reason="no triton")
@@ -97,6 +97,24 @@ def test_extreme_logits_stay_finite(scale):
     ours = triton(*draw(1, 33, 65, 1, 1, 64, dtype=torch.float16), scale=scale)
     assert all(x.isfinite().all() for x in ours.tensors().values())
     assert ours.lse.abs().max() > 300
+
+
+@pytest.mark.parametrize("dim, scale", [(64, 0.1), (64, -0.1), (96, 0.1)])
+def test_rows_whose_scores_are_all_minus_infinity_give_zero(dim, scale):
+    """In tiles with and without mask code, first or after finite ones; rows with one finite score stay right."""
+    q, k, v, *_ = draw(1, 40, 100, 1, 1, dim, dtype=torch.float16)
+    q, k = q.abs() + 0.1, k.clone()
+    k[:, :, :, 0] = math.copysign(math.inf, -scale)
+    q[:, ::2, :, 0] = 0.5
+    for finite in (None, 3, 99):
+        if finite is not None:
+            k[:, finite] = 0.25
+        with interpreted(op):
+            out, lse = attention(q, k, v, scale=scale, backend="triton", return_lse=True)
+        expected, expected_lse = reference.forward(q, k, v, None, scale)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, expected, rtol=2**-9, atol=2**-9)
+        assert finite is not None or (not out.any() and (lse == -math.inf).all())
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -14,6 +14,8 @@ from torch import Tensor
 from .triton import FORWARD, FULL, Tile, aot, every_tile, head_parts, strides
 from .triton_tiles import LN_2, LOG2_E, allowed_pairs, attended_keys, key_plan, load_tile, part_at, store_tile
 
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
+
 
 @triton.jit
 def _attend(
@@ -39,14 +41,12 @@ def _attend(
     if MASKED:
         s = tl.where(allowed, s * scale, float("-inf"))
         new = tl.maximum(maximum, tl.max(s, 1))
-        centre = tl.where(new == float("-inf"), 0.0, new)  # a row without keys so far
-        p = tl.math.exp2(s - centre[:, None])
+        p = tl.math.exp2(s - new[:, None])
     else:
         largest = tl.min(s, 1) if NEGATIVE else tl.max(s, 1)
         new = tl.maximum(maximum, largest * scale)
-        centre = new
         p = tl.math.exp2(s * scale - new[:, None])
-    rescale = tl.math.exp2(maximum - centre)
+    rescale = tl.math.exp2(maximum - new)
     total = total * rescale + tl.sum(p, 1)
     p = p.to(v.dtype.element_ty)
     acc = tl.dot(p, load_tile(v, v_at, attended, 0, HEAD), acc * rescale[:, None], input_precision=PRECISION)
@@ -97,7 +97,7 @@ def attention_fwd(
     v += batch * v_batch + kv_head.to(tl.int64) * v_head
     scale *= LOG2_E
 
-    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    maximum = tl.full([ROWS], LOWEST, tl.float32)  # finite: p of a row with no keys so far, or only -inf, is 0, not NaN
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD], tl.float32)
     acc_tail = tl.zeros([ROWS, TAIL if TAIL else 16], tl.float32)
