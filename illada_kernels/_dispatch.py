@@ -43,44 +43,61 @@ class Backend:
         return self.opt_in is None or (device == "cuda" and _proven.proven(op, self.name))
 
 
+_BY_ENVIRONMENT = "ILLADA_BACKEND="
+
+
+def requested(backend: str | None) -> str:
+    """What an operator carries: the argument, else what ILLADA_BACKEND says now, so that a backward is run by whatever
+    ran its forward. Under torch.compile, which would freeze it, the operator looks itself."""
+    import torch
+
+    if backend or torch.compiler.is_compiling():
+        return backend or ""
+    wanted = os.environ.get("ILLADA_BACKEND")
+    return f"{_BY_ENVIRONMENT}{wanted}" if wanted else ""
+
+
 def choose(op: str, backends: tuple[Backend, ...], device: str, request: Any, backend: str | None = None) -> str:
     """The name of the backend that runs `request` on `device`. `backend` (or ILLADA_BACKEND) insists on one."""
-    wanted = backend or os.environ.get("ILLADA_BACKEND") or None
-    if wanted is not None:
-        return _insist(op, backends, device, request, wanted, "backend" if backend else "ILLADA_BACKEND")
+    if wanted := backend or requested(None):
+        name = wanted.removeprefix(_BY_ENVIRONMENT)
+        return _insist(op, backends, device, request, name, "backend" if name == wanted else "ILLADA_BACKEND")
     for candidate in backends:
         if candidate.by_default(op, device) and candidate.reason(device, request) is None:
             if candidate.name == "reference" and device != "cpu":
-                _log_reference_once(op, device)
+                _log_reference_once(op, device, reasons(op, backends, device, request))
             return candidate.name
-    raise RuntimeError(f"no backend of {op} can run this call:\n{reasons(backends, device, request)}")
+    raise RuntimeError(f"no backend of {op} can run this call:\n{reasons(op, backends, device, request)}")
 
 
 def _insist(op: str, backends: tuple[Backend, ...], device: str, request: Any, wanted: str, said_by: str) -> str:
     by_name = {b.name: b for b in backends}
     if wanted not in by_name and wanted in KERNELS:
-        raise RuntimeError(f"{op} has no {wanted!r} backend yet:\n{reasons(backends, device, request)}")
+        raise RuntimeError(f"{op} has no {wanted!r} backend yet:\n{reasons(op, backends, device, request)}")
     if wanted not in by_name:
         raise ValueError(f"{said_by}: expected one of {', '.join(by_name)} for {op}, got {wanted!r}")
     if by_name[wanted].reason(device, request) is not None:
-        raise RuntimeError(f"backend {wanted!r} cannot run this {op} call:\n{reasons(backends, device, request)}")
+        raise RuntimeError(f"backend {wanted!r} cannot run this {op} call:\n{reasons(op, backends, device, request)}")
     return wanted
 
 
-def reasons(backends: tuple[Backend, ...], device: str, request: Any) -> str:
-    return "\n".join(f"  {b.name}: {b.reason(device, request) or b.opt_in or 'can run it'}" for b in backends)
+def reasons(op: str, backends: tuple[Backend, ...], device: str, request: Any) -> str:
+    def said(b: Backend) -> str:
+        return b.reason(device, request) or ("can run it" if b.by_default(op, device) else str(b.opt_in))
+
+    return "\n".join(f"  {b.name}: {said(b)}" for b in backends)
 
 
-_logged: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str, str]] = set()
 _logged_lock = threading.Lock()
 
 
-def _log_reference_once(op: str, device: str) -> None:
+def _log_reference_once(op: str, device: str, why: str) -> None:
     with _logged_lock:
-        if (op, device) in _logged:
+        if (op, device, why) in _logged:
             return
-        _logged.add((op, device))
-    logger.warning("%s on %s runs on the reference backend; `python -m illada_kernels doctor` says why", op, device)
+        _logged.add((op, device, why))
+    logger.warning("%s on %s runs on the reference backend, which is slow and stores more:\n%s", op, device, why)
 
 
 @functools.cache
@@ -102,6 +119,9 @@ def extension() -> tuple[ModuleType | None, str | None]:
             f"got {wanted!r}; unset it or name another"
         )
     return module, None
+
+
+STALE = "the compiled extension is older than this code; build it again: python -m illada_kernels._build"
 
 
 def extension_reason() -> str | None:

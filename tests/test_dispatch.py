@@ -75,7 +75,7 @@ def test_a_backend_outside_the_default_order_runs_only_when_named():
     order = (unproven, REFERENCE)
     assert choose("op", order, "cpu", "easy") == "reference"
     assert choose("op", order, "cpu", "easy", "unproven") == "unproven"
-    assert "unproven: no committed result" in reasons(order, "cpu", "easy")
+    assert "unproven: no committed result" in reasons("op", order, "cpu", "easy")
 
 
 def test_exceptions_inside_a_backend_propagate():
@@ -163,3 +163,25 @@ def test_an_unknown_backend_in_the_environment_is_blamed_on_the_environment(monk
     monkeypatch.setenv("ILLADA_BACKEND", "magic")
     with pytest.raises(ValueError, match=r"ILLADA_BACKEND: expected one of .* got 'magic'"):
         choose("op", ALL, "cpu", "easy")
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_a_backward_is_run_by_what_ran_its_forward_whatever_the_environment_says_by_then(monkeypatch, from_logits):
+    import torch
+
+    from illada_kernels import masked_loss, masked_loss_from_logits
+
+    x, head = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8)
+    targets, masked = torch.arange(6), torch.tensor([True, False, True, True, False, True])
+
+    def loss() -> torch.Tensor:
+        if from_logits:
+            return masked_loss_from_logits(x, targets, masked)
+        return masked_loss(x, head, targets, masked)
+
+    monkeypatch.setenv("ILLADA_BACKEND", "reference")
+    (right,) = torch.autograd.grad(loss(), x)
+    made_by_reference = loss()
+    monkeypatch.delenv("ILLADA_BACKEND")
+    (got,) = torch.autograd.grad(made_by_reference, x)
+    assert torch.equal(got, right)

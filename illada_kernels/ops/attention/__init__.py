@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ..._dispatch import requested
 from ...key_ranges import KeyRanges
 from .op import BACKENDS as BACKENDS
 from .op import forward_op
@@ -79,8 +80,10 @@ def attention(
 
     deterministic=False permits a faster backward whose gradients may differ in the last bits from run to run: "cuda"
     then sums dq, up to a head_dim of 128, across blocks, in 4 D bytes of memory per row and head more. `backend`
-    insists on one of "cuda" (Hopper) and "triton" (NVIDIA GPUs from compute capability 8.0 on; both not yet run on a
-    GPU), "cpu" and "reference" (default: the first that can; ILLADA_BACKEND in the environment also insists).
+    insists on one of "cuda" (Hopper, bfloat16 and float16), "triton" (NVIDIA GPUs from compute capability 8.0 on; both
+    take D = Dv of 64, 96, 128 or 256), "cpu" and "reference". Default: the first that can; ILLADA_BACKEND in the
+    environment also insists. The GPU backends have not yet run on a GPU: until `doctor --selftest` has passed only
+    backend= reaches them.
 
     Raises TypeError or ValueError, before anything runs, on a wrong type, dtype, shape, device or stride; RuntimeError
     if the backend insisted on cannot run the call. Never synchronises with the host. Memory: the results, and what the
@@ -94,7 +97,7 @@ def attention(
     scale = _check_scale(scale, q.shape[3])
     q, k, v = _autocast(q, k, v)
     bounds = None if key_ranges is None else key_ranges.bounds
-    out, lse = forward_op(q, k, v, bounds, scale, deterministic, backend or "")
+    out, lse = forward_op(q, k, v, bounds, scale, deterministic, requested(backend))
     return (out, lse) if return_lse else out
 
 

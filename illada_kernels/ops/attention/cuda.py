@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._dispatch import native
+from ..._dispatch import STALE, native
 from ..._gpu import hopper_reason, launch
 from .native import element_strides
 
@@ -28,7 +28,7 @@ def supports(request: Any) -> str | None:
     """None, or why this call (its q, k, v and direction) cannot run here."""
     entry = "attention_bwd_keys_sm90a" if request.backward else "attention_fwd_bf16_sm90a"
     if not hasattr(native(), entry):
-        return f"the extension has no {entry}"
+        return STALE
     q, k, v = request.q, request.k, request.v
     if q.dtype not in _DTYPES:
         return f"takes bfloat16 and float16, not {q.dtype}"

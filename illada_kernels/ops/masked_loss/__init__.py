@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._dispatch import requested
 from .op import BACKENDS, FROM_LOGITS_BACKENDS, from_logits_op, masked_loss_op
 
 __all__ = ["BACKENDS", "FROM_LOGITS_BACKENDS", "masked_loss", "masked_loss_from_logits"]
@@ -81,7 +82,8 @@ def masked_loss(
     instead. Targets at unmasked rows are ignored. On a GPU one host synchronisation, in the forward; none with
     max_masked, once a first call has uploaded `forbid`.
 
-    The GPU backends have not yet run on a GPU: until `doctor --selftest` has passed only backend= reaches them.
+    The GPU backends, "cuda" and "triton", have not yet run on a GPU: until `doctor --selftest` has passed only backend=
+    reaches them.
     Source: the objective of LLaDA (arXiv:2502.09992), weight 1/t; z-loss as in PaLM (arXiv:2204.02311).
     """
     device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
@@ -97,7 +99,7 @@ def masked_loss(
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in (hidden, head_weight, head_bias)]
     return masked_loss_op(
-        hidden, head_weight, targets, masked, weight, head_bias, *options, memory_budget, *needs, backend or ""
+        hidden, head_weight, targets, masked, weight, head_bias, *options, memory_budget, *needs, requested(backend)
     )[0]
 
 
@@ -130,7 +132,7 @@ def masked_loss_from_logits(
     """
     _check_rows("logits", logits, "V", targets, masked, weight)
     options = _check_options(reduction, softcap, label_smoothing, z_loss, forbid, max_masked, logits.shape[-1])
-    return from_logits_op(logits, targets, masked, weight, *options, backend or "")[0]
+    return from_logits_op(logits, targets, masked, weight, *options, requested(backend))[0]
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

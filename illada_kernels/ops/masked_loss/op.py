@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._dispatch import Backend, choose
-from ..._gpu import UNRUN, rows_reason, triton_reason
+from ..._dispatch import STALE, Backend, choose, extension
+from ..._gpu import UNRUN, cuda_reason, rows_reason, triton_reason
 from ..._torch_ops import TorchOp, is_plain
 from . import gpu, head, native, reference
 from .native import Options
@@ -35,8 +35,14 @@ def _no_float64(rows: Tensor) -> str | None:
     return "float64 runs on the reference only" if rows.dtype == torch.float64 else None
 
 
+def _cuda_reason() -> str | None:
+    if (reason := rows_reason()) is not None:
+        return reason
+    return STALE if cuda_reason() is None and not hasattr(extension()[0], "masked_loss_compact") else None
+
+
 _CPU = Backend("cpu", ("cpu",), native.cpu_reason, _no_float64)
-_CUDA = Backend("cuda", ("cuda",), rows_reason, _no_float64, opt_in=UNRUN)
+_CUDA = Backend("cuda", ("cuda",), _cuda_reason, _no_float64, opt_in=UNRUN)
 _TRITON = Backend("triton", ("cuda",), triton_reason, _no_float64, opt_in=UNRUN)
 _REFERENCE = Backend("reference", None, _always, _always)
 BACKENDS: tuple[Backend, ...] = (_CUDA, _TRITON, _CPU, _REFERENCE)

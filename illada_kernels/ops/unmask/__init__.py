@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._dispatch import requested
 from ...rules import Edit, Remask, Rule, Threshold, check_integer, check_number, flatten_revision, flatten_rule
 from .checks import (
     LogitBias,
@@ -104,6 +105,8 @@ def unmask(
     for a logit_bias of sequences, copied to the device in each call (for a graph give tensors). The GPU kernels cannot
     leave rows out before their product: up to 128 rows share one reading of the head, more are all multiplied, with 16
     MiB of logits at a time and 32 bytes for each row and 4096 ids.
+    They, "cuda" and "triton", have not yet run on a GPU: until `doctor --selftest` has passed only backend= reaches
+    them.
     Sources: LLaDA's generate.py (ML-GSAI/LLaDA); Zheng et al., arXiv 2409.02908, on why low-precision Gumbel noise
     biases.
     """
@@ -195,6 +198,6 @@ def _unmask(
         scores,
         frozen,
         noise_positions,
-        backend or "",
+        requested(backend),
     ]
     return Unmasked(*UNMASK(*flat))

@@ -17,7 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..._dispatch import native
+from ..._dispatch import STALE, native
 from ..._gpu import cuda_reason, launch, rows_reason
 from . import gpu
 from .op import Outputs, Step
@@ -173,7 +173,7 @@ def available() -> str | None:
     if (reason := rows_reason()) is not None:
         return reason
     if cuda_reason() is None and getattr(native(), "unmask_call_bytes", 0) != ctypes.sizeof(Call):
-        return "the compiled extension is older than this code; build it again: python -m illada_kernels._build"
+        return STALE
     return None
 
 

@@ -84,7 +84,7 @@ class Step:
 def _cpu_available() -> str | None:
     module, reason = _dispatch.extension()
     if module is not None and not hasattr(module, "unmask_rows"):
-        return "the compiled extension is older than this code; build it again: python -m illada_kernels._build"
+        return _dispatch.STALE
     return reason
 
 
