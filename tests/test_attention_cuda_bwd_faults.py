@@ -112,7 +112,12 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
             "without fence_proxy_async",
         ),
         "K given up while a store reads it": ("      bulk_wait_read<0>();\n", "", "."),
-        "K overwritten by the other's dK": ("    if (S::kSplit > 1) bar_sync(1, kConsumers);\n", "", ".", 256),
+        "K overwritten by the other's dK": (
+            "    S::kSplit > 1 ? bar_sync(1, kConsumers) : bar_sync(2 + warpgroup, 128);\n",
+            "",
+            ".",
+            256,
+        ),
         # arithmetic
         "cleared rows unfenced": (
             "      }\n  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",

@@ -82,12 +82,12 @@ ILLADA_DEVICE void store_transposed(void* to, const uint32_t (&ds)[kTileRows / 1
 
 // dq (64 queries, columns) = ds (64 queries, keys) k, of which k is the columns from where it points on.
 template <class T, int R> ILLADA_DEVICE void multiply_keys(float (&dq)[R], const T* ds, const T* k) {
+  const uint64_t a = smem_desc(ds), b = smem_desc(k, 1024, kKeys * 128);
   reg_fence(dq);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kKeys; i += 16)
-    wgmma<T, Major::K, Major::MN>(dq, smem_desc(ds + i / 64 * kTileRows * 64 + i % 64),
-                                  smem_desc(k + i * 64, 1024, kKeys * 128), i > 0);
+    wgmma<T, Major::K, Major::MN>(dq, a + units(i / 64 * kTileRows * 64 + i % 64), b + units(i * 64), i > 0);
   wgmma_commit();
 }
 
@@ -112,7 +112,7 @@ template <int D, int R> ILLADA_DEVICE void add_to_sums(float* staged, float* sum
 template <class T, int D>
 ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[D / 2], float (&dv)[D / 2], float* sums, int stage, int key,
                                float scale_log2) {
-  const int warpgroup = threadIdx.x / 128, rows_at = warpgroup * 64 * 64;
+  const int warpgroup = warpgroup_of_thread(), rows_at = warpgroup * 64 * 64;
   float p[kTileRows / 2], ds[kTileRows / 2];  // (64 keys, 64 queries)
   uint32_t p_operand[kTileRows / 16][4], ds_operand[kTileRows / 16][4];
   const Step step = Step(s.step[stage]);
@@ -155,7 +155,7 @@ template <class T, int D>
 ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w, const Sizes& size, float* sums,
                            float scale) {
   using S = Shape<D>;
-  const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128;
+  const int warpgroup = warpgroup_of_thread(), t = threadIdx.x % 128;
   int n = 0;
   for (int turn = 0;; ++turn) {
     mbar_wait(&s.keys_full, turn % 2);

@@ -65,7 +65,7 @@ ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[Shape<T, D>::kColumn
 template <class T, int D>
 ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Sizes& size, float scale) {
   using S = Shape<T, D>;
-  const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128;
+  const int warpgroup = warpgroup_of_thread(), t = threadIdx.x % 128;
   const int first_row = warpgroup / S::kSplit * 64, first_column = warpgroup % S::kSplit * S::kColumns;
   int n = 0;
   for (int turn = 0;; ++turn) {
@@ -82,8 +82,9 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Sizes& size,
         add_queries<T, D>(s, dk, dv, stage, key, first_row * 64, first_column / 64 * kTileRows * 64, scale * kLog2e);
       arrive_by_warp(&s.empty[stage]);
     }
-    // This warpgroup's rows of K and V have done their service; with D = 256 the other may still read them.
-    if (S::kSplit > 1) bar_sync(1, kConsumers);
+    // This warpgroup's rows of K and V have done their service once its four warps have waited for their products; with
+    // D = 256 the other warpgroup reads them too.
+    S::kSplit > 1 ? bar_sync(1, kConsumers) : bar_sync(2 + warpgroup, 128);
     const int at = first_row * 64 + first_column / 64 * S::kKeys * 64;
     store_rows<S::kKeys>(s.k + at, dk, scale);
     store_rows<S::kKeys>(s.v + at, dv, 1.0f);

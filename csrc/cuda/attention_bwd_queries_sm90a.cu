@@ -130,7 +130,7 @@ template <int R> ILLADA_DEVICE void select(float (&s)[R], const MyRows& rows, in
 template <class T, int D>
 ILLADA_DEVICE void add_keys(Shared<T, D>& s, float (&dq)[D / 2], const MyRows& rows, int n, float scale_log2) {
   using S = Shape<T, D>;
-  const int stage = n % S::kStages, value_stage = n % S::kValueStages, first_row = threadIdx.x / 128 * 64;
+  const int stage = n % S::kStages, value_stage = n % S::kValueStages, first_row = warpgroup_of_thread() * 64;
   float p[S::kKeys / 2], ds[S::kKeys / 2];  // (64 rows, keys)
   uint32_t ds_operand[S::kKeys / 16][4];
   const bool masked = s.step[stage] != kFull;
@@ -164,7 +164,7 @@ template <class T, int D>
 ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w, const Sizes& size, int items,
                            float scale) {
   using S = Shape<T, D>;
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = warpgroup_of_thread();
   int n = 0;
   for (int turn = 0;; ++turn) {
     mbar_wait(&s.rows_full, turn % 2);
@@ -181,7 +181,8 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
         arrive_by_warp(&s.v_empty[n % S::kValueStages]);
       arrive_by_warp(&s.k_empty[n % S::kStages]);
     }
-    store_rows<S::kRows>(s.q + warpgroup * 64 * 64, dq, scale);  // this warpgroup's rows of Q have done their service
+    bar_sync(2 + warpgroup, 128);  // all four warps have waited for their products: these rows of Q are free
+    store_rows<S::kRows>(s.q + warpgroup * 64 * 64, dq, scale);
     fence_proxy_async();
     bar_sync(2 + warpgroup, 128);
     if (threadIdx.x % 128 == 0) {

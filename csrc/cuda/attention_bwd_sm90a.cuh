@@ -61,28 +61,36 @@ ILLADA_DEVICE void load_tile(T* tile, const CUtensorMap* map, uint64_t* full, in
     tma_load(tile + piece * ROWS * 64, map, full, piece * 64, row, head, batch);
 }
 
+// So many 16-bit elements further on: what to add to a descriptor, whose address counts 16 bytes and never overflows.
+ILLADA_DEVICE uint64_t units(int elements) { return elements * 2 / 16; }
+
+// From lane 0: the compiler then knows that the warp agrees, and keeps descriptors in uniform registers.
+ILLADA_DEVICE int warpgroup_of_thread() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
+
 // s (64, N) = a (64, D) b^T: a lies in a tile of A_ROWS rows, b is a whole tile of N rows.
 template <int D, int A_ROWS, class T, int R>
 ILLADA_DEVICE void multiply_transposed(float (&s)[R], const T* a, const T* b) {
   constexpr int kN = 2 * R;
+  const uint64_t from_a = smem_desc(a), from_b = smem_desc(b);
   reg_fence(s);
   wgmma_fence();
 #pragma unroll
   for (int d = 0; d < D; d += 16)
-    wgmma<T>(s, smem_desc(a + d / 64 * A_ROWS * 64 + d % 64), smem_desc(b + d / 64 * kN * 64 + d % 64), d > 0);
+    wgmma<T>(s, from_a + units(d / 64 * A_ROWS * 64 + d % 64), from_b + units(d / 64 * kN * 64 + d % 64), d > 0);
   wgmma_commit();
 }
 
 // sum (64, columns) += a (64, 16 * STEPS) b: b is the columns from where it points on, in a tile of 16 * STEPS rows.
 template <class T, int R, int STEPS>
 ILLADA_DEVICE void multiply_add(float (&sum)[R], uint32_t (&a)[STEPS][4], const T* b) {
+  const uint64_t from = smem_desc(b, 1024, STEPS * 16 * 128);
   reg_fence(sum);
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) reg_fence(a[i]);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < STEPS; ++i)
-    wgmma<T, Major::MN>(sum, a[i], smem_desc(b + i * 16 * 64, 1024, STEPS * 16 * 128), true);
+    wgmma<T, Major::MN>(sum, a[i], from + units(i * 16 * 64), true);
   wgmma_commit();
 }
 
