@@ -84,7 +84,9 @@ FAULTS = {
     "no rescaling of what came before": (
         full, "triton_fwd", "total = total * rescale + tl.sum(p, 1)", "total += tl.sum(p, 1)"
     ),
-    "rows without keys so far": (random, "triton_fwd", 'tl.where(new == float("-inf"), 0.0, new)', "new"),
+    "rows without keys so far": (
+        random, "triton_fwd", "tl.full([ROWS], LOWEST, tl.float32)", 'tl.full([ROWS], float("-inf"), tl.float32)'
+    ),
     "q and dout of rows without keys": (poison, "triton_bwd", "wanted = lo0 < hi0", "wanted = rows >= 0"),
     "k of keys that no row attends to": (
         poison, "triton_bwd", "wanted = attended_keys(keys, lo0, hi0, lo1, hi1)", "wanted = keys < num_keys"
