@@ -1,7 +1,7 @@
 # make setup    .venv with everything, and the package in it, compiled
 # make demo     setup, what this machine can do, then a small model trained and sampled from
 # make test     all tests (with CUDA kernels compiled where nvcc is found)
-# make lint     ruff and mypy
+# make lint     ruff, clang-format and mypy      make format   rewrite the sources as lint wants them
 # make bench    measure every op on this machine into benchmarks/results/
 # make build    compile the extension in place      make clean    remove what was built
 #
@@ -19,7 +19,9 @@ WORKERS ?= 2
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 HAS_NVCC := $(shell { test -n "$$NVCC" || command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } >/dev/null 2>&1 && echo 1 || echo 0)
 
-.PHONY: setup demo test lint bench build clean
+CXX_SOURCES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+
+.PHONY: setup demo test lint format bench build clean
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py
@@ -44,7 +46,14 @@ test: build
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: setup
 	for op in $(OPS); do $(BIN)/python -m benchmarks.run --op $$op || exit 1; done

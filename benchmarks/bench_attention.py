@@ -66,8 +66,9 @@ def gpu_shapes() -> tuple[list[GpuCase], list[GpuCase]]:
             training.append(GpuCase(name, tokens // s, s, s, *heads, kind="full", flex=kv == 8 and s in (2048, 8192)))
         for block in (32, 4):
             name = f"block_diffusion_4k_b{block}_kv{kv}"
-            training.append(GpuCase(name, 2, 8192, 8192, *heads, kind="block_diffusion", block=block,
-                                    flex=kv == 8 or block == 32))  # fmt: skip
+            training.append(
+                GpuCase(name, 2, 8192, 8192, *heads, kind="block_diffusion", block=block, flex=kv == 8 or block == 32)
+            )
         training.append(GpuCase(f"packed_16k_kv{kv}", 1, tokens, tokens, *heads, kind="packed", flex=kv == 8))
         for batch, keys, new in ((b, k, n) for b in (16, 1) for k in (16384, 4096, 1024) for n in (32, 64)):
             name = f"cached_{keys // 1024}k_q{new}_b{batch}_kv{kv}"

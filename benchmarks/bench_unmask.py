@@ -117,8 +117,13 @@ def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cu
         def run(hidden: Tensor) -> Tensor:
             written, logits = tokens.clone(), hidden @ weight.T
             for b in range(0, shape.batch, part):
-                step(logits[b : b + part], written[b : b + part], min(COMMITTED_PER_STEP, shape.count), shape.mask_id,
-                     temperature)  # fmt: skip
+                step(
+                    logits[b : b + part],
+                    written[b : b + part],
+                    min(COMMITTED_PER_STEP, shape.count),
+                    shape.mask_id,
+                    temperature,
+                )
             return written
 
         return run

@@ -34,8 +34,17 @@ from .measure import why
 
 ROOT = Path(__file__).resolve().parent.parent
 # seconds that a stage may take, unless --seconds leaves less
-LIMITS = {"build": 300, "compare": 240, "tests": 400, "selftest": 240, "attention": 560, "loss": 300, "unmask": 300,
-          "models": 400, "peers": 560}  # fmt: skip
+LIMITS = {
+    "build": 300,
+    "compare": 240,
+    "tests": 400,
+    "selftest": 240,
+    "attention": 560,
+    "loss": 300,
+    "unmask": 300,
+    "models": 400,
+    "peers": 560,
+}
 BENCHMARKS = {
     "attention": ("attention_fwd", "attention_bwd"),
     "loss": ("masked_loss",),

@@ -117,8 +117,14 @@ MAKERS: dict[str, Callable[[], Loss]] = {
     "quack, unweighted": quack_chunked,
     "quack's row kernel": quack_rows,
 }
-ALL_ROWS = ("F.cross_entropy", "F.linear_cross_entropy", "Liger", "Liger, unweighted", "cut-cross-entropy",
-            "quack, unweighted")  # fmt: skip
+ALL_ROWS = (
+    "F.cross_entropy",
+    "F.linear_cross_entropy",
+    "Liger",
+    "Liger, unweighted",
+    "cut-cross-entropy",
+    "quack, unweighted",
+)
 
 
 def find(

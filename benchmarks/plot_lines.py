@@ -144,8 +144,12 @@ def unmask(folder: Path) -> list[Panel]:
     return panels
 
 
-FIGURES = {"attention": (attention, "x"), "attention_masks": (attention_masks, "xy"), "masked_loss": (masked_loss, ""),
-           "unmask": (unmask, "xy")}  # fmt: skip
+FIGURES = {
+    "attention": (attention, "x"),
+    "attention_masks": (attention_masks, "xy"),
+    "masked_loss": (masked_loss, ""),
+    "unmask": (unmask, "xy"),
+}
 
 
 def draw(folder: Path) -> list[str]:

@@ -65,15 +65,29 @@ TASKS = {"sort": sort(8, steps=500), "either": either(8, steps=800)}
 
 def config(task: Task) -> ModelConfig:
     return ModelConfig(
-        dim=96, n_layers=task.n_layers, n_heads=4, n_kv_heads=4, head_dim=24, ffn_dim=240, vocab_size=16,
-        tie_embeddings=True, rope_theta=100.0, max_seq_len=64, mask_id=MASK, eos_id=END,
-    )  # fmt: skip
+        dim=96,
+        n_layers=task.n_layers,
+        n_heads=4,
+        n_kv_heads=4,
+        head_dim=24,
+        ffn_dim=240,
+        vocab_size=16,
+        tie_embeddings=True,
+        rope_theta=100.0,
+        max_seq_len=64,
+        mask_id=MASK,
+        eos_id=END,
+    )
 
 
 def train(
-    task: Task, *, steps: int | None = None, batch: int = 128, seed: int = 0,
+    task: Task,
+    *,
+    steps: int | None = None,
+    batch: int = 128,
+    seed: int = 0,
     report: Callable[[int, float], object] | None = None,
-) -> Model:  # fmt: skip
+) -> Model:
     """The same seed gives the same model on the same machine. Muon, with a linear warm-up and, from half way, decay."""
     steps = task.steps if steps is None else steps
     torch.manual_seed(seed)

@@ -19,8 +19,8 @@ Isa detect_isa() {
 #if defined(__x86_64__) && !defined(ILLADA_SCALAR_ONLY)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = kAvx2;
-  if (best == kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+  if (best == kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = kAvx512;
 #endif
   if (const char* wanted = std::getenv("ILLADA_CPU_ISA"))
@@ -32,17 +32,25 @@ Isa detect_isa() {
 const Isa isa = detect_isa();
 
 // Pointers cross the border as integers; numbers as they are.
-template <class T> struct Arg { using type = T; static T get(T v) { return v; } };
+template <class T> struct Arg {
+  using type = T;
+  static T get(T v) { return v; }
+};
 template <class T> struct Arg<T*> {
   using type = std::uintptr_t;
   static T* get(std::uintptr_t v) { return reinterpret_cast<T*>(v); }
 };
 
-template <class... A> void bind(py::module_& m, const char* name, int (*scalar)(A...), int (*avx2)(A...), int (*avx512)(A...)) {
+template <class... A>
+void bind(py::module_& m, const char* name, int (*scalar)(A...), int (*avx2)(A...), int (*avx512)(A...)) {
   int (*const function)(A...) = isa == kAvx512 ? avx512 : isa == kAvx2 ? avx2 : scalar;
-  m.def(name, [function](typename Arg<A>::type... args) { return function(Arg<A>::get(args)...); }, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      name, [function](typename Arg<A>::type... args) { return function(Arg<A>::get(args)...); },
+      py::call_guard<py::gil_scoped_release>());
 }
-template <class... A> void bind(py::module_& m, const char* name, int (*function)(A...)) { bind(m, name, function, function, function); }
+template <class... A> void bind(py::module_& m, const char* name, int (*function)(A...)) {
+  bind(m, name, function, function, function);
+}
 
 }  // namespace
 

@@ -125,9 +125,17 @@ LOSS_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def plain_loss(
-    logits: Tensor, targets: Tensor, weight: Tensor, allowed: Tensor, masked: Tensor, reduction: str = "sum",
-    softcap: float | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0, **_: Any,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    allowed: Tensor,
+    masked: Tensor,
+    reduction: str = "sum",
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    **_: Any,
+) -> Tensor:
     """What a user would write, of the masked rows; float32 from the logits on."""
     z = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
     log_p = torch.where(allowed, z, -torch.inf).log_softmax(-1)

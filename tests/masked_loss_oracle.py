@@ -115,9 +115,16 @@ class TorchRows:
         state.copy_(torch.where(live(rows)[:, None], new, state))
 
     def dlogits(
-        self, logits: Tensor, out: Tensor, first: int, rows: Rows, state: Tensor, scale: Tensor, formula: Formula,
+        self,
+        logits: Tensor,
+        out: Tensor,
+        first: int,
+        rows: Rows,
+        state: Tensor,
+        scale: Tensor,
+        formula: Formula,
         by_slot: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         z, slope = self.z(self.compacted(logits, rows, by_slot), first, formula)
         n, width = z.shape
         allowed = allowed_ids(formula)

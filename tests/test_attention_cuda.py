@@ -222,7 +222,8 @@ FAULTS = {
         "  release(&shared.v_empty[stage]);\n  wgmma_wait<0>();\n  reg_fence(rows.o);",
     ),
     "a skipped tile is passed on before it is there": (
-        "  mbar_wait(&shared.k_full[stage], phase);\n  __syncwarp();  // a lane that waits on may miss a phase\n", ""
+        "  mbar_wait(&shared.k_full[stage], phase);\n  __syncwarp();  // a lane that waits on may miss a phase\n",
+        "",
     ),
     "a skipped tile is not passed on": ("        skip(shared, plan, wg, n, use);", "        {}"),
     "queries released before their product is done": (
@@ -236,16 +237,19 @@ FAULTS = {
         "  release(&shared.v_empty[stage]);",
     ),
     "values are used before they are cleaned": (
-        "if (needs_cleaning<D>(problem, plan, plan.first_key(n))) mbar_wait(&shared.v_clean[stage], phase);", "{}",
+        "if (needs_cleaning<D>(problem, plan, plan.first_key(n))) mbar_wait(&shared.v_clean[stage], phase);",
+        "{}",
         "if (needs_cleaning<D>(p, plan, start)) clean_values",  # slowly: else it mostly is done in time
         "for (int i = 0; i < 300; ++i) __syncwarp();\n      if (needs_cleaning<D>(p, plan, start)) clean_values",
     ),
     "cleaning is not fenced": ("Vec16<T>{});\n  }\n  fence_proxy_async();", "Vec16<T>{});\n  }"),
     "cleaning looks at the first warpgroup's rows only": (
-        "i < Tile<D>::warpgroups * kRows; i += 32", "i < kRows; i += 32"
+        "i < Tile<D>::warpgroups * kRows; i += 32",
+        "i < kRows; i += 32",
     ),
     "a plan is filled before the last was read": (
-        "    mbar_wait(&shared.plan_empty[slot], i / Tile<D>::plans % 2 ^ 1);\n", ""
+        "    mbar_wait(&shared.plan_empty[slot], i / Tile<D>::plans % 2 ^ 1);\n",
+        "",
     ),
     "the mask is off by one": ("Min{}(x & 7, 2)", "Min{}(x & 7, 1)"),
     "a full tile is one that the hull holds": (
@@ -254,10 +258,11 @@ FAULTS = {
     ),
     "the tile's hulls are the first warpgroup's": ("wg < Tile<D>::warpgroups; ++wg) of_tile", "wg < 1; ++wg) of_tile"),
     "no care for rows without keys so far": (
-        "rows.top[r] == minus_infinity() ? 0.0f : rows.top[r] * scale_log2", "rows.top[r] * scale_log2"
+        "rows.top[r] == minus_infinity() ? 0.0f : rows.top[r] * scale_log2",
+        "rows.top[r] * scale_log2",
     ),
     "parts are added without their weights": ("total[i] += w * parts", "total[i] += parts"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)

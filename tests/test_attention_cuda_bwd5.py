@@ -180,7 +180,7 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         WRONG,
     ),
     "search ends early": ("to = first + 32 - __clz(tiles);", "to = first + 31 - __clz(tiles);", WRONG),
-}  # fmt: skip
+}
 
 
 SEEDS = (28, *range(8))  # of 40, those under which a dQ leaves so late that the next overwrites it: 28, 31, 34, 39

@@ -63,42 +63,65 @@ def full() -> None:
 poison = attention_test.test_poisoned_keys_and_rows_never_reach_output_or_gradient
 FAULTS = {
     "hulls that overlap visit a tile twice": (
-        overlap, "triton_tiles", "begin = tl.maximum(begin // PART * PART, first)", "begin = begin // PART * PART"
+        overlap,
+        "triton_tiles",
+        "begin = tl.maximum(begin // PART * PART, first)",
+        "begin = begin // PART * PART",
     ),
     "a whole tile that is not": (
-        causal, "triton_tiles", "full_end = all_end // KEYS * KEYS", "full_end = tl.cdiv(all_end, KEYS) * KEYS"
+        causal,
+        "triton_tiles",
+        "full_end = all_end // KEYS * KEYS",
+        "full_end = tl.cdiv(all_end, KEYS) * KEYS",
     ),
     "the second segment of parts is lost": (
-        causal, "triton_tiles",
-        "at = tl.where(key >= 0, full_end0 + key, at)", "at = tl.where(key > 0, full_end0 + key, at)",
+        causal,
+        "triton_tiles",
+        "at = tl.where(key >= 0, full_end0 + key, at)",
+        "at = tl.where(key > 0, full_end0 + key, at)",
     ),
     "bounds that are not ordered": (
         attention_test.test_malformed_bounds_act_as_their_clamped_form,
         "triton_tiles",
-        "tl.maximum(tl.load(at + 2, mask=inside, other=0), hi0)", "tl.load(at + 2, mask=inside, other=0)",
+        "tl.maximum(tl.load(at + 2, mask=inside, other=0), hi0)",
+        "tl.load(at + 2, mask=inside, other=0)",
     ),
     "v of keys that no row attends to": (
-        poison, "triton_fwd", "attended = attended_keys(keys, lo0, hi0, lo1, hi1)", "attended = keys < num_keys",
+        poison,
+        "triton_fwd",
+        "attended = attended_keys(keys, lo0, hi0, lo1, hi1)",
+        "attended = keys < num_keys",
     ),
     "keys beyond the last": (full, "triton_fwd", "exists = keys < num_keys", "exists = keys < num_keys + 1"),
     "no rescaling of what came before": (
-        full, "triton_fwd", "total = total * rescale + tl.sum(p, 1)", "total += tl.sum(p, 1)"
+        full,
+        "triton_fwd",
+        "total = total * rescale + tl.sum(p, 1)",
+        "total += tl.sum(p, 1)",
     ),
     "rows without keys so far": (
-        random, "triton_fwd", "tl.full([ROWS], LOWEST, tl.float32)", 'tl.full([ROWS], float("-inf"), tl.float32)'
+        random,
+        "triton_fwd",
+        "tl.full([ROWS], LOWEST, tl.float32)",
+        'tl.full([ROWS], float("-inf"), tl.float32)',
     ),
     "q and dout of rows without keys": (poison, "triton_bwd", "wanted = lo0 < hi0", "wanted = rows >= 0"),
     "k of keys that no row attends to": (
-        poison, "triton_bwd", "wanted = attended_keys(keys, lo0, hi0, lo1, hi1)", "wanted = keys < num_keys"
+        poison,
+        "triton_bwd",
+        "wanted = attended_keys(keys, lo0, hi0, lo1, hi1)",
+        "wanted = keys < num_keys",
     ),
     "the gradient of lse": (random, "triton_bwd", "delta -= tl.load(dlse", "delta += tl.load(dlse"),
     "the same tile of rows again": (random, "triton_bwd", "bits &= bits - 1", "bits &= bits"),
     "a tile of rows that is not full": (causal, "triton_bwd", "other=0) >= end", "other=0) >= end - 16"),
     "rows of the next query": (
-        full, "triton_bwd", "packed = (program // tiles).to(tl.int64) * packed_rows + rows",
+        full,
+        "triton_bwd",
+        "packed = (program // tiles).to(tl.int64) * packed_rows + rows",
         "packed = (program // tiles).to(tl.int64) * packed_rows + rows + 1",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

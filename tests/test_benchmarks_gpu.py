@@ -493,11 +493,19 @@ class FakeEvent:
 def fake_gpu(monkeypatch):
     nothing = SimpleNamespace(wait_stream=lambda stream: None)
     stand_ins = {
-        "Event": FakeEvent, "CUDAGraph": FakeGraph, "graph": fake_capture, "Stream": lambda: nothing,
-        "current_stream": lambda: nothing, "stream": lambda stream: contextlib.nullcontext(),
-        "synchronize": lambda: None, "empty_cache": lambda: None, "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 100, "max_memory_allocated": lambda: 164, "get_device_name": lambda: "NVIDIA H200",
-    }  # fmt: skip
+        "Event": FakeEvent,
+        "CUDAGraph": FakeGraph,
+        "graph": fake_capture,
+        "Stream": lambda: nothing,
+        "current_stream": lambda: nothing,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 164,
+        "get_device_name": lambda: "NVIDIA H200",
+    }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(measure, "capture_something", lambda: None)

@@ -62,8 +62,14 @@ def test_saving_every_zero_steps_is_refused_before_a_run_begins(capsys, tmp_path
 def test_training_leaves_a_model_a_log_and_a_curve(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "run.json", "illada_tokenizer.json", "state.pt", "log.jsonl", "loss.png", "config.json", "model.safetensors",
-    }  # fmt: skip
+        "run.json",
+        "illada_tokenizer.json",
+        "state.pt",
+        "log.jsonl",
+        "loss.png",
+        "config.json",
+        "model.safetensors",
+    }
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == list(range(12))
     assert json.loads((run / "config.json").read_text())["causal_block"] == 4

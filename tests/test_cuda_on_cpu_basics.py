@@ -23,12 +23,20 @@ def test_collectives_give_what_cuda_documents() -> None:
     remainder = torch.fmod(x, 4)
     match = [sum(1 << j for j in range(32) if remainder[w + j] == remainder[w + i]) for w in (0, 32) for i in range(32)]
     any7 = torch.tensor([int((h[16:] == 7).any()) for h in halves])
-    expected = torch.stack([
-        halves.sum(1).repeat_interleave(32), eights.max(1).values.repeat_interleave(8), x.min().expand(64),
-        x[warp + (lane * 7 + 3) % 32], x[up], x[down], torch.tensor(ballot).repeat_interleave(32), torch.tensor(match),
-        torch.tensor(int((x > 2).sum()) * 4 + int((x > 90).any()) * 2 + int((x > -90).all())).expand(64),
-        torch.where(lane < 16, halves[:, :16].sum(1).repeat_interleave(32), any7.repeat_interleave(32)),
-    ])  # fmt: skip
+    expected = torch.stack(
+        [
+            halves.sum(1).repeat_interleave(32),
+            eights.max(1).values.repeat_interleave(8),
+            x.min().expand(64),
+            x[warp + (lane * 7 + 3) % 32],
+            x[up],
+            x[down],
+            torch.tensor(ballot).repeat_interleave(32),
+            torch.tensor(match),
+            torch.tensor(int((x > 2).sum()) * 4 + int((x > 90).any()) * 2 + int((x > -90).all())).expand(64),
+            torch.where(lane < 16, halves[:, :16].sum(1).repeat_interleave(32), any7.repeat_interleave(32)),
+        ]
+    )
     kernels = compile_kernels(SOURCE)
     for seed in range(20):
         out = GlobalArray(torch.zeros(10, 64, dtype=torch.int32), "out")
@@ -46,8 +54,12 @@ def test_blocks_count_together_and_the_last_one_sums(host_threads: int) -> None:
         counters = GlobalArray(torch.tensor([0, 0, 2**30, 0, 0, 0, 0], dtype=torch.int32), "counters")
         wide = GlobalArray(torch.zeros(1, dtype=torch.int64), "wide")
         partial, total = GlobalArray(torch.zeros(blocks), "partial"), GlobalArray(torch.zeros(1), "total")
-        assert kernels.run("run_count", x, counters, wide, partial, total, blocks, None, seed=seed,
-                           host_threads=host_threads) == 0  # fmt: skip
+        assert (
+            kernels.run(
+                "run_count", x, counters, wide, partial, total, blocks, None, seed=seed, host_threads=host_threads
+            )
+            == 0
+        )
         assert counters.tensor.tolist() == [n * (n - 1) // 2, 3 * (n - 1), 5, 2**31 - 1, 99, n, blocks]
         assert wide.tensor.item() == n << 33 and total.tensor.item() == n * (n - 1) / 2
 

@@ -13,21 +13,37 @@ SOURCE = "tests/cuda_on_cpu/kernels/probes_sm90a.cu"
 BOTH_ARRIVE = "for (uint32_t block = 0; block < 2; ++block) mbar_arrive_cluster(empty, block);"
 FAULTS = {
     "no barrier of the cluster after the initialisation": (
-        "  cluster_sync();\n  float sum", "  __syncthreads();\n  float sum", "is not initialised"),
+        "  cluster_sync();\n  float sum",
+        "  __syncthreads();\n  float sum",
+        "is not initialised",
+    ),
     "arrives only at its own block": (BOTH_ARRIVE, "mbar_arrive(empty);", "deadlock"),
-    "arrives at a block that does not exist": (BOTH_ARRIVE, BOTH_ARRIVE.replace("block < 2", "block < 3"),
-                                               "names block 2 of a cluster of 2"),
+    "arrives at a block that does not exist": (
+        BOTH_ARRIVE,
+        BOTH_ARRIVE.replace("block < 2", "block < 3"),
+        "names block 2 of a cluster of 2",
+    ),
     "reuses a stage that the other block still reads": (
-        "mbar_init(empty, 2 * 64)", "mbar_init(empty, 64)",
-        "(still being written by a bulk copy|more than 64 arrivals|the target of another one)"),
+        "mbar_init(empty, 2 * 64)",
+        "mbar_init(empty, 64)",
+        "(still being written by a bulk copy|more than 64 arrivals|the target of another one)",
+    ),
     "leaves while the other still writes": (
-        "  cluster_sync();  // no block leaves", "  // no block leaves",
-        "has exited|while a bulk load to it was under way"),
-    "multicast to a block that does not exist": ("&map, full, 3, 0,", "&map, full, 7, 0,",
-                                                 "multicast to block 2 of a cluster of 2"),
-    "expects only its own box": ("mbar_arrive_expect_tx(full, 2048)", "mbar_arrive_expect_tx(full, 1024)",
-                                 "(still being written|deadlock|never written|under way)"),
-}  # fmt: skip
+        "  cluster_sync();  // no block leaves",
+        "  // no block leaves",
+        "has exited|while a bulk load to it was under way",
+    ),
+    "multicast to a block that does not exist": (
+        "&map, full, 3, 0,",
+        "&map, full, 7, 0,",
+        "multicast to block 2 of a cluster of 2",
+    ),
+    "expects only its own box": (
+        "mbar_arrive_expect_tx(full, 2048)",
+        "mbar_arrive_expect_tx(full, 1024)",
+        "(still being written|deadlock|never written|under way)",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -40,10 +40,16 @@ FAULTS = {
         "    if (t == 0) mbar_arrive(&s.empty[stage]);\n    wgmma_wait<0>();\n    reg_fence(sum);",
         "still being written by a bulk copy",
     ),
-    "wrong phase of the empty barrier": ("mbar_wait(&s.empty[stage], phase ^ 1)", "mbar_wait(&s.empty[stage], phase)",
-                                         "deadlock"),
-    "wrong phase of the full barrier": ("mbar_wait(&s.full[stage], phase)", "mbar_wait(&s.full[stage], phase ^ 1)",
-                                        "(deadlock|still being written)"),
+    "wrong phase of the empty barrier": (
+        "mbar_wait(&s.empty[stage], phase ^ 1)",
+        "mbar_wait(&s.empty[stage], phase)",
+        "deadlock",
+    ),
+    "wrong phase of the full barrier": (
+        "mbar_wait(&s.full[stage], phase)",
+        "mbar_wait(&s.full[stage], phase ^ 1)",
+        "(deadlock|still being written)",
+    ),
     "no wait for the products": ("    wgmma_wait<0>();\n", "", "without a wgmma_wait"),
     "no wgmma_fence": ("    wgmma_fence();\n", "", "without wgmma_fence"),
     "no proxy fence": ("  fence_proxy_async();\n", "", "without fence_proxy_async"),
@@ -53,20 +59,32 @@ FAULTS = {
     "no block barrier after the initialisation": ("  __syncthreads();\n", "", "is not initialised"),
     "wrong descriptor stride": ("smem_desc(s.b[stage] + kk)", "smem_desc(s.b[stage] + kk, 512)", None),
     "wrong swizzle of a map": ("{depth, columns}, Swizzle::bytes128", "{depth, columns}, Swizzle::none", None),
-    "too few bytes expected": ("sizeof s.a[0] + sizeof s.b[0]", "sizeof s.a[0]",
-                               "(deadlock|still being written|under way)"),
+    "too few bytes expected": (
+        "sizeof s.a[0] + sizeof s.b[0]",
+        "sizeof s.a[0]",
+        "(deadlock|still being written|under way)",
+    ),
     "too many bytes expected": ("sizeof s.a[0] + sizeof s.b[0]", "sizeof s.a[0] + sizeof s.b[0] + 16", "deadlock"),
-    "too many arrivals expected": ("mbar_init(&s.empty[i], CONSUMERS)", "mbar_init(&s.empty[i], CONSUMERS + 1)",
-                                   "deadlock"),
+    "too many arrivals expected": (
+        "mbar_init(&s.empty[i], CONSUMERS)",
+        "mbar_init(&s.empty[i], CONSUMERS + 1)",
+        "deadlock",
+    ),
     "a tensor map with a row too many": ("{k, m}, &k_bytes", "{k, m + 1}, &k_bytes", "past the end of it"),
-    "misaligned store": ("&tile[tile_row * kColumns + tile_column])", "&tile[tile_row * kColumns + tile_column + 1])",
-                         "not aligned for its type"),
+    "misaligned store": (
+        "&tile[tile_row * kColumns + tile_column])",
+        "&tile[tile_row * kColumns + tile_column + 1])",
+        "not aligned for its type",
+    ),
     "register index out of range": ("sum[i + 1]);", "sum[i + 2]);", "index outside an array"),
     "too many registers": ("reg_increase<240>", "reg_increase<256>", "start with at most 64512"),
-    "barrier for too many threads": ("bar_sync(1 + warpgroup, 128)", "bar_sync(1 + warpgroup, 256)",
-                                     "named barrier 1 .128 of 256 threads"),
+    "barrier for too many threads": (
+        "bar_sync(1 + warpgroup, 128)",
+        "bar_sync(1 + warpgroup, 256)",
+        "named barrier 1 .128 of 256 threads",
+    ),
     "a coordinate off by one": ("tma_store(c, tile, column,", "tma_store(c, tile, column + 1,", None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -39,8 +39,23 @@ def compile_for_gpu() -> ctypes.CDLL:
     target = CACHE / f"probes-gpu-{digest}.so"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Icsrc/cuda", "-shared",
-                        "-Xcompiler", "-fPIC", SOURCE, "-o", str(target)], cwd=ROOT, check=True)  # fmt: skip
+        subprocess.run(
+            [
+                "nvcc",
+                "-std=c++17",
+                "-O3",
+                "-gencode=arch=compute_90a,code=sm_90a",
+                "-Icsrc/cuda",
+                "-shared",
+                "-Xcompiler",
+                "-fPIC",
+                SOURCE,
+                "-o",
+                str(target),
+            ],
+            cwd=ROOT,
+            check=True,
+        )
     return ctypes.CDLL(str(target))
 
 
@@ -59,8 +74,9 @@ def run_on_gpu(library: ctypes.CDLL, program: probes.Program) -> dict[int, torch
 
 
 def run_on_cpu(program: probes.Program, seed: int) -> dict[int, torch.Tensor]:
-    arguments = [GlobalArray(a, f"argument {i}") if isinstance(a, torch.Tensor) else a
-                 for i, a in enumerate(program.arguments)]  # fmt: skip
+    arguments = [
+        GlobalArray(a, f"argument {i}") if isinstance(a, torch.Tensor) else a for i, a in enumerate(program.arguments)
+    ]
     assert compile_kernels(SOURCE).run(program.function, *arguments, seed=seed) == 0
     return {i: arguments[i].tensor for i in program.expected}
 

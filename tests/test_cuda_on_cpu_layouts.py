@@ -14,8 +14,10 @@ SOURCE = "tests/cuda_on_cpu/kernels/probes_sm90a.cu"
 def run_and_compare(program: probes.Program, seeds: int) -> None:
     kernels = compile_kernels(SOURCE)
     for seed in range(seeds):
-        arguments = [GlobalArray(a, f"argument {i}") if isinstance(a, torch.Tensor) else a
-                     for i, a in enumerate(program.arguments)]  # fmt: skip
+        arguments = [
+            GlobalArray(a, f"argument {i}") if isinstance(a, torch.Tensor) else a
+            for i, a in enumerate(program.arguments)
+        ]
         assert kernels.run(program.function, *arguments, seed=seed) == 0, program.name
         for i, expected in program.expected.items():
             assert torch.equal(arguments[i].tensor.view(expected.dtype), expected), f"{program.name}, schedule {seed}"

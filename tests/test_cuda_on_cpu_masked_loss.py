@@ -73,8 +73,10 @@ def test_compaction_names_the_first_bad_target_and_reads_strided_inputs() -> Non
     masked, targets, weight = masked_and_more(600, 50)
     for place in (400, 17, 533):
         masked[place], targets[place] = True, 50 if place == 17 else -1
-    strided = [torch.stack((x, x.logical_not() if x.dtype == torch.bool else x + 1), 1)[:, 0].view(20, 30)
-               for x in (masked, targets, weight)]  # fmt: skip
+    strided = [
+        torch.stack((x, x.logical_not() if x.dtype == torch.bool else x + 1), 1)[:, 0].view(20, 30)
+        for x in (masked, targets, weight)
+    ]
     mine, theirs = kernels().compact(*strided, 50, True, 600), TORCH.compact(masked, targets, weight, 50, True, 600)
     same_rows(mine, theirs)
     assert mine.info.tolist() == [int(masked.sum()), 17]

@@ -28,9 +28,20 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def tiny(block: int, seed: int = 0) -> Model:
     config = ModelConfig.preset(
-        "demo", dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48, vocab_size=259,
-        mask_id=256, eos_id=257, pad_id=258, causal_block=block, init_std=0.3,
-    )  # fmt: skip
+        "demo",
+        dim=32,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=1,
+        head_dim=16,
+        ffn_dim=48,
+        vocab_size=259,
+        mask_id=256,
+        eos_id=257,
+        pad_id=258,
+        causal_block=block,
+        init_std=0.3,
+    )
     torch.manual_seed(seed)
     return Model(config).eval()
 

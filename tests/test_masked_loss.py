@@ -206,8 +206,9 @@ def test_bf16_head_gradient_is_one_rounding_of_the_float32_sum_over_chunks() -> 
     exact = gradients(
         lambda h, c: reference.masked_loss(h, c, targets, masked, w.double()), (hidden.double(), weight.double())
     )
-    ours = gradients(lambda h, c: masked_loss(h, c, targets, masked, w, memory_budget=budget, backend="cpu") / 3,
-                     (hidden, weight))  # fmt: skip
+    ours = gradients(
+        lambda h, c: masked_loss(h, c, targets, masked, w, memory_budget=budget, backend="cpu") / 3, (hidden, weight)
+    )
     right = exact[2] / 3
     # half an ulp of the element, and the float32 sum of 400 terms, sqrt(400) roundings of the largest
     most = right.abs() * 2**-8 + 20 * torch.finfo(torch.float32).eps * right.abs().max()

@@ -93,8 +93,19 @@ def agree_with_float64(reduction: str, kind: str, rows: int, width: int, vocab: 
         seen.add(mode_of((hidden, weight, targets, masked, w), budget, reduction))
 
         def ours(h: Tensor, c: Tensor, b: Tensor, o: Any = options, m: Any = capacity, y: Any = budget) -> Tensor:
-            return masked_loss(h, c, targets, masked, w, head_bias=b, backend="cuda", reduction=reduction,
-                               memory_budget=y, max_masked=m, **o)  # fmt: skip
+            return masked_loss(
+                h,
+                c,
+                targets,
+                masked,
+                w,
+                head_bias=b,
+                backend="cuda",
+                reduction=reduction,
+                memory_budget=y,
+                max_masked=m,
+                **o,
+            )
 
         def exact(h: Tensor, c: Tensor, b: Tensor, o: Any = options) -> Tensor:
             return reference.masked_loss(h, c, targets, masked, w.double(), head_bias=b, reduction=reduction, **o)
@@ -188,10 +199,12 @@ def test_head_gradient_over_chunks_is_one_rounding_of_the_float32_sum(use: Use) 
     w.fill_(1)
     budget = budget_for("row_chunks", hidden, weight, 400)
     assert mode_of(args, budget) == "row_chunks"
-    exact = gradients(lambda h, c: reference.masked_loss(h, c, targets, masked, w.double()),
-                      (hidden.double(), weight.double()))  # fmt: skip
-    ours = gradients(lambda h, c: masked_loss(h, c, targets, masked, w, memory_budget=budget, backend="cuda"),
-                     (hidden, weight))  # fmt: skip
+    exact = gradients(
+        lambda h, c: reference.masked_loss(h, c, targets, masked, w.double()), (hidden.double(), weight.double())
+    )
+    ours = gradients(
+        lambda h, c: masked_loss(h, c, targets, masked, w, memory_budget=budget, backend="cuda"), (hidden, weight)
+    )
     # half an ulp of the element, of a sum of multiples of 1/64 that float32 holds; 63/64 takes 6 bits
     assert ((ours[2].double() - exact[2]).abs() <= exact[2].abs() * 2**-8).all()
 
@@ -417,9 +430,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     in bfloat16, or of a loss alone."""
 
     def step(
-        case: cases.Case, budget: int | None, needs: gpu.Needs = (True, True, False), max_masked: int | None = None,
+        case: cases.Case,
+        budget: int | None,
+        needs: gpu.Needs = (True, True, False),
+        max_masked: int | None = None,
         reduction: str = "sum",
-    ) -> tuple[float, float, int]:  # fmt: skip
+    ) -> tuple[float, float, int]:
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -486,9 +502,10 @@ def test_the_host_reads_once_and_with_a_capacity_never(budget: int | None, reduc
 
 
 def test_from_logits_reads_once_and_with_a_capacity_never() -> None:
-    logits, (targets, masked) = torch.empty(8, 50, device="meta"), (
-        torch.empty(8, dtype=d, device="meta") for d in (torch.int64, torch.bool)
-    )  # fmt: skip
+    logits, (targets, masked) = (
+        torch.empty(8, 50, device="meta"),
+        (torch.empty(8, dtype=d, device="meta") for d in (torch.int64, torch.bool)),
+    )
     for max_masked, reads in ((None, 1), (5, 0)):
         kernels: Any = NoKernels(4)
         options = Options("mean", 3.0, 0.1, 0.01, (1,), max_masked)

@@ -238,20 +238,28 @@ BAD = {
     "hidden list": ((TypeError, "hidden: expected a tensor, got list"), {"hidden": [1.0]}),
     "hidden int": ((TypeError, "hidden: expected torch.bfloat16 or .*, got torch.int64"), {"hidden": H.long()}),
     "hidden scalar": ((ValueError, r"hidden: expected shape \(..., D\), got a scalar"), {"hidden": torch.zeros(())}),
-    "hidden stride": ((ValueError, r"hidden: expected the last dimension contiguous, got strides \(1, 4\)"),
-                      {"hidden": torch.zeros(6, 4).T}),
+    "hidden stride": (
+        (ValueError, r"hidden: expected the last dimension contiguous, got strides \(1, 4\)"),
+        {"hidden": torch.zeros(6, 4).T},
+    ),
     "head dtype": ((TypeError, "head_weight: expected torch.float32, got torch.float16"), {"head_weight": C.half()}),
     "head shape": ((ValueError, r"head_weight: expected shape \(V, 6\), got \(9, 5\)"), {"head_weight": C[:, :5]}),
-    "head device": ((ValueError, "head_weight: expected to be on cpu as the first argument, got meta"),
-                    {"head_weight": C.to("meta")}),
+    "head device": (
+        (ValueError, "head_weight: expected to be on cpu as the first argument, got meta"),
+        {"head_weight": C.to("meta")},
+    ),
     "head empty": ((ValueError, "a vocabulary of at least one id, got V = 0"), {"head_weight": C[:0]}),
     "targets dtype": ((TypeError, "targets: expected torch.int64, got torch.int32"), {"targets": T.int()}),
-    "targets shape": ((ValueError, r"targets: expected shape \(4,\), as hidden's first dimensions, got \(3,\)"),
-                      {"targets": T[:3]}),
+    "targets shape": (
+        (ValueError, r"targets: expected shape \(4,\), as hidden's first dimensions, got \(3,\)"),
+        {"targets": T[:3]},
+    ),
     "masked dtype": ((TypeError, "masked: expected torch.bool, got torch.float32"), {"masked": W}),
     "weight dtype": ((TypeError, "weight: expected torch.float32, got torch.float64"), {"weight": W.double()}),
-    "weight grad": ((ValueError, r"weight: expected requires_grad=False .* pass weight.detach\(\)"),
-                    {"weight": W.clone().requires_grad_()}),
+    "weight grad": (
+        (ValueError, r"weight: expected requires_grad=False .* pass weight.detach\(\)"),
+        {"weight": W.clone().requires_grad_()},
+    ),
     "bias shape": ((ValueError, r"head_bias: expected shape \(9,\), got \(4,\)"), {"head_bias": W}),
     "reduction": ((ValueError, "reduction: expected 'sum', 'mean' or 'none', got 'avg'"), {"reduction": "avg"}),
     "softcap": ((ValueError, "softcap: expected a positive number or None, got 0"), {"softcap": 0}),
@@ -262,10 +270,12 @@ BAD = {
     "max_masked": ((ValueError, "max_masked: expected an int >= 0 or None, got -1"), {"max_masked": -1}),
     "budget": ((ValueError, "memory_budget: expected a positive number of bytes or None, got 0"), {"memory_budget": 0}),
     "backend": ((ValueError, "backend: .*cpu, reference for masked_loss, got 'gpu'"), {"backend": "gpu"}),
-    "target": ((ValueError, r"targets: expected ids in \[0, 9\) at masked rows, got 9 at row 2 of 4"),
-               {"targets": torch.tensor([0, 8, 9, 0])}),
+    "target": (
+        (ValueError, r"targets: expected ids in \[0, 9\) at masked rows, got 9 at row 2 of 4"),
+        {"targets": torch.tensor([0, 8, 9, 0])},
+    ),
     "target with capacity": ((ValueError, r"got -1 at row 0 of 4"), {"targets": T - 1, "max_masked": 4}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

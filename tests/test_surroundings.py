@@ -122,9 +122,15 @@ def test_an_infinite_confidence_temperature_in_a_tensor_makes_allowed_ids_equall
     tokens, positions = torch.full((1, 40), MASK), torch.arange(40)[None]
     hot = torch.tensor(torch.inf)
     result = unmask_from_logits(
-        torch.randn(1, 40, ids), tokens, positions, TopK(5), mask_id=MASK, confidence=confidence,
-        confidence_temperature=hot, backend=backend,
-    )  # fmt: skip
+        torch.randn(1, 40, ids),
+        tokens,
+        positions,
+        TopK(5),
+        mask_id=MASK,
+        confidence=confidence,
+        confidence_temperature=hot,
+        backend=backend,
+    )
     want = {"probability": 1 / 8, "margin": 0.0, "neg_entropy": -torch.tensor(8.0).log().item()}[confidence]
     torch.testing.assert_close(result.confidence, torch.full((1, 40), want), rtol=2**-22, atol=0)
     assert result.committed.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4]  # all tie: the lowest positions
@@ -133,9 +139,11 @@ def test_an_infinite_confidence_temperature_in_a_tensor_makes_allowed_ids_equall
 @pytest.mark.parametrize("argument", ["hidden", "head_weight", "head_bias", "tokens"])
 def test_an_argument_of_unmask_that_is_no_tensor_is_named(argument):
     call = {
-        "hidden": torch.randn(1, 2, 8), "head_weight": torch.randn(9, 8), "head_bias": torch.randn(9),
+        "hidden": torch.randn(1, 2, 8),
+        "head_weight": torch.randn(9, 8),
+        "head_bias": torch.randn(9),
         "tokens": torch.full((1, 2), MASK),
-    }  # fmt: skip
+    }
     with pytest.raises(TypeError, match=f"{argument}: expected a tensor, got list"):
         unmask(**{**call, argument: [1]}, positions=torch.tensor([[0, 1]]), rule=TopK(1), mask_id=MASK)
 

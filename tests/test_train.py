@@ -30,9 +30,19 @@ STREAM = np.frombuffer(("def f(x):\n    return x + 1\n" * 40).encode(), np.uint8
 def trainer(folder: Path | None = None, steps: int = 12, identity: str = "", **changes) -> Trainer:
     config = TrainConfig(**{"objective": "block", "steps": steps, "length": 16, "batch_size": 2, **changes})
     shape = ModelConfig.preset(
-        "demo", dim=16, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=16, ffn_dim=32, vocab_size=259,
-        mask_id=256, eos_id=257, pad_id=258, causal_block=4 if config.objective == "block" else 0,
-    )  # fmt: skip
+        "demo",
+        dim=16,
+        n_layers=1,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=16,
+        ffn_dim=32,
+        vocab_size=259,
+        mask_id=256,
+        eos_id=257,
+        pad_id=258,
+        causal_block=4 if config.objective == "block" else 0,
+    )
     torch.manual_seed(0)
     return Trainer(
         Model(shape), Windows(STREAM, config.length, config.batch_size, config.seed), config, folder, identity

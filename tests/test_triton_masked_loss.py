@@ -397,7 +397,7 @@ FAULTS: dict[str, tuple[Any, str, str, type[Exception]]] = {
     "no capacity": (triton_compact, "keep = is_masked & (place < capacity)", "keep = is_masked", KernelFault),
     "fillers are read": (triton_compact, "mask=inside & live,", "mask=inside,", AssertionError),
     "beyond those held": (triton_compact, "(place >= 0) & (place < held)\n    x", "(place >= 0)\n    x", KernelFault),
-}  # fmt: skip
+}
 
 
 def planted(module: Any, old: str, new: str, folder: Path) -> Any:

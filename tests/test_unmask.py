@@ -34,9 +34,16 @@ def rows_with_top(probabilities: list[float], vocabulary: int = 9) -> torch.Tens
 
 # ---- the specification against a plain loop -------------------------------------------------------------------------
 RULES = [
-    ik.TopK(0), ik.TopK(2), ik.TopK(99), ik.Threshold(0.302), ik.Factor(0.9), ik.Factor(2.5), ik.EntropyBound(0.0),
-    ik.EntropyBound(2.9), ik.EntropyBound(2.9, inclusive=True),
-]  # fmt: skip
+    ik.TopK(0),
+    ik.TopK(2),
+    ik.TopK(99),
+    ik.Threshold(0.302),
+    ik.Factor(0.9),
+    ik.Factor(2.5),
+    ik.EntropyBound(0.0),
+    ik.EntropyBound(2.9),
+    ik.EntropyBound(2.9, inclusive=True),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
@@ -84,9 +91,12 @@ def draw_call(draw):
     confidence = pick("probability", "margin", "neg_entropy", "random")
     sign = -3 if confidence == "neg_entropy" else 1
     rule = pick(
-        ik.TopK(draw(st.integers(0, 4))), ik.TopK((rand(batch) * 5).long() - 1), ik.Threshold(sign * rand(batch)),
-        ik.Factor(draw(st.floats(0, 4))), ik.EntropyBound(rand(()) * 9, inclusive=pick(True, False)),
-    )  # fmt: skip
+        ik.TopK(draw(st.integers(0, 4))),
+        ik.TopK((rand(batch) * 5).long() - 1),
+        ik.Threshold(sign * rand(batch)),
+        ik.Factor(draw(st.floats(0, 4))),
+        ik.EntropyBound(rand(()) * 9, inclusive=pick(True, False)),
+    )
     scores = (rand(batch, count) * 3).round()
     revise = pick(None, None, ik.Edit(rand(batch)), ik.Remask(2), ik.Remask((rand(batch) * 4).long(), scores))
     bias = ((rand(4) * (vocabulary + 4)).long() - 2, torch.randn(4, generator=generator))

@@ -368,8 +368,16 @@ def test_a_row_does_not_depend_on_the_others(on_cpu: Backend, monkeypatch: pytes
         assert torch.equal(got.confidence, want.confidence[:, some])
     per_sequence = torch.zeros(4, dtype=torch.int64)
     batched = source.expand(4, -1, -1)[:, [1, 5]]
-    got, _ = unmask("cuda", batched, head, tokens.expand(4, 40), positions.expand(4, 40)[:, [1, 5]], ik.TopK(0),
-                    seed=per_sequence, **options)  # fmt: skip
+    got, _ = unmask(
+        "cuda",
+        batched,
+        head,
+        tokens.expand(4, 40),
+        positions.expand(4, 40)[:, [1, 5]],
+        ik.TopK(0),
+        seed=per_sequence,
+        **options,
+    )
     assert torch.equal(got.confidence, want.confidence[:, [1, 5]].expand(4, 2))
 
 
@@ -448,7 +456,7 @@ FAULTS = {  # kernel, the file that holds the fault, old, new
     "entropies of the thread's own": (COMMIT, COMMIT, "entropies = sum_before(entropies, scratch);", ""),
     "ranks from 0": (COMMIT, COMMIT, "float(r + 2)", "float(r + 1)"),
     "parts that are not weighed": (COMMIT, COMMIT, "sum = fma(double(kept), part, sum);", "sum += part;"),
-}  # fmt: skip
+}
 
 
 def faulty(kernel: str, file: str, old: str, new: str) -> str:

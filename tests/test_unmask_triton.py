@@ -97,8 +97,24 @@ def test_words_and_noise_are_the_references(seed: int, position: int, at_step: i
 
 
 def test_units_round_once_and_the_ends_are_finite_or_minus_infinity() -> None:
-    hard = [0, 1, 2**24 + 1, 2**25 - 1, 2**40 + 2**16, 2**40 + 2**16 + 1, 2**63 - 1, 2**63 + 2**39, 2**63 + 2**39 + 1,
-            2**64 - 2**40 + 1, 2**64 - 2**39, 2**64 - 2**39 - 1, 2**64 - 1, 2**38, 2**39, 2**62 + 5]  # fmt: skip
+    hard = [
+        0,
+        1,
+        2**24 + 1,
+        2**25 - 1,
+        2**40 + 2**16,
+        2**40 + 2**16 + 1,
+        2**63 - 1,
+        2**63 + 2**39,
+        2**63 + 2**39 + 1,
+        2**64 - 2**40 + 1,
+        2**64 - 2**39,
+        2**64 - 2**39 - 1,
+        2**64 - 1,
+        2**38,
+        2**39,
+        2**62 + 5,
+    ]
     words = torch.tensor([[u >> 32, u & 0xFFFFFFFF] for u in hard])
     out = torch.zeros(len(hard), 2)
     gumbel_of[(1,)](words, out, SIZE=len(hard))
@@ -123,9 +139,16 @@ def rounded(u: int) -> float:
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
 RULES = [
-    ik.TopK(0), ik.TopK(2), ik.TopK(99), ik.Threshold(0.302), ik.Factor(0.9), ik.Factor(2.5), ik.EntropyBound(0.0),
-    ik.EntropyBound(2.9), ik.EntropyBound(2.9, inclusive=True),
-]  # fmt: skip
+    ik.TopK(0),
+    ik.TopK(2),
+    ik.TopK(99),
+    ik.Threshold(0.302),
+    ik.Factor(0.9),
+    ik.Factor(2.5),
+    ik.EntropyBound(0.0),
+    ik.EntropyBound(2.9),
+    ik.EntropyBound(2.9, inclusive=True),
+]
 
 
 @pytest.mark.parametrize("rule, trial", zip(RULES, itertools.cycle(range(3))), ids=repr)
@@ -171,10 +194,15 @@ def random_call(seed: int):
     positions = positions.where(rand(batch, count) > pick([0.0, 0.3]), pick([-1, length, 2**40]))
     confidence = pick(["probability", "margin", "neg_entropy", "random"])
     sign = -3 if confidence == "neg_entropy" else 1
-    rule = pick([
-        ik.TopK(pick([0, 1, 2, 2**62])), ik.TopK((rand(batch) * 5).int() - 1), ik.Threshold(sign * rand(batch)),
-        ik.Factor(pick([0.0, 0.7, 3.0])), ik.EntropyBound(rand(()) * 9, inclusive=pick([True, False])),
-    ])  # fmt: skip
+    rule = pick(
+        [
+            ik.TopK(pick([0, 1, 2, 2**62])),
+            ik.TopK((rand(batch) * 5).int() - 1),
+            ik.Threshold(sign * rand(batch)),
+            ik.Factor(pick([0.0, 0.7, 3.0])),
+            ik.EntropyBound(rand(()) * 9, inclusive=pick([True, False])),
+        ]
+    )
     scores = (rand(batch, count) * 3).round().where(rand(batch, count) < 0.8, float("nan"))
     bias = ((rand(4) * (vocabulary + 4)).long() - 2, torch.randn(4, generator=generator))
     options = {
@@ -421,17 +449,25 @@ FAULTS: list[tuple[ModuleType, str, str, Callable[[], None]]] = [
     (ROWS, "better = tile_score > score", "better = tile_score >= score", one_step()),
     (ROWS, "best == BAD, BAD, tl.where(better, tile_best, best)", "better, tile_best, best", one_step()),
     (ROWS, "tl.minimum(top, tile_top))", "top)", one_step(confidence="margin")),
-    (ROWS, "noised(even, temperature[None, :], w0, w1)", "noised(even, temperature[None, :], w1, w0)",
-     one_step(temperature=1.0)),
+    (
+        ROWS,
+        "noised(even, temperature[None, :], w0, w1)",
+        "noised(even, temperature[None, :], w1, w0)",
+        one_step(temperature=1.0),
+    ),
     (ROWS, "tl.where(masked & (t > 0)", "tl.where((t > 0)", one_step(temperature=9.0, revise=ik.Edit(0.0))),
     (SELECT, "candidate if REVISE == EDIT or REVISE == REMASK else masked", "masked", one_step(revise=ik.Remask(1))),
     (SELECT, "(rising << 31) | position", "(rising << 31)", one_step()),
-    (SELECT, "RULE == INCLUSIVE else places < bound", "RULE != TOP_K else places < bound",
-     one_step(rule=ik.EntropyBound(7.0))),
+    (
+        SELECT,
+        "RULE == INCLUSIVE else places < bound",
+        "RULE != TOP_K else places < bound",
+        one_step(rule=ik.EntropyBound(7.0)),
+    ),
     (SELECT, "passes = rank < number", "passes = rank <= number", one_step()),
     (SELECT, "0.0, tl.exp(z)).to", "0.0, 1.0 + 0 * z).to", one_step(confidence_temperature=0.5)),
     (SELECT, "surprise - z * group_total", "surprise", one_step(confidence="neg_entropy")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=lambda i: f"{i} {FAULTS[i][2][:30]}")
@@ -502,9 +538,15 @@ def test_launches_compile_with_the_arguments_that_they_are_called_with(path: str
     monkeypatch.setattr(room, "PAIRS", 64)  # as on a GPU
     hidden, weight, tokens, positions = exact_inputs(2, 3, 300, 64, torch.bfloat16)
     options = {
-        "temperature": torch.rand(2), "seed": torch.arange(2), "step": torch.tensor(3), "mask_id": 299,
-        "frozen": tokens == 0, "logit_bias": ([1], [2.0]), "noise_positions": positions, "backend": "triton",
-    }  # fmt: skip
+        "temperature": torch.rand(2),
+        "seed": torch.arange(2),
+        "step": torch.tensor(3),
+        "mask_id": 299,
+        "frozen": tokens == 0,
+        "logit_bias": ([1], [2.0]),
+        "noise_positions": positions,
+        "backend": "triton",
+    }
     if path == "hidden":
         options |= {"confidence": "random", "revise": ik.Remask(torch.tensor(1)), "head_bias": weight[:, 0]}
         ik.unmask(hidden, weight, tokens, positions, ik.Threshold(torch.tensor(0.5)), **options)

@@ -22,8 +22,8 @@ constexpr int kUnitKeys = kUnitKeyTiles * kTileKeys;
 struct Gradients {
   View dout, out;
   const float *dlse, *lse;  // (batch, heads, rows), contiguous; dlse may be null
-  float* dq;                // (batch, rows, heads, dim), contiguous, zeros
-  void *dk, *dv;            // contiguous
+  float* dq;  // (batch, rows, heads, dim), contiguous, zeros
+  void *dk, *dv;  // contiguous
 };
 
 struct BackwardScratch {
@@ -54,8 +54,7 @@ struct BackwardScratch {
 };
 
 // delta (batch, heads, rows) = sum over dim of dout * out, minus dlse
-template <class T>
-void row_deltas(const Problem& p, const Gradients& grads, float* delta) {
+template <class T> void row_deltas(const Problem& p, const Gradients& grads, float* delta) {
   const int64_t tiles = p.query_tiles();
 #pragma omp for schedule(static)
   for (int64_t u = 0; u < p.batch * tiles; ++u)
@@ -205,8 +204,7 @@ void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& gr
   }
 }
 
-template <class T>
-int backward(const Problem& p, const Gradients& grads) {
+template <class T> int backward(const Problem& p, const Gradients& grads) {
   const int64_t heads = p.batch * p.key_heads, chunks = (p.keys + kUnitKeys - 1) / kUnitKeys,
                 turns = p.batch * p.heads * p.query_tiles();
   HullTable hulls(p);
@@ -244,12 +242,9 @@ int ILLADA_ISA_FN(illada_attention_bwd)(int dtype, const void* q, const void* k,
              dout_view = {dout, strides[14], strides[15], strides[16]};
   const Gradients grads = {dout_view, out_view, dlse, lse, dq, dk, dv};
   switch (dtype) {
-    case ILLADA_F32:
-      return backward<float>(p, grads);
-    case ILLADA_BF16:
-      return backward<bf16>(p, grads);
-    case ILLADA_F16:
-      return backward<fp16>(p, grads);
+    case ILLADA_F32: return backward<float>(p, grads);
+    case ILLADA_BF16: return backward<bf16>(p, grads);
+    case ILLADA_F16: return backward<fp16>(p, grads);
   }
   return ILLADA_BAD_DTYPE;
 }

@@ -153,8 +153,7 @@ void forward_unit(const Problem& p, const HullTable& hulls, const ForwardUnit& u
       finish_tile(p, u.b, u.first_head + h, t, scratch.tile[(t - u.first) * heads + h], out, lse);
 }
 
-template <class T>
-int forward(const Problem& p, T* out, float* lse) {
+template <class T> int forward(const Problem& p, T* out, float* lse) {
   const int group = p.group(), tiles = p.query_tiles(), unit_heads = smaller(group, kUnitTiles),
             slices = (group + unit_heads - 1) / unit_heads;
   const int64_t head_slices = p.batch * p.key_heads * slices;
@@ -196,12 +195,9 @@ int ILLADA_ISA_FN(illada_attention_fwd)(int dtype, const void* q, const void* k,
   const Problem p =
       make_problem(q, k, v, bounds, batch, rows, keys, heads, key_heads, dim, dim_v, strides, scale, threads);
   switch (dtype) {
-    case ILLADA_F32:
-      return forward(p, static_cast<float*>(out), lse);
-    case ILLADA_BF16:
-      return forward(p, static_cast<bf16*>(out), lse);
-    case ILLADA_F16:
-      return forward(p, static_cast<fp16*>(out), lse);
+    case ILLADA_F32: return forward(p, static_cast<float*>(out), lse);
+    case ILLADA_BF16: return forward(p, static_cast<bf16*>(out), lse);
+    case ILLADA_F16: return forward(p, static_cast<fp16*>(out), lse);
   }
   return ILLADA_BAD_DTYPE;
 }

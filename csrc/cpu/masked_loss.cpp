@@ -39,7 +39,7 @@ inline vf tanh(vf x) {
 struct Columns {
   int64_t first, count;
   const float* bias;  // of the slice, or null
-  float softcap;      // 0: none
+  float softcap;  // 0: none
   const int64_t* forbid;  // ascending ids
   int64_t n_forbid;
 
@@ -93,7 +93,8 @@ template <class T> void row_stats(const T* logits, const Columns& c, int64_t tar
 }
 
 // coefficients of a row: {max, factor of exp(z - max), subtrahend of every allowed id, subtrahend of the target}
-template <class T> void row_dlogits(const T* logits, T* out, const Columns& c, int64_t target, const float* coefficients) {
+template <class T>
+void row_dlogits(const T* logits, T* out, const Columns& c, int64_t target, const float* coefficients) {
   alignas(64) float z[kBlock];
   const float shift = coefficients[0], factor = coefficients[1], uniform = coefficients[2], at_target = coefficients[3];
   const float inverse_cap = c.softcap > 0 ? 1 / c.softcap : 0.0f;  // without a cap the slope below is exactly 1
@@ -119,8 +120,8 @@ template <class T> void row_dlogits(const T* logits, T* out, const Columns& c, i
 }
 
 template <class T>
-void stats(const T* logits, int64_t rows, int64_t stride, const int64_t* row_index, const Columns& c, const int64_t* targets,
-           bool want_total, double* state, int threads) {
+void stats(const T* logits, int64_t rows, int64_t stride, const int64_t* row_index, const Columns& c,
+           const int64_t* targets, bool want_total, double* state, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && float(rows) * c.count > kTinyWork)
   for (int64_t r = 0; r < rows; ++r)
     row_stats(logits + (row_index ? row_index[r] : r) * stride, c, targets[r], want_total, state + 4 * r);
@@ -157,16 +158,18 @@ extern "C" int ILLADA_ISA_FN(illada_masked_loss_stats)(const void* logits, int d
   return ILLADA_OK;
 }
 
-extern "C" int ILLADA_ISA_FN(illada_masked_loss_dlogits)(const void* logits, int64_t stride, void* out, int64_t out_stride,
-                                                         int dtype, int64_t rows, const int64_t* row_index, int64_t first,
-                                                         int64_t count, const float* bias, float softcap,
-                                                         const int64_t* targets, const int64_t* forbid, int64_t n_forbid,
+extern "C" int ILLADA_ISA_FN(illada_masked_loss_dlogits)(const void* logits, int64_t stride, void* out,
+                                                         int64_t out_stride, int dtype, int64_t rows,
+                                                         const int64_t* row_index, int64_t first, int64_t count,
+                                                         const float* bias, float softcap, const int64_t* targets,
+                                                         const int64_t* forbid, int64_t n_forbid,
                                                          const float* coefficients, int threads) {
   if (rows < 0 || count < 0 || threads < 1) return ILLADA_BAD_ARGUMENT;
   const Columns c{first, count, bias, softcap, forbid, n_forbid};
   const auto run = [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
-    dlogits(static_cast<const T*>(logits), stride, typed, out_stride, rows, row_index, c, targets, coefficients, threads);
+    dlogits(static_cast<const T*>(logits), stride, typed, out_stride, rows, row_index, c, targets, coefficients,
+            threads);
   };
   switch (dtype) {
     case ILLADA_F32: run(static_cast<float*>(out)); break;

@@ -17,7 +17,8 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of the undefined operands inside its own AVX-512 intrinsics
+#pragma GCC diagnostic ignored                                                                           \
+    "-Wmaybe-uninitialized"  // GCC 12 warns of the undefined operands inside its own AVX-512 intrinsics
 #endif
 
 namespace {
@@ -43,10 +44,10 @@ struct Row {  // a candidate that needs its logits
 static_assert(sizeof(Row) == ILLADA_UNMASK_ROW_BYTES, "as api.h says");
 
 struct Partial {  // a row's segment, or some of them
-  double sum, sum_ez;        // of e = exp(z), e * z, z = (l - top) * scale
+  double sum, sum_ez;  // of e = exp(z), e * z, z = (l - top) * scale
   float top, second;
   float best_score, best_logit, held_logit;
-  int32_t top_id, best_id;   // -1: none
+  int32_t top_id, best_id;  // -1: none
   int32_t bad;
 };
 static_assert(sizeof(Partial) == ILLADA_UNMASK_PARTIAL_BYTES, "as api.h says");
@@ -107,7 +108,9 @@ struct NaNs {  // has one of the vectors held a NaN?
 #endif
 };
 
-struct Doubles { vd low, high; };
+struct Doubles {
+  vd low, high;
+};
 inline void accumulate(Doubles& sum, vf v) {
 #if defined(__AVX512F__)
   const __m512 x = bit_cast<__m512>(v);
@@ -131,7 +134,8 @@ inline double total(const Doubles& sum) {
 // exp(max(z, -87.3)), below 2 ulp; exp(0) = 1 exactly. For z <= 0: 1.2e-38 instead of 0 is lost beside the maximum's 1.
 // N vectors side by side, as one waits for its own multiply-adds.
 template <int N> inline __attribute__((always_inline)) void exp_not_positive(vf (&z)[N]) {
-  static const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  static const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                                       5.0000001201e-1f};
   const vf shift = splat(0x1.8p23f);
   vf biased[N], r[N], p[N];
   for (int c = 0; c < N; ++c) z[c] = max(z[c], splat(-87.3f));
@@ -152,7 +156,7 @@ template <int N> inline __attribute__((always_inline)) void exp_not_positive(vf 
 // whole vectors in memory: broadcasting them in the loop would take the port that the shuffles need.
 struct RowNoise {
   v64 first, a1, b2, b3;  // xors of round one and two, and word 3 after round two
-  v64 k0[10], k1[10];     // round keys, from round three on
+  v64 k0[10], k1[10];  // round keys, from round three on
 
   RowNoise(uint64_t seed, uint32_t position, uint32_t step) {
     const auto key0 = [=](uint32_t round) { return uint32_t(seed) + round * illada::kPhiloxW0; };
@@ -176,7 +180,8 @@ constexpr int kSideBySide = 2;
 #endif
 static_assert(kBlock % (kSideBySide * kWidth) == 0, "whole steps");
 
-template <int N> struct Words {  // of N groups: word w of pair i in the low half of lane i; the high half holds anything
+template <int N>
+struct Words {  // of N groups: word w of pair i in the low half of lane i; the high half holds anything
   v64 w0[N], w1[N], w2[N], w3[N];
   // lane i: the top, or the low, 32 bits of id i of group g
   vu top(int g) const { return bit_cast<vu>((w0[g] & 0xffffffff) | w2[g] << 32); }
@@ -190,7 +195,8 @@ template <int N> inline __attribute__((always_inline)) Words<N> philox_groups(co
   v64 p[N], q[N];
   for (int g = 0; g < N; ++g) p[g] = mul32(pairs + g * (kWidth / 2), m0);
   for (int g = 0; g < N; ++g) q[g] = mul32(high32(p[g]) ^ row.first, m1);
-  for (int g = 0; g < N; ++g) w.w0[g] = high32(q[g]) ^ row.a1, w.w1[g] = q[g], w.w2[g] = p[g] ^ row.b2, w.w3[g] = row.b3;
+  for (int g = 0; g < N; ++g)
+    w.w0[g] = high32(q[g]) ^ row.a1, w.w1[g] = q[g], w.w2[g] = p[g] ^ row.b2, w.w3[g] = row.b3;
 #pragma GCC unroll 8
   for (int round = 2; round < 10; ++round) {
     for (int g = 0; g < N; ++g) p[g] = mul32(w.w0[g], m0), q[g] = mul32(w.w2[g], m1);
@@ -225,22 +231,24 @@ inline bool can_win(vu top, const float* logits, float temperature, float bar) {
 }
 
 // The ids of one group whose top word is at most `threshold`. Rare, so kept out of the loop's registers.
-__attribute__((noinline)) void offer_hits(const RowNoise& noise, float temperature, const float* logits, int64_t first_id, uint32_t threshold,
-                                          Best& best) {
+__attribute__((noinline)) void offer_hits(const RowNoise& noise, float temperature, const float* logits,
+                                          int64_t first_id, uint32_t threshold, Best& best) {
   const Words<1> words = philox_groups<1>(noise, first_pairs(first_id));
   const vu high = words.top(0), low = words.low(0);
   for (int i = 0; i < kWidth; ++i)
     if (high[i] <= threshold && logits[i] > -kInf)
-      best.offer(logits[i], illada::noised_score(logits[i], temperature, illada::gumbel(high[i], low[i])), int32_t(first_id + i));
+      best.offer(logits[i], illada::noised_score(logits[i], temperature, illada::gumbel(high[i], low[i])),
+                 int32_t(first_id + i));
 }
 
 // Of kBlock ids from first_id on, whose logits are at most `top`: those that beat or tie best.
-inline void noise_block(const RowNoise& noise, float temperature, const float* logits, int64_t first_id, float top, Best& best) {
+inline void noise_block(const RowNoise& noise, float temperature, const float* logits, int64_t first_id, float top,
+                        Best& best) {
   // what rounding can add to a score, at most: a few ulp of each of its parts
   const double slack = 1e-6 * (std::fabs(double(best.score)) + std::fabs(double(top)) + 64.0 * temperature);
   const double need = (double(best.score) - top - slack) / temperature;  // the Gumbel value a winner must reach
-  if (need > 44.5) return;                                               // no 64-bit uniform gives more than 44.37
-  const double limit = std::exp(-need) * 1.0001 * 0x1p32;                // g >= need implies u <= exp(-need)
+  if (need > 44.5) return;  // no 64-bit uniform gives more than 44.37
+  const double limit = std::exp(-need) * 1.0001 * 0x1p32;  // g >= need implies u <= exp(-need)
   const uint32_t threshold = limit < 4294967295.0 ? uint32_t(limit) : 0xffffffff;
   v64 pairs = first_pairs(first_id);
   for (int j = 0; j < kBlock; j += kSideBySide * kWidth, pairs += kSideBySide * (kWidth / 2)) {
@@ -263,7 +271,8 @@ struct Edits {  // sorted by id; a value of -inf forbids
     int64_t low = 0, high = count;
     while (low < high) {
       const int64_t mid = (low + high) / 2;
-      if (ids[mid] < id) low = mid + 1; else high = mid;
+      if (ids[mid] < id) low = mid + 1;
+      else high = mid;
     }
     return low;
   }
@@ -285,7 +294,8 @@ template <class T> inline const float* fetch(const T* p, int n, int64_t first_id
 }
 
 // Maxima of the segment and of each block, the first id at the maximum, NaNs; the second maximum if asked for.
-template <bool kSecond> inline void find_top(const float* logits, int blocks, int64_t first_id, float* block_top, Partial& out) {
+template <bool kSecond>
+inline void find_top(const float* logits, int blocks, int64_t first_id, float* block_top, Partial& out) {
   vf top = splat(-kInf), second = splat(-kInf);
   NaNs nans;
   int at = 0;
@@ -330,7 +340,8 @@ template <bool kSecond> inline void find_top(const float* logits, int blocks, in
 }
 
 // `ahead`: memory that the next segment will read; asked for here, where the memory bus is idle.
-template <bool kEntropy> inline void add_exponentials(const float* logits, int n, float scale, const char* ahead, int ahead_step, Partial& out) {
+template <bool kEntropy>
+inline void add_exponentials(const float* logits, int n, float scale, const char* ahead, int ahead_step, Partial& out) {
   constexpr int kTogether = 4;
   Doubles sum{}, sum_ez{};
   for (int j = 0; j < n; j += kTogether * kWidth) {
@@ -352,8 +363,8 @@ template <bool kEntropy> inline void add_exponentials(const float* logits, int n
 enum Needs { kEntropy = 1, kSecond = 2 };
 
 template <class T>
-inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits, const Row& row, const RowNoise& noise, int needs,
-                        Best& best, Partial& out) {
+inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits, const Row& row, const RowNoise& noise,
+                        int needs, Best& best, Partial& out) {
   alignas(64) float scratch[kSegment];
   float block_top[kSegment / kBlock];
   const float* logits = fetch(p, n, first_id, edits, scratch);
@@ -376,7 +387,8 @@ inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits,
   const int32_t before = best.id;
   best.offer(out.top, illada::noised_score(out.top, row.temperature, g), out.top_id);
   for (int b = 0; b < blocks; ++b)
-    if (block_top[b] > -kInf) noise_block(noise, row.temperature, logits + b * kBlock, first_id + b * kBlock, block_top[b], best);
+    if (block_top[b] > -kInf)
+      noise_block(noise, row.temperature, logits + b * kBlock, first_id + b * kBlock, block_top[b], best);
   if (best.id != before) out.best_score = best.score, out.best_logit = best.logit, out.best_id = best.id;
 }
 
@@ -389,10 +401,12 @@ struct Logits {  // the logits of ids [first, first + ids) of all rows
   }
 };
 
-template <class T> void run_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, Partial* partials, int threads) {
+template <class T>
+void run_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, Partial* partials, int threads) {
   const int64_t here = (in.ids + kSegment - 1) / kSegment, first_segment = in.first / kSegment;
   // few rows: several threads share one. Each span starts without a bar to beat, which costs time but changes nothing.
-  const int64_t spans = rows >= 4 * threads ? 1 : std::min<int64_t>(here, (4 * threads + rows - 1) / std::max<int64_t>(rows, 1));
+  const int64_t spans =
+      rows >= 4 * threads ? 1 : std::min<int64_t>(here, (4 * threads + rows - 1) / std::max<int64_t>(rows, 1));
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t item = 0; item < rows * spans; ++item) {
     const int64_t r = item / spans, span = item % spans;
@@ -461,7 +475,9 @@ struct Ranked {
   float key;  // rises with rank
   int64_t position, k;
   const Result* result;
-  bool operator<(const Ranked& o) const { return key != o.key ? key < o.key : position != o.position ? position < o.position : k < o.k; }
+  bool operator<(const Ranked& o) const {
+    return key != o.key ? key < o.key : position != o.position ? position < o.position : k < o.k;
+  }
 };
 
 // How many of the n ranked candidates the rule commits, from the front.
@@ -505,7 +521,8 @@ struct Call {  // what all sequences share
 };
 
 // One sequence. `rows` and `results` are its rows, in order of k; `ranked` and `lowest` have room for K entries each.
-void select_sequence(const Call& c, int64_t b, const Row* rows, const Result* results, int64_t n_rows, Ranked* ranked, Ranked* lowest) {
+void select_sequence(const Call& c, int64_t b, const Row* rows, const Result* results, int64_t n_rows, Ranked* ranked,
+                     Ranked* lowest) {
   int64_t n = 0, m = 0, next = 0;
   const float tau = c.numbers[b * kNumbers + kEditTau];
   for (int64_t k = 0; k < c.count; ++k) {
@@ -519,12 +536,14 @@ void select_sequence(const Call& c, int64_t b, const Row* rows, const Result* re
     const int64_t position = c.positions[i];
     if (c.revise == kRemaskByScores && !has_row) {  // holds a token
       const float score = c.scores[i];
-      if (score == score) lowest[m++] = Ranked{score, position, k, nullptr}, c.proposal[i] = c.token(b, k), c.confidence[i] = score;
+      if (score == score)
+        lowest[m++] = Ranked{score, position, k, nullptr}, c.proposal[i] = c.token(b, k), c.confidence[i] = score;
     }
     if (!has_row || result->proposal < 0) continue;
     c.proposal[i] = result->proposal, c.confidence[i] = result->confidence;
     if (row->masked) {
-      const float key = c.rule == kEntropyBound || c.rule == kEntropyBoundInclusive ? result->entropy : -result->confidence;
+      const float key =
+          c.rule == kEntropyBound || c.rule == kEntropyBoundInclusive ? result->entropy : -result->confidence;
       ranked[n++] = Ranked{key, position, k, result};
     } else if (c.revise == kEdit) {
       c.committed[i] = result->proposal != row->held && result->probability >= tau;
@@ -534,12 +553,14 @@ void select_sequence(const Call& c, int64_t b, const Row* rows, const Result* re
     }
   }
   std::sort(ranked, ranked + n);
-  const int64_t chosen = commit_count(c.rule, ranked, n, c.integers[b * kIntegers + kCount], c.numbers[b * kNumbers + kRuleNumber]);
+  const int64_t chosen =
+      commit_count(c.rule, ranked, n, c.integers[b * kIntegers + kCount], c.numbers[b * kNumbers + kRuleNumber]);
   for (int64_t r = 0; r < chosen; ++r) c.committed[b * c.count + ranked[r].k] = 1;
   for (int64_t k = 0; k < c.count; ++k)
     if (c.committed[b * c.count + k]) c.token(b, k) = c.proposal[b * c.count + k];
   std::sort(lowest, lowest + m);
-  for (int64_t r = 0; r < std::min(m, c.integers[b * kIntegers + kRemaskCount]); ++r) c.token(b, lowest[r].k) = c.mask_id;
+  for (int64_t r = 0; r < std::min(m, c.integers[b * kIntegers + kRemaskCount]); ++r)
+    c.token(b, lowest[r].k) = c.mask_id;
   c.remaining[b] = 0;
   for (int64_t k = 0; k < c.count; ++k) c.remaining[b] += c.candidate(b, k) && c.token(b, k) == c.mask_id;
 }
@@ -547,10 +568,12 @@ void select_sequence(const Call& c, int64_t b, const Row* rows, const Result* re
 }  // namespace
 
 // Lists the rows whose logits are needed, in order of (b, k); their number goes to *row_count.
-extern "C" int ILLADA_ISA_FN(illada_unmask_plan)(const int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
-                                                  const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride,
-                                                  const int64_t* noise_positions, int64_t mask_id, int revise, const int64_t* integers,
-                                                  const float* numbers, void* rows, int64_t* row_count) {
+extern "C" int ILLADA_ISA_FN(illada_unmask_plan)(const int64_t* tokens, int64_t token_stride, int64_t batch,
+                                                 int64_t length, const int64_t* positions, int64_t count,
+                                                 const uint8_t* frozen, int64_t frozen_stride,
+                                                 const int64_t* noise_positions, int64_t mask_id, int revise,
+                                                 const int64_t* integers, const float* numbers, void* rows,
+                                                 int64_t* row_count) {
   Row* out = static_cast<Row*>(rows);
   const float largest = std::numeric_limits<float>::max();
   for (int64_t b = 0; b < batch; ++b)
@@ -577,10 +600,11 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_plan)(const int64_t* tokens, int64_t 
 // Logits of ids [first, first + ids), first a multiple of ILLADA_UNMASK_SEGMENT, of the rows from `rows` on. count = K: row r lies at
 // (index / K) * stride_b + (index % K) * stride_k; count = 0: at r * stride_k. Fills those ids' entries of partials (rows, segments).
 // edit_ids rise; edit_values are added, -inf forbids. needs: 1 if the entropy is needed, plus 2 if the second maximum is.
-extern "C" int ILLADA_ISA_FN(illada_unmask_rows)(const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count,
-                                                  const void* rows, int64_t row_count, int64_t first, int64_t ids, int64_t segments,
-                                                  const int64_t* edit_ids, const float* edit_values, int64_t edits, int needs,
-                                                  void* partials, int threads) {
+extern "C" int ILLADA_ISA_FN(illada_unmask_rows)(const void* logits, int dtype, int64_t stride_b, int64_t stride_k,
+                                                 int64_t count, const void* rows, int64_t row_count, int64_t first,
+                                                 int64_t ids, int64_t segments, const int64_t* edit_ids,
+                                                 const float* edit_values, int64_t edits, int needs, void* partials,
+                                                 int threads) {
   if (first % kSegment || first + ids > segments * kSegment) return ILLADA_BAD_ARGUMENT;
   const Logits in{logits, stride_b, stride_k, count, first, ids, segments, static_cast<const Row*>(rows)};
   const Edits changes{edit_ids, edit_values, edits};
@@ -593,16 +617,16 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_rows)(const void* logits, int dtype, 
 }
 
 extern "C" int ILLADA_ISA_FN(illada_unmask_select)(int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
-                                                    const int64_t* positions, int64_t count, const uint8_t* frozen,
-                                                    int64_t frozen_stride, int64_t mask_id, int rule, int confidence, int revise,
-                                                    const float* scores, const int64_t* integers, const float* numbers,
-                                                    const void* rows, int64_t row_count, const void* partials, int64_t segments,
-                                                    int64_t* proposal, float* confidences, uint8_t* committed, int32_t* remaining,
-                                                    int threads) {
+                                                   const int64_t* positions, int64_t count, const uint8_t* frozen,
+                                                   int64_t frozen_stride, int64_t mask_id, int rule, int confidence,
+                                                   int revise, const float* scores, const int64_t* integers,
+                                                   const float* numbers, const void* rows, int64_t row_count,
+                                                   const void* partials, int64_t segments, int64_t* proposal,
+                                                   float* confidences, uint8_t* committed, int32_t* remaining,
+                                                   int threads) {
   const Row* all_rows = static_cast<const Row*>(rows);
-  const Call call{tokens, token_stride, length,  positions, count,    frozen,      frozen_stride, mask_id,
-                  rule,   revise,       scores,  integers,  numbers,  proposal,    confidences,   committed,
-                  remaining};
+  const Call call{tokens, token_stride, length,   positions, count,    frozen,      frozen_stride, mask_id,  rule,
+                  revise, scores,       integers, numbers,   proposal, confidences, committed,     remaining};
   Result* results = new (std::nothrow) Result[row_count + 1];
   Ranked* room = new (std::nothrow) Ranked[2 * batch * count + 1];
   int64_t* starts = new (std::nothrow) int64_t[batch + 1];
@@ -615,8 +639,8 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_select)(int64_t* tokens, int64_t toke
       while (b > 0 && r < row_count && all_rows[r].index < b * count) ++r;
 #pragma omp parallel for num_threads(threads) if (batch * count > 4096)
     for (int64_t b = 0; b < batch; ++b)
-      select_sequence(call, b, all_rows + starts[b], results + starts[b], starts[b + 1] - starts[b], room + 2 * b * count,
-                      room + (2 * b + 1) * count);
+      select_sequence(call, b, all_rows + starts[b], results + starts[b], starts[b + 1] - starts[b],
+                      room + 2 * b * count, room + (2 * b + 1) * count);
   }
   delete[] starts;
   delete[] room;
@@ -625,7 +649,8 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_select)(int64_t* tokens, int64_t toke
 }
 
 // The noise as `rows` draws it, for tests: words (ids / 2, 4) and Gumbel values (ids), ids a multiple of ILLADA_UNMASK_SEGMENT.
-extern "C" int ILLADA_ISA_FN(illada_unmask_noise)(int64_t seed, int64_t position, int64_t step, int64_t ids, uint32_t* words, float* noise) {
+extern "C" int ILLADA_ISA_FN(illada_unmask_noise)(int64_t seed, int64_t position, int64_t step, int64_t ids,
+                                                  uint32_t* words, float* noise) {
   if (ids % kSegment) return ILLADA_BAD_ARGUMENT;
   const RowNoise row{uint64_t(seed), uint32_t(position), uint32_t(step)};
   for (int64_t id = 0; id < ids; id += kWidth) {

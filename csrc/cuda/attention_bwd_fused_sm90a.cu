@@ -168,10 +168,8 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
       const int stage = n % S::kStages;
       mbar_wait(&s.full[stage], n / S::kStages % 2);
       more = s.step[stage] != kEnd;
-      if (more)
-        add_queries<T, D>(s, dk, dv, sums, stage, key, scale * kLog2e);
-      else
-        arrive_by_warp(&s.empty[stage]);
+      if (more) add_queries<T, D>(s, dk, dv, sums, stage, key, scale * kLog2e);
+      else arrive_by_warp(&s.empty[stage]);
     }
     bar_sync(1, kConsumers);  // both warpgroups have read all of K
     T* const of_k = s.k + warpgroup * 64 * 64;
@@ -262,8 +260,12 @@ extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const 
       if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, rows, keys, heads, key_heads, strides))
         return e;
       const int tiles = int((rows + kTileRows - 1) / kTileRows);
-      const Workspace w = {static_cast<const RowStats*>(stats), static_cast<const RowSpans*>(spans),
-                           static_cast<const TileBounds*>(bounds), drawn, tiles, int(bounds_batches)};
+      const Workspace w = {static_cast<const RowStats*>(stats),
+                           static_cast<const RowSpans*>(spans),
+                           static_cast<const TileBounds*>(bounds),
+                           drawn,
+                           tiles,
+                           int(bounds_batches)};
       const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
       const cudaStream_t s = static_cast<cudaStream_t>(stream);
       const int grid = int(items < blocks ? items : blocks);

@@ -129,11 +129,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const void* k, const void* v,
-                                               const void* dout, const void* stats, const void* spans,
-                                               const void* bounds, int32_t* drawn, void* dk, void* dv, int64_t batch,
-                                               int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
-                                               int64_t dim, int64_t bounds_batches,
+extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const void* k, const void* v, const void* dout,
+                                               const void* stats, const void* spans, const void* bounds, int32_t* drawn,
+                                               void* dk, void* dv, int64_t batch, int64_t rows, int64_t keys,
+                                               int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
                                                const int64_t* strides, float scale, int blocks, void* stream) {
   return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
     using T = decltype(zero);
@@ -143,9 +142,9 @@ extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const v
     Maps maps;
     if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, rows, keys, heads, key_heads, strides))
       return e;
-    const Workspace w = {static_cast<const RowStats*>(stats), static_cast<const RowSpans*>(spans),
-                         static_cast<const TileBounds*>(bounds), drawn, int((rows + kTileRows - 1) / kTileRows),
-                         int(bounds_batches)};
+    const Workspace w = {static_cast<const RowStats*>(stats),     static_cast<const RowSpans*>(spans),
+                         static_cast<const TileBounds*>(bounds),  drawn,
+                         int((rows + kTileRows - 1) / kTileRows), int(bounds_batches)};
     const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
     const int grid = int(items < blocks ? items : blocks);
     return launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), static_cast<cudaStream_t>(stream)},

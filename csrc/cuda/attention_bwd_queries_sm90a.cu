@@ -175,10 +175,8 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
     for (bool more = true; more; ++n) {
       mbar_wait(&s.k_full[n % S::kStages], n / S::kStages % 2);
       more = s.step[n % S::kStages] != kEnd;
-      if (more)
-        add_keys<T, D>(s, dq, rows, n, scale * kLog2e);
-      else
-        arrive_by_warp(&s.v_empty[n % S::kValueStages]);
+      if (more) add_keys<T, D>(s, dq, rows, n, scale * kLog2e);
+      else arrive_by_warp(&s.v_empty[n % S::kValueStages]);
       arrive_by_warp(&s.k_empty[n % S::kStages]);
     }
     bar_sync(2 + warpgroup, 128);  // all four warps have waited for their products: these rows of Q are free
@@ -224,8 +222,8 @@ extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, cons
                                                   const void* dout, const void* stats, const void* spans,
                                                   const void* bounds, int32_t* drawn, void* dq, int64_t batch,
                                                   int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
-                                                  int64_t dim, int64_t bounds_batches,
-                                                  const int64_t* strides, float scale, int blocks, void* stream) {
+                                                  int64_t dim, int64_t bounds_batches, const int64_t* strides,
+                                                  float scale, int blocks, void* stream) {
   return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
     using T = decltype(zero);
     constexpr int D = decltype(head_dim)::value, kRows = Shape<T, D>::kRows, kKeys = Shape<T, D>::kKeys;
@@ -237,9 +235,9 @@ extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, cons
     if (int e = map_of_rows<T>(&maps.v, v, batch, keys, key_heads, D, strides + 6, kKeys)) return e;
     if (int e = map_of_rows<T>(&maps.dout, dout, batch, rows, heads, D, strides + 14, kRows)) return e;
     if (int e = map_of_contiguous_rows<T>(&maps.dq, dq, batch, rows, heads, D, 64)) return e;
-    const Workspace w = {static_cast<const RowStats*>(stats), static_cast<const RowSpans*>(spans),
-                         static_cast<const TileBounds*>(bounds), drawn + 1, int((rows + kTileRows - 1) / kTileRows),
-                         int(bounds_batches)};
+    const Workspace w = {static_cast<const RowStats*>(stats),     static_cast<const RowSpans*>(spans),
+                         static_cast<const TileBounds*>(bounds),  drawn + 1,
+                         int((rows + kTileRows - 1) / kTileRows), int(bounds_batches)};
     const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
     const int grid = int(items < blocks ? items : blocks);
     return launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), static_cast<cudaStream_t>(stream)},

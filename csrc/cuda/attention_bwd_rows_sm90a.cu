@@ -92,8 +92,8 @@ extern "C" int illada_attention_bwd_rows_sm90a(int dtype, const void* out, const
   const KeyBounds key_bounds = {bounds, strides[9], strides[10], int(keys)};
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (int e = launch({dim3(tiles * bounds_batches), dim3(kTileRows), sizeof(int) * kTileRows / 32, s}, tile_bounds,
-                     key_bounds, static_cast<RowSpans*>(spans), static_cast<TileBounds*>(tiles_out), drawn,
-                     int(rows), int(tiles)))
+                     key_bounds, static_cast<RowSpans*>(spans), static_cast<TileBounds*>(tiles_out), drawn, int(rows),
+                     int(tiles)))
     return e;
   const Rows of_out = {out, strides[11], strides[12], strides[13]};
   const Rows of_dout = {dout, strides[14], strides[15], strides[16]};

@@ -89,8 +89,7 @@ ILLADA_DEVICE void multiply_add(float (&sum)[R], uint32_t (&a)[STEPS][4], const 
   for (int i = 0; i < STEPS; ++i) reg_fence(a[i]);
   wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < STEPS; ++i)
-    wgmma<T, Major::MN>(sum, a[i], from + units(i * 16 * 64), true);
+  for (int i = 0; i < STEPS; ++i) wgmma<T, Major::MN>(sum, a[i], from + units(i * 16 * 64), true);
   wgmma_commit();
 }
 

@@ -120,10 +120,8 @@ template <int D, class S> ILLADA_DEVICE void plan_items(S& shared, const Problem
       if (lane == 0) item = atomicAdd(p.counter, 1);
       item = __shfl_sync(~0u, item, 0);
     }
-    if (item < p.items)
-      fill_plan<D>(p, item, shared.plan[slot]);
-    else if (lane == 0)
-      shared.plan[slot].batch = -1;
+    if (item < p.items) fill_plan<D>(p, item, shared.plan[slot]);
+    else if (lane == 0) shared.plan[slot].batch = -1;
     __syncwarp();
     if (lane == 0) mbar_arrive(&shared.plan_full[slot]);
     if (item >= p.items) return;
@@ -131,8 +129,7 @@ template <int D, class S> ILLADA_DEVICE void plan_items(S& shared, const Problem
 }
 
 // ---- copying -------------------------------------------------------------------------------------------------------
-template <int D, class S>
-ILLADA_DEVICE void copy_queries(S& shared, const Problem& p, const CUtensorMap* map) {
+template <int D, class S> ILLADA_DEVICE void copy_queries(S& shared, const Problem& p, const CUtensorMap* map) {
   for_each_item<D>(shared, [&](int i, const Plan<D>& plan) {
     if (threadIdx.x % 32) return;
     for (int wg = 0; wg < Tile<D>::warpgroups; ++wg) {

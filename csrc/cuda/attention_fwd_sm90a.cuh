@@ -46,8 +46,7 @@ ILLADA_DEVICE void multiply_p_v(float (&o)[D / 2], uint32_t (&p)[Tile<D>::keys /
   for (int i = 0; i < Tile<D>::keys / 16; ++i) reg_fence(p[i]);
   wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < Tile<D>::keys / 16; ++i)
-    wgmma<T, Major::MN>(o, p[i], b + units(i * 16 * 64), true);
+  for (int i = 0; i < Tile<D>::keys / 16; ++i) wgmma<T, Major::MN>(o, p[i], b + units(i * 16 * 64), true);
   wgmma_commit();
 }
 
@@ -171,8 +170,7 @@ template <class T, int D> ILLADA_DEVICE void store_row(T* to, const float (&o)[D
 
 // Divides by the sums and stores, from registers: the queries' shared memory belongs to the next item by then. With
 // `parts` in float32 to the share's place among (splits, batch, heads, rows).
-template <class T, int D>
-ILLADA_DEVICE void finish_rows(const Problem& p, const Plan<D>& plan, int wg, Rows<D>& rows) {
+template <class T, int D> ILLADA_DEVICE void finish_rows(const Problem& p, const Plan<D>& plan, int wg, Rows<D>& rows) {
   const int64_t all = p.batch * p.heads * p.rows, part = plan.split * all;
   float* const lse = p.parts ? p.parts + p.splits * all * D + part : p.lse;
 #pragma unroll
@@ -225,10 +223,8 @@ template <class T, int D> ILLADA_DEVICE void consume(Shared<T, D>& shared, const
     for (int n = plan.begin; n < plan.end; ++n, ++use) {
       for (; n < plan.end && cover(n) == Cover::all; ++n, ++use) step<false>(shared, p, plan, wg, n, use, rows);
       if (n == plan.end) break;
-      if (cover(n) == Cover::some)
-        step<true>(shared, p, plan, wg, n, use, rows);
-      else
-        skip(shared, plan, wg, n, use);
+      if (cover(n) == Cover::some) step<true>(shared, p, plan, wg, n, use, rows);
+      else skip(shared, plan, wg, n, use);
     }
     finish_rows<T, D>(p, plan, wg, rows);
   });
@@ -350,10 +346,10 @@ template <class T> int run_any(const Forward& f, const Problem& p) {
 }  // namespace
 
 // Defines the entry point for one type; RUN takes (Forward, Problem).
-#define ILLADA_ATTENTION_FWD(NAME, RUN)                                                                                \
-  extern "C" int NAME(ILLADA_ATTENTION_FWD_ARGUMENTS) {                                                                \
-    const KeyBounds ranges{bounds, strides[9], strides[10], int(keys)};                                                \
-    const Forward f{q, k, v, keys, key_heads, dim, strides, blocks, static_cast<cudaStream_t>(stream)};                \
-    return RUN(f, {ranges, out, lse, parts, counter, batch, int(rows), int(heads), int(heads / key_heads), 0, pack,    \
-                   splits, 0, scale, scale * kLog2e});                                                                 \
+#define ILLADA_ATTENTION_FWD(NAME, RUN)                                                                             \
+  extern "C" int NAME(ILLADA_ATTENTION_FWD_ARGUMENTS) {                                                             \
+    const KeyBounds ranges{bounds, strides[9], strides[10], int(keys)};                                             \
+    const Forward f{q, k, v, keys, key_heads, dim, strides, blocks, static_cast<cudaStream_t>(stream)};             \
+    return RUN(f, {ranges, out, lse, parts, counter, batch, int(rows), int(heads), int(heads / key_heads), 0, pack, \
+                   splits, 0, scale, scale * kLog2e});                                                              \
   }

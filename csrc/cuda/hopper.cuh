@@ -26,10 +26,11 @@ ILLADA_DEVICE void mbar_arrive(uint64_t* bar) {
 }
 // Arrives at the barrier of the same address in block `rank` of the cluster.
 ILLADA_DEVICE void mbar_arrive_cluster(uint64_t* bar, uint32_t rank) {
-  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(smem_address(bar)),
-               "r"(rank)
-               : "memory");
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(smem_address(bar)),
+      "r"(rank)
+      : "memory");
 }
 // Arrives and announces bytes that bulk copies will bring.
 ILLADA_DEVICE void mbar_arrive_expect_tx(uint64_t* bar, uint32_t bytes) {
@@ -52,41 +53,40 @@ ILLADA_DEVICE bool mbar_try_wait(uint64_t* bar, uint32_t parity) {
 }
 // Waits for the end of the phase of this parity. A fresh barrier is in phase 0: waiting for 1 returns at once.
 ILLADA_DEVICE void mbar_wait(uint64_t* bar, uint32_t parity) {
-  while (!mbar_try_wait(bar, parity)) {
-  }
+  while (!mbar_try_wait(bar, parity)) {}
 }
 
 // ---- bulk tensor copies (TMA) ----------------------------------------------------------------------------------
 // Coordinates in elements, the contiguous dimension first, as in the map. Issued by one thread.
-#define ILLADA_TMA(RANK, COORDINATES, LOAD, MULTICAST, STORE, ...)                                                     \
-  /* global to shared; the box's bytes are counted at `bar` */                                                         \
-  ILLADA_DEVICE void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, COORDINATES) {                         \
-    asm volatile("cp.async.bulk.tensor." #RANK                                                                         \
-                 "d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {" LOAD "}], [%2];" ::"r"(          \
-                     smem_address(dst)),                                                                               \
-                 "l"(map), "r"(smem_address(bar)), __VA_ARGS__                                                         \
-                 : "memory");                                                                                          \
-  }                                                                                                                    \
-  /* to the same addresses (dst and bar) in each block of the cluster whose bit is set in `blocks` */                  \
-  ILLADA_DEVICE void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, uint16_t blocks,             \
-                                        COORDINATES) {                                                                 \
-    asm volatile("cp.async.bulk.tensor." #RANK                                                                         \
-                 "d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {" MULTICAST     \
-                 "}], [%2], %3;" ::"r"(smem_address(dst)),                                                             \
-                 "l"(map), "r"(smem_address(bar)), "h"(blocks), __VA_ARGS__                                            \
-                 : "memory");                                                                                          \
-  }                                                                                                                    \
-  ILLADA_DEVICE void tma_store(const CUtensorMap* map, const void* src, COORDINATES) {                                 \
-    asm volatile("cp.async.bulk.tensor." #RANK "d.global.shared::cta.bulk_group [%0, {" STORE "}], [%1];" ::"l"(map),  \
-                 "r"(smem_address(src)), __VA_ARGS__                                                                   \
-                 : "memory");                                                                                          \
-  }                                                                                                                    \
-  /* adds the box to global memory, in the type of the map */                                                          \
-  ILLADA_DEVICE void tma_reduce_add(const CUtensorMap* map, const void* src, COORDINATES) {                            \
-    asm volatile("cp.reduce.async.bulk.tensor." #RANK                                                                  \
-                 "d.global.shared::cta.add.bulk_group [%0, {" STORE "}], [%1];" ::"l"(map),                            \
-                 "r"(smem_address(src)), __VA_ARGS__                                                                   \
-                 : "memory");                                                                                          \
+#define ILLADA_TMA(RANK, COORDINATES, LOAD, MULTICAST, STORE, ...)                                                    \
+  /* global to shared; the box's bytes are counted at `bar` */                                                        \
+  ILLADA_DEVICE void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, COORDINATES) {                        \
+    asm volatile("cp.async.bulk.tensor." #RANK                                                                        \
+                 "d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {" LOAD                            \
+                 "}], [%2];" ::"r"(smem_address(dst)),                                                                \
+                 "l"(map), "r"(smem_address(bar)), __VA_ARGS__                                                        \
+                 : "memory");                                                                                         \
+  }                                                                                                                   \
+  /* to the same addresses (dst and bar) in each block of the cluster whose bit is set in `blocks` */                 \
+  ILLADA_DEVICE void tma_load_multicast(void* dst, const CUtensorMap* map, uint64_t* bar, uint16_t blocks,            \
+                                        COORDINATES) {                                                                \
+    asm volatile("cp.async.bulk.tensor." #RANK                                                                        \
+                 "d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {" MULTICAST    \
+                 "}], [%2], %3;" ::"r"(smem_address(dst)),                                                            \
+                 "l"(map), "r"(smem_address(bar)), "h"(blocks), __VA_ARGS__                                           \
+                 : "memory");                                                                                         \
+  }                                                                                                                   \
+  ILLADA_DEVICE void tma_store(const CUtensorMap* map, const void* src, COORDINATES) {                                \
+    asm volatile("cp.async.bulk.tensor." #RANK "d.global.shared::cta.bulk_group [%0, {" STORE "}], [%1];" ::"l"(map), \
+                 "r"(smem_address(src)), __VA_ARGS__                                                                  \
+                 : "memory");                                                                                         \
+  }                                                                                                                   \
+  /* adds the box to global memory, in the type of the map */                                                         \
+  ILLADA_DEVICE void tma_reduce_add(const CUtensorMap* map, const void* src, COORDINATES) {                           \
+    asm volatile("cp.reduce.async.bulk.tensor." #RANK "d.global.shared::cta.add.bulk_group [%0, {" STORE              \
+                 "}], [%1];" ::"l"(map),                                                                              \
+                 "r"(smem_address(src)), __VA_ARGS__                                                                  \
+                 : "memory");                                                                                         \
   }
 #define ILLADA_COMMA ,
 ILLADA_TMA(2, int x ILLADA_COMMA int y, "%3, %4", "%4, %5", "%2, %3", "r"(x), "r"(y))
@@ -155,34 +155,34 @@ template <int N> ILLADA_DEVICE void reg_fence(uint32_t (&a)[N]) {
 // ---- 8x8 matrices of 16-bit elements between registers and shared memory ---------------------------------------
 // Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned). Lane l holds row l / 4, columns l % 4 * 2
 // and the next, of matrix i in r[i]; TRANSPOSE: of the transposed matrix.
-#define ILLADA_MATRIX(COUNT, LIST, ...)                                                                                \
-  template <bool TRANSPOSE = false> ILLADA_DEVICE void ldmatrix(uint32_t (&r)[COUNT], const void* row) {               \
-    if constexpr (TRANSPOSE)                                                                                           \
-      asm volatile("ldmatrix.sync.aligned.m8n8.x" #COUNT ".trans.shared.b16 {" LIST "}, [%" #COUNT "];"                \
-                   : __VA_ARGS__                                                                                       \
-                   : "r"(smem_address(row))                                                                            \
-                   : "memory");                                                                                        \
-    else                                                                                                               \
-      asm volatile("ldmatrix.sync.aligned.m8n8.x" #COUNT ".shared.b16 {" LIST "}, [%" #COUNT "];"                      \
-                   : __VA_ARGS__                                                                                       \
-                   : "r"(smem_address(row))                                                                            \
-                   : "memory");                                                                                        \
+#define ILLADA_MATRIX(COUNT, LIST, ...)                                                                  \
+  template <bool TRANSPOSE = false> ILLADA_DEVICE void ldmatrix(uint32_t (&r)[COUNT], const void* row) { \
+    if constexpr (TRANSPOSE)                                                                             \
+      asm volatile("ldmatrix.sync.aligned.m8n8.x" #COUNT ".trans.shared.b16 {" LIST "}, [%" #COUNT "];"  \
+                   : __VA_ARGS__                                                                         \
+                   : "r"(smem_address(row))                                                              \
+                   : "memory");                                                                          \
+    else                                                                                                 \
+      asm volatile("ldmatrix.sync.aligned.m8n8.x" #COUNT ".shared.b16 {" LIST "}, [%" #COUNT "];"        \
+                   : __VA_ARGS__                                                                         \
+                   : "r"(smem_address(row))                                                              \
+                   : "memory");                                                                          \
   }
 ILLADA_MATRIX(1, "%0", "=r"(r[0]))
 ILLADA_MATRIX(2, "%0, %1", "=r"(r[0]), "=r"(r[1]))
 ILLADA_MATRIX(4, "%0, %1, %2, %3", "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]))
 #undef ILLADA_MATRIX
-#define ILLADA_MATRIX(COUNT, LIST, ...)                                                                                \
-  template <bool TRANSPOSE = false> ILLADA_DEVICE void stmatrix(void* row, const uint32_t (&r)[COUNT]) {               \
-    if constexpr (TRANSPOSE)                                                                                           \
-      asm volatile("stmatrix.sync.aligned.m8n8.x" #COUNT ".trans.shared.b16 [%0], {" LIST "};" ::"r"(                  \
-                       smem_address(row)),                                                                             \
-                   __VA_ARGS__                                                                                         \
-                   : "memory");                                                                                        \
-    else                                                                                                               \
-      asm volatile("stmatrix.sync.aligned.m8n8.x" #COUNT ".shared.b16 [%0], {" LIST "};" ::"r"(smem_address(row)),     \
-                   __VA_ARGS__                                                                                         \
-                   : "memory");                                                                                        \
+#define ILLADA_MATRIX(COUNT, LIST, ...)                                                                            \
+  template <bool TRANSPOSE = false> ILLADA_DEVICE void stmatrix(void* row, const uint32_t (&r)[COUNT]) {           \
+    if constexpr (TRANSPOSE)                                                                                       \
+      asm volatile("stmatrix.sync.aligned.m8n8.x" #COUNT ".trans.shared.b16 [%0], {" LIST                          \
+                   "};" ::"r"(smem_address(row)),                                                                  \
+                   __VA_ARGS__                                                                                     \
+                   : "memory");                                                                                    \
+    else                                                                                                           \
+      asm volatile("stmatrix.sync.aligned.m8n8.x" #COUNT ".shared.b16 [%0], {" LIST "};" ::"r"(smem_address(row)), \
+                   __VA_ARGS__                                                                                     \
+                   : "memory");                                                                                    \
   }
 ILLADA_MATRIX(1, "%1", "r"(r[0]))
 ILLADA_MATRIX(2, "%1, %2", "r"(r[0]), "r"(r[1]))

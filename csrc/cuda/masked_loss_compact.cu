@@ -15,7 +15,7 @@ namespace loss {
 constexpr int kOneBlock = 1024;  // threads of compact and of the sum of losses
 constexpr int kRowThreads = 128;  // gather, scatter
 constexpr int kFlatThreads = 256;  // factors, losses
-constexpr int kEach = 8;           // consecutive rows of a thread of compact
+constexpr int kEach = 8;  // consecutive rows of a thread of compact
 
 // Sum of x over the threads before this one; `all` becomes that over the block. scratch: a value for each warp.
 ILLADA_DEVICE int exclusive_sum(int x, int* scratch, int* all) {
@@ -39,8 +39,9 @@ ILLADA_DEVICE int exclusive_sum(int x, int* scratch, int* all) {
 }
 
 __global__ void __launch_bounds__(kOneBlock)
-compact(const uint8_t* masked, const int64_t* targets, const float* weight, int64_t rows, int64_t vocab, int64_t capacity, int mean,
-        int32_t* index, int64_t* row_targets, float* scale, int32_t* slot, int32_t* info) {
+    compact(const uint8_t* masked, const int64_t* targets, const float* weight, int64_t rows, int64_t vocab,
+            int64_t capacity, int mean, int32_t* index, int64_t* row_targets, float* scale, int32_t* slot,
+            int32_t* info) {
   uint8_t* scratch = dynamic_smem();
   int count = 0, bad = 0x7fffffff;
   double weights = 0.0;
@@ -77,8 +78,8 @@ compact(const uint8_t* masked, const int64_t* targets, const float* weight, int6
 
 template <class In, class Out>
 __global__ void __launch_bounds__(kRowThreads)
-gather(const In* x, int64_t inner, int64_t outer_stride, int64_t stride, const int32_t* index, const int32_t* info, int64_t start,
-       int64_t width, const float* factors, Out* out) {
+    gather(const In* x, int64_t inner, int64_t outer_stride, int64_t stride, const int32_t* index, const int32_t* info,
+           int64_t start, int64_t width, const float* factors, Out* out) {
   constexpr int kVector = Vec16<In>::size;
   const int64_t i = blockIdx.x, r = index[i];
   const bool live = start + i < info[0];
@@ -103,8 +104,8 @@ gather(const In* x, int64_t inner, int64_t outer_stride, int64_t stride, const i
 
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
-scatter(const float* dx, const int32_t* slot, const int32_t* info, int64_t capacity, int64_t held, int64_t width, const float* factors,
-        T* out) {
+    scatter(const float* dx, const int32_t* slot, const int32_t* info, int64_t capacity, int64_t held, int64_t width,
+            const float* factors, T* out) {
   constexpr int kVector = Vec16<T>::size;
   const int64_t r = blockIdx.x, place = slot[r];
   const bool overflow = info[0] > capacity, live = place >= 0 && place < held && !overflow;
@@ -136,8 +137,8 @@ ILLADA_DEVICE float power_of(float scale) {
 
 // what: 0 scale * grad, 1 scale / power, 2 power * grad (rows.py).
 __global__ void __launch_bounds__(kFlatThreads)
-factors(const float* scale, const int32_t* index, const int32_t* info, int64_t start, int64_t rows, int what, const float* grad,
-        int grad_per_row, float* out) {
+    factors(const float* scale, const int32_t* index, const int32_t* info, int64_t start, int64_t rows, int what,
+            const float* grad, int grad_per_row, float* out) {
   const int64_t i = int64_t(blockIdx.x) * kFlatThreads + threadIdx.x;
   if (i >= rows) return;
   if (start + i >= info[0]) {
@@ -164,18 +165,19 @@ ILLADA_DEVICE float loss_of(const Terms& t, const float* state, int64_t target) 
 }
 
 __global__ void __launch_bounds__(kOneBlock)
-sum_losses(const float* state, const int64_t* targets, const float* scale, const int32_t* info, int64_t capacity, int64_t held, Terms t,
-           float* out) {
+    sum_losses(const float* state, const int64_t* targets, const float* scale, const int32_t* info, int64_t capacity,
+               int64_t held, Terms t, float* out) {
   const int64_t live = info[0] < held ? info[0] : held;
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < live; i += kOneBlock) sum += double(scale[i]) * double(loss_of(t, state + 4 * i, targets[i]));
+  for (int64_t i = threadIdx.x; i < live; i += kOneBlock)
+    sum += double(scale[i]) * double(loss_of(t, state + 4 * i, targets[i]));
   sum = block_reduce<kOneBlock>(sum, reinterpret_cast<double*>(dynamic_smem()), Sum{});
   if (threadIdx.x == 0) *out = info[0] > capacity ? not_a_number() : float(sum);
 }
 
 __global__ void __launch_bounds__(kFlatThreads)
-row_losses(const float* state, const int64_t* targets, const float* scale, const int32_t* slot, const int32_t* info, int64_t capacity,
-           int64_t rows, int64_t held, Terms t, float* out) {
+    row_losses(const float* state, const int64_t* targets, const float* scale, const int32_t* slot, const int32_t* info,
+               int64_t capacity, int64_t rows, int64_t held, Terms t, float* out) {
   const int64_t r = int64_t(blockIdx.x) * kFlatThreads + threadIdx.x;
   if (r >= rows) return;
   const int64_t i = slot[r];
@@ -206,23 +208,24 @@ bool fits(int64_t rows) { return rows >= 0 && rows <= kMostRows; }
 
 }  // namespace
 
-extern "C" int illada_masked_loss_compact(const uint8_t* masked, const int64_t* targets, const float* weight, int64_t rows, int64_t vocab,
-                                          int64_t capacity, int mean, int32_t* index, int64_t* row_targets, float* scale, int32_t* slot,
-                                          int32_t* info, void* stream) {
+extern "C" int illada_masked_loss_compact(const uint8_t* masked, const int64_t* targets, const float* weight,
+                                          int64_t rows, int64_t vocab, int64_t capacity, int mean, int32_t* index,
+                                          int64_t* row_targets, float* scale, int32_t* slot, int32_t* info,
+                                          void* stream) {
   if (!fits(rows) || !fits(capacity)) return int(cudaErrorInvalidValue);
-  return launch(blocks(1, kOneBlock, kScratch, stream), compact, masked, targets, weight, rows, vocab, capacity, mean, index, row_targets,
-                scale, slot, info);
+  return launch(blocks(1, kOneBlock, kScratch, stream), compact, masked, targets, weight, rows, vocab, capacity, mean,
+                index, row_targets, scale, slot, info);
 }
 
 extern "C" int illada_masked_loss_gather(const void* x, int dtype, int64_t inner, int64_t outer_stride, int64_t stride,
-                                         const int32_t* index, const int32_t* info, int64_t start, int64_t rows, int64_t width,
-                                         const float* factors, void* out, int out_dtype, void* stream) {
+                                         const int32_t* index, const int32_t* info, int64_t start, int64_t rows,
+                                         int64_t width, const float* factors, void* out, int out_dtype, void* stream) {
   if (!fits(rows)) return int(cudaErrorInvalidValue);
   const auto run = [&](auto in, auto to) {
     using In = decltype(in);
     using Out = decltype(to);
-    return launch(blocks(rows, kRowThreads, 0, stream), gather<In, Out>, static_cast<const In*>(x), inner, outer_stride, stride, index,
-                  info, start, width, factors, static_cast<Out*>(out));
+    return launch(blocks(rows, kRowThreads, 0, stream), gather<In, Out>, static_cast<const In*>(x), inner, outer_stride,
+                  stride, index, info, start, width, factors, static_cast<Out*>(out));
   };
   if (dtype == ILLADA_F32 && out_dtype == ILLADA_F32) return run(float{}, float{});
   if (dtype == ILLADA_BF16 && out_dtype == ILLADA_BF16) return run(bf16{}, bf16{});
@@ -232,12 +235,14 @@ extern "C" int illada_masked_loss_gather(const void* x, int dtype, int64_t inner
   return int(cudaErrorInvalidValue);
 }
 
-extern "C" int illada_masked_loss_scatter(const float* dx, const int32_t* slot, const int32_t* info, int64_t capacity, int64_t rows,
-                                          int64_t held, int64_t width, const float* factors, void* out, int dtype, void* stream) {
+extern "C" int illada_masked_loss_scatter(const float* dx, const int32_t* slot, const int32_t* info, int64_t capacity,
+                                          int64_t rows, int64_t held, int64_t width, const float* factors, void* out,
+                                          int dtype, void* stream) {
   if (!fits(rows)) return int(cudaErrorInvalidValue);
   const auto run = [&](auto to) {
     using T = decltype(to);
-    return launch(blocks(rows, kRowThreads, 0, stream), scatter<T>, dx, slot, info, capacity, held, width, factors, static_cast<T*>(out));
+    return launch(blocks(rows, kRowThreads, 0, stream), scatter<T>, dx, slot, info, capacity, held, width, factors,
+                  static_cast<T*>(out));
   };
   switch (dtype) {
     case ILLADA_F32: return run(float{});
@@ -247,19 +252,24 @@ extern "C" int illada_masked_loss_scatter(const float* dx, const int32_t* slot, 
   return int(cudaErrorInvalidValue);
 }
 
-extern "C" int illada_masked_loss_factors(const float* scale, const int32_t* index, const int32_t* info, int64_t start, int64_t rows,
-                                          int what, const float* grad, int grad_per_row, float* out, void* stream) {
+extern "C" int illada_masked_loss_factors(const float* scale, const int32_t* index, const int32_t* info, int64_t start,
+                                          int64_t rows, int what, const float* grad, int grad_per_row, float* out,
+                                          void* stream) {
   if (!fits(rows)) return int(cudaErrorInvalidValue);
-  return launch(blocks(blocks_for(rows), kFlatThreads, 0, stream), factors, scale, index, info, start, rows, what, grad, grad_per_row, out);
+  return launch(blocks(blocks_for(rows), kFlatThreads, 0, stream), factors, scale, index, info, start, rows, what, grad,
+                grad_per_row, out);
 }
 
-extern "C" int illada_masked_loss_losses(const float* state, const int64_t* targets, const float* scale, const int32_t* slot,
-                                         const int32_t* info, int64_t capacity, int64_t rows, int64_t held, int64_t vocab,
-                                         int64_t allowed, float label_smoothing, float z_loss, int per_row, float* out, void* stream) {
+extern "C" int illada_masked_loss_losses(const float* state, const int64_t* targets, const float* scale,
+                                         const int32_t* slot, const int32_t* info, int64_t capacity, int64_t rows,
+                                         int64_t held, int64_t vocab, int64_t allowed, float label_smoothing,
+                                         float z_loss, int per_row, float* out, void* stream) {
   if (!fits(rows)) return int(cudaErrorInvalidValue);
   const Terms t{vocab, allowed, label_smoothing, z_loss};
-  if (!per_row) return launch(blocks(1, kOneBlock, kScratch, stream), sum_losses, state, targets, scale, info, capacity, held, t, out);
-  return launch(blocks(blocks_for(rows), kFlatThreads, 0, stream), row_losses, state, targets, scale, slot, info, capacity, rows, held, t,
-                out);
+  if (!per_row)
+    return launch(blocks(1, kOneBlock, kScratch, stream), sum_losses, state, targets, scale, info, capacity, held, t,
+                  out);
+  return launch(blocks(blocks_for(rows), kFlatThreads, 0, stream), row_losses, state, targets, scale, slot, info,
+                capacity, rows, held, t, out);
 }
 #endif

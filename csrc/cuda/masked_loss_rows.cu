@@ -13,9 +13,9 @@
 namespace illada {
 namespace loss {
 
-constexpr int kThreads = 256;      // rows_stats, rows_dlogits: many blocks on a multiprocessor, also for short slices
+constexpr int kThreads = 256;  // rows_stats, rows_dlogits: many blocks on a multiprocessor, also for short slices
 constexpr int kWideThreads = 512;  // rows_gradients: one block, which has the shared memory to itself
-constexpr int kScratch = 128;      // bytes of shared memory for reductions, before the row
+constexpr int kScratch = 128;  // bytes of shared memory for reductions, before the row
 constexpr float kLog2e = 1.4426950408889634f;
 
 ILLADA_DEVICE float exp_of(float x) { return fast_exp2(x * kLog2e); }
@@ -27,7 +27,8 @@ ILLADA_DEVICE int64_t forbidden_from(const Options& o, int id) {
   int64_t low = 0, high = o.n_forbid;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (o.forbid[middle] < id) low = middle + 1; else high = middle;
+    if (o.forbid[middle] < id) low = middle + 1;
+    else high = middle;
   }
   return low;
 }
@@ -71,7 +72,8 @@ template <class T> ILLADA_DEVICE int unaligned_head(const T* row, int width) {
 template <int THREADS, int AHEAD, class T, class Fetch, class Body>
 ILLADA_DEVICE void over_row(const T* row, int width, Fetch fetch, Body body) {
   constexpr int kVector = Vec16<T>::size;
-  const int head = unaligned_head(row, width), vectors = (width - head) / kVector, tail = head + vectors * kVector + int(threadIdx.x);
+  const int head = unaligned_head(row, width), vectors = (width - head) / kVector,
+            tail = head + vectors * kVector + int(threadIdx.x);
   Vec16<T> flying[AHEAD];
 #pragma unroll
   for (int u = 0; u < AHEAD; ++u) {
@@ -96,7 +98,8 @@ ILLADA_DEVICE void over_row(const T* row, int width, Fetch fetch, Body body) {
 
 template <int THREADS, class T> ILLADA_DEVICE void fill_row(T* row, int width, float value) {
   constexpr int kVector = Vec16<T>::size;
-  const int head = unaligned_head(row, width), vectors = (width - head) / kVector, tail = head + vectors * kVector + int(threadIdx.x);
+  const int head = unaligned_head(row, width), vectors = (width - head) / kVector,
+            tail = head + vectors * kVector + int(threadIdx.x);
   float x[kVector], one[1] = {value};
   for (float& at : x) at = value;
   for (int i = threadIdx.x; i < vectors; i += THREADS) store(row + head + i * kVector, x);
@@ -111,7 +114,8 @@ struct Online {
 };
 
 // Meets the ids from `id` on; x becomes z.
-template <int N> ILLADA_DEVICE void meet(const Options& o, int id, int target, float (&x)[N], Online& s, float* at_target) {
+template <int N>
+ILLADA_DEVICE void meet(const Options& o, int id, int target, float (&x)[N], Online& s, float* at_target) {
   float unused[N];
   cap(o, id, x, unused);
   if (o.smoothing > 0.0f) {
@@ -161,8 +165,9 @@ ILLADA_DEVICE int64_t place_of(int64_t r, const int32_t* slot, const int32_t* in
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
-rows_stats(const T* logits, int64_t inner, int64_t outer_stride, int64_t stride, const int32_t* slot, const int32_t* info,
-           int64_t start, int64_t held, int first, int width, const int64_t* targets, Options o, float* state) {
+    rows_stats(const T* logits, int64_t inner, int64_t outer_stride, int64_t stride, const int32_t* slot,
+               const int32_t* info, int64_t start, int64_t held, int first, int width, const int64_t* targets,
+               Options o, float* state) {
   const int64_t r = blockIdx.x, place = place_of(r, slot, info, start, held);
   if (place < 0) return;
   const T* row = logits + r / inner * outer_stride + r % inner * stride;
@@ -196,7 +201,8 @@ ILLADA_DEVICE Coefficients coefficients(const Options& o, float high, float sum,
 }
 
 // Logits x of the ids from `id` on become their gradients.
-template <int N> ILLADA_DEVICE void differentiate(const Options& o, int id, int target, const Coefficients& c, float (&x)[N]) {
+template <int N>
+ILLADA_DEVICE void differentiate(const Options& o, int id, int target, const Coefficients& c, float (&x)[N]) {
   float slope[N];
   cap(o, id, x, slope);
 #pragma unroll
@@ -212,9 +218,9 @@ template <int N> ILLADA_DEVICE void differentiate(const Options& o, int id, int 
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
-rows_dlogits(const T* logits, int64_t inner, int64_t outer_stride, int64_t stride, T* out, int64_t out_stride, const int32_t* slot,
-             const int32_t* info, int64_t start, int64_t held, int64_t capacity, int first, int width, const int64_t* targets,
-             const float* state, const float* scales, Options o) {
+    rows_dlogits(const T* logits, int64_t inner, int64_t outer_stride, int64_t stride, T* out, int64_t out_stride,
+                 const int32_t* slot, const int32_t* info, int64_t start, int64_t held, int64_t capacity, int first,
+                 int width, const int64_t* targets, const float* state, const float* scales, Options o) {
   const int64_t r = blockIdx.x, place = place_of(r, slot, info, start, held);
   T* out_row = out + r * out_stride;
   const bool overflow = slot && info[0] > capacity;
@@ -244,14 +250,15 @@ rows_dlogits(const T* logits, int64_t inner, int64_t outer_stride, int64_t strid
 
 template <class T>
 __global__ void __launch_bounds__(kWideThreads, 1)
-rows_gradients(T* logits, int64_t stride, const int32_t* info, int64_t start, const int64_t* targets, const float* scales, Options o,
-               float* state, int kept) {
+    rows_gradients(T* logits, int64_t stride, const int32_t* info, int64_t start, const int64_t* targets,
+                   const float* scales, Options o, float* state, int kept) {
   const int64_t r = blockIdx.x;
   T* row = logits + r * stride;
   const int vocab = int(o.vocab);
   if (start + r >= info[0]) return fill_row<kWideThreads>(row, vocab, 0.0f);
   float* scratch = reinterpret_cast<float*>(dynamic_smem());
-  auto* keep = reinterpret_cast<Vec16<T>*>(dynamic_smem() + kScratch);  // the first `kept` vectors; each thread reads its own
+  auto* keep =
+      reinterpret_cast<Vec16<T>*>(dynamic_smem() + kScratch);  // the first `kept` vectors; each thread reads its own
   float* s = state + 4 * r;
   const int target = id_of(o, targets[r]);
   Online mine{-infinity(), 0.0f, 0.0f};
@@ -291,7 +298,9 @@ using namespace illada;
 using namespace illada::loss;
 
 // Ids are ints, and loops step a little over the end of a row.
-bool sizes_fit(int64_t rows, int64_t vocab) { return rows >= 0 && rows <= 0x7fffffff && vocab >= 1 && vocab <= 0x7fff0000; }
+bool sizes_fit(int64_t rows, int64_t vocab) {
+  return rows >= 0 && rows <= 0x7fffffff && vocab >= 1 && vocab <= 0x7fff0000;
+}
 
 // Calls run(T{}) for the type that dtype names.
 template <class Run> int with_type(int dtype, Run run) {
@@ -305,25 +314,27 @@ template <class Run> int with_type(int dtype, Run run) {
 
 }  // namespace
 
-extern "C" int illada_masked_loss_rows_stats(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t stride,
-                                             const int32_t* slot, const int32_t* info, int64_t start, int64_t rows, int64_t held,
-                                             int64_t first, int64_t width, const int64_t* targets, int64_t vocab, const float* bias,
-                                             float softcap, float label_smoothing, float z_loss, const int64_t* forbid,
+extern "C" int illada_masked_loss_rows_stats(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
+                                             int64_t stride, const int32_t* slot, const int32_t* info, int64_t start,
+                                             int64_t rows, int64_t held, int64_t first, int64_t width,
+                                             const int64_t* targets, int64_t vocab, const float* bias, float softcap,
+                                             float label_smoothing, float z_loss, const int64_t* forbid,
                                              int64_t n_forbid, float* state, void* stream) {
   if (!sizes_fit(rows, vocab)) return int(cudaErrorInvalidValue);
   const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
   const Launch how{dim3(unsigned(rows)), dim3(kThreads), kScratch, static_cast<cudaStream_t>(stream)};
   return with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    return launch(how, rows_stats<T>, static_cast<const T*>(logits), inner, outer_stride, stride, slot, info, start, held, int(first),
-                  int(width), targets, o, state);
+    return launch(how, rows_stats<T>, static_cast<const T*>(logits), inner, outer_stride, stride, slot, info, start,
+                  held, int(first), int(width), targets, o, state);
   });
 }
 
-extern "C" int illada_masked_loss_rows_dlogits(const void* logits, int dtype, int64_t inner, int64_t outer_stride, int64_t stride,
-                                               void* out, int64_t out_stride, const int32_t* slot, const int32_t* info, int64_t start,
-                                               int64_t rows, int64_t held, int64_t capacity, int64_t first, int64_t width,
-                                               const int64_t* targets, const float* state, const float* scales, int64_t vocab,
+extern "C" int illada_masked_loss_rows_dlogits(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
+                                               int64_t stride, void* out, int64_t out_stride, const int32_t* slot,
+                                               const int32_t* info, int64_t start, int64_t rows, int64_t held,
+                                               int64_t capacity, int64_t first, int64_t width, const int64_t* targets,
+                                               const float* state, const float* scales, int64_t vocab,
                                                const float* bias, float softcap, float label_smoothing, float z_loss,
                                                const int64_t* forbid, int64_t n_forbid, void* stream) {
   if (!sizes_fit(rows, vocab)) return int(cudaErrorInvalidValue);
@@ -331,23 +342,27 @@ extern "C" int illada_masked_loss_rows_dlogits(const void* logits, int dtype, in
   const Launch how{dim3(unsigned(rows)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream)};
   return with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    return launch(how, rows_dlogits<T>, static_cast<const T*>(logits), inner, outer_stride, stride, static_cast<T*>(out), out_stride,
-                  slot, info, start, held, capacity, int(first), int(width), targets, state, scales, o);
+    return launch(how, rows_dlogits<T>, static_cast<const T*>(logits), inner, outer_stride, stride,
+                  static_cast<T*>(out), out_stride, slot, info, start, held, capacity, int(first), int(width), targets,
+                  state, scales, o);
   });
 }
 
-extern "C" int illada_masked_loss_rows_gradients(void* logits, int dtype, int64_t stride, const int32_t* info, int64_t start,
-                                                 int64_t rows, const int64_t* targets, const float* scales, int64_t vocab,
-                                                 const float* bias, float softcap, float label_smoothing, float z_loss,
-                                                 const int64_t* forbid, int64_t n_forbid, float* state, int64_t shared_memory,
-                                                 void* stream) {
+extern "C" int illada_masked_loss_rows_gradients(void* logits, int dtype, int64_t stride, const int32_t* info,
+                                                 int64_t start, int64_t rows, const int64_t* targets,
+                                                 const float* scales, int64_t vocab, const float* bias, float softcap,
+                                                 float label_smoothing, float z_loss, const int64_t* forbid,
+                                                 int64_t n_forbid, float* state, int64_t shared_memory, void* stream) {
   if (!sizes_fit(rows, vocab) || shared_memory < kScratch) return int(cudaErrorInvalidValue);
   const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
   return with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    const int64_t fit = (shared_memory - kScratch) / 16, vectors = vocab / Vec16<T>::size, kept = vectors < fit ? vectors : fit;
-    const Launch how{dim3(unsigned(rows)), dim3(kWideThreads), size_t(kScratch + 16 * kept), static_cast<cudaStream_t>(stream)};
-    return launch(how, rows_gradients<T>, static_cast<T*>(logits), stride, info, start, targets, scales, o, state, int(kept));
+    const int64_t fit = (shared_memory - kScratch) / 16, vectors = vocab / Vec16<T>::size,
+                  kept = vectors < fit ? vectors : fit;
+    const Launch how{dim3(unsigned(rows)), dim3(kWideThreads), size_t(kScratch + 16 * kept),
+                     static_cast<cudaStream_t>(stream)};
+    return launch(how, rows_gradients<T>, static_cast<T*>(logits), stride, info, start, targets, scales, o, state,
+                  int(kept));
   });
 }
 #endif

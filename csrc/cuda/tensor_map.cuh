@@ -7,9 +7,15 @@
 namespace illada {
 
 template <class T> struct TensorMapType;
-template <> struct TensorMapType<float> { static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_FLOAT32; };
-template <> struct TensorMapType<bf16> { static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16; };
-template <> struct TensorMapType<fp16> { static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_FLOAT16; };
+template <> struct TensorMapType<float> {
+  static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+};
+template <> struct TensorMapType<bf16> {
+  static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+};
+template <> struct TensorMapType<fp16> {
+  static constexpr auto value = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+};
 
 enum class Swizzle { none = CU_TENSOR_MAP_SWIZZLE_NONE, bytes128 = CU_TENSOR_MAP_SWIZZLE_128B };
 
@@ -53,10 +59,9 @@ int make_tensor_map(CUtensorMap* map, const T* base, const uint64_t (&size)[RANK
   if (int e = find_encode_tiled(&encode)) return e;
   uint32_t element_strides[RANK];
   for (int i = 0; i < RANK; ++i) element_strides[i] = 1;
-  const CUresult r = encode(
-      map, TensorMapType<T>::value, RANK, const_cast<T*>(base), size, stride_bytes, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CUtensorMapSwizzle(swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult r = encode(map, TensorMapType<T>::value, RANK, const_cast<T*>(base), size, stride_bytes, box,
+                            element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CUtensorMapSwizzle(swizzle),
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return int(r);  // the runtime's codes have the driver's numbers
 }
 

@@ -21,7 +21,7 @@ enum UnmaskNeeds { kEntropy = 1, kSecond = 2, kHeld = 4 };
 
 constexpr float kLog2e = 1.4426950408889634f, kLargest = 3.402823466e38f;
 constexpr float kHighestTc = 8.507059173e37f;  // 2^126: its reciprocal is a normal number
-constexpr float kLowestZ = -150.0f;            // 2^z is 0
+constexpr float kLowestZ = -150.0f;  // 2^z is 0
 
 ILLADA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
@@ -40,7 +40,7 @@ struct Row {
   int64_t position, held;  // position -1: no candidate
   uint64_t seed;
   uint32_t noise_position, step;
-  float temperature;    // of the noise, 0: none
+  float temperature;  // of the noise, 0: none
   float scale, scale2;  // 1 / Tc, and times log2 e
   int32_t masked, needed;  // needed: its logits are
 };
@@ -117,7 +117,7 @@ template <int IDS> ILLADA_DEVICE void apply_edits(const Edits<IDS>& e, float (&l
 #pragma unroll
   for (int j = 0; j < IDS; ++j) {
     l[j] = __fadd_rn(__fadd_rn(l[j], e.head_bias[j]), e.bias[j]);  // of two zeros the positive one
-    l[j] = e.bias[j] == -infinity() ? -infinity() : l[j];          // even a NaN
+    l[j] = e.bias[j] == -infinity() ? -infinity() : l[j];  // even a NaN
   }
 }
 
@@ -180,7 +180,7 @@ ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t mine, const Row& ro
   // what rounding can add to a score, at most
   const float slack = 1e-6f * (fabsf(best.score) + fabsf(top) + 64.0f * t);
   const float need = (best.score - top - slack) / t;  // the Gumbel value of a winner
-  if (need > 44.5f) return;                           // no 64-bit uniform gives more than 44.37
+  if (need > 44.5f) return;  // no 64-bit uniform gives more than 44.37
   const uint32_t limit = highest_word(need);
 #pragma unroll
   for (int j = 0; j < IDS; j += 2) {

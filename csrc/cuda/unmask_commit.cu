@@ -14,11 +14,14 @@ using namespace illada;
 
 constexpr int kThreads = 512, kLanes = 8;
 constexpr uint64_t kNoKey = ~uint64_t(0);
-constexpr float kRemaskable = -1.0f;         // in the place of an entropy
+constexpr float kRemaskable = -1.0f;  // in the place of an entropy
 constexpr double kLog2 = 0.69314718055994531;
 constexpr double kLeastEntropy = 1.06e-36;  // 87.3 exp(-87.3): the reference counts less as 0
 
-struct Best { float score, logit; int32_t id; };
+struct Best {
+  float score, logit;
+  int32_t id;
+};
 struct Better {
   ILLADA_DEVICE Best operator()(const Best& a, const Best& b) const {
     return b.score > a.score || (b.score == a.score && b.id < a.id) ? b : a;
@@ -98,9 +101,9 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
 
 // ---- the candidates of a sequence, and their order -------------------------------------------------------------
 struct Candidates {
-  uint64_t* keys;      // (n), n a power of two
-  uint32_t* places;    // (n): k of the candidate with this key
-  float* entropies;    // (n), by k
+  uint64_t* keys;  // (n), n a power of two
+  uint32_t* places;  // (n): k of the candidate with this key
+  float* entropies;  // (n), by k
 };
 
 // Rises with (x, position).

@@ -89,7 +89,8 @@ template <class T, int N> ILLADA_DEVICE void multiply(Shared<T, N>& s, const Siz
     for (int h = 0; h < 2; ++h, ++half) {
       const int buffer = half % kBuffers<N>, phase = half / kBuffers<N> % 2;
       mbar_wait(&s.met[buffer], phase ^ 1);
-      if (h == 0) put_logits<N>(s.logits[buffer], low); else put_logits<N>(s.logits[buffer], high);
+      if (h == 0) put_logits<N>(s.logits[buffer], low);
+      else put_logits<N>(s.logits[buffer], high);
       mbar_arrive(&s.ready[buffer]);
     }
   }
@@ -178,8 +179,9 @@ template <class T, int N> int run(const Call& c, const Operands& o, cudaStream_t
   CUtensorMap head_map, hidden_map;
   int e = make_tensor_map<2>(&head_map, static_cast<const T*>(o.head), {dim, uint64_t(c.vocabulary)}, &head_bytes,
                              {kDepth, kIds}, Swizzle::bytes128);
-  if (!e) e = make_tensor_map<3>(&hidden_map, static_cast<const T*>(o.hidden), {dim, count, batch}, hidden_bytes,
-                                 {kDepth, uint32_t(count), uint32_t(batch)}, Swizzle::bytes128);
+  if (!e)
+    e = make_tensor_map<3>(&hidden_map, static_cast<const T*>(o.hidden), {dim, count, batch}, hidden_bytes,
+                           {kDepth, uint32_t(count), uint32_t(batch)}, Swizzle::bytes128);
   if (e) return e;
   const Sizes z{int(count * batch), int((c.vocabulary + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth)};
   return launch({dim3(unsigned(o.blocks)), dim3(kThreads), sizeof(Shared<T, N>), stream}, head<T, N>, c, head_map,

@@ -14,7 +14,9 @@ using namespace illada;
 constexpr int kWarps = 8, kIds = 16;  // a lane
 static_assert(kWarps * 32 * kIds == ILLADA_UNMASK_SPAN, "a block meets a span");
 
-template <class T> struct alignas(4 * sizeof(T)) Four { T at[4]; };
+template <class T> struct alignas(4 * sizeof(T)) Four {
+  T at[4];
+};
 
 // The ids from `first` on of this warp, of which `left` exist; -inf beyond.
 template <class T> ILLADA_DEVICE void load_logits(const T* p, int64_t left, float (&l)[kIds]) {

@@ -79,39 +79,41 @@ enum class Major { K = 0, MN = 1 };
 
 // The instruction with A in shared memory (operands after the accumulators: A, B, accumulate, transposes), and with A
 // in registers (four words, B, accumulate, transpose of B).
-#define ILLADA_WGMMA_SHARED(N, TYPE, A, B, P, TA, TB)                                                                  \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                        \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" ILLADA_REGISTERS_##N               \
-               "}, %" #A ", %" #B ", p, 1, 1, %" #TA ", %" #TB ";\n}\n"                                                \
-               : ILLADA_OPERANDS_##N                                                                                   \
+#define ILLADA_WGMMA_SHARED(N, TYPE, A, B, P, TA, TB)                                                    \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                                   \
+               ", 0;\n"                                                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" ILLADA_REGISTERS_##N \
+               "}, %" #A ", %" #B ", p, 1, 1, %" #TA ", %" #TB ";\n}\n"                                  \
+               : ILLADA_OPERANDS_##N                                                                     \
                : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B))
-#define ILLADA_WGMMA_REGISTERS(N, TYPE, A0, A1, A2, A3, B, P, TB)                                                      \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                        \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" ILLADA_REGISTERS_##N               \
-               "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #TB ";\n}\n"                         \
-               : ILLADA_OPERANDS_##N                                                                                   \
+#define ILLADA_WGMMA_REGISTERS(N, TYPE, A0, A1, A2, A3, B, P, TB)                                        \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                                   \
+               ", 0;\n"                                                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" ILLADA_REGISTERS_##N \
+               "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #TB ";\n}\n"           \
+               : ILLADA_OPERANDS_##N                                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TRANSPOSE_B))
 
 template <int N> struct WgmmaShape;
-#define ILLADA_WGMMA_SHAPE(N, I0, I1, I2, I3, I4, I5, I6)                                                              \
-  template <> struct WgmmaShape<N> {                                                                                   \
-    template <class T, int TRANSPOSE_A, int TRANSPOSE_B>                                                               \
-    static ILLADA_DEVICE void shared(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {                      \
-      if constexpr (IsBf16<T>::value)                                                                                  \
-        ILLADA_WGMMA_SHARED(N, "bf16", I0, I1, I2, I3, I4);                                                            \
-      else                                                                                                             \
-        ILLADA_WGMMA_SHARED(N, "f16", I0, I1, I2, I3, I4);                                                             \
-    }                                                                                                                  \
-    template <class T, int TRANSPOSE_B>                                                                                \
-    static ILLADA_DEVICE void registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {       \
-      if constexpr (IsBf16<T>::value)                                                                                  \
-        ILLADA_WGMMA_REGISTERS(N, "bf16", I0, I1, I2, I3, I4, I5, I6);                                                 \
-      else                                                                                                             \
-        ILLADA_WGMMA_REGISTERS(N, "f16", I0, I1, I2, I3, I4, I5, I6);                                                  \
-    }                                                                                                                  \
+#define ILLADA_WGMMA_SHAPE(N, I0, I1, I2, I3, I4, I5, I6)                                                        \
+  template <> struct WgmmaShape<N> {                                                                             \
+    template <class T, int TRANSPOSE_A, int TRANSPOSE_B>                                                         \
+    static ILLADA_DEVICE void shared(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {                \
+      if constexpr (IsBf16<T>::value) ILLADA_WGMMA_SHARED(N, "bf16", I0, I1, I2, I3, I4);                        \
+      else ILLADA_WGMMA_SHARED(N, "f16", I0, I1, I2, I3, I4);                                                    \
+    }                                                                                                            \
+    template <class T, int TRANSPOSE_B>                                                                          \
+    static ILLADA_DEVICE void registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) { \
+      if constexpr (IsBf16<T>::value) ILLADA_WGMMA_REGISTERS(N, "bf16", I0, I1, I2, I3, I4, I5, I6);             \
+      else ILLADA_WGMMA_REGISTERS(N, "f16", I0, I1, I2, I3, I4, I5, I6);                                         \
+    }                                                                                                            \
   };
-template <class T> struct IsBf16 { static constexpr bool value = false; };
-template <> struct IsBf16<bf16> { static constexpr bool value = true; };
+template <class T> struct IsBf16 {
+  static constexpr bool value = false;
+};
+template <> struct IsBf16<bf16> {
+  static constexpr bool value = true;
+};
 ILLADA_WGMMA_SHAPE(8, 4, 5, 6, 7, 8, 9, 10)
 ILLADA_WGMMA_SHAPE(16, 8, 9, 10, 11, 12, 13, 14)
 ILLADA_WGMMA_SHAPE(24, 12, 13, 14, 15, 16, 17, 18)

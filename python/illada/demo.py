@@ -27,9 +27,14 @@ SECONDS = 170.0
 TOKENIZER = "bpe:16384"
 BLOCK = 4
 TRAINING = {
-    "objective": "block", "length": 128, "batch_size": 4, "hole_fraction": 0.1,
-    "optimizer": "muon", "lr": 0.02, "adamw_lr": 0.012,
-}  # fmt: skip
+    "objective": "block",
+    "length": 128,
+    "batch_size": 4,
+    "hole_fraction": 0.1,
+    "optimizer": "muon",
+    "lr": 0.02,
+    "adamw_lr": 0.012,
+}
 
 PROMPT = 'def get_name(self, name):\n    """Return the'
 HOLE = (

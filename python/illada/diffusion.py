@@ -87,9 +87,14 @@ def cart_weight(masked: Tensor, p: float = 0.3) -> Tensor:
 
 
 def full_sequence(
-    tokens: Tensor, mask_id: int, generator: torch.Generator, *, eps: float = 1e-3, weighting: str = "llada",
+    tokens: Tensor,
+    mask_id: int,
+    generator: torch.Generator,
+    *,
+    eps: float = 1e-3,
+    weighting: str = "llada",
     complementary: bool = False,
-) -> Example:  # fmt: skip
+) -> Example:
     """LLaDA's pre-training (arXiv 2502.09992, equation 3): p = (1 - eps) u + eps for each sequence, every token
     masked with probability p, weight 1 / (p * B * S). Its expectation is an upper bound of -log p(x) / S.
 
@@ -151,9 +156,13 @@ def block_diffusion(
     masked = mask_count(count, block, generator).view(batch, length)
     weight = (block / count).repeat_interleave(block).view(batch, length) / tokens.numel()
     return Example(
-        torch.cat([tokens.masked_fill(masked, mask_id), tokens], dim=1), tokens, masked, weight,
-        KeyRanges.block_diffusion(length, block), positions.repeat(1, 2),
-    )  # fmt: skip
+        torch.cat([tokens.masked_fill(masked, mask_id), tokens], dim=1),
+        tokens,
+        masked,
+        weight,
+        KeyRanges.block_diffusion(length, block),
+        positions.repeat(1, 2),
+    )
 
 
 def hole_order(batch: int, length: int, fraction: float, generator: torch.Generator) -> Tensor:

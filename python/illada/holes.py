@@ -53,9 +53,16 @@ def fill_hole(
         for step in range(end - max(first, start)):
             hidden = model(tokens[:, :end], ranges, places[:end])
             unmask(
-                hidden[:, first:end], model.head_weight, tokens, candidates, TopK(1), mask_id=c.mask_id,
-                temperature=temperature, seed=seed, step=step,
-            )  # fmt: skip
+                hidden[:, first:end],
+                model.head_weight,
+                tokens,
+                candidates,
+                TopK(1),
+                mask_id=c.mask_id,
+                temperature=temperature,
+                seed=seed,
+                step=step,
+            )
             if callback is not None:
                 seen = tokens[0].tolist()
                 callback([*seen[: len(before)], *seen[start:], *seen[len(before) : start]])

@@ -41,9 +41,15 @@ class Run:
 
     @classmethod
     def create(
-        cls, folder: Path, data: str | None, tokenizer_spec: str, preset: str, config: TrainConfig, block: int,
+        cls,
+        folder: Path,
+        data: str | None,
+        tokenizer_spec: str,
+        preset: str,
+        config: TrainConfig,
+        block: int,
         train_documents: list[Document],
-    ) -> Run:  # fmt: skip
+    ) -> Run:
         """A new run; the preset's vocabulary and special ids become the tokenizer's, its causal_block `block`."""
         tokenizer = make_tokenizer(tokenizer_spec, train_documents)
         ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "pad_id")}

@@ -36,10 +36,18 @@ ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_on_cpu"
 EMULATOR_FLAGS = ["-std=c++17", "-O2", "-march=x86-64-v3", "-Wall", "-g1"]
 KERNEL_FLAGS = [
-    "-x", "c++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-fno-strict-aliasing",
+    "-x",
+    "c++",
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    "-fno-strict-aliasing",
     # The compiler reports every access, and every misuse that it can see, to the emulator (memory.cpp), not to libtsan.
     "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
-]  # fmt: skip
+]
 
 
 class KernelFault(AssertionError):

@@ -91,8 +91,20 @@ def wgmma_program(n: int, dtype: torch.dtype, a_kind: int, b_kind: int, seed: in
     row, column = fragment_index(n)
     accumulate = choose(0, 1)
     expected = (a @ b.T + accumulate * d)[row, column]
-    arguments = [n, int(dtype == torch.float16), a_kind, b_kind, accumulate, *places[0], *places[1],
-                 images[0], words, images[1], d[row, column].contiguous(), None]  # fmt: skip
+    arguments = [
+        n,
+        int(dtype == torch.float16),
+        a_kind,
+        b_kind,
+        accumulate,
+        *places[0],
+        *places[1],
+        images[0],
+        words,
+        images[1],
+        d[row, column].contiguous(),
+        None,
+    ]
     name = f"wgmma n={n} {str(dtype)[6:]} A={('K', 'MN', 'registers')[a_kind]} B={('K', 'MN')[b_kind]} seed={seed}"
     return Program(name, "probe_wgmma", arguments, {14: expected})
 
@@ -101,8 +113,12 @@ def wgmma_programs() -> list[Program]:
     bf16, fp16 = torch.bfloat16, torch.float16
     some = [
         wgmma_program(n, dtype, a, b, seed)
-        for n in (8, 64, 136, 256) for dtype in (bf16, fp16) for a in (0, 1, 2) for b in (0, 1) for seed in (1, 2)
-    ]  # fmt: skip
+        for n in (8, 64, 136, 256)
+        for dtype in (bf16, fp16)
+        for a in (0, 1, 2)
+        for b in (0, 1)
+        for seed in (1, 2)
+    ]
     every_n = [wgmma_program(n, bf16, 0, 0, n) for n in range(8, 257, 8)]
     return some + every_n + [wgmma_program(n, fp16, 1, 1, n) for n in range(8, 257, 8)]
 
@@ -217,15 +233,23 @@ def multicast_program(clusters: int, rounds: int) -> Program:
         for box in range(2):
             sums += tensor[(2 * i + box) * 8 + thread % 8, 0].float() * (i + 1)
     arguments = [tensor, 16 * rounds, torch.zeros(2 * clusters, 64), clusters, rounds, None]
-    return Program(f"multicast {clusters} clusters {rounds} rounds", "probe_multicast", arguments,
-                   {2: sums.expand(2 * clusters, 64)})  # fmt: skip
+    return Program(
+        f"multicast {clusters} clusters {rounds} rounds",
+        "probe_multicast",
+        arguments,
+        {2: sums.expand(2 * clusters, 64)},
+    )
 
 
 def barrier_program(rounds: int) -> Program:
     thread = torch.arange(128)
     expected = thread // 64 * 64 + (thread + rounds) % 64 + 1000  # one lane of each warp is elected
-    return Program(f"barriers {rounds} rounds", "probe_barriers", [torch.zeros(128, dtype=torch.int32), rounds, None],
-                   {0: expected.int()})  # fmt: skip
+    return Program(
+        f"barriers {rounds} rounds",
+        "probe_barriers",
+        [torch.zeros(128, dtype=torch.int32), rounds, None],
+        {0: expected.int()},
+    )
 
 
 def matrix_and_cluster_programs() -> list[Program]:

@@ -57,9 +57,12 @@ def test_named_shapes_meet_the_numerics_bar(variant, case, dtype):
     group = case.heads // case.kv_heads
     heads, key_head = slice(case.heads - group, None), slice(case.kv_heads - 1, None)
     part = Result(
-        ours.out[-1:, :, heads], ours.lse[-1:, heads], ours.dq[-1:, :, heads],
-        ours.dk[-1:, :, key_head], ours.dv[-1:, :, key_head],
-    )  # fmt: skip
+        ours.out[-1:, :, heads],
+        ours.lse[-1:, heads],
+        ours.dq[-1:, :, heads],
+        ours.dk[-1:, :, key_head],
+        ours.dv[-1:, :, key_head],
+    )
     inputs = q[-1:, :, heads], k[-1:, :, key_head], v[-1:, :, key_head], dout[-1:, :, heads], dlse[-1:, heads]
     assert_close(part, *inputs, None if ranges is None else ranges[case.batch - 1 :])
 

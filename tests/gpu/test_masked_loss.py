@@ -117,8 +117,9 @@ def test_head_gradient_is_one_rounding_of_the_float32_sum(backend: str) -> None:
     hidden, head, targets, masked, w = inputs(8192, 128, 64, 1.0, torch.bfloat16)
     args = (hidden.sign(), torch.zeros_like(head), targets % 64, masked, torch.ones_like(w))
     beside = [x.cpu() for x in args[2:]]
-    exact = gradients(lambda h, c: reference.masked_loss(h, c, *beside[:2], beside[2].double()),
-                      *(x.double().cpu() for x in args[:2]))  # fmt: skip
+    exact = gradients(
+        lambda h, c: reference.masked_loss(h, c, *beside[:2], beside[2].double()), *(x.double().cpu() for x in args[:2])
+    )
     for budget in budgets(args, torch.bfloat16).values():
         mine = run(args, backend, memory_budget=budget)[2].double().cpu()
         assert ((mine - exact[2]).abs() <= exact[2].abs() * 2**-8).all()

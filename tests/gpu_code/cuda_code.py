@@ -31,13 +31,22 @@ TABLE = Path(__file__).with_name("cuda_table.csv")
 # The library's kernels, and the two that show how Hopper kernels are written.
 FOLDERS = ("csrc/cuda", "tests/cuda_on_cpu/kernels")
 SOURCES = sorted(
-    str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("*.cu")
+    str(path.relative_to(ROOT))
+    for folder in FOLDERS
+    for path in (ROOT / folder).glob("*.cu")
     if path.stem not in ("probes_sm90a", "basics")
-)  # fmt: skip
+)
 FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Icsrc/cuda", "-Icsrc/include"]
 # What a word in the source must become in the SASS of sm_90a.
-MEANT = {"wgmma<": "HGMMA", "tma_load(": "UTMALDG", "tma_store(": "UTMASTG", "tma_reduce_add(": "UTMAREDG",
-         "bulk_load(": "UBLKCP", "bulk_reduce_add(": "UBLKRED", "stmatrix": "STSM"}  # fmt: skip
+MEANT = {
+    "wgmma<": "HGMMA",
+    "tma_load(": "UTMALDG",
+    "tma_store(": "UTMASTG",
+    "tma_reduce_add(": "UTMAREDG",
+    "bulk_load(": "UBLKCP",
+    "bulk_reduce_add(": "UBLKRED",
+    "stmatrix": "STSM",
+}
 SERIALISED = ("C7510", "C7511", "C7512", "C7515")  # ptxas: wgmma waits for each product
 
 
@@ -176,18 +185,34 @@ def _read_kernels(source: str, arch: str, log: str, sass: str) -> list[Kernel]:
     bodies = {m[1]: m[2] for m in re.finditer(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S)}
     found = []
     for name, text in re.findall(r"Compiling entry function '(\S+)' for '\S+'\n(.*?)(?=Compiling entry|\Z)", log, re.S):
-        number = {key: int(m[1]) if (m := re.search(pattern, text)) else 0 for key, pattern in {
-            "registers": r"Used (\d+) registers", "static_shared": r"(\d+) bytes smem", "stack": r"(\d+) bytes stack",
-            "stores": r"(\d+) bytes spill stores", "loads": r"(\d+) bytes spill loads"}.items()}  # fmt: skip
+        number = {
+            key: int(m[1]) if (m := re.search(pattern, text)) else 0
+            for key, pattern in {
+                "registers": r"Used (\d+) registers",
+                "static_shared": r"(\d+) bytes smem",
+                "stack": r"(\d+) bytes stack",
+                "stores": r"(\d+) bytes spill stores",
+                "loads": r"(\d+) bytes spill loads",
+            }.items()
+        }
 
         def count(pattern: str, body: str = bodies.get(name, "")) -> int:
             return len(re.findall(pattern, body, re.M))
 
-        found.append(Kernel(
-            source, arch, _demangle(name), number["registers"], number["static_shared"], number["stack"],
-            number["stores"] + number["loads"], count(r"^\s+/\*[0-9a-f]{4,}\*/"), count(r"\bHGMMA\b"),
-            count(r"\b(?:UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED)\b"),
-        ))  # fmt: skip
+        found.append(
+            Kernel(
+                source,
+                arch,
+                _demangle(name),
+                number["registers"],
+                number["static_shared"],
+                number["stack"],
+                number["stores"] + number["loads"],
+                count(r"^\s+/\*[0-9a-f]{4,}\*/"),
+                count(r"\bHGMMA\b"),
+                count(r"\b(?:UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED)\b"),
+            )
+        )
     return sorted(found, key=lambda k: k.kernel)
 
 
@@ -197,8 +222,11 @@ def missing_instructions(source: str, sass: str) -> list[str]:
     text = (ROOT / source).read_text()
     headers = included_files(text, [(ROOT / source).parent])
     text += "".join(path.read_text() for path in headers if path.name.endswith("_sm90a.cuh"))
-    return [f"{word} -> {instruction}" for word, instruction in MEANT.items()
-            if word in text and not re.search(rf"\b{instruction}\b", sass)]  # fmt: skip
+    return [
+        f"{word} -> {instruction}"
+        for word, instruction in MEANT.items()
+        if word in text and not re.search(rf"\b{instruction}\b", sass)
+    ]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

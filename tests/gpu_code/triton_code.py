@@ -54,8 +54,13 @@ class Configuration:
 
     def hash(self, arch: int) -> str:
         """Changes with the kernel's source and that of what it calls, the arguments and the options."""
-        parts = (self.kernel.cache_key, sorted(self.signature.items()), sorted(self.constexprs.items(), key=str),
-                 sorted(self.options.items()), arch)  # fmt: skip
+        parts = (
+            self.kernel.cache_key,
+            sorted(self.signature.items()),
+            sorted(self.constexprs.items(), key=str),
+            sorted(self.options.items()),
+            arch,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -92,8 +97,10 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
-                       for tool, option in zip(tools, ("-res-usage", "-c")))  # fmt: skip
+        usage, sass = (
+            subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in zip(tools, ("-res-usage", "-c"))
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if not found:
         raise RuntimeError(f"cuobjdump -res-usage printed no registers:\n{usage}")
@@ -139,8 +146,11 @@ def measure(table: Iterable[Row], wanted: Iterable[Configuration]) -> tuple[list
 
 
 def too_large(rows: Iterable[Row]) -> list[str]:
-    return [f"{r.configuration} sm_{r.arch}: {r.shared} bytes of shared memory, at most {SHARED_LIMIT[r.arch]} fit"
-            for r in rows if r.shared > SHARED_LIMIT[r.arch]]  # fmt: skip
+    return [
+        f"{r.configuration} sm_{r.arch}: {r.shared} bytes of shared memory, at most {SHARED_LIMIT[r.arch]} fit"
+        for r in rows
+        if r.shared > SHARED_LIMIT[r.arch]
+    ]
 
 
 def main() -> None:

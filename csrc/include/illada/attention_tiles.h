@@ -21,8 +21,7 @@ inline int leading_dim(int dim) { return round_up(dim, 32) + 16; }
 struct View {  // (batch, rows, heads, dim), strides in elements, last dimension contiguous
   const void* data;
   int64_t batch_stride, row_stride, head_stride;
-  template <class T>
-  const T* at(int64_t b, int64_t row, int64_t head) const {
+  template <class T> const T* at(int64_t b, int64_t row, int64_t head) const {
     return static_cast<const T*>(data) + b * batch_stride + row * row_stride + head * head_stride;
   }
 };
@@ -54,10 +53,7 @@ class Buffer {  // aligned, uninitialised memory; false if there was none
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   explicit operator bool() const { return data_; }
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
+  template <class T> T* as() const { return static_cast<T*>(data_); }
 
  private:
   void* data_;

@@ -17,7 +17,9 @@ namespace illada {
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57, kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
 
-struct PhiloxWords { uint32_t w0, w1, w2, w3; };
+struct PhiloxWords {
+  uint32_t w0, w1, w2, w3;
+};
 
 ILLADA_HD PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);

@@ -82,8 +82,7 @@ __attribute__((noinline)) void multiply(int rows, int cols, int depth, const flo
       const float* scale_block = kInto == Into::kScaleAdd ? row_scale + i : nullptr;
       if (cols - j >= kBlockCols)
         multiply_block<kInto, kTransposed, 2>(depth, a_block, lda, b + j, ldb, c + i * ldc + j, ldc, scale_block);
-      else
-        multiply_block<kInto, kTransposed, 1>(depth, a_block, lda, b + j, ldb, c + i * ldc + j, ldc, scale_block);
+      else multiply_block<kInto, kTransposed, 1>(depth, a_block, lda, b + j, ldb, c + i * ldc + j, ldc, scale_block);
     }
 }
 
@@ -107,8 +106,7 @@ inline void interleave(vf a, vf b, vf& low, vf& high) {
 }
 
 // lane i of the result: r[i]'s lanes combined, in a fixed order
-template <class Combine>
-inline vf reduce_rows(const vf* r, Combine combine) {
+template <class Combine> inline vf reduce_rows(const vf* r, Combine combine) {
   vf level[kWidth];
   for (int i = 0; i < kWidth; ++i) level[i] = r[i];
 #pragma GCC unroll 4

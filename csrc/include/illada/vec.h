@@ -24,8 +24,12 @@ typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
 
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -56,16 +60,20 @@ template <> inline bf16 from_float<bf16>(float x) {  // round to nearest even; a
 template <> inline fp16 from_float<fp16>(float x) {
   const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
   if (a > 0x7f800000) return fp16{uint16_t(sign | 0x7e00)};
-  if (a >= 0x477ff000) return fp16{uint16_t(sign | 0x7c00)};                       // 65520 and more round to infinity
-  if (a < 0x38800000) {                                                            // subnormal: let the adder round
-    const uint32_t r = bit_cast<uint32_t>(bit_cast<float>(a) + 0.5f) - 0x3f000000; // 0.5 has an ulp of 2^-24
+  if (a >= 0x477ff000) return fp16{uint16_t(sign | 0x7c00)};  // 65520 and more round to infinity
+  if (a < 0x38800000) {  // subnormal: let the adder round
+    const uint32_t r = bit_cast<uint32_t>(bit_cast<float>(a) + 0.5f) - 0x3f000000;  // 0.5 has an ulp of 2^-24
     return fp16{uint16_t(sign | r)};
   }
   return fp16{uint16_t(sign | ((a + 0xfff + (a >> 13 & 1)) - 0x38000000) >> 13)};
 }
 
 // ---- loads and stores of one vector, and of its first n lanes -----------------------------------------------------------------
-inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 inline vf load(const bf16* p) {
   vh h;
@@ -112,7 +120,8 @@ template <class T> inline void store_n(T* p, vf v, int n) {
 // ---- elementwise and across lanes -----------------------------------------------------------------------------------------------
 inline vf max(vf a, vf b) {  // like maxps: b where either is NaN
 #if defined(__AVX512F__)
-  return bit_cast<vf>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));  // of a > b ? a : b GCC makes two instructions
+  return bit_cast<vf>(
+      _mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));  // of a > b ? a : b GCC makes two instructions
 #else
   return a > b ? a : b;
 #endif

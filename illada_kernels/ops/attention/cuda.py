@@ -108,8 +108,29 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float
     q, scale = _with_positive_scale(q, scale)
     bounds = _aligned(bounds)
     strides = element_strides(q, k, v, bounds)
-    launch(_FORWARD[q.dtype], q.device, q, k, v, bounds, out, lse, batch, rows, keys, heads, key_heads, dim,
-           strides.buffer_info()[0], scale, cut.pack, cut.splits, parts, counter, blocks)  # fmt: skip
+    launch(
+        _FORWARD[q.dtype],
+        q.device,
+        q,
+        k,
+        v,
+        bounds,
+        out,
+        lse,
+        batch,
+        rows,
+        keys,
+        heads,
+        key_heads,
+        dim,
+        strides.buffer_info()[0],
+        scale,
+        cut.pack,
+        cut.splits,
+        parts,
+        counter,
+        blocks,
+    )
     return out, lse
 
 
@@ -149,8 +170,24 @@ def backward(
     launch("attention_bwd_rows_sm90a", q.device, code, out, lse, dout, dlse, bounds, *space, *sizes, at)
     if not deterministic and dim <= _MOST_FUSED_DIM:
         sums = torch.zeros(space[0].numel() // 2 * dim, dtype=torch.float32, device=q.device)
-        launch("attention_bwd_fused_sm90a", q.device, code, q, k, v, dout, *space, sums, dq, dk, dv, *sizes, at, scale,
-               blocks)  # fmt: skip
+        launch(
+            "attention_bwd_fused_sm90a",
+            q.device,
+            code,
+            q,
+            k,
+            v,
+            dout,
+            *space,
+            sums,
+            dq,
+            dk,
+            dv,
+            *sizes,
+            at,
+            scale,
+            blocks,
+        )
         return dq, dk, dv
     launch("attention_bwd_keys_sm90a", q.device, code, q, k, v, dout, *space, dk, dv, *sizes, at, scale, blocks)
     launch("attention_bwd_queries_sm90a", q.device, code, q, k, v, dout, *space, dq, *sizes, at, scale, blocks)
@@ -181,8 +218,12 @@ def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 def _aligned(bounds: Tensor | None) -> Tensor | None:
     """Rows of four integers that one 16-byte access reads."""
-    if bounds is None or (bounds.stride(2) == 1 and bounds.data_ptr() % 16 == 0 and bounds.stride(0) % 4 == 0
-                          and bounds.stride(1) % 4 == 0):  # fmt: skip
+    if bounds is None or (
+        bounds.stride(2) == 1
+        and bounds.data_ptr() % 16 == 0
+        and bounds.stride(0) % 4 == 0
+        and bounds.stride(1) % 4 == 0
+    ):
         return bounds
     return bounds.clone(memory_format=torch.contiguous_format)
 

@@ -113,27 +113,33 @@ Table = dict[str, dict[int, Tile]]  # "any" GPU, what "sm_90" and later do diffe
 # without tensor cores.
 FORWARD: Table = {
     "any": {
-        64: Tile(128, 64, 32, 4, 3, 1), 96: Tile(128, 32, 32, 8, 3, 1),
-        128: Tile(128, 32, 32, 8, 3, 1), 256: Tile(64, 32, 32, 8, 2, 1),
+        64: Tile(128, 64, 32, 4, 3, 1),
+        96: Tile(128, 32, 32, 8, 3, 1),
+        128: Tile(128, 32, 32, 8, 3, 1),
+        256: Tile(64, 32, 32, 8, 2, 1),
     },
     "sm_90": {128: Tile(128, 64, 32, 8, 3, 1), 256: Tile(64, 32, 16, 8, 2, 1)},
     "float32": dict.fromkeys((64, 96, 128, 256), Tile(16, 16, 16, 4, 1, 1)),
-}  # fmt: skip
+}
 KEYS_BACKWARD: Table = {  # dk and dv of a tile of keys
     "any": {
-        64: Tile(32, 128, 128, 8, 2, 1), 96: Tile(16, 64, 64, 8, 2, 1),
-        128: Tile(32, 64, 64, 8, 2, 1), 256: Tile(32, 32, 32, 8, 2, 1),
+        64: Tile(32, 128, 128, 8, 2, 1),
+        96: Tile(16, 64, 64, 8, 2, 1),
+        128: Tile(32, 64, 64, 8, 2, 1),
+        256: Tile(32, 32, 32, 8, 2, 1),
     },
     "sm_90": {96: Tile(32, 64, 64, 8, 2, 1)},
     "float32": dict.fromkeys((64, 96, 128, 256), Tile(16, 16, 16, 4, 1, 1)),
-}  # fmt: skip
+}
 QUERIES_BACKWARD: Table = {  # dq of a tile of rows
     "any": {
-        64: Tile(128, 64, 32, 8, 2, 1), 96: Tile(64, 32, 32, 8, 2, 1),
-        128: Tile(64, 64, 32, 8, 2, 1), 256: Tile(32, 32, 32, 8, 2, 1),
+        64: Tile(128, 64, 32, 8, 2, 1),
+        96: Tile(64, 32, 32, 8, 2, 1),
+        128: Tile(64, 64, 32, 8, 2, 1),
+        256: Tile(32, 32, 32, 8, 2, 1),
     },
     "float32": dict.fromkeys((64, 96, 128, 256), Tile(16, 16, 16, 4, 1, 1)),
-}  # fmt: skip
+}
 
 
 _tuned: dict[tuple[int, torch.device, torch.dtype, int], Tile] = {}

@@ -29,10 +29,30 @@ SCAN = tl.constexpr(32)  # tiles of rows that a key tile looks at together: as m
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads"])
 def attention_bwd_rows(
-    out, dout, lse, dlse, bounds, log_sums, deltas, hulls, num_queries, num_keys, kv_heads,
-    out_batch, out_row, out_head, dout_batch, dout_row, dout_head, bounds_batch, bounds_row,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    out,
+    dout,
+    lse,
+    dlse,
+    bounds,
+    log_sums,
+    deltas,
+    hulls,
+    num_queries,
+    num_keys,
+    kv_heads,
+    out_batch,
+    out_row,
+    out_head,
+    dout_batch,
+    dout_row,
+    dout_head,
+    bounds_batch,
+    bounds_row,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Of each packed row: its lse in units of log 2, and delta = sum out * dout - dlse. Of each tile: its two hulls.
 
     One program owns ROWS packed rows of one key head, and reads out and dout once. Rows without keys, and those beyond
@@ -81,11 +101,38 @@ def attention_bwd_rows(
 
 @triton.jit
 def _add_rows(
-    dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q, dout, log_sums, deltas, bounds, tile, first_key, scale,
-    num_queries, num_keys, kv_head, q_row, q_head, dout_row, dout_head, bounds_row,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    dk,
+    dk_tail,
+    dv,
+    dv_tail,
+    k,
+    k_tail,
+    v,
+    v_tail,
+    q,
+    dout,
+    log_sums,
+    deltas,
+    bounds,
+    tile,
+    first_key,
+    scale,
+    num_queries,
+    num_keys,
+    kv_head,
+    q_row,
+    q_head,
+    dout_row,
+    dout_head,
+    bounds_row,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """What one tile of rows adds to dk / scale and dv of a tile of keys. Scores lie as (keys, rows)."""
     rows = tile * ROWS + tl.arange(0, ROWS)
     queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
@@ -130,12 +177,43 @@ def _lowest_bit(bits):
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads"])
 def attention_bwd_keys(
-    q, k, v, bounds, dout, log_sums, deltas, hulls, dk, dv, scale, num_queries, num_keys, kv_heads,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
-    dout_batch, dout_row, dout_head,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    bounds,
+    dout,
+    log_sums,
+    deltas,
+    hulls,
+    dk,
+    dv,
+    scale,
+    num_queries,
+    num_keys,
+    kv_heads,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    bounds_batch,
+    bounds_row,
+    dout_batch,
+    dout_row,
+    dout_head,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dv = p^T dout, dk = scale ds^T q, where p = exp(scale q k^T - lse), ds = p (dout v^T - delta).
 
     One program owns a tile of keys of one key head; it keeps k, v and the sums, and visits the tiles of packed rows
@@ -171,10 +249,38 @@ def attention_bwd_keys(
     if bounds is None:
         for tile in tl.range(0, tiles, num_stages=STAGES):
             dk_part, dk_tail, dv_part, dv_tail = _add_rows(
-                dk_part, dk_tail, dv_part, dv_tail, k_part, k_tail, v_part, v_tail, q, dout, log_sums, deltas, bounds,
-                tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, q_row, q_head, dout_row,
-                dout_head, bounds_row, GROUP, HEAD, TAIL, ROWS, KEYS, False, PRECISION,
-            )  # fmt: skip
+                dk_part,
+                dk_tail,
+                dv_part,
+                dv_tail,
+                k_part,
+                k_tail,
+                v_part,
+                v_tail,
+                q,
+                dout,
+                log_sums,
+                deltas,
+                bounds,
+                tile,
+                first_key,
+                scale * LOG2_E,
+                num_queries,
+                num_keys,
+                kv_head,
+                q_row,
+                q_head,
+                dout_row,
+                dout_head,
+                bounds_row,
+                GROUP,
+                HEAD,
+                TAIL,
+                ROWS,
+                KEYS,
+                False,
+                PRECISION,
+            )
     else:
         bounds += batch * bounds_batch
         hulls += batch * tiles * 8
@@ -201,19 +307,75 @@ def attention_bwd_keys(
                 tile = first_tile + _lowest_bit(bits)
                 bits &= bits - 1
                 dk_part, dk_tail, dv_part, dv_tail = _add_rows(
-                    dk_part, dk_tail, dv_part, dv_tail, k_part, k_tail, v_part, v_tail, q, dout, log_sums, deltas,
-                    bounds, tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, q_row, q_head,
-                    dout_row, dout_head, bounds_row, GROUP, HEAD, TAIL, ROWS, KEYS, True, PRECISION,
-                )  # fmt: skip
+                    dk_part,
+                    dk_tail,
+                    dv_part,
+                    dv_tail,
+                    k_part,
+                    k_tail,
+                    v_part,
+                    v_tail,
+                    q,
+                    dout,
+                    log_sums,
+                    deltas,
+                    bounds,
+                    tile,
+                    first_key,
+                    scale * LOG2_E,
+                    num_queries,
+                    num_keys,
+                    kv_head,
+                    q_row,
+                    q_head,
+                    dout_row,
+                    dout_head,
+                    bounds_row,
+                    GROUP,
+                    HEAD,
+                    TAIL,
+                    ROWS,
+                    KEYS,
+                    True,
+                    PRECISION,
+                )
             bits = tl.sum(tl.where(full, one, 0), 0)
             for _ in tl.range(0, tl.sum(full.to(tl.int32), 0), num_stages=STAGES):
                 tile = first_tile + _lowest_bit(bits)
                 bits &= bits - 1
                 dk_part, dk_tail, dv_part, dv_tail = _add_rows(
-                    dk_part, dk_tail, dv_part, dv_tail, k_part, k_tail, v_part, v_tail, q, dout, log_sums, deltas,
-                    bounds, tile, first_key, scale * LOG2_E, num_queries, num_keys, kv_head, q_row, q_head,
-                    dout_row, dout_head, bounds_row, GROUP, HEAD, TAIL, ROWS, KEYS, False, PRECISION,
-                )  # fmt: skip
+                    dk_part,
+                    dk_tail,
+                    dv_part,
+                    dv_tail,
+                    k_part,
+                    k_tail,
+                    v_part,
+                    v_tail,
+                    q,
+                    dout,
+                    log_sums,
+                    deltas,
+                    bounds,
+                    tile,
+                    first_key,
+                    scale * LOG2_E,
+                    num_queries,
+                    num_keys,
+                    kv_head,
+                    q_row,
+                    q_head,
+                    dout_row,
+                    dout_head,
+                    bounds_row,
+                    GROUP,
+                    HEAD,
+                    TAIL,
+                    ROWS,
+                    KEYS,
+                    False,
+                    PRECISION,
+                )
 
     at = ((batch * num_keys + keys) * kv_heads + kv_head) * (HEAD + TAIL)
     store_tile(dk, at, exists, dk_part * scale, 0, HEAD)
@@ -225,9 +387,31 @@ def attention_bwd_keys(
 
 @triton.jit
 def _add_keys(
-    dq, dq_tail, q, q_tail, g, g_tail, log_sum, delta, k, v, start, scale, num_keys, k_row, v_row, lo0, hi0, lo1, hi1,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    dq,
+    dq_tail,
+    q,
+    q_tail,
+    g,
+    g_tail,
+    log_sum,
+    delta,
+    k,
+    v,
+    start,
+    scale,
+    num_keys,
+    k_row,
+    v_row,
+    lo0,
+    hi0,
+    lo1,
+    hi1,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """What one tile of keys adds to dq / scale of a tile of rows. Scores lie as (rows, keys)."""
     lanes = tl.arange(0, KEYS)
     keys = start + lanes
@@ -258,13 +442,43 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads", "packed_rows"])
 def attention_bwd_queries(
-    q, k, v, bounds, dout, log_sums, deltas, dq, scale, num_queries, num_keys, kv_heads, packed_rows,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
-    dout_batch, dout_row, dout_head,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
-    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    bounds,
+    dout,
+    log_sums,
+    deltas,
+    dq,
+    scale,
+    num_queries,
+    num_keys,
+    kv_heads,
+    packed_rows,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    bounds_batch,
+    bounds_row,
+    dout_batch,
+    dout_row,
+    dout_head,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PART: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dq = scale ds k, where ds = p (dout v^T - delta), p = exp(scale q k^T - lse).
 
     One program owns ROWS packed rows of one key head and streams key tiles exactly as attention_fwd does: masked parts
@@ -303,16 +517,60 @@ def attention_bwd_queries(
     for i in tl.range(0, keys_in_part, PART, num_stages=MASKED_STAGES):
         start = part_at(i, begin0, full0, full_end0, end0, begin1, full1, full_end1)
         dq_part, dq_tail = _add_keys(
-            dq_part, dq_tail, q_part, q_tail, g_part, g_tail, log_sum, delta, k, v, start, scale * LOG2_E, num_keys,
-            k_row, v_row, lo0, hi0, lo1, hi1, HEAD, TAIL, PART, True, PRECISION,
-        )  # fmt: skip
+            dq_part,
+            dq_tail,
+            q_part,
+            q_tail,
+            g_part,
+            g_tail,
+            log_sum,
+            delta,
+            k,
+            v,
+            start,
+            scale * LOG2_E,
+            num_keys,
+            k_row,
+            v_row,
+            lo0,
+            hi0,
+            lo1,
+            hi1,
+            HEAD,
+            TAIL,
+            PART,
+            True,
+            PRECISION,
+        )
     whole = full_end0 - full0
     for i in tl.range(0, whole + full_end1 - full1, KEYS, num_stages=STAGES):
         start = tl.where(i < whole, full0 + i, full1 + i - whole)
         dq_part, dq_tail = _add_keys(
-            dq_part, dq_tail, q_part, q_tail, g_part, g_tail, log_sum, delta, k, v, start, scale * LOG2_E, num_keys,
-            k_row, v_row, lo0, hi0, lo1, hi1, HEAD, TAIL, KEYS, False, PRECISION,
-        )  # fmt: skip
+            dq_part,
+            dq_tail,
+            q_part,
+            q_tail,
+            g_part,
+            g_tail,
+            log_sum,
+            delta,
+            k,
+            v,
+            start,
+            scale * LOG2_E,
+            num_keys,
+            k_row,
+            v_row,
+            lo0,
+            hi0,
+            lo1,
+            hi1,
+            HEAD,
+            TAIL,
+            KEYS,
+            False,
+            PRECISION,
+        )
 
     at = ((batch * num_queries + queries) * kv_heads * GROUP + heads) * (HEAD + TAIL)
     store_tile(dq, at, inside, dq_part * scale, 0, HEAD)
@@ -347,17 +605,55 @@ def backward(
     moves = *strides(q, k, v, bounds), *dout.stride()[:3]
     with torch.cuda.device_of(q):
         attention_bwd_rows[(tiles * batch * kv_heads,)](
-            out, dout, lse, dlse, bounds, log_sums, deltas, hulls, *sizes, *out.stride()[:3], *dout.stride()[:3],
-            *moves[9:11], **_rows_constants(group, dim, keys_tile), num_warps=4,
-        )  # fmt: skip
+            out,
+            dout,
+            lse,
+            dlse,
+            bounds,
+            log_sums,
+            deltas,
+            hulls,
+            *sizes,
+            *out.stride()[:3],
+            *dout.stride()[:3],
+            *moves[9:11],
+            **_rows_constants(group, dim, keys_tile),
+            num_warps=4,
+        )
         attention_bwd_keys[(triton.cdiv(k.shape[1], keys_tile.keys) * batch * kv_heads,)](
-            q, k, v, bounds, dout, log_sums, deltas, hulls, dk, dv, scale, *sizes, *moves,
-            **_keys_constants(group, dim, q.dtype, keys_tile), num_warps=keys_tile.warps,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            bounds,
+            dout,
+            log_sums,
+            deltas,
+            hulls,
+            dk,
+            dv,
+            scale,
+            *sizes,
+            *moves,
+            **_keys_constants(group, dim, q.dtype, keys_tile),
+            num_warps=keys_tile.warps,
+        )
         attention_bwd_queries[(triton.cdiv(queries * group, queries_tile.rows) * batch * kv_heads,)](
-            q, k, v, bounds, dout, log_sums, deltas, dq, scale, *sizes, packed_rows, *moves,
-            **_keys_constants(group, dim, q.dtype, queries_tile), PART=queries_tile.part, num_warps=queries_tile.warps,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            bounds,
+            dout,
+            log_sums,
+            deltas,
+            dq,
+            scale,
+            *sizes,
+            packed_rows,
+            *moves,
+            **_keys_constants(group, dim, q.dtype, queries_tile),
+            PART=queries_tile.part,
+            num_warps=queries_tile.warps,
+        )
     return dq, dk, dv
 
 

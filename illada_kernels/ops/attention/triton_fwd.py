@@ -19,10 +19,30 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 @triton.jit
 def _attend(
-    q, q_tail, maximum, total, acc, acc_tail, k, v, start, k_row, v_row, num_keys, scale, lo0, hi0, lo1, hi1,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_tail,
+    maximum,
+    total,
+    acc,
+    acc_tail,
+    k,
+    v,
+    start,
+    k_row,
+    v_row,
+    num_keys,
+    scale,
+    lo0,
+    hi0,
+    lo1,
+    hi1,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One key tile: the running maximum (in units of log 2), sum and output of a tile of rows."""
     lanes = tl.arange(0, KEYS)
     keys = start + lanes
@@ -58,12 +78,38 @@ def _attend(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads"])
 def attention_fwd(
-    q, k, v, bounds, out, lse, scale, num_queries, num_keys, kv_heads,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, bounds_batch, bounds_row,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
-    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    bounds,
+    out,
+    lse,
+    scale,
+    num_queries,
+    num_keys,
+    kv_heads,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    bounds_batch,
+    bounds_row,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PART: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """out = softmax(scale q k^T) v, lse = log sum exp(scale q k^T), over the keys that `bounds` allows each row.
 
     One program owns ROWS packed rows of one key head and streams the key tiles of its two hulls: first those that some
@@ -105,16 +151,58 @@ def attention_fwd(
     for i in tl.range(0, keys_in_part, PART, num_stages=MASKED_STAGES):
         start = part_at(i, begin0, full0, full_end0, end0, begin1, full1, full_end1)
         maximum, total, acc, acc_tail = _attend(
-            q_head_part, q_tail, maximum, total, acc, acc_tail, k, v, start, k_row, v_row, num_keys, scale,
-            lo0, hi0, lo1, hi1, HEAD, TAIL, PART, True, NEGATIVE, PRECISION,
-        )  # fmt: skip
+            q_head_part,
+            q_tail,
+            maximum,
+            total,
+            acc,
+            acc_tail,
+            k,
+            v,
+            start,
+            k_row,
+            v_row,
+            num_keys,
+            scale,
+            lo0,
+            hi0,
+            lo1,
+            hi1,
+            HEAD,
+            TAIL,
+            PART,
+            True,
+            NEGATIVE,
+            PRECISION,
+        )
     whole = full_end0 - full0
     for i in tl.range(0, whole + full_end1 - full1, KEYS, num_stages=STAGES):
         start = tl.where(i < whole, full0 + i, full1 + i - whole)
         maximum, total, acc, acc_tail = _attend(
-            q_head_part, q_tail, maximum, total, acc, acc_tail, k, v, start, k_row, v_row, num_keys, scale,
-            lo0, hi0, lo1, hi1, HEAD, TAIL, KEYS, False, NEGATIVE, PRECISION,
-        )  # fmt: skip
+            q_head_part,
+            q_tail,
+            maximum,
+            total,
+            acc,
+            acc_tail,
+            k,
+            v,
+            start,
+            k_row,
+            v_row,
+            num_keys,
+            scale,
+            lo0,
+            hi0,
+            lo1,
+            hi1,
+            HEAD,
+            TAIL,
+            KEYS,
+            False,
+            NEGATIVE,
+            PRECISION,
+        )
 
     none = total == 0.0
     total = tl.where(none, 1.0, total)
@@ -137,9 +225,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float
     grid = (triton.cdiv(queries * group, tile.rows) * batch * kv_heads,)
     with torch.cuda.device_of(q):
         attention_fwd[grid](
-            q, k, v, bounds, out, lse, scale, queries, k.shape[1], kv_heads, *strides(q, k, v, bounds),
-            **constants(group, dim, q.dtype, tile), NEGATIVE=scale < 0, num_warps=tile.warps,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            bounds,
+            out,
+            lse,
+            scale,
+            queries,
+            k.shape[1],
+            kv_heads,
+            *strides(q, k, v, bounds),
+            **constants(group, dim, q.dtype, tile),
+            NEGATIVE=scale < 0,
+            num_warps=tile.warps,
+        )
     return out, lse
 
 

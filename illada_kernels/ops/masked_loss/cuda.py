@@ -34,56 +34,165 @@ class CudaRows:
     ) -> Rows:
         total = masked.numel()
         rows = rows_of(capacity, total, capacity, masked.device)
-        self.launch("masked_loss_compact", masked.device, masked.contiguous(), targets.contiguous(),
-                    None if weight is None else weight.contiguous(), total, vocab, capacity, int(mean),
-                    rows.index, rows.targets, rows.scale, rows.slot, rows.info)  # fmt: skip
+        self.launch(
+            "masked_loss_compact",
+            masked.device,
+            masked.contiguous(),
+            targets.contiguous(),
+            None if weight is None else weight.contiguous(),
+            total,
+            vocab,
+            capacity,
+            int(mean),
+            rows.index,
+            rows.targets,
+            rows.scale,
+            rows.slot,
+            rows.info,
+        )
         return rows
 
     def gather(self, x: Tensor, rows: Rows, out: Tensor, factors: Tensor | None = None) -> None:
         x, inner, outer_stride, stride = row_strides(x)
-        self.launch("masked_loss_gather", x.device, x, dtype_code(x), inner, outer_stride, stride,
-                    rows.index, rows.info, rows.start, len(rows.index), out.shape[1], factors,
-                    out, dtype_code(out))  # fmt: skip
+        self.launch(
+            "masked_loss_gather",
+            x.device,
+            x,
+            dtype_code(x),
+            inner,
+            outer_stride,
+            stride,
+            rows.index,
+            rows.info,
+            rows.start,
+            len(rows.index),
+            out.shape[1],
+            factors,
+            out,
+            dtype_code(out),
+        )
 
     def scatter(self, dx: Tensor, rows: Rows, out: Tensor, factors: Tensor | None = None) -> None:
-        self.launch("masked_loss_scatter", dx.device, dx, rows.slot, rows.info, rows.capacity, len(rows.slot), len(dx),
-                    out.shape[1], factors, out, dtype_code(out))  # fmt: skip
+        self.launch(
+            "masked_loss_scatter",
+            dx.device,
+            dx,
+            rows.slot,
+            rows.info,
+            rows.capacity,
+            len(rows.slot),
+            len(dx),
+            out.shape[1],
+            factors,
+            out,
+            dtype_code(out),
+        )
 
     def factors(self, rows: Rows, what: int, grad_loss: Tensor | None, out: Tensor) -> None:
         per_row = grad_loss is not None and grad_loss.dim() > 0
         grad_loss = None if grad_loss is None else grad_loss.contiguous()
-        self.launch("masked_loss_factors", out.device, rows.scale, rows.index, rows.info, rows.start, len(rows.index),
-                    what, grad_loss, int(per_row), out)  # fmt: skip
+        self.launch(
+            "masked_loss_factors",
+            out.device,
+            rows.scale,
+            rows.index,
+            rows.info,
+            rows.start,
+            len(rows.index),
+            what,
+            grad_loss,
+            int(per_row),
+            out,
+        )
 
     def stats(
         self, logits: Tensor, first: int, rows: Rows, state: Tensor, formula: Formula, by_slot: bool = False
     ) -> None:
         width = logits.shape[-1]
         logits, *strides = row_strides(logits)
-        self.launch("masked_loss_rows_stats", logits.device, logits, dtype_code(logits), *strides,
-                    *_which(rows, by_slot), first, width, rows.targets, *_terms(formula), state)  # fmt: skip
+        self.launch(
+            "masked_loss_rows_stats",
+            logits.device,
+            logits,
+            dtype_code(logits),
+            *strides,
+            *_which(rows, by_slot),
+            first,
+            width,
+            rows.targets,
+            *_terms(formula),
+            state,
+        )
 
     def dlogits(
-        self, logits: Tensor, out: Tensor, first: int, rows: Rows, state: Tensor, scale: Tensor, formula: Formula,
+        self,
+        logits: Tensor,
+        out: Tensor,
+        first: int,
+        rows: Rows,
+        state: Tensor,
+        scale: Tensor,
+        formula: Formula,
         by_slot: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         width = logits.shape[-1]
         logits, *strides = row_strides(logits)
-        self.launch("masked_loss_rows_dlogits", logits.device, logits, dtype_code(logits), *strides, out, out.stride(0),
-                    *_which(rows, by_slot), rows.capacity, first, width, rows.targets, state, scale,
-                    *_terms(formula))  # fmt: skip
+        self.launch(
+            "masked_loss_rows_dlogits",
+            logits.device,
+            logits,
+            dtype_code(logits),
+            *strides,
+            out,
+            out.stride(0),
+            *_which(rows, by_slot),
+            rows.capacity,
+            first,
+            width,
+            rows.targets,
+            state,
+            scale,
+            *_terms(formula),
+        )
 
     def gradients(self, logits: Tensor, rows: Rows, state: Tensor, scale: Tensor, formula: Formula) -> None:
-        self.launch("masked_loss_rows_gradients", logits.device, logits, dtype_code(logits), logits.stride(0),
-                    rows.info, rows.start, len(logits), rows.targets, scale, *_terms(formula), state,
-                    self.shared_memory(logits.device))  # fmt: skip
+        self.launch(
+            "masked_loss_rows_gradients",
+            logits.device,
+            logits,
+            dtype_code(logits),
+            logits.stride(0),
+            rows.info,
+            rows.start,
+            len(logits),
+            rows.targets,
+            scale,
+            *_terms(formula),
+            state,
+            self.shared_memory(logits.device),
+        )
 
     def losses(self, state: Tensor, rows: Rows, formula: Formula, out: Tensor) -> None:
         per_row = out.dim() > 0
         allowed = formula.vocab - (0 if formula.forbid is None else len(formula.forbid))
-        self.launch("masked_loss_losses", out.device, state, rows.targets, rows.scale, rows.slot, rows.info,
-                    rows.capacity, len(rows.slot), len(rows.index), formula.vocab, allowed, formula.label_smoothing,
-                    formula.z_loss, int(per_row), out)  # fmt: skip
+        self.launch(
+            "masked_loss_losses",
+            out.device,
+            state,
+            rows.targets,
+            rows.scale,
+            rows.slot,
+            rows.info,
+            rows.capacity,
+            len(rows.slot),
+            len(rows.index),
+            formula.vocab,
+            allowed,
+            formula.label_smoothing,
+            formula.z_loss,
+            int(per_row),
+            out,
+        )
 
 
 def _which(rows: Rows, by_slot: bool) -> tuple[Any, ...]:
@@ -96,9 +205,14 @@ def _terms(formula: Formula) -> tuple[Any, ...]:
     """vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid."""
     forbid = formula.forbid
     return (
-        formula.vocab, formula.bias, formula.softcap, formula.label_smoothing, formula.z_loss,
-        forbid, 0 if forbid is None else len(forbid),
-    )  # fmt: skip
+        formula.vocab,
+        formula.bias,
+        formula.softcap,
+        formula.label_smoothing,
+        formula.z_loss,
+        forbid,
+        0 if forbid is None else len(forbid),
+    )
 
 
 KERNELS = CudaRows()

@@ -52,9 +52,14 @@ class Plan(NamedTuple):
 
 
 def plan(
-    hidden: Tensor, head_weight: Tensor, masked: Tensor, reduction: str, max_masked: int | None, budget: int | None,
+    hidden: Tensor,
+    head_weight: Tensor,
+    masked: Tensor,
+    reduction: str,
+    max_masked: int | None,
+    budget: int | None,
     needs: Needs,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The mode, from shapes and options alone.
 
     By default the budget is 8 bytes for each element of the head: as long as N < 4 D, the N x V half-precision logits
@@ -108,9 +113,14 @@ def kept_like(p: Plan, head_weight: Tensor, needs: Needs, rows: int | None = Non
 
 
 def masked_rows(
-    kernels: RowKernels, targets: Tensor, masked: Tensor, weight: Tensor | None, vocab: int, options: Options,
+    kernels: RowKernels,
+    targets: Tensor,
+    masked: Tensor,
+    weight: Tensor | None,
+    vocab: int,
+    options: Options,
     check: bool,
-) -> Rows:  # fmt: skip
+) -> Rows:
     """The masked rows, compacted: as many as max_masked, or as all rows. With `check` and without max_masked just as
     many as there are, after the one synchronisation; raises ValueError if a target is no id."""
     total = masked.numel()
@@ -147,9 +157,16 @@ class Head:
     """One call: its rows, its head, the row kernels."""
 
     def __init__(
-        self, kernels: RowKernels, hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, rows: Rows,
-        options: Options, p: Plan, needs: Needs,
-    ) -> None:  # fmt: skip
+        self,
+        kernels: RowKernels,
+        hidden: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        rows: Rows,
+        options: Options,
+        p: Plan,
+        needs: Needs,
+    ) -> None:
         self.kernels, self.hidden, self.weight, self.rows = kernels, hidden, head_weight, rows
         self.plan, self.needs, self.count = p, needs, len(rows.index)
         self.vocab, self.width = head_weight.shape
@@ -188,9 +205,18 @@ def _largest(factors: Tensor) -> Tensor:
 
 
 def forward(
-    kernels: RowKernels, hidden: Tensor, head_weight: Tensor, targets: Tensor, masked: Tensor, weight: Tensor | None,
-    head_bias: Tensor | None, options: Options, budget: int | None, needs: Needs, trim: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kernels: RowKernels,
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    masked: Tensor,
+    weight: Tensor | None,
+    head_bias: Tensor | None,
+    options: Options,
+    budget: int | None,
+    needs: Needs,
+    trim: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss and what is kept; with `trim`, kept for as many rows as are masked rather than for the capacity."""
     p = plan(hidden, head_weight, masked, options.reduction, options.max_masked, budget, needs)
     rows = masked_rows(kernels, targets, masked, weight, head_weight.shape[0], options, check=True)
@@ -249,14 +275,28 @@ def _row_chunks(head: Head, kept: Kept, state: Tensor) -> None:
 
 
 def backward(
-    kernels: RowKernels, grad_loss: Tensor, hidden: Tensor, head_weight: Tensor, targets: Tensor, masked: Tensor,
-    weight: Tensor | None, head_bias: Tensor | None, kept: Kept, options: Options, p: Plan, needs: Needs,
-) -> Kept:  # fmt: skip
+    kernels: RowKernels,
+    grad_loss: Tensor,
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    masked: Tensor,
+    weight: Tensor | None,
+    head_bias: Tensor | None,
+    kept: Kept,
+    options: Options,
+    p: Plan,
+    needs: Needs,
+) -> Kept:
     """Gradients of hidden, head_weight and head_bias in their dtypes; empty where not needed. No synchronisation: it
     computes as many rows as were kept, fillers included."""
     of = (hidden, head_weight, head_bias)
-    grads = [torch.empty(x.shape if need and x is not None else (0,), dtype=(hidden if x is None else x).dtype,
-                         device=hidden.device) for x, need in zip(of, needs)]  # fmt: skip
+    grads = [
+        torch.empty(
+            x.shape if need and x is not None else (0,), dtype=(hidden if x is None else x).dtype, device=hidden.device
+        )
+        for x, need in zip(of, needs)
+    ]
     rows = masked_rows(kernels, targets, masked, weight, head_weight.shape[0], options, check=False)
     if p.mode != "row_chunks":
         rows = rows.chunk(0, len(kept[0]))
@@ -357,9 +397,15 @@ def rows_forward(
 
 
 def rows_backward(
-    kernels: RowKernels, grad_loss: Tensor, logits: Tensor, targets: Tensor, masked: Tensor, weight: Tensor | None,
-    state: Tensor, options: Options,
-) -> Tensor:  # fmt: skip
+    kernels: RowKernels,
+    grad_loss: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    masked: Tensor,
+    weight: Tensor | None,
+    state: Tensor,
+    options: Options,
+) -> Tensor:
     vocab = logits.shape[-1]
     rows = masked_rows(kernels, targets, masked, weight, vocab, options, check=False)
     scale = torch.empty_like(rows.scale)

@@ -36,9 +36,14 @@ class Plan(NamedTuple):
 
 
 def plan(
-    hidden: Tensor, head_weight: Tensor, masked: Tensor, reduction: str, max_masked: int | None, budget: int | None,
+    hidden: Tensor,
+    head_weight: Tensor,
+    masked: Tensor,
+    reduction: str,
+    max_masked: int | None,
+    budget: int | None,
     needs: Needs,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The mode, from shapes and options alone."""
     vocab, width = head_weight.shape
     rows = masked.numel() if max_masked is None else min(max_masked, masked.numel())
@@ -79,9 +84,14 @@ def row_chunks(count: int, room: int, vocab: int, width: int) -> tuple[int, int]
 
 
 def kept_shapes(
-    hidden: Tensor, head_weight: Tensor, masked: Tensor, reduction: str, max_masked: int | None, budget: int | None,
+    hidden: Tensor,
+    head_weight: Tensor,
+    masked: Tensor,
+    reduction: str,
+    max_masked: int | None,
+    budget: int | None,
     needs: Needs,
-) -> list[tuple[int, ...]]:  # fmt: skip
+) -> list[tuple[int, ...]]:
     """Shapes of the three float32 tensors that `forward` keeps."""
     vocab = head_weight.shape[0]
     p = plan(hidden, head_weight, masked, reduction, max_masked, budget, needs)
@@ -120,9 +130,16 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
 
 
 def forward(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, masked: Tensor, weight: Tensor | None,
-    head_bias: Tensor | None, options: Options, budget: int | None, needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    masked: Tensor,
+    weight: Tensor | None,
+    head_bias: Tensor | None,
+    options: Options,
+    budget: int | None,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = plan(hidden, head_weight, masked, options.reduction, options.max_masked, budget, needs)
     shapes = kept_shapes(hidden, head_weight, masked, options.reduction, options.max_masked, budget, needs)
     kept = (floats(*shapes[0]), floats(*shapes[1]), floats(*shapes[2]))
@@ -143,9 +160,15 @@ def forward(
 
 
 def _logits(
-    x: Tensor, head_weight: Tensor, ids: int, out: Tensor, first: int = 0, rows: Rows | None = None,
-    math: RowMath | None = None, state: Tensor | None = None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    head_weight: Tensor,
+    ids: int,
+    out: Tensor,
+    first: int = 0,
+    rows: Rows | None = None,
+    math: RowMath | None = None,
+    state: Tensor | None = None,
+) -> None:
     """Fills out (N, n) with the logits of n ids from `first` on, and brings the state up to date if there is one."""
     for at, w in head_slices(head_weight, ids, first, first + out.shape[1]):
         part = out[:, at - first : at - first + len(w)]
@@ -202,9 +225,19 @@ def _chunk_forward(
 
 
 def _chunk_gradients(
-    x: Tensor, head_weight: Tensor, rows: Rows, coefficients: Tensor, math: RowMath, ids: int, buffer: Tensor,
-    held: int, dx: Tensor, kept: Kept, needs: Needs, accumulate: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    head_weight: Tensor,
+    rows: Rows,
+    coefficients: Tensor,
+    math: RowMath,
+    ids: int,
+    buffer: Tensor,
+    held: int,
+    dx: Tensor,
+    kept: Kept,
+    needs: Needs,
+    accumulate: bool,
+) -> None:
     """dx, and the gradients of the head: of the ids whose logits are in the buffer, then of the rest, done again."""
     vocab = head_weight.shape[0]
     for first, stop in ((0, held), (held, vocab)) if held < vocab else ((0, vocab),):
@@ -246,13 +279,24 @@ def ready_gradients(
 
 
 def backward(
-    grad_loss: Tensor, hidden: Tensor, head_weight: Tensor, targets: Tensor, masked: Tensor, weight: Tensor | None,
-    head_bias: Tensor | None, kept: Kept, options: Options, p: Plan, needs: Needs,
-) -> Kept:  # fmt: skip
+    grad_loss: Tensor,
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    masked: Tensor,
+    weight: Tensor | None,
+    head_bias: Tensor | None,
+    kept: Kept,
+    options: Options,
+    p: Plan,
+    needs: Needs,
+) -> Kept:
     """Gradients of hidden, head_weight and head_bias in their dtypes; empty where not needed."""
     of = (hidden, head_weight, head_bias)
-    grads = [torch.empty(x.shape if need and x is not None else (0,), dtype=(hidden if x is None else x).dtype)
-             for x, need in zip(of, needs)]  # fmt: skip
+    grads = [
+        torch.empty(x.shape if need and x is not None else (0,), dtype=(hidden if x is None else x).dtype)
+        for x, need in zip(of, needs)
+    ]
     rows = masked_rows(targets, masked, weight, options.max_masked)
     if rows.overflow:
         return tuple(g.fill_(torch.nan) for g in grads)  # type: ignore[return-value]
@@ -269,9 +313,16 @@ def backward(
 
 
 def _backward_products(
-    grad_loss: Tensor, hidden: Tensor, head_weight: Tensor, rows: Rows, math: RowMath, kept: Tensor, p: Plan,
-    grads: list[Tensor], needs: Needs,
-) -> Tensor:  # fmt: skip
+    grad_loss: Tensor,
+    hidden: Tensor,
+    head_weight: Tensor,
+    rows: Rows,
+    math: RowMath,
+    kept: Tensor,
+    p: Plan,
+    grads: list[Tensor],
+    needs: Needs,
+) -> Tensor:
     """Fills the gradients of the head; returns that of the masked rows, (N, D) float32.
 
     One chunk: kept is d(loss) / d(logits) for an upstream gradient of 1, so that of a row multiplies that row of x

@@ -121,9 +121,18 @@ def _direct(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, head_weight, targets, masked, weight, head_bias, *options, memory_budget = args[:-4]
     needs, backend = args[-4:-1], args[-1]
     return _compute(
-        hidden, head_weight, targets, masked, weight, head_bias, Options(*options), memory_budget, needs, backend,
+        hidden,
+        head_weight,
+        targets,
+        masked,
+        weight,
+        head_bias,
+        Options(*options),
+        memory_budget,
+        needs,
+        backend,
         trim=True,
-    )  # fmt: skip
+    )
 
 
 def _compute(

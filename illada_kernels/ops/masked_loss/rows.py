@@ -82,9 +82,16 @@ class RowKernels(Protocol):
         state[slot[r]]; unmasked rows are not read. A NaN makes the sum NaN; a row of -inf has sum 0, or NaN."""
 
     def dlogits(
-        self, logits: Tensor, out: Tensor, first: int, rows: Rows, state: Tensor, scale: Tensor, formula: Formula,
+        self,
+        logits: Tensor,
+        out: Tensor,
+        first: int,
+        rows: Rows,
+        state: Tensor,
+        scale: Tensor,
+        formula: Formula,
         by_slot: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """out = scale ((1 + 2 z_loss lse) exp(z - lse) - e / allowed - [target] (1 - e)) dz/dlogit, e the label
         smoothing, lse of the whole row from `state`; 0 at forbidden ids and for fillers. A row whose scale is NaN or
         whose target is no id is NaN throughout. out has logits' dtype and may be logits. scale: (n,) float32.

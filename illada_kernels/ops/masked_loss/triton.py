@@ -16,8 +16,15 @@ from .rows import POWER_TIMES_GRAD, SCALE_OVER_POWER, Formula, Rows, row_strides
 # (elements a program handles at a time, warps): 16 bytes of half precision a thread, or two such loads. A program of
 # `gradients` should find its row in the L2 cache again, so few rows are to be in flight: where registers allow, 1024
 # threads work on one, which is a row of 310 KB for each of the 132 multiprocessors of a Hopper GPU with 50 MB of L2.
-TILES = {"compact": (1024, 4), "copy": (2048, 8), "factors": (512, 4), "stats": (2048, 8), "dlogits": (4096, 16),
-         "gradients": (16384, 32), "gradients, all terms": (8192, 16)}  # fmt: skip
+TILES = {
+    "compact": (1024, 4),
+    "copy": (2048, 8),
+    "factors": (512, 4),
+    "stats": (2048, 8),
+    "dlogits": (4096, 16),
+    "gradients": (16384, 32),
+    "gradients, all terms": (8192, 16),
+}
 
 
 class TritonRows:
@@ -32,11 +39,28 @@ class TritonRows:
         counts, bads = torch.empty(2, tiles, dtype=torch.int32, device=masked.device)
         weights = torch.empty(tiles, dtype=torch.float64, device=masked.device)
         with torch.cuda.device_of(masked):
-            compact.count_kernel[(tiles,)](flags, targets, weight, total, vocab, counts, bads, weights,
-                                           BLOCK=block, num_warps=warps)  # fmt: skip
-            compact.place_kernel[(tiles,)](flags, targets, weight, total, counts, bads, weights, tiles, capacity,
-                                           rows.index, rows.targets, rows.scale, rows.slot, rows.info,
-                                           MEAN=mean, BLOCK=block, num_warps=warps)  # fmt: skip
+            compact.count_kernel[(tiles,)](
+                flags, targets, weight, total, vocab, counts, bads, weights, BLOCK=block, num_warps=warps
+            )
+            compact.place_kernel[(tiles,)](
+                flags,
+                targets,
+                weight,
+                total,
+                counts,
+                bads,
+                weights,
+                tiles,
+                capacity,
+                rows.index,
+                rows.targets,
+                rows.scale,
+                rows.slot,
+                rows.info,
+                MEAN=mean,
+                BLOCK=block,
+                num_warps=warps,
+            )
         return rows
 
     def gather(self, x: Tensor, rows: Rows, out: Tensor, factors: Tensor | None = None) -> None:
@@ -45,16 +69,27 @@ class TritonRows:
         if _empty(grid):
             return
         with torch.cuda.device_of(x):
-            compact.gather_kernel[grid](x, *strides, rows.index, rows.info, rows.start, out.shape[1], factors, out,
-                                        BLOCK=block, num_warps=warps)  # fmt: skip
+            compact.gather_kernel[grid](
+                x, *strides, rows.index, rows.info, rows.start, out.shape[1], factors, out, BLOCK=block, num_warps=warps
+            )
 
     def scatter(self, dx: Tensor, rows: Rows, out: Tensor, factors: Tensor | None = None) -> None:
         grid, block, warps = _rows_grid("copy", *out.shape)
         if _empty(grid):
             return
         with torch.cuda.device_of(dx):
-            compact.scatter_kernel[grid](dx, rows.slot, rows.info, rows.capacity, len(dx), out.shape[1], factors, out,
-                                         BLOCK=block, num_warps=warps)  # fmt: skip
+            compact.scatter_kernel[grid](
+                dx,
+                rows.slot,
+                rows.info,
+                rows.capacity,
+                len(dx),
+                out.shape[1],
+                factors,
+                out,
+                BLOCK=block,
+                num_warps=warps,
+            )
 
     def factors(self, rows: Rows, what: int, grad_loss: Tensor | None, out: Tensor) -> None:
         block, warps = TILES["factors"]
@@ -64,9 +99,19 @@ class TritonRows:
         grad_loss = None if grad_loss is None else grad_loss.contiguous()
         with torch.cuda.device_of(out):
             compact.factors_kernel[(triton.cdiv(len(out), block),)](
-                rows.scale, rows.index, rows.info, rows.start, len(out), grad_loss, out,
-                OVER=what == SCALE_OVER_POWER, POWER=what == POWER_TIMES_GRAD, PER_ROW=per_row,
-                BLOCK=block, num_warps=warps)  # fmt: skip
+                rows.scale,
+                rows.index,
+                rows.info,
+                rows.start,
+                len(out),
+                grad_loss,
+                out,
+                OVER=what == SCALE_OVER_POWER,
+                POWER=what == POWER_TIMES_GRAD,
+                PER_ROW=per_row,
+                BLOCK=block,
+                num_warps=warps,
+            )
 
     def stats(
         self, logits: Tensor, first: int, rows: Rows, state: Tensor, formula: Formula, by_slot: bool = False
@@ -78,15 +123,34 @@ class TritonRows:
             return
         with torch.cuda.device_of(logits):
             rows_kernels.stats_kernel[grid](
-                logits, *strides, rows.slot if by_slot else None, rows.info, rows.start, held, first, width,
-                rows.targets, *_capping(formula), state,
-                CAPPED=formula.softcap > 0, SMOOTHED=formula.label_smoothing > 0,
-                BLOCK=block, num_warps=warps)  # fmt: skip
+                logits,
+                *strides,
+                rows.slot if by_slot else None,
+                rows.info,
+                rows.start,
+                held,
+                first,
+                width,
+                rows.targets,
+                *_capping(formula),
+                state,
+                CAPPED=formula.softcap > 0,
+                SMOOTHED=formula.label_smoothing > 0,
+                BLOCK=block,
+                num_warps=warps,
+            )
 
     def dlogits(
-        self, logits: Tensor, out: Tensor, first: int, rows: Rows, state: Tensor, scale: Tensor, formula: Formula,
+        self,
+        logits: Tensor,
+        out: Tensor,
+        first: int,
+        rows: Rows,
+        state: Tensor,
+        scale: Tensor,
+        formula: Formula,
         by_slot: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         width, held = logits.shape[-1], len(rows.index)
         logits, *strides = row_strides(logits)
         grid, block, warps = _rows_grid("dlogits", len(rows.slot) if by_slot else held, width)
@@ -94,10 +158,29 @@ class TritonRows:
             return
         with torch.cuda.device_of(logits):
             rows_kernels.dlogits_kernel[grid](
-                logits, *strides, out, out.stride(0), rows.slot if by_slot else None, rows.info, rows.start, held,
-                rows.capacity, first, width, rows.targets, state, scale, formula.vocab, _allowed(formula),
-                formula.label_smoothing, formula.z_loss, *_capping(formula),
-                CAPPED=formula.softcap > 0, BLOCK=block, num_warps=warps)  # fmt: skip
+                logits,
+                *strides,
+                out,
+                out.stride(0),
+                rows.slot if by_slot else None,
+                rows.info,
+                rows.start,
+                held,
+                rows.capacity,
+                first,
+                width,
+                rows.targets,
+                state,
+                scale,
+                formula.vocab,
+                _allowed(formula),
+                formula.label_smoothing,
+                formula.z_loss,
+                *_capping(formula),
+                CAPPED=formula.softcap > 0,
+                BLOCK=block,
+                num_warps=warps,
+            )
 
     def gradients(self, logits: Tensor, rows: Rows, state: Tensor, scale: Tensor, formula: Formula) -> None:
         held, vocab = logits.shape
@@ -107,10 +190,23 @@ class TritonRows:
             return
         with torch.cuda.device_of(logits):
             rows_kernels.gradients_kernel[(held,)](
-                logits, logits.stride(0), rows.info, rows.start, vocab, rows.targets, state, scale, _allowed(formula),
-                formula.label_smoothing, formula.z_loss, *_capping(formula),
-                CAPPED=formula.softcap > 0, SMOOTHED=formula.label_smoothing > 0,
-                BLOCK=block, num_warps=warps)  # fmt: skip
+                logits,
+                logits.stride(0),
+                rows.info,
+                rows.start,
+                vocab,
+                rows.targets,
+                state,
+                scale,
+                _allowed(formula),
+                formula.label_smoothing,
+                formula.z_loss,
+                *_capping(formula),
+                CAPPED=formula.softcap > 0,
+                SMOOTHED=formula.label_smoothing > 0,
+                BLOCK=block,
+                num_warps=warps,
+            )
 
     def losses(self, state: Tensor, rows: Rows, formula: Formula, out: Tensor) -> None:
         block, warps = TILES["compact"]
@@ -119,12 +215,33 @@ class TritonRows:
         held, total = len(rows.index), len(rows.slot)
         with torch.cuda.device_of(out):
             if out.dim() == 0:
-                compact.loss_sum_kernel[(1,)](state, rows.targets, rows.scale, rows.info, rows.capacity, held, *terms,
-                                              out, **flags, num_warps=warps)  # fmt: skip
+                compact.loss_sum_kernel[(1,)](
+                    state,
+                    rows.targets,
+                    rows.scale,
+                    rows.info,
+                    rows.capacity,
+                    held,
+                    *terms,
+                    out,
+                    **flags,
+                    num_warps=warps,
+                )
             elif total > 0:
                 compact.loss_rows_kernel[(triton.cdiv(total, block),)](
-                    state, rows.targets, rows.scale, rows.slot, rows.info, rows.capacity, total, held, *terms, out,
-                    **flags, num_warps=warps)  # fmt: skip
+                    state,
+                    rows.targets,
+                    rows.scale,
+                    rows.slot,
+                    rows.info,
+                    rows.capacity,
+                    total,
+                    held,
+                    *terms,
+                    out,
+                    **flags,
+                    num_warps=warps,
+                )
 
 
 def _rows_grid(kernel: str, rows: int, width: int) -> tuple[tuple[int, int], int, int]:
@@ -153,12 +270,31 @@ KERNELS = TritonRows()
 # ---- for tests/gpu_code: what to compile ahead of time ---------------------------------------------------------------
 
 _ARGUMENTS = {
-    "info": "*i32:16", "slot": "*i32:16", "index": "*i32:16", "counts": "*i32:16", "bads": "*i32:16",
-    "masked": "*u8:16", "targets": "*i64:16", "kept_targets": "*i64:16", "forbid": "*i64:16", "weights": "*fp64:16",
-    "weight": "*fp32:16", "scale": "*fp32:16", "factors": "*fp32:16", "grad_loss": "*fp32:16", "bias": "*fp32:16",
-    "state": "*fp32:16", "dx": "*fp32:16", "softcap": "fp32", "smoothing": "fp32", "z_loss": "fp32",
-    "stride": "i32:16", "outer_stride": "i32:16", "out_stride": "i32:16", "width": "i32:16",
-}  # fmt: skip
+    "info": "*i32:16",
+    "slot": "*i32:16",
+    "index": "*i32:16",
+    "counts": "*i32:16",
+    "bads": "*i32:16",
+    "masked": "*u8:16",
+    "targets": "*i64:16",
+    "kept_targets": "*i64:16",
+    "forbid": "*i64:16",
+    "weights": "*fp64:16",
+    "weight": "*fp32:16",
+    "scale": "*fp32:16",
+    "factors": "*fp32:16",
+    "grad_loss": "*fp32:16",
+    "bias": "*fp32:16",
+    "state": "*fp32:16",
+    "dx": "*fp32:16",
+    "softcap": "fp32",
+    "smoothing": "fp32",
+    "z_loss": "fp32",
+    "stride": "i32:16",
+    "outer_stride": "i32:16",
+    "out_stride": "i32:16",
+    "width": "i32:16",
+}
 PLAIN: dict[str, Any] = {"CAPPED": False, "SMOOTHED": False, "bias": None, "forbid": None}
 ALL_TERMS: dict[str, Any] = {"CAPPED": True, "SMOOTHED": True}
 
@@ -173,8 +309,12 @@ def _configuration(name: str, kernel: Any, tile: str, element: str = "fp32", **c
 
 def aot_configurations() -> Iterator[tuple[Any, ...]]:
     stats, dlogits, gradients = rows_kernels.stats_kernel, rows_kernels.dlogits_kernel, rows_kernels.gradients_kernel
-    for name, terms, element in (("", PLAIN, "bf16"), ("", PLAIN, "fp16"), (", all terms", ALL_TERMS, "bf16"),
-                                 (", all terms", ALL_TERMS, "fp32")):  # fmt: skip
+    for name, terms, element in (
+        ("", PLAIN, "bf16"),
+        ("", PLAIN, "fp16"),
+        (", all terms", ALL_TERMS, "bf16"),
+        (", all terms", ALL_TERMS, "fp32"),
+    ):
         yield _configuration(f"stats{name}", stats, "stats", element, slot=None, **terms)
         yield _configuration(f"dlogits{name}", dlogits, "dlogits", element, slot=None, **terms)
         yield _configuration(f"gradients{name}", gradients, f"gradients{name}", element, **terms)

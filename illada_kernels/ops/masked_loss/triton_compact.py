@@ -35,9 +35,23 @@ def count_kernel(masked, targets, weight, total, vocab, counts, bads, weights, B
 
 @triton.jit(do_not_specialize=["total", "tiles", "capacity"])
 def place_kernel(
-    masked, targets, weight, total, counts, bads, weights, tiles, capacity, index, kept_targets, scale, slot, info,
-    MEAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    masked,
+    targets,
+    weight,
+    total,
+    counts,
+    bads,
+    weights,
+    tiles,
+    capacity,
+    index,
+    kept_targets,
+    scale,
+    slot,
+    info,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     tile = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)
@@ -115,9 +129,18 @@ def power_of_two(x):
 
 @triton.jit(do_not_specialize=["start", "held"])
 def factors_kernel(
-    scale, index, info, start, held, grad_loss, out, OVER: tl.constexpr, POWER: tl.constexpr, PER_ROW: tl.constexpr,
+    scale,
+    index,
+    info,
+    start,
+    held,
+    grad_loss,
+    out,
+    OVER: tl.constexpr,
+    POWER: tl.constexpr,
+    PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = (i < held) & (start + i < tl.load(info))
     x = tl.load(scale + i, mask=live, other=0.0)
@@ -164,9 +187,21 @@ def loss_of(
 
 @triton.jit(do_not_specialize=["held", "capacity", "vocab", "n_allowed"])
 def loss_sum_kernel(
-    state, targets, scale, info, capacity, held, vocab, n_allowed, smoothing, z_loss, out,
-    SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    state,
+    targets,
+    scale,
+    info,
+    capacity,
+    held,
+    vocab,
+    n_allowed,
+    smoothing,
+    z_loss,
+    out,
+    SMOOTHED: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program: at most as many rows as there are tokens in a batch."""
     count = tl.load(info)
     sums = tl.zeros([BLOCK], tl.float64)
@@ -180,9 +215,23 @@ def loss_sum_kernel(
 
 @triton.jit(do_not_specialize=["total", "held", "capacity", "vocab", "n_allowed"])
 def loss_rows_kernel(
-    state, targets, scale, slot, info, capacity, total, held, vocab, n_allowed, smoothing, z_loss, out,
-    SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    state,
+    targets,
+    scale,
+    slot,
+    info,
+    capacity,
+    total,
+    held,
+    vocab,
+    n_allowed,
+    smoothing,
+    z_loss,
+    out,
+    SMOOTHED: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(info)
     place = tl.load(slot + r, mask=r < total, other=-1)

@@ -116,8 +116,20 @@ def scan(
 
 
 @triton.jit
-def update(row, width, first, target, bias, softcap, forbid, n_forbid, state,
-           CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def update(
+    row,
+    width,
+    first,
+    target,
+    bias,
+    softcap,
+    forbid,
+    n_forbid,
+    state,
+    CAPPED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Adds the ids first .. first + width to the row's state; returns its max and its sum."""
     later = first > 0
     high, sums, total = scan(row, width, first, bias, softcap, forbid, n_forbid, CAPPED, SMOOTHED, BLOCK)
@@ -145,8 +157,27 @@ def update(row, width, first, target, bias, softcap, forbid, n_forbid, state,
 
 
 @triton.jit
-def differentiate(row, out, begin, width, first, target, high, sums, scale, n_allowed, smoothing, z_loss,
-                  bias, softcap, forbid, n_forbid, f, CAPPED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def differentiate(
+    row,
+    out,
+    begin,
+    width,
+    first,
+    target,
+    high,
+    sums,
+    scale,
+    n_allowed,
+    smoothing,
+    z_loss,
+    bias,
+    softcap,
+    forbid,
+    n_forbid,
+    f,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Writes the gradients of the tile that starts at column `begin`; returns the next f."""
     column = begin + tl.arange(0, BLOCK)
     inside = column < width
@@ -174,26 +205,77 @@ def fill(out, begin, width, value, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["start", "held", "first", "n_forbid", "inner"])
 def stats_kernel(
-    logits, inner, outer_stride, stride, slot, info, start, held, first, width, targets,
-    bias, softcap, forbid, n_forbid, state,
-    CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    inner,
+    outer_stride,
+    stride,
+    slot,
+    info,
+    start,
+    held,
+    first,
+    width,
+    targets,
+    bias,
+    softcap,
+    forbid,
+    n_forbid,
+    state,
+    CAPPED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     r = tl.program_id(0)
     i = r
     if slot is not None:
         i = tl.load(slot + r)
     if (i >= 0) & (i < held) & (start + i < tl.load(info)):
         row = row_of(logits, r, inner, outer_stride, stride)
-        update(row, width, first, tl.load(targets + i), bias, softcap, forbid, n_forbid, state + 4 * i.to(tl.int64),
-               CAPPED, SMOOTHED, BLOCK)  # fmt: skip
+        update(
+            row,
+            width,
+            first,
+            tl.load(targets + i),
+            bias,
+            softcap,
+            forbid,
+            n_forbid,
+            state + 4 * i.to(tl.int64),
+            CAPPED,
+            SMOOTHED,
+            BLOCK,
+        )
 
 
 @triton.jit(do_not_specialize=["start", "held", "first", "n_forbid", "inner", "capacity", "vocab", "n_allowed"])
 def dlogits_kernel(
-    logits, inner, outer_stride, stride, out, out_stride, slot, info, start, held, capacity, first, width, targets,
-    state, scale, vocab, n_allowed, smoothing, z_loss, bias, softcap, forbid, n_forbid,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    inner,
+    outer_stride,
+    stride,
+    out,
+    out_stride,
+    slot,
+    info,
+    start,
+    held,
+    capacity,
+    first,
+    width,
+    targets,
+    state,
+    scale,
+    vocab,
+    n_allowed,
+    smoothing,
+    z_loss,
+    bias,
+    softcap,
+    forbid,
+    n_forbid,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     r = tl.program_id(0)
     begin = tl.program_id(1) * BLOCK
     count = tl.load(info)
@@ -214,17 +296,52 @@ def dlogits_kernel(
         f = 0
         if forbid is not None:
             f = forbidden_from(forbid, n_forbid, first + begin)
-        differentiate(row, out, begin, width, first, target, tl.load(at), tl.load(at + 1), by, n_allowed, smoothing,
-                      z_loss, bias, softcap, forbid, n_forbid, f, CAPPED, BLOCK)  # fmt: skip
+        differentiate(
+            row,
+            out,
+            begin,
+            width,
+            first,
+            target,
+            tl.load(at),
+            tl.load(at + 1),
+            by,
+            n_allowed,
+            smoothing,
+            z_loss,
+            bias,
+            softcap,
+            forbid,
+            n_forbid,
+            f,
+            CAPPED,
+            BLOCK,
+        )
     else:
         fill(out, begin, width, value, BLOCK)
 
 
 @triton.jit(do_not_specialize=["start", "n_forbid", "n_allowed"])
 def gradients_kernel(
-    logits, stride, info, start, width, targets, state, scale, n_allowed, smoothing, z_loss,
-    bias, softcap, forbid, n_forbid, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    stride,
+    info,
+    start,
+    width,
+    targets,
+    state,
+    scale,
+    n_allowed,
+    smoothing,
+    z_loss,
+    bias,
+    softcap,
+    forbid,
+    n_forbid,
+    CAPPED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.program_id(0)
     row = logits + i.to(tl.int64) * stride
     live = start + i < tl.load(info)
@@ -234,14 +351,34 @@ def gradients_kernel(
     high = 0.0
     sums = 0.0
     if live:
-        high, sums = update(row, width, 0, target, bias, softcap, forbid, n_forbid, state + 4 * i.to(tl.int64),
-                            CAPPED, SMOOTHED, BLOCK)  # fmt: skip
+        high, sums = update(
+            row, width, 0, target, bias, softcap, forbid, n_forbid, state + 4 * i.to(tl.int64), CAPPED, SMOOTHED, BLOCK
+        )
     tl.debug_barrier()  # the target's logit was read by every thread, one of which is about to overwrite it
     if live & (value == 0.0):
         f = 0
         for begin in range(0, width, BLOCK):
-            f = differentiate(row, row, begin, width, 0, target, high, sums, by, n_allowed, smoothing, z_loss,
-                              bias, softcap, forbid, n_forbid, f, CAPPED, BLOCK)  # fmt: skip
+            f = differentiate(
+                row,
+                row,
+                begin,
+                width,
+                0,
+                target,
+                high,
+                sums,
+                by,
+                n_allowed,
+                smoothing,
+                z_loss,
+                bias,
+                softcap,
+                forbid,
+                n_forbid,
+                f,
+                CAPPED,
+                BLOCK,
+            )
     else:
         for begin in range(0, width, BLOCK):
             fill(row, begin, width, value, BLOCK)

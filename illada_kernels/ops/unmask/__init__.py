@@ -114,9 +114,26 @@ def unmask(
     hidden, head_weight, head_bias = cast_for_autocast(hidden, head_weight, head_bias)
     check_head(hidden, head_weight, head_bias)
     return _unmask(
-        "hidden", hidden, head_weight, head_bias, tokens, positions, rule, mask_id, confidence, temperature,
-        confidence_temperature, seed, step, forbid, logit_bias, revise, frozen, noise_positions, backend,
-    )  # fmt: skip
+        "hidden",
+        hidden,
+        head_weight,
+        head_bias,
+        tokens,
+        positions,
+        rule,
+        mask_id,
+        confidence,
+        temperature,
+        confidence_temperature,
+        seed,
+        step,
+        forbid,
+        logit_bias,
+        revise,
+        frozen,
+        noise_positions,
+        backend,
+    )
 
 
 def unmask_from_logits(
@@ -143,17 +160,49 @@ def unmask_from_logits(
     part is read once; no copy."""
     check_source("logits", logits)
     return _unmask(
-        "logits", logits, None, None, tokens, positions, rule, mask_id, confidence, temperature, confidence_temperature,
-        seed, step, forbid, logit_bias, revise, frozen, noise_positions, backend,
-    )  # fmt: skip
+        "logits",
+        logits,
+        None,
+        None,
+        tokens,
+        positions,
+        rule,
+        mask_id,
+        confidence,
+        temperature,
+        confidence_temperature,
+        seed,
+        step,
+        forbid,
+        logit_bias,
+        revise,
+        frozen,
+        noise_positions,
+        backend,
+    )
 
 
 def _unmask(
-    name: str, source: Tensor, head_weight: Tensor | None, head_bias: Tensor | None, tokens: Tensor, positions: Tensor,
-    rule: Rule, mask_id: int, confidence: str, temperature: float | Tensor, confidence_temperature: float | Tensor,
-    seed: int | Tensor, step: int | Tensor, forbid: Sequence[int] | None, logit_bias: LogitBias | None, revise: Edit |
-    Remask | None, frozen: Tensor | None, noise_positions: Tensor | None, backend: str | None,
-) -> Unmasked:  # fmt: skip
+    name: str,
+    source: Tensor,
+    head_weight: Tensor | None,
+    head_bias: Tensor | None,
+    tokens: Tensor,
+    positions: Tensor,
+    rule: Rule,
+    mask_id: int,
+    confidence: str,
+    temperature: float | Tensor,
+    confidence_temperature: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
+    forbid: Sequence[int] | None,
+    logit_bias: LogitBias | None,
+    revise: Edit | Remask | None,
+    frozen: Tensor | None,
+    noise_positions: Tensor | None,
+    backend: str | None,
+) -> Unmasked:
     vocabulary = source.shape[2] if head_weight is None else head_weight.shape[0]
     if confidence not in CONFIDENCES:
         raise ValueError(f"confidence: expected one of {', '.join(CONFIDENCES)}, got {confidence!r}")

@@ -33,9 +33,11 @@ class View(ctypes.Structure):
 
 class Parameter(ctypes.Structure):
     _fields_ = [
-        ("tensor", ctypes.c_void_p), ("integer", ctypes.c_int64), ("number", ctypes.c_float),
+        ("tensor", ctypes.c_void_p),
+        ("integer", ctypes.c_int64),
+        ("number", ctypes.c_float),
         ("per_sequence", ctypes.c_int32),
-    ]  # fmt: skip
+    ]
 
 
 class Call(ctypes.Structure):
@@ -45,13 +47,16 @@ class Call(ctypes.Structure):
         ("tokens", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("token_stride", "batch", "count", "length", "vocabulary", "mask_id")),
         *((name, View) for name in ("positions", "noise_positions", "scores", "frozen")),
-        *((name, Parameter) for name in
-          ("temperature", "confidence_temperature", "rule_number", "revise_number", "seed", "step")),
+        *(
+            (name, Parameter)
+            for name in ("temperature", "confidence_temperature", "rule_number", "revise_number", "seed", "step")
+        ),
         *((name, ctypes.c_void_p) for name in ("forbid", "bias_ids", "bias_values", "head_bias")),
         *((name, ctypes.c_int64) for name in ("forbids", "biases", "head_bias_dtype")),
-        ("partials", ctypes.c_void_p), ("parts", ctypes.c_int64),
+        ("partials", ctypes.c_void_p),
+        ("parts", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("rule", "confidence", "revise", "needs")),
-    ]  # fmt: skip
+    ]
 
     tensors: list[Tensor]
 
@@ -79,15 +84,26 @@ def describe(step: Step, partials: Tensor) -> Call:
     bias_values = None if step.bias_values is None else step.bias_values.contiguous()
     head_bias = None if step.head_bias is None else step.head_bias.contiguous()
     call = Call(
-        pointer(step.tokens), step.tokens.stride(0), batch, count, step.tokens.shape[1], step.vocabulary, step.mask_id,
+        pointer(step.tokens),
+        step.tokens.stride(0),
+        batch,
+        count,
+        step.tokens.shape[1],
+        step.vocabulary,
+        step.mask_id,
         *map(view, (step.positions, step.noise_positions, step.revise_scores, step.frozen)),
         *map(parameter, gpu.parameters(step)),
         *map(pointer, (forbid, bias_ids, bias_values, head_bias)),
-        0 if forbid is None else forbid.shape[0], 0 if bias_ids is None else bias_ids.shape[0],
+        0 if forbid is None else forbid.shape[0],
+        0 if bias_ids is None else bias_ids.shape[0],
         0 if head_bias is None else DTYPES[head_bias.dtype],
-        pointer(partials), partials.shape[2],
-        step.rule, CONFIDENCES[step.confidence], step.revise, gpu.needs(step),
-    )  # fmt: skip
+        pointer(partials),
+        partials.shape[2],
+        step.rule,
+        CONFIDENCES[step.confidence],
+        step.revise,
+        gpu.needs(step),
+    )
     call.tensors = tensors
     return call
 

@@ -65,18 +65,31 @@ class Call:
         self.best_ids = torch.empty(self.groups, self.row_count, dtype=torch.int32, device=self.device)
         frozen = None if step.frozen is None else step.frozen.view(torch.uint8)
         self.where = (
-            step.tokens, step.tokens.stride(0), step.tokens.shape[1], *strided(step.positions), *strided(frozen),
-            step.mask_id, *strided(step.noise_positions),
-        )  # fmt: skip
+            step.tokens,
+            step.tokens.stride(0),
+            step.tokens.shape[1],
+            *strided(step.positions),
+            *strided(frozen),
+            step.mask_id,
+            *strided(step.noise_positions),
+        )
         self.confidence_temperature = value(numbers.confidence_temperature)
         self.noise = (*value(numbers.seed), *value(numbers.step))
         forbidden = gpu.forbidden(step)
         biases = 0 if step.bias_ids is None else step.bias_ids.shape[0]
         self.rest = (
-            *value(numbers.temperature), *self.confidence_temperature, *self.noise,
-            contiguous(step.bias_ids), contiguous(step.bias_values), biases,
-            forbidden, 0 if forbidden is None else forbidden.shape[0], self.partials, self.best_ids, self.groups,
-        )  # fmt: skip
+            *value(numbers.temperature),
+            *self.confidence_temperature,
+            *self.noise,
+            contiguous(step.bias_ids),
+            contiguous(step.bias_values),
+            biases,
+            forbidden,
+            0 if forbidden is None else forbidden.shape[0],
+            self.partials,
+            self.best_ids,
+            self.groups,
+        )
         self.constants = {
             "NOISE": step.temperature_tensor is not None or step.temperature > 0,
             "NEEDS": self.needs,
@@ -91,10 +104,24 @@ class Call:
         options = head_options(self.row_count, head.dtype)
         scratch = torch.empty(self.groups, 2, PAIRS, options["BLOCK_N"], dtype=torch.float32, device=self.device)
         head_kernel[(self.groups,)](
-            step.source, step.source.stride(0), step.source.stride(1), head, head.stride(0),
-            contiguous(step.head_bias), dim, scratch, self.vocabulary, self.row_count, self.count, *self.where,
-            *self.rest, PAIRS=PAIRS, EVEN_D=dim % options["BLOCK_D"] == 0, **options, **self.constants,
-        )  # fmt: skip
+            step.source,
+            step.source.stride(0),
+            step.source.stride(1),
+            head,
+            head.stride(0),
+            contiguous(step.head_bias),
+            dim,
+            scratch,
+            self.vocabulary,
+            self.row_count,
+            self.count,
+            *self.where,
+            *self.rest,
+            PAIRS=PAIRS,
+            EVEN_D=dim % options["BLOCK_D"] == 0,
+            **options,
+            **self.constants,
+        )
 
     def product(self, logits: Tensor, first_row: int, rows: int, first_id: int) -> None:
         self.rows(logits, 0, logits.stride(0), first_row, rows, first_id, True)
@@ -105,10 +132,24 @@ class Call:
         ids = logits.shape[-1]
         bias = contiguous(self.step.head_bias)
         rows_kernel[(rows * -(-ids // gpu.SLICE),)](
-            logits, stride_b, stride_k, first_row, first_id, ids, bias, self.vocabulary, self.row_count, self.count,
-            *self.where, *self.rest, SPAN=gpu.SLICE, PAIRS=ROW_PAIRS, DENSE=dense, **ROWS_OPTIONS,
+            logits,
+            stride_b,
+            stride_k,
+            first_row,
+            first_id,
+            ids,
+            bias,
+            self.vocabulary,
+            self.row_count,
+            self.count,
+            *self.where,
+            *self.rest,
+            SPAN=gpu.SLICE,
+            PAIRS=ROW_PAIRS,
+            DENSE=dense,
+            **ROWS_OPTIONS,
             **self.constants,
-        )  # fmt: skip
+        )
 
     def select(self) -> Outputs:
         step, results = self.step, gpu.outputs(self.step)
@@ -118,12 +159,30 @@ class Call:
         if not options["ONE_BLOCK"]:
             scratch = torch.empty(batch, 2, self.count, dtype=torch.int64, device=self.device)
         select_kernel[(batch,)](
-            self.partials, self.best_ids, self.groups, self.row_count, self.count, scratch, *self.where,
-            *self.confidence_temperature, *self.noise, *limited(self.rule), *limited(self.revise), *scores,
-            proposal, confidence, committed.view(torch.uint8), remaining,
-            RULE=step.rule, CONFIDENCE=CONFIDENCES.index(step.confidence), REVISE=step.revise, NEEDS=self.needs,
-            ONE=one(self.vocabulary), enable_fp_fusion=False, **options,
-        )  # fmt: skip
+            self.partials,
+            self.best_ids,
+            self.groups,
+            self.row_count,
+            self.count,
+            scratch,
+            *self.where,
+            *self.confidence_temperature,
+            *self.noise,
+            *limited(self.rule),
+            *limited(self.revise),
+            *scores,
+            proposal,
+            confidence,
+            committed.view(torch.uint8),
+            remaining,
+            RULE=step.rule,
+            CONFIDENCE=CONFIDENCES.index(step.confidence),
+            REVISE=step.revise,
+            NEEDS=self.needs,
+            ONE=one(self.vocabulary),
+            enable_fp_fusion=False,
+            **options,
+        )
         return results
 
 
@@ -177,14 +236,33 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
         "revision scores".split()
     )
     types = {
-        "hidden": "*bf16:16", "hidden_b": "i32:16", "hidden_k": "i32:16", "head": "*bf16:16", "head_v": "i32:16",
-        "dim": "i32:16", "logits_b": "i32:16", "logits_k": "i32:16", "tokens": "*i64:16",
-        "positions": "*i64:16", "mask_id": "i64", "temperature_number": "fp32", "confidence_number": "fp32",
-        "seed_number": "i64", "step_number": "i64", "forbidden": "*i64:16", "partials": "*fp32:16",
-        "best_ids": "*i32:16", "proposals": "*i64:16", "confidences": "*fp32:16", "commits": "*u8:16",
-        "remaining": "*i32:16", "revise_number": "fp32", "rule_number": "fp32", "position_k": "constexpr",
+        "hidden": "*bf16:16",
+        "hidden_b": "i32:16",
+        "hidden_k": "i32:16",
+        "head": "*bf16:16",
+        "head_v": "i32:16",
+        "dim": "i32:16",
+        "logits_b": "i32:16",
+        "logits_k": "i32:16",
+        "tokens": "*i64:16",
+        "positions": "*i64:16",
+        "mask_id": "i64",
+        "temperature_number": "fp32",
+        "confidence_number": "fp32",
+        "seed_number": "i64",
+        "step_number": "i64",
+        "forbidden": "*i64:16",
+        "partials": "*fp32:16",
+        "best_ids": "*i32:16",
+        "proposals": "*i64:16",
+        "confidences": "*fp32:16",
+        "commits": "*u8:16",
+        "remaining": "*i32:16",
+        "revise_number": "fp32",
+        "rule_number": "fp32",
+        "position_k": "constexpr",
         "ids": "i32:16",
-    }  # fmt: skip
+    }
 
     def configuration(name: str, kernel: Any, options: dict[str, Any], **changes: str) -> Any:
         constants = {key: options[key] for key in options if key.isupper()}
@@ -199,10 +277,12 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
     greedy = {"NOISE": False, "NEEDS": 0, "REVISES": False}
     whole = {"NOISE": True, "NEEDS": everything, "REVISES": True}
     for rows, dtype, name, needs in (
-        (16, torch.bfloat16, "sampled", sampled), (64, torch.bfloat16, "sampled", sampled),
-        (64, torch.bfloat16, "greedy", greedy), (128, torch.bfloat16, "all", whole),
+        (16, torch.bfloat16, "sampled", sampled),
+        (64, torch.bfloat16, "sampled", sampled),
+        (64, torch.bfloat16, "greedy", greedy),
+        (128, torch.bfloat16, "all", whole),
         (64, torch.float32, "sampled", sampled),
-    ):  # fmt: skip
+    ):
         kind = "bf16" if dtype == torch.bfloat16 else "fp32"
         options = {"PAIRS": PAIRS, "EVEN_D": True, **head_options(rows, dtype), **needs}
         changes = {"hidden": f"*{kind}:16", "head": f"*{kind}:16"}

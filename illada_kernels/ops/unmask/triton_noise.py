@@ -92,9 +92,7 @@ def of_sequence(tensor, number, stride, b, inside, dtype: tl.constexpr):
 
 
 @triton.jit
-def candidates(
-    b, k, inside, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l
-):  # fmt: skip
+def candidates(b, k, inside, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l):
     """(takes a place among the candidates, token held there, its position) of candidates k of sequences b, int64."""
     at = tl.load(positions + b * position_b + k * position_k, mask=inside, other=-1)
     candidate = inside & (at >= 0) & (at < length)
@@ -108,7 +106,7 @@ def candidates(
 @triton.jit
 def noise_counters(
     b, k, inside, at, noise_positions, noise_b, noise_k, seed, seed_number, seed_b, step, step_number, step_b
-):  # fmt: skip
+):
     """(key0, key1, position, step) of a row, uint32. One seed s for all means s + b for sequence b."""
     position = at
     if noise_positions is not None:

@@ -64,9 +64,21 @@ def empty_partial(N: tl.constexpr):
 
 @triton.jit
 def fold(
-    even, odd, pair, row, top, second, total, surprise, score, logit, held_logit, best,
-    NOISE: tl.constexpr, NEEDS: tl.constexpr,
-):  # fmt: skip
+    even,
+    odd,
+    pair,
+    row,
+    top,
+    second,
+    total,
+    surprise,
+    score,
+    logit,
+    held_logit,
+    best,
+    NOISE: tl.constexpr,
+    NEEDS: tl.constexpr,
+):
     """The partials of N rows with one more tile: logits (P, N) of ids 2 * pair and 2 * pair + 1, which share a Philox
     block. Maxima, ids and integer sums do not depend on how the tile is laid out; the rest is elementwise over rows."""
     held, key0, key1, position, step, temperature, scale = row
@@ -88,8 +100,9 @@ def fold(
     total, surprise = total + tile_total, surprise + tile_surprise
     if NEEDS_SECOND & NEEDS:
         first = lowest_id(even, odd, even_id, odd_id, tile_top)[None, :]
-        rest = tl.maximum(tl.max(tl.where(even_id == first, -INF, even), 0),
-                          tl.max(tl.where(odd_id == first, -INF, odd), 0))  # fmt: skip
+        rest = tl.maximum(
+            tl.max(tl.where(even_id == first, -INF, even), 0), tl.max(tl.where(odd_id == first, -INF, odd), 0)
+        )
         second = tl.maximum(tl.maximum(second, rest), tl.minimum(top, tile_top))
     if NEEDS_HELD & NEEDS:
         held_logit = tl.maximum(held_logit, of_id(even, odd, even_id, odd_id, held))
@@ -98,7 +111,7 @@ def fold(
         zero = tl.zeros([1, 1], tl.uint32)
         w0, w1, w2, w3 = philox(
             key0[None, :], key1[None, :], pair[:, None].to(tl.uint32), position[None, :], step[None, :], zero
-        )  # fmt: skip
+        )
         score0, score1 = noised(even, temperature[None, :], w0, w1), noised(odd, temperature[None, :], w2, w3)
         tile_score = tl.maximum(tl.max(score0, 0), tl.max(score1, 0))
         tile_best = lowest_id(score0, score1, even_id, odd_id, tile_score)
@@ -146,7 +159,7 @@ def load_partial(partials, best_ids, groups, rows, group, row, mask):
 @triton.jit
 def store_partial(
     partials, best_ids, groups, rows, group, row, mask, top, second, total, surprise, score, logit, held_logit, best
-):  # fmt: skip
+):
     at = group.to(tl.int64) * rows + row
     field = groups.to(tl.int64) * rows
     tl.store(partials + TOP * field + at, top, mask=mask)
@@ -161,10 +174,36 @@ def store_partial(
 
 @triton.jit
 def row_state(
-    row, inside, count, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l,
-    mask_id, noise_positions, noise_b, noise_k, temperature, temperature_number, temperature_b, confidence_temperature,
-    confidence_number, confidence_b, seed, seed_number, seed_b, step, step_number, step_b, REVISES: tl.constexpr,
-):  # fmt: skip
+    row,
+    inside,
+    count,
+    tokens,
+    token_b,
+    length,
+    positions,
+    position_b,
+    position_k,
+    frozen,
+    frozen_b,
+    frozen_l,
+    mask_id,
+    noise_positions,
+    noise_b,
+    noise_k,
+    temperature,
+    temperature_number,
+    temperature_b,
+    confidence_temperature,
+    confidence_number,
+    confidence_b,
+    seed,
+    seed_number,
+    seed_b,
+    step,
+    step_number,
+    step_b,
+    REVISES: tl.constexpr,
+):
     """(takes part, b, k, (held id, key0, key1, position, step, temperature, scale)) of rows b * K + k."""
     b, k = (row // count).to(tl.int64), (row % count).to(tl.int64)
     candidate, held, at = candidates(
@@ -184,9 +223,24 @@ def row_state(
 
 @triton.jit
 def tile_logits(
-    pair, x_rows, active, head, head_v, head_bias, dim, vocabulary, bias_ids, bias_values, biases, forbidden, forbids,
-    PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-):  # fmt: skip
+    pair,
+    x_rows,
+    active,
+    head,
+    head_v,
+    head_bias,
+    dim,
+    vocabulary,
+    bias_ids,
+    bias_values,
+    biases,
+    forbidden,
+    forbids,
+    PAIRS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):
     """(P, N) logits of ids 2 * pair, and of 2 * pair + 1: two products of one layout."""
     d = tl.arange(0, BLOCK_D)
     even_rows = head + (2 * pair).to(tl.int64)[:, None] * head_v + d[None, :]  # (P, D)
@@ -216,14 +270,59 @@ def tile_logits(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def head_kernel(
-    hidden, hidden_b, hidden_k, head, head_v, head_bias, dim, scratch, vocabulary, rows, count,
-    tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l, mask_id: tl.int64,
-    noise_positions, noise_b, noise_k, temperature, temperature_number, temperature_b, confidence_temperature,
-    confidence_number, confidence_b, seed, seed_number: tl.int64, seed_b, step, step_number: tl.int64, step_b,
-    bias_ids, bias_values, biases, forbidden, forbids, partials, best_ids, groups,
-    PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    NOISE: tl.constexpr, NEEDS: tl.constexpr, REVISES: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    hidden_b,
+    hidden_k,
+    head,
+    head_v,
+    head_bias,
+    dim,
+    scratch,
+    vocabulary,
+    rows,
+    count,
+    tokens,
+    token_b,
+    length,
+    positions,
+    position_b,
+    position_k,
+    frozen,
+    frozen_b,
+    frozen_l,
+    mask_id: tl.int64,
+    noise_positions,
+    noise_b,
+    noise_k,
+    temperature,
+    temperature_number,
+    temperature_b,
+    confidence_temperature,
+    confidence_number,
+    confidence_b,
+    seed,
+    seed_number: tl.int64,
+    seed_b,
+    step,
+    step_number: tl.int64,
+    step_b,
+    bias_ids,
+    bias_values,
+    biases,
+    forbidden,
+    forbids,
+    partials,
+    best_ids,
+    groups,
+    PAIRS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    NOISE: tl.constexpr,
+    NEEDS: tl.constexpr,
+    REVISES: tl.constexpr,
+):
     """l = hidden . head_v + head_bias_v for up to BLOCK_N rows, reduced to a partial per row.
     One program owns the tiles of 2 * PAIRS ids of its group; tiles and groups depend on V alone. It reads their rows of
     the head once (2 * PAIRS * D elements a tile), and every hidden row, out of the second level cache, once a tile.
@@ -235,11 +334,36 @@ def head_kernel(
     group = tl.program_id(0)
     row = tl.arange(0, BLOCK_N)
     active, b, k, _unused = row_state(
-        row, row < rows, count, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l,
-        mask_id, noise_positions, noise_b, noise_k, temperature, temperature_number, temperature_b,
-        confidence_temperature, confidence_number, confidence_b, seed, seed_number, seed_b, step, step_number, step_b,
+        row,
+        row < rows,
+        count,
+        tokens,
+        token_b,
+        length,
+        positions,
+        position_b,
+        position_k,
+        frozen,
+        frozen_b,
+        frozen_l,
+        mask_id,
+        noise_positions,
+        noise_b,
+        noise_k,
+        temperature,
+        temperature_number,
+        temperature_b,
+        confidence_temperature,
+        confidence_number,
+        confidence_b,
+        seed,
+        seed_number,
+        seed_b,
+        step,
+        step_number,
+        step_b,
         REVISES,
-    )  # fmt: skip
+    )
     x_rows = hidden + (b * hidden_b + k * hidden_k)[None, :] + tl.arange(0, BLOCK_D)[:, None]  # (D, N)
     own = scratch + group.to(tl.int64) * (2 * PAIRS * BLOCK_N) + tl.arange(0, PAIRS)[:, None] * BLOCK_N  # (P, 1)
     tiles = tl.cdiv(vocabulary, 2 * PAIRS)
@@ -247,46 +371,153 @@ def head_kernel(
     for tile in range(first_tile, (group + 1) * tiles // groups):
         pair = tile * PAIRS + tl.arange(0, PAIRS)
         even, odd = tile_logits(
-            pair, x_rows, active, head, head_v, head_bias, dim, vocabulary, bias_ids, bias_values, biases, forbidden,
-            forbids, PAIRS, BLOCK_N, BLOCK_D, EVEN_D,
-        )  # fmt: skip
+            pair,
+            x_rows,
+            active,
+            head,
+            head_v,
+            head_bias,
+            dim,
+            vocabulary,
+            bias_ids,
+            bias_values,
+            biases,
+            forbidden,
+            forbids,
+            PAIRS,
+            BLOCK_N,
+            BLOCK_D,
+            EVEN_D,
+        )
         tl.store(own + row[None, :], even)
         tl.store(own + PAIRS * BLOCK_N + row[None, :], odd)
         tl.debug_barrier()
         for first in range(0, rows, CHUNK):
             some = first + tl.arange(0, CHUNK)
             there, _some_b, _some_k, state = row_state(
-                some, some < rows, count, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b,
-                frozen_l, mask_id, noise_positions, noise_b, noise_k, temperature, temperature_number, temperature_b,
-                confidence_temperature, confidence_number, confidence_b, seed, seed_number, seed_b, step, step_number,
-                step_b, REVISES,
-            )  # fmt: skip
+                some,
+                some < rows,
+                count,
+                tokens,
+                token_b,
+                length,
+                positions,
+                position_b,
+                position_k,
+                frozen,
+                frozen_b,
+                frozen_l,
+                mask_id,
+                noise_positions,
+                noise_b,
+                noise_k,
+                temperature,
+                temperature_number,
+                temperature_b,
+                confidence_temperature,
+                confidence_number,
+                confidence_b,
+                seed,
+                seed_number,
+                seed_b,
+                step,
+                step_number,
+                step_b,
+                REVISES,
+            )
             some_even, some_odd = tl.load(own + some[None, :]), tl.load(own + PAIRS * BLOCK_N + some[None, :])
             top, second, total, surprise, score, logit, held_logit, best = load_partial(
                 partials, best_ids, groups, rows, group, some, there & (tile > first_tile)
             )
             top, second, total, surprise, score, logit, held_logit, best = fold(
-                some_even, some_odd, pair, state, top, second, total, surprise, score, logit, held_logit, best, NOISE,
+                some_even,
+                some_odd,
+                pair,
+                state,
+                top,
+                second,
+                total,
+                surprise,
+                score,
+                logit,
+                held_logit,
+                best,
+                NOISE,
                 NEEDS,
-            )  # fmt: skip
+            )
             tl.debug_barrier()  # all threads have read the partial
             store_partial(
-                partials, best_ids, groups, rows, group, some, there, top, second, total, surprise, score, logit,
-                held_logit, best,
-            )  # fmt: skip
+                partials,
+                best_ids,
+                groups,
+                rows,
+                group,
+                some,
+                there,
+                top,
+                second,
+                total,
+                surprise,
+                score,
+                logit,
+                held_logit,
+                best,
+            )
         tl.debug_barrier()  # all threads have read the scratch
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "first_id", "first_row"))
 def rows_kernel(
-    logits, logits_b, logits_k, first_row, first_id, ids, head_bias, vocabulary, rows, count,
-    tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l, mask_id: tl.int64,
-    noise_positions, noise_b, noise_k, temperature, temperature_number, temperature_b, confidence_temperature,
-    confidence_number, confidence_b, seed, seed_number: tl.int64, seed_b, step, step_number: tl.int64, step_b,
-    bias_ids, bias_values, biases, forbidden, forbids, partials, best_ids, groups,
-    SPAN: tl.constexpr, PAIRS: tl.constexpr, NOISE: tl.constexpr, NEEDS: tl.constexpr, REVISES: tl.constexpr,
+    logits,
+    logits_b,
+    logits_k,
+    first_row,
+    first_id,
+    ids,
+    head_bias,
+    vocabulary,
+    rows,
+    count,
+    tokens,
+    token_b,
+    length,
+    positions,
+    position_b,
+    position_k,
+    frozen,
+    frozen_b,
+    frozen_l,
+    mask_id: tl.int64,
+    noise_positions,
+    noise_b,
+    noise_k,
+    temperature,
+    temperature_number,
+    temperature_b,
+    confidence_temperature,
+    confidence_number,
+    confidence_b,
+    seed,
+    seed_number: tl.int64,
+    seed_b,
+    step,
+    step_number: tl.int64,
+    step_b,
+    bias_ids,
+    bias_values,
+    biases,
+    forbidden,
+    forbids,
+    partials,
+    best_ids,
+    groups,
+    SPAN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NOISE: tl.constexpr,
+    NEEDS: tl.constexpr,
+    REVISES: tl.constexpr,
     DENSE: tl.constexpr,
-):  # fmt: skip
+):
     """The same partials from logits: of ids [first_id, first_id + ids) of rows from first_row on. logits: (B, K, V) as
     given, or DENSE: (rows from first_row on, ids) of a product, head_bias still to be added.
     One program owns SPAN ids of one row and reads them once, in blocks of 2 * PAIRS; it ends at once where the row
@@ -295,11 +526,36 @@ def rows_kernel(
     local, span = tl.program_id(0) // spans, tl.program_id(0) % spans
     row = first_row + local + tl.arange(0, 1)
     active, b, k, state = row_state(
-        row, row < rows, count, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b,
-        frozen_l, mask_id, noise_positions, noise_b, noise_k, temperature, temperature_number, temperature_b,
-        confidence_temperature, confidence_number, confidence_b, seed, seed_number, seed_b, step, step_number, step_b,
+        row,
+        row < rows,
+        count,
+        tokens,
+        token_b,
+        length,
+        positions,
+        position_b,
+        position_k,
+        frozen,
+        frozen_b,
+        frozen_l,
+        mask_id,
+        noise_positions,
+        noise_b,
+        noise_k,
+        temperature,
+        temperature_number,
+        temperature_b,
+        confidence_temperature,
+        confidence_number,
+        confidence_b,
+        seed,
+        seed_number,
+        seed_b,
+        step,
+        step_number,
+        step_b,
         REVISES,
-    )  # fmt: skip
+    )
     if tl.max(active.to(tl.int32), 0) > 0:
         if DENSE:
             source = logits + local.to(tl.int64) * logits_k
@@ -318,10 +574,35 @@ def rows_kernel(
             even = changed(even, added(2 * pair, vocabulary, bias_ids, bias_values, biases, forbidden, forbids))
             odd = changed(odd, added(2 * pair + 1, vocabulary, bias_ids, bias_values, biases, forbidden, forbids))
             top, second, total, surprise, score, logit, held_logit, best = fold(
-                even[:, None], odd[:, None], pair, state, top, second, total, surprise, score, logit, held_logit, best,
-                NOISE, NEEDS,
-            )  # fmt: skip
+                even[:, None],
+                odd[:, None],
+                pair,
+                state,
+                top,
+                second,
+                total,
+                surprise,
+                score,
+                logit,
+                held_logit,
+                best,
+                NOISE,
+                NEEDS,
+            )
         store_partial(
-            partials, best_ids, groups, rows, first_id // SPAN + span, row, active, top, second, total, surprise,
-            score, logit, held_logit, best,
-        )  # fmt: skip
+            partials,
+            best_ids,
+            groups,
+            rows,
+            first_id // SPAN + span,
+            row,
+            active,
+            top,
+            second,
+            total,
+            surprise,
+            score,
+            logit,
+            held_logit,
+            best,
+        )

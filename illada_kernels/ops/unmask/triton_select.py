@@ -28,8 +28,16 @@ PROBABILITY, MARGIN, NEG_ENTROPY, RANDOM = (tl.constexpr(i) for i in range(4))
 ENTROPY_ONE = tl.constexpr(2.0**40)  # the sum of 2**14 entropies below 2**5 fits 63 bits
 LAST = tl.constexpr(2**63 - 1)  # the place of who is not ranked
 UNSPECIALIZED = (
-    "seed_number", "step_number", "mask_id", "length", "rows", "count", "groups", "rule_number", "revise_number",
-)  # fmt: skip
+    "seed_number",
+    "step_number",
+    "mask_id",
+    "length",
+    "rows",
+    "count",
+    "groups",
+    "rule_number",
+    "revise_number",
+)
 
 
 # ---- rank: a place is (key, position) as one integer -----------------------------------------------------------------
@@ -64,9 +72,7 @@ def below(places, bound, RULE: tl.constexpr):
 
 
 @triton.jit
-def last_chosen(
-    places, stored, count, number, RULE: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr
-):  # fmt: skip
+def last_chosen(places, stored, count, number, RULE: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
     """The last place that the rule commits, were there one at every integer. The rank of a place is the number of those
     below it, and with rising rank confidences fall, bars and sums rise: what passes comes before what fails, so each
     rule is a bisection. 63 steps of one reduction cost less than a sort, and no candidate need stay in a register."""
@@ -97,9 +103,18 @@ def last_chosen(
 # ---- one row's partials ----------------------------------------------------------------------------------------------
 @triton.jit
 def merged(
-    partials, best_ids, groups, rows, row, wanted, scale, NEEDS: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
+    partials,
+    best_ids,
+    groups,
+    rows,
+    row,
+    wanted,
+    scale,
+    NEEDS: tl.constexpr,
+    ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
-):  # fmt: skip
+):
     """(best id or -1, probability, margin, entropy, held probability) of the wanted rows. Sums over groups are of
     integers of 1 / ONE, so BLOCK and BLOCK_G change nothing."""
     field = groups.to(tl.int64) * rows
@@ -158,14 +173,50 @@ def merged(
 # ---- a sequence ------------------------------------------------------------------------------------------------------
 @triton.jit
 def proposed(
-    b, k, partials, best_ids, groups, rows, count,
-    tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l, mask_id,
-    noise_positions, noise_b, noise_k, confidence_temperature, confidence_number, confidence_b,
-    seed, seed_number, seed_b, step, step_number, step_b, tau, scores, scores_b, scores_k,
-    proposals, confidences, commits,
-    RULE: tl.constexpr, CONFIDENCE: tl.constexpr, REVISE: tl.constexpr, NEEDS: tl.constexpr, ONE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
+    b,
+    k,
+    partials,
+    best_ids,
+    groups,
+    rows,
+    count,
+    tokens,
+    token_b,
+    length,
+    positions,
+    position_b,
+    position_k,
+    frozen,
+    frozen_b,
+    frozen_l,
+    mask_id,
+    noise_positions,
+    noise_b,
+    noise_k,
+    confidence_temperature,
+    confidence_number,
+    confidence_b,
+    seed,
+    seed_number,
+    seed_b,
+    step,
+    step_number,
+    step_b,
+    tau,
+    scores,
+    scores_b,
+    scores_k,
+    proposals,
+    confidences,
+    commits,
+    RULE: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    REVISE: tl.constexpr,
+    NEEDS: tl.constexpr,
+    ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
     """Candidates k of sequence b: stores proposal, confidence and whether it is an edit; (their places under the rule,
     and among those that may go back to the mask), LAST where there is none."""
     inside = k < count
@@ -188,9 +239,20 @@ def proposed(
         confidence = 0.0 - entropy
     else:
         key0, key1, position, at_step = noise_counters(
-            sequence, k, inside, at, noise_positions, noise_b, noise_k, seed, seed_number, seed_b, step, step_number,
+            sequence,
+            k,
+            inside,
+            at,
+            noise_positions,
+            noise_b,
+            noise_k,
+            seed,
+            seed_number,
+            seed_b,
+            step,
+            step_number,
             step_b,
-        )  # fmt: skip
+        )
         zero = tl.zeros([BLOCK], tl.uint32)
         w0, w1, _w2, _w3 = philox(key0, key1, zero, position, at_step, zero + 1)
         confidence = unit(w0, w1)
@@ -219,16 +281,44 @@ def proposed(
 
 @triton.jit
 def written(
-    b, k, places, lowest, end, lowest_end, count, tokens, token_b, length, positions, position_b, position_k, frozen,
-    frozen_b, frozen_l, mask_id, proposals, commits, BLOCK: tl.constexpr,
-):  # fmt: skip
+    b,
+    k,
+    places,
+    lowest,
+    end,
+    lowest_end,
+    count,
+    tokens,
+    token_b,
+    length,
+    positions,
+    position_b,
+    position_k,
+    frozen,
+    frozen_b,
+    frozen_l,
+    mask_id,
+    proposals,
+    commits,
+    BLOCK: tl.constexpr,
+):
     """Writes tokens; how many of these candidates are masked then."""
     inside = k < count
     row = b * count + k
     candidate, held, at = candidates(
-        tl.zeros([BLOCK], tl.int64) + b, k, inside, tokens, token_b, length, positions, position_b, position_k, frozen,
-        frozen_b, frozen_l,
-    )  # fmt: skip
+        tl.zeros([BLOCK], tl.int64) + b,
+        k,
+        inside,
+        tokens,
+        token_b,
+        length,
+        positions,
+        position_b,
+        position_k,
+        frozen,
+        frozen_b,
+        frozen_l,
+    )
     edited = tl.load(commits + row, mask=inside, other=0) != 0
     committed = edited | ((places <= end) & (places < LAST))
     token = tl.where(committed, tl.load(proposals + row, mask=inside, other=-1), held)
@@ -250,14 +340,56 @@ def parameter(tensor, number, stride, b, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def select_kernel(
-    partials, best_ids, groups, rows, count, scratch,
-    tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l, mask_id: tl.int64,
-    noise_positions, noise_b, noise_k, confidence_temperature, confidence_number, confidence_b,
-    seed, seed_number: tl.int64, seed_b, step, step_number: tl.int64, step_b, rule, rule_number, rule_b,
-    revision, revise_number, revise_b, scores, scores_b, scores_k, proposals, confidences, commits, remaining,
-    RULE: tl.constexpr, CONFIDENCE: tl.constexpr, REVISE: tl.constexpr, NEEDS: tl.constexpr, ONE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_G: tl.constexpr, ONE_BLOCK: tl.constexpr,
-):  # fmt: skip
+    partials,
+    best_ids,
+    groups,
+    rows,
+    count,
+    scratch,
+    tokens,
+    token_b,
+    length,
+    positions,
+    position_b,
+    position_k,
+    frozen,
+    frozen_b,
+    frozen_l,
+    mask_id: tl.int64,
+    noise_positions,
+    noise_b,
+    noise_k,
+    confidence_temperature,
+    confidence_number,
+    confidence_b,
+    seed,
+    seed_number: tl.int64,
+    seed_b,
+    step,
+    step_number: tl.int64,
+    step_b,
+    rule,
+    rule_number,
+    rule_b,
+    revision,
+    revise_number,
+    revise_b,
+    scores,
+    scores_b,
+    scores_k,
+    proposals,
+    confidences,
+    commits,
+    remaining,
+    RULE: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    REVISE: tl.constexpr,
+    NEEDS: tl.constexpr,
+    ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+):
     """One program owns one sequence, BLOCK candidates at a time; if there are more, their places wait in scratch (B, 2,
     K). Reads up to 32 bytes per candidate and group of ids; merges them in integers, ranks by (confidence falling,
     position rising), applies the rule and the revision, writes tokens in place and (proposal, confidence, committed)
@@ -273,11 +405,50 @@ def select_kernel(
     for start in range(0, count, BLOCK):
         k = start + tl.arange(0, BLOCK).to(tl.int64)
         places, lowest = proposed(
-            b, k, partials, best_ids, groups, rows, count, tokens, token_b, length, positions, position_b, position_k,
-            frozen, frozen_b, frozen_l, mask_id, noise_positions, noise_b, noise_k, confidence_temperature,
-            confidence_number, confidence_b, seed, seed_number, seed_b, step, step_number, step_b, tau, scores,
-            scores_b, scores_k, proposals, confidences, commits, RULE, CONFIDENCE, REVISE, NEEDS, ONE, BLOCK, BLOCK_G,
-        )  # fmt: skip
+            b,
+            k,
+            partials,
+            best_ids,
+            groups,
+            rows,
+            count,
+            tokens,
+            token_b,
+            length,
+            positions,
+            position_b,
+            position_k,
+            frozen,
+            frozen_b,
+            frozen_l,
+            mask_id,
+            noise_positions,
+            noise_b,
+            noise_k,
+            confidence_temperature,
+            confidence_number,
+            confidence_b,
+            seed,
+            seed_number,
+            seed_b,
+            step,
+            step_number,
+            step_b,
+            tau,
+            scores,
+            scores_b,
+            scores_k,
+            proposals,
+            confidences,
+            commits,
+            RULE,
+            CONFIDENCE,
+            REVISE,
+            NEEDS,
+            ONE,
+            BLOCK,
+            BLOCK_G,
+        )
         if not ONE_BLOCK:
             tl.store(stored + k, places, mask=k < count)
             tl.store(stored_lowest + k, lowest, mask=k < count)
@@ -293,7 +464,25 @@ def select_kernel(
             places = tl.load(stored + k, mask=k < count, other=LAST)
             lowest = tl.load(stored_lowest + k, mask=k < count, other=LAST)
         left += written(
-            b, k, places, lowest, end, lowest_end, count, tokens, token_b, length, positions, position_b, position_k,
-            frozen, frozen_b, frozen_l, mask_id, proposals, commits, BLOCK,
-        )  # fmt: skip
+            b,
+            k,
+            places,
+            lowest,
+            end,
+            lowest_end,
+            count,
+            tokens,
+            token_b,
+            length,
+            positions,
+            position_b,
+            position_k,
+            frozen,
+            frozen_b,
+            frozen_l,
+            mask_id,
+            proposals,
+            commits,
+            BLOCK,
+        )
     tl.store(remaining + b, left)

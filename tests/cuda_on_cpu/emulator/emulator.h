@@ -86,7 +86,7 @@ struct WarpMeeting {  // of the lanes in one mask; two buffers, since a fast lan
   const char* name = "";
   Lanes values[2];
 };
-struct Issuer {                  // of an asynchronous operation
+struct Issuer {  // of an asynchronous operation
   const Fiber* fiber = nullptr;  // whom a report names
   const void* pc = nullptr;
   bool lazy = false;  // not carried out while anything else can get on
@@ -131,16 +131,16 @@ struct Cluster {
   uint64_t elections = 0;
   uint32_t chance_async = 0, chance_yield = 0;
   uint32_t chance_lazy = 0, lazy_places = 0;  // of one operation; of all operations issued by one line
-  uint32_t slow_warps = 0;                    // not 0: some warps run only when no other can
+  uint32_t slow_warps = 0;  // not 0: some warps run only when no other can
   std::vector<BulkLoad> loads;
   std::vector<std::shared_ptr<BulkStore>> stores;
   int alive = 0;
   uint32_t idle_polls = 0;  // of mbarriers, since the last wake
-  uint64_t steps = 0;       // memory accesses and switches: a bound on endless loops
+  uint64_t steps = 0;  // memory accesses and switches: a bound on endless loops
 };
 
-extern thread_local Cluster* cluster;    // the one this host thread runs
-extern thread_local Fiber* self;         // the running fiber, null in the scheduler
+extern thread_local Cluster* cluster;  // the one this host thread runs
+extern thread_local Fiber* self;  // the running fiber, null in the scheduler
 extern thread_local Issuer carried_out;  // the operation that the scheduler carries out
 
 Issuer issuer_here();  // the running fiber, lazy or not as the schedule wants
@@ -163,7 +163,7 @@ extern std::atomic<bool> failed;
 extern thread_local Body running_body;
 extern thread_local void* running_arguments;
 void prepare(Fiber& fiber);  // to run the body from its start
-void run_fibers();           // of the cluster, until all have exited or one has failed
+void run_fibers();  // of the cluster, until all have exited or one has failed
 
 // ---- memory.cpp ------------------------------------------------------------------------------------------------
 void check_shared_range(const Block& block, uint32_t at, uint32_t bytes, const char* what);

@@ -228,8 +228,7 @@ static void run_until_all_exit() {
 void run_fibers() {
   try {
     run_until_all_exit();
-  } catch (ClusterStopped) {
-  }
+  } catch (ClusterStopped) {}
 }
 
 }  // namespace emulator

@@ -200,10 +200,8 @@ void tensor_store(const void* map, uint32_t src, int rank, const int* at, bool a
     walk_box(m, c, [&](uint32_t offset, uint8_t* to, int64_t first, int64_t last) {
       if (first >= last) return;
       check_global(to + first, last - first, "a bulk store (through its tensor map)");
-      if (add)
-        add_bytes(m.type, to + first, tile + offset + first, last - first);
-      else
-        memcpy(to + first, tile + offset + first, last - first);
+      if (add) add_bytes(m.type, to + first, tile + offset + first, last - first);
+      else memcpy(to + first, tile + offset + first, last - first);
     });
   });
 }
@@ -213,10 +211,8 @@ void bulk_store(void* dst, uint32_t src, uint32_t bytes, bool add) {
   check_bulk(dst, src, bytes, add ? "bulk_reduce_add" : "bulk_store");
   check_global(dst, bytes, add ? "bulk_reduce_add" : "bulk_store");
   issue(src, bytes, [=](const uint8_t* tile) {
-    if (add)
-      add_bytes(f32, static_cast<uint8_t*>(dst), tile, bytes);
-    else
-      memcpy(dst, tile, bytes);
+    if (add) add_bytes(f32, static_cast<uint8_t*>(dst), tile, bytes);
+    else memcpy(dst, tile, bytes);
   });
 }
 

@@ -140,10 +140,8 @@ __global__ void __launch_bounds__(256, 1)
     mbar_init_fence();
   }
   __syncthreads();
-  if (threadIdx.x < 128)
-    consume(s, &out, keys, scale_log2);
-  else if (threadIdx.x == 128)
-    produce(s, &q, &k, &v, keys);
+  if (threadIdx.x < 128) consume(s, &out, keys, scale_log2);
+  else if (threadIdx.x == 128) produce(s, &q, &k, &v, keys);
 }
 
 extern "C" int attention_tile_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* out, int rows, int keys,

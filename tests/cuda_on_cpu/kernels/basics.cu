@@ -35,8 +35,7 @@ __global__ void count(const float* x, int* counters, unsigned long long* wide, f
   atomicMin(reinterpret_cast<unsigned*>(&counters[2]), unsigned(i + 5));
   atomicOr(&counters[3], 1 << i % 31);
   atomicExch(&counters[4], 99);
-  for (int old = counters[5], seen; (seen = atomicCAS(&counters[5], old, old + 1)) != old; old = seen) {
-  }
+  for (int old = counters[5], seen; (seen = atomicCAS(&counters[5], old, old + 1)) != old; old = seen) {}
   atomicAdd(wide, 1ull << 33);
   const float sum = block_reduce<64>(x[i], scratch, Sum{});
   int* last = reinterpret_cast<int*>(scratch + 2);

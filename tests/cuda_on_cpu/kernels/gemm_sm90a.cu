@@ -14,8 +14,9 @@ template <int CONSUMERS> struct Shared {  // tiles are multiples of 1024 bytes, 
   uint64_t full[kStages], empty[kStages];
 };
 
-template <int CONSUMERS> ILLADA_DEVICE void produce(Shared<CONSUMERS>& s, const CUtensorMap* a, const CUtensorMap* b,
-                                                    int row, int column, int k) {
+template <int CONSUMERS>
+ILLADA_DEVICE void produce(Shared<CONSUMERS>& s, const CUtensorMap* a, const CUtensorMap* b, int row, int column,
+                           int k) {
   for (int step = 0; step * kDepth < k; ++step) {
     const int stage = step % kStages, phase = step / kStages % 2;
     mbar_wait(&s.empty[stage], phase ^ 1);
@@ -57,7 +58,8 @@ ILLADA_DEVICE void consume(Shared<CONSUMERS>& s, const CUtensorMap* c, int row, 
   }
 }
 
-template <int CONSUMERS> __global__ void __launch_bounds__(CONSUMERS * 128 + 128, 1)
+template <int CONSUMERS>
+__global__ void __launch_bounds__(CONSUMERS * 128 + 128, 1)
     gemm(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
          const __grid_constant__ CUtensorMap c, int k) {
   Shared<CONSUMERS>& s = *reinterpret_cast<Shared<CONSUMERS>*>(dynamic_smem());

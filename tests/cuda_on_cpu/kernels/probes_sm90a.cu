@@ -7,10 +7,10 @@ using namespace illada;
 // ---- wgmma -----------------------------------------------------------------------------------------------------
 // What to multiply: images of shared memory for A (or 4 register words for each thread) and B, their descriptors.
 struct WgmmaProbe {
-  int type;                                                       // 0 bf16, 1 fp16
-  int a_kind;                                                     // 0 K-major, 1 MN-major, 2 registers
-  int b_kind;                                                     // 0 K-major, 1 MN-major
-  int accumulate;                                                 // 0: d = a b, 1: d += a b
+  int type;  // 0 bf16, 1 fp16
+  int a_kind;  // 0 K-major, 1 MN-major, 2 registers
+  int b_kind;  // 0 K-major, 1 MN-major
+  int accumulate;  // 0: d = a b, 1: d += a b
   uint32_t a_start, a_stride, a_lead, b_start, b_stride, b_lead;  // start: bytes into the image
 };
 constexpr int kImage = 32768;  // bytes of an image
@@ -32,7 +32,8 @@ ILLADA_DEVICE void probe_multiply(float (&d)[N / 2], const uint8_t* smem, const 
 
 // d (128, N / 2): each thread's accumulators, in and out. ALL: every type and kind, else only fp16 where both are
 // MN-major and bf16 where both are K-major (32 shapes times 12 kinds would take long to compile).
-template <int N, bool ALL> __global__ void __launch_bounds__(128, 1)
+template <int N, bool ALL>
+__global__ void __launch_bounds__(128, 1)
     probe_wgmma_kernel(const uint4* a, const uint32_t* a_registers, const uint4* b, float* d, WgmmaProbe p) {
   uint8_t* smem = dynamic_smem();
   for (int i = threadIdx.x; i < kImage / 16; i += 128) {
@@ -63,8 +64,9 @@ template <int N, bool ALL> __global__ void __launch_bounds__(128, 1)
   for (int i = 0; i < N / 2; ++i) d[threadIdx.x * (N / 2) + i] = sum[i];
 }
 
-template <int N> static int find_wgmma(int n, const uint4* a, const uint32_t* a_registers, const uint4* b, float* d,
-                                       const WgmmaProbe& p, cudaStream_t stream) {
+template <int N>
+static int find_wgmma(int n, const uint4* a, const uint32_t* a_registers, const uint4* b, float* d, const WgmmaProbe& p,
+                      cudaStream_t stream) {
   constexpr bool all = N == 8 || N == 64 || N == 136 || N == 256;
   if (n == N)
     return launch({dim3(1), dim3(128), 2 * kImage, stream}, probe_wgmma_kernel<N, all>, a, a_registers, b, d, p);
@@ -117,10 +119,8 @@ __global__ void probe_store_kernel(const __grid_constant__ CUtensorMap map, cons
   fence_proxy_async();
   __syncthreads();
   if (threadIdx.x == 0) {
-    if (add)
-      tma_reduce_add(&map, smem, x, y, z);
-    else
-      tma_store(&map, smem, x, y, z);
+    if (add) tma_reduce_add(&map, smem, x, y, z);
+    else tma_store(&map, smem, x, y, z);
     bulk_commit();
     bulk_wait<0>();
   }
@@ -166,12 +166,9 @@ __global__ void probe_bulk_kernel(const float* from, float* to, uint32_t bytes, 
     mbar_expect_tx(bar, bytes);
     bulk_load(smem, from, bytes, bar);
     mbar_arrive(bar);
-    while (!mbar_try_wait(bar, 0)) {
-    }
-    if (add)
-      bulk_reduce_add(to, smem, bytes);
-    else
-      bulk_store(to, smem, bytes);
+    while (!mbar_try_wait(bar, 0)) {}
+    if (add) bulk_reduce_add(to, smem, bytes);
+    else bulk_store(to, smem, bytes);
     bulk_commit();
     bulk_wait<0>();
   }
@@ -199,8 +196,9 @@ __global__ void probe_matrix_kernel(uint4* image, const uint32_t* offsets, uint3
     for (int i = 0; i < COUNT; ++i) r[threadIdx.x * COUNT + i] = words[i];
   }
 }
-template <int COUNT> static int probe_matrix_of(int transpose, uint4* image, const uint32_t* offsets, uint32_t* r,
-                                                int store, cudaStream_t s) {
+template <int COUNT>
+static int probe_matrix_of(int transpose, uint4* image, const uint32_t* offsets, uint32_t* r, int store,
+                           cudaStream_t s) {
   return launch({dim3(1), dim3(32), 1024, s},
                 transpose ? probe_matrix_kernel<COUNT, true> : probe_matrix_kernel<COUNT, false>, image, offsets, r,
                 store);

@@ -111,7 +111,7 @@ template <class T> EMULATED unsigned __match_any_sync(unsigned mask, T x) {
 EMULATED_REDUCE(__reduce_add_sync, a + b)
 EMULATED_REDUCE(__reduce_min_sync, std::min(a, b))
 EMULATED_REDUCE(__reduce_max_sync, std::max(a, b))
-EMULATED_REDUCE(__reduce_and_sync, a & b)
+EMULATED_REDUCE(__reduce_and_sync, a& b)
 EMULATED_REDUCE(__reduce_or_sync, a | b)
 #undef EMULATED_REDUCE
 EMULATED void __threadfence() { emulator::memory_fence(); }
@@ -123,9 +123,9 @@ EMULATED void __threadfence_block() { emulator::memory_fence(); }
     using namespace emulator;                                                    \
     return from_bits<T>(atomic(Atomic::op, AtomicType::code, p, to_bits(x), 0)); \
   }
-#define EMULATED_ATOMICS(name, op)         \
-  EMULATED_ATOMIC(name, op, int, i32)      \
-  EMULATED_ATOMIC(name, op, unsigned, u32) \
+#define EMULATED_ATOMICS(name, op)                   \
+  EMULATED_ATOMIC(name, op, int, i32)                \
+  EMULATED_ATOMIC(name, op, unsigned, u32)           \
   EMULATED_ATOMIC(name, op, unsigned long long, u64)
 EMULATED_ATOMICS(atomicAdd, add)
 EMULATED_ATOMICS(atomicMin, min)
