@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-OPS = ("attention", "masked_loss", "unmask")
+from .ops import OPS
+
 FOLDERS = ("nvrtc", "cuda", "include")  # of csrc, searched in this order: nvrtc stands in for the host's headers
 
 
@@ -118,7 +119,7 @@ def kernel(source: str, name: str) -> Any:
 
 def launch(entry: str, device: torch.device, *arguments: Any) -> None:
     """What the extension's entry point would do, on the current stream of `device`; pointers come as integers."""
-    op = next(op for op in OPS if entry.startswith(op))
+    op = next(room for room in OPS.values() if entry.startswith(room))
     how: Launch = getattr(importlib.import_module(f"illada_kernels.ops.{op}.nvrtc"), entry)(*arguments)
     if 0 in how.grid:
         return  # CuPy would launch one block

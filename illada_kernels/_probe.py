@@ -11,13 +11,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-ROOMS = {
-    "attention": "attention",
-    "masked_loss": "masked_loss",
-    "masked_loss_from_logits": "masked_loss",
-    "unmask": "unmask",
-    "unmask_from_logits": "unmask",
-}
+from .ops import OPS
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
@@ -78,7 +73,7 @@ def extension_facts() -> dict[str, Any]:
 
 def op_facts(op: str) -> list[dict[str, Any]]:
     """One row per backend, in the op's default order: reason None if available, its place in the order per device."""
-    room, error = attempt(lambda: importlib.import_module(f"illada_kernels.ops.{ROOMS[op]}"))
+    room, error = attempt(lambda: importlib.import_module(f"illada_kernels.ops.{OPS[op]}"))
     if error:
         return [{"backend": name, "reason": f"the op cannot be imported: {error}"} for name in BACKENDS]
     backends = getattr(room, "FROM_LOGITS_BACKENDS", room.BACKENDS) if op.endswith("_from_logits") else room.BACKENDS
@@ -104,7 +99,7 @@ def op_facts(op: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     stages: dict[str, Callable[[], Any]] = {"torch": torch_facts, "gpu": gpu_facts, "extension": extension_facts}
-    for op in ROOMS:
+    for op in OPS:
         stages[op] = functools.partial(op_facts, op)
     for stage, function in stages.items():
         print(json.dumps({"stage": stage}), flush=True)

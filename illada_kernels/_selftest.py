@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _proven
 from ._probe import attempt
+from .ops import OPS
 
 Case = tuple[str, Callable[[], None]]
 
@@ -262,17 +263,14 @@ def unmask(backend: str, device: str, from_logits: bool = False) -> Iterator[Cas
         yield f"top 3, 180 rows, {dtype}", many
 
 
-CASES: dict[str, Callable[[str, str], Iterator[Case]]] = {
-    "attention": attention,
-    "masked_loss": masked_loss,
-    "masked_loss_from_logits": lambda backend, device: masked_loss(backend, device, from_logits=True),
-    "unmask": unmask,
-    "unmask_from_logits": lambda backend, device: unmask(backend, device, from_logits=True),
-}
+def cases(op: str, backend: str, device: str) -> Iterator[Case]:
+    """The cases of `op`: those of the function above with its room's name."""
+    room = OPS[op]
+    return globals()[room](backend, device, **({"from_logits": True} if op != room else {}))
 
 
 def main(op: str, backend: str, device: str) -> None:
-    outcomes = [{"case": name, "error": attempt(run)[1]} for name, run in CASES[op](backend, device)]
+    outcomes = [{"case": name, "error": attempt(run)[1]} for name, run in cases(op, backend, device)]
     passed = all(outcome["error"] is None for outcome in outcomes)
     result: dict[str, Any] = {"passed": passed, "cases": outcomes}
     if device == "cuda" and backend != "reference":

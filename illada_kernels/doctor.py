@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, _build
-from ._probe import BACKENDS, ROOMS, attempt
+from ._probe import BACKENDS, attempt
+from .ops import OPS
 
 PACKAGE = Path(__file__).parent
 OPTIONAL = ("triton", "cupy", "numpy", "safetensors", "tokenizers")
@@ -56,7 +57,7 @@ def report() -> dict[str, Any]:
         "gpu": probed["gpu"],
         "build": build_info(),
         "extension": probed["extension"],
-        "ops": {op: probed[op] for op in ROOMS},
+        "ops": {op: probed[op] for op in OPS},
     }
 
 
@@ -109,7 +110,7 @@ def probe() -> dict[str, Any]:
     found.setdefault("torch", {"error": reason})
     found.setdefault("gpu", {"reason": reason})
     found.setdefault("extension", {"error": reason})
-    for op in ROOMS:
+    for op in OPS:
         found.setdefault(op, [{"backend": name, "reason": reason} for name in BACKENDS])
     return found
 
@@ -121,7 +122,7 @@ def selftest(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def to_selftest(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(op, backend, device); the reference is what the others are compared with."""
-    rows = [(op, row) for op in ROOMS for row in found["ops"][op] if row["backend"] != "reference"]
+    rows = [(op, row) for op in OPS for row in found["ops"][op] if row["backend"] != "reference"]
     return [(op, row["backend"], device) for op, row in rows for device in row.get("devices", ())]
 
 

@@ -14,7 +14,8 @@ import torch
 from conftest import alone
 
 import illada_kernels
-from illada_kernels import _dispatch, _probe, _proven, _selftest, doctor
+from illada_kernels import _dispatch, _proven, _selftest, doctor
+from illada_kernels.ops import OPS
 
 BACKENDS = {"cuda", "triton", "cpu", "reference"}
 
@@ -26,7 +27,7 @@ def healed(done) -> dict:
 
 def test_report_names_every_op_and_backend_with_a_reason_or_a_place(python):
     found = healed(python("-m", "illada_kernels", "doctor", "--json"))
-    assert set(found["ops"]) == set(_probe.ROOMS)
+    assert set(found["ops"]) == set(OPS)
     for op, rows in found["ops"].items():
         assert {row["backend"] for row in rows} == BACKENDS, op
         assert all(row["reason"] is None or row["reason"].strip() for row in rows)
@@ -41,7 +42,7 @@ def test_text_report_has_a_line_per_op_and_backend(python):
     done = python("-m", "illada_kernels", "doctor")
     assert done.returncode == 0
     lines = [line.split()[:2] for line in done.stdout.splitlines() if line.strip()]
-    for op in _probe.ROOMS:
+    for op in OPS:
         assert {backend for first, backend in (line for line in lines if len(line) == 2) if first == op} == BACKENDS
 
 
@@ -55,7 +56,7 @@ def test_a_reader_that_leaves_early_ends_the_doctor_quietly(root):
 def test_no_gpu_kernel_is_in_a_default_order_before_it_ran_on_a_gpu():
     import importlib
 
-    for op, room in _probe.ROOMS.items():
+    for op, room in OPS.items():
         module = importlib.import_module(f"illada_kernels.ops.{room}")
         for name in ("BACKENDS", "FROM_LOGITS_BACKENDS"):
             for backend in getattr(module, name, ()):
@@ -178,7 +179,7 @@ def swap(tokens: torch.Tensor) -> None:
     tokens[0, 0] += 1
 
 
-@pytest.mark.parametrize("op", _probe.ROOMS)
+@pytest.mark.parametrize("op", OPS)
 def test_selftest_notices_a_backend_that_is_a_little_wrong(op, monkeypatch, capsys):
     right = getattr(illada_kernels, op)
 
@@ -200,7 +201,7 @@ def test_selftest_notices_a_backend_that_is_a_little_wrong(op, monkeypatch, caps
 
 def test_a_selftest_process_that_dies_is_a_failure(monkeypatch, capsys):
     row = {"backend": "cuda", "reason": None, "opt_in": "not yet run on a GPU", "devices": ["cuda"], "place": {}}
-    found = {"ops": {op: [row] if op == "unmask" else [] for op in _probe.ROOMS}}
+    found = {"ops": {op: [row] if op == "unmask" else [] for op in OPS}}
     monkeypatch.setattr(doctor, "report", lambda: found)
     dead = [{"passed": True, "cases": []}], "died of SIGSEGV"
     monkeypatch.setattr(doctor, "child", lambda arguments, timeout: dead)

@@ -1,1 +1,10 @@
-"""One room per op: the public function, its reference, and its backends."""
+"""A room per op: what the operations are, and in which folder each lives. Importing this does not import torch."""
+
+# public function -> its room
+OPS = {
+    "attention": "attention",
+    "masked_loss": "masked_loss",
+    "masked_loss_from_logits": "masked_loss",
+    "unmask": "unmask",
+    "unmask_from_logits": "unmask",
+}
