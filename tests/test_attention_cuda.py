@@ -225,7 +225,7 @@ FAULTS = {
         "  mbar_wait(&shared.k_full[stage], phase);\n  __syncwarp();  // a lane that waits on may miss a phase\n",
         "",
     ),
-    "a skipped tile is not passed on": ("        skip(shared, plan, wg, n, use);", "        {}"),
+    "a skipped tile is not passed on": ("else skip(shared, plan, wg, n, use);", "else {}"),
     "queries released before their product is done": (
         "  wgmma_wait<0>();\n  reg_fence(s);\n  release(&shared.k_empty[stage]);\n"
         "  if (n == plan.end - 1) release(&shared.q_empty[wg]);",

@@ -158,7 +158,7 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "Q overwritten": ("    mbar_wait(&s.rows_empty, turn % 2 ^ 1);\n", "", "."),
         "dP read unfinished": ("  wgmma_wait<0>();\n  reg_fence(ds);", "  reg_fence(ds);", "."),
         "V of the last step kept": (
-            "      else\n        arrive_by_warp(&s.v_empty[n % S::kValueStages]);\n",
+            "      else arrive_by_warp(&s.v_empty[n % S::kValueStages]);\n",
             "",
             "deadlock",
         ),
