@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _nvrtc
-from ._dispatch import extension, extension_reason, native
-
-UNRUN = "not yet run on a GPU; `python -m illada_kernels doctor --selftest` tries it and lets it in"
+from ._extension import extension, extension_reason, native
 
 
 @functools.cache

@@ -1,88 +1,398 @@
-"""How a room becomes a torch operator: one set of functions, two ways in.
+"""Makes a room's `Problem` a torch operator, with two ways in.
 
-A `TorchOp` owns an implementation, a fake (shapes only), and optionally a backward. Called with plain eager tensors it
-runs the implementation directly, through a torch.autograd.Function where a gradient is wanted (about 1 to 10 us); under
-torch.compile, functorch, a dispatch or function mode, or with tensor subclasses it goes through the registered
-`torch.library` operator `illada_kernels::<name>` (about 23 us), whose schema is inferred from type hints.
+Called with plain eager tensors an `Operator` runs the backend directly, through a torch.autograd.Function where a
+gradient is wanted (1 to 10 us). Everything else (torch.compile, export, dispatch and function modes, a profiler, tensor
+subclasses) goes through the registered `torch.library` operator `illada_kernels::<name>` (about 23 us), whose schema is
+made of the fields of the Problem. torch.func's transforms and forward-mode AD take the autograd.Function, which has the
+rules that they ask for.
+
+    room/problem.py     class Problem(NamedTuple): the validated call; the last field is backend: str = ""
+    room/<backend>.py   available() and supports(problem): None, or why not
+                        forward(problem) -> outputs; never one of its inputs
+                        backward(problem, *upstream, *saved, needs) -> one gradient for each field of `Derivative.of`
 """
 
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _dispatch
 
-def is_plain(args: Sequence[Any]) -> bool:
-    """True if nothing watches: eager, no mode, no functorch level, no forward-mode AD, no trace, only plain tensors."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    if torch._C._get_tracing_state() is not None:  # torch.jit.trace does not see what a kernel writes
-        return False
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    return all(type(a) in (Tensor, torch.nn.Parameter) and not a.is_neg() for a in tensors)  # a lazy minus sign
+_PLAIN_KEYS: set[int] = set()  # dispatch keys of plain strided tensors, as integers
+_PLAIN_STATES: set[int] = set()  # dispatch keys that the thread adds where nothing watches
 
 
-class TorchOp:
-    """One operator.
+def _learn_plain_keys(device: str) -> None:
+    """Adds the keys of ordinary and of inference tensors of a device type."""
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            _PLAIN_KEYS.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+            _PLAIN_STATES.add(torch._C._dispatch_tls_local_include_set().raw_repr())
 
-    forward(*args) -> Tensor or tuple of tensors, with type hints that torch.library can read; never returns its inputs.
-    fake(*args): the same shapes and dtypes, no data.
-    setup_context(ctx, inputs, output), backward(ctx, *grads) -> one entry per argument: as torch's register_autograd.
-    mutates: names of arguments written in place (then there is no backward).
-    direct: takes the place of forward where the dispatcher is skipped; what it keeps may be smaller than fake says.
 
-    A backward calls a second TorchOp (`<name>_bwd`) on ctx.saved_tensors: under create_graph those require grad, that
-    operator has no backward of its own, and so a double backward raises instead of being silently wrong.
+_learn_plain_keys("cpu")
+if torch.cuda.is_available():
+    _learn_plain_keys("cuda")
+
+
+def is_watched() -> bool:
+    """True if something must see the operator: a compiler, a trace, a mode, a transform, forward-mode AD, a profiler."""
+    return _is_below() or torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled()
+
+
+def _is_below() -> bool:
+    """True if something is active that sees what a Function's forward does: a compiler, a trace, a mode, a transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_STATES
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace does not see what a kernel writes
+    )
+
+
+def is_plain(values: Sequence[Any]) -> bool:
+    """True if the tensors among `values` are strided, in memory and nothing more: not batched, functional, lazily
+    negated, zero, nested, fake, nor of a subclass.
+
+    Raises RuntimeError for a tensor whose storage was freed, which would otherwise end the process.
+    """
+    for x in values:
+        if isinstance(x, Tensor):
+            if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._dispatch_keys(x).raw_repr() not in _PLAIN_KEYS:
+                return False
+            if x.untyped_storage().nbytes() == 0:
+                _check_storage([x])
+    return True
+
+
+def _check_storage(tensors: Sequence[Tensor]) -> None:
+    for x in tensors:
+        if x.untyped_storage().nbytes() == 0 and x.numel() > 0:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(x.shape)} has lost its storage (it was resized to 0, as FSDP does with "
+                "parameters that are not gathered); gather it before the call, and keep it until the backward has run"
+            )
+
+
+def _is_transformed() -> bool:
+    """True under torch.func's transforms and under forward-mode AD."""
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+class Derivative(NamedTuple):
+    """How an operator is differentiated, once.
+
+    of: the fields of the Problem that get a gradient.
+    upstream: how many of the outputs, the first ones, have an upstream gradient.
+    saves: the outputs that the backward is given.
+    jvp(problem, outputs, tangents) -> tangents of the first `upstream` outputs, from one tangent or None for each field
+    of `of`; `outputs` are those of `saves`.
+    """
+
+    of: tuple[str, ...]
+    upstream: int
+    saves: tuple[int, ...]
+    jvp: Callable[[Any, tuple[Tensor, ...], tuple[Tensor | None, ...]], tuple[Tensor, ...]]
+
+
+class Operator:
+    """One torch operator, called with a validated Problem.
+
+    Parameters
+    ----------
+    problem : the room's Problem, a NamedTuple whose field types torch.library can read.
+    fake : problem -> outputs, their shapes and dtypes without data.
+    outputs : their number.
+    mutates : fields written in place; such an operator has no derivative.
+    folds : every tensor has the batch as its first dimension, so that vmap folds into it; else vmap loops. Names the
+        fields whose batch may be 1 instead.
     """
 
     def __init__(
         self,
         name: str,
-        forward: Callable[..., Any],
-        fake: Callable[..., Any],
-        setup_context: Callable[..., None] | None = None,
-        backward: Callable[..., Any] | None = None,
+        problem: type[Any],
+        backends: tuple[_dispatch.Backend, ...],
+        fake: Callable[[Any], Any],
+        outputs: int,
+        derivative: Derivative | None = None,
         mutates: tuple[str, ...] = (),
-        direct: Callable[..., Any] | None = None,
+        folds: tuple[str, ...] | None = None,
     ) -> None:
-        self.name, self.forward = name, direct or forward
-        self.written = [i for i, name in enumerate(inspect.signature(forward).parameters) if name in mutates]
-        self.op = torch.library.custom_op(f"illada_kernels::{name}", forward, mutates_args=mutates)
-        self.op.register_fake(fake)
-        self.function: type[torch.autograd.Function] | None = None
-        if backward is not None and setup_context is not None:
-            self.op.register_autograd(backward, setup_context=setup_context)
-            self.function = _autograd_function(name, self.forward, setup_context, backward)
+        self.name, self.problem, self.backends, self.fake = name, problem, backends, fake
+        self.outputs, self.derivative, self.folds = outputs, derivative, folds
+        kinds = typing.get_type_hints(problem)
+        self.fields = tuple(kinds)
+        self.written = [i for i, field in enumerate(self.fields) if field in mutates]
+        self.op = _register(name, kinds, outputs, self._kernel, lambda *a: fake(problem(*a)), mutates)
+        if derivative is not None:
+            self.differentiated = [self.fields.index(field) for field in derivative.of]
+            self.bwd = _Backward(self, derivative, kinds)
+            self.op.register_autograd(self._backward, setup_context=self._setup_context)
+            rules = {"backward": self._backward, "jvp": self._jvp, "vmap": self._vmap}
+            self.function = _function(name, self._forward, self._setup_context, **rules)
 
-    def __call__(self, *args: Any) -> Any:
-        if not is_plain(args):
-            return self.op(*args)
-        wants_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        if wants_grad and self.function is not None:
-            return self.function.apply(*args)
-        if wants_grad:  # no backward exists: let the dispatcher attach the node that says so
-            return self.op(*args)
+    def __call__(self, problem: Any) -> Any:
+        """Runs the call. problem.backend: the one that the user insists on, or ""."""
+        if is_watched():
+            return self._watched(problem)
+        if not is_plain(problem):
+            return self.op(*self._with_backend(problem, problem.backend or _dispatch.environment()))
+        backend = self.choose(problem)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in problem):
+            if self.derivative is None:  # the dispatcher attaches the node that says so
+                return self.op(*problem)
+            return self.function.apply(*self._with_backend(problem, _dispatch.Resolved(backend.name)))
         for i in self.written:  # as the dispatcher does: autograd must notice that a tensor it saved has changed
-            if not args[i].is_inference():
-                torch.autograd.graph.increment_version(args[i])
-        return self.forward(*args)
+            if not problem[i].is_inference():
+                torch.autograd.graph.increment_version(problem[i])
+        return self._direct(backend, problem)
+
+    def _watched(self, problem: Any) -> Any:
+        if torch.compiler.is_compiling():  # the operator itself reads ILLADA_BACKEND, when it runs
+            return self.op(*problem)
+        problem = self._with_backend(problem, problem.backend or _dispatch.environment())
+        if not _is_transformed():
+            return self.op(*problem)
+        if self.derivative is None:
+            return self._refuse_transforms(problem)
+        return self.function.apply(*problem)
+
+    def _refuse_transforms(self, problem: Any) -> Any:
+        tensors = [x for x in problem if isinstance(x, Tensor)]
+        dual = any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+        if dual or torch._C._functorch.maybe_current_level() is not None:
+            raise NotImplementedError(
+                f"{self.name}: has no derivative, and writes in place, so that torch.func's transforms and forward-mode "
+                "AD cannot pass through it; call it outside of them, on tensors without tangents (.detach())"
+            )
+        return self.op(*problem)
+
+    def choose(self, problem: Any) -> _dispatch.Backend:
+        """Returns the backend that runs the problem, or raises with every backend's reason."""
+        device = next(x for x in problem if isinstance(x, Tensor)).device.type
+        return _dispatch.choose(getattr(problem, "op", self.name), self.backends, device, problem, problem.backend)
+
+    def _with_backend(self, problem: Any, name: str) -> Any:
+        return problem if name is problem.backend else self.problem(*problem[:-1], name)
+
+    def _direct(self, backend: _dispatch.Backend, problem: Any) -> Any:
+        module = backend.module()
+        return getattr(module, "direct", module.forward)(problem)
+
+    def _kernel(self, *arguments: Any) -> Any:
+        """The registered operator's implementation."""
+        problem = self.problem(*arguments)
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if tensors[0].is_meta:
+            return self.fake(problem)
+        _check_storage(tensors)
+        return self.choose(problem).module().forward(problem)
+
+    def _forward(self, *arguments: Any) -> Any:
+        """The autograd.Function's forward. Under nested transforms the tensors are still wrapped, a level down."""
+        if type(arguments[-1]) is _dispatch.Resolved:  # __call__ has looked at everything
+            return self._run(arguments)
+        if torch._C._functorch.maybe_current_level() is not None:
+            return self.function.apply(*arguments)
+        if _is_below() or not is_plain(arguments):
+            return self.op(*arguments)
+        return self._run(arguments)
+
+    def _run(self, arguments: Sequence[Any]) -> Any:
+        problem = self.problem(*arguments)
+        return self._direct(self.choose(problem), problem)
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        assert self.derivative is not None
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.set_materialize_grads(False)  # an unused output then costs nothing
+        ctx.mark_non_differentiable(*outputs[self.derivative.upstream :])
+        tensors = [x for x in inputs if isinstance(x, Tensor)] + [outputs[i] for i in self.derivative.saves]
+        saved = [x.clone() if x.is_inference() and not x.is_floating_point() else x for x in tensors]
+        ctx.save_for_backward(*saved)
+        if _is_transformed():
+            ctx.save_for_forward(*saved)
+        ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+    def _restore(self, ctx: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """Returns (the Problem, the saved outputs)."""
+        tensors = iter(ctx.saved_tensors)
+        problem = self.problem(*(next(tensors) if x is None else x[0] for x in ctx.rest))
+        return problem, tuple(tensors)
+
+    def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        assert self.derivative is not None
+        everywhere: list[Tensor | None] = [None] * len(self.fields)
+        upstream = grads[: self.derivative.upstream]
+        if all(g is None for g in upstream):
+            return tuple(everywhere)
+        needs = [ctx.needs_input_grad[i] for i in self.differentiated]
+        for i, gradient, need in zip(self.differentiated, self.bwd(upstream, *self._restore(ctx), needs), needs):
+            everywhere[i] = gradient if need else None
+        return tuple(everywhere)
+
+    def _jvp(self, ctx: Any, *tangents: Tensor | None) -> Any:
+        assert self.derivative is not None
+        of = tuple(tangents[i] for i in self.differentiated)
+        first = self.derivative.jvp(*self._restore(ctx), of)
+        outputs = (*first, *(None for _ in range(self.outputs - len(first))))
+        return outputs if self.outputs > 1 else outputs[0]
+
+    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        kept = () if self.folds is None else [self.fields.index(field) for field in self.folds]
+        return _vmap(
+            lambda *a: self(self.problem(*a)), info.batch_size, in_dims, arguments, self.folds is not None, kept
+        )
 
 
-def _autograd_function(
-    name: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> type[torch.autograd.Function]:
-    return type(
-        f"{name}_function",
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-        },
-    )
+class _Backward:
+    """The operator `<name>_bwd`: upstream gradients, saved outputs, the Problem's fields, and which gradients are
+    needed. It has no derivative of its own, so that a double backward raises."""
+
+    def __init__(self, operator: Operator, derivative: Derivative, kinds: dict[str, Any]) -> None:
+        self.operator, self.derivative = operator, derivative
+        upstream = {f"grad_{i}": Tensor | None for i in range(derivative.upstream)}
+        saved = {f"saved_{i}": Tensor for i in derivative.saves}
+        self.first = len(upstream) + len(saved)
+        kinds = {**upstream, **saved, **kinds, "needs": Sequence[bool]}
+        name = f"{operator.name}_bwd"
+        self.op = _register(name, kinds, len(derivative.of), self._kernel, self._fake, ())
+        self.function = _function(
+            name, self._forward, lambda ctx, inputs, output: None, backward=self._refuse, vmap=self._vmap
+        )
+
+    def __call__(
+        self, upstream: Sequence[Tensor | None], problem: Any, saved: Sequence[Tensor], needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        arguments = (*upstream, *saved, *problem, list(needs))
+        if is_watched():
+            transformed = not torch.compiler.is_compiling() and _is_transformed()
+            return self.function.apply(*arguments) if transformed else self._op(arguments)
+        if torch.is_grad_enabled() or not is_plain(arguments):
+            return self._op(arguments)
+        return self._run(arguments)
+
+    def _op(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
+        result = self.op(*arguments)
+        return result if isinstance(result, tuple) else (result,)
+
+    def _run(self, arguments: Sequence[Any]) -> Sequence[Tensor | None]:
+        problem = self.operator.problem(*arguments[self.first : -1])
+        module = self.operator.choose(problem).module()
+        return module.backward(problem, *arguments[: self.first], needs=arguments[-1])
+
+    def _kernel(self, *arguments: Any) -> Any:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if tensors[0].is_meta:
+            return self._fake(*arguments)
+        _check_storage(tensors)
+        return self._as_tensors(arguments, self._run(arguments))
+
+    def _as_tensors(self, arguments: Sequence[Any], grads: Sequence[Tensor | None]) -> Any:
+        """Returns one new tensor a gradient: empty where not needed, a copy where a backend handed over what it kept."""
+        given = [x for x in arguments if isinstance(x, Tensor)]
+        like = given[0]
+        new = [
+            like.new_empty(0) if g is None or not need else g.clone() if any(g is x for x in given) else g
+            for g, need in zip(grads, arguments[-1])
+        ]
+        return tuple(new) if len(new) > 1 else new[0]
+
+    def _fake(self, *arguments: Any) -> Any:
+        like = next(x for x in arguments if isinstance(x, Tensor))
+        of = [arguments[self.first + i] for i in self.operator.differentiated]
+        new = [x.new_empty(x.shape) if need else like.new_empty(0) for x, need in zip(of, arguments[-1])]
+        return tuple(new) if len(new) > 1 else new[0]
+
+    def _forward(self, *arguments: Any) -> Any:
+        if torch._C._functorch.maybe_current_level() is not None:
+            return self.function.apply(*arguments)
+        if _is_below() or not is_plain(arguments):
+            return self.op(*arguments)
+        return self._as_tensors(arguments, self._run(arguments))
+
+    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        folds = self.operator.folds
+        kept = () if folds is None else [self.first + self.operator.fields.index(field) for field in folds]
+        return _vmap(self.function.apply, info.batch_size, in_dims, arguments, folds is not None, kept)
+
+    def _refuse(self, ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{self.operator.name}: is differentiable once; its backward has no derivative")
+
+
+def _register(
+    name: str,
+    kinds: dict[str, Any],
+    outputs: int,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    mutates: tuple[str, ...],
+) -> Any:
+    """Registers illada_kernels::<name> with one argument a field."""
+
+    def implementation(*arguments: Any) -> Any:
+        return kernel(*arguments)
+
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=k) for n, k in kinds.items()]
+    returned = Tensor if outputs == 1 else tuple[(Tensor,) * outputs]
+    implementation.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+    op = torch.library.custom_op(f"illada_kernels::{name}", implementation, mutates_args=mutates)
+    op.register_fake(fake)
+    return op
+
+
+def _function(name: str, forward: Any, setup_context: Any, **rules: Any) -> Any:
+    members = {"forward": forward, "setup_context": setup_context, **rules}
+    return type(f"{name}_function", (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
+
+
+def _vmap(
+    call: Callable[..., Any],
+    size: int,
+    in_dims: Sequence[Any],
+    arguments: Sequence[Any],
+    folds: bool,
+    kept: Sequence[int],
+) -> tuple[Any, Any]:
+    """Runs `size` calls: as one with a batch `size` times as large if it `folds`, else one after another.
+
+    kept: places of tensors that stay as they are if they have no mapped dimension and a batch of 1.
+    """
+    tensors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
+    if not folds:
+        each = [
+            call(
+                *(
+                    x.select(in_dims[i], n) if i in tensors and in_dims[i] is not None else x
+                    for i, x in enumerate(arguments)
+                )
+            )
+            for n in range(size)
+        ]
+        if isinstance(each[0], tuple):
+            return tuple(torch.stack(parts) for parts in zip(*each)), (0,) * len(each[0])
+        return torch.stack(each), 0
+    first = next(i for i in tensors if i not in kept)
+    one = arguments[first] if in_dims[first] is None else arguments[first].select(in_dims[first], 0)
+    batch = one.shape[0]
+    folded = list(arguments)
+    for i in tensors:
+        x = arguments[i] if in_dims[i] is None else arguments[i].movedim(in_dims[i], 0)
+        if in_dims[i] is None:
+            if i in kept and x.shape[0] == 1:
+                continue
+            x = x.expand(size, *x.shape)
+        folded[i] = x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+    outputs = call(*folded)
+    many = isinstance(outputs, tuple)
+    outputs = outputs if many else (outputs,)
+    dims = tuple(None if x.shape == (0,) else 0 for x in outputs)
+    unfolded = tuple(x if d is None else x.unflatten(0, (size, batch)) for x, d in zip(outputs, dims))
+    return (unfolded, dims) if many else (unfolded[0], dims[0])

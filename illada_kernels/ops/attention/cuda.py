@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._dispatch import STALE, native
+from ..._extension import DTYPES, extension_reason
 from ..._gpu import hopper_reason, launch
-from .native import element_strides
+from .problem import Problem, element_strides, upstream
 
-_DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 _FORWARD = {torch.bfloat16: "attention_fwd_bf16_sm90a", torch.float16: "attention_fwd_fp16_sm90a"}
 _DIMS = (64, 96, 128, 256)
 _MOST_FUSED_DIM = 128
@@ -20,17 +20,12 @@ _MAX_KEYS = 2**31 - 1024
 
 
 def available() -> str | None:
-    """None, or why the compiled kernels cannot run on this machine."""
-    return hopper_reason()
+    return hopper_reason() or extension_reason(*_FORWARD.values(), "attention_bwd_keys_sm90a")
 
 
-def supports(request: Any) -> str | None:
-    """None, or why this call (its q, k, v and direction) cannot run here."""
-    entry = "attention_bwd_keys_sm90a" if request.backward else "attention_fwd_bf16_sm90a"
-    if not hasattr(native(), entry):
-        return STALE
-    q, k, v = request.q, request.k, request.v
-    if q.dtype not in _DTYPES:
+def supports(problem: Problem) -> str | None:
+    q, k, v = problem.q, problem.k, problem.v
+    if q.dtype not in _FORWARD:
         return f"takes bfloat16 and float16, not {q.dtype}"
     if q.shape[3] not in _DIMS or v.shape[3] != q.shape[3]:
         return f"takes a head_dim of {', '.join(map(str, _DIMS))}, alike for q and v, not {q.shape[3]} and {v.shape[3]}"
@@ -42,10 +37,10 @@ def supports(request: Any) -> str | None:
 def _unfit_for_tma(name: str, x: Tensor) -> str | None:
     """Bulk tensor copies take 16-byte aligned addresses and strides."""
     if x.data_ptr() % 16:
-        return f"{name} starts at an address that is no multiple of 16 bytes; .clone() it"
+        return f"{name} starts at an address that is not a multiple of 16 bytes; .clone() it"
     for size, stride in zip(x.shape[:3], x.stride()[:3]):
         if size > 1 and (stride <= 0 or stride * x.element_size() % 16):
-            return f"{name} has strides {x.stride()} that are no positive multiples of 16 bytes; use .contiguous()"
+            return f"{name} has strides {x.stride()} that are not positive multiples of 16 bytes; use .contiguous()"
     return None
 
 
@@ -84,69 +79,43 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D), bounds int32 (B or 1, Sq or 1, 4) or None for full: out, lse.
-
-    out (B, Sq, Hq, D) in q's dtype, lse (B, Hq, Sq) float32. Accumulates in float32; the probabilities are rounded to
-    q's dtype for the second product. One launch, two where the keys are split. Memory: then 4 (D + 1) bytes per row,
-    head and split.
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Sq, Hq, D) in q's dtype and lse (B, Hq, Sq) float32. Accumulates in float32; the probabilities are
+    rounded to q's dtype for the second product. One launch, two where the keys are split. Memory: then 4 (D + 1) bytes
+    per row, head and split.
     """
-    batch, rows, heads, dim = q.shape
-    keys, key_heads = k.shape[1], k.shape[2]
+    q, k, v = problem.q, problem.k, problem.v
+    batch, queries, keys, heads, kv_heads, dim, _ = problem.sizes()
     out = q.new_empty(q.shape)
-    lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     if out.numel() == 0 or keys == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     count = processors(q.device)
-    cut = schedule(batch, rows, keys, heads, key_heads, dim, count)
+    cut = schedule(batch, queries, keys, heads, kv_heads, dim, count)
     blocks = min(count, cut.items * cut.splits)
     parts = lse.new_empty(cut.splits * lse.numel() * (dim + 1)) if cut.splits > 1 else None
     # Blocks draw items of unlike lengths from a counter; like ones they take in turns.
     counter = None
-    if bounds is not None and cut.items * cut.splits > blocks:
+    if problem.bounds is not None and cut.items * cut.splits > blocks:
         counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    q, scale = _with_positive_scale(q, scale)
-    bounds = _aligned(bounds)
+    q, scale = _with_positive_scale(q, problem.scale)
+    bounds = _aligned(problem.bounds)
     strides = element_strides(q, k, v, bounds)
-    launch(
-        _FORWARD[q.dtype],
-        q.device,
-        q,
-        k,
-        v,
-        bounds,
-        out,
-        lse,
-        batch,
-        rows,
-        keys,
-        heads,
-        key_heads,
-        dim,
-        strides.buffer_info()[0],
-        scale,
-        cut.pack,
-        cut.splits,
-        parts,
-        counter,
-        blocks,
-    )
+    sizes = (batch, queries, keys, heads, kv_heads, dim)
+    how = (strides.buffer_info()[0], scale, cut.pack, cut.splits, parts, counter, blocks)
+    launch(_FORWARD[q.dtype], q.device, q, k, v, bounds, out, lse, *sizes, *how)
     return out, lse
 
 
 def backward(
-    dout: Tensor,
+    problem: Problem,
+    dout: Tensor | None,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     out: Tensor,
     lse: Tensor,
-    bounds: Tensor | None,
-    scale: float,
-    deterministic: bool = True,
+    needs: Sequence[bool] = (True, True, True),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, shaped and typed like q, k and v, of the sum of out * dout and lse * dlse (dlse may be None).
+    """Returns dq, dk and dv, shaped and typed like q, k and v, of the sum of out * dout and lse * dlse.
 
     First the rows' delta and lse and the tiles' key ranges, then dk and dv, one block per key tile and key head, and
     dq, one block per query tile and head. Seven products, not five, and in return nothing is added across blocks:
@@ -156,41 +125,25 @@ def backward(
     Not deterministic, head_dim up to 128: the blocks of dk and dv add to a float32 dq too, five products; then 4 D
     bytes per row (of tiles of 64) and head more, and the last bits of dq vary. Those of dk and dv do not.
     """
-    batch, rows, heads, dim = q.shape
-    keys, key_heads = k.shape[1], k.shape[2]
+    q, k, v = problem.q, problem.k, problem.v
+    batch, queries, keys, heads, kv_heads, dim, _ = problem.sizes()
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    dout, out, bounds = _fit_for_tma(dout), _fit_for_tma(out), _aligned(bounds)
+    dout, out, bounds = _fit_for_tma(upstream(dout, out)), _fit_for_tma(out), _aligned(problem.bounds)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     strides = element_strides(q, k, v, bounds, out, dout)
-    sizes = (batch, rows, keys, heads, key_heads, dim, 1 if bounds is None else bounds.shape[0])
-    code, at, blocks = _DTYPES[q.dtype], strides.buffer_info()[0], processors(q.device)
-    space = workspace(batch, rows, heads, sizes[-1], q.device)
+    sizes = (batch, queries, keys, heads, kv_heads, dim, 1 if bounds is None else bounds.shape[0])
+    code, at, blocks = DTYPES[q.dtype], strides.buffer_info()[0], processors(q.device)
+    space = workspace(batch, queries, heads, sizes[-1], q.device)
     launch("attention_bwd_rows_sm90a", q.device, code, out, lse, dout, dlse, bounds, *space, *sizes, at)
-    if not deterministic and dim <= _MOST_FUSED_DIM:
+    inputs, how = (code, q, k, v, dout, *space), (*sizes, at, problem.scale, blocks)
+    if not problem.deterministic and dim <= _MOST_FUSED_DIM:
         sums = torch.zeros(space[0].numel() // 2 * dim, dtype=torch.float32, device=q.device)
-        launch(
-            "attention_bwd_fused_sm90a",
-            q.device,
-            code,
-            q,
-            k,
-            v,
-            dout,
-            *space,
-            sums,
-            dq,
-            dk,
-            dv,
-            *sizes,
-            at,
-            scale,
-            blocks,
-        )
+        launch("attention_bwd_fused_sm90a", q.device, *inputs, sums, dq, dk, dv, *how)
         return dq, dk, dv
-    launch("attention_bwd_keys_sm90a", q.device, code, q, k, v, dout, *space, dk, dv, *sizes, at, scale, blocks)
-    launch("attention_bwd_queries_sm90a", q.device, code, q, k, v, dout, *space, dq, *sizes, at, scale, blocks)
+    launch("attention_bwd_keys_sm90a", q.device, *inputs, dk, dv, *how)
+    launch("attention_bwd_queries_sm90a", q.device, *inputs, dq, *how)
     return dq, dk, dv
 
 

@@ -1,11 +1,7 @@
-"""Attention in Triton: which calls it takes, the committed tile sizes, and the way to the kernels.
-
-triton_fwd.py and triton_bwd.py hold the kernels and are imported at the first call: this module does without Triton.
-"""
+"""Tile sizes of the Triton kernels: the committed tables, the choice for a call, and their measurement."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,85 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._gpu import triton_reason
-
-_HEAD_DIMS = (64, 96, 128, 256)
-_MAX_ROWS = 2**31 - 1024
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@functools.cache
-def available() -> str | None:
-    """None, or why Triton kernels cannot run."""
-    if (reason := triton_reason()) is not None:
-        return reason
-    if torch.version.hip:
-        return "has tile sizes for NVIDIA GPUs only"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"needs a GPU of compute capability 8.0 or later, this one has {major}.{minor}"
-
-
-def supports(request: Any) -> str | None:
-    """None, or why this call (its q, k and v) cannot run here."""
-    q, v = request.q, request.v
-    if q.dtype not in _DTYPES:
-        return f"takes bfloat16, float16 and float32, not {q.dtype}"
-    if q.shape[3] not in _HEAD_DIMS or v.shape[3] != q.shape[3]:
-        return f"takes q and v of a head_dim of 64, 96, 128 or 256, not {q.shape[3]} and {v.shape[3]}"
-    if max(q.shape[1] * q.shape[2] // v.shape[2], v.shape[1]) > _MAX_ROWS:
-        return f"takes at most {_MAX_ROWS} keys, and queries times query heads per key head"
-    return None
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, Sq, Hq, D), k, v (B, Sk, Hkv, D), bounds int32 (B or 1, Sq or 1, 4) or None for full: out, lse.
-
-    out (B, Sq, Hq, D) in q's dtype, lse (B, Hq, Sq) float32. Memory: the results.
-    """
-    from . import triton_fwd
-
-    return triton_fwd.forward(q, k, v, _plain(bounds), scale, choose(FORWARD, q))
-
-
-def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: Tensor | None,
-    scale: float,
-    deterministic: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, shaped and typed like q, k and v, of the sum of out * dout and lse * dlse (dlse may be None).
-
-    Bitwise the same run after run. Memory: the results, and 8 bytes per row of out.
-    """
-    from . import triton_bwd
-
-    tiles = choose(KEYS_BACKWARD, q), choose(QUERIES_BACKWARD, q)
-    return triton_bwd.backward(dout, dlse, q, k, v, out, lse, _plain(bounds), scale, *tiles)
-
-
-def _plain(bounds: Tensor | None) -> Tensor | None:
-    return bounds if bounds is None or bounds.stride(2) == 1 else bounds.contiguous()
+from ..problem import Problem
 
 
 def strides(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[int, ...]:
-    """Batch, row and head of q, k and v; batch and row of the bounds, 0 where they are broadcast."""
+    """Returns the strides of batch, row and head of q, k and v, then of batch and row of the bounds, 0 where these are
+    broadcast."""
     ranges = (0, 0) if bounds is None else tuple(bounds.stride(i) if bounds.shape[i] > 1 else 0 for i in (0, 1))
     return *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ranges
 
 
 def head_parts(dim: int) -> tuple[int, int]:
-    """head_dim as one power of two, or a sum of two."""
+    """Returns head_dim as one power of two, or a sum of two."""
     head = 1 << (dim.bit_length() - 1)
     return head, dim - head
-
-
-# ---- tile sizes ------------------------------------------------------------------------------------------------------
 
 
 class Tile(NamedTuple):
@@ -157,7 +88,7 @@ def choose(table: Table, q: Tensor) -> Tile:
 
 
 def tune(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> dict[str, tuple[Tile, float]]:
-    """Measures tiles on these tensors (arguments as of `forward`) and, in this process, uses the fastest for calls of
+    """Measures tiles on these tensors (those of a Problem) and, in this process, uses the fastest for calls of
     their dtype and head_dim on their device. Returns each kernel's tile and the milliseconds of its direction.
 
     Compiles some thirty tiles a kernel: minutes. Other tiles mean other sums, so the last bits of results may change.
@@ -165,14 +96,16 @@ def tune(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> dict[
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    scale = q.shape[3] ** -0.5
-    out, lse = forward(q, k, v, bounds, scale)
+    from . import bwd, fwd
+
+    problem = Problem(q, k, v, bounds, q.shape[3] ** -0.5)
+    out, lse = fwd.forward(problem)
 
     def forwards() -> Any:
-        return forward(q, k, v, bounds, scale)
+        return fwd.forward(problem)
 
     def backwards() -> Any:
-        return backward(out, None, q, k, v, out, lse, bounds, scale)
+        return bwd.backward(problem, out, None, out, lse)
 
     fastest = {}
     for name, table, run in (
@@ -194,14 +127,14 @@ def tune(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> dict[
 
 
 def _neighbours(tile: Tile) -> Iterator[Tile]:
-    """The tile itself first, then with half and twice its rows and keys, the other number of warps, more stages."""
+    """Yields the tile itself, then those with half and twice its rows and keys, the other number of warps, more stages."""
     for rows, keys, warps, more in itertools.product((1, 0.5, 2), (1, 0.5, 2), (tile.warps, 12 - tile.warps), (0, 1)):
         keys = max(16, int(tile.keys * keys))
         yield Tile(max(16, int(tile.rows * rows)), keys, min(tile.part, keys), warps, tile.stages + more, 1)
 
 
 def every_tile(table: Table) -> Iterator[tuple[str, int, torch.dtype, Tile, tuple[int, ...]]]:
-    """Each tile of the table and the architectures that use it; 16-bit ones as bfloat16, one also as float16."""
+    """Yields each tile of the table and the architectures that use it; 16-bit ones as bfloat16, one also as float16."""
     later = table.get("sm_90", {})
     for dim, tile in table["any"].items():
         yield f"head_dim {dim}", dim, torch.bfloat16, tile, (80,) if dim in later else (80, 90, 100)
@@ -216,7 +149,7 @@ def every_tile(table: Table) -> Iterator[tuple[str, int, torch.dtype, Tile, tupl
 def aot(
     kernel: Any, name: str, dtype: torch.dtype, fixed: dict[str, Any], warps: int, archs: tuple[int, ...]
 ) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
-    """What tests/gpu_code/triton_code.py compiles: pointers and strides divisible by 16, as they mostly are."""
+    """Returns what tests/gpu_code/triton_code.py compiles: pointers and strides divisible by 16, as they mostly are."""
     if name == FULL:
         fixed = fixed | {x: None for x in ("bounds", "hulls", "dlse") if x in kernel.arg_names}
     kind = {torch.float32: "*fp32:16", torch.float16: "*fp16:16", torch.bfloat16: "*bf16:16"}[dtype]

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton import FORWARD, FULL, Tile, aot, every_tile, head_parts, strides
-from .triton_tiles import LN_2, LOG2_E, allowed_pairs, attended_keys, key_plan, load_tile, part_at, store_tile
+from ..problem import Problem, contiguous_bounds
+from .tiles import LN_2, LOG2_E, allowed_pairs, attended_keys, key_plan, load_tile, part_at, store_tile
+from .tuning import FORWARD, FULL, Tile, aot, choose, every_tile, head_parts, strides
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
@@ -214,32 +215,19 @@ def attention_fwd(
     tl.store(lse + (batch * kv_heads * GROUP + heads) * num_queries + queries, log, mask=inside)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float, tile: Tile) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, dim = q.shape
-    out = q.new_empty(batch, queries, heads, dim)
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    q, k, v, bounds, scale = problem.q, problem.k, problem.v, contiguous_bounds(problem.bounds), problem.scale
+    batch, queries, keys, heads, kv_heads, dim, _ = problem.sizes()
+    out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    kv_heads = k.shape[2]
-    group = heads // kv_heads
+    tile, group = choose(FORWARD, q), heads // kv_heads
+    fixed = constants(group, dim, q.dtype, tile) | {"NEGATIVE": scale < 0, "num_warps": tile.warps}
+    moves = strides(q, k, v, bounds)
     grid = (triton.cdiv(queries * group, tile.rows) * batch * kv_heads,)
     with torch.cuda.device_of(q):
-        attention_fwd[grid](
-            q,
-            k,
-            v,
-            bounds,
-            out,
-            lse,
-            scale,
-            queries,
-            k.shape[1],
-            kv_heads,
-            *strides(q, k, v, bounds),
-            **constants(group, dim, q.dtype, tile),
-            NEGATIVE=scale < 0,
-            num_warps=tile.warps,
-        )
+        attention_fwd[grid](q, k, v, bounds, out, lse, scale, queries, keys, kv_heads, *moves, **fixed)
     return out, lse
 
 

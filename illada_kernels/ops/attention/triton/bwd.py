@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton import KEYS_BACKWARD, QUERIES_BACKWARD, Tile, aot, every_tile, head_parts, strides
-from .triton_tiles import (
+from ..problem import Problem, contiguous_bounds, upstream
+from .tiles import (
     LOG2_E,
     allowed_pairs,
     attended_keys,
@@ -23,12 +23,13 @@ from .triton_tiles import (
     row_ranges,
     store_tile,
 )
+from .tuning import KEYS_BACKWARD, QUERIES_BACKWARD, Tile, aot, choose, every_tile, head_parts, strides
 
 SCAN = tl.constexpr(32)  # tiles of rows that a key tile looks at together: as many as an int64 has bits to spare
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads"])
-def attention_bwd_rows(
+def attention_bwd_preprocess(
     out,
     dout,
     lse,
@@ -579,91 +580,46 @@ def attention_bwd_queries(
 
 
 def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: Tensor | None,
-    scale: float,
-    keys_tile: Tile,
-    queries_tile: Tile,
+    problem: Problem, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, bounds, scale = problem.q, problem.k, problem.v, contiguous_bounds(problem.bounds), problem.scale
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    batch, queries, heads, dim = q.shape
-    kv_heads, group = k.shape[2], heads // k.shape[2]
-    sizes = queries, k.shape[1], kv_heads
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    batch, queries, keys, heads, kv_heads, dim, _ = problem.sizes()
+    group, sizes = heads // kv_heads, (queries, keys, kv_heads)
+    dout, lse, dlse = upstream(dout, out), lse.contiguous(), None if dlse is None else dlse.contiguous()
+    keys_tile, queries_tile = choose(KEYS_BACKWARD, q), choose(QUERIES_BACKWARD, q)
     tiles = triton.cdiv(queries * group, keys_tile.rows)
     packed_rows = tiles * keys_tile.rows
     log_sums, deltas = q.new_empty(2, batch * kv_heads, packed_rows, dtype=torch.float32).unbind(0)
     hulls = None if bounds is None else q.new_empty(batch, tiles, 8, dtype=torch.int32)
     moves = *strides(q, k, v, bounds), *dout.stride()[:3]
+    of_rows = *out.stride()[:3], *moves[11:], *moves[9:11]
+    inputs, sums = (q, k, v, bounds, dout), (log_sums, deltas)
+    for_rows = _preprocess_constants(group, dim, keys_tile) | {"num_warps": 4}
+    for_keys = _keys_constants(group, dim, q.dtype, keys_tile) | {"num_warps": keys_tile.warps}
+    for_queries = _keys_constants(group, dim, q.dtype, queries_tile) | {"num_warps": queries_tile.warps}
     with torch.cuda.device_of(q):
-        attention_bwd_rows[(tiles * batch * kv_heads,)](
-            out,
-            dout,
-            lse,
-            dlse,
-            bounds,
-            log_sums,
-            deltas,
-            hulls,
-            *sizes,
-            *out.stride()[:3],
-            *dout.stride()[:3],
-            *moves[9:11],
-            **_rows_constants(group, dim, keys_tile),
-            num_warps=4,
+        attention_bwd_preprocess[(tiles * batch * kv_heads,)](
+            out, dout, lse, dlse, bounds, *sums, hulls, *sizes, *of_rows, **for_rows
         )
-        attention_bwd_keys[(triton.cdiv(k.shape[1], keys_tile.keys) * batch * kv_heads,)](
-            q,
-            k,
-            v,
-            bounds,
-            dout,
-            log_sums,
-            deltas,
-            hulls,
-            dk,
-            dv,
-            scale,
-            *sizes,
-            *moves,
-            **_keys_constants(group, dim, q.dtype, keys_tile),
-            num_warps=keys_tile.warps,
+        attention_bwd_keys[(triton.cdiv(keys, keys_tile.keys) * batch * kv_heads,)](
+            *inputs, *sums, hulls, dk, dv, scale, *sizes, *moves, **for_keys
         )
         attention_bwd_queries[(triton.cdiv(queries * group, queries_tile.rows) * batch * kv_heads,)](
-            q,
-            k,
-            v,
-            bounds,
-            dout,
-            log_sums,
-            deltas,
-            dq,
-            scale,
-            *sizes,
-            packed_rows,
-            *moves,
-            **_keys_constants(group, dim, q.dtype, queries_tile),
-            PART=queries_tile.part,
-            num_warps=queries_tile.warps,
+            *inputs, *sums, dq, scale, *sizes, packed_rows, *moves, **for_queries, PART=queries_tile.part
         )
     return dq, dk, dv
 
 
-def _rows_constants(group: int, dim: int, tile: Tile) -> dict[str, Any]:
+def _preprocess_constants(group: int, dim: int, tile: Tile) -> dict[str, Any]:
     head, tail = head_parts(dim)
     return {"GROUP": group, "HEAD": head, "TAIL": tail, "ROWS": tile.rows}
 
 
 def _keys_constants(group: int, dim: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
-    return _rows_constants(group, dim, tile) | {
+    return _preprocess_constants(group, dim, tile) | {
         "KEYS": tile.keys,
         "STAGES": tile.stages,
         "MASKED_STAGES": tile.masked_stages,
@@ -674,7 +630,10 @@ def _keys_constants(group: int, dim: int, dtype: torch.dtype, tile: Tile) -> dic
 def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Every tile of the tables, with bounds; see tests/gpu_code/triton_code.py."""
     for name, dim, dtype, tile, archs in every_tile(KEYS_BACKWARD):
-        yield f"bwd_rows {name}", *aot(attention_bwd_rows, name, dtype, _rows_constants(4, dim, tile), 4, archs[:1])
+        yield (
+            f"bwd_preprocess {name}",
+            *aot(attention_bwd_preprocess, name, dtype, _preprocess_constants(4, dim, tile), 4, archs[:1]),
+        )
         fixed = _keys_constants(4, dim, dtype, tile)
         yield f"bwd_keys {name}", *aot(attention_bwd_keys, name, dtype, fixed, tile.warps, archs)
     for name, dim, dtype, tile, archs in every_tile(QUERIES_BACKWARD):
