@@ -43,7 +43,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float
         return out, lse
     q, k, v, bounds = _rows(q), _rows(k), _rows(v), _bounds(bounds)
     strides = element_strides(q, k, v, bounds)
-    code = native().attention_fwd(
+    code = native().attention_fwd_cpu(
         _DTYPES[q.dtype],
         *_pointers(q, k, v, bounds, out, lse),
         *_sizes(q, k, v),
@@ -78,7 +78,7 @@ def backward(
     q, k, v, out, dout, bounds = _rows(q), _rows(k), _rows(v), _rows(out), _rows(dout), _bounds(bounds)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     strides = element_strides(q, k, v, bounds, out, dout)
-    code = native().attention_bwd(
+    code = native().attention_bwd_cpu(
         _DTYPES[q.dtype],
         *_pointers(q, k, v, bounds, out, lse, dout, dlse, dq, dk, dv),
         *_sizes(q, k, v),
