@@ -65,42 +65,42 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_isa") = kIsaNames[isa];
 
   // attention
-  BIND_CPU(attention_fwd);
-  BIND_CPU(attention_bwd);
+  BIND_CPU(attention_fwd_cpu);
+  BIND_CPU(attention_bwd_cpu);
 
   // masked_loss
-  BIND_CPU(masked_loss_stats);
-  BIND_CPU(masked_loss_dlogits);
+  BIND_CPU(masked_loss_stats_cpu);
+  BIND_CPU(masked_loss_dlogits_cpu);
 
   // unmask
   m.attr("unmask_row_bytes") = ILLADA_UNMASK_ROW_BYTES;
   m.attr("unmask_partial_bytes") = ILLADA_UNMASK_PARTIAL_BYTES;
   m.attr("unmask_segment") = ILLADA_UNMASK_SEGMENT;
-  BIND_CPU(unmask_plan);
-  BIND_CPU(unmask_rows);
-  BIND_CPU(unmask_select);
-  BIND_CPU(unmask_noise);
+  BIND_CPU(unmask_plan_cpu);
+  BIND_CPU(unmask_rows_cpu);
+  BIND_CPU(unmask_select_cpu);
+  BIND_CPU(unmask_noise_cpu);
 
 #ifdef ILLADA_WITH_CUDA
   m.attr("with_cuda") = true;
   BIND_CUDA(attention_fwd_bf16_sm90a);
   BIND_CUDA(attention_fwd_fp16_sm90a);
-  BIND_CUDA(attention_bwd_rows_sm90a);
+  BIND_CUDA(attention_bwd_preprocess_sm90a);
   BIND_CUDA(attention_bwd_keys_sm90a);
   BIND_CUDA(attention_bwd_queries_sm90a);
   BIND_CUDA(attention_bwd_fused_sm90a);
   m.attr("unmask_call_bytes") = sizeof(illada_unmask_call);
-  BIND_CUDA(unmask_head);
-  BIND_CUDA(unmask_spans);
-  BIND_CUDA(unmask_commit);
-  BIND_CUDA(masked_loss_compact);
-  BIND_CUDA(masked_loss_gather);
-  BIND_CUDA(masked_loss_scatter);
-  BIND_CUDA(masked_loss_factors);
-  BIND_CUDA(masked_loss_losses);
-  BIND_CUDA(masked_loss_rows_stats);
-  BIND_CUDA(masked_loss_rows_dlogits);
-  BIND_CUDA(masked_loss_rows_gradients);
+  BIND_CUDA(unmask_head_sm90a);
+  BIND_CUDA(unmask_rows_cuda);
+  BIND_CUDA(unmask_select_cuda);
+  BIND_CUDA(masked_loss_compact_cuda);
+  BIND_CUDA(masked_loss_gather_cuda);
+  BIND_CUDA(masked_loss_scatter_cuda);
+  BIND_CUDA(masked_loss_factors_cuda);
+  BIND_CUDA(masked_loss_losses_cuda);
+  BIND_CUDA(masked_loss_rows_stats_cuda);
+  BIND_CUDA(masked_loss_rows_dlogits_cuda);
+  BIND_CUDA(masked_loss_rows_gradients_cuda);
 #else
   m.attr("with_cuda") = false;
 #endif

@@ -1,4 +1,4 @@
-"""Loads the compiled extension, and holds what every caller of its entry points needs: dtype codes, pointers, errors."""
+"""Loads the compiled extension, and holds what callers of its entry points share: dtype codes, pointers, errors."""
 
 from __future__ import annotations
 

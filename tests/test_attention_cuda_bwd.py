@@ -17,7 +17,7 @@ from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-SOURCES = {name: f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("rows", "keys", "queries")}
+SOURCES = {name: f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("preprocess", "keys", "queries")}
 
 
 class Processors:

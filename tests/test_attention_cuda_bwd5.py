@@ -18,8 +18,8 @@ from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-ROWS, FUSED = (f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("rows", "fused"))
-HEADERS = ("attention_bwd_keys_sm90a.cuh", "attention_bwd_sm90a.cuh", "attention_bwd.cuh")
+PREPROCESS, FUSED = (f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("preprocess", "fused"))
+HEADERS = ("attention_bwd_keys_sm90a.cuh", "attention_tile_sm90a.cuh", "attention_bwd_workspace.cuh")
 WRONG = "wrong result"
 
 
@@ -28,7 +28,7 @@ def gradients(*inputs: Any, ranges: KeyRanges | None = None, kernels: Kernels | 
     q, k, v, dout, dlse = inputs
     bounds, scale = None if ranges is None else ranges.bounds, q.shape[3] ** -0.5
     out, lse = reference.forward(q, k, v, bounds, scale)
-    emulated = Emulated(ROWS, seed=seed)
+    emulated = Emulated(PREPROCESS, seed=seed)
     emulated.kernels.append(kernels or compile_kernels(FUSED))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "launch", emulated)
@@ -104,7 +104,7 @@ def test_dk_and_dv_are_the_same_bits_as_those_of_the_deterministic_kernel() -> N
     ranges = cases.hostile_masks(1, 130, 300)["random"]
     assert ranges is not None
     out, lse = reference.forward(*inputs[:3], ranges.bounds, 0.125)
-    emulated = Emulated(ROWS, *(f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("keys", "queries")))
+    emulated = Emulated(PREPROCESS, *(f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("keys", "queries")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "launch", emulated)
         patch.setattr(cuda, "processors", lambda device: 3)
@@ -117,7 +117,7 @@ def test_head_dim_256_takes_the_deterministic_kernels(monkeypatch: pytest.Monkey
     launched: list[str] = []
     monkeypatch.setattr(cuda, "launch", lambda name, *arguments: launched.append(name))
     monkeypatch.setattr(cuda, "processors", lambda device: 2)
-    for dim, used in ((256, ["rows", "keys", "queries"]), (128, ["rows", "fused"])):
+    for dim, used in ((256, ["preprocess", "keys", "queries"]), (128, ["preprocess", "fused"])):
         launched.clear()
         q, k, v, dout, dlse = draw(1, 3, 3, 1, 1, dim, dtype=torch.bfloat16)
         cuda.backward(dout, dlse, q, k, v, dout, dlse, None, 1.0, deterministic=False)

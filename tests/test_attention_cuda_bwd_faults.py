@@ -18,8 +18,8 @@ from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-HEADERS = ("attention_bwd_keys_sm90a.cuh", "attention_bwd_sm90a.cuh", "attention_bwd.cuh")
-NAMES = ("rows", "keys", "queries")
+HEADERS = ("attention_bwd_keys_sm90a.cuh", "attention_tile_sm90a.cuh", "attention_bwd_workspace.cuh")
+NAMES = ("preprocess", "keys", "queries")
 
 
 def source(name: str) -> str:
@@ -84,7 +84,7 @@ def right(dim: int) -> Result:
 WRONG = "wrong result"
 # of each kernel, name: (old, new, what is seen of it[, head_dim])
 FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "rows": {
+    "preprocess": {
         # what the others are told
         "dlse forgotten": ("sum - (dlse ? dlse[at] : 0.0f)", "sum", WRONG),
         "hull from the wrong end": (

@@ -331,14 +331,14 @@ def test_unmask_is_launched_as_the_extension_does(
         launcher.kernels = kernels or launcher.kernels
         unmask_on_cpu.Backend(monkeypatch, launcher, processors=0)
         step, after = unmask_on_cpu.unmask("cuda", logits, None, tokens, positions, ik.TopK(3), **options)
-        assert launcher.launches == ["unmask_spans", "unmask_commit"]
+        assert launcher.launches == ["unmask_rows_cuda", "unmask_select_cuda"]
         results.append(bits([*step, after]))
     assert all(torch.equal(a, b) for a, b in zip(*results))
     assert ("stream", 4711, 1) in cupy
 
 
 def test_an_empty_grid_launches_nothing(cupy: list[Any]) -> None:
-    _gpu.launch("masked_loss_factors", torch.device("cuda:1"), 0, 0, 0, 0, 0, 1, 0, 0, 0)
+    _gpu.launch("masked_loss_factors_cuda", torch.device("cuda:1"), 0, 0, 0, 0, 0, 1, 0, 0, 0)
     assert cupy == []
 
 

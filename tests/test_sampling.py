@@ -27,7 +27,7 @@ def column(value: int) -> torch.Tensor:
 def native_noise(seed: int, position: int, at_step: int, ids: int) -> tuple[torch.Tensor, torch.Tensor]:
     words, noise = torch.zeros(ids // 2, 4, dtype=torch.int32), torch.zeros(ids)
     _dispatch.check(
-        "noise", _dispatch.native().unmask_noise(seed, position, at_step, ids, words.data_ptr(), noise.data_ptr())
+        "noise", _dispatch.native().unmask_noise_cpu(seed, position, at_step, ids, words.data_ptr(), noise.data_ptr())
     )
     return words.long() & 0xFFFFFFFF, noise
 

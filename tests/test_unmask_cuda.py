@@ -136,8 +136,8 @@ def test_fused_steps_equal_the_reference(
         got, unmask("reference", hidden, head, tokens, positions, rule, **options), vocabulary, "entropy" in name
     )
     slices = -(-vocabulary // gpu.SLICE) * 2
-    assert on_cpu.launch.launches == (["unmask_head"] if path == "head" else ["unmask_spans"] * slices) + [
-        "unmask_commit"
+    assert on_cpu.launch.launches == (["unmask_head_sm90a"] if path == "head" else ["unmask_rows_cuda"] * slices) + [
+        "unmask_select_cuda"
     ]
 
 
@@ -152,7 +152,7 @@ def test_head_in_fp16_with_strides_between_rows_and_many_candidates(on_cpu: Back
         args = (tokens, positions, ik.Threshold(0.05))
         options: dict[str, Any] = {"mask_id": MASK, "temperature": 0.6, "seed": 1}
         got = unmask("cuda", wide[:, 2:-1, :72], tall[:, :72], *args, **options)
-        assert on_cpu.launch.launches[-2:] == ["unmask_head", "unmask_commit"]
+        assert on_cpu.launch.launches[-2:] == ["unmask_head_sm90a", "unmask_select_cuda"]
         assert_same(got, unmask("reference", hidden, head, *args, **options), 300)
 
 
@@ -403,12 +403,12 @@ def test_what_the_fused_head_cannot_take_goes_through_products(
     odd[..., 1:] = hidden
     for x, w in ((hidden.float(), head.float()), (hidden, head.float()), (odd[..., 1:], head)):
         got = unmask("cuda", x, w, *args, mask_id=MASK)
-        assert on_cpu.launch.launches == ["unmask_spans", "unmask_commit"]
+        assert on_cpu.launch.launches == ["unmask_rows_cuda", "unmask_select_cuda"]
         assert_same(got, unmask("reference", x, w, *args, mask_id=MASK), 40)
         on_cpu.launch.launches.clear()
     monkeypatch.setattr(gpu, "FUSED_ROWS", 1)
     unmask("cuda", hidden, head, *args, mask_id=MASK)
-    assert on_cpu.launch.launches == ["unmask_spans", "unmask_commit"]
+    assert on_cpu.launch.launches == ["unmask_rows_cuda", "unmask_select_cuda"]
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
@@ -424,7 +424,7 @@ def test_the_backend_is_not_in_the_default_order_and_insists_on_a_gpu() -> None:
         unmask("cuda", torch.zeros(1, 1, 5), None, *where((1, 1), 1), ik.TopK(1), mask_id=MASK)
 
 
-COMMIT, SPANS, HEAD = SOURCES
+SELECT, ROWS, HEAD = SOURCES
 SHARED = "csrc/cuda/unmask.cuh"
 ALL_LANES = "s.second = fmaxf(s.second, warp_second(top, second));"
 FAULTS = {  # kernel, the file that holds the fault, old, new
@@ -441,21 +441,21 @@ FAULTS = {  # kernel, the file that holds the fault, old, new
     "no rescaling of the sum": (HEAD, SHARED, "s.sum = fmaf(kept, s.sum,", "s.sum = fmaf(1.0f, s.sum,"),
     "no rescaling of the entropy": (HEAD, SHARED, "fmaf(drop, s.sum, s.sum_ez)", "s.sum_ez"),
     "the second maximum forgets earlier ids": (HEAD, SHARED, "s.second = fmaxf(s.second, fminf(s.top, top));", ";"),
-    "a repeated bias counted once": (SPANS, SHARED, "e.bias[j] + value : e.bias[j]", "value : e.bias[j]"),
-    "noise of the neighbour": (SPANS, SHARED, "odd ? w.w2 : w.w0, odd ? w.w3", "odd ? w.w0 : w.w2, odd ? w.w3"),
-    "a bound on the wrong side": (SPANS, SHARED, "__clz(int(high)) + 1", "__clz(int(high)) - 1"),
-    "a first bound on the wrong side": (SPANS, SHARED, "kLog2e, 32.0f)", "kLog2e, 30.0f)"),
-    "the second maximum forgets lanes": (SPANS, SHARED, ALL_LANES, "s.second = fmaxf(s.second, second);"),
-    "a span read beyond its end": (SPANS, SPANS, "at + 4 <= left)", "at < left)"),
-    "vectors where rows are not aligned": (SPANS, SPANS, "if (aligned && at", "if (at"),
-    "ties go to later ids": (SPANS, SPANS, "b.best_score > a.best_score", "b.best_score >= a.best_score"),
-    "no barrier before the warps' merge": (SPANS, SPANS, "= s;\n  __syncthreads();", "= s;"),
-    "positions do not break ties": (COMMIT, COMMIT, "<< 32 | uint32_t(position)", "<< 32"),
-    "a sort without its last round": (COMMIT, COMMIT, "size <= n; size *= 2", "size < n; size *= 2"),
-    "no barrier in the sort": (COMMIT, COMMIT, "      }\n      __syncthreads();", "      }"),
-    "entropies of the thread's own": (COMMIT, COMMIT, "entropies = sum_before(entropies, scratch);", ""),
-    "ranks from 0": (COMMIT, COMMIT, "float(r + 2)", "float(r + 1)"),
-    "parts that are not weighed": (COMMIT, COMMIT, "sum = fma(double(kept), part, sum);", "sum += part;"),
+    "a repeated bias counted once": (ROWS, SHARED, "e.bias[j] + value : e.bias[j]", "value : e.bias[j]"),
+    "noise of the neighbour": (ROWS, SHARED, "odd ? w.w2 : w.w0, odd ? w.w3", "odd ? w.w0 : w.w2, odd ? w.w3"),
+    "a bound on the wrong side": (ROWS, SHARED, "__clz(int(high)) + 1", "__clz(int(high)) - 1"),
+    "a first bound on the wrong side": (ROWS, SHARED, "kLog2e, 32.0f)", "kLog2e, 30.0f)"),
+    "the second maximum forgets lanes": (ROWS, SHARED, ALL_LANES, "s.second = fmaxf(s.second, second);"),
+    "a span read beyond its end": (ROWS, ROWS, "at + 4 <= left)", "at < left)"),
+    "vectors where rows are not aligned": (ROWS, ROWS, "if (aligned && at", "if (at"),
+    "ties go to later ids": (ROWS, ROWS, "b.best_score > a.best_score", "b.best_score >= a.best_score"),
+    "no barrier before the warps' merge": (ROWS, ROWS, "= s;\n  __syncthreads();", "= s;"),
+    "positions do not break ties": (SELECT, SELECT, "<< 32 | uint32_t(position)", "<< 32"),
+    "a sort without its last round": (SELECT, SELECT, "size <= n; size *= 2", "size < n; size *= 2"),
+    "no barrier in the sort": (SELECT, SELECT, "      }\n      __syncthreads();", "      }"),
+    "entropies of the thread's own": (SELECT, SELECT, "entropies = sum_before(entropies, scratch);", ""),
+    "ranks from 0": (SELECT, SELECT, "float(r + 2)", "float(r + 1)"),
+    "parts that are not weighed": (SELECT, SELECT, "sum = fma(double(kept), part, sum);", "sum += part;"),
 }
 
 

@@ -14,7 +14,7 @@ from illada_kernels.ops.unmask import cuda, gpu, op
 from tests.cuda_on_cpu.emulated import Emulated, storage_of
 from tests.cuda_on_cpu.library import GlobalArray
 
-SOURCES = ("csrc/cuda/unmask_commit.cu", "csrc/cuda/unmask_spans.cu", "csrc/cuda/unmask_head_sm90a.cu")
+SOURCES = ("csrc/cuda/unmask_select.cu", "csrc/cuda/unmask_rows.cu", "csrc/cuda/unmask_head_sm90a.cu")
 POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "partials")
 NESTED = {
     **dict.fromkeys(("positions", "noise_positions", "scores", "frozen"), "data"),

@@ -11,8 +11,8 @@
 #include <sched.h>
 
 #include "illada/api.h"
-#include "illada/attention_tiles.h"
-#include "illada/isa.h"
+#include "attention_tiles.h"
+#include "isa.h"
 
 namespace {
 
@@ -230,11 +230,11 @@ template <class T> int backward(const Problem& p, const Gradients& grads) {
 
 }  // namespace
 
-int ILLADA_ISA_FN(illada_attention_bwd)(int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
-                                        const void* out, const float* lse, const void* dout, const float* dlse,
-                                        float* dq, void* dk, void* dv, int64_t batch, int64_t rows, int64_t keys,
-                                        int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v,
-                                        const int64_t* strides, float scale, int threads) {
+int ILLADA_ISA_FN(illada_attention_bwd_cpu)(int dtype, const void* q, const void* k, const void* v,
+                                            const int32_t* bounds, const void* out, const float* lse, const void* dout,
+                                            const float* dlse, float* dq, void* dk, void* dv, int64_t batch,
+                                            int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                            int64_t dim_v, const int64_t* strides, float scale, int threads) {
   if (!valid(batch, rows, keys, heads, key_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
   const Problem p =
       make_problem(q, k, v, bounds, batch, rows, keys, heads, key_heads, dim, dim_v, strides, scale, threads);

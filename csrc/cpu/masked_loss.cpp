@@ -12,8 +12,8 @@
 #include <type_traits>
 
 #include "illada/api.h"
-#include "illada/isa.h"
-#include "illada/vec.h"
+#include "isa.h"
+#include "vec.h"
 
 namespace {
 
@@ -139,11 +139,11 @@ void dlogits(const T* logits, int64_t stride, T* out, int64_t out_stride, int64_
 
 }  // namespace
 
-extern "C" int ILLADA_ISA_FN(illada_masked_loss_stats)(const void* logits, int dtype, int64_t rows, int64_t stride,
-                                                       const int64_t* row_index, int64_t first, int64_t count,
-                                                       const float* bias, float softcap, const int64_t* targets,
-                                                       const int64_t* forbid, int64_t n_forbid, int want_total,
-                                                       double* state, int threads) {
+extern "C" int ILLADA_ISA_FN(illada_masked_loss_stats_cpu)(const void* logits, int dtype, int64_t rows, int64_t stride,
+                                                           const int64_t* row_index, int64_t first, int64_t count,
+                                                           const float* bias, float softcap, const int64_t* targets,
+                                                           const int64_t* forbid, int64_t n_forbid, int want_total,
+                                                           double* state, int threads) {
   if (rows < 0 || count < 0 || threads < 1) return ILLADA_BAD_ARGUMENT;
   const Columns c{first, count, bias, softcap, forbid, n_forbid};
   const auto run = [&](const auto* typed) {
@@ -158,12 +158,12 @@ extern "C" int ILLADA_ISA_FN(illada_masked_loss_stats)(const void* logits, int d
   return ILLADA_OK;
 }
 
-extern "C" int ILLADA_ISA_FN(illada_masked_loss_dlogits)(const void* logits, int64_t stride, void* out,
-                                                         int64_t out_stride, int dtype, int64_t rows,
-                                                         const int64_t* row_index, int64_t first, int64_t count,
-                                                         const float* bias, float softcap, const int64_t* targets,
-                                                         const int64_t* forbid, int64_t n_forbid,
-                                                         const float* coefficients, int threads) {
+extern "C" int ILLADA_ISA_FN(illada_masked_loss_dlogits_cpu)(const void* logits, int64_t stride, void* out,
+                                                             int64_t out_stride, int dtype, int64_t rows,
+                                                             const int64_t* row_index, int64_t first, int64_t count,
+                                                             const float* bias, float softcap, const int64_t* targets,
+                                                             const int64_t* forbid, int64_t n_forbid,
+                                                             const float* coefficients, int threads) {
   if (rows < 0 || count < 0 || threads < 1) return ILLADA_BAD_ARGUMENT;
   const Columns c{first, count, bias, softcap, forbid, n_forbid};
   const auto run = [&](auto* typed) {

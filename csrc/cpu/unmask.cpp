@@ -11,9 +11,9 @@
 #include <new>
 
 #include "illada/api.h"
-#include "illada/isa.h"
+#include "isa.h"
 #include "illada/philox.h"
-#include "illada/vec.h"
+#include "vec.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -568,12 +568,12 @@ void select_sequence(const Call& c, int64_t b, const Row* rows, const Result* re
 }  // namespace
 
 // Lists the rows whose logits are needed, in order of (b, k); their number goes to *row_count.
-extern "C" int ILLADA_ISA_FN(illada_unmask_plan)(const int64_t* tokens, int64_t token_stride, int64_t batch,
-                                                 int64_t length, const int64_t* positions, int64_t count,
-                                                 const uint8_t* frozen, int64_t frozen_stride,
-                                                 const int64_t* noise_positions, int64_t mask_id, int revise,
-                                                 const int64_t* integers, const float* numbers, void* rows,
-                                                 int64_t* row_count) {
+extern "C" int ILLADA_ISA_FN(illada_unmask_plan_cpu)(const int64_t* tokens, int64_t token_stride, int64_t batch,
+                                                     int64_t length, const int64_t* positions, int64_t count,
+                                                     const uint8_t* frozen, int64_t frozen_stride,
+                                                     const int64_t* noise_positions, int64_t mask_id, int revise,
+                                                     const int64_t* integers, const float* numbers, void* rows,
+                                                     int64_t* row_count) {
   Row* out = static_cast<Row*>(rows);
   const float largest = std::numeric_limits<float>::max();
   for (int64_t b = 0; b < batch; ++b)
@@ -600,11 +600,11 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_plan)(const int64_t* tokens, int64_t 
 // Logits of ids [first, first + ids), first a multiple of ILLADA_UNMASK_SEGMENT, of the rows from `rows` on. count = K: row r lies at
 // (index / K) * stride_b + (index % K) * stride_k; count = 0: at r * stride_k. Fills those ids' entries of partials (rows, segments).
 // edit_ids rise; edit_values are added, -inf forbids. needs: 1 if the entropy is needed, plus 2 if the second maximum is.
-extern "C" int ILLADA_ISA_FN(illada_unmask_rows)(const void* logits, int dtype, int64_t stride_b, int64_t stride_k,
-                                                 int64_t count, const void* rows, int64_t row_count, int64_t first,
-                                                 int64_t ids, int64_t segments, const int64_t* edit_ids,
-                                                 const float* edit_values, int64_t edits, int needs, void* partials,
-                                                 int threads) {
+extern "C" int ILLADA_ISA_FN(illada_unmask_rows_cpu)(const void* logits, int dtype, int64_t stride_b, int64_t stride_k,
+                                                     int64_t count, const void* rows, int64_t row_count, int64_t first,
+                                                     int64_t ids, int64_t segments, const int64_t* edit_ids,
+                                                     const float* edit_values, int64_t edits, int needs, void* partials,
+                                                     int threads) {
   if (first % kSegment || first + ids > segments * kSegment) return ILLADA_BAD_ARGUMENT;
   const Logits in{logits, stride_b, stride_k, count, first, ids, segments, static_cast<const Row*>(rows)};
   const Edits changes{edit_ids, edit_values, edits};
@@ -616,14 +616,14 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_rows)(const void* logits, int dtype, 
   return ILLADA_OK;
 }
 
-extern "C" int ILLADA_ISA_FN(illada_unmask_select)(int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
-                                                   const int64_t* positions, int64_t count, const uint8_t* frozen,
-                                                   int64_t frozen_stride, int64_t mask_id, int rule, int confidence,
-                                                   int revise, const float* scores, const int64_t* integers,
-                                                   const float* numbers, const void* rows, int64_t row_count,
-                                                   const void* partials, int64_t segments, int64_t* proposal,
-                                                   float* confidences, uint8_t* committed, int32_t* remaining,
-                                                   int threads) {
+extern "C" int ILLADA_ISA_FN(illada_unmask_select_cpu)(int64_t* tokens, int64_t token_stride, int64_t batch,
+                                                       int64_t length, const int64_t* positions, int64_t count,
+                                                       const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id,
+                                                       int rule, int confidence, int revise, const float* scores,
+                                                       const int64_t* integers, const float* numbers, const void* rows,
+                                                       int64_t row_count, const void* partials, int64_t segments,
+                                                       int64_t* proposal, float* confidences, uint8_t* committed,
+                                                       int32_t* remaining, int threads) {
   const Row* all_rows = static_cast<const Row*>(rows);
   const Call call{tokens, token_stride, length,   positions, count,    frozen,      frozen_stride, mask_id,  rule,
                   revise, scores,       integers, numbers,   proposal, confidences, committed,     remaining};
@@ -649,8 +649,8 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_select)(int64_t* tokens, int64_t toke
 }
 
 // The noise as `rows` draws it, for tests: words (ids / 2, 4) and Gumbel values (ids), ids a multiple of ILLADA_UNMASK_SEGMENT.
-extern "C" int ILLADA_ISA_FN(illada_unmask_noise)(int64_t seed, int64_t position, int64_t step, int64_t ids,
-                                                  uint32_t* words, float* noise) {
+extern "C" int ILLADA_ISA_FN(illada_unmask_noise_cpu)(int64_t seed, int64_t position, int64_t step, int64_t ids,
+                                                      uint32_t* words, float* noise) {
   if (ids % kSegment) return ILLADA_BAD_ARGUMENT;
   const RowNoise row{uint64_t(seed), uint32_t(position), uint32_t(step)};
   for (int64_t id = 0; id < ids; id += kWidth) {

@@ -1,6 +1,6 @@
 // What the kernels whose blocks own keys share: items, the producer, and which pairs attend.
 #pragma once
-#include "attention_bwd_sm90a.cuh"
+#include "attention_tile_sm90a.cuh"
 
 namespace illada {
 

@@ -8,7 +8,7 @@
 // flops a pair. Partial tiles: pairs that do not attend get P = dS = 0 by selection, and rows of K that none of the
 // block's rows attends to become zeros in shared memory, since 0 * NaN is NaN. Q, dO and V need nothing of the kind:
 // what rows without keys hold stays in those rows, and a value's NaN in its column of dP.
-#include "attention_bwd_sm90a.cuh"
+#include "attention_tile_sm90a.cuh"
 #include "illada/api.h"
 
 using namespace illada;

@@ -1,5 +1,5 @@
 // KeyRanges on the GPU: the bounds of a query row, brought into normal form whenever they are read, so that malformed
-// ones never lead out of range; and what the rows of a tile have in common. csrc/include/illada/query_tiles.h is the
+// ones never lead out of range; and what the rows of a tile have in common. csrc/cpu/key_ranges.h is the
 // same on the CPU.
 #pragma once
 #include "device.cuh"

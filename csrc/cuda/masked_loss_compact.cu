@@ -208,18 +208,19 @@ bool fits(int64_t rows) { return rows >= 0 && rows <= kMostRows; }
 
 }  // namespace
 
-extern "C" int illada_masked_loss_compact(const uint8_t* masked, const int64_t* targets, const float* weight,
-                                          int64_t rows, int64_t vocab, int64_t capacity, int mean, int32_t* index,
-                                          int64_t* row_targets, float* scale, int32_t* slot, int32_t* info,
-                                          void* stream) {
+extern "C" int illada_masked_loss_compact_cuda(const uint8_t* masked, const int64_t* targets, const float* weight,
+                                               int64_t rows, int64_t vocab, int64_t capacity, int mean, int32_t* index,
+                                               int64_t* row_targets, float* scale, int32_t* slot, int32_t* info,
+                                               void* stream) {
   if (!fits(rows) || !fits(capacity)) return int(cudaErrorInvalidValue);
   return launch(blocks(1, kOneBlock, kScratch, stream), compact, masked, targets, weight, rows, vocab, capacity, mean,
                 index, row_targets, scale, slot, info);
 }
 
-extern "C" int illada_masked_loss_gather(const void* x, int dtype, int64_t inner, int64_t outer_stride, int64_t stride,
-                                         const int32_t* index, const int32_t* info, int64_t start, int64_t rows,
-                                         int64_t width, const float* factors, void* out, int out_dtype, void* stream) {
+extern "C" int illada_masked_loss_gather_cuda(const void* x, int dtype, int64_t inner, int64_t outer_stride,
+                                              int64_t stride, const int32_t* index, const int32_t* info, int64_t start,
+                                              int64_t rows, int64_t width, const float* factors, void* out,
+                                              int out_dtype, void* stream) {
   if (!fits(rows)) return int(cudaErrorInvalidValue);
   const auto run = [&](auto in, auto to) {
     using In = decltype(in);
@@ -235,9 +236,9 @@ extern "C" int illada_masked_loss_gather(const void* x, int dtype, int64_t inner
   return int(cudaErrorInvalidValue);
 }
 
-extern "C" int illada_masked_loss_scatter(const float* dx, const int32_t* slot, const int32_t* info, int64_t capacity,
-                                          int64_t rows, int64_t held, int64_t width, const float* factors, void* out,
-                                          int dtype, void* stream) {
+extern "C" int illada_masked_loss_scatter_cuda(const float* dx, const int32_t* slot, const int32_t* info,
+                                               int64_t capacity, int64_t rows, int64_t held, int64_t width,
+                                               const float* factors, void* out, int dtype, void* stream) {
   if (!fits(rows)) return int(cudaErrorInvalidValue);
   const auto run = [&](auto to) {
     using T = decltype(to);
@@ -252,18 +253,18 @@ extern "C" int illada_masked_loss_scatter(const float* dx, const int32_t* slot, 
   return int(cudaErrorInvalidValue);
 }
 
-extern "C" int illada_masked_loss_factors(const float* scale, const int32_t* index, const int32_t* info, int64_t start,
-                                          int64_t rows, int what, const float* grad, int grad_per_row, float* out,
-                                          void* stream) {
+extern "C" int illada_masked_loss_factors_cuda(const float* scale, const int32_t* index, const int32_t* info,
+                                               int64_t start, int64_t rows, int what, const float* grad,
+                                               int grad_per_row, float* out, void* stream) {
   if (!fits(rows)) return int(cudaErrorInvalidValue);
   return launch(blocks(blocks_for(rows), kFlatThreads, 0, stream), factors, scale, index, info, start, rows, what, grad,
                 grad_per_row, out);
 }
 
-extern "C" int illada_masked_loss_losses(const float* state, const int64_t* targets, const float* scale,
-                                         const int32_t* slot, const int32_t* info, int64_t capacity, int64_t rows,
-                                         int64_t held, int64_t vocab, int64_t allowed, float label_smoothing,
-                                         float z_loss, int per_row, float* out, void* stream) {
+extern "C" int illada_masked_loss_losses_cuda(const float* state, const int64_t* targets, const float* scale,
+                                              const int32_t* slot, const int32_t* info, int64_t capacity, int64_t rows,
+                                              int64_t held, int64_t vocab, int64_t allowed, float label_smoothing,
+                                              float z_loss, int per_row, float* out, void* stream) {
   if (!fits(rows)) return int(cudaErrorInvalidValue);
   const Terms t{vocab, allowed, label_smoothing, z_loss};
   if (!per_row)

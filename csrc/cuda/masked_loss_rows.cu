@@ -314,12 +314,12 @@ template <class Run> int with_type(int dtype, Run run) {
 
 }  // namespace
 
-extern "C" int illada_masked_loss_rows_stats(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
-                                             int64_t stride, const int32_t* slot, const int32_t* info, int64_t start,
-                                             int64_t rows, int64_t held, int64_t first, int64_t width,
-                                             const int64_t* targets, int64_t vocab, const float* bias, float softcap,
-                                             float label_smoothing, float z_loss, const int64_t* forbid,
-                                             int64_t n_forbid, float* state, void* stream) {
+extern "C" int illada_masked_loss_rows_stats_cuda(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
+                                                  int64_t stride, const int32_t* slot, const int32_t* info,
+                                                  int64_t start, int64_t rows, int64_t held, int64_t first,
+                                                  int64_t width, const int64_t* targets, int64_t vocab,
+                                                  const float* bias, float softcap, float label_smoothing, float z_loss,
+                                                  const int64_t* forbid, int64_t n_forbid, float* state, void* stream) {
   if (!sizes_fit(rows, vocab)) return int(cudaErrorInvalidValue);
   const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
   const Launch how{dim3(unsigned(rows)), dim3(kThreads), kScratch, static_cast<cudaStream_t>(stream)};
@@ -330,13 +330,14 @@ extern "C" int illada_masked_loss_rows_stats(const void* logits, int dtype, int6
   });
 }
 
-extern "C" int illada_masked_loss_rows_dlogits(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
-                                               int64_t stride, void* out, int64_t out_stride, const int32_t* slot,
-                                               const int32_t* info, int64_t start, int64_t rows, int64_t held,
-                                               int64_t capacity, int64_t first, int64_t width, const int64_t* targets,
-                                               const float* state, const float* scales, int64_t vocab,
-                                               const float* bias, float softcap, float label_smoothing, float z_loss,
-                                               const int64_t* forbid, int64_t n_forbid, void* stream) {
+extern "C" int illada_masked_loss_rows_dlogits_cuda(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
+                                                    int64_t stride, void* out, int64_t out_stride, const int32_t* slot,
+                                                    const int32_t* info, int64_t start, int64_t rows, int64_t held,
+                                                    int64_t capacity, int64_t first, int64_t width,
+                                                    const int64_t* targets, const float* state, const float* scales,
+                                                    int64_t vocab, const float* bias, float softcap,
+                                                    float label_smoothing, float z_loss, const int64_t* forbid,
+                                                    int64_t n_forbid, void* stream) {
   if (!sizes_fit(rows, vocab)) return int(cudaErrorInvalidValue);
   const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
   const Launch how{dim3(unsigned(rows)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream)};
@@ -348,11 +349,12 @@ extern "C" int illada_masked_loss_rows_dlogits(const void* logits, int dtype, in
   });
 }
 
-extern "C" int illada_masked_loss_rows_gradients(void* logits, int dtype, int64_t stride, const int32_t* info,
-                                                 int64_t start, int64_t rows, const int64_t* targets,
-                                                 const float* scales, int64_t vocab, const float* bias, float softcap,
-                                                 float label_smoothing, float z_loss, const int64_t* forbid,
-                                                 int64_t n_forbid, float* state, int64_t shared_memory, void* stream) {
+extern "C" int illada_masked_loss_rows_gradients_cuda(void* logits, int dtype, int64_t stride, const int32_t* info,
+                                                      int64_t start, int64_t rows, const int64_t* targets,
+                                                      const float* scales, int64_t vocab, const float* bias,
+                                                      float softcap, float label_smoothing, float z_loss,
+                                                      const int64_t* forbid, int64_t n_forbid, float* state,
+                                                      int64_t shared_memory, void* stream) {
   if (!sizes_fit(rows, vocab) || shared_memory < kScratch) return int(cudaErrorInvalidValue);
   const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
   return with_type(dtype, [&](auto t) {

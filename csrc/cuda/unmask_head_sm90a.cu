@@ -126,8 +126,8 @@ template <class T, int N> ILLADA_DEVICE void meet_tiles(const Call& c, Shared<T,
 
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 1)
-    head(const __grid_constant__ Call c, const __grid_constant__ CUtensorMap head_map,
-         const __grid_constant__ CUtensorMap hidden_map, Sizes z) {
+    head_kernel(const __grid_constant__ Call c, const __grid_constant__ CUtensorMap head_map,
+                const __grid_constant__ CUtensorMap hidden_map, Sizes z) {
   Shared<T, N>& s = *reinterpret_cast<Shared<T, N>*>(dynamic_smem());
   bool needed = false;
   for (int r = threadIdx.x; r < z.rows; r += blockDim.x) {
@@ -184,8 +184,8 @@ template <class T, int N> int run(const Call& c, const Operands& o, cudaStream_t
                            {kDepth, uint32_t(count), uint32_t(batch)}, Swizzle::bytes128);
   if (e) return e;
   const Sizes z{int(count * batch), int((c.vocabulary + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth)};
-  return launch({dim3(unsigned(o.blocks)), dim3(kThreads), sizeof(Shared<T, N>), stream}, head<T, N>, c, head_map,
-                hidden_map, z);
+  return launch({dim3(unsigned(o.blocks)), dim3(kThreads), sizeof(Shared<T, N>), stream}, head_kernel<T, N>, c,
+                head_map, hidden_map, z);
 }
 
 template <class T> int choose(const Call& c, const Operands& o, cudaStream_t stream) {
@@ -198,9 +198,9 @@ template <class T> int choose(const Call& c, const Operands& o, cudaStream_t str
 
 }  // namespace
 
-extern "C" int illada_unmask_head(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b,
-                                  int64_t stride_k, const void* head, int64_t head_stride, int64_t dim, int64_t blocks,
-                                  void* stream) {
+extern "C" int illada_unmask_head_sm90a(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b,
+                                        int64_t stride_k, const void* head, int64_t head_stride, int64_t dim,
+                                        int64_t blocks, void* stream) {
   const Call& c = *call;
   const int64_t rows = c.batch * c.count, tiles = (c.vocabulary + kIds - 1) / kIds;
   if (rows < 1 || rows > 128 || dim < 1 || c.vocabulary > 0x7fff0000) return int(cudaErrorInvalidValue);

@@ -22,12 +22,12 @@ enum illada_error { ILLADA_OK = 0, ILLADA_BAD_DTYPE = 1, ILLADA_BAD_ARGUMENT = 2
 // q (batch, rows, heads, dim), k and v (batch, keys, key_heads, dim or dim_v): element strides of batch, row and head in `strides`, the last
 // dimension contiguous; bounds int32 (batch or 1, rows or 1, 4) or null, its batch and row strides in strides[9..10]. out (batch, rows, heads,
 // dim_v) and lse (batch, heads, rows) are contiguous.
-ILLADA_CPU(illada_attention_fwd, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
+ILLADA_CPU(illada_attention_fwd_cpu, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
            void* out, float* lse, int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
            int64_t dim, int64_t dim_v, const int64_t* strides, float scale, int threads)
 // The same, strides of out and dout in strides[11..16]; lse and dlse (or null) contiguous. dq is float32 for every dtype, contiguous, zeros
 // on entry; dk and dv are contiguous.
-ILLADA_CPU(illada_attention_bwd, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
+ILLADA_CPU(illada_attention_bwd_cpu, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
            const void* out, const float* lse, const void* dout, const float* dlse, float* dq, void* dk, void* dv,
            int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v,
            const int64_t* strides, float scale, int threads)
@@ -45,11 +45,11 @@ extern "C" int illada_attention_fwd_fp16_sm90a(ILLADA_ATTENTION_FWD_ARGUMENTS);
 // rows, which fills the workspace that the others read: stats float32 (batch, heads, tiles, 2, 64), spans int32 (batch or 1, tiles * 64, 4),
 // tiles int32 (batch or 1, tiles, 9), drawn int32 (2), with tiles = ceil(rows / 64); then keys and queries, once each, in any order, on at
 // most `blocks` blocks.
-extern "C" int illada_attention_bwd_rows_sm90a(int dtype, const void* out, const float* lse, const void* dout,
-                                               const float* dlse, const int32_t* bounds, void* stats, void* spans,
-                                               void* tiles, int32_t* drawn, int64_t batch, int64_t rows, int64_t keys,
-                                               int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
-                                               const int64_t* strides, void* stream);
+extern "C" int illada_attention_bwd_preprocess_sm90a(int dtype, const void* out, const float* lse, const void* dout,
+                                                     const float* dlse, const int32_t* bounds, void* stats, void* spans,
+                                                     void* tiles, int32_t* drawn, int64_t batch, int64_t rows,
+                                                     int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                                     int64_t bounds_batches, const int64_t* strides, void* stream);
 extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const void* k, const void* v, const void* dout,
                                                const void* stats, const void* spans, const void* tiles, int32_t* drawn,
                                                void* dk, void* dv, int64_t batch, int64_t rows, int64_t keys,
@@ -74,52 +74,55 @@ extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const 
 // Row r of a call is row row_index[r] (null: r) of logits; columns [0, count) of it are the ids first .. first + count of the vocabulary.
 // bias: of those ids, or null. softcap 0: none. targets: rows. forbid: ascending ids. stats updates state (rows, 4) float64:
 // max, sum of exp(z - max), z at the target, sum of allowed z (if want_total); start from -inf, 0, -inf, 0.
-ILLADA_CPU(illada_masked_loss_stats, const void* logits, int dtype, int64_t rows, int64_t stride,
+ILLADA_CPU(illada_masked_loss_stats_cpu, const void* logits, int dtype, int64_t rows, int64_t stride,
            const int64_t* row_index, int64_t first, int64_t count, const float* bias, float softcap,
            const int64_t* targets, const int64_t* forbid, int64_t n_forbid, int want_total, double* state, int threads)
 // out = (c1 exp(z - c0) - c2 - [target] c3) dz/dlogit with coefficients (rows, 4) c0..c3, 0 at forbidden ids; out may be logits.
-ILLADA_CPU(illada_masked_loss_dlogits, const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype,
+ILLADA_CPU(illada_masked_loss_dlogits_cpu, const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype,
            int64_t rows, const int64_t* row_index, int64_t first, int64_t count, const float* bias, float softcap,
            const int64_t* targets, const int64_t* forbid, int64_t n_forbid, const float* coefficients, int threads)
 // CUDA; illada_kernels/ops/masked_loss/rows.py says what each does. Masked rows are compacted: index, targets and scale hold `held` or
 // `capacity` of them from place `start` on; slot (rows) is the place of each row or -1; info is {number of masked rows, first whose target
 // is no id or -1}. Row r of x or logits starts at element r / inner * outer_stride + r % inner * stride.
-extern "C" int illada_masked_loss_compact(const uint8_t* masked, const int64_t* targets, const float* weight,
-                                          int64_t rows, int64_t vocab, int64_t capacity, int mean, int32_t* index,
-                                          int64_t* row_targets, float* scale, int32_t* slot, int32_t* info,
-                                          void* stream);
-extern "C" int illada_masked_loss_gather(const void* x, int dtype, int64_t inner, int64_t outer_stride, int64_t stride,
-                                         const int32_t* index, const int32_t* info, int64_t start, int64_t rows,
-                                         int64_t width, const float* factors, void* out, int out_dtype, void* stream);
-extern "C" int illada_masked_loss_scatter(const float* dx, const int32_t* slot, const int32_t* info, int64_t capacity,
-                                          int64_t rows, int64_t held, int64_t width, const float* factors, void* out,
-                                          int dtype, void* stream);
-extern "C" int illada_masked_loss_factors(const float* scale, const int32_t* index, const int32_t* info, int64_t start,
-                                          int64_t rows, int what, const float* grad, int grad_per_row, float* out,
-                                          void* stream);
-extern "C" int illada_masked_loss_losses(const float* state, const int64_t* targets, const float* scale,
-                                         const int32_t* slot, const int32_t* info, int64_t capacity, int64_t rows,
-                                         int64_t held, int64_t vocab, int64_t allowed, float label_smoothing,
-                                         float z_loss, int per_row, float* out, void* stream);
-extern "C" int illada_masked_loss_rows_stats(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
-                                             int64_t stride, const int32_t* slot, const int32_t* info, int64_t start,
-                                             int64_t rows, int64_t held, int64_t first, int64_t width,
-                                             const int64_t* targets, int64_t vocab, const float* bias, float softcap,
-                                             float label_smoothing, float z_loss, const int64_t* forbid,
-                                             int64_t n_forbid, float* state, void* stream);
-extern "C" int illada_masked_loss_rows_dlogits(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
-                                               int64_t stride, void* out, int64_t out_stride, const int32_t* slot,
-                                               const int32_t* info, int64_t start, int64_t rows, int64_t held,
-                                               int64_t capacity, int64_t first, int64_t width, const int64_t* targets,
-                                               const float* state, const float* scales, int64_t vocab,
-                                               const float* bias, float softcap, float label_smoothing, float z_loss,
-                                               const int64_t* forbid, int64_t n_forbid, void* stream);
+extern "C" int illada_masked_loss_compact_cuda(const uint8_t* masked, const int64_t* targets, const float* weight,
+                                               int64_t rows, int64_t vocab, int64_t capacity, int mean, int32_t* index,
+                                               int64_t* row_targets, float* scale, int32_t* slot, int32_t* info,
+                                               void* stream);
+extern "C" int illada_masked_loss_gather_cuda(const void* x, int dtype, int64_t inner, int64_t outer_stride,
+                                              int64_t stride, const int32_t* index, const int32_t* info, int64_t start,
+                                              int64_t rows, int64_t width, const float* factors, void* out,
+                                              int out_dtype, void* stream);
+extern "C" int illada_masked_loss_scatter_cuda(const float* dx, const int32_t* slot, const int32_t* info,
+                                               int64_t capacity, int64_t rows, int64_t held, int64_t width,
+                                               const float* factors, void* out, int dtype, void* stream);
+extern "C" int illada_masked_loss_factors_cuda(const float* scale, const int32_t* index, const int32_t* info,
+                                               int64_t start, int64_t rows, int what, const float* grad,
+                                               int grad_per_row, float* out, void* stream);
+extern "C" int illada_masked_loss_losses_cuda(const float* state, const int64_t* targets, const float* scale,
+                                              const int32_t* slot, const int32_t* info, int64_t capacity, int64_t rows,
+                                              int64_t held, int64_t vocab, int64_t allowed, float label_smoothing,
+                                              float z_loss, int per_row, float* out, void* stream);
+extern "C" int illada_masked_loss_rows_stats_cuda(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
+                                                  int64_t stride, const int32_t* slot, const int32_t* info,
+                                                  int64_t start, int64_t rows, int64_t held, int64_t first,
+                                                  int64_t width, const int64_t* targets, int64_t vocab,
+                                                  const float* bias, float softcap, float label_smoothing, float z_loss,
+                                                  const int64_t* forbid, int64_t n_forbid, float* state, void* stream);
+extern "C" int illada_masked_loss_rows_dlogits_cuda(const void* logits, int dtype, int64_t inner, int64_t outer_stride,
+                                                    int64_t stride, void* out, int64_t out_stride, const int32_t* slot,
+                                                    const int32_t* info, int64_t start, int64_t rows, int64_t held,
+                                                    int64_t capacity, int64_t first, int64_t width,
+                                                    const int64_t* targets, const float* state, const float* scales,
+                                                    int64_t vocab, const float* bias, float softcap,
+                                                    float label_smoothing, float z_loss, const int64_t* forbid,
+                                                    int64_t n_forbid, void* stream);
 // shared_memory: bytes that a block may take, 128 at least; the row is kept there as far as it fits.
-extern "C" int illada_masked_loss_rows_gradients(void* logits, int dtype, int64_t stride, const int32_t* info,
-                                                 int64_t start, int64_t rows, const int64_t* targets,
-                                                 const float* scales, int64_t vocab, const float* bias, float softcap,
-                                                 float label_smoothing, float z_loss, const int64_t* forbid,
-                                                 int64_t n_forbid, float* state, int64_t shared_memory, void* stream);
+extern "C" int illada_masked_loss_rows_gradients_cuda(void* logits, int dtype, int64_t stride, const int32_t* info,
+                                                      int64_t start, int64_t rows, const int64_t* targets,
+                                                      const float* scales, int64_t vocab, const float* bias,
+                                                      float softcap, float label_smoothing, float z_loss,
+                                                      const int64_t* forbid, int64_t n_forbid, float* state,
+                                                      int64_t shared_memory, void* stream);
 
 // ---- unmask (csrc/cpu/unmask.cpp, csrc/cuda/unmask_*.cu) ------------------------------------------------------------------------------------------
 // Bytes that callers allocate per row and per (row, segment), and the ids of a segment: what one Partial covers.
@@ -128,19 +131,19 @@ extern "C" int illada_masked_loss_rows_gradients(void* logits, int dtype, int64_
 #define ILLADA_UNMASK_SEGMENT 2048
 // integers (batch, 4): seed, step, the rule's k, Remask's n; numbers (batch, 4): temperature, confidence temperature, the rule's
 // number, Edit's tau. positions, noise_positions, scores and the outputs are contiguous (batch, count).
-ILLADA_CPU(illada_unmask_plan, const int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
+ILLADA_CPU(illada_unmask_plan_cpu, const int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
            const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride,
            const int64_t* noise_positions, int64_t mask_id, int revise, const int64_t* integers, const float* numbers,
            void* rows, int64_t* row_count)
-ILLADA_CPU(illada_unmask_rows, const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count,
+ILLADA_CPU(illada_unmask_rows_cpu, const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count,
            const void* rows, int64_t row_count, int64_t first, int64_t ids, int64_t segments, const int64_t* edit_ids,
            const float* edit_values, int64_t edits, int needs, void* partials, int threads)
-ILLADA_CPU(illada_unmask_select, int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
+ILLADA_CPU(illada_unmask_select_cpu, int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
            const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id,
            int rule, int confidence, int revise, const float* scores, const int64_t* integers, const float* numbers,
            const void* rows, int64_t row_count, const void* partials, int64_t segments, int64_t* proposal,
            float* confidences, uint8_t* committed, int32_t* remaining, int threads)
-ILLADA_CPU(illada_unmask_noise, int64_t seed, int64_t position, int64_t step, int64_t ids, uint32_t* words,
+ILLADA_CPU(illada_unmask_noise_cpu, int64_t seed, int64_t position, int64_t step, int64_t ids, uint32_t* words,
            float* noise)
 
 // CUDA: one call's description, in host memory, copied into the kernels' arguments. Everything that data points to is on the device.
@@ -170,20 +173,20 @@ struct illada_unmask_call {
   int32_t rule, confidence, revise, needs;  // needs: 1 the entropy, 2 the second maximum, 4 the logit of the held token
 };
 #define ILLADA_UNMASK_FIELDS 8
-#define ILLADA_UNMASK_SPAN 4096  // ids of one part of illada_unmask_spans
+#define ILLADA_UNMASK_SPAN 4096  // ids of one part of illada_unmask_rows_cuda
 #define ILLADA_UNMASK_SORT_IN_SHARED 1024  // candidates of a sequence; with more the selection needs its workspace
 // parts of rows of the product of hidden (B, K, dim) and head (V, dim), bfloat16 or float16: part i is of block i of `blocks`, which must not
 // be more than there are tiles of 256 ids. B * K <= 128; addresses and strides multiples of 16 bytes. sm_90a only.
-extern "C" int illada_unmask_head(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b,
-                                  int64_t stride_k, const void* head, int64_t head_stride, int64_t dim, int64_t blocks,
-                                  void* stream);
+extern "C" int illada_unmask_head_sm90a(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b,
+                                        int64_t stride_k, const void* head, int64_t head_stride, int64_t dim,
+                                        int64_t blocks, void* stream);
 // parts of `rows` rows from first_row on (of B * K), from logits of ids first .. first + ids, first a multiple of ILLADA_UNMASK_SPAN: part
 // s is of ids [s, s + 1) * ILLADA_UNMASK_SPAN. The logit of (b, k) and id lies at b * stride_b + k * stride_k + id, of row r at
 // (r - first_row) * stride_k + id - first if stride_b < 0.
-extern "C" int illada_unmask_spans(const illada_unmask_call* call, int dtype, const void* logits, int64_t stride_b,
-                                   int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
-                                   void* stream);
+extern "C" int illada_unmask_rows_cuda(const illada_unmask_call* call, int dtype, const void* logits, int64_t stride_b,
+                                       int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
+                                       void* stream);
 // Merges the parts, ranks, commits. Outputs contiguous. workspace: null where count <= ILLADA_UNMASK_SORT_IN_SHARED, else 16 bytes for each
 // of B times the least power of two that is not below count.
-extern "C" int illada_unmask_commit(const illada_unmask_call* call, void* workspace, int64_t* proposal,
-                                    float* confidence, uint8_t* committed, int32_t* remaining, void* stream);
+extern "C" int illada_unmask_select_cuda(const illada_unmask_call* call, void* workspace, int64_t* proposal,
+                                         float* confidence, uint8_t* committed, int32_t* remaining, void* stream);

@@ -37,7 +37,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if out.numel() == 0:
         return out, lse
     strides = element_strides(q, k, v, bounds)
-    code = native().attention_fwd(
+    code = native().attention_fwd_cpu(
         DTYPES[q.dtype],
         *map(pointer, (q, k, v, bounds, out, lse)),
         *problem.sizes(),
@@ -70,7 +70,7 @@ def backward(
     out, dout = _rows(out), upstream(dout, out)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     strides = element_strides(q, k, v, bounds, out, dout)
-    code = native().attention_bwd(
+    code = native().attention_bwd_cpu(
         DTYPES[q.dtype],
         *map(pointer, (q, k, v, bounds, out, lse, dout, dlse, dq, dk, dv)),
         *problem.sizes(),

@@ -136,7 +136,7 @@ def backward(
     sizes = (batch, queries, keys, heads, kv_heads, dim, 1 if bounds is None else bounds.shape[0])
     code, at, blocks = DTYPES[q.dtype], strides.buffer_info()[0], processors(q.device)
     space = workspace(batch, queries, heads, sizes[-1], q.device)
-    launch("attention_bwd_rows_sm90a", q.device, code, out, lse, dout, dlse, bounds, *space, *sizes, at)
+    launch("attention_bwd_preprocess_sm90a", q.device, code, out, lse, dout, dlse, bounds, *space, *sizes, at)
     inputs, how = (code, q, k, v, dout, *space), (*sizes, at, problem.scale, blocks)
     if not problem.deterministic and dim <= _MOST_FUSED_DIM:
         sums = torch.zeros(space[0].numel() // 2 * dim, dtype=torch.float32, device=q.device)

@@ -35,7 +35,7 @@ class CudaRows:
         total = masked.numel()
         rows = rows_of(capacity, total, capacity, masked.device)
         self.launch(
-            "masked_loss_compact",
+            "masked_loss_compact_cuda",
             masked.device,
             masked.contiguous(),
             targets.contiguous(),
@@ -55,7 +55,7 @@ class CudaRows:
     def gather(self, x: Tensor, rows: Rows, out: Tensor, factors: Tensor | None = None) -> None:
         x, inner, outer_stride, stride = row_strides(x)
         self.launch(
-            "masked_loss_gather",
+            "masked_loss_gather_cuda",
             x.device,
             x,
             dtype_code(x),
@@ -74,7 +74,7 @@ class CudaRows:
 
     def scatter(self, dx: Tensor, rows: Rows, out: Tensor, factors: Tensor | None = None) -> None:
         self.launch(
-            "masked_loss_scatter",
+            "masked_loss_scatter_cuda",
             dx.device,
             dx,
             rows.slot,
@@ -92,7 +92,7 @@ class CudaRows:
         per_row = grad_loss is not None and grad_loss.dim() > 0
         grad_loss = None if grad_loss is None else grad_loss.contiguous()
         self.launch(
-            "masked_loss_factors",
+            "masked_loss_factors_cuda",
             out.device,
             rows.scale,
             rows.index,
@@ -111,7 +111,7 @@ class CudaRows:
         width = logits.shape[-1]
         logits, *strides = row_strides(logits)
         self.launch(
-            "masked_loss_rows_stats",
+            "masked_loss_rows_stats_cuda",
             logits.device,
             logits,
             dtype_code(logits),
@@ -138,7 +138,7 @@ class CudaRows:
         width = logits.shape[-1]
         logits, *strides = row_strides(logits)
         self.launch(
-            "masked_loss_rows_dlogits",
+            "masked_loss_rows_dlogits_cuda",
             logits.device,
             logits,
             dtype_code(logits),
@@ -157,7 +157,7 @@ class CudaRows:
 
     def gradients(self, logits: Tensor, rows: Rows, state: Tensor, scale: Tensor, formula: Formula) -> None:
         self.launch(
-            "masked_loss_rows_gradients",
+            "masked_loss_rows_gradients_cuda",
             logits.device,
             logits,
             dtype_code(logits),
@@ -176,7 +176,7 @@ class CudaRows:
         per_row = out.dim() > 0
         allowed = formula.vocab - (0 if formula.forbid is None else len(formula.forbid))
         self.launch(
-            "masked_loss_losses",
+            "masked_loss_losses_cuda",
             out.device,
             state,
             rows.targets,

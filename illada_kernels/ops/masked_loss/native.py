@@ -107,7 +107,7 @@ class RowMath:
         args = (logits.data_ptr(), dtype_code(logits), len(targets), logits.stride(0), index)
         common = self._common(first, logits.shape[1], targets)
         want_total = int(self.options.label_smoothing > 0)
-        check("masked_loss", native().masked_loss_stats(*args, *common, want_total, state.data_ptr(), self.threads))
+        check("masked_loss", native().masked_loss_stats_cpu(*args, *common, want_total, state.data_ptr(), self.threads))
 
     def losses(self, state: Tensor) -> Tensor:
         """float64 (rows,), unweighted."""
@@ -119,7 +119,7 @@ class RowMath:
         return losses + z_loss * (high + total.log()) ** 2 if z_loss else losses
 
     def coefficients(self, high: Tensor, total: Tensor, scale: Tensor) -> Tensor:
-        """Those of masked_loss_dlogits, (rows, 4) float32."""
+        """Those of masked_loss_dlogits_cpu, (rows, 4) float32."""
         smoothing = self.options.label_smoothing
         factor = scale * (1 + 2 * self.options.z_loss * (high + total.log())) / total
         uniform, at_target = scale * (smoothing / self.allowed), scale * (1 - smoothing)
@@ -146,7 +146,7 @@ class RowMath:
             index,
         )
         common = self._common(first, logits.shape[1], targets)
-        check("masked_loss", native().masked_loss_dlogits(*args, *common, coefficients.data_ptr(), self.threads))
+        check("masked_loss", native().masked_loss_dlogits_cpu(*args, *common, coefficients.data_ptr(), self.threads))
 
 
 def dtype_code(x: Tensor) -> int:

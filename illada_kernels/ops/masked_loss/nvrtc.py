@@ -44,32 +44,32 @@ def _blocks_for(rows: int) -> int:
     return -(-rows // FLAT_THREADS)
 
 
-def masked_loss_compact(*a: Any) -> Launch:
+def masked_loss_compact_cuda(*a: Any) -> Launch:
     *before, mean, index, targets, scale, slot, info = a
     arguments = (*before, np.int32(mean), index, targets, scale, slot, info)
     return _launch(COMPACT, "compact", 1, ONE_BLOCK, SCRATCH, *arguments)
 
 
-def masked_loss_gather(*a: Any) -> Launch:
+def masked_loss_gather_cuda(*a: Any) -> Launch:
     x, dtype, inner, outer_stride, stride, index, info, start, rows, width, factors, out, out_dtype = a
     kernel = f"gather<{TYPES[dtype]}, {TYPES[out_dtype]}>"
     arguments = (x, inner, outer_stride, stride, index, info, start, width, factors, out)
     return _launch(COMPACT, kernel, rows, COPY_THREADS, 0, *arguments)
 
 
-def masked_loss_scatter(*a: Any) -> Launch:
+def masked_loss_scatter_cuda(*a: Any) -> Launch:
     dx, slot, info, capacity, rows, held, width, factors, out, dtype = a
     arguments = (dx, slot, info, capacity, held, width, factors, out)
     return _launch(COMPACT, f"scatter<{TYPES[dtype]}>", rows, COPY_THREADS, 0, *arguments)
 
 
-def masked_loss_factors(*a: Any) -> Launch:
+def masked_loss_factors_cuda(*a: Any) -> Launch:
     *before, rows, what, grad, per_row, out = a
     arguments = (*before, rows, np.int32(what), grad, np.int32(per_row), out)
     return _launch(COMPACT, "factors", _blocks_for(rows), FLAT_THREADS, 0, *arguments)
 
 
-def masked_loss_losses(*a: Any) -> Launch:
+def masked_loss_losses_cuda(*a: Any) -> Launch:
     state, targets, scale, slot, info, capacity, rows, held, vocab, allowed, smoothing, z_loss, per_row, out = a
     rest = (held, np.array((vocab, allowed, smoothing, z_loss), TERMS), out)
     if not per_row:
@@ -78,14 +78,14 @@ def masked_loss_losses(*a: Any) -> Launch:
     return _launch(COMPACT, "row_losses", _blocks_for(rows), FLAT_THREADS, 0, *arguments)
 
 
-def masked_loss_rows_stats(*a: Any) -> Launch:
+def masked_loss_rows_stats_cuda(*a: Any) -> Launch:
     x, dtype, inner, outer_stride, stride, slot, info, start, rows, held, first, width, targets, *options, state = a
     where = (x, inner, outer_stride, stride, slot, info, start, held, np.int32(first), np.int32(width), targets)
     arguments = (*where, _options(options), state)
     return _launch(ROWS, f"rows_stats<{TYPES[dtype]}>", rows, ROW_THREADS, ROW_SCRATCH, *arguments)
 
 
-def masked_loss_rows_dlogits(*a: Any) -> Launch:
+def masked_loss_rows_dlogits_cuda(*a: Any) -> Launch:
     x, dtype, inner, outer_stride, stride, out, out_stride, slot, info, start, rows, held, *rest = a
     capacity, first, width, targets, state, scales, *options = rest
     where = (x, inner, outer_stride, stride, out, out_stride, slot, info, start, held, capacity)
@@ -93,7 +93,7 @@ def masked_loss_rows_dlogits(*a: Any) -> Launch:
     return _launch(ROWS, f"rows_dlogits<{TYPES[dtype]}>", rows, ROW_THREADS, 0, *arguments)
 
 
-def masked_loss_rows_gradients(*a: Any) -> Launch:
+def masked_loss_rows_gradients_cuda(*a: Any) -> Launch:
     x, dtype, stride, info, start, rows, targets, scales, *options, state, shared_memory = a
     vectors = options[0] // (4 if dtype == 0 else 8)  # of 16 bytes in a row
     kept = min(vectors, (shared_memory - ROW_SCRATCH) // 16)

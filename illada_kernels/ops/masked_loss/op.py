@@ -38,7 +38,7 @@ def _no_float64(rows: Tensor) -> str | None:
 def _cuda_reason() -> str | None:
     if (reason := rows_reason()) is not None:
         return reason
-    return STALE if cuda_reason() is None and not hasattr(extension()[0], "masked_loss_compact") else None
+    return STALE if cuda_reason() is None and not hasattr(extension()[0], "masked_loss_compact_cuda") else None
 
 
 _CPU = Backend("cpu", ("cpu",), native.cpu_reason, _no_float64)

@@ -1,8 +1,8 @@
-"""unmask in CUDA: csrc/cuda/unmask_head_sm90a.cu, unmask_spans.cu and unmask_commit.cu, and what is launched when.
+"""unmask in CUDA: csrc/cuda/unmask_head_sm90a.cu, unmask_rows.cu and unmask_select.cu, and what is launched when.
 
-    few rows, bfloat16 or float16, Hopper       head, commit            two launches, the head is read once
-    from logits                                 spans, commit           two launches
-    everything else                             a product and spans for each slice of the vocabulary, then commit
+    few rows, bfloat16 or float16, Hopper       head, select            two launches, the head is read once
+    from logits                                 rows, select            two launches
+    everything else                             a product and rows for each slice of the vocab, then select
 
 Which it is depends on shapes, dtypes, strides and the GPU alone. Within each the result of a row has the same bits
 whatever the batch and the order of candidates. Nothing synchronises; a parameter that is a tensor of another type than
@@ -123,19 +123,19 @@ def unmask(step: Step) -> Outputs:
     elif step.head_weight is None and vocabulary:
         source = step.source
         strides = source.stride()[:2]
-        launch("unmask_spans", device, call, DTYPES[source.dtype], source, *strides, 0, rows, 0, vocabulary)
+        launch("unmask_rows_cuda", device, call, DTYPES[source.dtype], source, *strides, 0, rows, 0, vocabulary)
     elif vocabulary:
 
         def visit(logits: Tensor, first_row: int, here: int, first_id: int) -> None:
             where = (-1, logits.stride(0), first_row, here, first_id, logits.shape[1])
-            launch("unmask_spans", device, call, DTYPES[logits.dtype], logits, *where)
+            launch("unmask_rows_cuda", device, call, DTYPES[logits.dtype], logits, *where)
 
         gpu.head_products(step, visit)
     outputs = gpu.outputs(step)
     padded = 1 << (count - 1).bit_length()
     fits = padded <= SORT_IN_SHARED
     workspace = None if fits else torch.empty(batch * padded, 2, dtype=torch.int64, device=device)
-    launch("unmask_commit", device, call, workspace, *outputs)
+    launch("unmask_select_cuda", device, call, workspace, *outputs)
     return outputs
 
 
@@ -181,7 +181,7 @@ def run_head(step: Step, call: Call, blocks: int) -> None:
     head_stride = head.stride(0) if head.shape[0] > 1 else -(-head.shape[1] // 8) * 8
     strides = (hidden.stride(0), hidden.stride(1))
     operands = (DTYPES[hidden.dtype], hidden, *strides, head, head_stride, head.shape[1], blocks)
-    launch("unmask_head", step.tokens.device, call, *operands)
+    launch("unmask_head_sm90a", step.tokens.device, call, *operands)
 
 
 # ---- the backend ----------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def unmask(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = (step.tokens.data_ptr(), step.tokens.stride(0), batch, length)
     where = (*tokens, positions.data_ptr(), count, pointer(frozen), length)
     values = (integers.data_ptr(), numbers.data_ptr())
-    code = native.unmask_plan(
+    code = native.unmask_plan_cpu(
         *where, pointer(noise_positions), step.mask_id, step.revise, *values, rows.data_ptr(), row_count.data_ptr()
     )
     _dispatch.check("unmask", code)
@@ -53,7 +53,7 @@ def unmask(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kinds = (step.rule, CONFIDENCES[step.confidence], step.revise)
     data = (rows.data_ptr(), rows.shape[0], partials.data_ptr(), segments)
     results = [output.data_ptr() for output in outputs]
-    code = native.unmask_select(*where, step.mask_id, *kinds, pointer(scores), *values, *data, *results, threads)
+    code = native.unmask_select_cpu(*where, step.mask_id, *kinds, pointer(scores), *values, *data, *results, threads)
     _dispatch.check("unmask", code)
     return outputs
 
@@ -112,7 +112,7 @@ class Scan:
         source = (logits.data_ptr(), DTYPES[logits.dtype], stride_b, stride_k, count)
         which = (rows.data_ptr(), rows.shape[0], first, ids, partials.shape[1])
         changes = (self.ids.data_ptr(), self.values.data_ptr(), self.ids.shape[0])
-        code = self.native.unmask_rows(*source, *which, *changes, self.needs, partials.data_ptr(), self.threads)
+        code = self.native.unmask_rows_cpu(*source, *which, *changes, self.needs, partials.data_ptr(), self.threads)
         _dispatch.check("unmask", code)
 
 

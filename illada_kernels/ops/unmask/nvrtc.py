@@ -1,4 +1,4 @@
-"""What the entry points of csrc/cuda/unmask_{spans,commit}.cu launch, for _nvrtc.py: functions of their names and
+"""What the entry points of csrc/cuda/unmask_{rows,select}.cu launch, for _nvrtc.py: functions of their names and
 arguments. The head fused for Hopper is the extension's alone."""
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from ..._nvrtc import Launch
 from .cuda import SORT_IN_SHARED, Call
 
 TYPES = ("float", "__nv_bfloat16", "__half")  # by illada_dtype
-KERNELS = {"unmask_spans.cu": [f"spans<{t}>" for t in TYPES], "unmask_commit.cu": ["commit"]}
+KERNELS = {"unmask_rows.cu": [f"rows_kernel<{t}>" for t in TYPES], "unmask_select.cu": ["select_kernel"]}
 
 # as in the sources
-SPAN, SPAN_THREADS, SPAN_SMEM, COMMIT_THREADS = 4096, 256, 8 * 32, 512
+SPAN, ROWS_THREADS, ROWS_SMEM, SELECT_THREADS = 4096, 256, 8 * 32, 512
 OUTPUTS = np.dtype([(name, "u8") for name in ("proposal", "confidence", "committed", "remaining")])
 
 
@@ -24,18 +24,18 @@ def _by_value(record: int) -> Any:
     return np.frombuffer(ctypes.string_at(record, ctypes.sizeof(Call)), np.dtype(("V", ctypes.sizeof(Call))))
 
 
-def unmask_spans(*a: Any) -> Launch:
+def unmask_rows_cuda(*a: Any) -> Launch:
     record, dtype, logits, stride_b, stride_k, first_row, rows, first, ids = a
     arguments = (_by_value(record), logits, stride_b, stride_k, first_row, first, ids)
     grid = (rows, -(-ids // SPAN))
-    return Launch("unmask_spans.cu", f"spans<{TYPES[dtype]}>", grid, SPAN_THREADS, SPAN_SMEM, arguments)
+    return Launch("unmask_rows.cu", f"rows_kernel<{TYPES[dtype]}>", grid, ROWS_THREADS, ROWS_SMEM, arguments)
 
 
-def unmask_commit(*a: Any) -> Launch:
+def unmask_select_cuda(*a: Any) -> Launch:
     record, workspace, *outputs = a
     call = Call.from_address(record)
     padded = 1 << max(call.count - 1, 0).bit_length()
     in_shared = padded <= SORT_IN_SHARED
-    smem = COMMIT_THREADS // 32 * 8 + (16 * padded if in_shared else 0)
+    smem = SELECT_THREADS // 32 * 8 + (16 * padded if in_shared else 0)
     arguments = (_by_value(record), 0 if in_shared else workspace, np.uint32(padded), np.array(tuple(outputs), OUTPUTS))
-    return Launch("unmask_commit.cu", "commit", (call.batch,), COMMIT_THREADS, smem, arguments)
+    return Launch("unmask_select.cu", "select_kernel", (call.batch,), SELECT_THREADS, smem, arguments)

@@ -83,7 +83,7 @@ class Step:
 # ---- backends ----------------------------------------------------------------------------------------------------
 def _cpu_available() -> str | None:
     module, reason = _dispatch.extension()
-    if module is not None and not hasattr(module, "unmask_rows"):
+    if module is not None and not hasattr(module, "unmask_rows_cpu"):
         return _dispatch.STALE
     return reason
 

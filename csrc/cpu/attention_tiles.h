@@ -7,8 +7,8 @@
 #include <cstring>
 #include <new>
 
-#include "illada/query_tiles.h"
-#include "illada/tile_gemm.h"
+#include "key_ranges.h"
+#include "tile_gemm.h"
 
 namespace {
 

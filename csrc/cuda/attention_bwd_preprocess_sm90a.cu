@@ -5,7 +5,7 @@
 //
 // Reads out and dout once (4 * D bytes a row and head), writes 8 bytes. float32, a fixed order of sums. A row without
 // keys gives lse = inf and delta = 0, whatever it holds.
-#include "attention_bwd.cuh"
+#include "attention_bwd_workspace.cuh"
 #include "illada/api.h"
 
 using namespace illada;
@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(kTileRows)
 
 }  // namespace
 
-extern "C" int illada_attention_bwd_rows_sm90a(int dtype, const void* out, const float* lse, const void* dout,
-                                               const float* dlse, const int32_t* bounds, void* stats, void* spans,
-                                               void* tiles_out, int32_t* drawn, int64_t batch, int64_t rows,
-                                               int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
-                                               int64_t bounds_batches, const int64_t* strides, void* stream) {
+extern "C" int illada_attention_bwd_preprocess_sm90a(int dtype, const void* out, const float* lse, const void* dout,
+                                                     const float* dlse, const int32_t* bounds, void* stats, void* spans,
+                                                     void* tiles_out, int32_t* drawn, int64_t batch, int64_t rows,
+                                                     int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                                     int64_t bounds_batches, const int64_t* strides, void* stream) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, limit = int64_t(1) << 31;
   if (tiles * heads * batch >= limit || rows >= limit - kTileRows || keys >= limit - 256 || dim % 8 || dim > 256)
     return int(cudaErrorInvalidValue);

@@ -224,7 +224,7 @@ ILLADA_DEVICE void remask(const Call& c, int64_t b, const Candidates& s, uint32_
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    commit(const __grid_constant__ Call c, uint8_t* workspace, uint32_t n, Outputs out) {
+    select_kernel(const __grid_constant__ Call c, uint8_t* workspace, uint32_t n, Outputs out) {
   const int64_t b = blockIdx.x;
   double* scratch = reinterpret_cast<double*>(dynamic_smem());
   uint8_t* room = workspace ? workspace + b * n * 16 : dynamic_smem() + kThreads / 32 * sizeof(double);
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 #ifndef __CUDACC_RTC__  // where NVRTC compiles, Python launches: illada_kernels/ops/unmask/nvrtc.py
-extern "C" int illada_unmask_commit(const illada_unmask_call* call, void* workspace, int64_t* proposal,
-                                    float* confidence, uint8_t* committed, int32_t* remaining, void* stream) {
+extern "C" int illada_unmask_select_cuda(const illada_unmask_call* call, void* workspace, int64_t* proposal,
+                                         float* confidence, uint8_t* committed, int32_t* remaining, void* stream) {
   const Call& c = *call;
   if (c.batch > 0x7fffffff || c.count > 1 << 30) return int(cudaErrorInvalidValue);
   uint32_t n = 1;
@@ -276,7 +276,7 @@ extern "C" int illada_unmask_commit(const illada_unmask_call* call, void* worksp
   const bool in_shared = n <= ILLADA_UNMASK_SORT_IN_SHARED;
   if (!in_shared && !workspace) return int(cudaErrorInvalidValue);
   const size_t smem = kThreads / 32 * sizeof(double) + (in_shared ? n * 16 : 0);
-  return launch({dim3(unsigned(c.batch)), dim3(kThreads), smem, static_cast<cudaStream_t>(stream)}, commit, c,
+  return launch({dim3(unsigned(c.batch)), dim3(kThreads), smem, static_cast<cudaStream_t>(stream)}, select_kernel, c,
                 static_cast<uint8_t*>(in_shared ? nullptr : workspace), n,
                 Outputs{proposal, confidence, committed, remaining});
 }

@@ -52,8 +52,9 @@ ILLADA_DEVICE Running merge(const Running& a, const Running& b, float scale2) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps * 32) spans(const __grid_constant__ Call c, const T* logits, int64_t stride_b,
-                                                     int64_t stride_k, int64_t first_row, int64_t first, int64_t ids) {
+__global__ void __launch_bounds__(kWarps * 32)
+    rows_kernel(const __grid_constant__ Call c, const T* logits, int64_t stride_b, int64_t stride_k, int64_t first_row,
+                int64_t first, int64_t ids) {
   const int64_t r = first_row + blockIdx.x, b = r / c.count, k = r % c.count;
   const Row row = load_row(c, b, k);
   if (!row.needed) return;
@@ -84,15 +85,15 @@ template <class T>
 int run(const Call& c, const void* logits, int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t rows,
         int64_t first, int64_t ids, cudaStream_t stream) {
   const int64_t here = (ids + ILLADA_UNMASK_SPAN - 1) / ILLADA_UNMASK_SPAN;
-  return launch({dim3(unsigned(rows), unsigned(here)), dim3(kWarps * 32), kWarps * sizeof(Running), stream}, spans<T>,
-                c, static_cast<const T*>(logits), stride_b, stride_k, first_row, first, ids);
+  return launch({dim3(unsigned(rows), unsigned(here)), dim3(kWarps * 32), kWarps * sizeof(Running), stream},
+                rows_kernel<T>, c, static_cast<const T*>(logits), stride_b, stride_k, first_row, first, ids);
 }
 
 }  // namespace
 
-extern "C" int illada_unmask_spans(const illada_unmask_call* call, int dtype, const void* logits, int64_t stride_b,
-                                   int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
-                                   void* stream) {
+extern "C" int illada_unmask_rows_cuda(const illada_unmask_call* call, int dtype, const void* logits, int64_t stride_b,
+                                       int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
+                                       void* stream) {
   const Call& c = *call;
   const bool fits = rows <= 0x7fffffff && c.vocabulary <= 0x7fff0000 && ids <= int64_t(ILLADA_UNMASK_SPAN) * 65535;
   const bool whole =

@@ -1,4 +1,4 @@
-// The workspace of attention's backward: written by attention_bwd_rows_sm90a.cu, read by the two kernels of products.
+// The workspace of attention's backward: written by attention_bwd_preprocess_sm90a.cu, read by the two kernels of products.
 #pragma once
 #include "key_ranges.cuh"
 
@@ -23,9 +23,9 @@ struct alignas(16) RowSpans {
 
 // The key ranges of all rows of a tile.
 struct TileBounds {
-  int lo[2], hi[2];                // hulls: each row's range i lies within hull i; without keys lo > hi
+  int lo[2], hi[2];  // hulls: each row's range i lies within hull i; without keys lo > hi
   int common_lo[2], common_hi[2];  // within each row's range i
-  int empty_rows;                  // is there a row without keys?
+  int empty_rows;  // is there a row without keys?
 
   ILLADA_DEVICE bool touches(int start, int end) const {
     return (lo[0] < hi[0] && lo[0] < end && start < hi[0]) || (lo[1] < hi[1] && lo[1] < end && start < hi[1]);
@@ -50,10 +50,10 @@ struct TileBounds {
 };
 
 struct Workspace {
-  const RowStats* stats;      // (batch, heads, tiles)
-  const RowSpans* spans;      // (batch or 1, tiles * kTileRows)
-  const TileBounds* bounds;   // (batch or 1, tiles)
-  int32_t* drawn;             // items that blocks drew: of keys, of queries
+  const RowStats* stats;  // (batch, heads, tiles)
+  const RowSpans* spans;  // (batch or 1, tiles * kTileRows)
+  const TileBounds* bounds;  // (batch or 1, tiles)
+  int32_t* drawn;  // items that blocks drew: of keys, of queries
   int tiles, bounds_batches;  // query tiles; 1: the same bounds for all of the batch
 
   ILLADA_DEVICE int64_t bounds_at(int batch, int tile) const {

@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "attention_bwd.cuh"
+#include "attention_bwd_workspace.cuh"
 #include "hopper.cuh"
 
 namespace illada {

@@ -1,7 +1,7 @@
 // Products of small float tiles that live in the cache, register-blocked as in a BLAS, and what attention needs around
 // them: transposing pack, row-wise maxima, exp2. Internal linkage, like vec.h: compiled once per instruction set.
 #pragma once
-#include "illada/vec.h"
+#include "vec.h"
 
 namespace {
 

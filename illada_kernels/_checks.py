@@ -1,0 +1,213 @@
+"""Validates arguments: every `expect_*` returns, or raises TypeError or ValueError before anything runs.
+
+Each message reads "name: expected ..., got ...; what to do". Checks read dtypes, shapes, devices, strides and host
+numbers, never data, so that none synchronises.
+
+Sizes and numbers may be symbolic: torch.SymInt and SymFloat in an export or make_fx, ints and floats with a symbolic
+value under Dynamo. Hence three rules for the code here and for its callers:
+
+- Decide by comparisons inside `holds`, never by `in`, `math.isfinite`, `hasattr` or `float(...)`.
+- Ask `is_integer` or `is_number` what a value is, never `isinstance(value, int)`.
+- Put a symbolic value into a message only on the way to raising.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Size = int | str | tuple[int | str, ...] | EllipsisType
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# ---- symbolic values -------------------------------------------------------------------------------------------------
+
+
+def holds(condition: Any) -> bool:
+    """Whether a comparison is true, under tracing too.
+
+    A comparison of traced sizes becomes a guard; one that only data can decide becomes an assertion at run time.
+    """
+    if not isinstance(condition, torch.SymBool) and not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # imports sympy
+
+    if not guard_or_true(condition):
+        return False
+    torch._check(condition)
+    return True
+
+
+def known(condition: Any) -> bool:
+    """Whether a comparison is true whatever the traced sizes are: adds neither a guard nor an assertion."""
+    if not isinstance(condition, torch.SymBool) and not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def is_integer(value: object) -> bool:
+    """int, NumPy integer or torch.SymInt; not a bool."""
+    return isinstance(value, (int, torch.SymInt, numbers.Integral)) and not isinstance(value, (bool, torch.SymBool))
+
+
+def is_number(value: object) -> bool:
+    """A real Python, NumPy or symbolic number; not a bool."""
+    kinds = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
+    return isinstance(value, kinds) and not isinstance(value, (bool, torch.SymBool))
+
+
+def shown(value: object) -> str:
+    """str(value), for messages: Dynamo has no f-strings of symbolic numbers."""
+    text = "{}"
+    return text.format(value)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def expect_integer(name: str, value: object, low: int, high: int, *, tensor: bool = False) -> None:
+    """An integer in [low, high]; with `tensor` also an integer tensor of shape () or (B,), whose values are not read.
+
+    A traced value meets `high` unread: that would narrow what a graph serves, for sizes that no memory holds.
+    """
+    if tensor and isinstance(value, Tensor):
+        if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name}: expected an integer tensor, got {value.dtype}; convert it with .to(torch.int64)")
+        _expect_per_sequence(name, value)
+        return
+    if not is_integer(value):
+        what = "an int or an integer tensor" if tensor else "an int"
+        raise TypeError(f"{name}: expected {what}, got {_kind(value)}; use int(...) on the host")
+    if not holds(value >= low) or known(value > high):  # type: ignore[operator]
+        wanted = f"of at least {low}" if high >= 2**62 else f"from {low} to {high}"
+        raise ValueError(f"{name}: expected an int {wanted}, got {shown(value)}")
+
+
+def expect_number(
+    name: str, value: object, low: float = -math.inf, high: float = math.inf, *, tensor: bool = False
+) -> None:
+    """A finite number in [low, high]; with `tensor` also a floating-point tensor of shape () or (B,), not read."""
+    if tensor and isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}; convert it with .float()")
+        _expect_per_sequence(name, value)
+        return
+    if not is_number(value):
+        what = "a number or a floating-point tensor" if tensor else "a number"
+        raise TypeError(f"{name}: expected {what}, got {_kind(value)}; use float(...) on the host")
+    finite = holds(value > -math.inf) and holds(value < math.inf)  # type: ignore[operator]
+    if not (finite and holds(value >= low) and holds(value <= high)):  # type: ignore[operator]
+        limits = [f" of at least {low:g}"] * (low > -math.inf) + [f" of at most {high:g}"] * (high < math.inf)
+        raise ValueError(f"{name}: expected a finite number{' and'.join(limits)}, got {shown(value)}")
+
+
+def _expect_per_sequence(name: str, value: Tensor) -> None:
+    if value.dim() > 1:
+        raise ValueError(f"{name}: expected a tensor of shape () or (B,), got shape {tuple(value.shape)}")
+
+
+def expect_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """One of a few constants."""
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def expect_tensor(name: str, value: object, *dtypes: torch.dtype, advice: str = "") -> None:
+    """A tensor of one of the dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of {_names(dtypes)}, got {_kind(value)}")
+    if value.dtype not in dtypes:
+        advice = advice or f"convert it with .to({dtypes[0]})"
+        raise TypeError(f"{name}: expected {_names(dtypes)}, got {value.dtype}; {advice}")
+
+
+def expect_shape(name: str, value: Tensor, *sizes: Size, like: str = "", advice: str = "") -> None:
+    """A tensor of this shape.
+
+    A size is a number, a name for any number ("B"), or a tuple of alternatives `(batch, 1)`. `...` in the first place
+    stands for any leading dimensions. `like` tells where the sizes come from: "to match q (2, 8, 4, 64)".
+    """
+    rest = sizes[1:] if sizes and sizes[0] is ... else sizes
+    lead = value.dim() - len(rest)
+    right = lead >= 0 if len(rest) < len(sizes) else lead == 0
+    if not right or not all(_fits(value.shape[lead + i], size) for i, size in enumerate(rest)):
+        wanted = ", ".join(map(_size_name, sizes)) + ("," if len(sizes) == 1 else "")
+        like, advice = (f" {like}" if like else ""), (f"; {advice}" if advice else "")
+        raise ValueError(f"{name}: expected shape ({wanted}){like}, got {tuple(value.shape)}{advice}")
+
+
+def expect_device(name: str, value: Tensor, device: torch.device, like: str = "") -> None:
+    """A tensor on the device of `like`."""
+    if value.device != device:
+        raise ValueError(
+            f"{name}: expected device {device}{f' like {like}' if like else ''}, got {value.device}; "
+            f'move it with .to("{device}")'
+        )
+
+
+def expect_contiguous(name: str, value: Tensor) -> None:
+    """A tensor whose last dimension is contiguous. The other strides are free."""
+    if not known(value.shape[-1] <= 1) and not holds(value.stride(-1) == 1):
+        raise ValueError(
+            f"{name}: expected a contiguous last dimension, got strides {tuple(value.stride())}; use .contiguous()"
+        )
+
+
+def expect_per_sequence(name: str, value: object, batch: int, device: torch.device) -> None:
+    """For a number nothing; for a tensor in its place shape () or (batch,), on this device."""
+    if isinstance(value, Tensor):
+        if value.dim() > 0:
+            expect_shape(name, value, batch)
+        expect_device(name, value, device)
+
+
+def cast_for_autocast(device: torch.device, *values: Any) -> list[Any]:
+    """Casts floating-point tensors but float64 to autocast's dtype, where autocast is on; returns the rest unchanged.
+
+    Leaves values that are not tensors for the checks to name.
+    """
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # torch has no autocast for meta
+        return list(values)
+    dtype = torch.get_autocast_dtype(device.type)
+
+    def is_cast(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+
+    return [value.to(dtype) if is_cast(value) else value for value in values]
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def _fits(size: int, wanted: Size) -> bool:
+    if isinstance(wanted, tuple):  # `or` would ask for a bool of what may be symbolic
+        return any(not isinstance(one, str) and known(size == one) for one in wanted) or any(
+            _fits(size, one) for one in wanted
+        )
+    return isinstance(wanted, str) or holds(size == wanted)
+
+
+def _size_name(size: Size) -> str:
+    if isinstance(size, tuple):
+        return " or ".join(map(str, size))
+    return "..." if size is ... else str(size)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(dict.fromkeys(map(str, dtypes)))
+
+
+def _kind(value: object) -> str:
+    """The type of what came, with the dtype of a tensor."""
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
