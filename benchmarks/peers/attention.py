@@ -19,8 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from illada_kernels.ops.attention import cases as shapes
 
-from .machine import gpu_limits
-from .measure import why
+from ..machine import gpu_limits
+from ..measure import why
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Layout = Callable[[Tensor], Tensor]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .measure import Job, why
+from ..measure import Job, why
 
 IGNORED = -100
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .machine import gpu_limits
-from .measure import why
+from ..machine import gpu_limits
+from ..measure import why
 
 Step = Callable[[Tensor, Tensor, int, int, float], Tensor]
 

@@ -1,7 +1,7 @@
 """Is generated text right? Exact answers against tokens per pass, for every rule, on tasks a tiny model learns here.
 
-    python -m benchmarks.accuracy            trains (about a minute a task on two cores), measures, draws
-    python -m benchmarks.accuracy --task sort --steps 400
+    python -m benchmarks.quality.accuracy            trains (about a minute a task on two cores), measures, draws
+    python -m benchmarks.quality.accuracy --task sort --steps 400
 
 Writes accuracy.json, where a task's rows replace its old ones, and accuracy.png under benchmarks/results/<device>/.
 Fails if one token per pass is right less often than 95%. Rows: {task, rule, parameter, accuracy, tokens_per_pass,
@@ -23,8 +23,8 @@ from illada.model import Model
 
 from illada_kernels import EntropyBound, Factor, Threshold, TopK
 
-from . import measure
-from .run import RESULTS
+from .. import measure
+from ..run import RESULTS
 from .toy_tasks import TASKS, Task, train
 
 GOAL = 0.95
@@ -85,7 +85,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=str(__doc__).splitlines()[0])
+    description = str(__doc__).splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.accuracy", description=description)
     parser.add_argument("--task", choices=TASKS, help="only this one")
     parser.add_argument("--steps", type=int, help="training steps (the task's own number)")
     parser.add_argument("--problems", type=int, default=1000)

@@ -1,4 +1,4 @@
-"""Draws each device's committed results: python -m benchmarks.plot [results/<device> ...]
+"""Draws each device's committed results: python -m benchmarks.report.plot [results/<device> ...]
 
 cases.png: left, how many times faster each case is than its fastest peer (a line at 1, logarithmic); right, which share
 of the hardware's floor it reaches. From a GPU's rows also the figures of plot_lines.py. They lie beside the rows.
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..run import FILES, RESULTS
 from . import plot_lines
-from .run import FILES, RESULTS
 
 COLORS = dict(zip(FILES, ("#1b6ca8", "#5aa9d6", "#c8553d", "#4b8f5c", "#7a5195", "#b8860b")))
 

@@ -1,6 +1,7 @@
-"""Figures of a GPU's rows, by `python -m benchmarks.plot`: attention.png (TFLOP/s against length), attention_masks.png
-(speed against the density of the mask), masked_loss.png (time and memory against the share of masked tokens) and
-unmask.png (time against rows). Ours are drawn thick, floors dashed; a figure without rows is not drawn."""
+"""Figures of a GPU's rows, by `python -m benchmarks.report.plot`: attention.png (TFLOP/s against length),
+attention_masks.png (speed against the density of the mask), masked_loss.png (time and memory against the share of
+masked tokens) and unmask.png (time against rows). Ours are drawn thick, floors dashed; a figure without rows is not
+drawn."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Writes the floors and predictions of the GPU cases into docs/measurements.md, between its markers:
 
-    python -m benchmarks.floors
+    python -m benchmarks.report.predictions
 
 A floor is the larger of flops over the matrix-product rate and bytes over the copy rate, both as such a card has shown
 them, not as its datasheet says. Predictions were made before anything ran, from the reasons given on that page.
@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import run
+from .. import run
+from ..floor import floor_ms as least_ms
 
-PAGE = Path(__file__).parent.parent / "docs" / "measurements.md"
-BEGIN, END = "<!-- floors: written by python -m benchmarks.floors -->", "<!-- /floors -->"
+PAGE = Path(__file__).parents[2] / "docs" / "measurements.md"
+BEGIN, END = "<!-- floors: written by python -m benchmarks.report.predictions -->", "<!-- /floors -->"
 RATES = {"gemm": 780e12, "copy": 4.3e12}  # H200: an 8192-cubed bfloat16 product of random matrices, a large copy
 Range = tuple[float, float]
 
@@ -40,7 +41,7 @@ ONE_WAVE: Range = (1.12, 1.35)  # 129 to 512 rows: a product is one wave of tile
 
 
 def floor_ms(facts: dict[str, Any]) -> float:
-    return 1e3 * max(facts["flops"] / RATES["gemm"], facts["bytes"] / RATES["copy"])
+    return least_ms(facts["flops"], facts["bytes"], RATES)
 
 
 def bound(facts: dict[str, Any]) -> str:

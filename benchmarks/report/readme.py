@@ -1,6 +1,6 @@
 """Writes the table of measurements in README.md, between its markers, from benchmarks/results:
 
-python -m benchmarks.readme
+python -m benchmarks.report.readme
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..run import RESULTS
 from .plot import rows_of
-from .run import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- measured: written by python -m benchmarks.readme -->", "<!-- /measured -->"
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- measured: written by python -m benchmarks.report.readme -->", "<!-- /measured -->"
 
 
 def table(results: Path = RESULTS) -> str:

@@ -2,7 +2,7 @@
 
 On a CPU: scaled_dot_product_attention (SDPA) with the dense boolean mask and, for full attention, without; it gets its
 favourite layout (batch, heads, sequence, dim), contiguous, and key heads already repeated for its query heads. On a
-GPU: 16384 tokens in all, 32 query heads of 128 with 8 and 32 key heads, bfloat16, and the peers of peers_attention.py.
+GPU: 16384 tokens in all, 32 query heads of 128 with 8 and 32 key heads, bfloat16, and the peers of peers/attention.py.
 The floor is the matrix-product rate, or for a few queries against a cache the copy rate.
 """
 
@@ -23,10 +23,10 @@ from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cases as shapes
 from illada_kernels.ops.attention.op import BACKENDS
 
-from . import peers_attention
-from .measure import Case, Job, Work, rotating, sets_beyond_cache
-from .peers import ours_on
-from .peers_attention import DOCUMENTS, GpuCase, heads_first
+from ..measure import Case, Job, Work, rotating, sets_beyond_cache
+from ..peers import attention as attention_peers
+from ..peers import ours_on
+from ..peers.attention import DOCUMENTS, GpuCase, heads_first
 
 
 def _packed_128(case: shapes.Case, device: str) -> KeyRanges:
@@ -50,7 +50,7 @@ def _gpu_mask(case: shapes.Case, device: str) -> KeyRanges | None:
     if case.kind == "block_diffusion":
         return KeyRanges.block_diffusion(case.keys // 2, case.block, device=device)
     if case.kind == "packed":
-        return KeyRanges.packed(peers_attention.boundaries(device), case.keys)
+        return KeyRanges.packed(attention_peers.boundaries(device), case.keys)
     if case.kind == "cached":  # every slot used: then peers need no mask
         return KeyRanges.cached(torch.full((case.batch,), case.keys, device=device), case.queries, case.keys)
     return None
@@ -160,7 +160,7 @@ def build_on_gpu(shape: GpuCase, direction: str, dtype: torch.dtype, device: str
     ranges = shape.key_ranges(device)
     if direction == "backward":  # FlexAttention compiles for long: once with gradients is enough
         shape = dataclasses.replace(shape, flex=False)
-    found = peers_attention.find(shape, sets[0])
+    found = attention_peers.find(shape, sets[0])
 
     @functools.cache  # peers of one layout share their inputs
     def laid_out(layout: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, ...]]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from illada_kernels import TopK
 
-from .measure import Case, Work
+from ..measure import Case, Work
 
 PER_PASS = 2
 

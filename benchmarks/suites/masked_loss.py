@@ -2,7 +2,7 @@
 
 The limit of a case is what its three products alone take (one product without gradients), at the inputs' dtype on a GPU
 and in float32 on a CPU, into memory that is there already. On a GPU: 8192 tokens, D = 4096, bfloat16, and the peers of
-peers_masked_loss.py.
+peers/masked_loss.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from illada_kernels import masked_loss
 from illada_kernels.ops.masked_loss import cases as shapes
 from illada_kernels.ops.masked_loss.op import BACKENDS
 
-from . import peers_masked_loss
-from .measure import Case, Job, Work
-from .peers import ours_on
-from .peers_masked_loss import IGNORED, Rows
+from ..measure import Case, Job, Work
+from ..peers import masked_loss as masked_loss_peers
+from ..peers import ours_on
+from ..peers.masked_loss import IGNORED, Rows
 
 TOKENS, DIM = 8192, 4096
 
@@ -127,8 +127,8 @@ def build_on_gpu(case: GpuCase, dtype: torch.dtype, device: str = "cuda") -> Wor
     everything = Rows(hidden, head, torch.where(masked, targets, IGNORED), weight * masked)
     # a case that is special to us has the peers that come near; the plain one has all
     near = ("F.cross_entropy", "F.linear_cross_entropy, chunked", "Liger", "cut-cross-entropy")
-    only = near if case.capacity or case.minimum else tuple(peers_masked_loss.MAKERS)
-    peers, missing = peers_masked_loss.find(compacted, everything, case.gradients, only)
+    only = near if case.capacity or case.minimum else tuple(masked_loss_peers.MAKERS)
+    peers, missing = masked_loss_peers.find(compacted, everything, case.gradients, only)
     names, absent = ours_on(BACKENDS, device)
     share = case.products / 3
     work = Work({name: ours(name) for name in names}, peers, share * shapes.flops(case), moved(case, dtype))

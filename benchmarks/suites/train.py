@@ -17,7 +17,7 @@ from illada.model import Model, apply_rope, rope_angles
 from torch import Tensor
 from torch.nn import functional as F
 
-from .measure import Case, Work
+from ..measure import Case, Work
 
 
 def cases(device: str) -> Iterator[Case]:

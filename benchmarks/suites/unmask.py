@@ -3,7 +3,7 @@
 The limit of a step from logits is reading them once: `amax` over them is measured beside it; that of a fused step is
 its matrix product, or, for up to 64 rows on a GPU, reading the head once at the copy rate. Peers do the whole job:
 proposal, confidence, selection, write. On a GPU: D = 4096, bfloat16, replayed as CUDA graphs where that can be, and the
-peers of peers_unmask.py after cuBLAS.
+peers of peers/unmask.py after cuBLAS.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from illada_kernels.ops import unmask as room
 from illada_kernels.ops.unmask import BACKENDS
 from illada_kernels.ops.unmask import cases as shapes
 
-from . import peers_unmask
-from .measure import Case, Work, rotating
-from .peers import ours_on
-from .peers_unmask import float32_step, llada_step
+from ..measure import Case, Work, rotating
+from ..peers import ours_on
+from ..peers import unmask as unmask_peers
+from ..peers.unmask import float32_step, llada_step
 
 FROM_LOGITS = getattr(room, "FROM_LOGITS_BACKENDS", BACKENDS)
 COMMITTED_PER_STEP = 4
@@ -111,9 +111,9 @@ def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cu
     def ours(backend: str) -> Callable[[Tensor], Any]:
         return lambda hidden: ik.unmask(hidden, weight, tokens.clone(), positions, rule, backend=backend, **options)
 
-    part = peers_unmask.sequences_at_a_time(*full[:2], shape.vocabulary) if kind == "loop" else shape.batch
+    part = unmask_peers.sequences_at_a_time(*full[:2], shape.vocabulary) if kind == "loop" else shape.batch
 
-    def peer(step: peers_unmask.Step) -> Callable[[Tensor], Any]:
+    def peer(step: unmask_peers.Step) -> Callable[[Tensor], Any]:
         def run(hidden: Tensor) -> Tensor:
             written, logits = tokens.clone(), hidden @ weight.T
             for b in range(0, shape.batch, part):
@@ -128,7 +128,7 @@ def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cu
 
         return run
 
-    steps, missing = peers_unmask.find(temperature, compiled=kind != "loop" and shape.rows in (64, 256))
+    steps, missing = unmask_peers.find(temperature, compiled=kind != "loop" and shape.rows in (64, 256))
     names, absent = ours_on(BACKENDS, device)
     product = {"cuBLAS product alone": rotating(lambda hidden: hidden @ weight.T, sets)}
     work = Work(
@@ -179,7 +179,7 @@ def selection(batch: int, count: int, device: str = "cuda") -> Work:
         return lambda x: ik.unmask_from_logits(x, tokens.clone(), positions, ik.TopK(4), **options)
 
     def ranked(x: Tensor) -> Tensor:
-        return peers_unmask.device_step(x, tokens.clone(), 4, 7, 0.0)
+        return unmask_peers.device_step(x, tokens.clone(), 4, 7, 0.0)
 
     names, absent = ours_on(FROM_LOGITS, device)
     return Work(

@@ -15,25 +15,18 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import illada_kernels as ik
-from benchmarks import (
-    bench_attention,
-    bench_masked_loss,
-    bench_unmask,
-    floors,
-    journal,
-    measure,
-    on_gpu,
-    peers_attention,
-    peers_masked_loss,
-    peers_unmask,
-    plot,
-    plot_lines,
-    readme,
-    run,
-)
+from benchmarks import journal, measure, on_gpu, run
 from benchmarks.journal import AGAIN, Journal
 from benchmarks.measure import Case, Work
-from benchmarks.peers_attention import DOCUMENTS, GpuCase
+from benchmarks.peers import attention as attention_peers
+from benchmarks.peers import masked_loss as masked_loss_peers
+from benchmarks.peers import unmask as unmask_peers
+from benchmarks.peers.attention import DOCUMENTS, GpuCase
+from benchmarks.report import plot, plot_lines, predictions, readme
+from benchmarks.rows import run_case
+from benchmarks.suites import attention as attention_suite
+from benchmarks.suites import masked_loss as masked_loss_suite
+from benchmarks.suites import unmask as unmask_suite
 from illada_kernels.ops.unmask.cases import Shape
 
 RATES = {"gemm": 1e12, "copy": 1e11}
@@ -49,7 +42,7 @@ def test_cases_of_a_gpu_are_listed_without_one():
 
 
 def test_attention_is_measured_at_16384_tokens_and_counts_the_pairs_that_are_attended():
-    training, cached = bench_attention.gpu_shapes()
+    training, cached = attention_suite.gpu_shapes()
     assert sum(DOCUMENTS) == 16384 and min(DOCUMENTS) == 256 and max(DOCUMENTS) == 2048
     assert {shape.batch * shape.keys for shape in training} == {16384}
     facts = {case.name: case.facts for case in run.collect("attention_fwd", "cuda")}
@@ -63,12 +56,12 @@ def test_attention_is_measured_at_16384_tokens_and_counts_the_pairs_that_are_att
 
 @pytest.mark.parametrize(("kind", "block"), [("block_diffusion", 4), ("block_diffusion", 16), ("packed", 0)])
 def test_flex_attention_is_given_the_mask_that_we_have(kind, block, monkeypatch):
-    monkeypatch.setattr(peers_attention, "DOCUMENTS", (16, 40, 8))
-    case = GpuCase("x", 1, 64, 64, 2, 2, 16, bench_attention._gpu_mask, kind=kind, block=block)
-    mod = peers_attention.mask_mod(case, "cpu")
+    monkeypatch.setattr(attention_peers, "DOCUMENTS", (16, 40, 8))
+    case = GpuCase("x", 1, 64, 64, 2, 2, 16, attention_suite._gpu_mask, kind=kind, block=block)
+    mod = attention_peers.mask_mod(case, "cpu")
     row = torch.arange(64)
     assert torch.equal(mod(0, 0, row[:, None], row[None, :]), case.key_ranges("cpu").dense()[0])
-    additive = peers_attention.additive_mask(case, torch.float32, torch.device("cpu"))
+    additive = attention_peers.additive_mask(case, torch.float32, torch.device("cpu"))
     assert torch.equal(additive[0, 0] == 0, case.key_ranges("cpu").dense()[0])
 
 
@@ -76,10 +69,10 @@ def test_flex_attention_is_given_the_mask_that_we_have(kind, block, monkeypatch)
 @pytest.mark.parametrize("kind", ["full", "block_diffusion", "packed", "cached"])
 @pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
 def test_peers_of_attention_give_what_ours_gives(kind, direction, monkeypatch):
-    monkeypatch.setattr(peers_attention, "DOCUMENTS", (16, 40, 8))
+    monkeypatch.setattr(attention_peers, "DOCUMENTS", (16, 40, 8))
     rows = 8 if kind == "cached" else 64
-    case = GpuCase("x", 1, rows, 64, 4, 2, 16, bench_attention._gpu_mask, kind=kind, block=4)
-    work = bench_attention.build_on_gpu(case, direction, torch.float32, "cpu")
+    case = GpuCase("x", 1, rows, 64, 4, 2, 16, attention_suite._gpu_mask, kind=kind, block=4)
+    work = attention_suite.build_on_gpu(case, direction, torch.float32, "cpu")
     name = "math" if kind in ("full", "cached") else "math, dense mask"
     ours, theirs = next(iter(work.ours.values()))(), work.peers[name]()
     pairs = [(ours, theirs)] if direction == "forward" else list(zip(ours, theirs))
@@ -92,10 +85,10 @@ def test_peers_of_attention_give_what_ours_gives(kind, direction, monkeypatch):
 @pytest.mark.parametrize("kind", ["full", "block_diffusion", "packed", "cached"])
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 def test_a_kernel_that_is_wrong_at_the_size_measured_is_told(kind, direction, monkeypatch):
-    monkeypatch.setattr(peers_attention, "DOCUMENTS", (80, 100, 20))
-    case = GpuCase("x", 2, 8 if kind == "cached" else 200, 200, 4, 2, 16, bench_attention._gpu_mask, kind=kind, block=4)
+    monkeypatch.setattr(attention_peers, "DOCUMENTS", (80, 100, 20))
+    case = GpuCase("x", 2, 8 if kind == "cached" else 200, 200, 4, 2, 16, attention_suite._gpu_mask, kind=kind, block=4)
     case = dataclasses.replace(case, batch=1) if kind == "packed" else case
-    work = bench_attention.build_on_gpu(case, direction, torch.float32, "cpu")
+    work = attention_suite.build_on_gpu(case, direction, torch.float32, "cpu")
     name = next(iter(work.ours))
     assert 0 < work.check(name) < 1e-5
     right = ik.attention
@@ -115,16 +108,16 @@ def test_a_kernel_that_is_wrong_at_the_size_measured_is_told(kind, direction, mo
 @pytest.mark.parametrize("kind", ["full", "block_diffusion"])
 def test_flex_attention_is_called_as_it_wants_to_be(kind, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    case = GpuCase("x", 1, 256, 256, 4, 2, 16, bench_attention._gpu_mask, kind=kind, block=4, flex=True)
-    work = bench_attention.build_on_gpu(case, "forward", torch.float32, "cpu")
+    case = GpuCase("x", 1, 256, 256, 4, 2, 16, attention_suite._gpu_mask, kind=kind, block=4, flex=True)
+    work = attention_suite.build_on_gpu(case, "forward", torch.float32, "cpu")
     assert "block mask" in work.notes["flex, compiled"]
     theirs = work.peers["flex, compiled"]().transpose(1, 2)
     torch.testing.assert_close(next(iter(work.ours.values()))(), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_key_heads_are_repeated_for_a_backend_that_takes_no_groups():
-    found, x = peers_attention.Peers(), torch.randn(1, 8, 4, 16)
-    layout, _ = peers_attention.with_groups(
+    found, x = attention_peers.Peers(), torch.randn(1, 8, 4, 16)
+    layout, _ = attention_peers.with_groups(
         found, "efficient", SDPBackend.EFFICIENT_ATTENTION, None, x, x[:, :, :2], x[:, :, :2]
     )
     assert layout(x[:, :, :2]).shape == (1, 4, 8, 16) and "repeated" in found.notes["efficient"]
@@ -132,9 +125,9 @@ def test_key_heads_are_repeated_for_a_backend_that_takes_no_groups():
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_peers_of_masked_loss_give_what_ours_gives(gradients, monkeypatch):
-    monkeypatch.delitem(peers_masked_loss.MAKERS, "F.cross_entropy, compiled")
-    case = bench_masked_loss.GpuCase("x", 48, 20, 16, 129, gradients=gradients)
-    work = bench_masked_loss.build_on_gpu(case, torch.float32, "cpu")
+    monkeypatch.delitem(masked_loss_peers.MAKERS, "F.cross_entropy, compiled")
+    case = masked_loss_suite.GpuCase("x", 48, 20, 16, 129, gradients=gradients)
+    work = masked_loss_suite.build_on_gpu(case, torch.float32, "cpu")
     ours = next(iter(work.ours.values()))()
     weighted = {name: job for name, job in work.peers.items() if "unweighted" not in name}
     assert len(weighted) >= 3
@@ -147,44 +140,44 @@ def test_peers_of_masked_loss_give_what_ours_gives(gradients, monkeypatch):
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_loss_that_is_wrong_is_told(gradients, monkeypatch):
-    monkeypatch.setattr(peers_masked_loss, "MAKERS", {})
-    case = bench_masked_loss.GpuCase("x", 90, 40, 16, 129, gradients=gradients)
-    work = bench_masked_loss.build_on_gpu(case, torch.float32, "cpu")
-    name, right = next(iter(work.ours)), bench_masked_loss.masked_loss
+    monkeypatch.setattr(masked_loss_peers, "MAKERS", {})
+    case = masked_loss_suite.GpuCase("x", 90, 40, 16, 129, gradients=gradients)
+    work = masked_loss_suite.build_on_gpu(case, torch.float32, "cpu")
+    name, right = next(iter(work.ours)), masked_loss_suite.masked_loss
     assert work.check(name) < 1e-4
-    monkeypatch.setattr(bench_masked_loss, "masked_loss", lambda *a, **options: 1.1 * right(*a, **options))
+    monkeypatch.setattr(masked_loss_suite, "masked_loss", lambda *a, **options: 1.1 * right(*a, **options))
     assert work.check(name) == pytest.approx(0.1, rel=0.01)
 
     def leaks(hidden, *a, **options):
         return right(hidden, *a, **options) + (hidden.sum() if gradients else torch.nan)
 
-    monkeypatch.setattr(bench_masked_loss, "masked_loss", leaks)
+    monkeypatch.setattr(masked_loss_suite, "masked_loss", leaks)
     assert not work.check(name) <= measure.WRONG
 
 
 def test_a_proposal_that_is_wrong_is_told():
-    work = bench_unmask.on_gpu(Shape("s", 3, 5, 33, 16, 32), 0.0, "step", "cpu")
+    work = unmask_suite.on_gpu(Shape("s", 3, 5, 33, 16, 32), 0.0, "step", "cpu")
     assert work.check(next(iter(work.ours))) < 1e-5
     hidden, weight = torch.randn(2, 3, 8), torch.randn(20, 8)
     best = (hidden @ weight.T)[..., :19].argmax(-1)
-    assert bench_unmask.error_of(best, hidden, weight, 19) < 1e-5
-    assert bench_unmask.error_of((best + 1) % 19, hidden, weight, 19) > 0.1
+    assert unmask_suite.error_of(best, hidden, weight, 19) < 1e-5
+    assert unmask_suite.error_of((best + 1) % 19, hidden, weight, 19) > 0.1
     best[1, 1] = -1
-    assert bench_unmask.error_of(best, hidden, weight, 19) == float("inf")
+    assert unmask_suite.error_of(best, hidden, weight, 19) == float("inf")
 
 
 def test_rows_that_pad_a_peer_change_nothing():
     hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
-    rows = peers_masked_loss.Rows(hidden, head, torch.arange(5), torch.rand(5))
+    rows = masked_loss_peers.Rows(hidden, head, torch.arange(5), torch.rand(5))
     padded = rows.padded(8)
     assert padded.hidden.shape == (8, 8) and padded.hidden.is_leaf
-    torch.testing.assert_close(peers_masked_loss.plain(padded), peers_masked_loss.plain(rows))
+    torch.testing.assert_close(masked_loss_peers.plain(padded), masked_loss_peers.plain(rows))
 
 
 def test_steps_of_peers_commit_the_same_tokens():
     logits = torch.randn(3, 6, 40)
     written = []
-    for step in (peers_unmask.llada_step, peers_unmask.float32_step, peers_unmask.device_step):
+    for step in (unmask_peers.llada_step, unmask_peers.float32_step, unmask_peers.device_step):
         tokens = torch.full((3, 6), 39)
         tokens[1, 2] = 7
         written.append(step(logits, tokens, 2, 39, 0.0))
@@ -194,12 +187,12 @@ def test_steps_of_peers_commit_the_same_tokens():
 
 @pytest.mark.parametrize("kind", ["step", "entropy", "loop"])
 def test_every_kind_of_unmask_case_runs(kind, monkeypatch):
-    monkeypatch.setattr(peers_unmask, "gpu_limits", lambda: {"memory": 2 * 2 * 40 * 5 * 33, "l2": 0})
-    work = bench_unmask.on_gpu(Shape("s", 3, 5, 33, 16, 32), 1.0, kind, "cpu")
+    monkeypatch.setattr(unmask_peers, "gpu_limits", lambda: {"memory": 2 * 2 * 40 * 5 * 33, "l2": 0})
+    work = unmask_suite.on_gpu(Shape("s", 3, 5, 33, 16, 32), 1.0, kind, "cpu")
     for job in {**work.ours, **work.peers}.values():
         job()
     assert kind != "loop" or "2 sequences at a time" in work.notes["LLaDA's loop"]
-    job = next(iter(bench_unmask.selection(2, 9, "cpu").ours.values()))
+    job = next(iter(unmask_suite.selection(2, 9, "cpu").ours.values()))
     assert job().committed.sum(-1).tolist() == [4, 4]
 
 
@@ -211,7 +204,7 @@ def fails():
 def test_a_contender_that_raises_is_recorded_and_the_others_are_measured():
     work = Work({"cuda": fails, "triton": lambda: None}, {"bad": fails, "good": lambda: time.sleep(1e-4)})
     work.absent, work.notes = {"cpu": "made for CPUs"}, {"good": "as it is", "bad": "never told"}
-    (row,) = measure.run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=3)
+    (row,) = run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=3)
     assert row["backend"] == "triton" and list(row["peers"]) == ["good"] and row["notes"] == {"good": "as it is"}
     reason = "RuntimeError: no kernel image"
     assert row["failed"] == {"cpu": "made for CPUs", "bad": reason, "cuda": reason}
@@ -228,7 +221,7 @@ def test_a_contender_that_raises_late_is_left_out_of_the_rounds(calls_that_work,
             raise RuntimeError("out of memory")
 
     work = Work({"cuda": lambda: called.append(1)}, {"breaks": breaks})
-    (row,) = measure.run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=4)
+    (row,) = run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=4)
     assert row["failed"] == {"breaks": "RuntimeError: out of memory"} and row["peers"] == {}
     assert len(called) >= 1 + 2 + 4
 
@@ -236,7 +229,7 @@ def test_a_contender_that_raises_late_is_left_out_of_the_rounds(calls_that_work,
 def peers_only_row() -> dict:
     work = Work({"cuda": fails}, {"good": lambda: time.sleep(1e-4)}, flops=1e6)
     case = Case("masked_loss", "c", "float32", lambda: work, {"vocab": 155136})
-    (row,) = measure.run_case(case, "cpu", RATES, rounds=3)
+    (row,) = run_case(case, "cpu", RATES, rounds=3)
     return row
 
 
@@ -250,7 +243,7 @@ def test_peers_and_ceilings_are_measured_when_none_of_ours_runs(tmp_path):
     assert plot.rows_of(folder) == []
     assert readme.table(tmp_path).splitlines()[-1].startswith("| masked_loss | c | float32 | absent | good ")
     work = Work({"cuda": lambda: None}, {"good": lambda: None})
-    (asked,) = measure.run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=3, ours=[])
+    (asked,) = run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=3, ours=[])
     assert asked["backend"] is None
 
 
@@ -267,7 +260,7 @@ def test_what_the_journal_says_hung_or_ended_is_not_run_again(tmp_path, monkeypa
     known = [case("one"), case("two")]
     monkeypatch.setattr(run, "exists", lambda op: True)
     monkeypatch.setattr(run, "collect", lambda op, device, pattern="": known)
-    monkeypatch.setattr(measure, "ceilings", lambda device, dtype: RATES)
+    monkeypatch.setattr(run, "ceilings", lambda device, dtype: RATES)
     path = tmp_path / "rows.json"
     arguments = ["--op", "unmask", "--json", str(path), "--device", "cpu", "--rounds", "3"]
     assert run.main([*arguments, "--journal", str(record.path)]) == 0
@@ -285,7 +278,7 @@ def test_a_case_that_cannot_be_built_fails_and_the_next_is_measured(tmp_path, mo
     known = [Case("unmask", "bad", "float32", fails), Case("unmask", "good", "float32", lambda: Work({"x": fails}, {}))]
     monkeypatch.setattr(run, "exists", lambda op: True)
     monkeypatch.setattr(run, "collect", lambda op, device, pattern="": known)
-    monkeypatch.setattr(measure, "ceilings", lambda device, dtype: RATES)
+    monkeypatch.setattr(run, "ceilings", lambda device, dtype: RATES)
     path = tmp_path / "rows.json"
     assert run.main(["--op", "unmask", "--json", str(path), "--device", "cpu", "--rounds", "3"]) == 1
     assert [row["case"] for row in json.loads(path.read_text())] == ["good"]
@@ -367,7 +360,7 @@ def test_a_dry_run_says_what_would_run(capsys, monkeypatch, tmp_path):
     said = capsys.readouterr().out
     for text in (
         "illada_kernels._build",
-        "test_cuda_on_cpu_hardware.py",
+        "test_hardware.py",
         "tests/gpu",
         "--selftest",
         "--op masked_loss",
@@ -448,11 +441,13 @@ def test_the_readme_shows_headlines_of_a_gpu_and_says_that_there_are_more(tmp_pa
 
 
 def test_the_page_of_floors_is_that_of_the_cases():
-    text = floors.PAGE.read_text()
-    assert floors.updated(text) == text, "run: python -m benchmarks.floors"
+    text = predictions.PAGE.read_text()
+    assert predictions.updated(text) == text, "run: python -m benchmarks.report.predictions"
     full = {"flops": 780e9, "bytes": 4.3e9, "kind": "full", "direction": "forward", "head_dim": 128, "length": 8192}
-    assert floors.floor_ms(full) == pytest.approx(1.0) and floors.attention_prediction(full, "cuda") == "1.13-1.26"
-    assert floors.bound({**full, "bytes": 5e9}) == "memory" and floors.floor_ms({**full, "bytes": 8.6e9}) == 2.0
+    assert predictions.floor_ms(full) == pytest.approx(1.0)
+    assert predictions.attention_prediction(full, "cuda") == "1.13-1.26"
+    assert predictions.bound({**full, "bytes": 5e9}) == "memory"
+    assert predictions.floor_ms({**full, "bytes": 8.6e9}) == 2.0
 
 
 # ---- the code that only a GPU reaches, on a stand-in ----------------------------------------------------------------
@@ -521,7 +516,7 @@ def test_rows_of_a_gpu_say_how_they_were_timed_and_what_ran_beside(fake_gpu):
 
     work = Work({"cuda": lambda: called.append(1)}, {"eager": only_eager}, bytes=1e3, replayed=4)
     work.limit, work.beside = {"product": lambda: time.sleep(1e-4)}, {"dense": lambda: time.sleep(1e-4)}
-    (row,) = measure.run_case(Case("unmask", "c", "bfloat16", lambda: work, {"rows": 1}), "cuda", RATES, rounds=3)
+    (row,) = run_case(Case("unmask", "c", "bfloat16", lambda: work, {"rows": 1}), "cuda", RATES, rounds=3)
     assert (
         row["timing"] == "graph of 4 calls" and list(row["limits"]) == ["product"] and list(row["beside"]) == ["dense"]
     )
@@ -542,7 +537,7 @@ def test_a_lost_context_ends_the_process_and_names_the_contender(fake_gpu, monke
     known = [Case("unmask", "c", "bfloat16", lambda: Work({"cuda": break_it}, {"peer": lambda: None}))]
     monkeypatch.setattr(run, "exists", lambda op: True)
     monkeypatch.setattr(run, "collect", lambda op, device, pattern="": known)
-    monkeypatch.setattr(measure, "ceilings", lambda device, dtype: RATES)
+    monkeypatch.setattr(run, "ceilings", lambda device, dtype: RATES)
     record = Journal(tmp_path / "journal")
     arguments = ["--op", "unmask", "--json", str(tmp_path / "rows"), "--device", "cuda", "--journal", str(record.path)]
     assert run.main(arguments) == AGAIN

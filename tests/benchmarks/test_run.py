@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure, plot, readme, run
+from benchmarks import measure, run
 from benchmarks.measure import Case, Work
+from benchmarks.report import plot, readme
+from benchmarks.rows import run_case
 
 FIELDS = set(
     "op case dtype backend ms tflops gbps floor_ms floor_ratio peak_memory launches host_syncs peers best_peer ratio "
@@ -110,7 +112,7 @@ def test_a_row_compares_with_the_fastest_peer_and_the_nearest_limit(monkeypatch)
     for limit, floor in (({"limit": pause(0)}, 2.0), ({}, 1.0)):  # a measured limit, else 1 ms of flops
         work = Work(ours, peers, flops=2e6, bytes=1e6, limit=limit)
         case = Case("unmask", "c", "float32", lambda work=work: work)
-        rows = measure.run_case(case, "cpu", {"gemm": 2e9, "copy": 1e12})
+        rows = run_case(case, "cpu", {"gemm": 2e9, "copy": 1e12})
         assert [(row["backend"], row["best_peer"]) for row in rows] == [("cpu", "fast"), ("reference", "fast")]
         assert all(row.keys() >= FIELDS for row in rows) and json.dumps(rows)
         assert [row["ratio"] for row in rows] == [3.0, 1.5]
@@ -122,7 +124,7 @@ def test_a_row_compares_with_the_fastest_peer_and_the_nearest_limit(monkeypatch)
 def test_two_contenders_of_one_name_are_refused():
     work = Work({"same": pause(0)}, {"same": pause(0)})
     with pytest.raises(ValueError, match="same name"):
-        measure.run_case(Case("unmask", "c", "float32", lambda: work), "cpu", {"gemm": 1.0, "copy": 1.0})
+        run_case(Case("unmask", "c", "float32", lambda: work), "cpu", {"gemm": 1.0, "copy": 1.0})
 
 
 def row(case: str, p50: float) -> dict:
@@ -145,7 +147,7 @@ def test_runner_measures_the_cases_that_are_asked_for_and_prints_and_writes_them
 
     monkeypatch.setattr(run, "exists", lambda op: True)
     monkeypatch.setattr(run.importlib, "import_module", lambda name: type("bench", (), {"cases": staticmethod(cases)}))
-    monkeypatch.setattr(measure, "ceilings", lambda device, dtype: {"gemm": 1e9, "copy": 1e9})
+    monkeypatch.setattr(run, "ceilings", lambda device, dtype: {"gemm": 1e9, "copy": 1e9})
     path = tmp_path / "rows.json"
     assert run.main(["--op", "unmask", "--case", "other", "--json", str(path), "--device", "cpu", "--rounds", "3"]) == 0
     (only,) = json.loads(path.read_text())
@@ -154,10 +156,10 @@ def test_runner_measures_the_cases_that_are_asked_for_and_prints_and_writes_them
     assert "one\n  other" in capsys.readouterr().err
 
 
-def test_an_absent_bench_file_is_told_not_raised(monkeypatch, capsys):
-    monkeypatch.setitem(run.FILES, "generate", "bench_of_nothing")
+def test_an_absent_suite_is_told_not_raised(monkeypatch, capsys):
+    monkeypatch.setitem(run.FILES, "generate", "of_nothing")
     assert run.main(["--op", "generate", "--device", "cpu"]) == 1
-    assert "bench_of_nothing.py" in capsys.readouterr().err
+    assert "of_nothing.py" in capsys.readouterr().err
 
 
 # ---- committed results ----------------------------------------------------------------------------------------------

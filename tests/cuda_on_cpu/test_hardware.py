@@ -1,6 +1,6 @@
 """The emulator against a GPU: the same random programs (probes.py) on both, bit for bit.
 
-    python -m pytest tests/test_cuda_on_cpu_hardware.py -s
+    python -m pytest tests/cuda_on_cpu/test_hardware.py -s
 
 needs one Hopper GPU, nvcc and a torch with CUDA. The programs multiply and add small integers, so that every result is
 exact and no order of summation shows. On the GPU each program also has to give what the documents say.

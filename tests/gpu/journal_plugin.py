@@ -1,4 +1,4 @@
-"""A pytest plugin for tests on a GPU: `python -m pytest tests/gpu -p benchmarks.gpu_tests`, run by on_gpu.py.
+"""A pytest plugin for tests on a GPU: `python -m pytest tests/gpu -p tests.gpu.journal_plugin`, run by on_gpu.py.
 
 Writes what begins and how it ends to the journal named in ILLADA_JOURNAL, leaves out what is in there already, and asks
 to be started again (exit status AGAIN) once a failing test has taken the CUDA context with it.
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .journal import AGAIN, Journal
+from benchmarks.journal import AGAIN, Journal
 
 LIMIT = float(os.environ.get("ILLADA_TEST_LIMIT", 90))  # seconds a test, compilation of Triton kernels included
 journal = Journal(Path(os.environ.get("ILLADA_JOURNAL", os.devnull)))

@@ -1,4 +1,4 @@
-"""The interpreter of tests/triton_interpreter.py: right, watchful, and gone after the block."""
+"""The interpreter of tests/helpers/triton_interpreter.py: right, watchful, and gone after the block."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from illada_kernels._dispatch import Backend
 triton = pytest.importorskip("triton", reason="no triton")
 tl = pytest.importorskip("triton.language")
 
-from triton_interpreter import KernelFault, interpreted  # noqa: E402
+from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
 
 ROOM = SimpleNamespace(__name__="room", BACKENDS=(Backend("triton", ("cuda",), lambda: "no GPU", lambda _: None),))
 
@@ -48,7 +48,7 @@ def test_a_kernel_with_callees_is_interpreted(dtype: torch.dtype) -> None:
 
 
 def test_bfloat16_rounds_to_nearest_even() -> None:
-    from triton_interpreter import _to_bfloat
+    from tests.helpers.triton_interpreter import _to_bfloat
 
     x = torch.cat([torch.randn(1000), torch.tensor([torch.inf, -torch.inf, 0.0, 1 + 2**-8, 1 + 3 * 2**-8])])
     assert torch.equal(torch.from_numpy(_to_bfloat(x.numpy())).view(torch.bfloat16), x.bfloat16())

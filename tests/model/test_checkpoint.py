@@ -17,7 +17,8 @@ from illada.config import PRESETS
 from illada.errors import CheckpointError, CheckpointIOError, ConfigError
 from illada.model import Model
 from safetensors.torch import load_file, save_file
-from test_model import make, tiny, tokens_of
+
+from tests.helpers.models import make, tiny, tokens_of
 
 
 def assert_same(a: Model, b: Model) -> None:
@@ -261,7 +262,7 @@ def test_a_failure_at_any_write_leaves_the_previous_checkpoint(tmp_path, monkeyp
 FULL_DISK = """
 import resource, signal, sys, torch
 sys.path[:0] = {path!r}
-from test_model import make, tiny
+from tests.helpers.models import make, tiny
 from illada.checkpoint import save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model = make(tiny(), seed=2, dtype=torch.float32)
@@ -277,8 +278,8 @@ def test_files_that_may_not_grow_leave_the_previous_checkpoint(tmp_path):
     old = make(tiny(), seed=1, dtype=torch.float32)
     save(old, tmp_path)
     names = {f.name for f in tmp_path.iterdir()}
-    here = Path(__file__).parent
-    code = FULL_DISK.format(path=[str(here), str(here.parent), str(here.parent / "python")])
+    root = Path(__file__).parents[2]
+    code = FULL_DISK.format(path=[str(root), str(root / "python")])
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("CheckpointIOError") and "not saved" in done.stdout

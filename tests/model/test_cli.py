@@ -22,7 +22,7 @@ from illada.model import Model
 from illada.tokenizer import ByteTokenizer
 from illada.train import Progress
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = "def f(x):\n    return x + 1\n" * 60
 FAST = ["--length", "32", "--batch-size", "2", "--quiet", "--device", "cpu"]
 

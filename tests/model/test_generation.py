@@ -9,12 +9,12 @@ import torch
 from illada.errors import PromptError
 from illada.generation import GenerationConfig, fill, generate
 from illada.model import Model
-from test_model import make, plain_forward, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import illada_kernels
 from illada_kernels import Edit, EntropyBound, Factor, Remask, Threshold, TopK
+from tests.helpers.models import make, plain_forward, tiny
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8, 9]]
 MODELS = ["demo", "Dream-7B", "SDAR-8B", "Qwen2.5-7B"]

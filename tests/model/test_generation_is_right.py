@@ -7,8 +7,8 @@ import torch
 from illada.generation import GenerationConfig, fill, generate
 from illada.model import Model
 
-from benchmarks.accuracy import GOAL, measure_rule
-from benchmarks.toy_tasks import MASK, Task, either, sort, train
+from benchmarks.quality.accuracy import GOAL, measure_rule
+from benchmarks.quality.toy_tasks import MASK, Task, either, sort, train
 from illada_kernels import EntropyBound, Factor, Threshold, TopK
 
 TASK = sort(5, steps=360)

@@ -23,7 +23,7 @@ from illada.optim import optimizers, orthogonalize
 from illada.state import RunState, replace_file
 from illada.train import TrainConfig, Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STREAM = np.frombuffer(("def f(x):\n    return x + 1\n" * 40).encode(), np.uint8).astype(np.int64)
 
 

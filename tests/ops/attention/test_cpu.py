@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from attention_oracle import HALF, NAMES, assert_close, draw, run, run_plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from illada_kernels import KeyRanges, attention
 from illada_kernels.key_ranges import clamp_bounds
 from illada_kernels.ops.attention import cases, reference
+from tests.helpers.attention_oracle import HALF, NAMES, assert_close, draw, run, run_plain
 
 backends = pytest.mark.parametrize("backend", NAMES)
 compiled_backends = pytest.mark.parametrize("backend", [name for name in NAMES if name != "reference"])

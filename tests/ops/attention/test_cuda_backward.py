@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from attention_oracle import HALF, Result, assert_close, draw
 from torch import Tensor
 
 from illada_kernels import KeyRanges
@@ -15,6 +14,7 @@ from illada_kernels.key_ranges import clamp_bounds
 from illada_kernels.ops.attention import cases, cuda, reference
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import missing
+from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SOURCES = {name: f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("preprocess", "keys", "queries")}

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_oracle import Result, draw
 from torch import Tensor
 
 from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cuda, reference
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing
+from tests.helpers.attention_oracle import Result, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 HEADERS = ("attention_bwd_keys_sm90a.cuh", "attention_tile_sm90a.cuh", "attention_bwd_workspace.cuh")

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_oracle import HALF, Result, assert_close, draw
 from torch import Tensor
 
 from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cases, cuda, reference
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing
+from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 PREPROCESS, FUSED = (f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("preprocess", "fused"))

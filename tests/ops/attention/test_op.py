@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_oracle import NAMES, draw, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada_kernels import KeyRanges, attention
 from illada_kernels.ops.attention import op
+from tests.helpers.attention_oracle import NAMES, draw, run
 
 backends = pytest.mark.parametrize("backend", NAMES)
 MASK = KeyRanges.block_diffusion(6, 2)  # 12 rows, 12 keys
@@ -130,7 +130,7 @@ def test_environment_chooses_the_backend_of_forward_and_backward(monkeypatch):
 SUBPROCESS = """
 import sys; sys.path[:0] = {paths!r}
 import torch
-from attention_oracle import assert_close, draw, run
+from tests.helpers.attention_oracle import assert_close, draw, run
 from illada_kernels import _dispatch
 from illada_kernels.ops.attention import cases
 assert _dispatch.native().cpu_isa == {isa!r}, _dispatch.native().cpu_isa
@@ -151,8 +151,8 @@ def test_every_instruction_set_meets_the_numerics_bar(isa):
 
     if "ILLADA_CPU_ISA" not in os.environ and order.index(_dispatch.native().cpu_isa) < order.index(isa):
         pytest.skip(f"this processor has no {isa}")
-    root = Path(__file__).parents[1]
-    script = SUBPROCESS.format(paths=[str(root), str(root / "tests")], isa=isa)
+    root = Path(__file__).parents[3]
+    script = SUBPROCESS.format(paths=[str(root)], isa=isa)
     environment = {**os.environ, "ILLADA_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
     assert done.stdout == "fine\n", done.stderr

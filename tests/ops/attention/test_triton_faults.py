@@ -8,18 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_oracle import draw
 
 from illada_kernels.ops import attention as package
 from illada_kernels.ops.attention import cases
+from tests.helpers.attention_oracle import draw
 
 pytest.importorskip("triton", reason="no triton")
 
-import test_attention_triton as attention_test
-from test_attention_triton import small_tiles  # noqa: F401
-from triton_interpreter import KernelFault
+from tests.helpers import attention_triton as checks
+from tests.helpers.triton_interpreter import KernelFault
 
 ROOM = Path(package.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    checks.use_small_tiles(monkeypatch)
 
 
 def plant(monkeypatch, folder: Path, file: str, old: str, new: str) -> None:
@@ -41,7 +45,7 @@ def plant(monkeypatch, folder: Path, file: str, old: str, new: str) -> None:
 
 def bar(mask: str) -> None:
     inputs = draw(1, 40, 71, 2, 1, 64, dtype=torch.float16)
-    attention_test.meets_the_bar(inputs, cases.hostile_masks(1, 40, 71)[mask])
+    checks.meets_the_bar(inputs, cases.hostile_masks(1, 40, 71)[mask])
 
 
 def overlap() -> None:
@@ -60,7 +64,7 @@ def full() -> None:
     bar("full")
 
 
-poison = attention_test.test_poisoned_keys_and_rows_never_reach_output_or_gradient
+poison = checks.poisoned_keys_and_rows_never_reach_output_or_gradient
 FAULTS = {
     "hulls that overlap visit a tile twice": (
         overlap,
@@ -81,7 +85,7 @@ FAULTS = {
         "at = tl.where(key > 0, full_end0 + key, at)",
     ),
     "bounds that are not ordered": (
-        attention_test.test_malformed_bounds_act_as_their_clamped_form,
+        checks.malformed_bounds_act_as_their_clamped_form,
         "triton_tiles",
         "tl.maximum(tl.load(at + 2, mask=inside, other=0), hi0)",
         "tl.load(at + 2, mask=inside, other=0)",

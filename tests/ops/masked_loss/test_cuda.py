@@ -13,7 +13,7 @@ from illada_kernels.ops.masked_loss.cuda import CudaRows
 from illada_kernels.ops.masked_loss.rows import Formula, Rows
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import KernelFault, compile_kernels, missing, plant
-from tests.masked_loss_oracle import TorchRows, allowed_ids, bad, live
+from tests.helpers.masked_loss_oracle import TorchRows, allowed_ids, bad, live
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

@@ -14,64 +14,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada_kernels import masked_loss
-from illada_kernels._dispatch import Backend
 from illada_kernels.ops.masked_loss import cases, gpu, op, reference
-from illada_kernels.ops.masked_loss.cuda import CudaRows
 from illada_kernels.ops.masked_loss.native import Options
 from illada_kernels.ops.masked_loss.products import float32_sums
-from illada_kernels.ops.masked_loss.rows import RowKernels, rows_of
-from tests import test_masked_loss_semantics as semantics
-from tests.cuda_on_cpu.emulated import Emulated
+from illada_kernels.ops.masked_loss.rows import rows_of
 from tests.cuda_on_cpu.library import missing
-from tests.masked_loss_oracle import TorchRows, product_on_cpu
-from tests.test_masked_loss import check_against_float64, gradients, inputs
-
-ALL = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01, "forbid": (1, 4)}
-MODES = ("one_chunk", "row_chunks", "slices")
-
-
-emulated = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-Use = Callable[[RowKernels], None]
-
-
-def cuda_rows(seed: int = 0) -> CudaRows:
-    """The CUDA kernels, with shared memory for the first ten vectors of a row."""
-    launch = Emulated("csrc/cuda/masked_loss_rows.cu", "csrc/cuda/masked_loss_compact.cu", seed=seed)
-    return CudaRows(launch, lambda device: 128 + 160)
-
-
-@pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Use:
-    """Makes backend="cuda" run on the CPU, with these row kernels."""
-
-    def no_reason(_: Any = None) -> None:
-        return None
-
-    def install(kernels: RowKernels) -> None:
-        backends = (Backend("cuda", ("cpu",), no_reason, no_reason, opt_in="emulated"), *op.BACKENDS[1:])
-        monkeypatch.setattr(op, "BACKENDS", backends)
-        monkeypatch.setattr(op, "FROM_LOGITS_BACKENDS", backends)
-        monkeypatch.setattr(op, "row_kernels", lambda backend: kernels)
-        monkeypatch.setattr(gpu, "product", product_on_cpu)
-        for name, value in (("LEAST_CHUNK", 8), ("LEAST_SLICE", 16), ("TILE", 4)):
-            monkeypatch.setattr(gpu, name, value)
-
-    return install
-
-
-def budget_for(mode: str, hidden: Tensor, head_weight: Tensor, rows: int) -> int | None:
-    """A budget that leaves this mode, with chunks of 8 rows or the smallest slices."""
-    vocab, width = head_weight.shape
-    if mode == "row_chunks":
-        least = rows * (gpu.ROW_BYTES + 4 * width) + 4 * vocab * width
-        return least + 8 * head_weight.element_size() * (vocab + width)
-    return None if mode == "one_chunk" else 1
-
-
-def mode_of(args: tuple[Tensor, ...], budget: int | None, reduction: str = "sum") -> str:
-    hidden, head_weight, _, masked, _ = args
-    return gpu.plan(hidden, head_weight, masked, reduction, None, budget, (True, True, True)).mode
-
+from tests.helpers import masked_loss_contract as contract
+from tests.helpers.masked_loss_calls import ALL, check_against_float64, gradients, inputs
+from tests.helpers.masked_loss_gpu import (
+    MODES,
+    SEMANTICS,
+    Use,
+    budget_for,
+    check_semantics,
+    cuda_rows,
+    emulated,
+    mode_of,
+)
+from tests.helpers.masked_loss_oracle import TorchRows
 
 # ---- values --------------------------------------------------------------------------------------------------------
 
@@ -240,19 +200,6 @@ def test_no_upstream_gradient_is_rounded_into_the_gradient_of_the_bias(
 
 # ---- semantics -------------------------------------------------------------------------------------------------------
 
-SEMANTICS: dict[str, Callable[..., None]] = {
-    "nan in unmasked rows": semantics.test_nan_in_unmasked_rows_never_reaches_loss_or_gradients,
-    "a forbidden target": semantics.test_a_forbidden_target_has_infinite_loss_and_finite_gradients,
-    "a second derivative": semantics.test_a_second_derivative_raises,
-    "no masked rows": semantics.test_no_masked_rows_give_zero_loss_and_zero_gradients,
-    "overflow": semantics.test_more_masked_rows_than_the_capacity_make_everything_nan,
-}
-
-
-def check_semantics(name: str, budget: int | None) -> None:
-    for reduction in ("sum", "mean", "none") if name in ("no masked rows", "overflow") else (None,):
-        SEMANTICS[name]("cuda", budget, *([reduction] if reduction else []))
-
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SEMANTICS)
@@ -277,7 +224,7 @@ def test_what_holds_for_every_backend_holds_with_the_cuda_kernels(mode: str, use
 def test_any_leading_dimensions_and_empty_ones(lead: tuple[int, ...], dim: int, use: Use) -> None:
     for kernels in [TorchRows(), *([cuda_rows()] if missing() is None else [])]:
         use(kernels)
-        semantics.test_any_leading_dimensions_and_empty_ones("cuda", lead, dim)
+        contract.any_leading_dimensions_and_empty_ones("cuda", lead, dim)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -19,8 +19,6 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="no triton")
 tl = pytest.importorskip("triton.language")
 
-from triton_interpreter import KernelFault, interpreted  # noqa: E402
-
 from illada_kernels import masked_loss  # noqa: E402
 from illada_kernels._dispatch import Backend  # noqa: E402
 from illada_kernels.ops.masked_loss import cases, gpu, op, reference, triton_compact, triton_rows  # noqa: E402
@@ -28,8 +26,10 @@ from illada_kernels.ops.masked_loss import triton as room  # noqa: E402
 from illada_kernels.ops.masked_loss.native import Options  # noqa: E402
 from illada_kernels.ops.masked_loss.rows import Formula, Rows  # noqa: E402
 from illada_kernels.ops.masked_loss.triton import TritonRows  # noqa: E402
-from tests import test_masked_loss_gpu as through_the_op  # noqa: E402
-from tests.masked_loss_oracle import TorchRows  # noqa: E402
+from tests.helpers import masked_loss_calls as calls  # noqa: E402
+from tests.helpers import masked_loss_gpu as through_the_op  # noqa: E402
+from tests.helpers.masked_loss_oracle import TorchRows  # noqa: E402
+from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
 
 HERE = SimpleNamespace(__name__="here", BACKENDS=(Backend("triton", ("cuda",), lambda: "no GPU", lambda _: None),))
 HALVES = (torch.float32, torch.float16, torch.bfloat16)
@@ -323,8 +323,6 @@ def test_a_forbidden_target_has_infinite_loss_and_the_gradient_of_the_other_term
 
 # ---- the op ----------------------------------------------------------------------------------------------------------
 
-use = through_the_op.use
-
 
 def test_the_op_finds_these_kernels() -> None:
     assert op.row_kernels("triton") is room.KERNELS
@@ -337,8 +335,8 @@ def test_the_op_finds_these_kernels() -> None:
 def test_the_op_agrees_with_float64_in_every_mode(mode: str, use: through_the_op.Use) -> None:
     use(TritonRows())
     rows, width, vocab, eps = 20, 9, 57, torch.finfo(torch.float32).eps
-    hidden, weight, targets, masked, w = through_the_op.inputs(rows, width, vocab, 0.7, torch.float32)
-    hidden, bias, options = hidden.bfloat16(), torch.randn(vocab, generator=random(3)), through_the_op.ALL
+    hidden, weight, targets, masked, w = calls.inputs(rows, width, vocab, 0.7, torch.float32)
+    hidden, bias, options = hidden.bfloat16(), torch.randn(vocab, generator=random(3)), calls.ALL
     targets[(targets == 1) | (targets == 4)] = 7
     budget = through_the_op.budget_for(mode, hidden, weight, rows)
     assert through_the_op.mode_of((hidden, weight, targets, masked, w), budget) == mode
@@ -351,8 +349,8 @@ def test_the_op_agrees_with_float64_in_every_mode(mode: str, use: through_the_op
         return reference.masked_loss(h, c, targets, masked, w.double(), head_bias=b, reduction="mean", **options)
 
     leaves, upstream = (hidden, weight, bias), torch.tensor(-1.7)
-    right = through_the_op.gradients(exact, tuple(x.double() for x in leaves), upstream.double())
-    for mine, want in zip(through_the_op.gradients(ours, leaves, upstream), right):
+    right = calls.gradients(exact, tuple(x.double() for x in leaves), upstream.double())
+    for mine, want in zip(calls.gradients(ours, leaves, upstream), right):
         rounding = torch.finfo(mine.dtype).eps / 2 if mine.dtype != torch.float32 else 0
         assert (mine.double() - want).abs().max() <= (8 * vocab**0.5 * eps + rounding) * want.abs().max()
 

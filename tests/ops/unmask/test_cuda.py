@@ -14,15 +14,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_unmask import RULES, draw_call, rows_with_top
 from torch import Tensor
-from unmask_oracle import INF, MASK, plain
 
 import illada_kernels as ik
 from illada_kernels import _selftest
 from illada_kernels.ops.unmask import cases, gpu
 from tests.cuda_on_cpu.library import ROOT, KernelFault, missing, plant
-from tests.unmask_on_cpu import SOURCES, Backend, OnCpu, unmask
+from tests.helpers.unmask_on_cpu import SOURCES, Backend, OnCpu, unmask
+from tests.helpers.unmask_oracle import INF, MASK, RULES, draw_call, plain, rows_with_top
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 PATHS = ("spans", "head", "product")

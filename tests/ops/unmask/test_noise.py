@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from unmask_oracle import INF, available, step
 
 import illada_kernels as ik
 from illada_kernels import _dispatch
 from illada_kernels.ops.unmask.cases import EPS
 from illada_kernels.ops.unmask.reference import gumbel, philox, philox_unit
+from tests.helpers.unmask_oracle import INF, available, step
 
 needs_cpu = pytest.mark.skipif("cpu" not in available(), reason="the compiled extension is missing")
 BACKENDS = [pytest.param("cpu", marks=needs_cpu), "reference"]

@@ -7,13 +7,13 @@ import functools
 import pytest
 import torch
 from torch.library import opcheck
-from unmask_oracle import MASK, available, step
 
 import illada_kernels as ik
 from benchmarks.measure import peak_memory
 from illada_kernels import _dispatch
 from illada_kernels.ops.unmask import cases
 from illada_kernels.ops.unmask.op import UNMASK
+from tests.helpers.unmask_oracle import MASK, available, step
 
 needs_cpu = pytest.mark.skipif(
     "cpu" not in available(), reason=f"the cpu backend is missing: {_dispatch.extension_reason()}"

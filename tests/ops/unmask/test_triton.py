@@ -17,12 +17,11 @@ import torch
 triton = pytest.importorskip("triton", reason="no triton")
 tl = pytest.importorskip("triton.language")
 
-from triton_interpreter import KernelFault, interpreted  # noqa: E402
-from unmask_oracle import INF, MASK, plain, step  # noqa: E402
-
 import illada_kernels as ik  # noqa: E402
 from illada_kernels.ops.unmask import cases, gpu, op, reference, triton_noise, triton_rows, triton_select  # noqa: E402
 from illada_kernels.ops.unmask import triton as room  # noqa: E402
+from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
+from tests.helpers.unmask_oracle import INF, MASK, plain, step  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf - inf and log 0 in unused lanes
 

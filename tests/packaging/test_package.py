@@ -11,10 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import alone, build, copy_checkout
 
 import illada_kernels
 from illada_kernels import _nvrtc
+from tests.helpers.checkout import alone, build, copy_checkout
 
 
 def test_importing_the_package_imports_neither_torch_nor_the_extension(python):
@@ -125,10 +125,10 @@ def test_every_python_block_of_the_readme_runs(root, python):
 
 
 def test_the_table_of_the_readme_is_what_the_committed_results_say(root):
-    from benchmarks import readme
+    from benchmarks.report import readme
 
     text = (root / "README.md").read_text()
-    assert readme.updated(text) == text, "run: python -m benchmarks.readme"
+    assert readme.updated(text) == text, "run: python -m benchmarks.report.readme"
 
 
 def test_files_and_make_targets_that_the_readme_names_exist(root):

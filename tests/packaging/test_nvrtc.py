@@ -24,10 +24,10 @@ from illada_kernels.ops.masked_loss import nvrtc as masked_loss
 from illada_kernels.ops.masked_loss.cuda import CudaRows
 from illada_kernels.ops.masked_loss.rows import Formula
 from illada_kernels.ops.unmask import nvrtc as unmask
-from tests import unmask_on_cpu
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, Kernels, compile_kernels, missing
 from tests.gpu_code.cuda_code import find_tool
+from tests.helpers import unmask_on_cpu
 
 ROOMS = (masked_loss, unmask)
 SOURCES = [(source, kernels) for room in ROOMS for source, kernels in room.KERNELS.items()]

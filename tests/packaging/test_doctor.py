@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import alone
 
 import illada_kernels
 from illada_kernels import _dispatch, _proven, _selftest, doctor
 from illada_kernels.ops import OPS
+from tests.helpers.checkout import alone
 
 BACKENDS = {"cuda", "triton", "cpu", "reference"}
 
