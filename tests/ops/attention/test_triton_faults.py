@@ -18,8 +18,6 @@ pytest.importorskip("triton", reason="no triton")
 from tests.helpers import attention_triton as checks
 from tests.helpers.triton_interpreter import KernelFault
 
-ROOM = Path(package.__file__).parent
-
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
@@ -29,7 +27,7 @@ def small_tiles(monkeypatch):
 def plant(monkeypatch, folder: Path, file: str, old: str, new: str) -> None:
     """Until the test ends the room's Triton kernels are copies, of which `file` says `new` for `old`."""
     for name in ("triton_tiles", "triton_fwd", "triton_bwd"):
-        text = (ROOM / f"{name}.py").read_text()
+        text = Path(str(importlib.import_module(f"{package.__name__}.{name}").__file__)).read_text()
         if name == file:
             assert text.count(old) >= 1, old
             text = text.replace(old, new)
