@@ -66,15 +66,9 @@ class Backend:
         monkeypatch.setattr(cuda, "is_hopper", lambda device: self.processors > 0)
         monkeypatch.setattr(cuda, "processors", lambda device: self.processors)
         monkeypatch.setattr(gpu, "product", product)
-        monkeypatch.setattr(op, "_run", self.run)
-
-    def run(self, step: op.Step, backend: str) -> op.Outputs:
-        from illada_kernels.ops.unmask import reference
-
-        if backend == "reference":
-            return reference.unmask(step)
-        assert cuda.supports(step) is None
-        return cuda.unmask(step)
+        operator = op.OPERATOR
+        here = tuple(on_cpu(b) if b.name == "cuda" else b for b in operator.backends)
+        monkeypatch.setattr(operator, "backends", here)
 
 
 def unmask(backend: str, source: Tensor, head: Tensor | None, tokens: Tensor, *args: Any, **options: Any) -> Any:

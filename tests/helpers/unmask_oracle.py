@@ -15,7 +15,7 @@ MASK = 36
 
 
 def available() -> list[str]:
-    return [b.name for b in BACKENDS if b.devices in (None, ("cpu",)) and b.available() is None]
+    return [b.name for b in BACKENDS if b.devices in (None, ("cpu",)) and b.module().available() is None]
 
 
 def step(logits, tokens, positions=None, rule=None, backend=None, mask_id=MASK, **options):

@@ -17,13 +17,11 @@ import functools
 import torch
 from torch import Tensor
 
-from ..._dispatch import STALE, native
+from ..._extension import DTYPES, STALE, native
 from ..._gpu import cuda_reason, launch, rows_reason
 from . import gpu
-from .op import Outputs, Step
+from .problem import Outputs, Problem
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-CONFIDENCES = {"probability": 0, "margin": 1, "neg_entropy": 2, "random": 3}
 FIELDS, TILE, SORT_IN_SHARED = 8, 256, 1024  # api.h, unmask_head_sm90a.cu
 
 
@@ -45,7 +43,7 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         ("tokens", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("token_stride", "batch", "count", "length", "vocabulary", "mask_id")),
+        *((name, ctypes.c_int64) for name in ("token_stride", "batch", "count", "length", "vocab", "mask_id")),
         *((name, View) for name in ("positions", "noise_positions", "scores", "frozen")),
         *(
             (name, Parameter)
@@ -61,7 +59,7 @@ class Call(ctypes.Structure):
     tensors: list[Tensor]
 
 
-def describe(step: Step, partials: Tensor) -> Call:
+def describe(problem: Problem, partials: Tensor) -> Call:
     """partials: (FIELDS, B * K, parts) float32."""
     tensors: list[Tensor] = []
 
@@ -78,60 +76,60 @@ def describe(step: Step, partials: Tensor) -> Call:
         integer = p.number if isinstance(p.number, int) else 0
         return Parameter(pointer(p.tensor), integer, 0.0 if integer else p.number, p.stride)
 
-    batch, count = step.positions.shape
-    forbid = gpu.forbidden(step)
-    bias_ids = None if step.bias_ids is None else step.bias_ids.contiguous()
-    bias_values = None if step.bias_values is None else step.bias_values.contiguous()
-    head_bias = None if step.head_bias is None else step.head_bias.contiguous()
+    batch, count = problem.positions.shape
+    forbid = gpu.forbidden(problem)
+    bias_ids = None if problem.bias_ids is None else problem.bias_ids.contiguous()
+    bias_values = None if problem.bias_values is None else problem.bias_values.contiguous()
+    head_bias = None if problem.head_bias is None else problem.head_bias.contiguous()
     call = Call(
-        pointer(step.tokens),
-        step.tokens.stride(0),
+        pointer(problem.tokens),
+        problem.tokens.stride(0),
         batch,
         count,
-        step.tokens.shape[1],
-        step.vocabulary,
-        step.mask_id,
-        *map(view, (step.positions, step.noise_positions, step.revise_scores, step.frozen)),
-        *map(parameter, gpu.parameters(step)),
+        problem.tokens.shape[1],
+        problem.vocab,
+        problem.mask_id,
+        *map(view, (problem.positions, problem.noise_positions, problem.scores, problem.frozen)),
+        *map(parameter, gpu.parameters(problem)),
         *map(pointer, (forbid, bias_ids, bias_values, head_bias)),
         0 if forbid is None else forbid.shape[0],
         0 if bias_ids is None else bias_ids.shape[0],
         0 if head_bias is None else DTYPES[head_bias.dtype],
         pointer(partials),
         partials.shape[2],
-        step.rule,
-        CONFIDENCES[step.confidence],
-        step.revise,
-        gpu.needs(step),
+        problem.rule,
+        problem.confidence,
+        problem.revise,
+        problem.needs(),
     )
     call.tensors = tensors
     return call
 
 
-def unmask(step: Step) -> Outputs:
-    if gpu.is_empty(step):
-        return step.nothing()
-    device = step.tokens.device
-    batch, count = step.positions.shape
-    rows, vocabulary = batch * count, step.vocabulary
-    blocks = head_blocks(step)
-    parts = blocks or -(-vocabulary // gpu.SLICE)
+def forward(problem: Problem) -> Outputs:
+    if problem.is_empty():
+        return problem.nothing()
+    device = problem.tokens.device
+    batch, count = problem.positions.shape
+    rows, vocab = batch * count, problem.vocab
+    blocks = head_blocks(problem)
+    parts = blocks or -(-vocab // gpu.SLICE)
     partials = torch.empty(FIELDS, rows, parts, dtype=torch.float32, device=device)
-    call = describe(step, partials)
+    call = describe(problem, partials)
     if blocks:
-        run_head(step, call, blocks)
-    elif step.head_weight is None and vocabulary:
-        source = step.source
+        run_head(problem, call, blocks)
+    elif problem.head_weight is None and vocab:
+        source = problem.source
         strides = source.stride()[:2]
-        launch("unmask_rows_cuda", device, call, DTYPES[source.dtype], source, *strides, 0, rows, 0, vocabulary)
-    elif vocabulary:
+        launch("unmask_rows_cuda", device, call, DTYPES[source.dtype], source, *strides, 0, rows, 0, vocab)
+    elif vocab:
 
         def visit(logits: Tensor, first_row: int, here: int, first_id: int) -> None:
             where = (-1, logits.stride(0), first_row, here, first_id, logits.shape[1])
             launch("unmask_rows_cuda", device, call, DTYPES[logits.dtype], logits, *where)
 
-        gpu.head_products(step, visit)
-    outputs = gpu.outputs(step)
+        gpu.head_products(problem, visit)
+    outputs = problem.new_outputs()
     padded = 1 << (count - 1).bit_length()
     fits = padded <= SORT_IN_SHARED
     workspace = None if fits else torch.empty(batch * padded, 2, dtype=torch.int64, device=device)
@@ -151,16 +149,16 @@ def is_hopper(device: torch.device) -> bool:
     return cuda_reason() is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def head_blocks(step: Step) -> int:
+def head_blocks(problem: Problem) -> int:
     """Blocks of the fused kernel, 0 where it cannot serve this call."""
-    if step.head_weight is None or unfused_reason(step) or not is_hopper(step.tokens.device):
+    if problem.head_weight is None or unfused_reason(problem) or not is_hopper(problem.tokens.device):
         return 0
-    return min(processors(step.tokens.device), -(-step.vocabulary // TILE))
+    return min(processors(problem.tokens.device), -(-problem.vocab // TILE))
 
 
-def unfused_reason(step: Step) -> str | None:
+def unfused_reason(problem: Problem) -> str | None:
     """None, or why hidden and head_weight do not suit the fused kernel: bulk copies take whole 16 bytes."""
-    hidden, head = step.source, step.head_weight
+    hidden, head = problem.source, problem.head_weight
     assert head is not None
     if hidden.dtype not in (torch.bfloat16, torch.float16) or head.dtype != hidden.dtype:
         return "takes bfloat16 or float16, hidden and head_weight alike"
@@ -175,13 +173,13 @@ def unfused_reason(step: Step) -> str | None:
     return None
 
 
-def run_head(step: Step, call: Call, blocks: int) -> None:
-    hidden, head = step.source, step.head_weight
+def run_head(problem: Problem, call: Call, blocks: int) -> None:
+    hidden, head = problem.source, problem.head_weight
     assert head is not None
     head_stride = head.stride(0) if head.shape[0] > 1 else -(-head.shape[1] // 8) * 8
     strides = (hidden.stride(0), hidden.stride(1))
     operands = (DTYPES[hidden.dtype], hidden, *strides, head, head_stride, head.shape[1], blocks)
-    launch("unmask_head_sm90a", step.tokens.device, call, *operands)
+    launch("unmask_head_sm90a", problem.tokens.device, call, *operands)
 
 
 # ---- the backend ----------------------------------------------------------------------------------------------------
@@ -193,9 +191,9 @@ def available() -> str | None:
     return None
 
 
-def supports(step: Step) -> str | None:
-    if step.source.dtype == torch.float64:
+def supports(problem: Problem) -> str | None:
+    if problem.source.dtype == torch.float64:
         return "float64 is for the reference"
-    if step.vocabulary > 2**31 - 2**16:
+    if problem.vocab > 2**31 - 2**16:
         return "takes vocabularies below 2**31 - 2**16"
     return None

@@ -1,5 +1,5 @@
-"""What unmask's GPU backends share on the host: parameters that never come back from the device, the list of forbidden
-ids, which sums are needed, the products of the many-row path. Nothing here synchronises or reads device data."""
+"""What unmask's GPU backends share on the host: parameters that stay on the device, the list of forbidden ids, the
+matmuls of the many-row path. Nothing here synchronises or reads device data."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from ... import rules
-from .op import Outputs, Step
+from .problem import Problem
 
-# Up to this many candidate rows one kernel reads the head once; beyond, products by slices of the vocabulary. The head
+# Up to this many candidate rows one kernel reads the head once; beyond, products by slices of the vocab. The head
 # turns from bound by memory to bound by products at about 184 rows on an H200; where the two paths cross is unmeasured.
 FUSED_ROWS = 128
 # Ids that one part covers, where parts are not those of the fused head; products take a multiple of them, so that how a
-# vocabulary is cut into products does not change a sum.
+# vocab is cut into products does not change a sum.
 SLICE = 4096
-# Which sums and maxima the rule and the confidence ask for.
-NEEDS_ENTROPY, NEEDS_SECOND, NEEDS_HELD = 1, 2, 4
 
 
 class Parameter(NamedTuple):
@@ -40,21 +38,22 @@ class Parameters(NamedTuple):
     step: Parameter
 
 
-def parameters(step: Step) -> Parameters:
-    def parameter(number: float, tensor: Tensor | None, integer: bool) -> Parameter:
-        number = int(number) if integer else number
+def parameters(problem: Problem) -> Parameters:
+    def parameter(number: float, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Parameter:
         if tensor is None:
             return Parameter(number, None, 0)
-        tensor = tensor.to(torch.int64 if integer else torch.float32).contiguous()  # nothing happens if it is already
+        tensor = tensor.to(dtype).contiguous()  # nothing happens if it is already
         return Parameter(number, tensor, tensor.ndim)
 
+    p, whole = problem, torch.int64
+    counts = p.rule == rules.TOP_K
     return Parameters(
-        parameter(step.temperature, step.temperature_tensor, False),
-        parameter(step.confidence_temperature, step.confidence_temperature_tensor, False),
-        parameter(step.rule_number, step.rule_tensor, step.rule == rules.TOP_K),
-        parameter(step.revise_number, step.revise_tensor, step.revise in (rules.REMASK, rules.REMASK_BY_SCORES)),
-        parameter(step.seed, step.seed_tensor, True),
-        parameter(step.step, step.step_tensor, True),
+        parameter(p.temperature, p.temperature_tensor),
+        parameter(p.confidence_temperature, p.confidence_temperature_tensor),
+        parameter(p.least, p.least_tensor, whole) if counts else parameter(p.number, p.number_tensor),
+        parameter(p.tau, p.tau_tensor) if p.revise == rules.EDIT else parameter(p.remasked, p.remasked_tensor, whole),
+        parameter(p.seed, p.seed_tensor, whole),
+        parameter(p.step, p.step_tensor, whole),
     )
 
 
@@ -64,35 +63,12 @@ def device_list(ids: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
-def forbidden(step: Step) -> Tensor | None:
-    ids = tuple(sorted({i for i in step.forbid if 0 <= i < step.vocabulary}))
-    return device_list(ids, step.tokens.device) if ids else None
+def forbidden(problem: Problem) -> Tensor | None:
+    ids = tuple(sorted({i for i in problem.forbid if 0 <= i < problem.vocab}))
+    return device_list(ids, problem.tokens.device) if ids else None
 
 
-def needs(step: Step) -> int:
-    by_entropy = step.rule in (rules.ENTROPY_BOUND, rules.ENTROPY_BOUND_INCLUSIVE)
-    entropy = NEEDS_ENTROPY if by_entropy or step.confidence == "neg_entropy" else 0
-    second = NEEDS_SECOND if step.confidence == "margin" else 0
-    return entropy | second | (NEEDS_HELD if step.revise == rules.REMASK else 0)
-
-
-def is_empty(step: Step) -> bool:
-    """No candidate or no token: outputs are step.nothing()."""
-    return step.positions.numel() == 0 or step.tokens.numel() == 0
-
-
-def outputs(step: Step) -> Outputs:
-    """Not filled: the selection writes each element."""
-    shape, device = step.positions.shape, step.positions.device
-    return (
-        torch.empty(shape, dtype=torch.int64, device=device),
-        torch.empty(shape, dtype=torch.float32, device=device),
-        torch.empty(shape, dtype=torch.bool, device=device),
-        torch.empty(shape[:1], dtype=torch.int32, device=device),
-    )
-
-
-# ---- many rows: products by slices of the vocabulary -----------------------------------------------------------------
+# ---- many rows: products by slices of the vocab -----------------------------------------------------------------
 def product_rows(rows: int) -> int:
     """Rows of one product. Few sizes, with the last chunk filled up, so that cuBLAS sees the same shapes, chooses the
     same kernel and sums a row alike whatever the batch."""
@@ -114,21 +90,21 @@ def product(x: Tensor, w: Tensor, out: Tensor) -> None:
         torch.mm(x, w.T, out_dtype=torch.float32, out=out)
 
 
-def head_products(step: Step, visit: Callable[[Tensor, int, int, int], None]) -> None:
+def head_products(problem: Problem, visit: Callable[[Tensor, int, int, int], None]) -> None:
     """Calls visit(logits, first row, rows, first id): logits (>= rows, ids) float32 of rows of (B * K) and a multiple
     of SLICE ids, or the last ones, without head_bias; they are overwritten after. All rows are multiplied, also those
     that take no part: which they are, only the device knows."""
-    source, head = step.source, step.head_weight
+    source, head = problem.source, problem.head_weight
     assert head is not None
-    rows, vocabulary = source.shape[0] * source.shape[1], head.shape[0]
+    rows, vocab = source.shape[0] * source.shape[1], head.shape[0]
     at_once = product_rows(rows)
     x = source.flatten(0, 1).to(head.dtype)  # (rows, D): a view where strides allow, and the dtypes are the same
     rest = rows % at_once
     last = x.new_zeros(at_once, x.shape[1]) if rest else x
     last[:rest].copy_(x[rows - rest :])
     ids = product_ids(at_once)
-    logits = torch.empty(at_once * min(ids, vocabulary), dtype=torch.float32, device=source.device)
-    for first_id in range(0, vocabulary, ids):
+    logits = torch.empty(at_once * min(ids, vocab), dtype=torch.float32, device=source.device)
+    for first_id in range(0, vocab, ids):
         w = head[first_id : first_id + ids]
         out = logits[: at_once * w.shape[0]].view(at_once, w.shape[0])
         for first_row in range(0, rows, at_once):

@@ -1,6 +1,8 @@
-"""unmask in plain PyTorch: the specification. Runs on any device, never synchronises with the host, looks at no data to
-decide what to compute. Logits, exponentials and noise are float32 (float64 where the logits are); sums over the
-vocabulary are float64."""
+"""unmask in plain PyTorch: the specification that every other backend is tested against.
+
+Runs on any device, never synchronises with the host, looks at no data to decide what to compute. Logits, exponentials
+and noise are float32 (float64 where the logits are); sums over the vocab are float64.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +12,35 @@ import torch
 from torch import Tensor
 
 from ... import rules
-from .op import HIGHEST_CONFIDENCE_TEMPERATURE, Step
+from .problem import (
+    FLOAT32_MAX,
+    HIGHEST_CONFIDENCE_TEMPERATURE,
+    HIGHEST_TEMPERATURE,
+    LEAST_SHIFTED,
+    Outputs,
+    Problem,
+)
 
 MASK32 = 0xFFFFFFFF
-LOGITS_AT_ONCE = 1 << 22  # rows go through in chunks of this many logits, so that real vocabularies fit a small machine
-FLOAT32_MAX = torch.finfo(torch.float32).max
+LOGITS_AT_ONCE = 1 << 22  # rows go through in chunks of this many logits, so that real vocabs fit a small machine
 
 
-def unmask(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(proposal, confidence, committed, remaining); writes into step.tokens."""
-    if step.tokens.is_meta:  # torch has no autocast for meta
-        return step.nothing()
-    with torch.autocast(step.tokens.device.type, enabled=False):  # whose product would round the logits
-        return without_autocast(step)
+def available() -> str | None:
+    return None
 
 
-def without_autocast(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if step.positions.numel() == 0 or step.tokens.numel() == 0:
+def supports(problem: Problem) -> str | None:
+    return None
+
+
+def forward(problem: Problem) -> Outputs:
+    """Returns (proposal, confidence, committed, remaining); writes into problem.tokens."""
+    with torch.autocast(problem.tokens.device.type, enabled=False):  # whose matmul would round the logits
+        return without_autocast(problem)
+
+
+def without_autocast(step: Problem) -> Outputs:
+    if step.is_empty():
         return step.nothing()
     length = step.tokens.shape[1]
     valid = (step.positions >= 0) & (step.positions < length)
@@ -36,12 +50,7 @@ def without_autocast(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     masked, fixed = candidate & (held == step.mask_id), candidate & (held != step.mask_id)
 
     rows = all_rows(step, masked, held)
-    kinds = {
-        "probability": rows.probability,
-        "margin": rows.margin,
-        "neg_entropy": 0.0 - rows.entropy,
-        "random": rows.random,
-    }
+    kinds = (rows.probability, rows.margin, 0.0 - rows.entropy, rows.random)  # in rules.CONFIDENCES' order
     takes_part = (masked | fixed if step.revise == rules.EDIT else masked) & ~rows.bad
     proposal = torch.where(takes_part, rows.proposal, -1)
     confidence = torch.where(takes_part, kinds[step.confidence], -torch.inf)
@@ -49,15 +58,15 @@ def without_autocast(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     written = torch.where(committed, proposal, held)
 
     if step.revise == rules.EDIT:
-        tau = step.per_sequence(step.revise_tensor, step.revise_number, torch.float32)
+        tau = per_sequence(step, step.tau_tensor, step.tau, torch.float32)
         edited = fixed & takes_part & (proposal != held) & (rows.probability >= tau)
         committed, written = committed | edited, torch.where(edited, proposal, written)
     elif step.revise != rules.NO_REVISION:
         score = torch.where(rows.bad, torch.nan, rows.held_probability)
-        score = score if step.revise_scores is None else step.revise_scores
+        score = score if step.scores is None else step.scores
         eligible = fixed & ~score.isnan()
         proposal, confidence = torch.where(eligible, held, proposal), torch.where(eligible, score, confidence)
-        n = step.per_sequence(step.revise_tensor, step.revise_number, torch.int64)
+        n = per_sequence(step, step.remasked_tensor, step.remasked, torch.int64)
         written = torch.where(eligible & (ranks(eligible, score, step.positions) < n), step.mask_id, written)
 
     # whoever writes nothing writes to one column more
@@ -68,7 +77,23 @@ def without_autocast(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return proposal, confidence, committed, remaining
 
 
-# ---- one row: proposal and confidences
+# ---- parameters ------------------------------------------------------------------------------------------------------
+def per_sequence(step: Problem, tensor: Tensor | None, number: float, dtype: torch.dtype) -> Tensor:
+    """Returns the parameter as a (1, 1) or (B, 1) tensor, rounded as the kernels round it."""
+    if tensor is not None:
+        return tensor.to(dtype).reshape(-1, 1)
+    return torch.full((1, 1), number, dtype=dtype, device=step.tokens.device)
+
+
+def seeds(step: Problem) -> Tensor:
+    """Returns (B, 1) int64: a single seed s means s + b for sequence b."""
+    if step.seed_tensor is not None and step.seed_tensor.ndim == 1:
+        return step.seed_tensor.to(torch.int64).reshape(-1, 1)
+    first = step.seed if step.seed_tensor is None else step.seed_tensor.to(torch.int64)
+    return torch.arange(step.tokens.shape[0], device=step.tokens.device).reshape(-1, 1) + first
+
+
+# ---- one row: proposal and confidences -------------------------------------------------------------------------------
 class Rows(NamedTuple):
     proposal: Tensor  # int64: argmax of l + temperature * Gumbel; without noise where the candidate holds a token
     probability: Tensor  # of the proposal; float32, as the following
@@ -79,22 +104,22 @@ class Rows(NamedTuple):
     bad: Tensor  # bool: a NaN or +inf logit, or no allowed id
 
 
-def all_rows(step: Step, masked: Tensor, held: Tensor) -> Rows:
+def all_rows(step: Problem, masked: Tensor, held: Tensor) -> Rows:
     batch, count = step.positions.shape
     noise_positions = step.positions if step.noise_positions is None else step.noise_positions
-    temperature = step.per_sequence(step.temperature_tensor, step.temperature, torch.float32)
-    tc = step.per_sequence(step.confidence_temperature_tensor, step.confidence_temperature, torch.float32)
-    seed, at_step = step.seeds(), step.per_sequence(step.step_tensor, step.step, torch.int64)
+    temperature = per_sequence(step, step.temperature_tensor, step.temperature, torch.float32)
+    tc = per_sequence(step, step.confidence_temperature_tensor, step.confidence_temperature, torch.float32)
+    seed, at_step = seeds(step), per_sequence(step, step.step_tensor, step.step, torch.int64)
     per_row = [masked, held, noise_positions, seed, at_step, torch.where(masked, temperature, 0.0), tc]
     flat = [t.expand(batch, count).reshape(-1, 1) for t in per_row]
-    chunk = max(1, LOGITS_AT_ONCE // max(1, step.vocabulary))
+    chunk = max(1, LOGITS_AT_ONCE // max(1, step.vocab))
     parts = []
     for start in range(0, batch * count, chunk):
         parts.append(some_rows(step, start, [t[start : start + chunk] for t in flat]))
     return Rows(*(torch.cat(column).reshape(batch, count) for column in zip(*parts)))
 
 
-def some_rows(step: Step, start: int, per_row: list[Tensor]) -> Rows:
+def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
     """Rows start, start + 1, ...; per_row: all_rows' list, each (N, 1)."""
     masked, held, position, seed, at_step, temperature, tc = per_row
     logits = row_logits(step, start, masked.shape[0])  # (N, V)
@@ -103,10 +128,10 @@ def some_rows(step: Step, start: int, per_row: list[Tensor]) -> Rows:
         zero = torch.zeros_like(random)
         return Rows(held, zero, zero, zero, random, zero, torch.ones_like(masked))
     noised = logits
-    if step.temperature_tensor is not None or step.temperature > 0:
-        temperature = torch.where(temperature > 0, temperature, 0.0).clamp(max=FLOAT32_MAX)  # a NaN counts as 0
+    if step.noisy:
+        temperature = torch.where(temperature > 0, temperature, 0.0).clamp(max=HIGHEST_TEMPERATURE)  # a NaN counts as 0
         noise = temperature * gumbel(seed, position, at_step, logits.shape[1])
-        noised = torch.where(temperature > 0, (logits + noise).clamp(min=-FLOAT32_MAX), logits)
+        noised = torch.where(temperature > 0, (logits + noise).clamp(-FLOAT32_MAX, FLOAT32_MAX), logits)
         noised = torch.where(logits == -torch.inf, logits, noised)
     proposal = noised.argmax(1, keepdim=True)  # ties to the lowest id
 
@@ -118,8 +143,10 @@ def some_rows(step: Step, start: int, per_row: list[Tensor]) -> Rows:
     shifted = (logits - top) * scale
     e = shifted.exp()
     total = e.sum(1, keepdim=True, dtype=torch.float64)
-    # below -87.3 exp is no normal float32 and counts as 0 here, so that backends agree on which rows are certain
-    mean_shifted = torch.where(shifted < -87.3, 0.0, e * shifted).sum(1, keepdim=True, dtype=torch.float64) / total
+    # a row with nothing above LEAST_SHIFTED but its maximum is certain: its entropy is 0 on every backend
+    mean_shifted = (
+        torch.where(shifted < LEAST_SHIFTED, 0.0, e * shifted).sum(1, keepdim=True, dtype=torch.float64) / total
+    )
     entropy = (total.log() - mean_shifted).clamp(min=0.0)
     margin = (1 - ((second - top) * scale).exp().double()) / total
     known = (held >= 0) & (held < logits.shape[1])
@@ -129,7 +156,7 @@ def some_rows(step: Step, start: int, per_row: list[Tensor]) -> Rows:
     return Rows(proposal, *confidences, bad)
 
 
-def row_logits(step: Step, start: int, rows: int) -> Tensor:
+def row_logits(step: Problem, start: int, rows: int) -> Tensor:
     """l: the logits of the N rows from `start` on, with bias, and -inf at what is forbidden."""
     source = step.source.flatten(0, 1)[start : start + rows]
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
@@ -138,14 +165,14 @@ def row_logits(step: Step, start: int, rows: int) -> Tensor:
         logits = logits @ step.head_weight.to(dtype).T
         if step.head_bias is not None:
             logits = logits + step.head_bias.to(dtype)
-    vocabulary = logits.shape[1]
-    bias = torch.zeros(vocabulary, dtype=torch.float32, device=logits.device)
-    if step.bias_ids is not None and step.bias_values is not None and vocabulary > 0:
-        known = (step.bias_ids >= 0) & (step.bias_ids < vocabulary)
+    vocab = logits.shape[1]
+    bias = torch.zeros(vocab, dtype=torch.float32, device=logits.device)
+    if step.bias_ids is not None and step.bias_values is not None and vocab > 0:
+        known = (step.bias_ids >= 0) & (step.bias_ids < vocab)
         values = torch.where(known, step.bias_values, 0.0)
         bias.index_add_(0, torch.where(known, step.bias_ids, 0), values)
     for i in step.forbid:
-        if 0 <= i < vocabulary:
+        if 0 <= i < vocab:
             bias[i] = -torch.inf
     return torch.where(bias == -torch.inf, -torch.inf, logits + bias)
 
@@ -174,13 +201,13 @@ def philox_unit(words: tuple[Tensor, ...]) -> Tensor:
     return torch.where(u >= 0, positive, positive * 2) * 2.0**-64
 
 
-def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocabulary: int) -> Tensor:
+def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocab: int) -> Tensor:
     """(N, V) Gumbel noise, float32. seed, position, step: (N, 1) int64. The winning tail lies at u near 0, where
     float32 is dense."""
-    pairs = torch.arange((vocabulary + 1) // 2, device=seed.device)
+    pairs = torch.arange((vocab + 1) // 2, device=seed.device)
     w0, w1, w2, w3 = philox(seed, pairs, position, step, 0)
     both = torch.stack([philox_unit((w0, w1)), philox_unit((w2, w3))], dim=-1)
-    u = both.flatten(1)[:, :vocabulary].clamp(min=2.0**-64)
+    u = both.flatten(1)[:, :vocab].clamp(min=2.0**-64)
     return -torch.log(-torch.log1p(-u))
 
 
@@ -193,14 +220,15 @@ def ranks(eligible: Tensor, key: Tensor, positions: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, torch.arange(key.shape[1], device=key.device).expand_as(order))
 
 
-def chosen_by_rule(step: Step, eligible: Tensor, confidence: Tensor, entropy: Tensor) -> Tensor:
-    by_entropy = step.rule in (rules.ENTROPY_BOUND, rules.ENTROPY_BOUND_INCLUSIVE)
-    rank = ranks(eligible, entropy if by_entropy else -confidence, step.positions)
+def chosen_by_rule(step: Problem, eligible: Tensor, confidence: Tensor, entropy: Tensor) -> Tensor:
+    """The first `least` ranks, and what the rule adds to them: the longest prefix of ranks that pass."""
+    rank = ranks(eligible, entropy if step.by_entropy else -confidence, step.positions)
+    always = rank < per_sequence(step, step.least_tensor, step.least, torch.int64)
     if step.rule == rules.TOP_K:
-        return rank < step.per_sequence(step.rule_tensor, step.rule_number, torch.int64)
-    number = step.per_sequence(step.rule_tensor, step.rule_number, torch.float32)
+        return always
+    number = per_sequence(step, step.number_tensor, step.number, torch.float32)
     if step.rule == rules.THRESHOLD:
-        return (rank == 0) | (confidence >= number)
+        return always | (confidence >= number)
     order = rank.argsort(dim=1)
     if step.rule == rules.FACTOR:
         bar = 1 - number / (torch.arange(rank.shape[1], device=rank.device) + 2).float()  # ranks from 1: f / (r + 1)
@@ -209,5 +237,5 @@ def chosen_by_rule(step: Step, eligible: Tensor, confidence: Tensor, entropy: Te
         own = torch.where(eligible, entropy, 0.0).gather(1, order).double()
         total = own.cumsum(1)
         within = (total if step.rule == rules.ENTROPY_BOUND_INCLUSIVE else total - own) <= number.double()
-    within[:, 0] = True
+    within |= always.gather(1, order)
     return within.cumprod(1).bool().gather(1, rank)

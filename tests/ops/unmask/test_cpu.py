@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import illada_kernels as ik
-from illada_kernels import _dispatch
+from illada_kernels import _extension
 from illada_kernels.ops.unmask import cases
 from tests.helpers.unmask_oracle import INF, MASK, RULES, available, draw_call, plain, rows_with_top, step
 
@@ -18,7 +18,7 @@ from tests.helpers.unmask_oracle import INF, MASK, RULES, available, draw_call, 
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param not in available():
-        pytest.skip(f"{request.param}: {_dispatch.extension_reason()}")
+        pytest.skip(f"{request.param}: {_extension.extension_reason()}")
     return request.param
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import illada_kernels as ik
-from illada_kernels import _dispatch
+from illada_kernels import _extension
 from illada_kernels.ops.unmask.cases import EPS
 from illada_kernels.ops.unmask.reference import gumbel, philox, philox_unit
 from tests.helpers.unmask_oracle import INF, available, step
@@ -26,8 +26,8 @@ def column(value: int) -> torch.Tensor:
 
 def native_noise(seed: int, position: int, at_step: int, ids: int) -> tuple[torch.Tensor, torch.Tensor]:
     words, noise = torch.zeros(ids // 2, 4, dtype=torch.int32), torch.zeros(ids)
-    _dispatch.check(
-        "noise", _dispatch.native().unmask_noise_cpu(seed, position, at_step, ids, words.data_ptr(), noise.data_ptr())
+    _extension.check(
+        "noise", _extension.native().unmask_noise_cpu(seed, position, at_step, ids, words.data_ptr(), noise.data_ptr())
     )
     return words.long() & 0xFFFFFFFF, noise
 

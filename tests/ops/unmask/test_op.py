@@ -10,13 +10,13 @@ from torch.library import opcheck
 
 import illada_kernels as ik
 from benchmarks.measure import peak_memory
-from illada_kernels import _dispatch
+from illada_kernels import _extension
 from illada_kernels.ops.unmask import cases
-from illada_kernels.ops.unmask.op import UNMASK
+from illada_kernels.ops.unmask.op import OPERATOR
 from tests.helpers.unmask_oracle import MASK, available, step
 
 needs_cpu = pytest.mark.skipif(
-    "cpu" not in available(), reason=f"the cpu backend is missing: {_dispatch.extension_reason()}"
+    "cpu" not in available(), reason=f"the cpu backend is missing: {_extension.extension_reason()}"
 )
 BACKENDS = [pytest.param("cpu", marks=needs_cpu), "reference"]
 
@@ -50,15 +50,15 @@ def test_from_hidden_is_from_logits_of_the_product(shape, dtype, backend):
 
 @needs_cpu
 def test_more_rows_than_one_product_takes(monkeypatch):
-    from illada_kernels.ops.unmask import native
+    from illada_kernels.ops.unmask import cpu
 
     shape = cases.Shape("", 2, 9, 9000, 4, 3)
     hidden, weight, tokens, positions = inputs(shape)
     run = functools.partial(ik.unmask, hidden, weight, mask_id=3, temperature=1.0, backend="cpu")
     whole_tokens = tokens.clone()
     whole = run(tokens=whole_tokens, positions=positions, rule=ik.TopK(3))
-    monkeypatch.setattr(native, "ROWS_AT_ONCE", 4)
-    monkeypatch.setattr(native, "SLICE_BYTES", 1)  # one segment of the vocabulary at a time
+    monkeypatch.setattr(cpu, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(cpu, "SLICE_BYTES", 1)  # one segment of the vocabulary at a time
     sliced = run(tokens=tokens, positions=positions, rule=ik.TopK(3))
     assert all(map(torch.equal, whole, sliced)) and torch.equal(tokens, whole_tokens)
 
@@ -79,10 +79,10 @@ def test_fused_step_needs_at_most_64_mib_beside_its_inputs(dtype):
 @pytest.mark.parametrize("dim", [64, 1024, 4096])
 @pytest.mark.parametrize("converted", [False, True])
 def test_slices_of_the_head_fit_their_budget(dim, converted):
-    from illada_kernels.ops.unmask import native
+    from illada_kernels.ops.unmask import cpu
 
-    length = native.slice_length(dim, converted, 2048)
-    bytes_ = 4 * length * (native.ROWS_AT_ONCE + dim * converted)
+    length = cpu.slice_length(dim, converted, 2048)
+    bytes_ = 4 * length * (cpu.ROWS_AT_ONCE + dim * converted)
     assert length >= 2048 and length % 2048 == 0 and bytes_ <= 40 << 20
 
 
@@ -174,8 +174,8 @@ def test_numbers_and_device_tensors_mean_the_same():
 
 SCRIPT = """
 import sys, torch, illada_kernels as ik
-from illada_kernels import _dispatch
-assert _dispatch.native().cpu_isa == sys.argv[1], _dispatch.native().cpu_isa
+from illada_kernels import _extension
+assert _extension.native().cpu_isa == sys.argv[1], _extension.native().cpu_isa
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     logits = (torch.randn(2, 6, 5001) * 2).to(dtype)
@@ -196,7 +196,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 @needs_cpu
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_older_instruction_sets_give_the_same_tokens(isa, python):
-    if isa == "avx2" and _dispatch.native().cpu_isa == "scalar":
+    if isa == "avx2" and _extension.native().cpu_isa == "scalar":
         pytest.skip("this processor has no AVX2")
     result = python("-c", SCRIPT, isa, ILLADA_CPU_ISA=isa, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr

@@ -18,8 +18,9 @@ triton = pytest.importorskip("triton", reason="no triton")
 tl = pytest.importorskip("triton.language")
 
 import illada_kernels as ik  # noqa: E402
-from illada_kernels.ops.unmask import cases, gpu, op, reference, triton_noise, triton_rows, triton_select  # noqa: E402
-from illada_kernels.ops.unmask import triton as room  # noqa: E402
+from illada_kernels.ops.unmask import cases, gpu, op, reference  # noqa: E402
+from illada_kernels.ops.unmask.triton import launch as room  # noqa: E402
+from illada_kernels.ops.unmask.triton import noise, rows, select  # noqa: E402
 from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
 from tests.helpers.unmask_oracle import INF, MASK, plain, step  # noqa: E402
 
@@ -53,21 +54,21 @@ def draw(words, noise, key0, key1, position, at_step, PAIRS: tl.constexpr):
     lane = tl.zeros([1, 1], tl.int64)
     key0, key1, position = (lane + key0).to(tl.uint32), (lane + key1).to(tl.uint32), (lane + position).to(tl.uint32)
     zero = tl.zeros([1, 1], tl.uint32)
-    w0, w1, w2, w3 = triton_noise.philox(key0, key1, pair.to(tl.uint32), position, (lane + at_step).to(tl.uint32), zero)
+    w0, w1, w2, w3 = noise.philox(key0, key1, pair.to(tl.uint32), position, (lane + at_step).to(tl.uint32), zero)
     tl.store(words + 4 * pair, w0.to(tl.int64))
     tl.store(words + 4 * pair + 1, w1.to(tl.int64))
     tl.store(words + 4 * pair + 2, w2.to(tl.int64))
     tl.store(words + 4 * pair + 3, w3.to(tl.int64))
-    tl.store(noise + 2 * pair, triton_noise.gumbel(w0, w1))
-    tl.store(noise + 2 * pair + 1, triton_noise.gumbel(w2, w3))
+    tl.store(noise + 2 * pair, noise.gumbel(w0, w1))
+    tl.store(noise + 2 * pair + 1, noise.gumbel(w2, w3))
 
 
 @triton.jit
 def gumbel_of(words, out, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     high, low = tl.load(words + 2 * i).to(tl.uint32), tl.load(words + 2 * i + 1).to(tl.uint32)
-    tl.store(out + 2 * i, triton_noise.unit(high, low))
-    tl.store(out + 2 * i + 1, triton_noise.gumbel(high, low))
+    tl.store(out + 2 * i, noise.unit(high, low))
+    tl.store(out + 2 * i + 1, noise.gumbel(high, low))
 
 
 def drawn(seed: int, position: int, at_step: int, pairs: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -438,7 +439,7 @@ def one_fused_step():
     return check
 
 
-ROWS, SELECT = triton_rows, triton_select
+ROWS, SELECT = rows, select
 FAULTS: list[tuple[ModuleType, str, str, Callable[[], None]]] = [
     (ROWS, "barred = ids >= vocabulary", "barred = ids > vocabulary", one_fused_step()),
     (ROWS, "mask=active[None, :] & within[:, None]", "mask=within[:, None]", one_fused_step()),
@@ -514,7 +515,7 @@ def test_product_and_sum_round_apart_and_64_bits_round_to_nearest() -> None:
 def noised_of(words, out, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     high, low = tl.load(words + 2 * i).to(tl.uint32), tl.load(words + 2 * i + 1).to(tl.uint32)
-    tl.store(out + i, triton_noise.noised(tl.load(out + i), tl.load(out + SIZE + i), high, low))
+    tl.store(out + i, noise.noised(tl.load(out + i), tl.load(out + SIZE + i), high, low))
 
 
 @pytest.mark.parametrize("path", ["hidden", "logits"])

@@ -6,8 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_noise import (
-    FLOAT32_MAX,
+from .. import problem
+from .noise import (
+    HIGHEST_TEMPERATURE,
     INF,
     LEAST,
     NO_ID,
@@ -27,21 +28,22 @@ from .triton_noise import (
 TOP, SECOND, TOTAL, SURPRISE, SCORE, LOGIT, HELD = (tl.constexpr(i) for i in range(7))
 FIELDS = 7
 NO_BEST, BAD = tl.constexpr(-1), tl.constexpr(-2)
-NEEDS_ENTROPY, NEEDS_SECOND, NEEDS_HELD = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)  # as in gpu.py
+NEEDS_ENTROPY, NEEDS_SECOND = tl.constexpr(problem.NEEDS_ENTROPY), tl.constexpr(problem.NEEDS_SECOND)
+NEEDS_HELD = tl.constexpr(problem.NEEDS_HELD)
 ONE = tl.constexpr(2.0**50)  # of sums within a tile, of at most 2048 exponentials not above 1
 FORBIDDEN_AT_ONCE = tl.constexpr(16)
 UNSPECIALIZED = ("seed_number", "step_number", "mask_id", "length", "biases", "forbids", "rows", "count", "groups")
 
 
 @triton.jit
-def added(ids, vocabulary, bias_ids, bias_values, biases, forbidden, forbids):
+def added(ids, vocab, bias_ids, bias_values, biases, forbidden, forbids):
     """(P,) what is added to the logits of ids: their biases, one after another in the order given; -inf where forbidden
-    or beyond the vocabulary."""
+    or beyond the vocab."""
     total = tl.zeros(ids.shape, tl.float32)
     if bias_ids is not None:
         for entry in range(biases):
             total += tl.where(tl.load(bias_ids + entry) == ids, tl.load(bias_values + entry), 0.0)
-    barred = ids >= vocabulary
+    barred = ids >= vocab
     if forbidden is not None:
         for start in range(0, forbids, FORBIDDEN_AT_ONCE):
             i = start + tl.arange(0, FORBIDDEN_AT_ONCE)
@@ -215,7 +217,7 @@ def row_state(
         b, k, inside, at, noise_positions, noise_b, noise_k, seed, seed_number, seed_b, step, step_number, step_b
     )
     t = of_sequence(temperature, temperature_number, temperature_b, b, inside, tl.float32)
-    t = tl.where(masked & (t > 0), tl.minimum(t, FLOAT32_MAX), 0.0)
+    t = tl.where(masked & (t > 0), tl.minimum(t, HIGHEST_TEMPERATURE), 0.0)
     scale = confidence_scale(confidence_temperature, confidence_number, confidence_b, b, inside)
     held = tl.where((held >= 0) & (held < NO_ID), held, NO_ID).to(tl.int32)
     return active, b, k, (held, key0, key1, position, at_step, t, scale)
@@ -230,7 +232,7 @@ def tile_logits(
     head_v,
     head_bias,
     dim,
-    vocabulary,
+    vocab,
     bias_ids,
     bias_values,
     biases,
@@ -244,7 +246,7 @@ def tile_logits(
     """(P, N) logits of ids 2 * pair, and of 2 * pair + 1: two products of one layout."""
     d = tl.arange(0, BLOCK_D)
     even_rows = head + (2 * pair).to(tl.int64)[:, None] * head_v + d[None, :]  # (P, D)
-    even_there, odd_there = 2 * pair < vocabulary, 2 * pair + 1 < vocabulary
+    even_there, odd_there = 2 * pair < vocab, 2 * pair + 1 < vocab
     even = tl.zeros([PAIRS, BLOCK_N], tl.float32)
     odd = tl.zeros([PAIRS, BLOCK_N], tl.float32)
     for start in range(0, dim, BLOCK_D):
@@ -263,8 +265,8 @@ def tile_logits(
     if head_bias is not None:
         even += tl.load(head_bias + 2 * pair, mask=even_there, other=0.0).to(tl.float32)[:, None]
         odd += tl.load(head_bias + 2 * pair + 1, mask=odd_there, other=0.0).to(tl.float32)[:, None]
-    even = changed(even, added(2 * pair, vocabulary, bias_ids, bias_values, biases, forbidden, forbids)[:, None])
-    odd = changed(odd, added(2 * pair + 1, vocabulary, bias_ids, bias_values, biases, forbidden, forbids)[:, None])
+    even = changed(even, added(2 * pair, vocab, bias_ids, bias_values, biases, forbidden, forbids)[:, None])
+    odd = changed(odd, added(2 * pair + 1, vocab, bias_ids, bias_values, biases, forbidden, forbids)[:, None])
     return even, odd
 
 
@@ -278,7 +280,7 @@ def head_kernel(
     head_bias,
     dim,
     scratch,
-    vocabulary,
+    vocab,
     rows,
     count,
     tokens,
@@ -366,7 +368,7 @@ def head_kernel(
     )
     x_rows = hidden + (b * hidden_b + k * hidden_k)[None, :] + tl.arange(0, BLOCK_D)[:, None]  # (D, N)
     own = scratch + group.to(tl.int64) * (2 * PAIRS * BLOCK_N) + tl.arange(0, PAIRS)[:, None] * BLOCK_N  # (P, 1)
-    tiles = tl.cdiv(vocabulary, 2 * PAIRS)
+    tiles = tl.cdiv(vocab, 2 * PAIRS)
     first_tile = group * tiles // groups
     for tile in range(first_tile, (group + 1) * tiles // groups):
         pair = tile * PAIRS + tl.arange(0, PAIRS)
@@ -378,7 +380,7 @@ def head_kernel(
             head_v,
             head_bias,
             dim,
-            vocabulary,
+            vocab,
             bias_ids,
             bias_values,
             biases,
@@ -475,7 +477,7 @@ def rows_kernel(
     first_id,
     ids,
     head_bias,
-    vocabulary,
+    vocab,
     rows,
     count,
     tokens,
@@ -571,8 +573,8 @@ def rows_kernel(
                 x += tl.load(head_bias + first_id + both, mask=both < ids, other=0.0).to(tl.float32)
             even, odd = tl.split(x)
             pair = (first_id + at) // 2
-            even = changed(even, added(2 * pair, vocabulary, bias_ids, bias_values, biases, forbidden, forbids))
-            odd = changed(odd, added(2 * pair + 1, vocabulary, bias_ids, bias_values, biases, forbidden, forbids))
+            even = changed(even, added(2 * pair, vocab, bias_ids, bias_values, biases, forbidden, forbids))
+            odd = changed(odd, added(2 * pair + 1, vocab, bias_ids, bias_values, biases, forbidden, forbids))
             top, second, total, surprise, score, logit, held_logit, best = fold(
                 even[:, None],
                 odd[:, None],

@@ -6,8 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ... import rules
-from .triton_noise import (
+from .... import rules
+from .noise import (
     INF,
     LEAST,
     NO_ID,
@@ -19,7 +19,7 @@ from .triton_noise import (
     shifted,
     unit,
 )
-from .triton_rows import BAD, HELD, LOGIT, NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND, SCORE, SECOND, SURPRISE, TOP, TOTAL
+from .rows import BAD, HELD, LOGIT, NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND, SCORE, SECOND, SURPRISE, TOP, TOTAL
 
 TOP_K, THRESHOLD, FACTOR = (tl.constexpr(i) for i in (rules.TOP_K, rules.THRESHOLD, rules.FACTOR))
 ENTROPY_BOUND, INCLUSIVE = tl.constexpr(rules.ENTROPY_BOUND), tl.constexpr(rules.ENTROPY_BOUND_INCLUSIVE)

@@ -1,10 +1,12 @@
-"""unmask in Triton. Up to gpu.FUSED_ROWS candidate rows: the head kernel, then the selection. More, or logits: the rows
-kernel, on the logits given or on products by slices of the vocabulary, then the selection. triton_rows.py and
-triton_select.py hold the kernels.
+"""Launches unmask's Triton kernels.
+
+Up to gpu.FUSED_ROWS candidate rows: the head kernel, then the selection. More rows, or logits: the rows kernel, on the
+logits given or on matmuls by slices of the vocab, then the selection.
 
 Within a path results are bitwise the same for any batch, order of candidates and run: which ids make a tile, and which
 tiles a group, depends on V alone; a logit is summed over D in steps of BLOCK_D in one order; sums over ids are of
-integers; what remains is elementwise in order of id, or a maximum."""
+integers; the rest is elementwise in order of id, or a maximum.
+"""
 
 from __future__ import annotations
 
@@ -15,74 +17,70 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import rules
-from . import gpu
-from .op import Outputs, Step
-from .triton_rows import FIELDS, head_kernel, rows_kernel
-from .triton_select import select_kernel
+from .... import rules
+from .. import gpu
+from ..problem import NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND, Outputs, Problem
+from .rows import FIELDS, head_kernel, rows_kernel
+from .select import select_kernel
 
-CONFIDENCES = ("probability", "margin", "neg_entropy", "random")  # numbered as in triton_select.py
 PAIRS = 64  # id pairs of a tile of the head kernel: the product's M, twice
 GROUPS = 264  # of tiles, at most: two programs for each multiprocessor of an H200, 2.5 for each of an A100
 ROW_PAIRS = 512  # id pairs that the rows kernel holds at once
 BLOCK = 1024  # candidates that the selection holds at once
 
 
-def supports(step: Step) -> str | None:
-    return "float64 is for the reference" if step.source.dtype == torch.float64 else None
-
-
-def unmask(step: Step) -> Outputs:
-    if gpu.is_empty(step):
-        return step.nothing()
-    with torch.cuda.device_of(step.tokens):
-        call = Call(step)
-        if step.vocabulary == 0:
+def forward(problem: Problem) -> Outputs:
+    if problem.is_empty():
+        return problem.nothing()
+    with torch.cuda.device_of(problem.tokens):
+        call = Call(problem)
+        source = problem.source
+        if problem.vocab == 0:
             pass
-        elif step.head_weight is None:
-            call.rows(step.source, step.source.stride(0), step.source.stride(1), 0, call.row_count, 0, False)
+        elif problem.head_weight is None:
+            call.rows(source, source.stride(0), source.stride(1), 0, call.row_count, 0, False)
         elif call.row_count <= gpu.FUSED_ROWS:
             call.head()
         else:
-            gpu.head_products(step, call.product)
+            gpu.head_products(problem, call.product)
         return call.select()
 
 
 class Call:
     """The arguments that kernels share."""
 
-    def __init__(self, step: Step) -> None:
-        self.step, self.device = step, step.tokens.device
-        (batch, self.count), self.vocabulary = step.positions.shape, step.vocabulary
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.device = problem, problem.tokens.device
+        (batch, self.count), self.vocab = problem.positions.shape, problem.vocab
         self.row_count = batch * self.count
-        numbers = gpu.parameters(step)
+        numbers = gpu.parameters(problem)
         self.rule, self.revise = numbers.rule, numbers.revise
-        self.needs = gpu.needs(step)
-        fused = step.head_weight is not None and self.row_count <= gpu.FUSED_ROWS
-        tiles = -(-self.vocabulary // (2 * PAIRS))
-        self.groups = min(GROUPS, tiles) if fused else -(-self.vocabulary // gpu.SLICE)
+        self.needs = problem.needs()
+        fused = problem.head_weight is not None and self.row_count <= gpu.FUSED_ROWS
+        tiles = -(-self.vocab // (2 * PAIRS))
+        self.groups = min(GROUPS, tiles) if fused else -(-self.vocab // gpu.SLICE)
         self.partials = torch.empty(FIELDS, self.groups, self.row_count, dtype=torch.float32, device=self.device)
         self.best_ids = torch.empty(self.groups, self.row_count, dtype=torch.int32, device=self.device)
-        frozen = None if step.frozen is None else step.frozen.view(torch.uint8)
+        frozen = None if problem.frozen is None else problem.frozen.view(torch.uint8)
         self.where = (
-            step.tokens,
-            step.tokens.stride(0),
-            step.tokens.shape[1],
-            *strided(step.positions),
+            problem.tokens,
+            problem.tokens.stride(0),
+            problem.tokens.shape[1],
+            *strided(problem.positions),
             *strided(frozen),
-            step.mask_id,
-            *strided(step.noise_positions),
+            problem.mask_id,
+            *strided(problem.noise_positions),
         )
         self.confidence_temperature = value(numbers.confidence_temperature)
         self.noise = (*value(numbers.seed), *value(numbers.step))
-        forbidden = gpu.forbidden(step)
-        biases = 0 if step.bias_ids is None else step.bias_ids.shape[0]
+        forbidden = gpu.forbidden(problem)
+        biases = 0 if problem.bias_ids is None else problem.bias_ids.shape[0]
         self.rest = (
             *value(numbers.temperature),
             *self.confidence_temperature,
             *self.noise,
-            contiguous(step.bias_ids),
-            contiguous(step.bias_values),
+            contiguous(problem.bias_ids),
+            contiguous(problem.bias_values),
             biases,
             forbidden,
             0 if forbidden is None else forbidden.shape[0],
@@ -91,28 +89,28 @@ class Call:
             self.groups,
         )
         self.constants = {
-            "NOISE": step.temperature_tensor is not None or step.temperature > 0,
+            "NOISE": problem.noisy,
             "NEEDS": self.needs,
-            "REVISES": step.revise in (rules.EDIT, rules.REMASK),
+            "REVISES": problem.revise in (rules.EDIT, rules.REMASK),
             "enable_fp_fusion": False,
         }
 
     def head(self) -> None:
-        step, head = self.step, self.step.head_weight
+        problem, head = self.problem, self.problem.head_weight
         assert head is not None
         dim = head.shape[1]
         options = head_options(self.row_count, head.dtype)
         scratch = torch.empty(self.groups, 2, PAIRS, options["BLOCK_N"], dtype=torch.float32, device=self.device)
         head_kernel[(self.groups,)](
-            step.source,
-            step.source.stride(0),
-            step.source.stride(1),
+            problem.source,
+            problem.source.stride(0),
+            problem.source.stride(1),
             head,
             head.stride(0),
-            contiguous(step.head_bias),
+            contiguous(problem.head_bias),
             dim,
             scratch,
-            self.vocabulary,
+            self.vocab,
             self.row_count,
             self.count,
             *self.where,
@@ -130,7 +128,7 @@ class Call:
         self, logits: Tensor, stride_b: int, stride_k: int, first_row: int, rows: int, first_id: int, dense: bool
     ) -> None:
         ids = logits.shape[-1]
-        bias = contiguous(self.step.head_bias)
+        bias = contiguous(self.problem.head_bias)
         rows_kernel[(rows * -(-ids // gpu.SLICE),)](
             logits,
             stride_b,
@@ -139,7 +137,7 @@ class Call:
             first_id,
             ids,
             bias,
-            self.vocabulary,
+            self.vocab,
             self.row_count,
             self.count,
             *self.where,
@@ -152,9 +150,9 @@ class Call:
         )
 
     def select(self) -> Outputs:
-        step, results = self.step, gpu.outputs(self.step)
+        problem, results = self.problem, self.problem.new_outputs()
         proposal, confidence, committed, remaining = results
-        scores, batch, options = strided(step.revise_scores), step.tokens.shape[0], select_options(self.count)
+        scores, batch, options = strided(problem.scores), problem.tokens.shape[0], select_options(self.count)
         scratch = proposal  # not touched
         if not options["ONE_BLOCK"]:
             scratch = torch.empty(batch, 2, self.count, dtype=torch.int64, device=self.device)
@@ -175,11 +173,11 @@ class Call:
             confidence,
             committed.view(torch.uint8),
             remaining,
-            RULE=step.rule,
-            CONFIDENCE=CONFIDENCES.index(step.confidence),
-            REVISE=step.revise,
+            RULE=problem.rule,
+            CONFIDENCE=problem.confidence,
+            REVISE=problem.revise,
             NEEDS=self.needs,
-            ONE=one(self.vocabulary),
+            ONE=one(self.vocab),
             enable_fp_fusion=False,
             **options,
         )
@@ -204,9 +202,9 @@ def limited(parameter: gpu.Parameter) -> tuple[Tensor | None, float, int]:
     return parameter.tensor, min(number, 2**31 - 1) if isinstance(number, int) else number, parameter.stride
 
 
-def one(vocabulary: int) -> float:
+def one(vocab: int) -> float:
     """The unit's reciprocal of sums over all ids: V exponentials not above 1 fit 62 bits."""
-    return 2.0 ** min(50, 62 - max(vocabulary, 1).bit_length())
+    return 2.0 ** min(50, 62 - max(vocab, 1).bit_length())
 
 
 # ---- launch configurations: by shape and type, nothing is tuned at run time ------------------------------------------
@@ -272,7 +270,7 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
         return name, kernel, kinds | changes, constants, rest
 
     options: dict[str, Any]
-    entropy, everything = gpu.NEEDS_ENTROPY, gpu.NEEDS_ENTROPY | gpu.NEEDS_SECOND | gpu.NEEDS_HELD
+    entropy, everything = NEEDS_ENTROPY, NEEDS_ENTROPY | NEEDS_SECOND | NEEDS_HELD
     sampled = {"NOISE": True, "NEEDS": entropy, "REVISES": False}
     greedy = {"NOISE": False, "NEEDS": 0, "REVISES": False}
     whole = {"NOISE": True, "NEEDS": everything, "REVISES": True}

@@ -10,10 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import problem
+
 INF = tl.constexpr(float("inf"))
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-LEAST = tl.constexpr(-87.3)  # exp of less is no normal float32 and counts as 0
-HIGHEST_CONFIDENCE_TEMPERATURE = tl.constexpr(2.0**126)  # as in op.py
+LEAST = tl.constexpr(problem.LEAST_SHIFTED)
+HIGHEST_TEMPERATURE = tl.constexpr(problem.HIGHEST_TEMPERATURE)
+HIGHEST_CONFIDENCE_TEMPERATURE = tl.constexpr(problem.HIGHEST_CONFIDENCE_TEMPERATURE)
 NO_ID = tl.constexpr(2**31 - 1)
 
 
@@ -55,7 +58,7 @@ def gumbel(high, low):
 @triton.jit
 def noised(logits, temperature, high, low):
     """l + T * g, finite where l is; l where T is 0."""
-    scores = tl.maximum(logits + temperature * gumbel(high, low), -FLOAT32_MAX)
+    scores = tl.minimum(tl.maximum(logits + temperature * gumbel(high, low), -FLOAT32_MAX), FLOAT32_MAX)
     return tl.where((temperature > 0) & (logits > -INF), scores, logits)
 
 

@@ -1,0 +1,105 @@
+"""The validated call of unmask: what the operator's schema is made of, and what every backend takes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import rules
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # proposal, confidence, committed, remaining
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+# T * g stays finite for every Gumbel value, which are below 45.
+HIGHEST_TEMPERATURE = 2.0**120
+# Beyond this its reciprocal is no normal float32, and times -inf it would be NaN.
+HIGHEST_CONFIDENCE_TEMPERATURE = 2.0**126
+# z = (l - max l) / Tc below which exp(z) is no normal float32 and an id does not count in the entropy.
+LEAST_SHIFTED = -87.3
+# Bits of `needs`, as in api.h: the sums and maxima of a row that a call asks for.
+NEEDS_ENTROPY, NEEDS_SECOND, NEEDS_HELD = 1, 2, 4
+
+
+class Problem(NamedTuple):
+    """A parameter is its tensor, of shape () or (B,), or where that is None its number."""
+
+    source: Tensor  # (B, K, D) hidden rows, or (B, K, V) logits where head_weight is None
+    head_weight: Tensor | None  # (V, D)
+    head_bias: Tensor | None  # (V,)
+    tokens: Tensor  # (B, L) int64, written in place
+    positions: Tensor  # (B, K) int64
+    mask_id: int
+    confidence: int  # a kind of rules.py, as rule and revise
+    rule: int
+    number: float  # of the rule
+    number_tensor: Tensor | None
+    least: int  # ranks that the rule always commits
+    least_tensor: Tensor | None
+    temperature: float
+    temperature_tensor: Tensor | None
+    confidence_temperature: float
+    confidence_temperature_tensor: Tensor | None
+    seed: int
+    seed_tensor: Tensor | None
+    step: int
+    step_tensor: Tensor | None
+    forbid: Sequence[int]
+    bias_ids: Tensor | None
+    bias_values: Tensor | None
+    revise: int
+    tau: float  # of Edit
+    tau_tensor: Tensor | None
+    remasked: int  # n of Remask
+    remasked_tensor: Tensor | None
+    scores: Tensor | None  # (B, K) float32, of Remask
+    frozen: Tensor | None  # (B, L) bool
+    noise_positions: Tensor | None  # (B, K) int64
+    backend: str = ""
+
+    @property
+    def op(self) -> str:
+        """The public function's name: the selftest lets each in by itself."""
+        return "unmask_from_logits" if self.head_weight is None else "unmask"
+
+    @property
+    def vocab(self) -> int:
+        return self.source.shape[2] if self.head_weight is None else self.head_weight.shape[0]
+
+    @property
+    def by_entropy(self) -> bool:
+        """Whether the rule ranks by rising entropy."""
+        return self.rule == rules.ENTROPY_BOUND or self.rule == rules.ENTROPY_BOUND_INCLUSIVE
+
+    @property
+    def noisy(self) -> bool:
+        return self.temperature_tensor is not None or self.temperature > 0
+
+    def needs(self) -> int:
+        entropy = NEEDS_ENTROPY if self.by_entropy or self.confidence == rules.NEG_ENTROPY else 0
+        second = NEEDS_SECOND if self.confidence == rules.MARGIN else 0
+        return entropy | second | (NEEDS_HELD if self.revise == rules.REMASK else 0)
+
+    def is_empty(self) -> bool:
+        """Whether there is no candidate or no token."""
+        return self.positions.numel() == 0 or self.tokens.numel() == 0
+
+    def nothing(self) -> Outputs:
+        """Returns the outputs of a call in which no candidate takes part."""
+        shape, device = self.positions.shape, self.positions.device
+        return (
+            torch.full(shape, -1, dtype=torch.int64, device=device),
+            torch.full(shape, -torch.inf, dtype=torch.float32, device=device),
+            torch.zeros(shape, dtype=torch.bool, device=device),
+            torch.zeros(shape[:1], dtype=torch.int32, device=device),
+        )
+
+    def new_outputs(self) -> Outputs:
+        """Returns outputs that are not filled."""
+        new, shape = self.positions.new_empty, self.positions.shape
+        return (
+            new(shape),
+            new(shape, dtype=torch.float32),
+            new(shape, dtype=torch.bool),
+            new(shape[:1], dtype=torch.int32),
+        )

@@ -1,0 +1,27 @@
+"""unmask in Triton: which calls it takes, and the way to the kernels.
+
+launch.py has the host's side, rows.py and select.py the kernels, noise.py what both call. They are imported at the
+first call: this module does without Triton.
+"""
+
+from __future__ import annotations
+
+from ...._extension import DTYPES
+from ...._gpu import triton_reason
+from ..problem import Outputs, Problem
+
+
+def available() -> str | None:
+    return triton_reason()
+
+
+def supports(problem: Problem) -> str | None:
+    return None if problem.source.dtype in DTYPES else "float64 is for the reference"
+
+
+def forward(problem: Problem) -> Outputs:
+    """Returns (proposal, confidence, committed, remaining); writes into problem.tokens. Memory: up to 32 bytes per row
+    and group of ids, and what gpu.head_products needs for more than gpu.FUSED_ROWS rows."""
+    from . import launch
+
+    return launch.forward(problem)
