@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada_kernels import KeyRanges, attention
 from illada_kernels.ops.attention import op
+from illada_kernels.ops.attention.problem import Problem
 
 backends = pytest.mark.parametrize("backend", NAMES)
 MASK = KeyRanges.block_diffusion(6, 2)  # 12 rows, 12 keys
@@ -66,17 +67,20 @@ BAD = {
         "key_ranges: expected device",
     ),
     "scale infinite": (lambda: attention(q, k, v, scale=float("inf")), ValueError, "scale: expected a finite"),
-    "scale a tensor": (lambda: attention(q, k, v, scale=torch.tensor(1.0)), ValueError, "scale: expected a finite"),
+    "scale a tensor": (lambda: attention(q, k, v, scale=torch.tensor(1.0)), TypeError, "scale: expected a number"),
     "unknown backend": (lambda: attention(q, k, v, backend="cudnn"), ValueError, "backend: expected one of"),
 }
+
+
+def module_of(backend):
+    return next(b for b in op.BACKENDS if b.name == backend).module()
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_argument_is_named_before_anything_runs(name, monkeypatch):
     call, error, message = BAD[name]
     for backend in NAMES:
-        module = op._module(backend)
-        monkeypatch.setattr(module, "forward", lambda *args: pytest.fail("a kernel ran"))
+        monkeypatch.setattr(module_of(backend), "forward", lambda problem: pytest.fail("a kernel ran"))
     with pytest.raises(error, match=message):
         call()
 
@@ -88,11 +92,11 @@ def count_calls(monkeypatch):
     """Names of the backends whose forward ran, in order."""
     ran = []
     for name in NAMES:
-        module = op._module(name)
+        module = module_of(name)
 
-        def recorded(*args, name=name, forward=module.forward):
+        def recorded(problem, name=name, forward=module.forward):
             ran.append(name)
-            return forward(*args)
+            return forward(problem)
 
         monkeypatch.setattr(module, "forward", recorded)
     return ran
@@ -120,9 +124,11 @@ def test_environment_chooses_the_backend_of_forward_and_backward(monkeypatch):
     ran = count_calls(monkeypatch)
     monkeypatch.setenv("ILLADA_BACKEND", "reference")
     leaf = q.clone().requires_grad_()
-    module = op._module("reference")
-    backward = module.backward
-    monkeypatch.setattr(module, "backward", lambda *args: ran.append("backward") or backward(*args))
+    reference = module_of("reference")
+    backward = reference.backward
+    monkeypatch.setattr(
+        reference, "backward", lambda *args, **needs: ran.append("backward") or backward(*args, **needs)
+    )
     attention(leaf, k, v).sum().backward()
     assert ran == ["reference", "backward"]
 
@@ -131,9 +137,9 @@ SUBPROCESS = """
 import sys; sys.path[:0] = {paths!r}
 import torch
 from attention_oracle import assert_close, draw, run
-from illada_kernels import _dispatch
+from illada_kernels import _extension
 from illada_kernels.ops.attention import cases
-assert _dispatch.native().cpu_isa == {isa!r}, _dispatch.native().cpu_isa
+assert _extension.native().cpu_isa == {isa!r}, _extension.native().cpu_isa
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for name in ("full", "hulls_overlap", "every_third_row_empty"):
         inputs = draw(2, 77, 150, 4, 2, 40, 24, dtype=dtype)
@@ -147,9 +153,9 @@ print("fine")
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_every_instruction_set_meets_the_numerics_bar(isa):
     order = ["scalar", "avx2", "avx512"]
-    from illada_kernels import _dispatch
+    from illada_kernels import _extension
 
-    if "ILLADA_CPU_ISA" not in os.environ and order.index(_dispatch.native().cpu_isa) < order.index(isa):
+    if "ILLADA_CPU_ISA" not in os.environ and order.index(_extension.native().cpu_isa) < order.index(isa):
         pytest.skip(f"this processor has no {isa}")
     root = Path(__file__).parents[1]
     script = SUBPROCESS.format(paths=[str(root), str(root / "tests")], isa=isa)
@@ -239,11 +245,11 @@ def test_operators_pass_opcheck(backend, masked):
     *tensors, dout, dlse = inputs(requires_grad=True)
     bounds = MASK.bounds if masked else None
     arguments = (*tensors, bounds, 0.3, True, backend)
-    torch.library.opcheck(op.forward_op.op, arguments)
+    torch.library.opcheck(op.OPERATOR.op, arguments)
     tensors = [x.detach() for x in tensors]
-    out, lse = op.forward_op(*tensors, *arguments[3:])
+    out, lse = op.OPERATOR(Problem(*tensors, *arguments[3:]))
     for lse_gradient in (None, dlse):
-        torch.library.opcheck(op.backward_op.op, (dout, lse_gradient, *tensors, out, lse, *arguments[3:]))
+        torch.library.opcheck(op.OPERATOR.bwd.op, (dout, lse_gradient, out, lse, *tensors, *arguments[3:], [True] * 3))
 
 
 @backends
