@@ -57,9 +57,9 @@ format: setup
 
 bench: setup
 	for op in $(OPS); do $(BIN)/python -m benchmarks.run --op $$op || exit 1; done
-	$(BIN)/python -m benchmarks.accuracy
-	$(BIN)/python -m benchmarks.plot
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.quality.accuracy
+	$(BIN)/python -m benchmarks.report.plot
+	$(BIN)/python -m benchmarks.report.readme
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache illada_kernels/_C*.so illada_kernels/_build_info.json

@@ -1,14 +1,13 @@
-"""Timing: every contender of a case in turn, A B A B, and rows that say what the limit and the best peer are.
+"""Timing: every contender of a case in turn, A B A B, each watched.
 
-A bench_<op>.py holds `cases(device) -> Iterable[Case]`; `python -m benchmarks.run` and
-`pytest benchmarks --benchmark-only` read them. A row's fields are in `run_case`.
+suites/<name>.py holds `cases(device) -> Iterable[Case]`; `python -m benchmarks.run` and
+`pytest benchmarks --benchmark-only` read them. A row's fields are in `rows.run_case`.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .counts import count_calls, gpu_profile, peak_memory
+from .counts import count_calls, peak_memory
 from .journal import Journal
 from .machine import commit, device_name, gpu_limits, processor, slug, versions
 
@@ -252,99 +251,3 @@ def replayed(job: Job, calls: int) -> tuple[Job, str | None]:
     except Exception as error:
         raise ContextLost(f"{reason}; then {why(error)}") from error
     return job, f"not captured in a graph, so with the host's share: {reason}"
-
-
-# ---- ceilings -------------------------------------------------------------------------------------------------------
-
-
-def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product of random matrices, the ceiling of compute-bound cases."""
-    n = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    times = [sample(lambda: a @ b, 1, device) for _ in range(12 if device == "cuda" else 6)]
-    return 2 * n**3 / (statistics.median(times[1:]) * 1e-3)
-
-
-def copy_rate(device: str, megabytes: int = 1024) -> float:
-    """Bytes/s, read plus write, of a copy too large for the caches."""
-    a = torch.randn(megabytes << 18, device=device)
-    b = torch.empty_like(a)
-    times = [sample(lambda: b.copy_(a), 1, device) for _ in range(12 if device == "cuda" else 6)]
-    return 2 * a.numel() * 4 / (statistics.median(times[1:]) * 1e-3)
-
-
-def ceilings(device: str, dtype: str) -> dict[str, float]:
-    """The rates that a row's floor uses, measured now. On a CPU a half-precision product may also run in float32."""
-    dtypes = {getattr(torch, dtype), torch.float32} if device == "cpu" else {getattr(torch, dtype)}
-    return {"gemm": max(gemm_rate(device, t) for t in dtypes), "copy": copy_rate(device)}
-
-
-# ---- rows -----------------------------------------------------------------------------------------------------------
-
-
-def run_case(
-    case: Case,
-    device: str,
-    rates: dict[str, float],
-    rounds: int = 15,
-    seconds: float = 20.0,
-    ours: Sequence[str] | None = None,
-    journal: Journal | None = None,
-) -> list[dict[str, Any]]:
-    """One row per backend of ours that ran (of those named in `ours`), or one with `backend` None if none did; all
-    contenders measured interleaved in this one run.
-
-    floor_ms is the time that the case's flops or bytes take at the measured rates, or that a `limit` function took;
-    floor_ratio = floor_ms / p50, ratio = best peer's p50 / p50. `failed` says of every contender that did not run why.
-    """
-    key = f"{case.op}|{case.name}|{case.dtype}"
-    if journal:
-        journal.begin(f"{key}|inputs", COMPILE_LIMIT)
-    work = case.build()
-    if ours is not None:
-        work.ours = {name: job for name, job in work.ours.items() if name in ours}
-    groups = (work.ours, work.peers, work.limit, work.beside)
-    if len(set().union(*groups)) != sum(map(len, groups)):
-        raise ValueError(f"{case.op} {case.name}: two contenders have the same name")
-    watched = Watched(device, key, journal)
-    times = interleaved(watched.ready(work), rounds, seconds, device, watched)
-    errors: dict[str, float] = {}
-    for name in work.ours if work.check else ():
-        if name in times:
-            watched.attempt(f"{name} check", lambda name: errors.update({name: work.check(name)}), name)
-    floor = max(work.flops / rates["gemm"], work.bytes / rates["copy"]) * 1e3
-    floor = max([floor, *(times[name]["p50"] for name in work.limit if name in times)])
-    peers = {name: times[name]["p50"] for name in work.peers if name in times}
-    best_peer = min(peers, key=lambda name: peers[name]) if peers else None
-    shared: dict[str, Any] = {"floor_ms": floor, "peers": peers, "best_peer": best_peer}
-    if device == "cuda":
-        shared |= {
-            "limits": {name: times[name]["p50"] for name in work.limit if name in times},
-            "beside": {name: times[name]["p50"] for name in work.beside if name in times},
-            "peer_memory": {name: memory_of(work.peers[name], watched, name, device) for name in peers},
-            "timing": f"graph of {work.replayed} calls" if work.replayed else "calls",
-        }
-    notes = {name: note for name, note in watched.notes.items() if name in times}
-    for name, value in (("facts", case.facts), ("failed", watched.failed), ("notes", notes)):
-        shared |= {name: value} if value else {}
-    about = {"rates": rates, "device": device_name(device), "versions": versions(), "commit": commit()}
-    rows = []
-    for backend in [name for name in work.ours if name in times] or [None]:
-        row: dict[str, Any] = {"op": case.op, "case": case.name, "dtype": case.dtype, "backend": backend}
-        if backend is None:
-            names = ("ms", "tflops", "gbps", "floor_ratio", "peak_memory", "launches", "host_syncs", "ratio")
-            rows.append({**row, **dict.fromkeys(names), **shared, **about})
-            continue
-        p50 = times[backend]["p50"]
-        row |= {"ms": times[backend], "tflops": work.flops / p50 * 1e-9, "gbps": work.bytes / p50 * 1e-6}
-        row |= {"floor_ratio": floor / p50, "ratio": peers[best_peer] / p50 if best_peer else None}
-        row |= {"peak_memory": memory_of(work.ours[backend], watched, backend, device)}
-        row |= {"error": errors[backend]} if backend in errors else {}
-        row |= gpu_profile(work.ours[backend]) if device == "cuda" else {"launches": None, "host_syncs": None}
-        rows.append({**row, **shared, **about})
-    return rows
-
-
-def memory_of(job: Job, watched: Watched, name: str, device: str) -> int:
-    watched.begin(name)
-    return peak_memory(job, device)

@@ -52,7 +52,7 @@ BENCHMARKS = {
     "models": ("generate", "train"),
     "peers": ("attention_fwd", "attention_bwd", "masked_loss", "unmask"),
 }
-TESTS = {"compare": str(ROOT / "tests/test_cuda_on_cpu_hardware.py"), "tests": str(ROOT / "tests/gpu")}
+TESTS = {"compare": str(ROOT / "tests/cuda_on_cpu/test_hardware.py"), "tests": str(ROOT / "tests/gpu")}
 SELFTEST_LIMIT, KEPT = 90.0, 60.0  # seconds for one op and backend; for each stage to come
 
 
@@ -193,7 +193,7 @@ def commands(stage: str, session: Session) -> list[list[str]]:
     if stage == "build":
         return [[*python, "illada_kernels._build"]]
     if stage in TESTS:
-        quiet = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_tests"]
+        quiet = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "tests.gpu.journal_plugin"]
         return [[*python, "pytest", TESTS[stage], *quiet]]
     if stage == "selftest":
         return [[*python, "illada_kernels", "doctor", "--selftest", "--json"]]

@@ -24,26 +24,28 @@ from typing import Any
 import torch
 
 from . import measure, peers
+from .floor import ceilings
 from .journal import AGAIN, Journal
 from .measure import Case
+from .rows import run_case
 
 RESULTS = Path(__file__).parent / "results"
 FILES = {
-    "attention_fwd": "bench_attention",
-    "attention_bwd": "bench_attention",
-    "masked_loss": "bench_masked_loss",
-    "unmask": "bench_unmask",
-    "generate": "bench_generate",
-    "train": "bench_train",
+    "attention_fwd": "attention",
+    "attention_bwd": "attention",
+    "masked_loss": "masked_loss",
+    "unmask": "unmask",
+    "generate": "generate",
+    "train": "train",
 }
 
 
 def exists(op: str) -> bool:
-    return importlib.util.find_spec(f"benchmarks.{FILES[op]}") is not None
+    return importlib.util.find_spec(f"benchmarks.suites.{FILES[op]}") is not None
 
 
 def collect(op: str, device: str, pattern: str = "") -> list[Case]:
-    cases: Callable[[str], Iterable[Case]] = importlib.import_module(f"benchmarks.{FILES[op]}").cases
+    cases: Callable[[str], Iterable[Case]] = importlib.import_module(f"benchmarks.suites.{FILES[op]}").cases
     return [case for case in cases(device) if case.op == op and pattern in case.name]
 
 
@@ -97,10 +99,8 @@ def measure_all(
             continue
         try:
             if case.dtype not in rates:
-                rates[case.dtype] = measure.ceilings(options.device, case.dtype)
-            rows = measure.run_case(
-                case, options.device, rates[case.dtype], options.rounds, options.seconds, ours, journal
-            )
+                rates[case.dtype] = ceilings(options.device, case.dtype)
+            rows = run_case(case, options.device, rates[case.dtype], options.rounds, options.seconds, ours, journal)
         except Exception as error:
             print(f"{case.name} {case.dtype}: {measure.why(error)}", flush=True)
             if lost(error, options.device):
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--journal", type=Path, help="what began and ended; a case ended there is not run again")
     options = parser.parse_args(argv)
     if not exists(options.op):
-        print(f"{options.op}: no benchmark here (benchmarks/{FILES[options.op]}.py)", file=sys.stderr)
+        print(f"{options.op}: no benchmark here (benchmarks/suites/{FILES[options.op]}.py)", file=sys.stderr)
         return 1
     known = collect(options.op, options.device)
     cases = [case for case in known if options.case in case.name]

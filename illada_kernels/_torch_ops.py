@@ -272,13 +272,11 @@ class _Backward:
         arguments = (*upstream, *saved, *problem, list(needs))
         if is_watched():
             transformed = not torch.compiler.is_compiling() and _is_transformed()
-            return self.function.apply(*arguments) if transformed else self._op(arguments)
-        if torch.is_grad_enabled() or not is_plain(arguments):
-            return self._op(arguments)
-        return self._run(arguments)
-
-    def _op(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
-        result = self.op(*arguments)
+            result = self.function.apply(*arguments) if transformed else self.op(*arguments)
+        elif torch.is_grad_enabled() or not is_plain(arguments):
+            result = self.op(*arguments)
+        else:
+            return self._run(arguments)
         return result if isinstance(result, tuple) else (result,)
 
     def _run(self, arguments: Sequence[Any]) -> Sequence[Tensor | None]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCES = ("illada_kernels", "python", "csrc", "benchmarks", "tests", "docs", ".ci")
-FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE", "CHANGELOG.md")
+pytest.register_assert_rewrite("tests.helpers")
+
+from tests.helpers.checkout import ROOT, build, copy_checkout, locked  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -46,39 +44,6 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
 
     return run
-
-
-def alone(folder: Path) -> Path:
-    """Makes `folder`, first on a child's path, the only place that `illada_kernels` is found in: the finder of an
-    editable install would otherwise supply from the checkout what a copy of the package lacks."""
-    strip = "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '').lower()]"
-    (folder / "sitecustomize.py").write_text(f"import sys\n{strip}\n")
-    return folder
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def copy_checkout(target: Path) -> None:
-    """What a clone would hold, without what was built in place."""
-    target.mkdir(parents=True)
-    junk = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json", "*.egg-info", ".*_cache", "results")
-    for name in SOURCES:
-        shutil.copytree(ROOT / name, target / name, ignore=junk)
-    for name in FILES:
-        shutil.copy(ROOT / name, target / name)
-
-
-def build(command: str, source: Path, output: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """One hook of the build backend (build_sdist, build_wheel), as pip without build isolation would call it."""
-    output.mkdir(parents=True, exist_ok=True)
-    code = f"from setuptools import build_meta; print(build_meta.{command}({str(output)!r}))"
-    environment = {**os.environ, **env}
-    return subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from attention_oracle import FASTER, HALF, Result, assert_close, run
 
 from illada_kernels import KeyRanges, attention
 from illada_kernels.ops.attention import cases
 from illada_kernels.ops.attention.op import BACKENDS
+from tests.helpers.attention_oracle import FASTER, HALF, Result, assert_close, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU that torch can use")
 GPU = [b.name for b in BACKENDS if b.devices == ("cuda",)]

@@ -10,13 +10,13 @@ import math
 
 import pytest
 import torch
-from attention_oracle import HALF, Result, assert_close, draw
 from torch import Tensor
 
 from illada_kernels import KeyRanges
 from illada_kernels._gpu import hopper_reason
 from illada_kernels.ops.attention import cases, cuda, reference
 from illada_kernels.ops.attention.problem import Problem
+from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
 
 reason = "no CUDA GPU" if not torch.cuda.is_available() else hopper_reason()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))

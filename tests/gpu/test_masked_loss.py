@@ -55,7 +55,7 @@ def budgets(args: Inputs, dtype: torch.dtype) -> dict[str, int | None]:
 
 
 def check_against_float64(args: Inputs, backend: str, z: Tensor, **options: Any) -> None:
-    """As tests/test_masked_loss.py does on the CPU, where the exact result is computed; z: torch's logits."""
+    """As tests/ops/masked_loss/test_cpu.py does on the CPU, where the exact result is computed; z: torch's logits."""
     hidden, head, targets, masked, w = args
     up = [x.double().cpu() for x in (hidden, head)]
     beside = (targets.cpu(), masked.cpu(), w.double().cpu())

@@ -1,4 +1,4 @@
-// What plain CUDA kernels use, and what they can do wrong; test_cuda_on_cpu_basics.py says what each should give.
+// What plain CUDA kernels use, and what they can do wrong; test_basics.py says what each should give.
 #include "device.cuh"
 
 using namespace illada;

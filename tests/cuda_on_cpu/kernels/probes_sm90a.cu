@@ -1,5 +1,5 @@
 // One small kernel for each primitive of hopper.cuh that moves or multiplies data: raw bytes in, raw registers or bytes
-// out. test_cuda_on_cpu_layouts.py compares them with the documented layouts, test_cuda_on_cpu_hardware.py with a GPU.
+// out. test_layouts.py compares them with the documented layouts, test_hardware.py with a GPU.
 #include "hopper.cuh"
 
 using namespace illada;

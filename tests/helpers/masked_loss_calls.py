@@ -1,0 +1,71 @@
+"""Inputs of masked_loss, its loss and gradients, and its numerics bar, for the tests of every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from illada_kernels import masked_loss
+from illada_kernels._dispatch import extension_reason
+from illada_kernels.ops.masked_loss import cases, head, reference
+
+needs_extension = pytest.mark.skipif(extension_reason() is not None, reason=str(extension_reason()))
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+ALL = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01, "forbid": (1, 4)}
+TINY = 1  # a budget that leaves slices of the vocabulary only
+
+
+def inputs(
+    rows: int = 12, dim: int = 6, vocab: int = 11, ratio: float = 0.5, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, dim, generator=g, dtype=torch.float64).to(dtype)
+    weight = (torch.randn(vocab, dim, generator=g, dtype=torch.float64) * dim**-0.5).to(dtype)
+    targets = torch.randint(vocab, (rows,), generator=g)
+    masked = torch.rand(rows, generator=g) < ratio
+    masked[0] = ratio > 0
+    if ratio == 1:
+        masked[:] = True
+    return hidden, weight, targets, masked, 1 / torch.rand(rows, generator=g).clamp_min(1e-3)
+
+
+def gradients(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], upstream: Any = 1.0) -> tuple[Tensor, ...]:
+    """(loss, gradient of each leaf)."""
+    leaves = tuple(x.detach().requires_grad_() for x in leaves)
+    loss = function(*leaves)
+    return (loss.detach(), *torch.autograd.grad((loss * upstream).sum(), leaves))
+
+
+def check_against_float64(args: tuple[Tensor, ...], bias: Tensor | None, backend: str = "cpu", **options: Any) -> None:
+    """Loss and gradients under the bar of cases.py; the loss through the error of PyTorch's own logits, because the
+    cross-entropy of a row moves by at most 2 max|dz|."""
+    hidden, weight, targets, masked, w = args
+    leaves = (hidden, weight) if bias is None else (hidden, weight, bias)
+    up = tuple(x.double() for x in leaves)
+
+    def of(loss: Callable[..., Tensor], **extra: Any) -> Callable[..., Tensor]:
+        return lambda h, c, b=None: loss(h, c, targets, masked, w.to(extra.pop("as_", w.dtype)), head_bias=b, **extra)
+
+    exact = gradients(of(reference.masked_loss, as_=torch.float64), up)
+    peer = gradients(lambda h, c, b=None: cases.plain(h, c, targets, masked, w, b), leaves)
+    ours = gradients(of(masked_loss, backend=backend, **options), leaves)
+    z = torch.nn.functional.linear(hidden[masked], weight, bias).double()
+    z_error = (z - torch.nn.functional.linear(up[0][masked], up[1], *up[2:])).abs().amax(1)
+    most = 2 * (2 * z_error * w[masked]).sum() + torch.finfo(torch.float32).eps * exact[0].abs()
+    assert (ours[0] - exact[0]).abs() <= most
+    slices = -(-len(weight) // head.LEAST_SLICE) if options["memory_budget"] == TINY else 1
+    added = slices**0.5 * torch.finfo(torch.float32).eps / 2  # a rounding per slice of the vocabulary, at random
+    # p and 1 are rounded to float32 before they are subtracted; a GPU also keeps logits and their gradients in the
+    # head's dtype, as torch does, but torch may be lucky where there are few; then come these factors
+    eps = torch.finfo(torch.float32).eps
+    if backend != "cpu" and weight.dtype != torch.float32:
+        eps += torch.finfo(weight.dtype).eps / 2 * (1 + float(z.abs().max()) / 2)
+    rounded = eps * float(w[masked].norm())
+    factors = (float(weight.abs().max()), float(hidden.abs().max()), 1.0)
+    for mine, theirs, right, factor in zip(ours[1:], peer[1:], exact[1:], factors):
+        most = cases.bar(theirs, right) + added * right.abs().max() + rounded * factor
+        assert (mine.double() - right).abs().max() <= most

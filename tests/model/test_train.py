@@ -1,0 +1,302 @@
+"""Training: a killed run repeats the undisturbed one, a failed save leaves the last one, and the optimizer does what
+it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from illada.config import ModelConfig
+from illada.data import Windows
+from illada.errors import CheckpointError, CheckpointIOError
+from illada.model import Model
+from illada.optim import optimizers, orthogonalize
+from illada.state import RunState, replace_file
+from illada.train import TrainConfig, Trainer
+
+ROOT = Path(__file__).parents[2]
+STREAM = np.frombuffer(("def f(x):\n    return x + 1\n" * 40).encode(), np.uint8).astype(np.int64)
+
+
+def trainer(folder: Path | None = None, steps: int = 12, identity: str = "", **changes) -> Trainer:
+    config = TrainConfig(**{"objective": "block", "steps": steps, "length": 16, "batch_size": 2, **changes})
+    shape = ModelConfig.preset(
+        "demo",
+        dim=16,
+        n_layers=1,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=16,
+        ffn_dim=32,
+        vocab_size=259,
+        mask_id=256,
+        eos_id=257,
+        pad_id=258,
+        causal_block=4 if config.objective == "block" else 0,
+    )
+    torch.manual_seed(0)
+    return Trainer(
+        Model(shape), Windows(STREAM, config.length, config.batch_size, config.seed), config, folder, identity
+    )
+
+
+def train_command(folder: Path, *more: str) -> list[str]:
+    settings = ["--data", str(folder.parent / "text"), "--steps", "120", "--length", "32", "--batch-size", "2"]
+    command = [sys.executable, "-m", "illada", "train", "--out", str(folder), "--save-every", "7", "--quiet"]
+    return [*command, *([] if "--resume" in more else [*settings, "--objective", "block"]), *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
+
+
+def wait_for(condition, process: subprocess.Popen, tries: int = 60_000) -> None:
+    """Tries, not seconds: a machine that stops both processes for a while has not made the condition false."""
+    for _ in range(tries):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    raise AssertionError("it never came")
+
+
+# ---- kills ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_and_resumed_has_the_very_same_log(tmp_path):
+    """SIGKILL after the first save, while steps that no state knows are in the log; the log's bytes are compared."""
+    (tmp_path / "text").write_text("def f(x):\n    return x + 1\n" * 60)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(train_command(whole), env=environment(), check=True, capture_output=True)
+    process = subprocess.Popen(train_command(killed), env=environment(), stderr=subprocess.PIPE, text=True)
+    log = killed / "log.jsonl"
+    wait_for(lambda: log.exists() and len(log.read_bytes().splitlines()) > 16, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < len(log.read_bytes().splitlines()) < 120
+    done = subprocess.run(train_command(killed, "--resume"), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    at = int(done.stderr.split("resumed at step ")[1].split()[0])
+    assert at > 0 and at % 7 == 0
+    assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
+    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    assert len(losses) == 120 and len(set(losses)) > 100
+    for name in ("model.safetensors", "config.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path):
+    (tmp_path / "text").write_text("def f(x):\n    return x + 1\n" * 60)
+    folder = tmp_path / "run"
+    command = [part if part != "120" else "100000" for part in train_command(folder)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size > 0, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted at step" in error and "--resume" in error and "Traceback" not in error
+    step = torch.load(folder / "state.pt", weights_only=True)["step"]
+    assert step == len((folder / "log.jsonl").read_text().splitlines()) > 0
+
+
+@pytest.mark.parametrize("objective", ["full", "block"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_stopping_and_going_on_repeats_the_losses_bit_by_bit(tmp_path, objective, optimizer):
+    def make(folder: Path) -> Trainer:
+        return trainer(folder, objective=objective, optimizer=optimizer)
+
+    whole = make(tmp_path / "whole")
+    assert whole.run()
+    first = make(tmp_path / "parts")
+    assert not first.run(should_stop=lambda: first.step >= 5)
+    second = make(tmp_path / "parts")
+    assert second.step == 5 and second.run()
+    assert second.losses.tolist() == whole.losses.tolist()
+    for a, b in zip(whole.model.parameters(), second.model.parameters()):
+        assert torch.equal(a, b)
+
+
+# ---- saves ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_while_saving_leaves_the_previous_state(tmp_path):
+    run = trainer(tmp_path)
+    run.run(should_stop=lambda: run.step >= 3)
+    run.one_step()
+    run.step += 1
+    before = (tmp_path / "state.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (len(before) // 2, limits[1])
+    )  # as on a full disk, writing stops half-way
+    try:
+        with pytest.raises(CheckpointIOError, match=r"state.pt: not saved.*previous one is still there; free space"):
+            run.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "state.pt"]
+    run.log.write(json.dumps({"step": 3, "loss": 0.0, "lr": 0.0}) + "\n")  # a line that the state does not know
+    run.log.flush()
+    assert trainer(tmp_path).step == 3
+
+
+def test_replacing_a_file_is_a_rename_of_what_is_on_disk(tmp_path, monkeypatch):
+    """At the moment of the rename the new bytes are written and flushed, and the old file is whole."""
+    file, calls = tmp_path / "f", []
+    file.write_bytes(b"old")
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync") or fsync(fd))
+
+    def replace(source, target):
+        assert (Path(source).read_bytes(), Path(target).read_bytes()) == (b"new", b"old")
+        calls.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    replace_file(file, b"new")
+    assert file.read_bytes() == b"new" and calls == ["fsync", "rename", "fsync"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "pickle", "foreign"])
+def test_a_damaged_or_foreign_state_is_refused_with_what_to_do(tmp_path, damage):
+    run = trainer(tmp_path)
+    run.run(should_stop=lambda: run.step >= 2)
+    state = tmp_path / "state.pt"
+    content = state.read_bytes()
+    if damage == "foreign":
+        torch.save({"weights": torch.zeros(2)}, state)
+    else:
+        other = {"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello", "pickle": b"cos\nsystem\n"}
+        state.write_bytes(other[damage])
+    with pytest.raises(CheckpointError, match=r"state.pt is (damaged|not a training state).*delete it"):
+        trainer(tmp_path)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    run = trainer(tmp_path)
+    run.run(should_stop=lambda: run.step >= 2)
+    with pytest.raises(CheckpointError, match=r"other settings: lr 0.02 instead of 0.5"):
+        trainer(tmp_path, lr=0.5)
+    with pytest.raises(CheckpointError, match="other data or another model"):
+        trainer(tmp_path, identity="other")
+
+
+def test_a_log_shorter_than_the_state_is_refused(tmp_path):
+    run = trainer(tmp_path)
+    run.run(should_stop=lambda: run.step >= 4)
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 1.0, "lr": 1.0}\n')
+    with pytest.raises(CheckpointError, match="holds 1 of the 4 steps"):
+        trainer(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointIOError, match="choose another folder"):
+        RunState(tmp_path / "file" / "run", {}, "")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path):
+    run = trainer(tmp_path)
+    run.run(should_stop=lambda: run.step >= 2)
+    before = (tmp_path / "state.pt").read_bytes()
+    run = trainer(tmp_path)
+    with torch.no_grad():
+        run.model.embed.weight.fill_(float("nan"))
+    with pytest.raises(ArithmeticError, match="step 2: the loss is nan"):
+        run.run()
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+# ---- learning ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["full", "block"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_learns_a_repeated_text(objective, dtype):
+    """27 bytes over and over: from log(258) = 5.6 nats a byte to below 2.5, the entropy of its letters being 2.6."""
+    run = trainer(steps=150, objective=objective, dtype=dtype, batch_size=8, length=32)
+    run.run()
+    assert run.losses[0] > 4 and run.losses[-30:].mean() < 2.5
+    assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+
+
+def test_a_run_by_the_clock_ends_in_time_with_its_rate_at_zero():
+    run = trainer(steps=None, seconds=1.0)
+    seen = []
+    assert run.run(lambda progress: seen.append((progress.done, run.optimizers[0].param_groups[0]["lr"])))
+    assert 1.0 <= run.seconds < 5.0 and seen[-1][0] == 1.0
+    assert seen[0][1] == 0 and max(rate for _, rate in seen) <= 0.02 and seen[-1][1] < 0.02 * 0.2
+
+
+def test_the_rate_rises_for_the_warmup_and_falls_to_zero():
+    config = TrainConfig(steps=1, warmup=0.1)
+    assert [round(config.rate(done), 6) for done in (0, 0.05, 0.1, 0.55, 1, 1.1)] == [0, 0.5, 1, 0.5, 0, 0]
+    assert TrainConfig(steps=1, warmup=0).rate(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "other"}, "objective: expected one of"),
+        ({"steps": 5, "seconds": 1.0}, "expected one of them"),
+        ({"steps": None}, "expected one of them"),
+        ({"dtype": "float16"}, "dtype: expected"),
+        ({"lr": -1.0}, "lr: expected a positive number"),
+        ({"steps": 0}, "steps: expected a positive number"),
+        ({"length": 18}, "multiple of the model's causal_block = 4"),
+        ({"optimizer": "sgd"}, "optimizer: expected"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(**changes)
+
+
+# ---- Muon ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48), (3, 20, 30)])
+def test_orthogonalize_keeps_directions_and_evens_out_singular_values(shape):
+    """Singular values from 0.02 of the norm up land in 0.65 .. 1.25 (the quintic's range); U and V stay."""
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    values = torch.linspace(0.1, 1, u.shape[-1], dtype=torch.float64)
+    found = orthogonalize(u @ torch.diag_embed(values.expand(u.shape[:-2] + values.shape)) @ vh)
+    core = u.mT @ found @ vh.mT
+    diagonal = core.diagonal(dim1=-2, dim2=-1)
+    assert 0.65 < diagonal.min() and diagonal.max() < 1.25
+    assert (core - torch.diag_embed(diagonal)).abs().max() < 1e-6
+
+
+def test_muon_updates_stacked_matrices_one_by_one_and_leaves_the_rest_to_adamw():
+    config = ModelConfig.preset("demo", dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
+    torch.manual_seed(0)
+    model = Model(config)
+    muon, adamw = optimizers(model, "muon", 0.5, 0.25)
+    of_muon = {id(p) for group in muon.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in of_muon) == (name.startswith("layers.") and parameter.dim() == 2), name
+    assert sum(p.numel() for o in (muon, adamw) for g in o.param_groups for p in g["params"]) == sum(
+        p.numel() for p in model.parameters()
+    )
+    layer = model.layers[0].qkv_proj.weight
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = layer.detach().clone()
+    muon.step()
+    gradient = (
+        layer.grad * 0.05 * 0.95 + layer.grad * 0.05
+    )  # the first momentum is 0.05 of it; Nesterov goes on by 0.95
+    for rows in (slice(0, 32), slice(32, 48), slice(48, 64)):
+        expected = orthogonalize(gradient[rows])  # at most as many rows as columns: scale 1
+        torch.testing.assert_close(before[rows] - layer.detach()[rows], 0.5 * expected, rtol=1e-4, atol=1e-5)
