@@ -43,12 +43,15 @@ class Backend:
     module: Callable[[], Any]
     opt_in: str | None = None  # why it is not in the default order until the selftest has passed on this machine
 
+    def available(self) -> str | None:
+        reason: str | None = self.module().available()
+        return reason
+
     def reason(self, device: str, problem: Any) -> str | None:
+        """Returns None, or why this backend cannot run the problem on the device."""
         if self.devices is not None and device not in self.devices:
             return f"runs on {' or '.join(self.devices)}, the tensors are on {device}"
-        module = self.module()
-        reason: str | None = module.available() or module.supports(problem)
-        return reason
+        return self.available() or self.module().supports(problem)
 
     def by_default(self, op: str, device: str) -> bool:
         return self.opt_in is None or (device == "cuda" and _proven.proven(op, self.name))

@@ -42,12 +42,12 @@ if torch.cuda.is_available():
 
 
 def is_watched() -> bool:
-    """True if something must see the operator: a compiler, a trace, a mode, a transform, forward-mode AD, a profiler."""
+    """True if something must see the operator: compiler, trace, mode, transform, forward-mode AD, profiler."""
     return _is_below() or torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled()
 
 
 def _is_below() -> bool:
-    """True if something is active that sees what a Function's forward does: a compiler, a trace, a mode, a transform."""
+    """True if something is active that sees what a Function's forward does: compiler, trace, mode, transform."""
     return (
         torch.compiler.is_compiling()
         or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_STATES
@@ -169,8 +169,8 @@ class Operator:
         dual = any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors)
         if dual or torch._C._functorch.maybe_current_level() is not None:
             raise NotImplementedError(
-                f"{self.name}: has no derivative, and writes in place, so that torch.func's transforms and forward-mode "
-                "AD cannot pass through it; call it outside of them, on tensors without tangents (.detach())"
+                f"{self.name}: has no derivative and writes in place, so torch.func's transforms and forward-mode AD "
+                "cannot pass through it; call it outside of them, on tensors without tangents (.detach())"
             )
         return self.op(*problem)
 
@@ -246,10 +246,8 @@ class Operator:
         return outputs if self.outputs > 1 else outputs[0]
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        kept = () if self.folds is None else [self.fields.index(field) for field in self.folds]
-        return _vmap(
-            lambda *a: self(self.problem(*a)), info.batch_size, in_dims, arguments, self.folds is not None, kept
-        )
+        kept = None if self.folds is None else [self.fields.index(field) for field in self.folds]
+        return _vmap(lambda *a: self(self.problem(*a)), info.batch_size, in_dims, arguments, kept)
 
 
 class _Backward:
@@ -274,13 +272,11 @@ class _Backward:
         arguments = (*upstream, *saved, *problem, list(needs))
         if is_watched():
             transformed = not torch.compiler.is_compiling() and _is_transformed()
-            return self.function.apply(*arguments) if transformed else self._op(arguments)
-        if torch.is_grad_enabled() or not is_plain(arguments):
-            return self._op(arguments)
-        return self._run(arguments)
-
-    def _op(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
-        result = self.op(*arguments)
+            result = self.function.apply(*arguments) if transformed else self.op(*arguments)
+        elif torch.is_grad_enabled() or not is_plain(arguments):
+            result = self.op(*arguments)
+        else:
+            return self._run(arguments)
         return result if isinstance(result, tuple) else (result,)
 
     def _run(self, arguments: Sequence[Any]) -> Sequence[Tensor | None]:
@@ -296,7 +292,7 @@ class _Backward:
         return self._as_tensors(arguments, self._run(arguments))
 
     def _as_tensors(self, arguments: Sequence[Any], grads: Sequence[Tensor | None]) -> Any:
-        """Returns one new tensor a gradient: empty where not needed, a copy where a backend handed over what it kept."""
+        """Returns a new tensor each: empty where not needed, a copy where a backend handed over what it kept."""
         given = [x for x in arguments if isinstance(x, Tensor)]
         like = given[0]
         new = [
@@ -320,8 +316,8 @@ class _Backward:
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         folds = self.operator.folds
-        kept = () if folds is None else [self.first + self.operator.fields.index(field) for field in folds]
-        return _vmap(self.function.apply, info.batch_size, in_dims, arguments, folds is not None, kept)
+        kept = None if folds is None else [self.first + self.operator.fields.index(field) for field in folds]
+        return _vmap(self.function.apply, info.batch_size, in_dims, arguments, kept)
 
     def _refuse(self, ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{self.operator.name}: is differentiable once; its backward has no derivative")
@@ -341,7 +337,7 @@ def _register(
         return kernel(*arguments)
 
     parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=k) for n, k in kinds.items()]
-    returned = Tensor if outputs == 1 else tuple[(Tensor,) * outputs]
+    returned = Tensor if outputs == 1 else tuple.__class_getitem__((Tensor,) * outputs)
     implementation.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
     op = torch.library.custom_op(f"illada_kernels::{name}", implementation, mutates_args=mutates)
     op.register_fake(fake)
@@ -358,38 +354,32 @@ def _vmap(
     size: int,
     in_dims: Sequence[Any],
     arguments: Sequence[Any],
-    folds: bool,
-    kept: Sequence[int],
+    kept: Sequence[int] | None,
 ) -> tuple[Any, Any]:
-    """Runs `size` calls: as one with a batch `size` times as large if it `folds`, else one after another.
+    """Runs `size` calls: one after another if `kept` is None, else as one with a batch `size` times as large.
 
     kept: places of tensors that stay as they are if they have no mapped dimension and a batch of 1.
     """
+    mapped = [isinstance(x, Tensor) and dim is not None for x, dim in zip(arguments, in_dims)]
+
+    def nth(n: int) -> Any:
+        return call(*(x.select(dim, n) if some else x for x, dim, some in zip(arguments, in_dims, mapped)))
+
+    if kept is None:
+        each = [nth(n) for n in range(size)]
+        if not isinstance(each[0], tuple):
+            return torch.stack(each), 0
+        return tuple(torch.stack(parts) for parts in zip(*each)), (0,) * len(each[0])
+    folded = [x.movedim(dim, 0) if some else x for x, dim, some in zip(arguments, in_dims, mapped)]
     tensors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
-    if not folds:
-        each = [
-            call(
-                *(
-                    x.select(in_dims[i], n) if i in tensors and in_dims[i] is not None else x
-                    for i, x in enumerate(arguments)
-                )
-            )
-            for n in range(size)
-        ]
-        if isinstance(each[0], tuple):
-            return tuple(torch.stack(parts) for parts in zip(*each)), (0,) * len(each[0])
-        return torch.stack(each), 0
     first = next(i for i in tensors if i not in kept)
-    one = arguments[first] if in_dims[first] is None else arguments[first].select(in_dims[first], 0)
-    batch = one.shape[0]
-    folded = list(arguments)
+    batch = folded[first].shape[1 if mapped[first] else 0]
     for i in tensors:
-        x = arguments[i] if in_dims[i] is None else arguments[i].movedim(in_dims[i], 0)
-        if in_dims[i] is None:
-            if i in kept and x.shape[0] == 1:
+        if not mapped[i]:
+            if i in kept and folded[i].shape[0] == 1:
                 continue
-            x = x.expand(size, *x.shape)
-        folded[i] = x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+            folded[i] = folded[i].expand(size, *folded[i].shape)
+        folded[i] = folded[i].expand(size, batch, *folded[i].shape[2:]).flatten(0, 1)
     outputs = call(*folded)
     many = isinstance(outputs, tuple)
     outputs = outputs if many else (outputs,)

@@ -15,6 +15,7 @@ from torch import Tensor
 from illada_kernels import KeyRanges
 from illada_kernels._gpu import hopper_reason
 from illada_kernels.ops.attention import cases, cuda, reference
+from illada_kernels.ops.attention.problem import Problem
 from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
 
 reason = "no CUDA GPU" if not torch.cuda.is_available() else hopper_reason()
@@ -27,8 +28,9 @@ def inputs(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 
 def gradients(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor, ranges: KeyRanges | None) -> Result:
     bounds = None if ranges is None else ranges.bounds
-    out, lse = reference.forward(q, k, v, bounds, q.shape[3] ** -0.5)
-    return Result(out, lse, *cuda.backward(dout, dlse, q, k, v, out, lse, bounds, q.shape[3] ** -0.5))
+    problem = Problem(q, k, v, bounds, q.shape[3] ** -0.5)
+    out, lse = reference.forward(problem)
+    return Result(out, lse, *cuda.backward(problem, dout, dlse, out, lse))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -56,11 +58,12 @@ def test_same_bits_in_a_thousand_runs(dim: int) -> None:
     assert ranges is not None
     q, k, v, dout, dlse = args
     scale = dim**-0.5
-    out, lse = reference.forward(q, k, v, ranges.bounds, scale)
-    first = cuda.backward(dout, dlse, q, k, v, out, lse, ranges.bounds, scale)
+    problem = Problem(q, k, v, ranges.bounds, scale)
+    out, lse = reference.forward(problem)
+    first = cuda.backward(problem, dout, dlse, out, lse)
     differ = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
-        again = cuda.backward(dout, dlse, q, k, v, out, lse, ranges.bounds, scale)
+        again = cuda.backward(problem, dout, dlse, out, lse)
         for a, b in zip(first, again):
             differ += (a.view(torch.int16) != b.view(torch.int16)).sum()
     assert differ.item() == 0
@@ -85,18 +88,19 @@ def test_poisoned_padding_never_reaches_a_gradient(dim: int) -> None:
 
 def test_a_graph_replays_on_new_data() -> None:
     q, k, v, dout, dlse = inputs(1, 500, 600, 4, 2, 128)
-    out, lse = reference.forward(q, k, v, None, 0.1)
+    problem = Problem(q, k, v, None, 0.1)
+    out, lse = reference.forward(problem)
     warm = torch.cuda.Stream()
     warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):
-        cuda.backward(dout, dlse, q, k, v, out, lse, None, 0.1)
+        cuda.backward(problem, dout, dlse, out, lse)
     torch.cuda.current_stream().wait_stream(warm)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = cuda.backward(dout, dlse, q, k, v, out, lse, None, 0.1)
+        captured = cuda.backward(problem, dout, dlse, out, lse)
     dout.copy_(torch.randn_like(dout))
     graph.replay()
-    for got, want in zip(captured, cuda.backward(dout, dlse, q, k, v, out, lse, None, 0.1)):
+    for got, want in zip(captured, cuda.backward(problem, dout, dlse, out, lse)):
         assert torch.equal(got, want)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import op
-from illada_kernels.ops.attention import triton as room
+from illada_kernels.ops.attention.triton import tuning as room
 from tests.helpers.attention_oracle import assert_close, draw, run
 from tests.helpers.triton_interpreter import interpreted
 

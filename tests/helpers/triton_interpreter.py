@@ -26,6 +26,8 @@ import numpy as np
 import pytest
 import torch
 
+from illada_kernels._dispatch import Backend
+
 triton = pytest.importorskip("triton", reason="no triton")
 
 import triton.language as tl  # noqa: E402
@@ -38,17 +40,34 @@ class KernelFault(Exception):
     pass
 
 
+class Available:
+    """A backend's module that says it can run here."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def available(self) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def on_cpu(backend: Backend) -> Backend:
+    """The backend, taking tensors on the CPU whatever this machine has."""
+    return replace(backend, devices=("cpu",), module=lambda: Available(backend.module()))
+
+
 @contextmanager
 def interpreted(room: ModuleType, backend: str = "triton", overflow: bool = False) -> Iterator[None]:
     """`backend` of the room takes tensors on the CPU, and Triton kernels run in the interpreter. `overflow`: integer
     arithmetic that leaves its type is an error; half as fast."""
-    names = [b.name for b in room.BACKENDS]
+    operator = room.OPERATOR
+    names = [b.name for b in operator.backends]
     assert backend in names, f"{room.__name__} has {names}"
-    here = tuple(
-        replace(b, devices=("cpu",), available=lambda: None) if b.name == backend else b for b in room.BACKENDS
-    )
+    here = tuple(on_cpu(b) if b.name == backend else b for b in operator.backends)
     with pytest.MonkeyPatch.context() as patch, _language_restored():
-        patch.setattr(room, "BACKENDS", here)
+        patch.setattr(operator, "backends", here)
         options = replace(interpreter.interpreter_builder.options, sanitize_overflow=overflow)
         patch.setattr(interpreter.interpreter_builder, "options", options)
         _redirect(patch)

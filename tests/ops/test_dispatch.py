@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from illada_kernels import _dispatch
-from illada_kernels._dispatch import Backend, choose, reasons
-from illada_kernels._torch_ops import TorchOp, is_plain
+from illada_kernels import _dispatch, _extension
+from illada_kernels._dispatch import Backend, Resolved, reasons
+from illada_kernels._torch_ops import Derivative, Operator, is_plain, is_watched
 
 
 def backend(name, devices=None, available=None, unsupported=None, opt_in=None):
-    return Backend(name, devices, lambda: available, lambda request: unsupported and unsupported(request), opt_in)
+    supports = unsupported or (lambda problem: None)
+    module = SimpleNamespace(available=lambda: available, supports=supports)
+    return Backend(name, devices, lambda: module, opt_in)
+
+
+def choose(*args):
+    return _dispatch.choose(*args).name
 
 
 FAST = backend("fast", devices=("cuda",))
 MISSING = backend("missing", available="its library is not installed")
-PICKY = backend("picky", unsupported=lambda request: None if request == "easy" else f"cannot do {request}")
+PICKY = backend("picky", unsupported=lambda problem: None if problem == "easy" else f"cannot do {problem}")
 REFERENCE = backend("reference")
 ALL = (FAST, MISSING, PICKY, REFERENCE)
 
@@ -40,7 +49,7 @@ def test_insisting_never_falls_back_and_lists_every_reason(monkeypatch, name, ho
     if how == "environment":
         monkeypatch.setenv("ILLADA_BACKEND", name)
     with pytest.raises(RuntimeError) as raised:
-        choose("op", ALL, "cpu", "hard", name if how == "argument" else None)
+        choose("op", ALL, "cpu", "hard", name if how == "argument" else "")
     lines = str(raised.value).splitlines()
     assert name in lines[0] and "op" in lines[0]
     assert lines[1:] == [
@@ -56,6 +65,11 @@ def test_insisting_on_a_backend_that_can_run_skips_better_ones(monkeypatch):
     monkeypatch.setenv("ILLADA_BACKEND", "reference")
     assert choose("op", ALL, "cuda", "easy") == "reference"
     assert choose("op", ALL, "cuda", "easy", "picky") == "picky"  # the argument wins over the environment
+
+
+def test_a_resolved_backend_is_not_asked_again(monkeypatch):
+    monkeypatch.setenv("ILLADA_BACKEND", "reference")
+    assert choose("op", ALL, "cpu", "hard", Resolved("picky")) == "picky"
 
 
 def test_unknown_backend_is_a_value_error_that_names_the_known_ones():
@@ -97,9 +111,9 @@ def test_landing_on_the_reference_on_a_gpu_is_logged_once(monkeypatch, caplog):
 
 
 def test_native_return_codes_become_errors():
-    _dispatch.check("op", 0)
+    _extension.check("op", 0)
     with pytest.raises(RuntimeError, match="op: dtype not supported"):
-        _dispatch.check("op", 1)
+        _extension.check("op", 1)
 
 
 def test_importing_the_package_imports_neither_torch_nor_the_extension():
@@ -112,18 +126,27 @@ def test_importing_the_package_imports_neither_torch_nor_the_extension():
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return 2 * x
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+class Doubled(NamedTuple):
+    x: torch.Tensor
+    backend: str = ""
 
 
 @pytest.fixture(scope="module")
 def doubled():
-    backward = TorchOp("test_doubled_bwd", _double, torch.empty_like)
-    return TorchOp("test_doubled", _double, torch.empty_like, _save, lambda ctx, grad: backward(grad))
+    module = SimpleNamespace(
+        available=lambda: None,
+        supports=lambda problem: None,
+        forward=lambda problem: 2 * problem.x,
+        backward=lambda problem, grad, needs: (2 * grad,),
+    )
+    return Operator(
+        "test_doubled",
+        Doubled,
+        (Backend("only", None, lambda: module),),
+        lambda problem: torch.empty_like(problem.x),
+        outputs=1,
+        derivative=Derivative(("x",), 1, (), lambda problem, saved, tangents: (2 * tangents[0],)),
+    )
 
 
 def test_plain_calls_skip_the_dispatcher_and_watched_ones_do_not(doubled, monkeypatch):
@@ -131,14 +154,17 @@ def test_plain_calls_skip_the_dispatcher_and_watched_ones_do_not(doubled, monkey
     original = doubled.op
     monkeypatch.setattr(doubled, "op", lambda *args: through.append(1) or original(*args))
     x = torch.ones(3)
-    assert doubled(x).tolist() == [2, 2, 2] and not through
+    assert doubled(Doubled(x)).tolist() == [2, 2, 2] and not through
     with torch.utils._python_dispatch.TorchDispatchMode():
-        assert not is_plain((x,))
+        assert is_watched()
     with torch.overrides.TorchFunctionMode():
-        assert not is_plain((x,))
-    seen = []
-    torch.func.functionalize(lambda y: seen.append(is_plain((y,))) or doubled(y))(x)
-    assert seen == [False] and len(through) == 1
+        assert is_watched()
+    with torch.profiler.profile() as profile:
+        doubled(Doubled(x))
+    assert len(through) == 1 and any("test_doubled" in event.key for event in profile.key_averages())
+    assert not is_watched()
+    with torch.inference_mode(), torch.autocast("cpu"), torch.no_grad():
+        assert not is_watched() and is_plain((torch.ones(1), x))
 
 
 def test_tensor_subclasses_go_through_the_dispatcher():
@@ -149,12 +175,59 @@ def test_tensor_subclasses_go_through_the_dispatcher():
     assert not is_plain((torch.ones(1).as_subclass(Named),))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch._neg_view,
+        lambda x: torch._efficientzerotensor((3,)),
+        lambda x: x.to_sparse(),
+        lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged),
+        lambda x: torch._to_functional_tensor(x),
+        lambda x: x.to("meta"),
+        lambda x: x.to(torch.complex64).conj(),
+    ],
+)
+def test_tensors_that_are_more_than_memory_are_not_plain(make):
+    assert not is_plain((make(torch.ones(3)),))
+
+
+class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_freed_storage_is_an_error(doubled, watched):
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    mode = Watching() if watched else contextlib.nullcontext()
+    with mode, pytest.raises(RuntimeError, match="lost its storage"):
+        doubled(Doubled(freed))
+
+
+def test_transforms_and_forward_mode_find_the_derivative(doubled):
+    def f(x):
+        return doubled(Doubled(x))
+
+    x, t = torch.arange(6.0).view(2, 3), torch.randn(2, 3)
+    assert torch.equal(torch.func.jvp(f, (x,), (t,))[1], 2 * t)
+    assert torch.equal(torch.vmap(f)(x), 2 * x)
+    assert torch.equal(torch.vmap(torch.func.grad(lambda x: f(x).sum()))(x), torch.full_like(x, 2))
+    assert torch.equal(torch.func.jacrev(f)(x[0]), 2 * torch.eye(3))
+    assert torch.equal(torch.func.jacfwd(f)(x[0]), 2 * torch.eye(3))
+    leaf = x.clone().requires_grad_()
+    (batched,) = torch.autograd.grad(f(leaf), leaf, torch.ones(4, 2, 3), is_grads_batched=True)
+    assert torch.equal(batched, torch.full((4, 2, 3), 2.0))
+    with pytest.raises(RuntimeError, match="test_doubled: is differentiable once"):
+        torch.func.grad(torch.func.grad(lambda x: f(x * x).sum()))(torch.tensor(1.0))
+
+
 def test_gradients_are_the_same_either_way_and_stop_at_the_first(doubled):
     x = torch.ones(3, requires_grad=True)
-    (direct,) = torch.autograd.grad(doubled(x).sum(), x)
-    (dispatched,) = torch.autograd.grad(doubled.op(x).sum(), x)
+    (direct,) = torch.autograd.grad(doubled(Doubled(x)).sum(), x)
+    (dispatched,) = torch.autograd.grad(doubled.op(x, "").sum(), x)
     assert direct.tolist() == dispatched.tolist() == [2, 2, 2]
-    (gradient,) = torch.autograd.grad(doubled(x), x, torch.ones(3, requires_grad=True), create_graph=True)
+    (gradient,) = torch.autograd.grad(doubled(Doubled(x)), x, torch.ones(3, requires_grad=True), create_graph=True)
     with pytest.raises(RuntimeError, match="test_doubled_bwd"):
         gradient.sum().backward()
 

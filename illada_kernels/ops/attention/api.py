@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
+from ..._checks import (
+    FLOATS,
+    cast_for_autocast,
+    expect_contiguous,
+    expect_device,
+    expect_number,
+    expect_shape,
+    expect_tensor,
+    holds,
+    shown,
+)
 from ...key_ranges import KeyRanges
 from .op import OPERATOR
 from .problem import Problem
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @overload
@@ -93,8 +100,14 @@ def attention(
     _check_tensors(q, k, v)
     if key_ranges is not None:
         _check_ranges(key_ranges, q, k)
-    scale = _check_scale(scale, q.shape[3])
-    q, k, v = _autocast(q, k, v)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    else:
+        expect_number("scale", scale)
+    q, k, v = cast_for_autocast(q.device, q, k, v)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected {q.dtype} like q, got {x.dtype}; cast one of them, or use autocast")
     bounds = None if key_ranges is None else key_ranges.bounds
     out, lse = OPERATOR(Problem(q, k, v, bounds, scale, deterministic, backend or ""))
     return (out, lse) if return_lse else out
@@ -102,35 +115,17 @@ def attention(
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {x.dtype}; cast it")
-        if x.dim() != 4:
-            raise ValueError(f"{name}: expected (batch, sequence, heads, head_dim), got shape {tuple(x.shape)}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} like q, got {x.device}; move it with .to()")
-        if x.shape[2] < 1 or x.shape[3] < 1:
+        expect_tensor(name, x, *FLOATS)
+        expect_shape(name, x, "batch", "sequence", "heads", "head_dim")
+        expect_device(name, x, q.device, "q")
+        if not (holds(x.shape[2] >= 1) and holds(x.shape[3] >= 1)):
             raise ValueError(f"{name}: expected at least one head and one channel, got shape {tuple(x.shape)}")
-        if x.shape[3] > 1 and x.stride(3) != 1:
-            raise ValueError(f"{name}: expected last stride 1, got strides {x.stride()}; use .contiguous()")
+        expect_contiguous(name, x)
     batch, _, heads, dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != dim:
-        raise ValueError(f"k: expected ({batch}, Sk, Hkv, {dim}) to match q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: expected {(*k.shape[:3], 'Dv')} to match k {tuple(k.shape)}, got {tuple(v.shape)}")
-    if heads % k.shape[2] != 0:
-        raise ValueError(f"q: expected a multiple of k's {k.shape[2]} heads, got {heads}")
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # torch has no autocast for meta
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected {q.dtype} like q, got {x.dtype}; cast one of them, or use autocast")
-    return q, k, v
+    expect_shape("k", k, batch, "Sk", "Hkv", dim, like="to match q")
+    expect_shape("v", v, *k.shape[:3], "Dv", like="to match k")
+    if not holds(heads % k.shape[2] == 0):
+        raise ValueError(f"q: expected a multiple of k's {shown(k.shape[2])} heads, got {shown(heads)}")
 
 
 def _check_ranges(key_ranges: KeyRanges, q: Tensor, k: Tensor) -> None:
@@ -140,20 +135,9 @@ def _check_ranges(key_ranges: KeyRanges, q: Tensor, k: Tensor) -> None:
             "KeyRanges.from_dense and from_padding take boolean masks"
         )
     bounds = key_ranges.bounds
-    if bounds.device != q.device:
-        raise ValueError(f"key_ranges: expected device {q.device} like q, got {bounds.device}; move it with .to()")
-    if key_ranges.num_keys != k.shape[1]:
-        raise ValueError(f"key_ranges: expected num_keys = {k.shape[1]}, the length of k, got {key_ranges.num_keys}")
-    if bounds.shape[0] not in (1, q.shape[0]) or bounds.shape[1] not in (1, q.shape[1]):
+    expect_device("key_ranges", bounds, q.device, "q")
+    if not holds(key_ranges.num_keys == k.shape[1]):
         raise ValueError(
-            f"key_ranges: expected bounds ({q.shape[0]} or 1, {q.shape[1]} or 1, 4) to match q {tuple(q.shape)}, "
-            f"got {tuple(bounds.shape)}"
+            f"key_ranges: expected num_keys = {shown(k.shape[1])}, the length of k, got {shown(key_ranges.num_keys)}"
         )
-
-
-def _check_scale(scale: float | None, dim: int) -> float:
-    if scale is None:
-        return dim**-0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite float, got {scale!r}; use float(...) on a tensor")
-    return float(scale)
+    expect_shape("key_ranges", bounds, (q.shape[0], 1), (q.shape[1], 1), 4, like="to match q")

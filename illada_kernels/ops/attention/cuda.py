@@ -80,9 +80,10 @@ def processors(device: torch.device) -> int:
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Sq, Hq, D) in q's dtype and lse (B, Hq, Sq) float32. Accumulates in float32; the probabilities are
-    rounded to q's dtype for the second product. One launch, two where the keys are split. Memory: then 4 (D + 1) bytes
-    per row, head and split.
+    """Returns out (B, Sq, Hq, D) in q's dtype and lse (B, Hq, Sq) float32.
+
+    Accumulates in float32; the probabilities are rounded to q's dtype for the second product. One launch, two where the
+    keys are split. Memory: then 4 (D + 1) bytes per row, head and split.
     """
     q, k, v = problem.q, problem.k, problem.v
     batch, queries, keys, heads, kv_heads, dim, _ = problem.sizes()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from illada_kernels import KeyRanges, attention
 from illada_kernels.key_ranges import clamp_bounds
 from illada_kernels.ops.attention import cases, reference
+from illada_kernels.ops.attention.problem import Problem
 from tests.helpers.attention_oracle import HALF, NAMES, assert_close, draw, run, run_plain
 
 backends = pytest.mark.parametrize("backend", NAMES)
@@ -47,9 +48,9 @@ def test_reference_gradients_equal_autograd_through_its_forward():
     q, k, v, dout, dlse = (x.double() for x in draw(2, 6, 9, 4, 2, 5, 3))
     bounds = cases.hostile_masks(2, 6, 9)["first_and_last_key"].bounds
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out, lse = reference.forward(*leaves, bounds, 0.7)
+    out, lse = reference.forward(Problem(*leaves, bounds, 0.7))
     expected = torch.autograd.grad((out, lse), leaves, (dout, dlse))
-    explicit = reference.backward(dout, dlse, q, k, v, out.detach(), lse.detach(), bounds, 0.7)
+    explicit = reference.backward(Problem(q, k, v, bounds, 0.7), dout, dlse, out.detach(), lse.detach())
     for ours, right in zip(explicit, expected):
         torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-13)  # some hundred roundings of 1e-16
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from illada_kernels import KeyRanges
 from illada_kernels.key_ranges import clamp_bounds
 from illada_kernels.ops.attention import cases, cuda, reference
+from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import missing
 from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
@@ -51,8 +52,9 @@ def gradients(
     """The kernels' gradients after the reference's forward."""
     bounds = None if ranges is None else ranges.bounds
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    out, lse = reference.forward(q, k, v, bounds, scale)
-    return Result(out, lse, *cuda.backward(dout, dlse, q, k, v, out, lse, bounds, scale))
+    problem = Problem(q, k, v, bounds, scale)
+    out, lse = reference.forward(problem)
+    return Result(out, lse, *cuda.backward(problem, dout, dlse, out, lse))
 
 
 def assert_same(ours: Result, theirs: Result, what: Any = None) -> None:

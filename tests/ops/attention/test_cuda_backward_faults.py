@@ -13,6 +13,7 @@ from torch import Tensor
 
 from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cuda, reference
+from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing
 from tests.helpers.attention_oracle import Result, draw
@@ -62,7 +63,7 @@ def inputs(dim: int) -> tuple[Tensor, ...]:
     q, k, v, dout, dlse = draw(1, 200, 300, 2, 1, dim, dtype=torch.bfloat16)
     allowed = KeyRanges(bounds(), 300).dense()
     k[~allowed.any(1)], v[~allowed.any(1)], q[~allowed.any(2)], dout[~allowed.any(2)] = (math.nan,) * 4
-    out, lse = reference.forward(q, k, v, bounds(), dim**-0.5)
+    out, lse = reference.forward(Problem(q, k, v, bounds(), dim**-0.5))
     return q, k, v, dout, dlse, out, lse
 
 
@@ -71,7 +72,7 @@ def gradients(emulated: Emulated, dim: int) -> Result:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "launch", emulated)
         patch.setattr(cuda, "processors", lambda device: 2)
-        return Result(out, lse, *cuda.backward(dout, dlse, q, k, v, out, lse, bounds(), dim**-0.5))
+        return Result(out, lse, *cuda.backward(Problem(q, k, v, bounds(), dim**-0.5), dout, dlse, out, lse))
 
 
 @functools.cache

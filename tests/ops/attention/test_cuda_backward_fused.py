@@ -13,6 +13,7 @@ from torch import Tensor
 
 from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cases, cuda, reference
+from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing
 from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
@@ -27,13 +28,14 @@ def gradients(*inputs: Any, ranges: KeyRanges | None = None, kernels: Kernels | 
     """The kernels' gradients after the reference's forward, on two blocks: the first items of each, and drawn ones."""
     q, k, v, dout, dlse = inputs
     bounds, scale = None if ranges is None else ranges.bounds, q.shape[3] ** -0.5
-    out, lse = reference.forward(q, k, v, bounds, scale)
+    problem = Problem(q, k, v, bounds, scale, deterministic=False)
+    out, lse = reference.forward(problem)
     emulated = Emulated(PREPROCESS, seed=seed)
     emulated.kernels.append(kernels or compile_kernels(FUSED))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "launch", emulated)
         patch.setattr(cuda, "processors", lambda device: 2)
-        return Result(out, lse, *cuda.backward(dout, dlse, q, k, v, out, lse, bounds, scale, deterministic=False))
+        return Result(out, lse, *cuda.backward(problem, dout, dlse, out, lse))
 
 
 def poisoned(inputs: tuple[Tensor, ...], ranges: KeyRanges, poison: float) -> tuple[Tensor, ...]:
@@ -103,12 +105,13 @@ def test_dk_and_dv_are_the_same_bits_as_those_of_the_deterministic_kernel() -> N
     inputs = draw(1, 130, 300, 2, 1, 64, dtype=torch.bfloat16)
     ranges = cases.hostile_masks(1, 130, 300)["random"]
     assert ranges is not None
-    out, lse = reference.forward(*inputs[:3], ranges.bounds, 0.125)
+    problem = Problem(*inputs[:3], ranges.bounds, 0.125)
+    out, lse = reference.forward(problem)
     emulated = Emulated(PREPROCESS, *(f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("keys", "queries")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "launch", emulated)
         patch.setattr(cuda, "processors", lambda device: 3)
-        _, dk, dv = cuda.backward(inputs[3], inputs[4], *inputs[:3], out, lse, ranges.bounds, 0.125)
+        _, dk, dv = cuda.backward(problem, inputs[3], inputs[4], out, lse)
     ours = gradients(*inputs, ranges=ranges)
     assert torch.equal(ours.dk, dk) and torch.equal(ours.dv, dv)
 
@@ -120,7 +123,7 @@ def test_head_dim_256_takes_the_deterministic_kernels(monkeypatch: pytest.Monkey
     for dim, used in ((256, ["preprocess", "keys", "queries"]), (128, ["preprocess", "fused"])):
         launched.clear()
         q, k, v, dout, dlse = draw(1, 3, 3, 1, 1, dim, dtype=torch.bfloat16)
-        cuda.backward(dout, dlse, q, k, v, dout, dlse, None, 1.0, deterministic=False)
+        cuda.backward(Problem(q, k, v, None, 1.0, deterministic=False), dout, dlse, dout, dlse)
         assert launched == [f"attention_bwd_{name}_sm90a" for name in used]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cases, cuda
+from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, missing
 
@@ -29,7 +29,7 @@ def forward(monkeypatch: pytest.MonkeyPatch) -> Forward:
         monkeypatch.setattr(cuda, "processors", lambda device: processors)
         monkeypatch.setattr(cuda, "launch", emulated or Emulated(*kernels[q.dtype], seed=seed))
         bounds = None if ranges is None else ranges.bounds
-        return cuda.forward(q, k, v, bounds, q.shape[3] ** -0.5 if scale is None else scale)
+        return cuda.forward(Problem(q, k, v, bounds, q.shape[3] ** -0.5 if scale is None else scale))
 
     return run
 
@@ -184,11 +184,10 @@ def test_empty_dimensions(batch: int, rows: int, keys: int, forward: Forward) ->
 
 
 def test_supports_names_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "native", lambda: SimpleNamespace(attention_fwd_bf16_sm90a=None))
     q, k, v = draw(2, 5, 6, 2, 2, 64)
 
-    def reason(q=q, k=k, v=v, backward=False) -> str | None:
-        return cuda.supports(SimpleNamespace(q=q, k=k, v=v, backward=backward))
+    def reason(q=q, k=k, v=v) -> str | None:
+        return cuda.supports(Problem(q, k, v))
 
     assert reason() is None
     assert reason(k=k.transpose(1, 2).contiguous().transpose(1, 2)) is None

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada_kernels import KeyRanges, attention
 from illada_kernels.ops.attention import op
+from illada_kernels.ops.attention.problem import Problem
 from tests.helpers.attention_oracle import NAMES, draw, run
 
 backends = pytest.mark.parametrize("backend", NAMES)
@@ -30,23 +31,31 @@ def inputs(dtype=torch.float32, requires_grad=False):
 
 q, k, v, *_ = inputs()
 BAD = {
-    "q a list": (lambda: attention([1.0], k, v), TypeError, "q: expected a tensor, got list"),
-    "k of integers": (lambda: attention(q, k.int(), v), TypeError, "k: expected bfloat16, .* got torch.int32"),
+    "q a list": (lambda: attention([1.0], k, v), TypeError, "q: expected a tensor of .*, got list"),
+    "k of integers": (
+        lambda: attention(q, k.int(), v),
+        TypeError,
+        "k: expected torch.float32 or .* got torch.int32; convert",
+    ),
     "v of another dtype": (lambda: attention(q, k, v.double()), TypeError, "v: expected torch.float32 like q, .*64"),
     "k of another dtype": (lambda: attention(q, k.half(), v.half()), TypeError, "k: expected torch.float32 like q"),
-    "q of 3 dimensions": (lambda: attention(q[0], k, v), ValueError, r"q: expected \(batch, sequence, heads, h"),
-    "k of 5 dimensions": (lambda: attention(q, k[None], v), ValueError, r"k: expected \(batch, .* got shape \(1, 2"),
+    "q of 3 dimensions": (lambda: attention(q[0], k, v), ValueError, r"q: expected shape \(batch, sequence, heads, h"),
+    "k of 5 dimensions": (lambda: attention(q, k[None], v), ValueError, r"k: expected shape \(batch, .* got \(1, 2"),
     "k on another device": (lambda: attention(q, k.to("meta"), v), ValueError, "k: expected device cpu .* got meta"),
     "v on another device": (lambda: attention(q, k, v.to("meta")), ValueError, "v: expected device cpu .* got meta"),
-    "q strided": (lambda: attention(q.mT.contiguous().mT, k, v), ValueError, "q: expected last stride 1"),
-    "v strided": (lambda: attention(q, k, v.mT.contiguous().mT), ValueError, "v: expected last stride 1"),
+    "q strided": (lambda: attention(q.mT.contiguous().mT, k, v), ValueError, "q: expected a contiguous last"),
+    "v strided": (lambda: attention(q, k, v.mT.contiguous().mT), ValueError, "v: expected a contiguous last"),
     "no heads": (lambda: attention(q[:, :, :0], k, v), ValueError, "q: expected at least one head"),
     "no key heads": (lambda: attention(q, k[:, :, :0], v[:, :, :0]), ValueError, "k: expected at least one h"),
     "no channels": (lambda: attention(q[..., :0], k[..., :0], v), ValueError, "q: expected .* one channel"),
-    "batch of k": (lambda: attention(q, k[:1], v[:1]), ValueError, r"k: expected \(2, Sk, Hkv, 8\) to match q"),
-    "head_dim of k": (lambda: attention(q, k[..., :7], v), ValueError, r"k: expected \(2, Sk, Hkv, 8\) to match q"),
-    "length of v": (lambda: attention(q, k, v[:, :11]), ValueError, r"v: expected \(2, 12, 2, 'Dv'\) to match k"),
-    "heads of v": (lambda: attention(q, k, v[:, :, :1]), ValueError, r"v: expected \(2, 12, 2, 'Dv'\) to match k"),
+    "batch of k": (lambda: attention(q, k[:1], v[:1]), ValueError, r"k: expected shape \(2, Sk, Hkv, 8\) to match q"),
+    "head_dim of k": (
+        lambda: attention(q, k[..., :7], v),
+        ValueError,
+        r"k: expected shape \(2, Sk, Hkv, 8\) to match q",
+    ),
+    "length of v": (lambda: attention(q, k, v[:, :11]), ValueError, r"v: expected shape \(2, 12, 2, Dv\) to match k"),
+    "heads of v": (lambda: attention(q, k, v[:, :, :1]), ValueError, r"v: expected shape \(2, 12, 2, Dv\) to match k"),
     "heads not a multiple": (lambda: attention(q[:, :, :3], k, v), ValueError, "q: expected a multiple of .* got 3"),
     "a boolean mask": (lambda: attention(q, k, v, MASK.dense()), TypeError, "key_ranges: .*from_dense"),
     "ranges over other keys": (
@@ -58,7 +67,7 @@ BAD = {
     "ranges of another batch": (
         lambda: attention(q, k, v, KeyRanges.padding(torch.tensor([1, 2, 3]), 12)),
         ValueError,
-        r"key_ranges: expected bounds \(2 or 1, 12 or 1, 4\)",
+        r"key_ranges: expected shape \(2 or 1, 12 or 1, 4\)",
     ),
     "ranges on another device": (
         lambda: attention(q, k, v, MASK.to("meta")),
@@ -66,17 +75,20 @@ BAD = {
         "key_ranges: expected device",
     ),
     "scale infinite": (lambda: attention(q, k, v, scale=float("inf")), ValueError, "scale: expected a finite"),
-    "scale a tensor": (lambda: attention(q, k, v, scale=torch.tensor(1.0)), ValueError, "scale: expected a finite"),
+    "scale a tensor": (lambda: attention(q, k, v, scale=torch.tensor(1.0)), TypeError, "scale: expected a number"),
     "unknown backend": (lambda: attention(q, k, v, backend="cudnn"), ValueError, "backend: expected one of"),
 }
+
+
+def module_of(backend):
+    return next(b for b in op.BACKENDS if b.name == backend).module()
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_argument_is_named_before_anything_runs(name, monkeypatch):
     call, error, message = BAD[name]
     for backend in NAMES:
-        module = op._module(backend)
-        monkeypatch.setattr(module, "forward", lambda *args: pytest.fail("a kernel ran"))
+        monkeypatch.setattr(module_of(backend), "forward", lambda problem: pytest.fail("a kernel ran"))
     with pytest.raises(error, match=message):
         call()
 
@@ -88,11 +100,11 @@ def count_calls(monkeypatch):
     """Names of the backends whose forward ran, in order."""
     ran = []
     for name in NAMES:
-        module = op._module(name)
+        module = module_of(name)
 
-        def recorded(*args, name=name, forward=module.forward):
+        def recorded(problem, name=name, forward=module.forward):
             ran.append(name)
-            return forward(*args)
+            return forward(problem)
 
         monkeypatch.setattr(module, "forward", recorded)
     return ran
@@ -120,9 +132,11 @@ def test_environment_chooses_the_backend_of_forward_and_backward(monkeypatch):
     ran = count_calls(monkeypatch)
     monkeypatch.setenv("ILLADA_BACKEND", "reference")
     leaf = q.clone().requires_grad_()
-    module = op._module("reference")
-    backward = module.backward
-    monkeypatch.setattr(module, "backward", lambda *args: ran.append("backward") or backward(*args))
+    reference = module_of("reference")
+    backward = reference.backward
+    monkeypatch.setattr(
+        reference, "backward", lambda *args, **needs: ran.append("backward") or backward(*args, **needs)
+    )
     attention(leaf, k, v).sum().backward()
     assert ran == ["reference", "backward"]
 
@@ -131,9 +145,9 @@ SUBPROCESS = """
 import sys; sys.path[:0] = {paths!r}
 import torch
 from tests.helpers.attention_oracle import assert_close, draw, run
-from illada_kernels import _dispatch
+from illada_kernels import _extension
 from illada_kernels.ops.attention import cases
-assert _dispatch.native().cpu_isa == {isa!r}, _dispatch.native().cpu_isa
+assert _extension.native().cpu_isa == {isa!r}, _extension.native().cpu_isa
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for name in ("full", "hulls_overlap", "every_third_row_empty"):
         inputs = draw(2, 77, 150, 4, 2, 40, 24, dtype=dtype)
@@ -147,9 +161,9 @@ print("fine")
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_every_instruction_set_meets_the_numerics_bar(isa):
     order = ["scalar", "avx2", "avx512"]
-    from illada_kernels import _dispatch
+    from illada_kernels import _extension
 
-    if "ILLADA_CPU_ISA" not in os.environ and order.index(_dispatch.native().cpu_isa) < order.index(isa):
+    if "ILLADA_CPU_ISA" not in os.environ and order.index(_extension.native().cpu_isa) < order.index(isa):
         pytest.skip(f"this processor has no {isa}")
     root = Path(__file__).parents[3]
     script = SUBPROCESS.format(paths=[str(root)], isa=isa)
@@ -239,11 +253,11 @@ def test_operators_pass_opcheck(backend, masked):
     *tensors, dout, dlse = inputs(requires_grad=True)
     bounds = MASK.bounds if masked else None
     arguments = (*tensors, bounds, 0.3, True, backend)
-    torch.library.opcheck(op.forward_op.op, arguments)
+    torch.library.opcheck(op.OPERATOR.op, arguments)
     tensors = [x.detach() for x in tensors]
-    out, lse = op.forward_op(*tensors, *arguments[3:])
+    out, lse = op.OPERATOR(Problem(*tensors, *arguments[3:]))
     for lse_gradient in (None, dlse):
-        torch.library.opcheck(op.backward_op.op, (dout, lse_gradient, *tensors, out, lse, *arguments[3:]))
+        torch.library.opcheck(op.OPERATOR.bwd.op, (dout, lse_gradient, out, lse, *tensors, *arguments[3:], [True] * 3))
 
 
 @backends

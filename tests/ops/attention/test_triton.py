@@ -9,12 +9,13 @@ import torch
 
 from illada_kernels import KeyRanges, attention
 from illada_kernels.ops.attention import cases, op, reference
-from illada_kernels.ops.attention import triton as room
+from illada_kernels.ops.attention.problem import Problem
+from illada_kernels.ops.attention.triton import tuning as room
 from tests.helpers.attention_oracle import assert_close, draw, run
 
 pytest.importorskip("triton", reason="no triton")
 
-from illada_kernels.ops.attention import triton_bwd, triton_fwd
+from illada_kernels.ops.attention.triton import bwd, fwd
 from tests.helpers import attention_triton as checks
 from tests.helpers.attention_triton import meets_the_bar, triton, use_small_tiles
 from tests.helpers.triton_interpreter import interpreted
@@ -97,7 +98,7 @@ def test_rows_whose_scores_are_all_minus_infinity_give_zero(dim, scale):
             k[:, finite] = 0.25
         with interpreted(op):
             out, lse = attention(q, k, v, scale=scale, backend="triton", return_lse=True)
-        expected, expected_lse = reference.forward(q, k, v, None, scale)
+        expected, expected_lse = reference.forward(Problem(q, k, v, None, scale))
         torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(out, expected, rtol=2**-9, atol=2**-9)
         assert finite is not None or (not out.any() and (lse == -math.inf).all())
@@ -110,7 +111,7 @@ def test_the_committed_tiles_meet_the_numerics_bar(monkeypatch, dim):
 
 
 def test_more_row_tiles_than_a_key_tile_looks_at_together():
-    assert 16 * triton_bwd.SCAN.value < 2 * 290
+    assert 16 * bwd.SCAN.value < 2 * 290
     meets_the_bar(draw(1, 290, 30, 2, 1, 64, dtype=torch.float16), cases.hostile_masks(1, 290, 30)["causal"])
 
 
@@ -283,4 +284,4 @@ def test_a_call_that_it_does_not_take_is_named():
         attention(*(torch.zeros(1, 2, 1, 64) for _ in range(3)), backend="triton")
 
 
-assert triton_fwd  # imported before the interpreter is entered
+assert fwd  # imported before the interpreter is entered

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from illada_kernels.ops import attention as package
 from illada_kernels.ops.attention import cases
+from illada_kernels.ops.attention import triton as package
 from tests.helpers.attention_oracle import draw
 
 pytest.importorskip("triton", reason="no triton")
@@ -26,7 +26,7 @@ def small_tiles(monkeypatch):
 
 def plant(monkeypatch, folder: Path, file: str, old: str, new: str) -> None:
     """Until the test ends the room's Triton kernels are copies, of which `file` says `new` for `old`."""
-    for name in ("triton_tiles", "triton_fwd", "triton_bwd"):
+    for name in ("tiles", "fwd", "bwd"):
         text = Path(str(importlib.import_module(f"{package.__name__}.{name}").__file__)).read_text()
         if name == file:
             assert text.count(old) >= 1, old
@@ -66,60 +66,60 @@ poison = checks.poisoned_keys_and_rows_never_reach_output_or_gradient
 FAULTS = {
     "hulls that overlap visit a tile twice": (
         overlap,
-        "triton_tiles",
+        "tiles",
         "begin = tl.maximum(begin // PART * PART, first)",
         "begin = begin // PART * PART",
     ),
     "a whole tile that is not": (
         causal,
-        "triton_tiles",
+        "tiles",
         "full_end = all_end // KEYS * KEYS",
         "full_end = tl.cdiv(all_end, KEYS) * KEYS",
     ),
     "the second segment of parts is lost": (
         causal,
-        "triton_tiles",
+        "tiles",
         "at = tl.where(key >= 0, full_end0 + key, at)",
         "at = tl.where(key > 0, full_end0 + key, at)",
     ),
     "bounds that are not ordered": (
         checks.malformed_bounds_act_as_their_clamped_form,
-        "triton_tiles",
+        "tiles",
         "tl.maximum(tl.load(at + 2, mask=inside, other=0), hi0)",
         "tl.load(at + 2, mask=inside, other=0)",
     ),
     "v of keys that no row attends to": (
         poison,
-        "triton_fwd",
+        "fwd",
         "attended = attended_keys(keys, lo0, hi0, lo1, hi1)",
         "attended = keys < num_keys",
     ),
-    "keys beyond the last": (full, "triton_fwd", "exists = keys < num_keys", "exists = keys < num_keys + 1"),
+    "keys beyond the last": (full, "fwd", "exists = keys < num_keys", "exists = keys < num_keys + 1"),
     "no rescaling of what came before": (
         full,
-        "triton_fwd",
+        "fwd",
         "total = total * rescale + tl.sum(p, 1)",
         "total += tl.sum(p, 1)",
     ),
     "rows without keys so far": (
         random,
-        "triton_fwd",
+        "fwd",
         "tl.full([ROWS], LOWEST, tl.float32)",
         'tl.full([ROWS], float("-inf"), tl.float32)',
     ),
-    "q and dout of rows without keys": (poison, "triton_bwd", "wanted = lo0 < hi0", "wanted = rows >= 0"),
+    "q and dout of rows without keys": (poison, "bwd", "wanted = lo0 < hi0", "wanted = rows >= 0"),
     "k of keys that no row attends to": (
         poison,
-        "triton_bwd",
+        "bwd",
         "wanted = attended_keys(keys, lo0, hi0, lo1, hi1)",
         "wanted = keys < num_keys",
     ),
-    "the gradient of lse": (random, "triton_bwd", "delta -= tl.load(dlse", "delta += tl.load(dlse"),
-    "the same tile of rows again": (random, "triton_bwd", "bits &= bits - 1", "bits &= bits"),
-    "a tile of rows that is not full": (causal, "triton_bwd", "other=0) >= end", "other=0) >= end - 16"),
+    "the gradient of lse": (random, "bwd", "delta -= tl.load(dlse", "delta += tl.load(dlse"),
+    "the same tile of rows again": (random, "bwd", "bits &= bits - 1", "bits &= bits"),
+    "a tile of rows that is not full": (causal, "bwd", "other=0) >= end", "other=0) >= end - 16"),
     "rows of the next query": (
         full,
-        "triton_bwd",
+        "bwd",
         "packed = (program // tiles).to(tl.int64) * packed_rows + rows",
         "packed = (program // tiles).to(tl.int64) * packed_rows + rows + 1",
     ),
@@ -135,5 +135,5 @@ def test_a_planted_fault_is_caught(monkeypatch, tmp_path, fault):
 
 
 def test_nothing_is_caught_where_nothing_is_planted(monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "triton_fwd", "inside", "inside")
+    plant(monkeypatch, tmp_path, "fwd", "inside", "inside")
     overlap()

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem, contiguous_bounds, upstream
+from . import tuning
 from .tiles import (
     LOG2_E,
     allowed_pairs,
@@ -23,7 +24,7 @@ from .tiles import (
     row_ranges,
     store_tile,
 )
-from .tuning import KEYS_BACKWARD, QUERIES_BACKWARD, Tile, aot, choose, every_tile, head_parts, strides
+from .tuning import KEYS_BACKWARD, QUERIES_BACKWARD, Tile, aot, every_tile, head_parts, strides
 
 SCAN = tl.constexpr(32)  # tiles of rows that a key tile looks at together: as many as an int64 has bits to spare
 
@@ -589,7 +590,7 @@ def backward(
     batch, queries, keys, heads, kv_heads, dim, _ = problem.sizes()
     group, sizes = heads // kv_heads, (queries, keys, kv_heads)
     dout, lse, dlse = upstream(dout, out), lse.contiguous(), None if dlse is None else dlse.contiguous()
-    keys_tile, queries_tile = choose(KEYS_BACKWARD, q), choose(QUERIES_BACKWARD, q)
+    keys_tile, queries_tile = tuning.choose(KEYS_BACKWARD, q), tuning.choose(QUERIES_BACKWARD, q)
     tiles = triton.cdiv(queries * group, keys_tile.rows)
     packed_rows = tiles * keys_tile.rows
     log_sums, deltas = q.new_empty(2, batch * kv_heads, packed_rows, dtype=torch.float32).unbind(0)

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem, contiguous_bounds
+from . import tuning
 from .tiles import LN_2, LOG2_E, allowed_pairs, attended_keys, key_plan, load_tile, part_at, store_tile
-from .tuning import FORWARD, FULL, Tile, aot, choose, every_tile, head_parts, strides
+from .tuning import FORWARD, FULL, Tile, aot, every_tile, head_parts, strides
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
@@ -222,7 +223,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    tile, group = choose(FORWARD, q), heads // kv_heads
+    tile, group = tuning.choose(FORWARD, q), heads // kv_heads
     fixed = constants(group, dim, q.dtype, tile) | {"NEGATIVE": scale < 0, "num_warps": tile.warps}
     moves = strides(q, k, v, bounds)
     grid = (triton.cdiv(queries * group, tile.rows) * batch * kv_heads,)

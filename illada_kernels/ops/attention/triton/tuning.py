@@ -127,7 +127,7 @@ def tune(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> dict[
 
 
 def _neighbours(tile: Tile) -> Iterator[Tile]:
-    """Yields the tile itself, then those with half and twice its rows and keys, the other number of warps, more stages."""
+    """Yields the tile itself, then those with half and twice its rows and keys, other warps, more stages."""
     for rows, keys, warps, more in itertools.product((1, 0.5, 2), (1, 0.5, 2), (tile.warps, 12 - tile.warps), (0, 1)):
         keys = max(16, int(tile.keys * keys))
         yield Tile(max(16, int(tile.rows * rows)), keys, min(tile.part, keys), warps, tile.stages + more, 1)
