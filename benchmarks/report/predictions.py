@@ -1,4 +1,4 @@
-"""Writes the floors and predictions of the GPU cases into docs/measurements.md, between its markers:
+"""Writes the floors and predictions of the GPU cases into docs/measurements/first_gpu_run.md, between its markers:
 
     python -m benchmarks.report.predictions
 
@@ -16,7 +16,7 @@ from typing import Any
 from .. import run
 from ..floor import floor_ms as least_ms
 
-PAGE = Path(__file__).parents[2] / "docs" / "measurements.md"
+PAGE = Path(__file__).parents[2] / "docs" / "measurements" / "first_gpu_run.md"
 BEGIN, END = "<!-- floors: written by python -m benchmarks.report.predictions -->", "<!-- /floors -->"
 RATES = {"gemm": 780e12, "copy": 4.3e12}  # H200: an 8192-cubed bfloat16 product of random matrices, a large copy
 Range = tuple[float, float]

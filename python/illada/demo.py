@@ -21,7 +21,7 @@ from .training.evaluate import bound
 from .training.state import replace_file
 from .training.trainer import TrainConfig
 
-# Chosen by measurement: docs/measurements.md, "Demo training".
+# Chosen by measurement: docs/measurements/model.md, "Demo training".
 SECONDS = 170.0
 TOKENIZER = "bpe:16384"
 BLOCK = 4
