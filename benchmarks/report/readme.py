@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "measurements").glob("*.md"))]
 MARKED = re.compile(r"(<!-- measured: ([a-z_ ]+) -->\n)(?:.*?\n)??(<!-- /measured -->)", flags=re.DOTALL)
 
-# (op, case, dtype) that the README shows: the usual case of each op and one that is hard for us, at most a dozen a device.
+# (op, case, dtype) that the README shows, at most a dozen a device: each op's usual case and one that is hard for us.
 HEADLINES = {
     ("attention_fwd", "full(2048)", "float32"),
     ("attention_fwd", "block_diffusion(1024, 32)", "float32"),

@@ -381,7 +381,7 @@ PRESETS = {
         pad_id=151643,
         family="qwen2",
     ),
-    # What three minutes on two cores train best (docs/measurements/model.md, "Demo training"); the ids are those of bytes.
+    # What three minutes on two cores train best (docs/measurements/model.md, "Demo training"). Ids are those of bytes.
     "demo": ModelConfig(
         dim=128,
         n_layers=3,
