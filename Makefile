@@ -56,8 +56,9 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# --quiet would hide its warnings from --strict
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	for op in $(OPS); do $(BIN)/python -m benchmarks.run --op $$op || exit 1; done
