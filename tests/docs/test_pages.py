@@ -87,6 +87,16 @@ def test_files_that_a_page_names_exist(name):
             assert list(ROOT.glob(path)), f"{name}: {code}"
 
 
+def test_folders_of_the_readmes_tree_exist():
+    tree = next(block for _, block in FENCED.findall((ROOT / "README.md").read_text()) if block.startswith("csrc/"))
+    top = ""
+    for line in tree.splitlines():
+        folder = line.split("  ")[0] if not line.startswith(" ") else top + line.split()[0]
+        top = top if line.startswith(" ") else folder
+        assert list(ROOT.glob(re.sub(r"<\w+>", "*", folder).rstrip("/"))), line
+    assert len(tree.splitlines()) >= 8
+
+
 def commands() -> list[tuple[str, list[str]]]:
     """(page, words) of every line of a block without a language or of inline code that starts make, python -m or
     illada; comments and placeholders such as <op> or ... end one."""
