@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib.util
 import re
 import shlex
@@ -210,3 +211,16 @@ def test_the_version_stands_in_the_package_and_the_citation_agrees():
     assert re.search(r"^version: (.+)$", citation, flags=re.MULTILINE)[1] == illada_kernels.__version__
     changes = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert changes[:2] == ["Unreleased", illada_kernels.__version__]
+
+
+# ---- docstrings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["masked_loss", "masked_loss_from_logits", "unmask", "unmask_from_logits"])
+def test_the_example_of_a_public_docstring_runs(name):
+    found = doctest.DocTestFinder(recurse=False).find(getattr(illada_kernels, name), name, globs={})
+    runner = doctest.DocTestRunner(verbose=False)
+    said: list[str] = []
+    for test in found:
+        runner.run(test, out=said.append)
+    assert runner.tries > 0 and runner.failures == 0, "".join(said)
