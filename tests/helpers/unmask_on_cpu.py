@@ -13,6 +13,7 @@ import illada_kernels as ik
 from illada_kernels.ops.unmask import cuda, gpu, op
 from tests.cuda_on_cpu.emulated import Emulated, storage_of
 from tests.cuda_on_cpu.library import GlobalArray
+from tests.helpers.triton_interpreter import on_cpu
 
 SOURCES = ("csrc/cuda/unmask_select.cu", "csrc/cuda/unmask_rows.cu", "csrc/cuda/unmask_head_sm90a.cu")
 POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "partials")

@@ -30,12 +30,24 @@ LogitBias = tuple[Tensor | Sequence[int], Tensor | Sequence[float]]
 
 
 class Unmasked(NamedTuple):
-    """What a step did."""
+    """What one step proposed, committed and left.
 
-    proposal: Tensor  # (B, K) int64
-    confidence: Tensor  # (B, K) float32
-    committed: Tensor  # (B, K) bool: written into tokens, by the rule or as an edit
-    remaining: Tensor  # (B,) int32: candidates that are masked now
+    Attributes
+    ----------
+    proposal
+        (B, K) int64: a token for each candidate, -1 where there is none.
+    confidence
+        (B, K) float32: -inf where there is no proposal.
+    committed
+        (B, K) bool: written into tokens, by the rule or as an edit.
+    remaining
+        (B,) int32: candidates that are masked now.
+    """
+
+    proposal: Tensor
+    confidence: Tensor
+    committed: Tensor
+    remaining: Tensor
 
 
 def unmask(
@@ -61,74 +73,88 @@ def unmask(
 ) -> Unmasked:
     """Runs one decoding step of a masked-diffusion language model from hidden states, in place on `tokens`.
 
-    Proposes a token and a confidence for every candidate, chooses by `rule` which of the proposals to commit, and
-    writes them. The (B, K, V) logits are never stored.
+    Proposes a token and a confidence at every masked candidate, and commits those that `rule` picks:
+
+        l_v = hidden . head_weight_v + head_bias_v + logit_bias_v    float32, -inf where v is in `forbid`
+        proposal = argmax_v l_v + temperature * g_v    g: Gumbel noise; ties to the lowest id
+        p_v = softmax(l / confidence_temperature)_v    no noise
+
+    docs/concepts/decoding.md describes each part: candidates, confidences, rules, revision, noise.
 
     Parameters
     ----------
-    hidden : (B, K, D) float32, bfloat16 or float16 (float64 on the reference). The rows of the K candidates of each
-        sequence. Rows of candidates that take no part may hold anything, NaN and inf included.
-    head_weight : (V, D), hidden's dtype or float32.
-    tokens : (B, L) int64, written in place.
-    positions : (B, K) int64. Where in `tokens` each candidate lies; distinct within a sequence. A candidate outside
-        [0, L) takes no part. Of duplicates it is not defined which is written.
-    rule : TopK, Threshold, Factor or EntropyBound. Ranks the candidates that hold mask_id by falling confidence, ties
-        to the lowest position, and commits some.
-    mask_id : the token that stands for a mask. It may lie outside [0, V).
-    confidence : "probability", "margin", "neg_entropy" or "random".
-    temperature : T of the Gumbel noise that proposals are drawn with; 0 takes the most probable token.
-    confidence_temperature : Tc of the softmax that confidences come from.
-    seed : an int or a tensor () gives sequence b the seed + b; a tensor (B,) gives each its own.
-    step : counts the calls of one generation, so that each draws other noise; 0 to 2**32 - 1.
-    forbid : ids with probability 0. None: (mask_id,).
-    logit_bias : (ids, values), sequences or int64 and float32 tensors (n,), added to every row's logits. Values of
-        repeated ids add up. In a tensor, ids outside [0, V) are ignored.
-    revise : Edit or Remask; None leaves candidates alone that hold a token.
-    frozen : (B, L) bool. Candidates where it is true take no part.
-    noise_positions : (B, K) int64. Takes the place of `positions` in the noise, so that padding does not shift it.
-    head_bias : (V,), hidden's dtype or float32.
-    backend : "cuda", "triton", "cpu" or "reference". None: ILLADA_BACKEND, else the first that can run the call.
-
-    temperature, confidence_temperature, seed, step and the rules' numbers may be tensors of shape () or (B,) on the
-    device of the call; a NaN or negative T counts as 0, a NaN or Tc <= 0 as Tc = 1.
+    hidden
+        (B, K, D), the K candidate rows of each sequence, float32, bfloat16 or float16; float64 on the reference. Any
+        strides with the last dimension contiguous.
+    head_weight
+        (V, D), hidden's dtype or float32.
+    tokens
+        (B, L) int64, written in place.
+    positions
+        (B, K) int64, where the candidates stand in `tokens`; distinct within a sequence. A position below 0 or from L
+        on is no candidate. Duplicates stay in range; which of them is written is not defined.
+    rule
+        `TopK`, `Threshold`, `Factor` or `EntropyBound`: which masked candidates commit, ranked by falling confidence,
+        ties to the lowest position.
+    mask_id
+        The mask token. A candidate that holds another token takes part only under `revise`.
+    confidence
+        "probability" of the proposal, "margin" of the two largest p, "neg_entropy" in nats, or "random" in [0, 1].
+    temperature, confidence_temperature
+        Numbers >= 0, or floating-point tensors () or (B,). Temperature 0 draws no noise.
+    seed
+        An int or 0-d tensor s gives sequence b the seed s + b; a (B,) int64 tensor gives each its own.
+    step
+        Counter of the noise, in [0, 2**32); must change from call to call.
+    forbid
+        Ids that are never proposed and have p = 0. None: (mask_id,); (): none.
+    logit_bias
+        (ids, values) added to every row: sequences, or int64 and float32 tensors (n,). Repeated ids add up; in a
+        tensor, ids outside [0, V) are ignored.
+    revise
+        `Edit` replaces tokens that were committed before, `Remask` takes some back.
+    frozen
+        (B, L) bool: positions that never change.
+    noise_positions
+        (B, K) int64: the noise's counter in place of `positions`.
+    head_bias
+        (V,), hidden's dtype or float32.
+    backend
+        "cuda", "triton", "cpu" or "reference": insists on it. Default: ILLADA_BACKEND, else the first that can.
 
     Returns
     -------
-    Unmasked : proposal (B, K) int64, confidence (B, K) float32, committed (B, K) bool, remaining (B,) int32, the number
-        of candidates that are masked now. A candidate that takes no part has proposal -1, confidence -inf. None is
-        differentiable.
+    Unmasked
+        (proposal, confidence, committed, remaining), not differentiable. A row that takes no part has proposal -1,
+        confidence -inf and committed False, whatever its hidden row holds, NaN or inf included. So has a row with a
+        NaN or +inf logit, or with every id at -inf.
 
     Raises
     ------
-    TypeError, ValueError : before anything runs, for a wrong dtype, shape, device, stride or number.
-    RuntimeError : if the backend insisted on cannot run the call.
+    TypeError, ValueError
+        For a wrong dtype, shape, device, stride or number.
+    RuntimeError
+        If `backend` cannot run the call.
 
     Notes
     -----
-    For each row, with l = hidden . head_weight + head_bias + logit_bias in float32, -inf at forbidden ids::
-
-        proposal x = argmax_v l_v + T * g_v              g: Gumbel noise; ties to the lowest id
-        p = softmax(l / Tc)                              no noise
-        "probability"  p_x                               "margin"  p_(1) - p_(2), the two largest
-        "neg_entropy"  sum_v p_v log p_v, in nats        "random"  uniform in [0, 1]
-
-    A row with a NaN or +inf logit, or with every id at -inf, proposes -1 with confidence -inf and is never written. The
-    noise depends on (seed, step, position, token id) alone, whatever the batch, the order of candidates or the backend.
-    docs/concepts/unmasking.md defines it, compares the rules and says what is equal across backends bit for bit.
-
-    Matmuls accumulate in float32; under autocast hidden, head_weight and head_bias are cast to its dtype first.
-    Memory: slices of logits of at most 64 MB on a CPU, 16 MiB on a GPU. Synchronisation: none, but a logit_bias of
-    sequences is copied to the device in each call. After LLaDA's generate.py; Zheng et al., arXiv 2409.02908, on why
-    low-precision Gumbel noise biases.
+    Noise depends on (seed, step, position, token id) alone, whatever the batch, the order of candidates or the backend.
+    Under autocast hidden, head_weight and head_bias are cast to its dtype; logits are accumulated and kept in float32.
+    Memory: (rows, V) logits are never stored; at most about 60 MB beside inputs and outputs on a CPU for D <= 4096.
+    Never synchronises, except that a logit_bias of sequences is copied to the device in each call.
+    Source: LLaDA's generate.py (ML-GSAI/LLaDA).
 
     Examples
     --------
-    >>> hidden, head = torch.eye(4)[None], 5 * torch.eye(4)  # candidate k prefers token k
-    >>> tokens, positions = torch.full((1, 4), 9), torch.arange(4)[None]
-    >>> unmask(hidden, head, tokens, positions, TopK(3), mask_id=9).remaining
-    tensor([1], dtype=torch.int32)
-    >>> tokens
-    tensor([[0, 1, 2, 9]])
+    >>> import torch
+    >>> from illada_kernels import TopK, unmask
+    >>> head = torch.eye(5)  # the token that hidden points at
+    >>> hidden = torch.tensor([[[0.0, 3, 0, 0, 0], [0, 0, 9, 0, 0]]])
+    >>> tokens = torch.tensor([[0, 4, 4]])  # 4 is the mask
+    >>> unmask(hidden, head, tokens, torch.tensor([[1, 2]]), TopK(1), mask_id=4).proposal
+    tensor([[1, 2]])
+    >>> tokens  # the surer of the two was committed
+    tensor([[0, 4, 2]])
     """
     _check_source("hidden", hidden, "D")
     hidden, head_weight, head_bias = cast_for_autocast(hidden.device, hidden, head_weight, head_bias)
@@ -169,24 +195,27 @@ def unmask_from_logits(
     noise_positions: Tensor | None = None,
     backend: str | None = None,
 ) -> Unmasked:
-    """Runs `unmask` for models that already have logits.
+    """Runs `unmask` for a model that already has its logits.
+
+    All other arguments, results and errors as in `unmask`.
 
     Parameters
     ----------
-    logits : (B, K, V) float32, bfloat16 or float16 (float64 on the reference), one row per candidate. Never written to.
-
-    The others, Returns and Raises are those of `unmask`.
+    logits
+        (B, K, V), one row per candidate, float32, bfloat16 or float16; float64 on the reference. Never written to.
 
     Notes
     -----
-    Reads each logit of a row that takes part once, without a copy.
+    Each logit of a row that takes part is read once; nothing is copied.
 
     Examples
     --------
-    >>> tokens, positions = torch.full((1, 4), 9), torch.arange(4)[None]
-    >>> step = unmask_from_logits(5 * torch.eye(4)[None], tokens, positions, TopK(1), mask_id=9, temperature=1.0)
-    >>> step.committed.sum()
-    tensor(1)
+    >>> import torch
+    >>> from illada_kernels import Threshold, unmask_from_logits
+    >>> logits = torch.tensor([[[0.0, 3, 0, 0, 0], [0, 0, 9, 0, 0]]])
+    >>> tokens = torch.tensor([[0, 4, 4]])  # 4 is the mask
+    >>> unmask_from_logits(logits, tokens, torch.tensor([[1, 2]]), Threshold(0.8), mask_id=4).remaining
+    tensor([0], dtype=torch.int32)
     """
     _check_source("logits", logits, "V")
     options = Options(

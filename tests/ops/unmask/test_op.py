@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import typing
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch.library import opcheck
 
 import illada_kernels as ik
 from benchmarks.measure import peak_memory
-from illada_kernels import _extension
+from illada_kernels import _extension, rules
 from illada_kernels.ops.unmask import cases
 from illada_kernels.ops.unmask.op import OPERATOR
+from illada_kernels.ops.unmask.problem import Problem
 from tests.helpers.unmask_oracle import MASK, available, step
 
 needs_cpu = pytest.mark.skipif(
@@ -102,26 +104,14 @@ def test_autocast_casts_hidden_and_head():
 def test_opcheck(backend):
     hidden, weight, tokens, positions = inputs(cases.SMALL[1])
     frozen = torch.zeros_like(tokens, dtype=torch.bool)
-    arguments = [
-        hidden,
-        weight,
-        None,
-        tokens,
-        positions,
-        MASK,
-        "margin",
-        0,
-        2.0,
-        None,
-        0.0,
-        torch.tensor(0.5),
-        1.0,
-        None,
-        3,
-        None,
-    ]
-    arguments += [0, None, (MASK,), None, None, 1, 0.5, None, None, frozen, None, backend]
-    opcheck(UNMASK.op, arguments)
+    numbers = {"least": 2, "temperature_tensor": torch.tensor(0.5), "seed": 3, "tau": 0.5}
+    kinds = {"confidence": rules.MARGIN, "rule": rules.TOP_K, "revise": rules.EDIT}
+    given = {"source": hidden, "head_weight": weight, "tokens": tokens, "positions": positions, "frozen": frozen}
+    rest = {"mask_id": MASK, "forbid": (MASK,), "confidence_temperature": 1.0, "backend": backend}
+    values = {**given, **numbers, **kinds, **rest}
+    absent = {int: 0, float: 0.0}
+    kinds_of = typing.get_type_hints(Problem)
+    opcheck(OPERATOR.op, [values.get(name, absent.get(kinds_of[name])) for name in Problem._fields])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -174,7 +164,7 @@ def test_numbers_and_device_tensors_mean_the_same():
 
 SCRIPT = """
 import sys, torch, illada_kernels as ik
-from illada_kernels import _extension
+from illada_kernels import _extension, rules
 assert _extension.native().cpu_isa == sys.argv[1], _extension.native().cpu_isa
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -18,9 +18,12 @@ triton = pytest.importorskip("triton", reason="no triton")
 tl = pytest.importorskip("triton.language")
 
 import illada_kernels as ik  # noqa: E402
-from illada_kernels.ops.unmask import cases, gpu, op, reference  # noqa: E402
+from illada_kernels.ops.unmask import gpu, op, reference  # noqa: E402
 from illada_kernels.ops.unmask.triton import launch as room  # noqa: E402
-from illada_kernels.ops.unmask.triton import noise, rows, select  # noqa: E402
+from illada_kernels.ops.unmask.triton import noise as kernel_noise  # noqa: E402
+from illada_kernels.ops.unmask.triton import rows as kernel_rows  # noqa: E402
+from illada_kernels.ops.unmask.triton import select as kernel_select  # noqa: E402
+from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance  # noqa: E402
 from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
 from tests.helpers.unmask_oracle import INF, MASK, plain, step  # noqa: E402
 
@@ -42,8 +45,7 @@ def same(got, want, tokens, want_tokens, vocabulary: int, by_entropy: bool = Fal
     for name in ("proposal", "committed", "remaining"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     assert torch.equal(tokens, want_tokens)
-    rtol = 0.0 if by_entropy else cases.probability_tolerance()
-    atol = cases.entropy_tolerance(vocabulary) if by_entropy else 4 * cases.EPS
+    rtol, atol = unmask_confidence_tolerance("neg_entropy" if by_entropy else "probability", vocabulary)
     torch.testing.assert_close(got.confidence, want.confidence, rtol=rtol, atol=atol)
 
 
@@ -54,21 +56,21 @@ def draw(words, noise, key0, key1, position, at_step, PAIRS: tl.constexpr):
     lane = tl.zeros([1, 1], tl.int64)
     key0, key1, position = (lane + key0).to(tl.uint32), (lane + key1).to(tl.uint32), (lane + position).to(tl.uint32)
     zero = tl.zeros([1, 1], tl.uint32)
-    w0, w1, w2, w3 = noise.philox(key0, key1, pair.to(tl.uint32), position, (lane + at_step).to(tl.uint32), zero)
+    w0, w1, w2, w3 = kernel_noise.philox(key0, key1, pair.to(tl.uint32), position, (lane + at_step).to(tl.uint32), zero)
     tl.store(words + 4 * pair, w0.to(tl.int64))
     tl.store(words + 4 * pair + 1, w1.to(tl.int64))
     tl.store(words + 4 * pair + 2, w2.to(tl.int64))
     tl.store(words + 4 * pair + 3, w3.to(tl.int64))
-    tl.store(noise + 2 * pair, noise.gumbel(w0, w1))
-    tl.store(noise + 2 * pair + 1, noise.gumbel(w2, w3))
+    tl.store(noise + 2 * pair, kernel_noise.gumbel(w0, w1))
+    tl.store(noise + 2 * pair + 1, kernel_noise.gumbel(w2, w3))
 
 
 @triton.jit
 def gumbel_of(words, out, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     high, low = tl.load(words + 2 * i).to(tl.uint32), tl.load(words + 2 * i + 1).to(tl.uint32)
-    tl.store(out + 2 * i, noise.unit(high, low))
-    tl.store(out + 2 * i + 1, noise.gumbel(high, low))
+    tl.store(out + 2 * i, kernel_noise.unit(high, low))
+    tl.store(out + 2 * i + 1, kernel_noise.gumbel(high, low))
 
 
 def drawn(seed: int, position: int, at_step: int, pairs: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +95,7 @@ def test_words_and_noise_are_the_references(seed: int, position: int, at_step: i
     assert torch.equal(words, torch.cat(want).T)
     exact = reference.gumbel(column(seed), column(position), column(at_step), 512)[0]
     # the inner logarithm is off by 8 EPS here and 2 in the reference, the outer one by an ulp, 2 EPS, each
-    assert ((noise - exact).abs() <= cases.EPS * (8 + 2 + 4 * exact.abs())).all()
+    assert ((noise - exact).abs() <= HALF_ULP * (8 + 2 + 4 * exact.abs())).all()
 
 
 def test_units_round_once_and_the_ends_are_finite_or_minus_infinity() -> None:
@@ -124,7 +126,7 @@ def test_units_round_once_and_the_ends_are_finite_or_minus_infinity() -> None:
     exact = -torch.log(-torch.log1p(-u))
     assert torch.equal(g[u == 1], torch.full_like(g[u == 1], -INF)) and (u == 1).sum() == 2
     rest = u < 1
-    assert ((g - exact)[rest].abs() <= cases.EPS * (8 + 2 * exact[rest].abs())).all()
+    assert ((g - exact)[rest].abs() <= HALF_ULP * (8 + 2 * exact[rest].abs())).all()
 
 
 def rounded(u: int) -> float:
@@ -439,7 +441,7 @@ def one_fused_step():
     return check
 
 
-ROWS, SELECT = rows, select
+ROWS, SELECT = kernel_rows, kernel_select
 FAULTS: list[tuple[ModuleType, str, str, Callable[[], None]]] = [
     (ROWS, "barred = ids >= vocabulary", "barred = ids > vocabulary", one_fused_step()),
     (ROWS, "mask=active[None, :] & within[:, None]", "mask=within[:, None]", one_fused_step()),
@@ -515,7 +517,7 @@ def test_product_and_sum_round_apart_and_64_bits_round_to_nearest() -> None:
 def noised_of(words, out, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     high, low = tl.load(words + 2 * i).to(tl.uint32), tl.load(words + 2 * i + 1).to(tl.uint32)
-    tl.store(out + i, noise.noised(tl.load(out + i), tl.load(out + SIZE + i), high, low))
+    tl.store(out + i, kernel_noise.noised(tl.load(out + i), tl.load(out + SIZE + i), high, low))
 
 
 @pytest.mark.parametrize("path", ["hidden", "logits"])

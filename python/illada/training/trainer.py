@@ -1,8 +1,8 @@
-"""Training that a kill cannot hurt: the run's state is replaced atomically, and a resumed run repeats the undisturbed
-one bit by bit.
+"""The trainer. It survives a kill: a resumed run repeats the undisturbed one bit by bit.
 
-Everything random in step i is drawn from (seed, i), and the learning rate is a function of how much of the run is
-done, so the state is only the weights, the optimizers' moments, the step and the seconds spent."""
+Everything random in step i is drawn from (seed, i), and the learning rate is a function of how much of the run is done.
+So the state is the weights, the optimizers' moments, the step and the seconds spent.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .diffusion import Example, block_diffusion, full_sequence, hole_order, sft
-from .model import Model
+from ..model import Model
+from .objectives import Example, block_diffusion, full_sequence, hole_order, sft
 from .optim import optimizers
 from .state import RunState, append_line, cut_log
 
@@ -29,13 +29,31 @@ OBJECTIVES = ("full", "block", "sft")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Exactly one of `steps` and `seconds` is the length of the run, and of its learning-rate schedule.
+    """How to train. Raises ValueError for settings that contradict each other.
 
-    objective: "full" (LLaDA), "block" (BD3-LM; the model's causal_block is the block length) or "sft". hole_fraction:
-    for "block", the share of windows whose middle comes last (`diffusion.hole_order`). lr goes to Muon, adamw_lr to
-    what is not a matrix; with optimizer "adamw" lr goes to all. The rate rises linearly for the first `warmup` of the
-    run, then falls linearly to zero. dtype "bfloat16" computes under autocast; weights stay float32. clip: largest
-    norm of the gradient of what AdamW updates."""
+    Parameters
+    ----------
+    objective : str
+        "full" (LLaDA), "block" (BD3-LM, whose block length is the model's causal_block) or "sft".
+    steps, seconds : int, float
+        Length of the run and of its learning-rate schedule; exactly one of them.
+    length, batch_size : int
+        Tokens in a window, windows in a step.
+    weighting, complementary
+        Of objective "full", as in `objectives.full_sequence`.
+    hole_fraction : float
+        Of objective "block": share of windows whose middle comes last (`objectives.hole_order`).
+    optimizer : str
+        "muon": lr for matrices, adamw_lr for the rest. "adamw": lr for all.
+    lr, adamw_lr, weight_decay : float
+    warmup : float
+        Share of the run in which the learning rate rises linearly; then it falls linearly to zero.
+    clip : float
+        Largest norm of the gradient of the parameters that AdamW updates.
+    dtype : str
+        "float32", or "bfloat16" to compute under autocast; weights stay float32.
+    seed : int
+    """
 
     objective: str = "full"
     steps: int | None = None
@@ -69,18 +87,19 @@ class TrainConfig:
             raise ValueError(f"hole_fraction: expected a number from 0 to 1, got {self.hole_fraction}")
 
     def rate(self, done: float) -> float:
-        """The factor on the learning rates when `done` (0 .. 1) of the run lies behind."""
+        """Returns the factor on the learning rates when `done` (0 .. 1) of the run is over."""
         return min(1.0, done / self.warmup if self.warmup > 0 else 1.0, max(0.0, (1 - done) / (1 - self.warmup)))
 
 
 class Source(Protocol):
-    """Clean batches by step, the same for the same step however often asked."""
+    """Clean batches by step."""
 
-    def batch(self, step: int) -> Any: ...
+    def batch(self, step: int) -> Any:
+        """Returns the step's batch, the same however often asked."""
 
 
 def example(config: TrainConfig, model: Model, batch: Any, step: int) -> Example:
-    """The corrupted batch of a step. Each step has a generator of its own."""
+    """Returns the corrupted batch of a step, from a generator of its own."""
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
     mask_id = model.config.mask_id
     if config.objective == "sft":
@@ -97,7 +116,7 @@ def example(config: TrainConfig, model: Model, batch: Any, step: int) -> Example
 
 @dataclass
 class Progress:
-    """What a progress bar wants to know, once per step."""
+    """Where a run is after a step, for a progress bar."""
 
     step: int
     done: float
@@ -107,8 +126,27 @@ class Progress:
 
 
 class Trainer:
-    """`Trainer(model, source, config, folder).run()`. With a folder, the state goes to folder/state.pt and one JSON
-    line per step, {"step", "loss", "lr"}, to folder/log.jsonl; a state found there is where the run goes on."""
+    """Trains a model: `Trainer(model, source, config, folder).run()`.
+
+    Parameters
+    ----------
+    model : Model
+    source : Source
+        Clean batches by step, such as `data.Windows`.
+    config : TrainConfig
+    folder : Path, optional
+        The state goes to folder/state.pt and one JSON line per step, {"step", "loss", "lr"}, to folder/log.jsonl. A
+        state found there is where the run goes on.
+    identity : str
+        Names the data; a state of other data is refused.
+
+    Raises
+    ------
+    ValueError
+        For a length that the model's blocks do not divide.
+    CheckpointError
+        For a state in the folder that is damaged or of another run.
+    """
 
     def __init__(
         self, model: Model, source: Source, config: TrainConfig, folder: Path | None = None, identity: str = ""
@@ -139,7 +177,7 @@ class Trainer:
         self.log = open(self.state.log, "a", encoding="utf-8")
 
     def save(self) -> None:
-        """Replaces folder/state.pt; raises CheckpointIOError, the previous one untouched, if it cannot be written."""
+        """Replaces folder/state.pt. Raises CheckpointIOError if it cannot be written; the previous one then stays."""
         if self.state is None:
             return
         self.log.flush()
@@ -155,6 +193,7 @@ class Trainer:
 
     @property
     def done(self) -> float:
+        """Share of the run that is over, 0 .. 1 or slightly more."""
         length = self.config.steps if self.config.steps is not None else self.config.seconds
         assert length is not None
         return (self.step if self.config.steps is not None else self.seconds) / length
@@ -166,10 +205,27 @@ class Trainer:
         save_seconds: float = 60.0,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Trains to the end, or until `should_stop()` between two steps, and saves; True if the run is complete.
+        """Trains to the end, or until `should_stop()` says so between two steps, and saves.
 
-        Saves too every `save_every` steps, or if None every `save_seconds`; saving changes no number. Raises
-        ArithmeticError when the loss is no longer finite, with the last state on disk."""
+        Parameters
+        ----------
+        callback : callable, optional
+            Called with `Progress` after each step.
+        save_every : int, optional
+            Steps between saves. None: every `save_seconds`. Saving changes no number.
+        save_seconds : float
+        should_stop : callable
+
+        Returns
+        -------
+        bool
+            Whether the run is complete.
+
+        Raises
+        ------
+        ArithmeticError
+            When the loss is not finite; the last state stays on disk.
+        """
         if save_every is not None and save_every < 1:
             raise ValueError(f"save_every: expected at least 1 step, got {save_every}; leave it out to save by time")
         self.model.train()
@@ -198,7 +254,7 @@ class Trainer:
         return self.done >= 1
 
     def one_step(self) -> float:
-        """One update; returns the loss, nats per token."""
+        """Makes one update; returns the loss, nats per token."""
         factor = self.config.rate((self.step + 0.5) / self.config.steps if self.config.steps else self.done)
         for optimizer, rates in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, rates):

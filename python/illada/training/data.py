@@ -1,42 +1,40 @@
-"""Text in, token ids out: corpora, tokenizers, a split by file, n-gram baselines, and batches that are a function of
-(seed, step).
-
-Ids of the built-in tokenizers: 0..255 are bytes, 256 the mask, 257 the end of a text, 258 padding; a learned
-byte-pair tokenizer goes on from 259. Everything is bytes underneath, so bits per byte mean the same whatever the
-tokenizer."""
+"""Corpora, their split by file, n-gram baselines, and batches that are a function of (seed, step)."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-MASK_ID, EOS_ID, PAD_ID, FIRST_MERGE = 256, 257, 258, 259
+from ..errors import DataError
 
-# Left out of the default corpus: not the library's own source, not installed everywhere (Debian), or tables written
-# by a program.
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+
+# Folders that the default corpus leaves out: not the library's own source, not installed everywhere (Debian), or tables
+# written by a program.
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-
-
-class DataError(ValueError):
-    """The corpus or tokenizer cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Document:
+    """A text and its name: the file's path in the corpus, with "/" between folders."""
+
     name: str
     content: bytes
 
 
 def read_corpus(path: str | Path | None = None) -> list[Document]:
-    """The documents of a file or of every UTF-8 file in a folder, sorted by name; None: the sources of Python's
-    standard library.
+    """Returns the documents of a file, or of every UTF-8 file in a folder sorted by name.
 
-    In a folder, files that are binary or empty, and hidden ones, are passed over. Raises DataError if nothing is left.
+    None stands for the sources of Python's standard library. In a folder, binary, empty and hidden files are skipped.
+    Raises DataError if nothing is left.
     """
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -76,7 +74,7 @@ def _documents(root: Path, files: list[Path], nothing: str) -> list[Document]:
 
 
 def is_text(content: bytes) -> bool:
-    """UTF-8 without a zero byte (what `git` and `grep` take for the mark of a binary file)."""
+    """Returns whether content is UTF-8 without a zero byte, by which `git` and `grep` know a binary file."""
     try:
         content.decode("utf-8")
     except UnicodeDecodeError:
@@ -85,10 +83,11 @@ def is_text(content: bytes) -> bool:
 
 
 def split(documents: Sequence[Document], held_out: float = 0.05) -> tuple[list[Document], list[Document]]:
-    """(training, held out) by a hash of each file's name, so that a file stays on its side when others come and go.
+    """Returns (training, held out), by a hash of each file's name so that a file keeps its side when others change.
 
-    Where that leaves a side empty (one file, or few), the last `held_out` of the longest document's lines become the
-    held-out text."""
+    Where that leaves a side empty (few files), the last `held_out` of the longest document's lines are held out. Raises
+    DataError if that is one line.
+    """
     sides: tuple[list[Document], list[Document]] = ([], [])
     for document in documents:
         share = int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:4], "big") / 2**32
@@ -106,15 +105,17 @@ def split(documents: Sequence[Document], held_out: float = 0.05) -> tuple[list[D
 
 @dataclass(frozen=True)
 class NgramBits:
-    """Cross-entropy in bits per byte on the held-out text of models counted on the training text."""
+    """Bits per byte on held-out text of byte n-gram models counted on the training text."""
 
     unigram: float
     bigram: float
 
 
 def ngram_bits(train: Sequence[Document], held_out: Sequence[Document]) -> NgramBits:
-    """Unigram with one pseudo-count per byte; bigram p(b | a) = (n(a, b) + p(b)) / (n(a) + 1). A text's first byte
-    follows a zero byte."""
+    """Returns the bits of a unigram model (one pseudo-count per byte) and a bigram model.
+
+    The bigram is p(b | a) = (n(a, b) + p(b)) / (n(a) + 1); a text's first byte follows a zero byte.
+    """
     singles, pairs = np.zeros(256), np.zeros((256, 256))
     for previous, current in map(_pairs, train):
         singles += np.bincount(current, minlength=256)
@@ -134,11 +135,11 @@ def _pairs(document: Document) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Windows:
-    """Batches of `length` tokens cut from one long stream, step by step.
+    """Batches of `length` tokens cut from one long stream; step i's batch is a function of (seed, i).
 
-    Epoch e cuts the stream at a random offset and visits all windows in random order; both are drawn from (seed, e),
-    so step i's batch is a function of (seed, i) and a resumed run sees exactly what it would have seen. A stream
-    shorter than a window is repeated."""
+    Epoch e cuts the stream at a random offset and visits all windows in random order, both drawn from (seed, e), so a
+    resumed run sees what it would have seen. A stream shorter than two windows is repeated.
+    """
 
     def __init__(self, stream: np.ndarray, length: int, batch_size: int, seed: int):
         if len(stream) < 2 * length:
@@ -149,7 +150,7 @@ class Windows:
         self._starts = np.zeros(0, np.int64)
 
     def batch(self, step: int) -> np.ndarray:
-        """(batch_size, length) int64."""
+        """Returns int64 (batch_size, length)."""
         first = step * self.batch_size
         starts = [self._start(first + i) for i in range(self.batch_size)]
         return np.stack([self.stream[s : s + self.length] for s in starts]).astype(np.int64)
@@ -161,3 +162,44 @@ class Windows:
             self._starts = rng.integers(self.length) + self.length * rng.permutation(self.per_epoch)
             self._epoch = epoch
         return int(self._starts[at])
+
+
+class Pairs:
+    """Fine-tuning batches from JSON lines {"prompt": text, "response": text}.
+
+    A row is prompt, response, then end-of-text ids up to `length`; all but the prompt are learned. A prompt that leaves
+    no room for one token raises DataError naming its line; a longer response is cut.
+    """
+
+    def __init__(self, lines: list[Document], tokenizer: Tokenizer, length: int, batch_size: int, seed: int):
+        self.batch_size, self.seed = batch_size, seed
+        self.rows: list[tuple[np.ndarray, int]] = []
+        for document in lines:
+            for number, line in enumerate(document.content.decode("utf-8").splitlines(), 1):
+                if line.strip():
+                    self.rows.append(self._row(line, f"{document.name}, line {number}", tokenizer, length))
+        if not self.rows:
+            raise DataError('sft: expected lines like {"prompt": "...", "response": "..."}, found none')
+
+    @staticmethod
+    def _row(line: str, where: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, int]:
+        try:
+            pair = json.loads(line)
+            prompt, response = (tokenizer.encode(pair[key].encode()) for key in ("prompt", "response"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f'{where}: expected {{"prompt": "...", "response": "..."}}, got {line[:60]!r}') from None
+        if len(prompt) >= length:
+            raise DataError(f"{where}: the prompt has {len(prompt)} tokens, which leaves no room in --length {length}")
+        row = np.full(length, tokenizer.eos_id)
+        both = np.concatenate([prompt, response])[:length]
+        row[: len(both)] = both
+        return row, len(prompt)
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns int64 tokens (batch_size, length) and prompt lengths (batch_size,)."""
+        chosen = []
+        for index in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, at = divmod(index, len(self.rows))
+            rng = np.random.Generator(np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64)))
+            chosen.append(self.rows[rng.permutation(len(self.rows))[at]])
+        return np.stack([row for row, _ in chosen]), np.array([length for _, length in chosen])

@@ -1,9 +1,9 @@
 """The key/value cache: rotated keys and values of every layer in fixed slots, written in place.
 
-Keys are stored after RoPE: a token never changes its position, so none is ever rotated again. A slot's content is as
-fresh as the last window that covered it. For a model in which a token sees only blocks up to its own, keys of finished
-blocks never change: the cache is exact. In a fully bidirectional model every committed token changes all keys a little:
-there a cache is an approximation that refreshes bound (Fast-dLLM, arXiv 2505.22618), and `generate` says when it does.
+Keys are stored after RoPE, because a token never changes its position. A slot is as fresh as the last window that
+covered it. In a block-causal model keys of finished blocks never change, so the cache is exact. In a fully
+bidirectional model every committed token changes all keys a little, so a cache is an approximation; refreshes bound its
+error (Fast-dLLM, arXiv 2505.22618).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
+from ..config import ModelConfig
 
 
 class Cache:
-    """Room for `capacity` slots per sequence. Elements: 2 * n_layers * batch * capacity * n_kv_heads * head_dim."""
+    """Holds `capacity` slots per sequence: 2 * n_layers * batch * capacity * n_kv_heads * head_dim elements."""
 
     def __init__(
         self,
@@ -31,17 +31,20 @@ class Cache:
         if batch < 0 or capacity < 0:
             raise ValueError(f"batch, capacity: expected sizes of at least 0, got {batch} and {capacity}")
         shape = (config.n_layers, batch, capacity, config.n_kv_heads, config.head_dim)
-        # Zeros: a slot that no window has covered yet must be finite, should the ranges let a query see it.
+        # Zeros, because a slot that no window has covered yet must be finite if the ranges let a query see it.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
 
     @property
     def capacity(self) -> int:
+        """Slots per sequence."""
         return self.keys.shape[2]
 
     def at(self, start: int | Tensor, num_keys: int | None = None) -> CacheWindow:
-        """The window whose first token has slot `start`: an int, or int64 (B,), one per sequence. `num_keys`: the slots
-        that queries see, all by default."""
+        """Returns the window whose first token has slot `start`, an int or int64 (B,).
+
+        Queries see the first `num_keys` slots, all by default. Raises ValueError for sizes that do not fit.
+        """
         num_keys = self.capacity if num_keys is None else num_keys
         if not 0 <= num_keys <= self.capacity:
             raise ValueError(f"num_keys: expected 0 .. {self.capacity} (the capacity), got {num_keys}")
@@ -52,15 +55,18 @@ class Cache:
 
 @dataclass(frozen=True)
 class CacheWindow:
-    """Where a forward pass writes, and how many slots it reads. An int start is checked against num_keys; slots per
-    sequence are clamped to it on the device, so a wrong one overwrites the last slot and never leaves the cache."""
+    """Says where a forward pass writes and how many slots it reads.
+
+    An int start is checked against num_keys. Starts per sequence are clamped to it on the device, so a wrong one
+    overwrites the last slot and never leaves the cache.
+    """
 
     cache: Cache
     start: int | Tensor
     num_keys: int
 
     def slots(self, length: int) -> Tensor:
-        """(1, length) or (B, length) int64."""
+        """Returns the slots of `length` tokens, int64 (1, length) or (B, length)."""
         row = torch.arange(length, device=self.cache.keys.device)[None]
         return row + (self.start[:, None] if isinstance(self.start, Tensor) else self.start)
 

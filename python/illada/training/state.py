@@ -1,4 +1,4 @@
-"""The state of a training run on disk: one file, replaced atomically, and a log of one JSON line per step."""
+"""A training run's state on disk: one file, replaced atomically, and a log of one JSON line per step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any, TextIO
 
 import torch
 
-from .errors import CheckpointError, CheckpointIOError
+from ..errors import CheckpointError, CheckpointIOError
 
 _FORMAT = "illada training state 1"
 
 
 class RunState:
-    """folder/state.pt and folder/log.jsonl. `settings` and `identity` (of the data) must be those of the run that is
-    resumed."""
+    """Reads and writes folder/state.pt and folder/log.jsonl of a run with these settings and this identity of data."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], identity: str):
         self.file, self.log = folder / "state.pt", folder / "log.jsonl"
@@ -29,8 +28,10 @@ class RunState:
             raise CheckpointIOError(f"{folder} cannot be made: {error.strerror}; choose another folder") from None
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
-        """What was saved, or None where nothing was. Raises CheckpointError for a file that is damaged, foreign, or
-        of another run."""
+        """Returns what was saved, or None where nothing was.
+
+        Raises CheckpointError for a file that is damaged, foreign, or of another run.
+        """
         if not self.file.exists():
             return None
         try:
@@ -59,14 +60,14 @@ class RunState:
         return saved
 
     def save(self, state: dict[str, Any]) -> None:
+        """Replaces state.pt."""
         buffer = io.BytesIO()
         torch.save({"format": _FORMAT, "settings": self.settings, "identity": self.identity, **state}, buffer)
         replace_file(self.file, buffer.getvalue())
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Write beside it, flush to disk, rename, flush the folder: at every moment `file` is whole, the old or the new
-    one."""
+    """Writes beside the file, flushes to disk, renames and flushes the folder, so `file` is whole at every moment."""
     beside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
         with open(beside, "wb") as stream:
@@ -89,13 +90,13 @@ def replace_file(file: Path, content: bytes) -> None:
 
 
 def append_line(stream: TextIO, line: str) -> None:
-    """Out of this process at once, so that a kill loses at most the line being written."""
+    """Appends a line and flushes it, so that a kill loses at most the line being written."""
     stream.write(line + "\n")
     stream.flush()
 
 
 def cut_log(file: Path, steps: int) -> list[dict[str, Any]]:
-    """Cuts the log back to its first `steps` lines, the ones that the state knows, and returns them."""
+    """Cuts the log back to its first `steps` lines, those that the state knows; returns their entries."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
     except FileNotFoundError:

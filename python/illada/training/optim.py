@@ -1,10 +1,10 @@
-"""Muon for the matrices of the blocks, AdamW for everything else.
+"""Muon for the matrices of the layers, AdamW for everything else.
 
-Muon (K. Jordan 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest orthogonal
-matrix, so that no direction of the update is larger than another; the step is lr * sqrt(max(1, rows / columns)).
-torch.optim.Muon computes in bfloat16, which a CPU without bfloat16 units does eight times slower than float32
-(measured, 256 x 256); this one works in the parameter's dtype, and on the matrices that are fused in one parameter
-(q, k, v; gate, up) one by one."""
+Muon (K. Jordan 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest orthogonal matrix;
+the step is lr * sqrt(max(1, rows / columns)). Unlike torch.optim.Muon, which computes in bfloat16 (eight times slower
+than float32 on a CPU without bfloat16 units, measured at 256 x 256), this one works in the parameter's dtype, and on
+the matrices that are fused in a parameter (q, k, v; gate, up) one by one.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model import Model
+from ..model import Model
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz step, chosen there for a steep slope at zero
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic Newton-Schulz step, chosen for a steep slope at zero
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of matrix = U S V^T: singular values end in 0.7 .. 1.2. (m, n) or a batch of them."""
+    """Returns about U V^T of matrix = U S V^T, (m, n) or a batch of them; singular values end in 0.7 .. 1.2."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
@@ -36,15 +36,14 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """params: groups {"params": matrices, "splits": row counts of the matrices stacked in each of them}."""
+    """Muon over groups {"params": matrices, "splits": row counts of the matrices stacked in each of them}."""
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "splits": None})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Matrices of one shape are orthogonalised together: many small products cost their calls more than their
-        work."""
+        """Updates all matrices. Those of one shape go together, because small GEMMs cost more by call than by work."""
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -60,7 +59,7 @@ class Muon(torch.optim.Optimizer):
                 target.sub_(update, alpha=lr * max(1.0, rows / columns) ** 0.5)
 
     def _momentum(self, parameter: Tensor, gradient: Tensor, decay: float) -> Tensor:
-        """Nesterov's: the gradient, a step of the average ahead."""
+        """Returns Nesterov's momentum."""
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -71,7 +70,7 @@ class Muon(torch.optim.Optimizer):
 def optimizers(
     model: Model, name: str, lr: float, adamw_lr: float, weight_decay: float = 0.0
 ) -> list[torch.optim.Optimizer]:
-    """name "muon": [Muon at lr, AdamW at adamw_lr for embeddings, norms and biases]; "adamw": one AdamW at lr."""
+    """Returns [Muon at lr, AdamW at adamw_lr for embeddings, norms and biases], or for "adamw" one AdamW at lr."""
     if name not in ("muon", "adamw"):
         raise ValueError(f"optimizer: expected 'muon' or 'adamw', got {name!r}")
     if name == "adamw":

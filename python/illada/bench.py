@@ -1,6 +1,6 @@
-"""A table of each op against what one would write in PyTorch without it, on this machine, in a few seconds.
+"""`illada bench`: a table of each op against what one would write in PyTorch, on this machine, in a few seconds.
 
-A look, not a benchmark: one shape an op. `benchmarks/` measures many, against more peers, with the limits beside them.
+One shape an op. `benchmarks/` measures many shapes against more peers and names the limits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Contender = Callable[[], object]
 
 
 def table(device: str = "cpu", seconds: float = 1.0) -> str:
-    """About 8 * `seconds` of measuring. Times are medians of alternating calls."""
+    """Returns the table after about 8 * `seconds` of measuring. Times are medians of alternating calls."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = [f"{'op':34}{'ours':>10}{'PyTorch':>10}{'times':>8}   PyTorch is"]
     for name, fallback, ours, theirs in (*_attention(device, dtype), _loss(device, dtype), _unmask(device, dtype)):
@@ -43,7 +43,7 @@ def _alternate(ours: Contender, theirs: Contender, device: str, seconds: float) 
 
 
 def _attention(device: str, dtype: torch.dtype) -> list[tuple[str, str, Contender, Contender]]:
-    """Block-diffusion training: [noisy ; clean] of 512 tokens, blocks of 8."""
+    """Times attention as block-diffusion training has it: [noisy ; clean] of 512 tokens, blocks of 8."""
     length, heads, dim = 512, 4, 64
     qkv = [torch.randn(2, 2 * length, heads, dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     upstream = torch.randn(2, 2 * length, heads, dim, device=device, dtype=dtype)
@@ -71,10 +71,10 @@ def _attention(device: str, dtype: torch.dtype) -> list[tuple[str, str, Contende
 
 
 def _loss(device: str, dtype: torch.dtype) -> tuple[str, str, Contender, Contender]:
-    rows, dim, vocabulary = 1024, 256, 16384
+    rows, dim, vocab = 1024, 256, 16384
     hidden = torch.randn(rows, dim, device=device, dtype=dtype, requires_grad=True)
-    head = (torch.randn(vocabulary, dim, device=device, dtype=dtype) * dim**-0.5).requires_grad_()
-    targets = torch.randint(vocabulary, (rows,), device=device)
+    head = (torch.randn(vocab, dim, device=device, dtype=dtype) * dim**-0.5).requires_grad_()
+    targets = torch.randint(vocab, (rows,), device=device)
     masked = torch.rand(rows, device=device) < 0.5
     ignored = torch.where(masked, targets, -100)
 
@@ -89,11 +89,11 @@ def _loss(device: str, dtype: torch.dtype) -> tuple[str, str, Contender, Contend
 
 
 def _unmask(device: str, dtype: torch.dtype) -> tuple[str, str, Contender, Contender]:
-    """One step of LLaDA's sampler at temperature 1: half the block still masked, as halfway through."""
-    batch, block, dim, vocabulary, mask_id = 8, 32, 256, 16384, 0
+    """Times a step of LLaDA's sampler at temperature 1 with half the block masked."""
+    batch, block, dim, vocab, mask_id = 8, 32, 256, 16384, 0
     hidden = torch.randn(batch, block, dim, device=device, dtype=dtype)
-    head = torch.randn(vocabulary, dim, device=device, dtype=dtype) * dim**-0.5
-    start = torch.randint(1, vocabulary, (batch, block), device=device)
+    head = torch.randn(vocab, dim, device=device, dtype=dtype) * dim**-0.5
+    start = torch.randint(1, vocab, (batch, block), device=device)
     start[:, ::2] = mask_id
     positions = torch.arange(block, device=device).expand(batch, block).contiguous()
 

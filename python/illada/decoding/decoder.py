@@ -1,7 +1,7 @@
 """The loop behind `generate` and `fill`: forward passes over windows of columns, one `unmask` a pass.
 
 A batch is a rectangle of columns. Sequences are padded on the left, so that a block has the same columns in all of
-them; sequence b begins in column starts[b] and counts its positions from there. What a window computes and reads:
+them. Sequence b begins in column starts[b] and counts its positions from there. Columns that a pass computes:
 
     cache           first pass of a block                  later passes
     none            all columns up to `end`                the same
@@ -10,31 +10,29 @@ them; sequence b begins in column starts[b] and counts its positions from there.
     block_causal    from the last block that is not final  the block alone; exact, as final blocks never change
 
 A block's last pass commits its last tokens, so its keys are final only after the next block's first pass, which covers
-both.
-With shifted logits a window begins one column earlier: that row predicts the block's first token.
+both. With shifted logits a window begins one column earlier, because that row predicts the block's first token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import illada_kernels
-from illada_kernels import Edit, EntropyBound, Factor, KeyRanges, Remask, Threshold, TopK
+from illada_kernels import Edit, KeyRanges, Remask, TopK
 
+from ..config import ModelConfig
+from ..model import Model
 from .cache import Cache
-from .model import Model
-
-Rule = TopK | Threshold | Factor | EntropyBound
+from .config import Rule, Sampling
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback gets after each pass. Tensors live on the model's device; `tokens` is the one being written."""
+    """A pass, as a callback sees it. Tensors live on the model's device; `tokens` is the buffer being written."""
 
     tokens: Tensor  # (B, columns) int64
     starts: list[int]  # the column where each sequence begins; padding lies before it
@@ -47,35 +45,19 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How candidates become tokens: `GenerationConfig`, checked and resolved for one model."""
-
-    rule: Rule | None  # None: the schedule
-    steps_per_block: int
-    revise: Edit | Remask | None
-    revise_steps: int
-    cache: str
-    refresh_every: int
-    guidance: float
-    seeds: list[int]
-    most_passes: int  # upper bound of passes in a block, whatever the batch: numbers the noise
-    unmask: dict[str, Any]  # passed on to the op
-
-
-@dataclass(frozen=True)
 class Block:
-    """What is filled together. Unless `scattered`, candidate i stands in column columns[0] + i."""
+    """Candidates that are filled together. Unless `scattered`, candidate i stands in column columns[0] + i."""
 
     index: int
     positions: Tensor  # (B, K) int64: columns, -1 for no candidate
-    masks: list[int]  # how many candidates of each sequence are masked, known to the host
-    columns: tuple[int, int]  # all positions lie within
+    masks: list[int]  # masked candidates of each sequence, a number the host knows
+    columns: tuple[int, int]  # first and end column of the positions
     end: int  # columns from here on do not exist yet
     scattered: bool = False
 
 
 class Decoder:
-    """One call's state. `run_block` fills the masks at given columns; nothing else changes tokens."""
+    """Holds one call's tokens and cache. Only `run_block` changes tokens."""
 
     def __init__(
         self,
@@ -92,7 +74,7 @@ class Decoder:
         self.starts = torch.tensor(self.first_columns, dtype=torch.int64).to(self.device)
         self.seeds = torch.tensor(sampling.seeds, dtype=torch.int64).to(self.device)
         self.unmask_options = dict(sampling.unmask)
-        if (bias := sampling.unmask["logit_bias"]) is not None:  # as tensors: lists would be copied in every pass
+        if (bias := sampling.unmask["logit_bias"]) is not None:  # tensors, not copied in each pass
             kinds = (torch.int64, torch.float32)
             self.unmask_options["logit_bias"] = tuple(
                 torch.as_tensor(x, dtype=kind).to(self.device) for x, kind in zip(bias, kinds)
@@ -109,7 +91,7 @@ class Decoder:
     # ---- hidden rows ----------------------------------------------------------------------------------------------
 
     def window(self, block: Block, refresh: bool) -> tuple[int, int]:
-        """The columns of the next forward pass."""
+        """Returns the columns of the next forward pass."""
         first, last = block.columns
         if self.sampling.cache == "block_causal":
             first = self.final if refresh else first
@@ -120,7 +102,7 @@ class Decoder:
         return max(first - 1, 0) if self.config.shifted_logits else first, last
 
     def hidden(self, window: tuple[int, int], end: int) -> Tensor:
-        """(B, window, dim). With guidance w it is u + (w + 1) (c - u), the head being linear; u has no prompt."""
+        """Returns hidden rows (B, window, dim); with guidance w, u + (w + 1) (c - u), since the head is linear."""
         first, last = window
         tokens, starts = self.tokens[:, first:last], self.starts
         if self.guided:
@@ -137,7 +119,7 @@ class Decoder:
         return (without + (self.sampling.guidance + 1) * (with_prompt - without)).to(h.dtype)
 
     def ranges(self, column: Tensor, starts: Tensor, end: int) -> KeyRanges:
-        """Who sees whom among the first `end` columns: never the padding, and with blocks none that lie ahead."""
+        """Returns the key ranges over the first `end` columns: neither padding nor, with blocks, later blocks."""
         block = self.config.causal_block
         if not block:
             return KeyRanges.padding(end - starts, end, side="left")
@@ -148,11 +130,11 @@ class Decoder:
     # ---- one block ------------------------------------------------------------------------------------------------
 
     def run_block(self, block: Block) -> None:
-        """Fills the block's masks. A sequence takes part until it has none left, or with Edit until nothing changes."""
+        """Fills the block's masks. A sequence takes part until none is left, with Edit until nothing changes."""
         if max(block.masks, default=0) == 0:
             return
         masked = torch.tensor(block.masks, dtype=torch.int64).to(self.device, non_blocking=True)
-        active, (adaptive, limit) = masked > 0, self.plan(block.masks)
+        active, (adaptive, limit) = masked > 0, self.num_passes(block.masks)
         for step in range(limit):
             candidates = torch.where(active[:, None], block.positions, -1)
             revise = self.revision(step)
@@ -164,14 +146,14 @@ class Decoder:
                 self.rule(step, masked),
                 mask_id=self.config.mask_id,
                 seed=self.seeds,
-                step=block.index * self.sampling.most_passes + step,
+                step=block.index * self.sampling.max_passes + step,
                 revise=revise,
                 frozen=self.frozen,
                 noise_positions=candidates - self.starts[:, None],
                 **self.unmask_options,
             )
             self.passes += active
-            if not isinstance(revise, Remask):  # which goes on: what is full now may lose tokens in the next pass
+            if not isinstance(revise, Remask):  # Remask may take tokens of a full sequence back in the next pass
                 active = out.remaining > 0
                 if isinstance(revise, Edit):
                     active = (active | out.committed.any(1)) & (step + 1 < masked + self.sampling.revise_steps)
@@ -182,7 +164,7 @@ class Decoder:
                 return
 
     def candidate_rows(self, block: Block, step: int) -> Tensor:
-        """(B, K, dim), one forward pass, and of it the rows at the block's positions: no other meets the head."""
+        """Runs one forward pass; returns its rows at the block's positions (B, K, dim), the only ones for the head."""
         every = self.sampling.refresh_every
         refresh = step == 0 or (every > 0 and step % every == 0)
         window = self.window(block, refresh)
@@ -194,8 +176,8 @@ class Decoder:
         row = torch.arange(block.positions.shape[0], device=self.device)[:, None]
         return hidden[row, (block.positions - window[0]).clamp(min=0)]
 
-    def plan(self, masks: Sequence[int]) -> tuple[bool, int]:
-        """(whether the number of passes depends on the data, the most there can be)."""
+    def num_passes(self, masks: Sequence[int]) -> tuple[bool, int]:
+        """Returns (whether the number of passes depends on the data, the upper bound of it)."""
         most, rule = max(masks), self.sampling.rule
         if self.sampling.revise is not None:
             return True, most + self.sampling.revise_steps
@@ -206,13 +188,30 @@ class Decoder:
         return True, most
 
     def rule(self, step: int, masked: Tensor) -> Rule:
-        """LLaDA's schedule spreads a block's masks evenly over its passes; the first passes take what is left over."""
+        """Returns the pass's rule. LLaDA's schedule spreads masks evenly; the first passes take the remainder."""
         if self.sampling.rule is not None:
             return self.sampling.rule
         passes = masked.clamp(1, self.sampling.steps_per_block)
         return TopK(masked // passes + (step % passes < masked % passes))
 
     def revision(self, step: int) -> Edit | Remask | None:
-        """Remasking comes first and ends, so that the block can fill up; edits go on until nothing changes."""
+        """Returns the pass's revision. Remask ends after `revise_steps`, otherwise the block could not fill up."""
         revise = self.sampling.revise
         return None if isinstance(revise, Remask) and step >= self.sampling.revise_steps else revise
+
+
+def left_padded(rows: list[list[int]], model: Model, starts: list[int], columns: int) -> Tensor:
+    """Returns (B, columns) on the model's device: row b from column starts[b] on, padding before, masks behind."""
+    padding, mask = max(model.config.pad_id, 0), model.config.mask_id
+    table = [[padding] * s + row + [mask] * (columns - s - len(row)) for s, row in zip(starts, rows)]
+    return torch.tensor(table, dtype=torch.int64).to(model.device)
+
+
+def check_filled(rows: list[list[int]], config: ModelConfig) -> None:
+    """Raises RuntimeError if a mask is left in rows."""
+    left = [(b, row.count(config.mask_id)) for b, row in enumerate(rows) if config.mask_id in row]
+    if left:
+        raise RuntimeError(
+            f"sequence {left[0][0]}: {left[0][1]} positions stayed masked; the model's hidden rows are NaN or inf "
+            "(wrong dtype or damaged weights?), or forbid leaves no token"
+        )

@@ -1,9 +1,8 @@
-"""A run's folder: which text, tokenizer, model and settings; made by `illada train`, read by it again and by generate
-and eval.
+"""A run's folder, made by `illada train` and read by every other command.
 
-run.json                what was asked for          state.pt, log.jsonl   the training state (state.py)
+run.json                data, model, settings       state.pt, log.jsonl   the training state (state.py)
 illada_tokenizer.json   the tokenizer               loss.png              the loss curve
-config.json, model.safetensors                      the model, in the form that `checkpoint.load` reads
+config.json, model.safetensors                      the model, as `checkpoint.load` reads it
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import checkpoint
-from .config import ModelConfig
-from .data import DataError, Document, Windows, read_corpus, split
-from .errors import CheckpointError
-from .evaluate import stream
-from .model import Model
+from .. import checkpoint
+from ..config import ModelConfig
+from ..errors import CheckpointError, DataError
+from ..model import Model
+from ..tokenizer import FILE, Tokenizer, from_json, load_tokenizer, make_tokenizer, stream
+from .data import Document, Pairs, Windows, read_corpus, split
 from .state import replace_file
-from .tokenizer import FILE, Tokenizer, from_json, load_tokenizer, make_tokenizer
-from .train import Source, TrainConfig, Trainer
+from .trainer import Source, TrainConfig, Trainer
 
 
 @dataclass
 class Run:
-    """Everything about a training run that its folder does not change any more."""
+    """A training run: what stays the same from its first step to its last."""
 
     folder: Path
     data: str | None
@@ -50,7 +49,7 @@ class Run:
         block: int,
         train_documents: list[Document],
     ) -> Run:
-        """A new run; the preset's vocabulary and special ids become the tokenizer's, its causal_block `block`."""
+        """Makes a run's folder. The model is the preset with the tokenizer's vocab and ids and causal_block `block`."""
         tokenizer = make_tokenizer(tokenizer_spec, train_documents)
         ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "pad_id")}
         model_config = ModelConfig.preset(preset, causal_block=block, **ids)
@@ -65,11 +64,12 @@ class Run:
         return run
 
     def forget(self) -> None:
-        """Takes back what `create` wrote, so that a run that could not begin is not in the way of the next attempt."""
+        """Removes what `create` wrote, otherwise a run that could not begin would be in the way of the next attempt."""
         for name in ("run.json", FILE):
             (self.folder / name).unlink(missing_ok=True)
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the content of run.json."""
         return {
             "data": self.data,
             "model": dataclasses.asdict(self.model_config),
@@ -78,6 +78,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> Run:
+        """Reads a run's folder; raises CheckpointError if it holds none."""
         file = folder / "run.json"
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
@@ -93,13 +94,14 @@ class Run:
             raise CheckpointError(f"{file} is damaged ({error}); start again in another folder") from None
 
     def trainer(self, train_documents: list[Document], device: str) -> Trainer:
-        """Fresh weights from the seed, or where the run's state left off."""
+        """Returns a trainer with fresh weights from the seed, or where the saved state left off."""
         torch.manual_seed(self.train_config.seed)
         model = Model(self.model_config).to(device)
         source, identity = self.source(train_documents)
         return Trainer(model, source, self.train_config, self.folder, identity)
 
     def source(self, train_documents: list[Document]) -> tuple[Source, str]:
+        """Returns the batches and a digest of their tokens, by which a resumed run knows its data."""
         c = self.train_config
         if c.objective == "sft":
             pairs: Source = Pairs(train_documents, self.tokenizer, c.length, c.batch_size, c.seed)
@@ -108,66 +110,53 @@ class Run:
         return Windows(ids, c.length, c.batch_size, c.seed), digest(ids)
 
     def export(self, model: Model) -> None:
+        """Writes the model's weights into the folder."""
         checkpoint.save(model, self.folder)
 
 
 def digest(ids: np.ndarray) -> str:
+    """Returns the SHA-256 of token ids."""
     return hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()
 
 
 def documents(data: str | None) -> tuple[list[Document], list[Document]]:
-    """(training, held out)."""
+    """Returns (training, held out) documents of a corpus."""
     return split(read_corpus(data))
 
 
-class Pairs:
-    """Fine-tuning data: JSON lines {"prompt": text, "response": text} -> (tokens (B, length), prompt lengths (B,)).
+class StopSignals:
+    """A context in which SIGINT and SIGTERM set `number` instead of raising, so that the current step can be saved.
 
-    Rows are prompt, response, then end-of-text ids up to `length`, all of which but the prompt are learned. A pair
-    that leaves no room for one answer token is an error naming it; a longer answer is cut."""
+    A second SIGINT raises KeyboardInterrupt.
+    """
 
-    def __init__(self, lines: list[Document], tokenizer: Tokenizer, length: int, batch_size: int, seed: int):
-        self.batch_size, self.seed = batch_size, seed
-        self.rows: list[tuple[np.ndarray, int]] = []
-        for document in lines:
-            for number, line in enumerate(document.content.decode("utf-8").splitlines(), 1):
-                if line.strip():
-                    self.rows.append(self._row(line, f"{document.name}, line {number}", tokenizer, length))
-        if not self.rows:
-            raise DataError('sft: expected lines like {"prompt": "...", "response": "..."}, found none')
+    def __init__(self) -> None:
+        self.number = 0
+        self.before: dict[int, Any] = {}
 
-    @staticmethod
-    def _row(line: str, where: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, int]:
-        try:
-            pair = json.loads(line)
-            prompt, response = (tokenizer.encode(pair[key].encode()) for key in ("prompt", "response"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f'{where}: expected {{"prompt": "...", "response": "..."}}, got {line[:60]!r}') from None
-        if len(prompt) >= length:
-            raise DataError(f"{where}: the prompt has {len(prompt)} tokens, which leaves no room in --length {length}")
-        row = np.full(length, tokenizer.eos_id)
-        both = np.concatenate([prompt, response])[:length]
-        row[: len(both)] = both
-        return row, len(prompt)
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._note)
+        return self
 
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen = []
-        for index in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, at = divmod(index, len(self.rows))
-            rng = np.random.Generator(np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64)))
-            chosen.append(self.rows[rng.permutation(len(self.rows))[at]])
-        return np.stack([row for row, _ in chosen]), np.array([length for _, length in chosen])
+    def _note(self, number: int, _: Any) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def open_model(folder: str, device: str, dtype: str) -> tuple[Model, Tokenizer]:
-    """The model and tokenizer in a checkpoint folder: a run's, or one of Hugging Face."""
+    """Returns the model and tokenizer in a checkpoint folder, a run's or one of Hugging Face."""
     model = checkpoint.load(folder, device=device, dtype=getattr(torch, dtype))
     c = model.config
     return model, load_tokenizer(Path(folder), c.vocab_size, c.mask_id, c.eos_id, c.pad_id)
 
 
 def plot_losses(losses: np.ndarray, file: Path, title: str) -> None:
-    """The loss of every step and its running mean, as a PNG. Raises DataError where matplotlib is missing."""
+    """Draws the loss of every step and its running mean, as a PNG. Raises DataError where matplotlib is missing."""
     try:
         import matplotlib
 

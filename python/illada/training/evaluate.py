@@ -1,5 +1,4 @@
-"""How well a model predicts text it has not seen: an upper bound on its bits per byte, by the objective it was
-trained with."""
+"""`bound`: an upper bound on a model's bits per byte of a text, by the objective it was trained with."""
 
 from __future__ import annotations
 
@@ -13,34 +12,26 @@ from torch import Tensor
 
 from illada_kernels import KeyRanges
 
-from .data import DataError, Document
-from .diffusion import Example, mask_count, stratified
-from .model import Model
-from .tokenizer import Tokenizer
+from ..errors import DataError
+from ..model import Model
+from ..tokenizer import Tokenizer, stream
+from .data import Document
+from .objectives import Example, mask_count, stratified
 
 
 @dataclass(frozen=True)
 class Bound:
-    """bits_per_byte estimates an upper bound of -log2 p(text) / bytes; standard_error is that of the mean over
-    windows, noise of the masks included; `what` says which bound."""
+    """An estimate of an upper bound of -log2 p(text) / bytes."""
 
     bits_per_byte: float
-    standard_error: float
-    what: str
+    standard_error: float  # of the mean over windows, noise of the masks included
+    what: str  # which bound it is
     tokens: int
     bytes: int
 
 
-def stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents' tokens end to end, int64, each followed by the end-of-text id."""
-    pieces = []
-    for document in documents:
-        pieces += [tokenizer.encode(document.content), np.array([tokenizer.eos_id])]
-    return np.concatenate(pieces)
-
-
 def first_bytes(documents: Sequence[Document], limit: int | None) -> list[Document]:
-    """The documents up to `limit` bytes; the one that crosses it is cut at a character."""
+    """Returns the first `limit` bytes of the documents; the one that crosses the limit is cut at a character."""
     if limit is None:
         return list(documents)
     if limit < 0:
@@ -66,16 +57,41 @@ def bound(
     rows_per_pass: int = 4096,
     seed: int = 0,
 ) -> Bound:
-    """An upper bound on the cross-entropy of documents, end to end with an end-of-text token after each, which counts
-    as well.
+    """Estimates an upper bound on the bits per byte of documents, each with an end-of-text token that counts too.
 
-    A model that sees everything (causal_block 0): windows of `length` tokens on their own, n of them masked, n
-    uniform on 1 .. length, each masked token's cross-entropy times length / n (LLaDA, arXiv 2502.09992, equation 6).
-    A block-causal model: n of the b tokens of each block, given all clean tokens before it in a window of `length`,
-    of which the first half is context only (BD3-LM, arXiv 2503.09573, equation 7). In expectation over the masks each
-    is at least -log2 p(documents) / bytes; `draws` masks per window are averaged, their numbers n stratified over
-    windows. `max_bytes` takes the first bytes only. The last, shorter window is completed by tokens that do not
-    count."""
+    Parameters
+    ----------
+    model : Model
+    documents : sequence of Document
+    tokenizer : Tokenizer
+    length : int
+        Tokens in a window. The last window is completed by tokens that do not count.
+    draws : int
+        Masks per window that are averaged; their numbers of masked tokens are stratified over windows.
+    max_bytes : int, optional
+        Measure only the first bytes.
+    rows_per_pass : int
+        Hidden rows of one forward pass, which bounds the memory.
+    seed : int
+
+    Returns
+    -------
+    Bound
+
+    Raises
+    ------
+    DataError
+        If there is no text.
+    ValueError
+        For a length or a number of draws that is too small.
+
+    Notes
+    -----
+    A model that sees everything: n of a window's tokens are masked, n uniform on 1 .. length, each masked token's
+    cross-entropy times length / n (LLaDA, arXiv 2502.09992, equation 6). A block-causal model: n of the b tokens of
+    each block, given all clean tokens before it in the window, whose first half is only context (BD3-LM, arXiv
+    2503.09573, equation 7). Either is at least -log2 p(documents) / bytes in expectation over the masks.
+    """
     block = model.config.causal_block
     scored = length // 2 // block * block if block else length
     if scored < 1:
@@ -105,7 +121,7 @@ def bound(
 
 
 def _windows(ids: np.ndarray, length: int, scored: int, eos_id: int) -> tuple[Tensor, Tensor]:
-    """(W, length) tokens whose last `scored` columns cover ids once, and (W, scored) bool: False past the end."""
+    """Returns (W, length) tokens whose last `scored` columns cover ids once, and (W, scored) bool, False at fillers."""
     context = length - scored
     count = -(-len(ids) // scored)
     filler = np.resize(ids, count * scored - len(ids))
@@ -117,8 +133,7 @@ def _windows(ids: np.ndarray, length: int, scored: int, eos_id: int) -> tuple[Te
 def _examples(
     tokens: Tensor, counts: Tensor, model: Model, scored: int, rows_per_pass: int, generator: torch.Generator
 ) -> Iterator[tuple[slice, Example]]:
-    """Batches of windows; the first `scored` rows of each are noisy, and behind them lies the clean copy if there is
-    one."""
+    """Yields batches of windows: `scored` noisy rows each, in block-causal models followed by the clean window."""
     block, length = model.config.causal_block or scored, tokens.shape[1]
     level = stratified(len(tokens) * (scored // block), generator)
     number = (level * block).long().clamp(max=block - 1) + 1  # masks in each block of each window
@@ -141,8 +156,10 @@ def _examples(
 
 
 def noisy_tail(length: int, scored: int, block: int) -> KeyRanges:
-    """The last `scored` tokens noisy, then all `length` tokens clean: a noisy row sees its noisy block and the clean
-    blocks before it."""
+    """Returns the ranges of [last `scored` tokens noisy ; all `length` tokens clean].
+
+    A noisy row sees its own noisy block and the clean blocks before it; a clean row the clean blocks up to its own.
+    """
     row = torch.arange(scored) // block * block
     context = length - scored
     noisy = torch.stack([row, row + block, torch.full_like(row, scored), scored + context + row], dim=-1)
