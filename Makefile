@@ -2,6 +2,7 @@
 # make demo     setup, what this machine can do, then a small model trained and sampled from
 # make test     all tests (with CUDA kernels compiled where nvcc is found)
 # make lint     ruff, clang-format and mypy      make format   rewrite the sources as lint wants them
+# make docs     the site, into build/site; a broken link fails
 # make bench    measure every op on this machine into benchmarks/results/
 # make build    compile the extension in place      make clean    remove what was built
 #
@@ -21,7 +22,7 @@ HAS_NVCC := $(shell { test -n "$$NVCC" || command -v nvcc || test -x "$${CUDA_HO
 
 CXX_SOURCES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
 
-.PHONY: setup demo test lint format bench build clean
+.PHONY: setup demo test lint format docs bench build clean
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py
@@ -30,7 +31,7 @@ $(INSTALLED): pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet $(foreach package,$(TRITON),"$(package)")
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" "ninja>=1.11" wheel
-	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 0,$(HAS_GPU)),0,)} $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[model,tokenizers,test,bench,lint]"
+	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 0,$(HAS_GPU)),0,)} $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[model,tokenizers,test,bench,lint,docs]"
 	touch $@
 
 demo: setup
@@ -54,6 +55,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# --quiet would hide its warnings from --strict
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	for op in $(OPS); do $(BIN)/python -m benchmarks.run --op $$op || exit 1; done

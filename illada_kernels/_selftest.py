@@ -1,8 +1,7 @@
 """`doctor --selftest` for one op, backend and device: small hostile inputs, checked against the reference backend.
 
-Real numbers are compared with the reference in float64 on the same values: max|ours - ref| <= 2 * max|plain torch in
-the same dtype - ref| + one rounding of ref's largest value. Tokens must be equal: logits are small integers, exact in
-every dtype, so ties are many and the rule for them is tested too.
+Real numbers are compared with the reference in float64 on the same values, by the tolerances of testing.py. Tokens must
+be equal: logits are small integers, exact in every dtype, so that ties are many and the rule for them is tested too.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from torch import Tensor
 from . import _proven
 from ._probe import attempt
 from .ops import OPS
+from .testing import (
+    assert_close,
+    attention_lse_tolerance,
+    attention_sums,
+    masked_loss_rounding,
+    unmask_confidence_tolerance,
+)
 
 Case = tuple[str, Callable[[], None]]
-
-
-def near(name: str, ours: Tensor, plain: Tensor, ref: Tensor, dtype: torch.dtype, more: float = 0.0) -> None:
-    bar = 2 * (plain.double() - ref).abs().max() + torch.finfo(dtype).eps * ref.abs().max() + more
-    error = (ours.double() - ref).abs().max()
-    if not error <= bar:  # also true for NaN
-        raise AssertionError(f"{name}: off by {float(error):.3g}, at most {float(bar):.3g} was expected")
 
 
 def same(name: str, ours: Tensor, ref: Tensor) -> None:
@@ -46,6 +45,7 @@ def randn(*shape: int, seed: int, device: str) -> Tensor:
 def attention_case(ranges: Any, dim: int, dtype: torch.dtype, backend: str, device: str) -> None:
     """Grouped heads, strided inputs, NaN in every key that no row may see, gradients through out and lse, twice."""
     from . import attention
+    from .ops.attention import cases
 
     allowed = ranges.dense()  # (B or 1, Sq or 1, Sk)
     batch, rows, keys = 2, ranges.bounds.shape[1] if ranges.bounds.shape[1] > 1 else 37, ranges.num_keys
@@ -54,7 +54,7 @@ def attention_case(ranges: Any, dim: int, dtype: torch.dtype, backend: str, devi
     dout = randn(batch, rows, 4, dim, seed=4, device=device).to(dtype)
     dlse = randn(batch, 4, rows, seed=5, device=device)
     seen = allowed.any(1)[..., None, None]  # (B or 1, Sk, 1, 1)
-    clean, poisoned = [torch.where(seen, x, 0) for x in (k, v)], [torch.where(seen, x, torch.nan) for x in (k, v)]
+    (k0, v0), poisoned = [torch.where(seen, x, 0) for x in (k, v)], [torch.where(seen, x, torch.nan) for x in (k, v)]
 
     def run(function: Callable[..., tuple[Tensor, Tensor]], to: torch.dtype, *inputs: Tensor) -> list[Tensor]:
         leaves = [x.detach().to(to).requires_grad_() for x in inputs]
@@ -67,22 +67,23 @@ def attention_case(ranges: Any, dim: int, dtype: torch.dtype, backend: str, devi
         return lambda q, k, v: attention(q, k, v, ranges, deterministic=deterministic, return_lse=True, backend=name)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
-        some = allowed.any(-1)[:, None, :, None]
-        scores = (q.transpose(1, 2) @ k.mT * dim**-0.5).masked_fill(~allowed[:, None], -torch.inf)
-        scores = torch.where(some, scores, 0)  # a row without keys: anything finite, taken out below
-        lse = torch.where(some[..., 0], scores.float().logsumexp(-1), -torch.inf)
-        return (torch.where(some, scores.softmax(-1), 0) @ v).transpose(1, 2), lse
+        return cases.plain(q, k, v, ranges, scale)
 
-    names = ("out", "lse", "dq", "dk", "dv")
-    got, simple = run(op(backend), dtype, q, *poisoned), run(plain, dtype, q, *clean)
-    faster = run(op(backend, deterministic=False), dtype, q, *poisoned)
-    for name, mine, other, plainly, ref in zip(
-        names, got, faster, simple, run(op("reference"), torch.float64, q, *clean)
+    scale = dim**-0.5
+    got, simple = run(op(backend), dtype, q, *poisoned), run(plain, dtype, q, k0, v0)
+    exact = run(op("reference"), torch.float64, q, k0, v0)
+    extra = attention_sums(q.double(), k0.double(), v0.double(), dout.double(), ranges, scale, dtype)
+    lse_limit = attention_lse_tolerance(q, k0, scale, exact[1])
+    for mode, results in (
+        ("", got),
+        (", deterministic=False", run(op(backend, deterministic=False), dtype, q, *poisoned)),
     ):
-        near(name, mine, plainly, ref, torch.float32 if name == "lse" else dtype)
-        near(f"{name}, deterministic=False", other, plainly, ref, torch.float32 if name == "lse" else dtype)
-    for name, first, second in zip(names, got, run(op(backend), dtype, q, *poisoned)):
+        for name, mine, plainly, ref in zip(("out", "lse", "dq", "dk", "dv"), results, simple, exact):
+            if name == "lse":
+                assert_close(mine, ref, ref, lse_limit, name + mode)  # plain torch keeps it in `dtype`
+            else:
+                assert_close(mine, plainly, ref, extra[name], name + mode)
+    for name, first, second in zip(("out", "lse", "dq", "dk", "dv"), got, run(op(backend), dtype, q, *poisoned)):
         same(f"{name}, second run", second, first)
 
 
@@ -125,33 +126,11 @@ LOSS_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def plain_loss(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    allowed: Tensor,
-    masked: Tensor,
-    reduction: str = "sum",
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    **_: Any,
-) -> Tensor:
-    """What a user would write, of the masked rows; float32 from the logits on."""
-    z = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
-    log_p = torch.where(allowed, z, -torch.inf).log_softmax(-1)
-    rows = -(1 - label_smoothing) * log_p.gather(1, targets[:, None])[:, 0]
-    rows = rows - label_smoothing * torch.where(allowed, log_p, 0).sum(1) / allowed.sum()
-    rows = (rows + z_loss * torch.where(allowed, z, -torch.inf).logsumexp(1) ** 2) * weight
-    if reduction == "none":
-        return rows.new_zeros(masked.shape).masked_scatter(masked, rows)
-    return rows.sum() / (weight.sum().clamp_min(1e-30) if reduction == "mean" else 1)
-
-
 def loss_case(
     fraction: float, options: dict[str, Any], from_logits: bool, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     from . import masked_loss, masked_loss_from_logits
+    from .ops.masked_loss import cases
 
     targets, masked, weight = loss_inputs(device, fraction)
     hidden, head = randn(3, 47, 64, seed=7, device=device), randn(1003, 64, seed=8, device=device) / 4
@@ -174,19 +153,19 @@ def loss_case(
         return lambda h, w, b: masked_loss(h, w, targets, masked, weight, head_bias=b, **keywords)
 
     def plain(*x: Tensor) -> Tensor:
-        logits = x[0][masked] if from_logits else torch.nn.functional.linear(x[0][masked], x[1], x[2])
-        allowed = torch.arange(1003, device=device) != 3
-        return plain_loss(logits, targets[masked], weight[masked], allowed, masked, **options)
+        terms = {name: value for name, value in options.items() if name not in ("max_masked", "memory_budget")}
+        if from_logits:
+            return cases.plain_from_logits(x[0][masked], targets, masked, weight, forbid=(3,), **terms)
+        return cases.plain(x[0], x[1], targets, masked, weight, x[2], forbid=(3,), **terms)
 
     targets[targets == 3] = 4
     names = ("loss", "dlogits") if from_logits else ("loss", "dhidden", "dhead", "dbias")
-    # p and 1 are rounded to float32 before they are subtracted; then come a row's scale and the other factor
     scale = torch.where(masked, weight, 0) * (upstream if options.get("reduction") == "none" else 1.7)
-    rounded = torch.finfo(torch.float32).eps * float(scale.norm())
-    factors = {"loss": 0.0, "dhidden": float(head.abs().max()), "dhead": float(hidden.abs().max())}
-    got = run(dtype, op(backend))
-    for name, mine, simple, ref in zip(names, got, run(dtype, plain), run(torch.float64, op("reference"))):
-        near(name, mine, simple, ref, torch.float32 if name == "loss" else dtype, factors.get(name, 1.0) * rounded)
+    kept = dtype if device == "cuda" and not from_logits else torch.float32
+    got, exact = run(dtype, op(backend)), run(torch.float64, op("reference"))
+    extra = masked_loss_rounding(exact[0], scale, float((hidden @ head.T).abs().max()), hidden, head, kept)
+    for name, mine, simple, ref in zip(names, got, run(dtype, plain), exact):
+        assert_close(mine, simple, ref, extra[name], name)
     for name, first, second in zip(names, got, run(dtype, op(backend))):
         same(f"{name}, second run", second, first)
 
@@ -237,11 +216,10 @@ def unmask_case(
     got, ref = run(backend), run("reference")
     for name, mine, theirs in zip(("tokens", "proposal", "committed", "remaining"), got, ref):
         same(name, mine, theirs)
-    # logits are exact; a sum of 517 float32 exponentials in another order is off by less than 517 roundings
     finite = ref[4].isfinite()
     same("confidence, infinite entries", got[4][~finite], ref[4][~finite])
-    bar = vocab * torch.finfo(torch.float32).eps * ref[4][finite].abs().clamp(min=1)
-    if not bool(((got[4] - ref[4])[finite].abs() <= bar).all()):
+    rtol, atol = unmask_confidence_tolerance(options.get("confidence", "probability"), vocab)
+    if not bool(((got[4] - ref[4])[finite].abs() <= rtol * ref[4][finite].abs() + atol).all()):
         raise AssertionError("confidence: differs by more than the rounding of its sum")
     same("tokens, second run", run(backend)[0], got[0])
 

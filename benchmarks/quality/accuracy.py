@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from illada.generation import GenerationConfig, generate
+from illada.decoding.config import GenerationConfig
+from illada.decoding.generate import generate
 from illada.model import Model
 
 from illada_kernels import EntropyBound, Factor, Threshold, TopK

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from illada.config import ModelConfig
-from illada.diffusion import sft
 from illada.model import Model
-from illada.optim import optimizers
+from illada.training.objectives import sft
+from illada.training.optim import optimizers
 from torch import Tensor
 
 # Ids 0 .. 9 are digits.

@@ -1,8 +1,8 @@
-"""Writes the floors and predictions of the GPU cases into docs/measurements.md, between its markers:
+"""Writes the floors and predictions of the GPU cases into docs/measurements/first_gpu_run.md, between its markers:
 
     python -m benchmarks.report.predictions
 
-A floor is the larger of flops over the matrix-product rate and bytes over the copy rate, both as such a card has shown
+A floor is the larger of flops over the matmul rate and bytes over the copy rate, both as such a card has shown
 them, not as its datasheet says. Predictions were made before anything ran, from the reasons given on that page.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from .. import run
 from ..floor import floor_ms as least_ms
 
-PAGE = Path(__file__).parents[2] / "docs" / "measurements.md"
+PAGE = Path(__file__).parents[2] / "docs" / "measurements" / "first_gpu_run.md"
 BEGIN, END = "<!-- floors: written by python -m benchmarks.report.predictions -->", "<!-- /floors -->"
 RATES = {"gemm": 780e12, "copy": 4.3e12}  # H200: an 8192-cubed bfloat16 product of random matrices, a large copy
 Range = tuple[float, float]
@@ -45,7 +45,7 @@ def floor_ms(facts: dict[str, Any]) -> float:
 
 
 def bound(facts: dict[str, Any]) -> str:
-    return "products" if facts["flops"] / RATES["gemm"] > facts["bytes"] / RATES["copy"] else "memory"
+    return "matmul" if facts["flops"] / RATES["gemm"] > facts["bytes"] / RATES["copy"] else "memory"
 
 
 def digits(ms: float) -> str:
@@ -91,7 +91,7 @@ def attention(named: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def loss(named: dict[str, dict[str, Any]]) -> list[str]:
-    lines = ["| masked_loss | products | floor, ms | cuda, triton |", "|---|---:|---:|---:|"]
+    lines = ["| masked_loss | matmuls | floor, ms | cuda, triton |", "|---|---:|---:|---:|"]
     for name, facts in named.items():
         kind = "minimum" if facts["minimum"] else "three products" if facts["products"] == 3 else "one product"
         guess = between(floor_ms(facts) * times for times in LOSS[kind])

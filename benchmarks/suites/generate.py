@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 from illada.config import ModelConfig
-from illada.generation import GenerationConfig, generate
+from illada.decoding.config import GenerationConfig
+from illada.decoding.generate import generate
 from illada.model import Model, apply_rope, rope_angles
 from torch import Tensor
 from torch.nn import functional as F

@@ -12,8 +12,8 @@ from functools import partial
 
 import torch
 from illada.config import ModelConfig
-from illada.diffusion import Example, block_diffusion, full_sequence
 from illada.model import Model, apply_rope, rope_angles
+from illada.training.objectives import Example, block_diffusion, full_sequence
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -1,6 +1,6 @@
 // What every CUDA kernel of this library uses: launch(), its dynamic shared memory, conversions, reductions over a warp
 // or a block, 16-byte loads and stores. Kernels hold no <<<>>>, no inline PTX and no static __shared__; so the same
-// text also compiles as C++ and runs on a CPU (docs/cuda_on_cpu.md), where <cuda_runtime.h> is the stand-in under
+// text also compiles as C++ and runs on a CPU (docs/concepts/cuda_on_cpu.md), where <cuda_runtime.h> is the stand-in under
 // tests/cuda_on_cpu/shim, which also declares the functions between the #ifdef below.
 #pragma once
 #include <cstddef>

@@ -13,10 +13,10 @@ _HOMES = {
     "ModelConfig": "config",
     "load": "checkpoint",
     "save": "checkpoint",
-    "GenerationConfig": "generation",
-    "Generation": "generation",
-    "fill": "generation",
-    "generate": "generation",
+    "GenerationConfig": "decoding.config",
+    "Generation": "decoding.generate",
+    "fill": "decoding.fill",
+    "generate": "decoding.generate",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "PromptError": "errors",
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .config import ModelConfig as ModelConfig
+    from .decoding.config import GenerationConfig as GenerationConfig
+    from .decoding.fill import fill as fill
+    from .decoding.generate import Generation as Generation
+    from .decoding.generate import generate as generate
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import PromptError as PromptError
-    from .generation import Generation as Generation
-    from .generation import GenerationConfig as GenerationConfig
-    from .generation import fill as fill
-    from .generation import generate as generate
     from .model import Model as Model
 
 

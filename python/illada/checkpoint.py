@@ -1,7 +1,7 @@
-"""Hugging Face checkpoint folders: config.json and safetensors, one file or shards with an index, in and out.
+"""Reads and writes Hugging Face folders: config.json and safetensors, one file or shards with an index.
 
-A folder is complete or refused: a missing, unexpected or wrongly shaped tensor is one error that lists them all. Saving
-is atomic: what was there stays loadable until the new weights are on disk, whatever happens before.
+A folder is complete or refused: missing, unexpected and wrongly shaped tensors are listed in one error. Saving is
+atomic: what was there stays loadable until the new weights are on disk.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LLAMA = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-_LLADA = {  # ff_proj is the gate; the blocks' ff_out is the down projection, the top one the head
+_LLADA = {  # ff_proj is the gate; a block's ff_out is the down projection, the top one the head
     "embed": "model.transformer.wte",
     "norm": "model.transformer.ln_f",
     "head": "model.transformer.ff_out",
@@ -75,7 +75,7 @@ _LLADA = {  # ff_proj is the gate; the blocks' ff_out is the down projection, th
 
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
-    """The tensors that a checkpoint of this configuration holds; together they cover every parameter once."""
+    """Yields the tensors that a checkpoint of this configuration holds; they cover every parameter once."""
     names = _LLADA if config.family == "llada" else _LLAMA
 
     def rows(key: str, parameter: str, start: int, count: int, *rest: int, suffix: str = "weight") -> Entry:
@@ -118,10 +118,31 @@ def _layer_entries(config: ModelConfig, rows: Callable[..., Entry]) -> Iterator[
 def load(
     path: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Model:
-    """The model in a Hugging Face folder, in evaluation mode; dtype None keeps that of the stored embedding.
+    """Returns the model in a Hugging Face folder, in evaluation mode.
 
-    Raises CheckpointIOError (an OSError) for what is not there or cannot be read, ConfigError for a config.json of
-    another kind of model, CheckpointError for tensors that are not exactly its own. Memory: the model and one tensor.
+    Parameters
+    ----------
+    path : str or path
+    device : torch.device or str
+    dtype : torch.dtype, optional
+        None: that of the stored embedding.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    CheckpointIOError
+        (an OSError) For files that are missing or cannot be read.
+    ConfigError
+        For a config.json of a model that is not supported.
+    CheckpointError
+        For tensors that are not exactly those of config.json.
+
+    Notes
+    -----
+    Memory: the model and one tensor.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -144,7 +165,7 @@ def load(
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The configuration in a checkpoint folder. Raises CheckpointIOError, CheckpointError or ConfigError."""
+    """Returns the configuration in a checkpoint folder. Raises CheckpointIOError, CheckpointError or ConfigError."""
     file = Path(path) / CONFIG
     return ModelConfig.from_hf(_read_json(file))
 
@@ -163,7 +184,7 @@ def _read_json(file: Path) -> Any:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files to read: those of the index if there is one, else the single file."""
+    """Returns the files to read: those of the index if there is one, else the single file."""
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
             raise CheckpointIOError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
@@ -186,7 +207,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape, data_offsets} of a safetensors file that is at least as long as it says."""
+    """Returns name -> {dtype, shape, data_offsets} of a safetensors file; raises CheckpointError if it is cut short."""
     try:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -211,7 +232,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _tied_head(config: ModelConfig) -> str:
-    """Tied checkpoints may hold the head as well: its name, or "" where the head is a tensor of its own."""
+    """Returns the name under which a tied checkpoint may hold the head as well, or "" where it is not tied."""
     if not config.tie_embeddings:
         return ""
     return (_LLADA if config.family == "llada" else _LLAMA)["head"] + ".weight"
@@ -272,10 +293,26 @@ def save(
 ) -> None:
     """Writes the model as a Hugging Face folder that `load` reads back; other files in it stay.
 
-    All weights are written under new names and flushed to disk, then one rename makes them the checkpoint: of the
-    single file, or of the index where there are several shards. If anything fails before, a full disk or a kill, the
-    previous checkpoint is what `load` finds. Raises CheckpointIOError if writing fails, CheckpointError if the folder
-    holds a model of another shape. Memory: one shard on the host.
+    Parameters
+    ----------
+    model : Model
+    path : str or path
+    dtype : torch.dtype, optional
+        Of the stored weights. None: the model's.
+    max_shard_bytes : int
+        Size of a file of weights.
+
+    Raises
+    ------
+    CheckpointIOError
+        If writing fails; the previous checkpoint then stays.
+    CheckpointError
+        If the folder holds a model of another shape.
+
+    Notes
+    -----
+    Weights are written under new names and flushed to disk; then one rename makes them the checkpoint, of the single
+    file, or of the index where there are several. Memory: one shard on the host.
     """
     folder = Path(path)
     written: list[Path] = []
@@ -294,7 +331,7 @@ def save(
 
 
 def _refuse_other_shape(folder: Path, config: ModelConfig) -> None:
-    """config.json is a file of its own: over a model of another shape, no order of renames would be atomic."""
+    """Raises CheckpointError over a model of another shape, because no order of renames would then be atomic."""
     if not (folder / CONFIG).exists():
         return
     try:
@@ -306,7 +343,7 @@ def _refuse_other_shape(folder: Path, config: ModelConfig) -> None:
 
 
 def _write(folder: Path, model: Model, dtype: torch.dtype | None, limit: int, written: list[Path]) -> None:
-    """`written` keeps the files that do not count yet."""
+    """Writes all files and makes them the checkpoint. `written` names those that are not part of it yet."""
     shards = list(_shards(model.config, dtype or model.dtype, limit))
     unique, parameters = uuid.uuid4().hex[:8], dict(model.named_parameters())
     names = [f"model-{unique}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -371,7 +408,7 @@ def _write_json(file: Path, value: Any) -> None:
 
 
 def _shards_there(folder: Path) -> set[Path]:
-    """What the index names, and what an interrupted save left."""
+    """Returns the shards that the index names and those that an interrupted save left."""
     shards = set(folder.glob("model-????????-?????-of-?????.safetensors"))
     try:
         return shards | set(_weight_files(folder)) - {folder / SINGLE}
@@ -380,7 +417,7 @@ def _shards_there(folder: Path) -> set[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Returns when the file, or the folder's list of names, is on disk."""
+    """Flushes a file, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

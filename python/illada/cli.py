@@ -1,5 +1,7 @@
-"""The `illada` command: train, generate, eval, bench, demo. Bad input ends with one line on stderr and exit code 2,
-Ctrl-C with 130."""
+"""The `illada` command: train, generate, eval, bench, demo.
+
+Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from .errors import CheckpointError, ConfigError, PromptError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Runs the command; returns its exit code."""
     options = parser().parse_args(arguments)
     try:
         _load_torch()
@@ -46,6 +48,7 @@ def _one_line(error: Exception) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
     top = argparse.ArgumentParser(
         prog="illada", description="Train a masked-diffusion language model and sample from it."
     )
@@ -75,8 +78,7 @@ _DEVICE = "default: cuda if there is one, else cpu"
 
 
 def _load_torch() -> None:
-    """Ctrl-C in the middle of this import comes out of it as any error at all, so until it is done it ends the
-    process."""
+    """Imports torch. Meanwhile Ctrl-C ends the process, because inside this import it may surface as any error."""
     if "torch" in sys.modules:
         return
 
@@ -92,7 +94,7 @@ def _load_torch() -> None:
 
 
 def _check_common(options: argparse.Namespace) -> None:
-    """Makes the device the one to use, and refuses one that cannot be used and a seed that torch cannot hold."""
+    """Chooses the device; raises ValueError for one that cannot be used, and for a seed that torch cannot hold."""
     import torch
 
     if "device" in options:
@@ -114,8 +116,7 @@ def _check_common(options: argparse.Namespace) -> None:
 
 
 def _train_parser(p: argparse.ArgumentParser) -> None:
-    """What describes the run has no default here, so that `--resume` can tell what was said and check that it has not
-    changed."""
+    """Adds train's options. Those of the run have no default, otherwise `--resume` could not tell what was said."""
     p.add_argument("--out", required=True, help="the run's folder: state, log, loss curve, model")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument(
@@ -161,7 +162,7 @@ _OBJECTIVE_OF = {"block": "block", "hole_fraction": "block", "weighting": "full"
 
 
 def _train(options: argparse.Namespace) -> int:
-    from . import runs
+    from .training import runs
 
     folder = Path(options.out)
     said = {k: v for k, v in vars(options).items() if k in _RUN or k in {f.name for f in _train_fields()}}
@@ -188,8 +189,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _run_training(run: Any, train_documents: Any, options: argparse.Namespace) -> int:
-    from . import runs
     from .live import ProgressBar
+    from .training import runs
 
     try:
         trainer = run.trainer(train_documents, options.device)
@@ -200,7 +201,7 @@ def _run_training(run: Any, train_documents: Any, options: argparse.Namespace) -
     if trainer.step:
         print(f"resumed at step {trainer.step}", file=sys.stderr)
     bar = ProgressBar()
-    with StopSignals() as stop:
+    with runs.StopSignals() as stop:
         complete = trainer.run(None if options.quiet else bar, options.save_every, should_stop=lambda: stop.number != 0)
     run.export(trainer.model)
     if len(trainer.losses):
@@ -218,31 +219,10 @@ def _run_training(run: Any, train_documents: Any, options: argparse.Namespace) -
     return 0
 
 
-class StopSignals:
-    """Within it SIGINT and SIGTERM are noted instead of raised: the step under way is finished and saved. A second
-    SIGINT raises."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, _: Any) -> None:
-        self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def _documents(data: str | None, objective: str) -> tuple[list[Any], list[Any]]:
-    from . import runs
-    from .data import DataError, read_corpus
+    from .errors import DataError
+    from .training import runs
+    from .training.data import read_corpus
 
     if objective == "sft":
         if data is None:
@@ -252,13 +232,13 @@ def _documents(data: str | None, objective: str) -> tuple[list[Any], list[Any]]:
 
 
 def _train_fields() -> tuple[Any, ...]:
-    from .train import TrainConfig
+    from .training.trainer import TrainConfig
 
     return dataclasses.fields(TrainConfig)
 
 
 def _train_config(said: dict[str, Any]) -> Any:
-    from .train import TrainConfig
+    from .training.trainer import TrainConfig
 
     values = {k: v for k, v in said.items() if k not in _RUN}
     values.setdefault("objective", "full")
@@ -277,7 +257,7 @@ def _train_config(said: dict[str, Any]) -> Any:
 
 
 def _check_unchanged(run: Any, said: dict[str, Any]) -> None:
-    """What a run's tokenizer and preset were called is not kept: they cannot be said again."""
+    """Raises ValueError for settings that differ from the run's; tokenizer and preset cannot be given again at all."""
     before = {**dataclasses.asdict(run.train_config), "data": run.data, "block": run.model_config.causal_block}
     changed = [f"--{k.replace('_', '-')} {v}" for k, v in said.items() if k not in before or before[k] != v]
     if changed:
@@ -308,9 +288,9 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> int:
     from illada_kernels import Threshold
 
-    from . import runs
-    from .generation import GenerationConfig, generate
+    from .decoding.generate import GenerationConfig, generate
     from .live import LiveText
+    from .training import runs
 
     if not options.prompt:
         raise PromptError("prompt: it is empty; give at least one character, for example --prompt 'def '")
@@ -346,9 +326,9 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from . import runs
-    from .data import ngram_bits
-    from .evaluate import bound, first_bytes
+    from .training import runs
+    from .training.data import ngram_bits
+    from .training.evaluate import bound, first_bytes
 
     train_documents, held_out = runs.documents(options.data)
     held_out = first_bytes(held_out, options.max_bytes)
@@ -370,7 +350,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .optable import table
+    from .bench import table
 
     print(table(options.device))
     return 0

@@ -13,12 +13,38 @@ FAMILIES = ("illada", "llada", "dream", "sdar", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One transformer: RMSNorm, grouped-query attention with RoPE, SwiGLU. An id of -1: the model has no such token.
+    """The shape of a transformer with RMSNorm, grouped-query attention, RoPE and SwiGLU.
 
-    `family` names the checkpoint's tensors. `causal_block` is what a token sees: 0 everything, n all blocks of n tokens
-    up to its own (SDAR), 1 itself and what came before (autoregressive). `shifted_logits`: row i predicts token i + 1
-    (Dream, autoregressive models). `rope_in_fp32`: queries and keys are rotated in float32 (LLaDA), otherwise in their
-    own dtype by angles computed in float32. `init_std` is that of fresh weights.
+    Parameters
+    ----------
+    dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, vocab_size : int
+    rope_theta : float
+    rope_in_fp32 : bool
+        Rotate queries and keys in float32 (LLaDA), otherwise in their own dtype. Angles are always float32.
+    norm_eps : float
+    tie_embeddings, qkv_bias, qk_norm : bool
+    max_seq_len : int
+    mask_id, eos_id, pad_id : int
+        -1: the model has no such token.
+    shifted_logits : bool
+        Row i predicts token i + 1 (Dream, autoregressive models).
+    causal_block : int
+        What a token sees: 0 everything; n all blocks of n tokens up to its own (SDAR); 1 itself and what came before.
+    family : str
+        One of `FAMILIES`; names the checkpoint's tensors.
+    init_std : float
+        Standard deviation of fresh weights.
+
+    Raises
+    ------
+    ConfigError
+        For values that contradict each other.
+
+    Examples
+    --------
+    >>> from illada import ModelConfig
+    >>> ModelConfig.preset("LLaDA-8B").num_parameters
+    8015581184
     """
 
     dim: int
@@ -69,7 +95,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
-        """A published model's configuration, fields replaced: `ModelConfig.preset("iLLaDA-8B", n_layers=2)`."""
+        """Returns a published model's configuration with fields replaced: `preset("iLLaDA-8B", n_layers=2)`."""
         by_name = {known.lower(): config for known, config in PRESETS.items()}
         if name.lower() not in by_name:
             raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
@@ -77,6 +103,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
+        """Number of weights."""
         attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         bias = self.head_dim * (self.n_heads + 2 * self.n_kv_heads) * self.qkv_bias
         layer = attention + bias + 2 * self.head_dim * self.qk_norm + 3 * self.dim * self.ffn_dim + 2 * self.dim
@@ -84,7 +111,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> ModelConfig:
-        """From a parsed config.json. Raises ConfigError for a model type or a setting that is not supported."""
+        """Reads a parsed config.json. Raises ConfigError for a model type or a setting that is not supported."""
         if not isinstance(hf, dict):
             raise ConfigError(f"config.json: expected an object, got {type(hf).__name__}")
         family = _family(hf)
@@ -96,14 +123,14 @@ class ModelConfig:
         return cls(**{name: _plain(value) for name, value in fields.items()})
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that `from_hf` reads back to an equal configuration."""
+        """Returns a config.json that `from_hf` reads back to an equal configuration."""
         write = _write_llada if self.family == "llada" else _write_llama
         ids = {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("mask", "eos", "pad")}
         own = {name: getattr(self, name) for name in ("rope_in_fp32", "shifted_logits", "causal_block")}
         return {**write(self), **{name: None if value < 0 else value for name, value in ids.items()}, **own}
 
 
-# What a family's config.json leaves unsaid, by its published code.
+# Defaults of a family's published code for what its config.json leaves out.
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "illada": {"tie_embeddings": True, "mask_id": 5, "max_seq_len": 8192},
     "llada": {"rope_in_fp32": True, "mask_id": 126336, "max_seq_len": 4096},
@@ -150,7 +177,7 @@ def _own(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ids(hf: dict[str, Any]) -> dict[str, Any]:
-    """The ids that config.json states; the mask's may be left to the family's default."""
+    """Returns the ids that config.json states; mask_id may be left to the family's default."""
     ids = {f"{name}_id": _id(hf, name) for name in ("eos", "pad")}
     return ids if "mask_token_id" not in hf else {**ids, "mask_id": _id(hf, "mask")}
 
@@ -354,7 +381,7 @@ PRESETS = {
         pad_id=151643,
         family="qwen2",
     ),
-    # What three minutes on two cores train best (docs/measurements.md, "Demo training"); the ids are those of bytes.
+    # What three minutes on two cores train best (docs/measurements/model.md, "Demo training"). Ids are those of bytes.
     "demo": ModelConfig(
         dim=128,
         n_layers=3,

@@ -1,5 +1,4 @@
-"""`illada demo`: three minutes in which a small model learns Python from Python's own sources, then writes, and fills
-a hole."""
+"""`illada demo`: a small model learns Python from Python's own sources, then writes, and fills a hole."""
 
 from __future__ import annotations
 
@@ -10,19 +9,19 @@ from pathlib import Path
 
 import torch
 
-from . import runs
-from .data import ngram_bits
-from .evaluate import bound
-from .generation import GenerationConfig, generate
-from .holes import fill_hole
+from .bench import table
+from .decoding.fill import fill_hole
+from .decoding.generate import GenerationConfig, generate
 from .live import LiveText, ProgressBar
 from .model import Model
-from .optable import table
-from .state import replace_file
 from .tokenizer import Tokenizer
-from .train import TrainConfig
+from .training import runs
+from .training.data import ngram_bits
+from .training.evaluate import bound
+from .training.state import replace_file
+from .training.trainer import TrainConfig
 
-# Chosen by measurement: docs/measurements.md, "Demo training".
+# Chosen by measurement: docs/measurements/model.md, "Demo training".
 SECONDS = 170.0
 TOKENIZER = "bpe:16384"
 BLOCK = 4
@@ -45,8 +44,10 @@ HOLE = (
 
 
 def demo(out: Path, data: str | None = None, seconds: float | None = None) -> int:
-    """Trains, evaluates, generates, fills, times; writes out/loss.png and out/demo.json. The run stays in
-    out/runs/demo."""
+    """Trains, evaluates, generates, fills and times; returns the exit code.
+
+    Writes out/loss.png and out/demo.json; the run stays in out/runs/demo.
+    """
     begun = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     folder = out / "runs" / "demo"
@@ -64,9 +65,7 @@ def demo(out: Path, data: str | None = None, seconds: float | None = None) -> in
         f"{model.config.dim}; "
         f"tokens of {size / len(trainer.source.stream):.1f} bytes on average; {torch.get_num_threads()} threads"  # type: ignore[attr-defined]
     )
-    from .cli import StopSignals
-
-    with StopSignals() as stop:
+    with runs.StopSignals() as stop:
         complete = trainer.run(ProgressBar(), should_stop=lambda: stop.number != 0)
     run.export(model)
     if not complete:
@@ -119,7 +118,7 @@ def write(model: Model, tokenizer: Tokenizer, prompt: str = PROMPT, count: int =
 
 
 def fill(model: Model, tokenizer: Tokenizer) -> str:
-    """Fills the hole in HOLE, live; returns what it put there."""
+    """Fills the hole in HOLE, live; returns the text of the hole."""
     before, hole, after = (tokenizer.encode(part.encode()).tolist() for part in HOLE)
     live = LiveText(tokenizer, len(before) + len(after), delay=0.1)
     live.show([*before, *[tokenizer.mask_id] * len(hole), *after])

@@ -1,19 +1,23 @@
-"""The model's own errors: each is a ValueError or OSError too, and says what came, what was expected, what to do."""
+"""The package's errors. Each is a ValueError or OSError too; its message says what was expected and what came."""
 
 from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A model configuration that contradicts itself, or that this model cannot run."""
+    """Raised for a model configuration that contradicts itself or that `Model` cannot run."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint whose files or tensors are not what its configuration says."""
+    """Raised for a checkpoint whose files or tensors are not what its configuration says."""
 
 
 class CheckpointIOError(CheckpointError, OSError):
-    """A checkpoint that cannot be found, read or written."""
+    """Raised for a checkpoint that cannot be found, read or written."""
+
+
+class DataError(ValueError):
+    """Raised for a corpus or a tokenizer that cannot be used."""
 
 
 class PromptError(ValueError):
-    """A prompt, or a generation setting, that cannot be run with this model."""
+    """Raised for a prompt or a generation setting that cannot be run with this model."""

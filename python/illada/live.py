@@ -1,5 +1,4 @@
-"""What a terminal shows: a progress bar, and text in which masks turn into tokens. Plain lines where it is no
-terminal."""
+"""A progress bar, and text in which masks turn into tokens; plain lines where the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -9,9 +8,9 @@ import time
 from collections import deque
 from typing import TextIO
 
-from .generation import Step
+from .decoding.generate import Step
 from .tokenizer import Tokenizer
-from .train import Progress
+from .training.trainer import Progress
 
 MASK = "░"
 _CLEAR_LINE, _UP, _CLEAR_BELOW = "\r\x1b[2K", "\x1b[{}A", "\x1b[J"
@@ -19,14 +18,15 @@ _BRIGHT, _DIM, _OFF = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
 def duration(seconds: float) -> str:
+    """Returns minutes:seconds."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     return f"{minutes}:{rest:02d}"
 
 
 class ProgressBar:
-    """`bar(progress)` after every step: share done, loss (mean of the last 50), tokens/s, time left.
+    """Shows after every step: share done, loss (mean of the last 50), tokens/s, time left.
 
-    A terminal has one line rewritten ten times a second; anything else gets a line at each tenth of the run.
+    Rewrites one line of a terminal ten times a second; prints a line at each tenth of the run elsewhere.
     """
 
     def __init__(self, out: TextIO | None = None, width: int = 28):
@@ -61,16 +61,16 @@ class ProgressBar:
         return f"{now.done:4.0%}  step {now.step}  loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left"
 
     def close(self) -> None:
+        """Ends the line of a bar that did not reach its end."""
         if self.live and self.shown_at >= 0:
             self.out.write("\n")
 
 
 class LiveText:
-    """`live(step)` as `generate`'s callback, or `show(tokens)`: the first sequence, masks as ░, what has just
-    appeared in green.
+    """Shows the first sequence: masks as ░, new tokens in green. It is `generate`'s callback, or call `show(tokens)`.
 
-    Not a terminal: one line a block, when the number of masks left has fallen by a quarter, and `finish` prints the
-    whole."""
+    Where the output is not a terminal, prints a line whenever another quarter of the masks is filled.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_length: int = 0, out: TextIO | None = None, delay: float = 0.0):
         self.tokenizer, self.prompt_length, self.delay = tokenizer, prompt_length, delay
@@ -84,6 +84,7 @@ class LiveText:
         self.show(step.tokens[0].tolist()[first:])
 
     def show(self, tokens: list[int]) -> None:
+        """Shows the sequence as it is now."""
         if not self.live:
             self._plain(tokens)
         else:
@@ -92,7 +93,7 @@ class LiveText:
         self.before = tokens
 
     def finish(self, tokens: list[int]) -> None:
-        """The text as it is in the end, without marks."""
+        """Prints the final text, without marks."""
         if self.live:
             self._erase()
         self.out.write(self.tokenizer.decode(tokens) + "\n")
@@ -106,7 +107,7 @@ class LiveText:
             print(f"{left:4d} masks left  {text[-160:]}", file=self.out, flush=True)
 
     def _pieces(self, tokens: list[int], plain: bool) -> str:
-        """Tokens of one kind (old, new, mask) are decoded together, so that characters of several bytes survive."""
+        """Returns the text. Tokens of one kind (old, new, mask) are decoded together because characters span tokens."""
         out: list[str] = []
         run: list[int] = []
         kind = ""
@@ -132,7 +133,7 @@ class LiveText:
         rows = shutil.get_terminal_size().lines
         lines = self._pieces(tokens, plain=False).replace("\t", "    ").split("\n")[-(rows - 2) :]
         self._erase()
-        # Long lines would wrap, and then the cursor could not find its way back: wrapping is switched off meanwhile.
+        # No wrapping meanwhile, because the cursor could not find its way back over wrapped lines.
         self.out.write("\x1b[?7l" + "\n".join(lines) + "\x1b[?7h")
         self.lines = len(lines) - 1
         self.out.flush()

@@ -1,4 +1,4 @@
-"""The thin model: tokens in, hidden rows out. The head belongs to the ops: give them these and `model.head_weight`."""
+"""The thin model: tokens in, hidden rows out. The ops multiply them with `model.head_weight`, the LM head."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 import illada_kernels
 from illada_kernels import KeyRanges
 
-from .cache import CacheWindow
 from .config import ModelConfig
+from .decoding.cache import CacheWindow
 
 Rope = tuple[Tensor, Tensor]  # cos and sin
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, then times the weight."""
+    """Computes x / sqrt(mean(x^2) + eps) in float32, rounds to x's dtype, then multiplies with the weight."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
-    """cos and sin of position * theta**(-2i / head_dim): (B or 1, S, 1, head_dim / 2), computed in at least float32."""
+    """Returns cos and sin of position * theta**(-2i / head_dim), (B or 1, S, 1, head_dim / 2), from float32 angles."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     pair = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact)
     angle = positions[..., None, None].to(exact) * config.rope_theta ** (-pair / config.head_dim)
@@ -39,18 +39,18 @@ def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> R
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[i], x[i + head_dim / 2]) of x (B, S, H, head_dim), in the dtype of cos; returns x's dtype."""
+    """Rotates the pairs (x[i], x[i + head_dim / 2]) of x (B, S, H, head_dim) in the dtype of cos; returns x's dtype."""
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-class Block(nn.Module):
-    """h + attention(norm(h)), then h + SwiGLU(norm(h)). One product makes q, k and v; one gate and up."""
+class Layer(nn.Module):
+    """Computes h + attention(norm(h)), then h + SwiGLU(norm(h)). One GEMM gives q, k and v; one gives gate and up."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
+        self.heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)  # of q, k and v
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.qkv_proj = nn.Linear(c.dim, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
@@ -61,29 +61,48 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(c.ffn_dim, c.dim, bias=False)
 
     def forward(
-        self, h: Tensor, rope: Rope, key_ranges: KeyRanges | None, layer: int, cache: CacheWindow | None
+        self, h: Tensor, rope: Rope, key_ranges: KeyRanges | None, index: int, cache: CacheWindow | None
     ) -> Tensor:
-        h = h + self.o_proj(self.attend(self.attn_norm(h), rope, key_ranges, layer, cache))
+        """Returns the next hidden rows (B, S, dim); `index` is this layer's place in the cache."""
+        h = h + self.o_proj(self.attend(self.attn_norm(h), rope, key_ranges, index, cache))
         gate, up = self.gate_up_proj(self.ffn_norm(h)).chunk(2, dim=-1)
         return h + self.down_proj(F.silu(gate) * up)
 
     def attend(
-        self, x: Tensor, rope: Rope, key_ranges: KeyRanges | None, layer: int, cache: CacheWindow | None
+        self, x: Tensor, rope: Rope, key_ranges: KeyRanges | None, index: int, cache: CacheWindow | None
     ) -> Tensor:
+        """Returns the heads' outputs side by side, (B, S, n_heads * head_dim)."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim)).split(self.heads, dim=2)  # (B, S, H, D)
         q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = rope if self.config.rope_in_fp32 else (rope[0].to(q.dtype), rope[1].to(q.dtype))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(layer, k, v)
+            k, v = cache.update(index, k, v)
         return illada_kernels.attention(q, k, v, key_ranges).flatten(2)
 
 
 class Model(nn.Module):
-    """`Model(config)(tokens)` -> hidden rows; row i is the one whose product with `head_weight` predicts token i.
+    """A transformer that returns hidden rows; row i times `head_weight` gives the logits of token i.
 
+    Parameters
+    ----------
+    config : ModelConfig
+    device : torch.device or str, optional
+        "meta" allocates nothing.
+    dtype : torch.dtype, optional
+
+    Notes
+    -----
     Weights are drawn from torch's global generator: normal(init_std), projections back into the residual stream divided
-    by sqrt(2 * n_layers), the embedding with standard deviation sqrt(1 / (2 * dim)). `device="meta"`: no storage.
+    by sqrt(2 * n_layers), the embedding with standard deviation sqrt(1 / (2 * dim)).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada import Model, ModelConfig
+    >>> model = Model(ModelConfig.preset("demo", n_layers=1))
+    >>> model(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 128])
     """
 
     def __init__(
@@ -93,7 +112,7 @@ class Model(nn.Module):
         self.config = config
         with torch.device("meta"):
             self.embed = nn.Embedding(config.vocab_size, config.dim)
-            self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+            self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.norm_eps)
             self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         if dtype is not None:
@@ -104,6 +123,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
+        """Draws all weights afresh."""
         std, into_residual = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
             if name == "embed.weight":
@@ -117,15 +137,17 @@ class Model(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(vocab_size, dim), what `masked_loss` and `unmask` multiply hidden rows with."""
+        """The LM head (vocab_size, dim), an argument of `masked_loss` and `unmask`."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.embed.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return self.embed.weight.dtype
 
     def forward(
@@ -135,14 +157,32 @@ class Model(nn.Module):
         positions: Tensor | None = None,
         cache: CacheWindow | None = None,
     ) -> Tensor:
-        """Hidden rows (B, S, dim) of tokens (B, S) int64.
+        """Returns hidden rows.
 
-        key_ranges: who sees whom; None is what the model was made for (config.causal_block). positions: (S,), (B, S) or
-        (1, S) int64, counted from each sequence's start; None counts columns, with a cache slots. cache: keys and
-        values of this window are written into it, and queries see its first `num_keys` slots, so key_ranges must then
-        be given. With `shifted_logits` the rows come out shifted, row i from token i - 1; a row at position 0, and a
-        window's first row, which has no predecessor here, stay as they are. Raises ValueError for a wrong shape. Never
-        synchronises.
+        Parameters
+        ----------
+        tokens : int64 (B, S)
+        key_ranges : KeyRanges, optional
+            Which keys a query sees. None: what `config.causal_block` says.
+        positions : int64 (S,), (1, S) or (B, S), optional
+            Counted from each sequence's start. None: columns, with a cache its slots.
+        cache : CacheWindow, optional
+            Keys and values of this window are written there, and queries see its first `num_keys` slots. `key_ranges`
+            must then be given.
+
+        Returns
+        -------
+        Tensor (B, S, dim)
+
+        Raises
+        ------
+        ValueError
+            For a wrong dtype or shape, or a cache without key_ranges.
+
+        Notes
+        -----
+        With `shifted_logits` rows come out shifted: row i comes from token i - 1. A row at position 0, and a window's
+        first row, which has no predecessor here, stay as they are. Never synchronises with the host.
         """
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens: expected int64 (B, S), got {tokens.dtype} of shape {tuple(tokens.shape)}")
@@ -156,8 +196,8 @@ class Model(nn.Module):
             key_ranges = self._own_ranges(tokens, cache)
         h = self.embed(tokens)
         rope = rope_angles(self.config, positions, h.dtype)
-        for layer, block in enumerate(self.layers):
-            h = block(h, rope, key_ranges, layer, cache)
+        for index, layer in enumerate(self.layers):
+            h = layer(h, rope, key_ranges, index, cache)
         h = self.norm(h)
         return _shift(h, positions) if self.config.shifted_logits else h
 

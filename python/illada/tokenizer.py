@@ -1,5 +1,7 @@
-"""Three tokenizers with one face: bytes (built in), byte pairs learned from the training text, and any `tokenizers`
-JSON file."""
+"""Three tokenizers with one face: bytes, byte pairs learned from the training text, any `tokenizers` JSON file.
+
+Ids of the first two: 0 .. 255 bytes, 256 the mask, 257 the end of a text, 258 padding, merges from 259 on.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,26 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .data import EOS_ID, FIRST_MERGE, MASK_ID, PAD_ID, DataError, Document
+from .errors import DataError
+
+if TYPE_CHECKING:
+    from .training.data import Document
 
 FILE = "illada_tokenizer.json"
+MASK_ID, EOS_ID, PAD_ID, FIRST_MERGE = 256, 257, 258, 259
 
-# What a learned token may span: a run of line breaks with the indentation that follows, a word, a run of signs (each
-# with one space before it), or other white space. Code has few long words, so indentation and ` =` being one token
-# each pays most.
+# A learned token stays within one piece: line breaks and the indentation after them, a word, a run of signs (with or
+# without one space before it), or other white space. In code, one token for indentation and for ` =` saves most.
 _PIECE = re.compile(rb"\s*\n[ \t]*| ?[A-Za-z0-9_]+| ?[^\sA-Za-z0-9_]+|\s+")
 
 
 class Tokenizer(Protocol):
+    """Bytes to ids and back."""
+
     mask_id: int
     eos_id: int
     pad_id: int
@@ -33,17 +40,17 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids, int64, without special ones."""
+        """Returns token ids, int64, without special ones."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; special ids give nothing, broken UTF-8 gives U+FFFD."""
+        """Returns the text; special ids give nothing, broken UTF-8 gives U+FFFD."""
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads back."""
+        """Returns what `from_json` reads back."""
 
 
 class ByteTokenizer:
-    """Byte-level, with merges if any were learned: id 259 + i stands for the bytes of the two ids in merges[i]."""
+    """Bytes, with learned merges if any: id 259 + i stands for the bytes of the two ids in merges[i]."""
 
     mask_id, eos_id, pad_id = MASK_ID, EOS_ID, PAD_ID
 
@@ -63,10 +70,11 @@ class ByteTokenizer:
 
     @classmethod
     def learn(cls, documents: Sequence[Document], vocab_size: int, sample_bytes: int = 4_000_000) -> ByteTokenizer:
-        """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) on evenly spaced documents up to `sample_bytes`.
+        """Learns byte-pair encoding (Sennrich et al., arXiv 1508.07909) from evenly spaced documents.
 
-        Each round joins the most frequent neighbouring pair (ties to the lower ids). A few seconds for 4 MB and 2048
-        ids."""
+        Each round joins the most frequent pair of neighbours, ties to the lower ids. Takes a few seconds for 4 MB of
+        code and 2048 ids.
+        """
         total = sum(len(d.content) for d in documents)
         stride = max(1, round(total / sample_bytes))
         counts: Counter[bytes] = Counter()
@@ -114,7 +122,7 @@ def _learn_merges(counts: Counter[bytes], rounds: int) -> list[tuple[int, int]]:
     merges: list[tuple[int, int]] = []
     while heap and len(merges) < rounds:
         count, pair = heapq.heappop(heap)
-        if pairs[pair] != -count:  # changed since it was pushed: another entry holds the true count
+        if pairs[pair] != -count:  # stale, because another entry holds the new count
             continue
         if -count < 2:
             break
@@ -149,7 +157,11 @@ def _replace(ids: list[int], pair: tuple[int, int], joined: int) -> list[int]:
 
 
 class JsonTokenizer:
-    """A `tokenizers` JSON file (tokenizer.json of Hugging Face models). Special ids come from the model it serves."""
+    """A `tokenizers` JSON file, as Hugging Face models have in tokenizer.json.
+
+    Special ids given as -1 are looked up by their usual names; one that the file does not name gets a row of its own
+    behind the vocab.
+    """
 
     def __init__(self, text: str, mask_id: int = -1, eos_id: int = -1, pad_id: int = -1):
         try:
@@ -174,7 +186,6 @@ class JsonTokenizer:
             i if i >= 0 else next(filter(lambda x: x is not None, map(self.inner.token_to_id, n)), None)
             for i, n in zip(given, named)
         ]
-        # What the file does not name gets a row of its own behind the vocabulary.
         for index, value in enumerate(found):
             if value is None:
                 found[index], size = size, size + 1
@@ -198,7 +209,7 @@ class JsonTokenizer:
 
 
 def from_json(saved: Any) -> Tokenizer:
-    """The inverse of `to_json`. Raises DataError for anything else."""
+    """Returns the tokenizer of which `to_json` made `saved`; raises DataError for anything else."""
     kind = saved.get("kind") if isinstance(saved, dict) else None
     try:
         if kind == "bytes":
@@ -210,9 +221,20 @@ def from_json(saved: Any) -> Tokenizer:
     raise DataError(f"tokenizer: expected kind 'bytes' or 'tokenizers', got {kind!r}")
 
 
+def stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
+    """Returns all documents' tokens end to end, int64, each followed by the end-of-text id."""
+    pieces = []
+    for document in documents:
+        pieces += [tokenizer.encode(document.content), np.array([tokenizer.eos_id])]
+    return np.concatenate(pieces)
+
+
 def make_tokenizer(spec: str, documents: Sequence[Document]) -> Tokenizer:
-    """spec: "bytes", "bpe:N" (byte pairs learned from `documents` up to N ids), or the path of a tokenizers JSON
-    file."""
+    """Returns the tokenizer that `spec` names.
+
+    spec is "bytes", "bpe:N" (byte pairs learned from `documents`, N ids in all), or the path of a tokenizers JSON file.
+    Raises DataError for anything else.
+    """
     if spec == "bytes":
         return ByteTokenizer()
     if spec.startswith("bpe:"):
@@ -224,8 +246,7 @@ def make_tokenizer(spec: str, documents: Sequence[Document]) -> Tokenizer:
 
 
 def load_tokenizer(folder: Path, vocab_size: int, mask_id: int, eos_id: int, pad_id: int) -> Tokenizer:
-    """The tokenizer beside a checkpoint: ours, else tokenizer.json of Hugging Face, else plain bytes if the
-    vocabulary fits."""
+    """Returns the tokenizer beside a checkpoint: our file, else tokenizer.json, else bytes if the vocab has 259 ids."""
     if (folder / FILE).exists():
         try:
             return from_json(json.loads(_read(folder / FILE, "a tokenizer")))

@@ -5,7 +5,7 @@
     lib.run("illada_masked_loss_rows", x, y, rows, ctypes.c_float(1.0), None, seed=3)   # raises KernelFault
     x.tensor                                              # what the kernel left there
 
-docs/cuda_on_cpu.md explains the rest.
+docs/concepts/cuda_on_cpu.md explains the rest.
 """
 
 from __future__ import annotations

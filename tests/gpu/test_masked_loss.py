@@ -12,6 +12,7 @@ from torch import Tensor
 
 from illada_kernels import masked_loss
 from illada_kernels.ops.masked_loss import cases, gpu, op, reference
+from illada_kernels.testing import assert_close, masked_loss_rounding
 
 GPU_BACKENDS = [b for b in op.BACKENDS if b.name in op.GPU]
 REASONS = {b.name: "no CUDA GPU" if not torch.cuda.is_available() else b.available() for b in GPU_BACKENDS}
@@ -65,13 +66,9 @@ def check_against_float64(args: Inputs, backend: str, z: Tensor, **options: Any)
     z_error = (z.double().cpu() - up[0][beside[1]] @ up[1].T).abs().amax(1)
     most = 2 * (2 * z_error * beside[2][beside[1]]).sum() + torch.finfo(torch.float32).eps * exact[0].abs()
     assert (ours[0] - exact[0]).abs() <= most
-    eps = torch.finfo(torch.float32).eps
-    if head.dtype != torch.float32:  # logits and their gradients are kept in it
-        eps += torch.finfo(head.dtype).eps / 2 * (1 + float(z.abs().max()) / 2)
-    rounded = eps * float(beside[2][beside[1]].norm())
-    for mine, theirs, right, factor in zip(ours[1:], peer[1:], exact[1:], (head.abs().max(), hidden.abs().max())):
-        most = cases.bar(theirs, right) + rounded * float(factor)
-        assert (mine.double() - right).abs().max() <= most
+    extra = masked_loss_rounding(exact[0], beside[2][beside[1]], float(z.abs().max()), hidden, head, head.dtype)
+    for mine, theirs, right, name in zip(ours[1:], peer[1:], exact[1:], ("dhidden", "dhead")):
+        assert_close(mine, theirs, right, extra[name], name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

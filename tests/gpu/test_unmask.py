@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import illada_kernels as ik
-from illada_kernels.ops.unmask import BACKENDS, cases, cuda, gpu
+from illada_kernels.ops.unmask import BACKENDS, cuda, gpu
+from illada_kernels.testing import unmask_confidence_tolerance
 
 GPU_BACKENDS = [b for b in BACKENDS if b.devices == ("cuda",)]
 reasons = {b.name: b.available() for b in GPU_BACKENDS} if torch.cuda.is_available() else {}
@@ -46,8 +47,7 @@ def step(backend: str, inputs: tuple[Tensor, ...], tokens: Tensor, *args: Any, *
 def assert_same(got: Any, want: Any, vocabulary: int, by_entropy: bool) -> None:
     (got, got_tokens), (want, want_tokens) = got, want
     assert torch.equal(got.proposal, want.proposal)
-    rtol = 0.0 if by_entropy else cases.probability_tolerance()
-    atol = cases.entropy_tolerance(vocabulary) if by_entropy else 4 * cases.EPS
+    rtol, atol = unmask_confidence_tolerance("neg_entropy" if by_entropy else "probability", vocabulary)
     torch.testing.assert_close(got.confidence, want.confidence, rtol=rtol, atol=atol)
     assert torch.equal(got.committed, want.committed) and torch.equal(got.remaining, want.remaining)
     assert torch.equal(got_tokens, want_tokens)

@@ -10,6 +10,7 @@ from torch import Tensor
 from illada_kernels import KeyRanges, attention
 from illada_kernels.ops.attention import cases
 from illada_kernels.ops.attention.op import BACKENDS
+from illada_kernels.testing import attention_lse_tolerance, attention_sums, one_precision_up, tolerance
 
 # every backend that can run on a CPU here; each property is asserted of each
 NAMES = [b.name for b in BACKENDS if (b.devices is None or "cpu" in b.devices) and b.available() is None]
@@ -62,20 +63,20 @@ def run_plain(dtype, q, k, v, dout, dlse, ranges: KeyRanges | None = None, scale
 def assert_close(ours: Result, q, k, v, dout, dlse, ranges=None, scale=None) -> None:
     """The numerics bar for out and every gradient, a derived bound for lse, exact zeros in rows without keys."""
     inputs, dtype = (q, k, v, dout, dlse, ranges, scale), q.dtype
-    up = cases.one_precision_up(dtype)
+    up = one_precision_up(dtype)
     exact, same = run_plain(up, *inputs), run_plain(dtype, *inputs)
     number = q.shape[3] ** -0.5 if scale is None else scale
-    floors = cases.float32_sums(*(x.to(up) for x in (q, k, v, dout)), ranges, number, dtype)
+    floors = attention_sums(*(x.to(up) for x in (q, k, v, dout)), ranges, number, dtype)
     for name, floor in floors.items():
         value, right = getattr(ours, name), getattr(exact, name)
         assert value.dtype == dtype and value.shape == right.shape, name
         error = (value.to(up) - right).abs().max().item() if right.numel() else 0.0
-        limit = cases.bar(getattr(same, name), right) + floor
+        limit = tolerance(getattr(same, name), right) + floor
         assert error <= limit, f"{name}: error {error:.3g}, limit {limit:.3g}"
     empty = exact.lse == -torch.inf
     assert torch.equal(ours.lse == -torch.inf, empty)
     finite = torch.where(empty, 0, ours.lse.to(up)) - torch.where(empty, 0, exact.lse)
-    limit = cases.lse_bar(q, k, number, exact.lse)
+    limit = attention_lse_tolerance(q, k, number, exact.lse)
     assert finite.numel() == 0 or finite.abs().max().item() <= limit, (
         f"lse: {finite.abs().max():.3g}, limit {limit:.3g}"
     )

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("illada_kernels", "python", "csrc", "benchmarks", "tests", "docs", ".ci")
-FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "LICENSE", "CHANGELOG.md")
+SOURCES = ("illada_kernels", "python", "csrc", "benchmarks", "tests", "docs", ".ci", ".github")
+FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "mkdocs.yml", "LICENSE", "CITATION.cff")
+FILES += ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
 def alone(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 from illada_kernels import masked_loss
 from illada_kernels._dispatch import extension_reason
 from illada_kernels.ops.masked_loss import cases, head, reference
+from illada_kernels.testing import assert_close, masked_loss_rounding
 
 needs_extension = pytest.mark.skipif(extension_reason() is not None, reason=str(extension_reason()))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
@@ -41,7 +42,7 @@ def gradients(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], upstr
 
 
 def check_against_float64(args: tuple[Tensor, ...], bias: Tensor | None, backend: str = "cpu", **options: Any) -> None:
-    """Loss and gradients under the bar of cases.py; the loss through the error of PyTorch's own logits, because the
+    """Loss and gradients under the numerics bar; the loss through the error of PyTorch's own logits, because the
     cross-entropy of a row moves by at most 2 max|dz|."""
     hidden, weight, targets, masked, w = args
     leaves = (hidden, weight) if bias is None else (hidden, weight, bias)
@@ -59,13 +60,7 @@ def check_against_float64(args: tuple[Tensor, ...], bias: Tensor | None, backend
     assert (ours[0] - exact[0]).abs() <= most
     slices = -(-len(weight) // head.LEAST_SLICE) if options["memory_budget"] == TINY else 1
     added = slices**0.5 * torch.finfo(torch.float32).eps / 2  # a rounding per slice of the vocabulary, at random
-    # p and 1 are rounded to float32 before they are subtracted; a GPU also keeps logits and their gradients in the
-    # head's dtype, as torch does, but torch may be lucky where there are few; then come these factors
-    eps = torch.finfo(torch.float32).eps
-    if backend != "cpu" and weight.dtype != torch.float32:
-        eps += torch.finfo(weight.dtype).eps / 2 * (1 + float(z.abs().max()) / 2)
-    rounded = eps * float(w[masked].norm())
-    factors = (float(weight.abs().max()), float(hidden.abs().max()), 1.0)
-    for mine, theirs, right, factor in zip(ours[1:], peer[1:], exact[1:], factors):
-        most = cases.bar(theirs, right) + added * right.abs().max() + rounded * factor
-        assert (mine.double() - right).abs().max() <= most
+    kept = torch.float32 if backend == "cpu" else weight.dtype
+    extra = masked_loss_rounding(exact[0], w[masked], float(z.abs().max()), hidden, weight, kept)
+    for mine, theirs, right, name in zip(ours[1:], peer[1:], exact[1:], ("dhidden", "dhead", "dbias")):
+        assert_close(mine, theirs, right, extra[name] + added * float(right.abs().max()), name)

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from illada import bench
 from illada import demo as demo_module
-from illada import optable
 from illada.cli import main
 from illada.config import ModelConfig
+from illada.decoding.fill import fill_hole
 from illada.errors import PromptError
-from illada.holes import fill_hole
 from illada.live import LiveText, ProgressBar, duration
 from illada.model import Model
 from illada.tokenizer import ByteTokenizer
-from illada.train import Progress
+from illada.training.trainer import Progress
 
 ROOT = Path(__file__).parents[2]
 TEXT = "def f(x):\n    return x + 1\n" * 60
@@ -121,7 +121,7 @@ def test_the_demo_writes_its_curve_and_numbers(corpus, tmp_path, capsys, monkeyp
 
 
 def test_the_op_table_times_every_op():
-    lines = optable.table(seconds=0.01).splitlines()
+    lines = bench.table(seconds=0.01).splitlines()
     assert [line.split(",")[0].split()[0] for line in lines[1:]] == ["attention", "attention", "masked_loss", "unmask"]
     assert all(" ms" in line for line in lines[1:])
 
@@ -280,7 +280,7 @@ def test_an_interrupt_outside_training_exits_130(monkeypatch, capsys):
     def interrupt(*_: object, **__: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(optable, "table", interrupt)
+    monkeypatch.setattr(bench, "table", interrupt)
     assert main(["bench", "--device", "cpu"]) == 130
     assert capsys.readouterr().err == "illada: interrupted\n"
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from illada.data import DataError, Document, Windows, ngram_bits, read_corpus, split
-from illada.evaluate import first_bytes, stream
-from illada.runs import Pairs
-from illada.tokenizer import FILE, ByteTokenizer, JsonTokenizer, from_json, load_tokenizer, make_tokenizer
+from illada.errors import DataError
+from illada.tokenizer import FILE, ByteTokenizer, JsonTokenizer, from_json, load_tokenizer, make_tokenizer, stream
+from illada.training.data import Document, Pairs, Windows, ngram_bits, read_corpus, split
+from illada.training.evaluate import first_bytes
 
 TEXT = "def f(x):\n    return x + 1\n\n\ndef g(x):\n    return f(x) * 2\n" * 20
 

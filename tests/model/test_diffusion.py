@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from illada import diffusion
 from illada.config import ModelConfig
-from illada.data import Document
-from illada.diffusion import Example
-from illada.evaluate import bound
 from illada.model import Model
 from illada.tokenizer import ByteTokenizer
+from illada.training import objectives
+from illada.training.data import Document
+from illada.training.evaluate import bound
+from illada.training.objectives import Example
 from torch import Tensor
 
 from illada_kernels import KeyRanges
@@ -58,15 +58,15 @@ def log_probability(model: Model, shown: Tensor, ranges: KeyRanges | None, row: 
 
 
 def test_stratified_levels_lie_one_in_each_slice_in_random_order():
-    levels = diffusion.stratified(50, generator())
+    levels = objectives.stratified(50, generator())
     assert sorted((levels * 50).long().tolist()) == list(range(50))
     assert levels.tolist() != sorted(levels.tolist())
-    assert (diffusion.stratified(9, generator(), 0.3, 0.8) - 0.55).abs().max() <= 0.25
+    assert (objectives.stratified(9, generator(), 0.3, 0.8) - 0.55).abs().max() <= 0.25
 
 
 def test_mask_count_masks_exactly_that_many_and_every_subset_alike():
     counts = torch.arange(5).repeat_interleave(6000)
-    masked = diffusion.mask_count(counts, 4, generator())
+    masked = objectives.mask_count(counts, 4, generator())
     assert (masked.sum(1) == counts).all()
     twos = masked[counts == 2].long() @ torch.tensor([1, 2, 4, 8])
     share = torch.bincount(twos, minlength=16)[[3, 5, 6, 9, 10, 12]] / 6000
@@ -76,7 +76,7 @@ def test_mask_count_masks_exactly_that_many_and_every_subset_alike():
 
 def test_llada_weights_are_one_over_p_and_the_denominator_counts_all_positions():
     tokens = torch.randint(256, (8, 64))
-    made = diffusion.full_sequence(tokens, MASK, generator(), eps=1e-3)
+    made = objectives.full_sequence(tokens, MASK, generator(), eps=1e-3)
     p = 1 / (made.weight * tokens.numel())  # (B, S)
     assert (p == p[:, :1]).all() and p.min() >= 1e-3 * (1 - 1e-5) and p.max() <= 1 + 1e-5
     assert ((p[:, 0].clamp(max=1 - 1e-6) - 1e-3) / (1 - 1e-3) * 8).floor().sort().values.tolist() == list(range(8))
@@ -89,7 +89,7 @@ def test_full_sequence_weighs_every_position_once_in_expectation():
     for weighting in ("llada", "mdlm"):
         totals = []
         for seed in range(400):
-            made = diffusion.full_sequence(torch.zeros(8, 32).long(), MASK, generator(seed), weighting=weighting)
+            made = objectives.full_sequence(torch.zeros(8, 32).long(), MASK, generator(seed), weighting=weighting)
             totals.append(float(made.weight[made.masked].sum()))
         error = np.std(totals) / 20
         assert error < 0.02 and abs(np.mean(totals) - 1) < 4 * error + 0.5 / 32  # p is clamped at 1/32 in "mdlm"
@@ -97,7 +97,7 @@ def test_full_sequence_weighs_every_position_once_in_expectation():
 
 def test_complementary_masks_cover_every_token_once():
     tokens = torch.randint(256, (4, 32))
-    made = diffusion.full_sequence(tokens, MASK, generator(), complementary=True)
+    made = objectives.full_sequence(tokens, MASK, generator(), complementary=True)
     assert (made.masked[:4] ^ made.masked[4:]).all()
     assert (made.targets == torch.cat([tokens, tokens])).all()
     p = 1 / (made.weight[:, 0] * 2 * tokens.numel())
@@ -106,12 +106,12 @@ def test_complementary_masks_cover_every_token_once():
 
 def test_an_unknown_weighting_is_refused():
     with pytest.raises(ValueError, match="weighting: expected 'llada', 'mdlm' or 'cart'"):
-        diffusion.full_sequence(torch.zeros(1, 4).long(), MASK, generator(), weighting="none")
+        objectives.full_sequence(torch.zeros(1, 4).long(), MASK, generator(), weighting="none")
 
 
 def test_cart_weights_are_the_written_out_sum():
     masked = torch.tensor([[True, False, True, True, False, True]])
-    found = diffusion.cart_weight(masked, p=0.3)
+    found = objectives.cart_weight(masked, p=0.3)
     for i in range(6):
         sum_ = sum(0.5 * 0.3 * 0.7 ** (abs(i - j) - 1) for j in range(6) if j != i and not masked[0, j])
         assert float(found[0, i]) == pytest.approx(sum_, rel=1e-5)
@@ -119,13 +119,13 @@ def test_cart_weights_are_the_written_out_sum():
 
 def test_sft_keeps_the_prompt_and_divides_by_the_answer():
     tokens, lengths = torch.randint(256, (6, 20)), torch.tensor([1, 5, 19, 0, 7, 10])
-    made = diffusion.sft(tokens, lengths, MASK, generator(3))
+    made = objectives.sft(tokens, lengths, MASK, generator(3))
     prompt = torch.arange(20) < lengths[:, None]
     assert not made.masked[prompt].any() and (made.tokens[prompt] == tokens[prompt]).all()
     p = 1 / (made.weight * (20 - lengths)[:, None] * 6)
     assert (p > 0).all() and (p <= 1 + 1e-5).all()
     with pytest.raises(ValueError, match="prompt_lengths: expected at most 19"):
-        diffusion.sft(tokens, torch.full((6,), 20), MASK, generator())
+        objectives.sft(tokens, torch.full((6,), 20), MASK, generator())
 
 
 # ---- block diffusion -----------------------------------------------------------------------------------------------
@@ -133,18 +133,18 @@ def test_sft_keeps_the_prompt_and_divides_by_the_answer():
 
 def test_block_counts_are_stratified_and_weigh_block_over_count():
     tokens = torch.randint(256, (4, 32))
-    made = diffusion.block_diffusion(tokens, MASK, generator(), block=4)
+    made = objectives.block_diffusion(tokens, MASK, generator(), block=4)
     counts = made.masked.view(-1, 4).sum(1)
     assert torch.bincount(counts).tolist() == [0, 8, 8, 8, 8]
     torch.testing.assert_close(made.weight * tokens.numel(), (4 / counts).repeat_interleave(4).view(4, 32))
     assert (made.tokens[:, 32:] == tokens).all()
     assert (made.positions == torch.arange(32).repeat(2)).all()
     with pytest.raises(ValueError, match="divisor of the sequence length 30"):
-        diffusion.block_diffusion(tokens[:, :30], MASK, generator(), block=4)
+        objectives.block_diffusion(tokens[:, :30], MASK, generator(), block=4)
 
 
 def test_hole_orders_are_permutations_with_one_middle_piece_last():
-    orders = diffusion.hole_order(200, 12, 0.5, generator())
+    orders = objectives.hole_order(200, 12, 0.5, generator())
     plain = (orders == torch.arange(12)).all(1)
     assert 60 < int(plain.sum()) < 150  # 100 expected, some holes are empty or at the end anyway
     for order in orders[~plain].tolist():
@@ -156,7 +156,7 @@ def test_hole_orders_are_permutations_with_one_middle_piece_last():
 def test_blocks_of_one_give_the_exact_autoregressive_likelihood():
     model, tokens = tiny(block=1), torch.randint(256, (2, 8), generator=generator())
     with torch.no_grad():
-        loss = float(diffusion.block_diffusion(tokens, MASK, generator(), block=1).loss(model))
+        loss = float(objectives.block_diffusion(tokens, MASK, generator(), block=1).loss(model))
     exact = 0.0
     for row in tokens:
         for i in range(8):
@@ -168,7 +168,7 @@ def test_blocks_of_one_give_the_exact_autoregressive_likelihood():
 def test_an_order_shows_each_block_what_came_before_it_at_its_own_place():
     model, tokens = tiny(block=2), torch.randint(256, (1, 8), generator=generator(1))
     order = torch.tensor([[0, 1, 6, 7, 2, 3, 4, 5]])
-    made = diffusion.block_diffusion(tokens, MASK, generator(2), block=2, order=order)
+    made = objectives.block_diffusion(tokens, MASK, generator(2), block=2, order=order)
     losses = made.loss(model, reduction="none")[0].detach() * 8
     text = tokens[0, order[0]]
     for i in torch.nonzero(made.masked[0]).flatten().tolist():
@@ -184,7 +184,7 @@ def test_an_order_shows_each_block_what_came_before_it_at_its_own_place():
 
 def test_a_block_never_sees_its_own_clean_tokens_or_what_comes_later():
     model, tokens = tiny(block=4), torch.randint(256, (1, 16), generator=generator())
-    made = diffusion.block_diffusion(tokens, MASK, generator(), block=4)
+    made = objectives.block_diffusion(tokens, MASK, generator(), block=4)
     with torch.no_grad():
         before = model(made.tokens, made.key_ranges, made.positions)[0, 4:8]
         made.tokens[0, 16 + 4 :] = 7  # the clean copy of block 1 and of all later blocks
@@ -247,7 +247,7 @@ def test_the_last_window_counts_only_what_belongs_to_the_text():
 
 def test_the_loss_of_an_example_skips_rows_behind_the_scored_ones():
     model, tokens = tiny(block=2), torch.randint(256, (2, 4))
-    made = diffusion.block_diffusion(tokens, MASK, generator(), block=2)
+    made = objectives.block_diffusion(tokens, MASK, generator(), block=2)
     assert made.loss(model, "none").shape == (2, 4)
     moved = made.to("cpu")
     assert isinstance(moved, Example) and torch.equal(moved.tokens, made.tokens)

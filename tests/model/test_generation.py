@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from illada.decoding.config import GenerationConfig
+from illada.decoding.fill import fill
+from illada.decoding.generate import generate
 from illada.errors import PromptError
-from illada.generation import GenerationConfig, fill, generate
 from illada.model import Model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

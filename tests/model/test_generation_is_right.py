@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from illada.generation import GenerationConfig, fill, generate
+from illada.decoding.config import GenerationConfig
+from illada.decoding.fill import fill
+from illada.decoding.generate import generate
 from illada.model import Model
 
 from benchmarks.quality.accuracy import GOAL, measure_rule

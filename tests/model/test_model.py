@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from illada.cache import Cache
 from illada.config import PRESETS, ModelConfig
+from illada.decoding.cache import Cache
 from illada.errors import ConfigError
 from illada.model import Model
 

@@ -1,4 +1,4 @@
-"""What is shipped: source distribution, wheel, installs without a compiler, the README, and what the repo names."""
+"""What is shipped: source distribution, wheel, installs without a compiler, and what the repo names."""
 
 from __future__ import annotations
 
@@ -107,36 +107,6 @@ def test_an_editable_install_builds_in_place_and_needs_no_compiler_either(tmp_pa
     done = build("build_editable", tmp_path / "checkout", tmp_path / "dist", **no_compiler)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "no C++ compiler" in (tmp_path / "checkout" / "illada_kernels" / "_build_info.json").read_text()
-
-
-# ---- the README -----------------------------------------------------------------------------------------------------
-
-
-def blocks(root: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (root / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def test_every_python_block_of_the_readme_runs(root, python):
-    found = blocks(root)
-    assert len(found) >= 3
-    for code in found:
-        done = python("-c", code)
-        assert done.returncode == 0, f"{code}\n{done.stderr}"
-
-
-def test_the_table_of_the_readme_is_what_the_committed_results_say(root):
-    from benchmarks.report import readme
-
-    text = (root / "README.md").read_text()
-    assert readme.updated(text) == text, "run: python -m benchmarks.report.readme"
-
-
-def test_files_and_make_targets_that_the_readme_names_exist(root):
-    text = (root / "README.md").read_text()
-    for target in re.findall(r"`make (\w+)", text):
-        assert re.search(rf"^{target}:", (root / "Makefile").read_text(), flags=re.MULTILINE), target
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (root / link).exists(), link
 
 
 # ---- the repo -------------------------------------------------------------------------------------------------------

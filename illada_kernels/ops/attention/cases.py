@@ -1,4 +1,4 @@
-"""Named shapes of attention, what each costs, hostile masks, and the numerics bar: read by tests and benchmarks."""
+"""Named shapes of attention, what each costs, hostile masks, and plain PyTorch: read by tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def hostile_masks(batch: int, queries: int, keys: int, device: str = "cpu") -> d
     }
 
 
-# ---- numerics --------------------------------------------------------------------------------------------------------
+# ---- plain PyTorch ---------------------------------------------------------------------------------------------------
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -180,69 +180,6 @@ def plain(q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges | None, scale: 
     p = lowest.softmax(-1).masked_fill(~allowed, 0)
     lse = lowest.logsumexp(-1) if k.shape[1] else scores.sum(-1)
     return torch.einsum("bhqk,bkhd->bqhd", p, v), lse.masked_fill(~allowed.any(-1), -torch.inf)
-
-
-def one_precision_up(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def bar(same_dtype: Tensor, exact: Tensor) -> float:
-    """The largest error allowed: twice that of PyTorch in the same dtype, plus the rounding of `exact` to it."""
-    if exact.numel() == 0:
-        return 0.0
-    info = torch.finfo(same_dtype.dtype)
-    rounding = info.eps / 2 * exact.abs().max().item() + info.smallest_normal * info.eps
-    return 2 * (same_dtype.to(exact.dtype) - exact).abs().max().item() + rounding
-
-
-def lse_bar(q: Tensor, k: Tensor, scale: float, exact: Tensor) -> float:
-    """The largest error of a float32 lse: sqrt(D) roundings of the largest |q||k|, and those of the sum and log."""
-    finite = exact[exact.isfinite()]
-    if finite.numel() == 0:
-        return 0.0
-    largest = abs(scale) * q.double().norm(dim=-1).max().item() * k.double().norm(dim=-1).max().item()
-    return torch.finfo(torch.float32).eps * (
-        q.shape[3] ** 0.5 * largest + finite.abs().max().item() + k.shape[1] ** 0.5
-    )
-
-
-def float32_sums(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, key_ranges: KeyRanges | None, scale: float, dtype: torch.dtype
-) -> dict[str, float]:
-    """What accumulating in float32 does to out, dq, dk and dv at most, about 4 sigma; inputs one precision up.
-
-    u is a rounding of float32. A sum of n terms t in any order is off by up to 2 u sqrt(n) |t|; a p recomputed from a
-    rounded lse by u |lse| of itself. delta = sum_d out * dout, of `out` rounded to `dtype`, is off by r = |out * dout|
-    (4 roundings of dtype + 2 u sqrt(Dv)), which moves dq by scale * r * p k and dk by scale * p^T (r q): all that is
-    left where ds cancels, as it does in a row with one key.
-    """
-    group = q.shape[2] // k.shape[2]
-    q, k, v, dout = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), dout))
-    scores = scale * q @ k.mT  # (B, Hq, Sq, Sk)
-    if key_ranges is not None:
-        scores = scores.masked_fill(~key_ranges.dense()[:, None], -torch.inf)
-    lse = scores.logsumexp(-1, keepdim=True).nan_to_num(neginf=0.0)
-    p = (scores - lse).exp()
-    out, dp = p @ v, dout @ v.mT
-    ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
-    u = torch.finfo(torch.float32).eps / 2
-    r = (out * dout).norm(dim=-1, keepdim=True) * (2 * torch.finfo(dtype).eps + 2 * u * v.shape[3] ** 0.5)
-
-    def sums(weights: Tensor, x: Tensor, heads: int) -> Tensor:
-        terms = weights.shape[3] * heads
-        return 2 * u * (terms**0.5 + lse.abs().amax()) * (weights.square() @ x.square()).sqrt()
-
-    def largest(x: Tensor, heads: int) -> float:
-        return heads * x.max().item() if x.numel() else 0.0
-
-    if not p.numel():
-        return dict.fromkeys(("out", "dq", "dk", "dv"), 0.0)
-    return {
-        "out": largest(sums(p, v, 1), 1),
-        "dq": largest(sums(ds, k, 1) + abs(scale) * r * (p @ k).abs(), 1),
-        "dk": largest(sums(ds.mT, q, group) + abs(scale) * p.mT @ (r * q.abs()), group),
-        "dv": largest(sums(p.mT, dout, group), group),
-    }
 
 
 SIZES = (1, 7, 63, 64, 65, 127, 129, 1023)

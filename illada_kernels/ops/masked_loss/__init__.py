@@ -33,58 +33,79 @@ def masked_loss(
     memory_budget: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Cross-entropy of the masked rows against their targets: the LM head is applied to the masked hidden rows only.
+    """Computes the cross-entropy of masked rows against their targets, fused with the LM head.
 
-    With z = hidden_i @ head_weight.T + head_bias, capped to softcap * tanh(z / softcap), -inf at forbidden ids, and A
-    ids allowed:
+    The head is applied to the masked hidden rows only. With z = hidden_i @ head_weight.T + head_bias, capped to
+    softcap * tanh(z / softcap), -inf at forbidden ids, and A ids allowed:
 
         lse_i  = log(sum_v exp(z_v))
         loss_i = lse_i - (1 - label_smoothing) * z_target - label_smoothing / A * sum_allowed z_v + z_loss * lse_i**2
         loss   = sum over masked i of weight_i * loss_i
 
-    hidden: (..., D), bfloat16, float16, float32 (float64 on the reference). head_weight: (V, D), hidden's dtype or
-    float32; then the products are float32. targets: (...) int64. masked: (...) bool. weight: (...) float32, default
-    1, gets no gradient. head_bias: (V,), head_weight's or hidden's dtype, or float32. Any strides with the last
-    dimension of hidden and head_weight contiguous. Under autocast hidden, head_weight and head_bias are cast to its
-    dtype.
+    Parameters
+    ----------
+    hidden
+        (..., D), bfloat16, float16 or float32; float64 on the reference. Any strides with the last dimension
+        contiguous.
+    head_weight
+        (V, D), hidden's dtype or float32; with float32 the matmuls are float32. The last dimension contiguous.
+    targets
+        (...) int64. Ignored at unmasked rows.
+    masked
+        (...) bool.
+    weight
+        (...) float32, default 1. Gets no gradient.
+    reduction
+        "sum"; "mean", the sum divided by the weights of the masked rows, 0 if there are none; "none", the weighted
+        losses (...), 0 where not masked.
+    head_bias
+        (V,), head_weight's or hidden's dtype, or float32.
+    softcap, label_smoothing, z_loss
+        As in the formula: a positive number or None, a number in [0, 1), a number >= 0.
+    forbid
+        Ids of probability zero. A masked row whose target is forbidden has loss inf and the gradient of its other
+        terms.
+    max_masked
+        Capacity for masked rows, which frees a GPU call of its host synchronisation. More masked rows than that make
+        the loss and all gradients NaN.
+    memory_budget
+        Bytes that the call may hold beside inputs, output and gradients. Chooses the memory mode from shapes and
+        options alone; docs/concepts/memory_modes.md lists modes and defaults.
+    backend
+        "cuda", "triton", "cpu" or "reference": insists on it. Default: ILLADA_BACKEND, else the first that can.
 
-    reduction: "sum"; "mean", the sum divided by the weights of the masked rows (0 if there are none); "none", the
-    weighted losses (...), 0 where not masked.
-    forbid: ids of probability zero; a masked row whose target is forbidden has loss inf and the gradient of its other
-    terms.
-    max_masked: a capacity for masked rows that frees a GPU call of host synchronisation; more than that make the loss
-    and all gradients NaN.
-    memory_budget: bytes the call may hold beside inputs, output and gradients; which mode that gives is decided from
-    shapes and options alone. N is max_masked or the number of all rows.
-    On the CPU (default: 256 MiB, or head_weight's size in float32 if that is more; a float32 head gradient kept for
-    the backward of a half-precision head counts as a gradient):
-      - N x V float32 logits fit, with the N x D rows: one chunk, kept from forward to backward; 3 products;
-      - "sum" or "mean", and 32 rows of logits fit: few chunks of rows; gradients are made in the forward and scaled by
-        the upstream gradient in the backward (exactly 1 hands them over instead); 3 products, and up to half of one
-        again where that saves chunks;
-      - else: slices of the vocabulary, recomputed in the backward; 4 products. The least it needs is 8 * N * D bytes
-        and a slice of 256 ids.
-    On a GPU (default: 256 MiB, or 8 * V * D bytes if that is more):
-      - N x V logits in head_weight's dtype fit, with the rows: one chunk, which becomes its own gradient and is kept,
-        for the rows that are masked; 3 products;
-      - "sum" or "mean", and 1024 rows of logits fit beside the head's gradient in float32: the fewest chunks of rows;
-        gradients are made in the forward, in float32, and scaled in the backward; 3 products;
-      - else: slices of the vocabulary, recomputed in the backward; 4 products. The least it needs is 6 * N * D bytes
-        (8 for a float32 head) and a slice of 256 ids.
-    Without gradients only the first product runs, by slices of the vocabulary. A frozen head or hidden skips its
-    product. Under torch.compile on a GPU pass max_masked: without it the backward computes all rows.
+    Returns
+    -------
+    Tensor
+        The loss, float32 (float64 for float64 inputs). Gradients reach hidden (zero where not masked), head_weight and
+        head_bias, each rounded once from float32. The backward may run twice; a second derivative raises.
 
-    Returns the loss, float32 (float64 for float64). Gradients reach hidden (zero where not masked), head_weight and
-    head_bias, each rounded once from float32. The backward may run twice; a second derivative raises.
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit together, if weight requires grad, and if a masked row has a target outside
+        [0, V). With max_masked on a GPU such a target makes its loss and the reduced loss NaN instead.
+    RuntimeError
+        If `backend` cannot run the call.
 
-    Raises TypeError or ValueError on arguments that do not fit together or if weight requires grad, and ValueError if
-    a masked row has a target outside [0, V); with max_masked on a GPU that makes its loss and the reduced loss NaN
-    instead. Targets at unmasked rows are ignored. On a GPU one host synchronisation, in the forward; none with
-    max_masked, once a first call has uploaded `forbid`.
+    Notes
+    -----
+    Under autocast hidden, head_weight and head_bias are cast to its dtype. Under torch.compile on a GPU pass
+    max_masked: without it the backward computes all rows.
+    Matmuls: 3 or 4 by memory mode; without gradients only the first, by slices of the vocab. A frozen head or hidden
+    skips its own. Synchronises once on a GPU, in the forward; never with max_masked, once a first call has uploaded
+    `forbid`.
+    Source: the objective of LLaDA (arXiv 2502.09992), weight 1/t; z-loss as in PaLM (arXiv 2204.02311).
 
-    The GPU backends, "cuda" and "triton", have not yet run on a GPU: until `doctor --selftest` has passed only backend=
-    reaches them.
-    Source: the objective of LLaDA (arXiv:2502.09992), weight 1/t; z-loss as in PaLM (arXiv:2204.02311).
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import masked_loss
+    >>> hidden, head = torch.zeros(2, 3, 8), torch.randn(100, 8)
+    >>> targets = torch.zeros(2, 3, dtype=torch.int64)
+    >>> masked = torch.tensor([[True, False, False], [True, True, False]])
+    >>> masked_loss(hidden, head, targets, masked, reduction="mean")  # log(100)
+    tensor(4.6052)
     """
     device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # torch has no autocast for meta
@@ -117,18 +138,39 @@ def masked_loss_from_logits(
     max_masked: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`masked_loss` for a model that already has its logits: (..., V), bfloat16, float16, float32 (float64 on the
-    reference).
+    """Computes `masked_loss` for a model that already has its logits.
 
-    Formula, arguments, reductions and errors as in `masked_loss`, z starting from the logits. The gradient has the
-    logits' dtype and is zero where not masked; logits of unmasked rows are never read. Autocast does not touch the
-    logits, and everything is computed in float32 (as autocast itself does for a cross-entropy).
+    Formula and all other arguments as in `masked_loss`, z starting from the logits. Logits of unmasked rows are never
+    read.
 
-    Cost: forward one pass over the masked rows, backward one pass and the gradient; a few bytes a row are kept between.
-    On a GPU one host synchronisation, in the forward, none with max_masked. Logits whose rows need more than two
-    strides are copied.
-    The "cuda" and "triton" backends have not yet run on a GPU: until `doctor --selftest` has passed only naming one
-    reaches it.
+    Parameters
+    ----------
+    logits
+        (..., V), bfloat16, float16 or float32; float64 on the reference.
+
+    Returns
+    -------
+    Tensor
+        The loss, float32. The gradient has the logits' dtype and is zero where not masked.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `masked_loss`.
+
+    Notes
+    -----
+    Autocast does not touch the logits; everything is computed in float32, as autocast itself does for a
+    cross-entropy. Forward: one pass over the masked rows; backward: one pass and the gradient. A few bytes a row are
+    kept between. Logits whose rows need more than two strides are copied. Synchronises once on a GPU, in the forward;
+    never with max_masked.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import masked_loss_from_logits
+    >>> masked_loss_from_logits(torch.zeros(3, 100), torch.tensor([5, 6, -1]), torch.tensor([True, True, False]))
+    tensor(9.2103)
     """
     _check_rows("logits", logits, "V", targets, masked, weight)
     options = _check_options(reduction, softcap, label_smoothing, z_loss, forbid, max_masked, logits.shape[-1])

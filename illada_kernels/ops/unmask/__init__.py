@@ -31,10 +31,24 @@ CONFIDENCES = ("probability", "margin", "neg_entropy", "random")
 
 
 class Unmasked(NamedTuple):
-    proposal: Tensor  # (B, K) int64
-    confidence: Tensor  # (B, K) float32
-    committed: Tensor  # (B, K) bool: written into tokens, by the rule or as an edit
-    remaining: Tensor  # (B,) int32: candidates that are masked now
+    """What one step proposed, committed and left.
+
+    Attributes
+    ----------
+    proposal
+        (B, K) int64: a token for each candidate, -1 where there is none.
+    confidence
+        (B, K) float32: -inf where there is no proposal.
+    committed
+        (B, K) bool: written into tokens, by the rule or as an edit.
+    remaining
+        (B,) int32: candidates that are masked now.
+    """
+
+    proposal: Tensor
+    confidence: Tensor
+    committed: Tensor
+    remaining: Tensor
 
 
 def unmask(
@@ -58,57 +72,90 @@ def unmask(
     head_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Unmasked:
-    """One decoding step of a masked-diffusion language model, from hidden states, in place on `tokens`.
+    """Runs one decoding step of a masked-diffusion language model from hidden states, in place on `tokens`.
 
-    Candidates. hidden (B, K, D) holds the K candidate rows of each sequence, at `positions` (B, K) int64 of `tokens`
-    (B, L) int64. A position below 0 or from L on is no candidate, nor is one where `frozen` (B, L) bool is true. A
-    candidate whose token is `mask_id` takes part; one that holds another token takes part only under `revise`.
-    Positions of a sequence must be distinct (duplicates stay in range, which of them is written is not defined).
-    Whoever takes no part gets proposal -1, confidence -inf, committed False, and costs nothing; its hidden row may be
-    anything, NaN included.
+    Proposes a token and a confidence at every masked candidate, and commits those that `rule` picks:
 
-    Logits, for each row, T = temperature, Tc = confidence_temperature:
-        l_v = hidden . head_weight_v + head_bias_v + logit_bias_v    in float32, -inf where v is in `forbid`
-        proposal x = argmax_v l_v + T * g_v    (the argmax of l / T + g; T = 0: of l), ties to the lowest id
-        p_v = exp(l_v / Tc) / sum_u exp(l_u / Tc)    no noise; forbidden ids have p = 0, so the rest sum to 1
-    T and the noise do not enter p: with T = 1, Tc = 1 (LLaDA) p is the model's distribution, with Tc = T (Dream) the
-    one that was sampled from. A T or Tc that is not above 0 means no noise, and Tc = 1.
+        l_v = hidden . head_weight_v + head_bias_v + logit_bias_v    float32, -inf where v is in `forbid`
+        proposal = argmax_v l_v + temperature * g_v    g: Gumbel noise; ties to the lowest id
+        p_v = softmax(l / confidence_temperature)_v    no noise
 
-    Confidence, float32:
-        "probability"  p_x              "margin"  p_(1) - p_(2), the two largest, whatever x (0 if they tie)
-        "neg_entropy"  sum_v p_v log p_v, in nats          "random"  uniform in [0, 1], from the seed
+    docs/concepts/decoding.md describes each part: candidates, confidences, rules, revision, noise.
 
-    The rule then ranks the candidates of a sequence that hold mask_id, by falling confidence, ties to the lowest
-    position, and commits some: see TopK, Threshold, Factor, EntropyBound. `revise=Edit(tau)`: at a candidate that holds
-    a token the proposal is argmax l, and replaces the token where it differs and p_x >= tau. `revise=Remask(n,
-    scores)`: the n candidates of lowest score among those that held a token go back to mask_id; proposal is then the
-    held token, confidence the score. A row with a NaN or +inf logit, or with every id at -inf, proposes -1 with
-    confidence -inf and is never written.
+    Parameters
+    ----------
+    hidden
+        (B, K, D), the K candidate rows of each sequence, float32, bfloat16 or float16; float64 on the reference. Any
+        strides with the last dimension contiguous.
+    head_weight
+        (V, D), hidden's dtype or float32.
+    tokens
+        (B, L) int64, written in place.
+    positions
+        (B, K) int64, where the candidates stand in `tokens`; distinct within a sequence. A position below 0 or from L
+        on is no candidate. Duplicates stay in range; which of them is written is not defined.
+    rule
+        `TopK`, `Threshold`, `Factor` or `EntropyBound`: which masked candidates commit, ranked by falling confidence,
+        ties to the lowest position.
+    mask_id
+        The mask token. A candidate that holds another token takes part only under `revise`.
+    confidence
+        "probability" of the proposal, "margin" of the two largest p, "neg_entropy" in nats, or "random" in [0, 1].
+    temperature, confidence_temperature
+        Numbers >= 0, or floating-point tensors () or (B,). Temperature 0 draws no noise.
+    seed
+        An int or 0-d tensor s gives sequence b the seed s + b; a (B,) int64 tensor gives each its own.
+    step
+        Counter of the noise, in [0, 2**32); must change from call to call.
+    forbid
+        Ids that are never proposed and have p = 0. None: (mask_id,); (): none.
+    logit_bias
+        (ids, values) added to every row: sequences, or int64 and float32 tensors (n,). Repeated ids add up; in a
+        tensor, ids outside [0, V) are ignored.
+    revise
+        `Edit` replaces tokens that were committed before, `Remask` takes some back.
+    frozen
+        (B, L) bool: positions that never change.
+    noise_positions
+        (B, K) int64: the noise's counter in place of `positions`.
+    head_bias
+        (V,), hidden's dtype or float32.
+    backend
+        "cuda", "triton", "cpu" or "reference": insists on it. Default: ILLADA_BACKEND, else the first that can.
 
-    Noise depends on (seed, step, position, token id) alone, whatever the batch, the order of candidates or the backend:
-    g = -log(-log1p(-u / 2**64)) in float32, u the 64 bits that Philox-4x32-10 gives for key = seed (an int or 0-d
-    tensor s means s + b for sequence b; or (B,) int64, one each) and counter (v // 2, position, step, 0): its first two
-    words for even ids v, the last two for odd ones; "random" takes the first two words of (0, position, step, 1).
-    Position is `noise_positions` (B, K) int64 where given.
+    Returns
+    -------
+    Unmasked
+        (proposal, confidence, committed, remaining), not differentiable. A row that takes no part has proposal -1,
+        confidence -inf and committed False, whatever its hidden row holds, NaN or inf included. So has a row with a
+        NaN or +inf logit, or with every id at -inf.
 
-    dtypes: hidden float32, bfloat16, float16 (float64 on the reference); head_weight (V, D) and head_bias (V,) hidden's
-    or float32; products are accumulated and kept in float32. Under autocast all three are cast to its dtype
-    first. Strides are free but for the last dimension. forbid: ids, None means (mask_id,), () none. logit_bias =
-    (ids, values): sequences, or int64 and float32 tensors (n,), added to every row; repeated ids add up, in a tensor
-    ids outside [0, V) are ignored. temperature, confidence_temperature, seed, step and the rules' numbers may be
-    tensors of shape () or (B,) on the device of the call.
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong dtype, shape, device, stride or number.
+    RuntimeError
+        If `backend` cannot run the call.
 
-    Returns Unmasked(proposal, confidence, committed, remaining); not differentiable. Raises TypeError or ValueError for
-    a wrong dtype, shape, device, stride or number, RuntimeError if `backend` cannot run it.
-    Cost: one product of the rows that take part with the head, in slices of the vocabulary: (rows, V) logits are never
-    stored. On a CPU at most about 60 MB beside inputs and outputs for D <= 4096. No synchronisation with the host, but
-    for a logit_bias of sequences, copied to the device in each call (for a graph give tensors). The GPU kernels cannot
-    leave rows out before their product: up to 128 rows share one reading of the head, more are all multiplied, with 16
-    MiB of logits at a time and 32 bytes for each row and 4096 ids.
-    They, "cuda" and "triton", have not yet run on a GPU: until `doctor --selftest` has passed only backend= reaches
-    them.
-    Sources: LLaDA's generate.py (ML-GSAI/LLaDA); Zheng et al., arXiv 2409.02908, on why low-precision Gumbel noise
-    biases.
+    Notes
+    -----
+    Noise depends on (seed, step, position, token id) alone, whatever the batch, the order of candidates or the backend.
+    Under autocast hidden, head_weight and head_bias are cast to its dtype; logits are accumulated and kept in float32.
+    Memory: (rows, V) logits are never stored; at most about 60 MB beside inputs and outputs on a CPU for D <= 4096.
+    Never synchronises, except that a logit_bias of sequences is copied to the device in each call.
+    Source: LLaDA's generate.py (ML-GSAI/LLaDA).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import TopK, unmask
+    >>> head = torch.eye(5)  # the token that hidden points at
+    >>> hidden = torch.tensor([[[0.0, 3, 0, 0, 0], [0, 0, 9, 0, 0]]])
+    >>> tokens = torch.tensor([[0, 4, 4]])  # 4 is the mask
+    >>> unmask(hidden, head, tokens, torch.tensor([[1, 2]]), TopK(1), mask_id=4).proposal
+    tensor([[1, 2]])
+    >>> tokens  # the surer of the two was committed
+    tensor([[0, 4, 2]])
     """
     check_source("hidden", hidden)
     hidden, head_weight, head_bias = cast_for_autocast(hidden, head_weight, head_bias)
@@ -155,9 +202,28 @@ def unmask_from_logits(
     noise_positions: Tensor | None = None,
     backend: str | None = None,
 ) -> Unmasked:
-    """`unmask` for models that already have logits: (B, K, V), one row per candidate, float32, bfloat16 or float16
-    (float64 on the reference), never written to. Everything else as in `unmask`. Cost: each logit of a row that takes
-    part is read once; no copy."""
+    """Runs `unmask` for a model that already has its logits.
+
+    All other arguments, results and errors as in `unmask`.
+
+    Parameters
+    ----------
+    logits
+        (B, K, V), one row per candidate, float32, bfloat16 or float16; float64 on the reference. Never written to.
+
+    Notes
+    -----
+    Each logit of a row that takes part is read once; nothing is copied.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import Threshold, unmask_from_logits
+    >>> logits = torch.tensor([[[0.0, 3, 0, 0, 0], [0, 0, 9, 0, 0]]])
+    >>> tokens = torch.tensor([[0, 4, 4]])  # 4 is the mask
+    >>> unmask_from_logits(logits, tokens, torch.tensor([[1, 2]]), Threshold(0.8), mask_id=4).remaining
+    tensor([0], dtype=torch.int32)
+    """
     check_source("logits", logits)
     return _unmask(
         "logits",

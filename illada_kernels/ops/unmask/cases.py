@@ -1,10 +1,8 @@
-"""Named shapes, tolerances, and what a case costs; read by tests and benchmarks."""
+"""Named shapes of unmask, and what a case costs: read by tests and benchmarks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-EPS = 2.0**-24  # half an ulp of 1 in float32
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,3 @@ def logit_bytes(shape: Shape, itemsize: int) -> float:
 def head_bytes(shape: Shape, itemsize: int) -> float:
     """From hidden states: the head is read once, and the rows."""
     return float((shape.vocabulary + shape.rows) * shape.dim * itemsize)
-
-
-def probability_tolerance(spread: float = 20.0) -> float:
-    """Relative. An exponential is 2 ulp (4 EPS) off in numerator and in sum, and z = (l - top) * scale rounds twice,
-    which moves exp(z) by 2 EPS * |z|; ids with |z| > spread weigh too little to matter. Both sides may err so."""
-    return 2 * (2 * 4 + 2 * spread) * EPS
-
-
-def entropy_tolerance(vocabulary: int) -> float:
-    """Absolute: log of the sum errs by the sum's relative error, sum p z by that times the entropy's scale, log V."""
-    return probability_tolerance() * (1 + max(vocabulary, 2).bit_length() * 0.6932)

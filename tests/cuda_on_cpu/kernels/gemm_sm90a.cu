@@ -1,5 +1,5 @@
 // C = A B^T: A (m, k) and B (n, k) bf16, C (m, n) float32, all contiguous; k a multiple of 8, n of 4 (bulk copies want
-// rows of whole 16 bytes). The worked example of docs/cuda_on_cpu.md, not a fast product.
+// rows of whole 16 bytes). The worked example of docs/concepts/cuda_on_cpu.md, not a fast product.
 // A block owns CONSUMERS * 64 rows and 64 columns. One thread of the producer warpgroup copies tiles of 64 k into a
 // ring of kStages stages; each consumer warpgroup multiplies its 64 rows; the result leaves through shared memory.
 #include "hopper.cuh"

@@ -11,6 +11,7 @@ from torch import Tensor
 from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cases, cuda
 from illada_kernels.ops.attention.problem import Problem
+from illada_kernels.testing import attention_lse_tolerance, attention_sums, tolerance
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, missing
 
@@ -52,20 +53,20 @@ def poisoned(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges | None) -> tuple
 
 
 def assert_right(got: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, ranges=None, scale=None) -> None:
-    """The bar of cases.py. `q`, `k` and `v` without poison."""
+    """The numerics bar. `q`, `k` and `v` without poison."""
     out, lse = got
     number = q.shape[3] ** -0.5 if scale is None else scale
     exact = cases.plain(q.float(), k.float(), v.float(), ranges, number)
     same = cases.plain(q, k, v, ranges, number)
-    floor = cases.float32_sums(q.float(), k.float(), v.float(), torch.ones_like(q).float(), ranges, number, q.dtype)
-    limit = cases.bar(same[0], exact[0]) + floor["out"]
+    floor = attention_sums(q.float(), k.float(), v.float(), torch.ones_like(q).float(), ranges, number, q.dtype)
+    limit = tolerance(same[0], exact[0]) + floor["out"]
     error = (out.float() - exact[0]).abs().max().item() if out.numel() else 0.0
     assert error <= limit, f"out: off by {error:.3g}, limit {limit:.3g}"
     empty = exact[1] == -torch.inf
     assert torch.equal(lse == -torch.inf, empty)
     assert not out.transpose(1, 2)[empty].any()
     off = (torch.where(empty, 0, lse) - torch.where(empty, 0, exact[1])).abs().max() if lse.numel() else 0.0
-    assert off <= cases.lse_bar(q, k, number, exact[1]), f"lse: off by {off:.3g}"
+    assert off <= attention_lse_tolerance(q, k, number, exact[1]), f"lse: off by {off:.3g}"
 
 
 # ---- numerics --------------------------------------------------------------------------------------------------------

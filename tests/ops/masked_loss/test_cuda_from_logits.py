@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from illada_kernels.ops.masked_loss import cases, gpu, reference
+from illada_kernels.ops.masked_loss import gpu, reference
 from illada_kernels.ops.masked_loss.cuda import CudaRows
 from illada_kernels.ops.masked_loss.native import Options
+from illada_kernels.testing import assert_close, masked_loss_rounding
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import missing
 
@@ -36,17 +37,17 @@ def both(args: tuple[Tensor, ...], options: Options, upstream: Tensor, seed: int
 
 
 def assert_right(got: tuple[Tensor, Tensor], args: tuple[Tensor, ...], options: Options, upstream: Tensor) -> None:
-    """Under the bar of cases.py; the reference in float32 stands for PyTorch in the same dtype."""
+    """Under the numerics bar; the reference in float32 stands for PyTorch in the same dtype."""
     logits, targets, masked, w = args
     results = []
     for x, weight in ((logits.double(), w.double()), (logits, w)):
         leaf = x.detach().requires_grad_()
         loss = reference.masked_loss_from_logits(leaf, targets, masked, weight, **options._asdict())
         results.append((loss.detach(), torch.autograd.grad((loss * upstream).sum(), leaf)[0]))
-    # p and 1 are rounded to float32 before they are subtracted; and 2^x is good to 2 ulp here, to 1 in torch
-    cancellation = float(torch.finfo(torch.float32).eps * (w * upstream)[masked].abs().max())
-    for mine, right, peer in zip(got, *results):
-        assert (mine.double() - right).abs().max() <= 2 * cases.bar(peer, right) + cancellation
+    scale = (w * upstream)[masked] / (w[masked].sum() if options.reduction == "mean" else 1)
+    extra = masked_loss_rounding(results[0][0], scale, options.softcap or float(logits.nan_to_num().abs().max()))
+    for name, mine, right, peer in zip(("loss", "dlogits"), got, *results):
+        assert_close(mine, peer, right, extra[name], name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import illada_kernels as ik
 from illada_kernels import _dispatch
-from illada_kernels.ops.unmask import cases
+from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance
 from tests.helpers.unmask_oracle import INF, MASK, RULES, available, draw_call, plain, rows_with_top, step
 
 
@@ -55,9 +55,7 @@ def test_cpu_equals_reference(data):
     want, want_tokens = step(logits, tokens, positions, rule, "reference", **options)
     got, got_tokens = step(logits, tokens, positions, rule, "cpu", **options)
     assert torch.equal(got.proposal, want.proposal)
-    by_entropy = options["confidence"] == "neg_entropy"
-    rtol = 0.0 if by_entropy else cases.probability_tolerance()
-    atol = cases.entropy_tolerance(vocabulary) if by_entropy else 4 * cases.EPS  # margin subtracts from 1
+    rtol, atol = unmask_confidence_tolerance(options["confidence"], vocabulary)
     torch.testing.assert_close(got.confidence, want.confidence, rtol=rtol, atol=atol)
     assert torch.equal(got.committed, want.committed)
     assert torch.equal(got.remaining, want.remaining)
@@ -81,7 +79,7 @@ def test_confidence_is_as_accurate_as_torch_in_float32(confidence):
     entropy = torch.special.xlogy(p, p).sum(-1)
     in_torch = {"probability": top[..., 0], "margin": top[..., 0] - top[..., 1], "neg_entropy": entropy}[confidence]
     scale = exact.confidence.abs().max()
-    bar = 2 * (in_torch - exact.confidence).abs().max() + 2 * cases.EPS * scale
+    bar = 2 * (in_torch - exact.confidence).abs().max() + 2 * HALF_ULP * scale
     assert (got.confidence - exact.confidence).abs().max() <= bar
 
 

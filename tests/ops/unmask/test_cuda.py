@@ -18,7 +18,8 @@ from torch import Tensor
 
 import illada_kernels as ik
 from illada_kernels import _selftest
-from illada_kernels.ops.unmask import cases, gpu
+from illada_kernels.ops.unmask import gpu
+from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance
 from tests.cuda_on_cpu.library import ROOT, KernelFault, missing, plant
 from tests.helpers.unmask_on_cpu import SOURCES, Backend, OnCpu, unmask
 from tests.helpers.unmask_oracle import INF, MASK, RULES, draw_call, plain, rows_with_top
@@ -64,8 +65,7 @@ def assert_same(got: Any, want: Any, vocabulary: int, by_entropy: bool = False) 
     """Tokens and choices equal, confidences within the rounding of their sums."""
     (got, got_tokens), (want, want_tokens) = got, want
     assert torch.equal(got.proposal, want.proposal)
-    rtol = 0.0 if by_entropy else cases.probability_tolerance()
-    atol = cases.entropy_tolerance(vocabulary) if by_entropy else 4 * cases.EPS  # margin subtracts from 1
+    rtol, atol = unmask_confidence_tolerance("neg_entropy" if by_entropy else "probability", vocabulary)
     torch.testing.assert_close(got.confidence, want.confidence, rtol=rtol, atol=atol)
     assert torch.equal(got.committed, want.committed) and torch.equal(got.remaining, want.remaining)
     assert torch.equal(got_tokens, want_tokens)
@@ -199,7 +199,7 @@ def test_confidence_is_as_accurate_as_torch_in_float32(on_cpu: Backend, path: st
     p = logits.softmax(-1)
     top, entropy = p.topk(2, -1).values, torch.special.xlogy(p, p).sum(-1)
     in_torch = {"probability": top[..., 0], "margin": top[..., 0] - top[..., 1], "neg_entropy": entropy}[confidence]
-    bar = 2 * (in_torch - exact).abs().max() + 2 * cases.EPS * exact.abs().max()
+    bar = 2 * (in_torch - exact).abs().max() + 2 * HALF_ULP * exact.abs().max()
     assert (got - exact).abs().max() <= bar
 
 

@@ -9,8 +9,8 @@ import torch
 
 import illada_kernels as ik
 from illada_kernels import _dispatch
-from illada_kernels.ops.unmask.cases import EPS
 from illada_kernels.ops.unmask.reference import gumbel, philox, philox_unit
+from illada_kernels.testing import HALF_ULP as EPS
 from tests.helpers.unmask_oracle import INF, available, step
 
 needs_cpu = pytest.mark.skipif("cpu" not in available(), reason="the compiled extension is missing")

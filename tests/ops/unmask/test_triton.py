@@ -18,8 +18,9 @@ triton = pytest.importorskip("triton", reason="no triton")
 tl = pytest.importorskip("triton.language")
 
 import illada_kernels as ik  # noqa: E402
-from illada_kernels.ops.unmask import cases, gpu, op, reference, triton_noise, triton_rows, triton_select  # noqa: E402
+from illada_kernels.ops.unmask import gpu, op, reference, triton_noise, triton_rows, triton_select  # noqa: E402
 from illada_kernels.ops.unmask import triton as room  # noqa: E402
+from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance  # noqa: E402
 from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
 from tests.helpers.unmask_oracle import INF, MASK, plain, step  # noqa: E402
 
@@ -41,8 +42,7 @@ def same(got, want, tokens, want_tokens, vocabulary: int, by_entropy: bool = Fal
     for name in ("proposal", "committed", "remaining"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     assert torch.equal(tokens, want_tokens)
-    rtol = 0.0 if by_entropy else cases.probability_tolerance()
-    atol = cases.entropy_tolerance(vocabulary) if by_entropy else 4 * cases.EPS
+    rtol, atol = unmask_confidence_tolerance("neg_entropy" if by_entropy else "probability", vocabulary)
     torch.testing.assert_close(got.confidence, want.confidence, rtol=rtol, atol=atol)
 
 
@@ -92,7 +92,7 @@ def test_words_and_noise_are_the_references(seed: int, position: int, at_step: i
     assert torch.equal(words, torch.cat(want).T)
     exact = reference.gumbel(column(seed), column(position), column(at_step), 512)[0]
     # the inner logarithm is off by 8 EPS here and 2 in the reference, the outer one by an ulp, 2 EPS, each
-    assert ((noise - exact).abs() <= cases.EPS * (8 + 2 + 4 * exact.abs())).all()
+    assert ((noise - exact).abs() <= HALF_ULP * (8 + 2 + 4 * exact.abs())).all()
 
 
 def test_units_round_once_and_the_ends_are_finite_or_minus_infinity() -> None:
@@ -123,7 +123,7 @@ def test_units_round_once_and_the_ends_are_finite_or_minus_infinity() -> None:
     exact = -torch.log(-torch.log1p(-u))
     assert torch.equal(g[u == 1], torch.full_like(g[u == 1], -INF)) and (u == 1).sum() == 2
     rest = u < 1
-    assert ((g - exact)[rest].abs() <= cases.EPS * (8 + 2 * exact[rest].abs())).all()
+    assert ((g - exact)[rest].abs() <= HALF_ULP * (8 + 2 * exact[rest].abs())).all()
 
 
 def rounded(u: int) -> float:

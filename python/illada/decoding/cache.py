@@ -1,0 +1,86 @@
+"""The key/value cache: rotated keys and values of every layer in fixed slots, written in place.
+
+Keys are stored after RoPE, because a token never changes its position. A slot is as fresh as the last window that
+covered it. In a block-causal model keys of finished blocks never change, so the cache is exact. In a fully
+bidirectional model every committed token changes all keys a little, so a cache is an approximation; refreshes bound its
+error (Fast-dLLM, arXiv 2505.22618).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+
+
+class Cache:
+    """Holds `capacity` slots per sequence: 2 * n_layers * batch * capacity * n_kv_heads * head_dim elements."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if batch < 0 or capacity < 0:
+            raise ValueError(f"batch, capacity: expected sizes of at least 0, got {batch} and {capacity}")
+        shape = (config.n_layers, batch, capacity, config.n_kv_heads, config.head_dim)
+        # Zeros, because a slot that no window has covered yet must be finite if the ranges let a query see it.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def capacity(self) -> int:
+        """Slots per sequence."""
+        return self.keys.shape[2]
+
+    def at(self, start: int | Tensor, num_keys: int | None = None) -> CacheWindow:
+        """Returns the window whose first token has slot `start`, an int or int64 (B,).
+
+        Queries see the first `num_keys` slots, all by default. Raises ValueError for sizes that do not fit.
+        """
+        num_keys = self.capacity if num_keys is None else num_keys
+        if not 0 <= num_keys <= self.capacity:
+            raise ValueError(f"num_keys: expected 0 .. {self.capacity} (the capacity), got {num_keys}")
+        if isinstance(start, Tensor) and (start.dim() != 1 or start.shape[0] != self.keys.shape[1]):
+            raise ValueError(f"start: expected an int or a slot per sequence ({self.keys.shape[1]}), got {start.shape}")
+        return CacheWindow(self, start, num_keys)
+
+
+@dataclass(frozen=True)
+class CacheWindow:
+    """Says where a forward pass writes and how many slots it reads.
+
+    An int start is checked against num_keys. Starts per sequence are clamped to it on the device, so a wrong one
+    overwrites the last slot and never leaves the cache.
+    """
+
+    cache: Cache
+    start: int | Tensor
+    num_keys: int
+
+    def slots(self, length: int) -> Tensor:
+        """Returns the slots of `length` tokens, int64 (1, length) or (B, length)."""
+        row = torch.arange(length, device=self.cache.keys.device)[None]
+        return row + (self.start[:, None] if isinstance(self.start, Tensor) else self.start)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k and v (B, S, n_kv_heads, head_dim); returns views of the layer's first num_keys slots."""
+        keys, values = self.cache.keys[layer, :, : self.num_keys], self.cache.values[layer, :, : self.num_keys]
+        if isinstance(self.start, Tensor):
+            slots = self.slots(k.shape[1]).clamp(0, self.num_keys - 1)
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]
+            keys[rows, slots], values[rows, slots] = k.detach().to(keys.dtype), v.detach().to(values.dtype)
+            return keys, values
+        stop = self.start + k.shape[1]
+        if not 0 <= self.start <= stop <= self.num_keys:
+            raise ValueError(f"cache: expected a window within {self.num_keys} slots, got {self.start} .. {stop}")
+        keys[:, self.start : stop].copy_(k.detach())
+        values[:, self.start : stop].copy_(v.detach())
+        return keys, values

@@ -1,0 +1,167 @@
+"""Filling masks in the middle of a text: `fill` for models that see everything, `fill_hole` for block-causal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from illada_kernels import KeyRanges, TopK, unmask
+
+from ..errors import PromptError
+from ..model import Model
+from .config import GenerationConfig, Prompts, resolve, token_lists
+from .decoder import Block, Decoder, Step, check_filled, left_padded
+from .generate import Generation
+
+
+@torch.no_grad()
+def fill(
+    model: Model,
+    sequences: Prompts,
+    config: GenerationConfig | None = None,
+    callback: Callable[[Step], object] | None = None,
+) -> Generation:
+    """Fills every mask_id in the sequences, seeing the text on both sides.
+
+    Parameters
+    ----------
+    model : Model
+        One that sees everything (`causal_block` 0).
+    sequences : sequence of sequences of int, or int64 (B, n)
+        Token ids with mask_id where a token is to be filled in.
+    config : GenerationConfig, optional
+        `block_length` masks are filled at a time, from the left; None: all at once. `max_new_tokens`, `stop_ids` and
+        `variable_length` do not matter.
+    callback : callable, optional
+        Called with a `Step` after each forward pass.
+
+    Returns
+    -------
+    Generation
+        `tokens` holds the whole sequences.
+
+    Raises
+    ------
+    PromptError
+        As `generate`; for a cache; and for a model that does not see what comes later.
+    RuntimeError
+        As `generate`.
+
+    Notes
+    -----
+    Synchronises as `generate`, but not per block.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada import Model, ModelConfig, fill
+    >>> _ = torch.manual_seed(0)
+    >>> config = ModelConfig.preset("demo", n_layers=1)
+    >>> done = fill(Model(config).eval(), [[72, config.mask_id, 105]])
+    >>> len(done.tokens[0]), done.filled
+    (3, [1])
+    """
+    config = config or GenerationConfig()
+    if model.config.causal_block:
+        raise PromptError("fill: expected a model that sees both sides, this one sees no later blocks; use generate")
+    if config.cache not in (None, "none"):
+        raise PromptError(f"cache: expected none for fill, got {config.cache!r}")
+    rows = token_lists(sequences, model.config)
+    for b, row in enumerate(rows):
+        if len(row) > model.config.max_seq_len:
+            raise PromptError(f"sequence {b}: {len(row)} tokens exceed max_seq_len = {model.config.max_seq_len}")
+    holes = [[i for i, token in enumerate(row) if token == model.config.mask_id] for row in rows]
+    at_once = config.block_length or max([1, *map(len, holes)])
+    sampling = resolve(config, model.config, len(rows), at_once)
+    if not any(holes):
+        return Generation(rows, [False] * len(rows), [0] * len(rows), [0] * len(rows), 0)
+    length = max(map(len, rows))
+    starts = [length - len(row) for row in rows]
+    tokens = left_padded(rows, model, starts, length)
+    decoder = Decoder(model, tokens, starts, tokens != model.config.mask_id, sampling, callback)
+    for index in range(-(-max(map(len, holes)) // at_once)):
+        part = [[start + i for i in h[index * at_once : (index + 1) * at_once]] for h, start in zip(holes, starts)]
+        width = max(map(len, part))
+        positions = torch.tensor([p + [-1] * (width - len(p)) for p in part], dtype=torch.int64).to(model.device)
+        decoder.run_block(Block(index, positions, list(map(len, part)), (0, length), length, scattered=True))
+    done = [row[start:] for row, start in zip(tokens.tolist(), starts)]
+    check_filled(done, model.config)
+    return Generation(done, [False] * len(rows), decoder.passes.tolist(), list(map(len, holes)), decoder.forward_passes)
+
+
+@torch.no_grad()
+def fill_hole(
+    model: Model,
+    before: Sequence[int],
+    hole_length: int,
+    after: Sequence[int],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    callback: Callable[[list[int]], object] | None = None,
+) -> list[int]:
+    """Returns the tokens between `before` and `after`, from a block-causal model trained with holes.
+
+    The model sees `before`, then `after`, then the hole, each token at its own position, so every token of the hole
+    sees both sides. The hole is filled block by block, the most confident token of a block first, one a pass.
+
+    Parameters
+    ----------
+    model : Model
+        One with `causal_block` > 0 that was trained with `training.objectives.hole_order`.
+    before, after : sequence of int
+        Token ids on the left and right of the hole.
+    hole_length : int
+    temperature, seed
+        As in `illada_kernels.unmask`.
+    callback : callable, optional
+        Called with the whole text, a list of ids, after each pass.
+
+    Returns
+    -------
+    list of int
+        `hole_length` ids.
+
+    Raises
+    ------
+    PromptError
+        If the text does not fit the model, or the model sees everything anyway (then `fill` does it).
+    """
+    c, block = model.config, model.config.causal_block
+    total = len(before) + hole_length + len(after)
+    if not block:
+        raise PromptError("fill_hole: expected a block-causal model; use fill for one that sees both sides")
+    if hole_length < 1 or total > c.max_seq_len:
+        raise PromptError(
+            f"fill_hole: expected a hole and at most {c.max_seq_len} tokens, got {hole_length} and {total}"
+        )
+    start = len(before) + len(after)  # of the hole, in the order in which tokens are seen
+    tokens = torch.tensor([[*before, *after, *[c.mask_id] * hole_length]]).to(model.device)
+    place = [
+        *range(len(before)),
+        *range(len(before) + hole_length, total),
+        *range(len(before), len(before) + hole_length),
+    ]
+    places = torch.tensor(place).to(model.device)
+    for first in range(start // block * block, total, block):
+        end = min(first + block, total)
+        candidates = torch.arange(first, end, device=model.device)[None]
+        ranges = KeyRanges.block_causal(end, block, device=model.device)
+        for step in range(end - max(first, start)):
+            hidden = model(tokens[:, :end], ranges, places[:end])
+            unmask(
+                hidden[:, first:end],
+                model.head_weight,
+                tokens,
+                candidates,
+                TopK(1),
+                mask_id=c.mask_id,
+                temperature=temperature,
+                seed=seed,
+                step=step,
+            )
+            if callback is not None:
+                seen = tokens[0].tolist()
+                callback([*seen[: len(before)], *seen[start:], *seen[len(before) : start]])
+    return tokens[0, start:].tolist()

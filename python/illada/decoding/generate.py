@@ -1,0 +1,173 @@
+"""generate: prompts to text, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import PromptError
+from ..model import Model
+from .config import GenerationConfig, Prompts, Sampling, resolve, resolve_block_length, token_lists
+from .decoder import Block, Decoder, Step, check_filled, left_padded
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` and `fill` return, a list entry per sequence.
+
+    Parameters
+    ----------
+    tokens : list of list of int
+        What was generated, up to the stop token; for `fill` the whole sequences.
+    stopped : list of bool
+        Whether a stop token was generated.
+    passes : list of int
+        Forward passes in which the sequence had masks.
+    filled : list of int
+        Masks that were filled.
+    forward_passes : int
+        Forward passes of the whole batch.
+    """
+
+    tokens: list[list[int]]
+    stopped: list[bool]
+    passes: list[int]
+    filled: list[int]
+    forward_passes: int
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens filled per forward pass of a sequence, over all sequences."""
+        return sum(self.filled) / max(sum(self.passes), 1)
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompts: Prompts,
+    config: GenerationConfig | None = None,
+    callback: Callable[[Step], object] | None = None,
+) -> Generation:
+    """Continues prompts, block by block. A sequence's result does not depend on the others in the batch.
+
+    Parameters
+    ----------
+    model : Model
+    prompts : sequence of sequences of int, or int64 (B, n)
+        Token ids, rows of any lengths. A prompt of length 0 generates without condition.
+    config : GenerationConfig, optional
+    callback : callable, optional
+        Called with a `Step` after each forward pass.
+
+    Returns
+    -------
+    Generation
+
+    Raises
+    ------
+    PromptError
+        For a prompt that does not fit max_seq_len together with max_new_tokens, that holds ids outside the vocab or
+        mask_id (`fill` takes those), and for settings that contradict each other or the model.
+    RuntimeError
+        If positions stay masked because hidden rows are NaN, or `forbid` leaves no token.
+
+    Notes
+    -----
+    Synchronisation: once per block, to see whether all sequences have stopped (not with stop_ids=()); and once per
+    pass where the number of passes depends on the data (every rule but the schedule and TopK with a number, and every
+    revision). Memory: the hidden rows of one window; logits are never stored.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada import GenerationConfig, Model, ModelConfig, generate
+    >>> _ = torch.manual_seed(0)
+    >>> model = Model(ModelConfig.preset("demo", n_layers=1)).eval()
+    >>> done = generate(model, [[72, 105]], GenerationConfig(max_new_tokens=4, stop_ids=()))
+    >>> len(done.tokens[0]), done.forward_passes
+    (4, 4)
+    """
+    config = config or GenerationConfig()
+    rows = token_lists(prompts, model.config)
+    block_length = resolve_block_length(config, model.config)
+    for b, row in enumerate(rows):
+        if model.config.mask_id in row:
+            raise PromptError(f"prompt {b}: expected no mask_id ({model.config.mask_id}); fill() fills holes in a text")
+        if len(row) + config.max_new_tokens > model.config.max_seq_len:
+            raise PromptError(
+                f"prompt {b}: {len(row)} tokens and max_new_tokens = {config.max_new_tokens} exceed max_seq_len = "
+                f"{model.config.max_seq_len}; shorten the prompt or generate less"
+            )
+    sampling = resolve(config, model.config, len(rows), block_length)
+    own_stop = () if model.config.eos_id < 0 else (model.config.eos_id,)
+    stop_ids = own_stop if config.stop_ids is None else tuple(config.stop_ids)
+    return _Continuation(model, rows, config, block_length, stop_ids).run(sampling, callback)
+
+
+class _Continuation:
+    """Lays a batch out in columns: prompts, in block-causal models their whole blocks, end in column `first`.
+
+    Block-causal models count blocks from the sequence's start, so a prompt's incomplete last block is generated with
+    its prompt tokens frozen. Columns beyond max_new_tokens are never candidates.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        rows: list[list[int]],
+        config: GenerationConfig,
+        block_length: int,
+        stop_ids: tuple[int, ...],
+    ) -> None:
+        self.model, self.rows, self.block_length, self.stop_ids = model, rows, block_length, stop_ids
+        whole = model.config.causal_block or 1
+        before = [len(row) // whole * whole for row in rows]  # columns before the first block
+        self.first = max(before, default=0)
+        self.starts = [self.first - n for n in before]
+        self.prompt_ends = [start + len(row) for start, row in zip(self.starts, rows)]
+        self.ends = [end + config.max_new_tokens for end in self.prompt_ends]
+        self.blocks = -(-(max(self.ends, default=0) - self.first) // block_length)
+        self.variable_length = config.variable_length or model.config.causal_block > 0
+        self.filled = [0] * len(rows)
+
+    def run(self, sampling: Sampling, callback: Callable[[Step], object] | None) -> Generation:
+        if not self.rows:
+            return Generation([], [], [], [], 0)
+        model, columns = self.model, self.first + self.blocks * self.block_length
+        tokens = left_padded(self.rows, model, self.starts, columns)
+        column = torch.arange(columns).to(model.device)
+        prompt_ends, ends = (torch.tensor(e).to(model.device)[:, None] for e in (self.prompt_ends, self.ends))
+        decoder = Decoder(model, tokens, self.starts, column < prompt_ends, sampling, callback)
+        open_columns = (column >= prompt_ends) & (column < ends)  # (B, columns): True where a token may be generated
+        stops = torch.tensor(self.stop_ids, dtype=torch.int64).to(model.device)
+        running = [True] * len(self.rows)
+        for index in range(self.blocks):
+            begin = self.first + index * self.block_length
+            block = slice(begin, begin + self.block_length)
+            masks = [self.masks_of(b, block) if on else 0 for b, on in enumerate(running)]
+            self.filled = [f + m for f, m in zip(self.filled, masks)]
+            positions = torch.where(open_columns[:, block], column[block], -1)
+            end = block.stop if self.variable_length else columns
+            decoder.run_block(Block(index, positions, masks, (block.start, block.stop), end))
+            if self.stop_ids and index + 1 < self.blocks:
+                ended = torch.isin(tokens[:, block], stops) & open_columns[:, block]
+                open_columns &= ~ended.any(1, keepdim=True)
+                running = open_columns.any(1).tolist()  # the one synchronisation of a block
+                if not any(running):
+                    break
+        return self.result(tokens.tolist(), decoder)
+
+    def masks_of(self, b: int, block: slice) -> int:
+        return max(0, min(block.stop, self.ends[b]) - max(block.start, self.prompt_ends[b]))
+
+    def result(self, table: list[list[int]], decoder: Decoder) -> Generation:
+        texts, stopped = [], []
+        for row, begin, end in zip(table, self.prompt_ends, self.ends):
+            text = row[begin:end]
+            stop = next((i for i, token in enumerate(text) if token in self.stop_ids), None)
+            texts.append(text[:stop])
+            stopped.append(stop is not None)
+        check_filled(texts, self.model.config)
+        return Generation(texts, stopped, decoder.passes.tolist(), self.filled, decoder.forward_passes)

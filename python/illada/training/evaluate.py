@@ -1,0 +1,169 @@
+"""`bound`: an upper bound on a model's bits per byte of a text, by the objective it was trained with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from illada_kernels import KeyRanges
+
+from ..errors import DataError
+from ..model import Model
+from ..tokenizer import Tokenizer, stream
+from .data import Document
+from .objectives import Example, mask_count, stratified
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An estimate of an upper bound of -log2 p(text) / bytes."""
+
+    bits_per_byte: float
+    standard_error: float  # of the mean over windows, noise of the masks included
+    what: str  # which bound it is
+    tokens: int
+    bytes: int
+
+
+def first_bytes(documents: Sequence[Document], limit: int | None) -> list[Document]:
+    """Returns the first `limit` bytes of the documents; the one that crosses the limit is cut at a character."""
+    if limit is None:
+        return list(documents)
+    if limit < 0:
+        raise ValueError(f"max_bytes: expected at least 0, got {limit}")
+    kept: list[Document] = []
+    for document in documents:
+        if len(document.content) > limit:
+            return [*kept, Document(document.name, document.content[:limit].decode("utf-8", "ignore").encode())]
+        kept.append(document)
+        limit -= len(document.content)
+    return kept
+
+
+@torch.no_grad()
+def bound(
+    model: Model,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    draws: int = 1,
+    max_bytes: int | None = None,
+    rows_per_pass: int = 4096,
+    seed: int = 0,
+) -> Bound:
+    """Estimates an upper bound on the bits per byte of documents, each with an end-of-text token that counts too.
+
+    Parameters
+    ----------
+    model : Model
+    documents : sequence of Document
+    tokenizer : Tokenizer
+    length : int
+        Tokens in a window. The last window is completed by tokens that do not count.
+    draws : int
+        Masks per window that are averaged; their numbers of masked tokens are stratified over windows.
+    max_bytes : int, optional
+        Measure only the first bytes.
+    rows_per_pass : int
+        Hidden rows of one forward pass, which bounds the memory.
+    seed : int
+
+    Returns
+    -------
+    Bound
+
+    Raises
+    ------
+    DataError
+        If there is no text.
+    ValueError
+        For a length or a number of draws that is too small.
+
+    Notes
+    -----
+    A model that sees everything: n of a window's tokens are masked, n uniform on 1 .. length, each masked token's
+    cross-entropy times length / n (LLaDA, arXiv 2502.09992, equation 6). A block-causal model: n of the b tokens of
+    each block, given all clean tokens before it in the window, whose first half is only context (BD3-LM, arXiv
+    2503.09573, equation 7). Either is at least -log2 p(documents) / bytes in expectation over the masks.
+    """
+    block = model.config.causal_block
+    scored = length // 2 // block * block if block else length
+    if scored < 1:
+        shortest = f"two blocks of {block}" if block else "1"
+        raise ValueError(f"length: expected at least {shortest}, got {length}")
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
+    documents = first_bytes(documents, max_bytes)
+    size = sum(len(d.content) for d in documents)
+    if not size:
+        raise DataError("there is no text to evaluate on")
+    ids = stream(documents, tokenizer)
+    windows = _windows(ids, length, scored, tokenizer.eos_id)
+    nats = np.zeros(len(windows[0]))
+    generator = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    for _ in range(draws):
+        for rows, example in _examples(*windows, model, scored, rows_per_pass, generator):
+            losses = example.to(model.device).loss(model, reduction="none")
+            nats[rows] += losses.double().sum(1).cpu().numpy() / draws
+    model.train(was_training)
+    bits = nats / math.log(2)
+    error = bits.std(ddof=1) * math.sqrt(len(bits)) / size if len(bits) > 1 else float("nan")
+    what = f"block diffusion, blocks of {block}" if block else f"full-sequence masked diffusion, windows of {length}"
+    return Bound(float(bits.sum() / size), float(error), what, len(ids), size)
+
+
+def _windows(ids: np.ndarray, length: int, scored: int, eos_id: int) -> tuple[Tensor, Tensor]:
+    """Returns (W, length) tokens whose last `scored` columns cover ids once, and (W, scored) bool, False at fillers."""
+    context = length - scored
+    count = -(-len(ids) // scored)
+    filler = np.resize(ids, count * scored - len(ids))
+    padded = np.concatenate([np.full(context, eos_id), ids, filler])
+    tokens = np.stack([padded[i * scored : i * scored + length] for i in range(count)])
+    return torch.from_numpy(tokens), (torch.arange(count * scored) < len(ids)).view(count, scored)
+
+
+def _examples(
+    tokens: Tensor, counts: Tensor, model: Model, scored: int, rows_per_pass: int, generator: torch.Generator
+) -> Iterator[tuple[slice, Example]]:
+    """Yields batches of windows: `scored` noisy rows each, in block-causal models followed by the clean window."""
+    block, length = model.config.causal_block or scored, tokens.shape[1]
+    level = stratified(len(tokens) * (scored // block), generator)
+    number = (level * block).long().clamp(max=block - 1) + 1  # masks in each block of each window
+    masked = mask_count(number, block, generator).view(len(tokens), scored)
+    weight = (block / number).repeat_interleave(block).view(len(tokens), scored)
+    masked_targets, clean = tokens[:, length - scored :], tokens
+    noisy = masked_targets.masked_fill(masked, model.config.mask_id)
+    key_ranges = positions = None
+    if model.config.causal_block:
+        positions = torch.cat([torch.arange(length - scored, length), torch.arange(length)])[None]
+        key_ranges = noisy_tail(length, scored, block)
+    batch = max(1, rows_per_pass // (scored + (length if key_ranges is not None else 0)))
+    for start in range(0, len(tokens), batch):
+        rows = slice(start, start + batch)
+        shown = noisy[rows] if key_ranges is None else torch.cat([noisy[rows], clean[rows]], dim=1)
+        yield (
+            rows,
+            Example(shown, masked_targets[rows], masked[rows] & counts[rows], weight[rows], key_ranges, positions),
+        )
+
+
+def noisy_tail(length: int, scored: int, block: int) -> KeyRanges:
+    """Returns the ranges of [last `scored` tokens noisy ; all `length` tokens clean].
+
+    A noisy row sees its own noisy block and the clean blocks before it; a clean row the clean blocks up to its own.
+    """
+    row = torch.arange(scored) // block * block
+    context = length - scored
+    noisy = torch.stack([row, row + block, torch.full_like(row, scored), scored + context + row], dim=-1)
+    clean_end = scored + KeyRanges.block_causal(length, block).bounds[0, :, 1]
+    start = torch.full_like(clean_end, scored)
+    clean = torch.stack([start, clean_end, clean_end, clean_end], dim=-1)
+    return KeyRanges(torch.cat([noisy.to(torch.int32), clean])[None], scored + length)

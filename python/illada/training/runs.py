@@ -1,0 +1,180 @@
+"""A run's folder, made by `illada train` and read by every other command.
+
+run.json                data, model, settings       state.pt, log.jsonl   the training state (state.py)
+illada_tokenizer.json   the tokenizer               loss.png              the loss curve
+config.json, model.safetensors                      the model, as `checkpoint.load` reads it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checkpoint
+from ..config import ModelConfig
+from ..errors import CheckpointError, DataError
+from ..model import Model
+from ..tokenizer import FILE, Tokenizer, from_json, load_tokenizer, make_tokenizer, stream
+from .data import Document, Pairs, Windows, read_corpus, split
+from .state import replace_file
+from .trainer import Source, TrainConfig, Trainer
+
+
+@dataclass
+class Run:
+    """A training run: what stays the same from its first step to its last."""
+
+    folder: Path
+    data: str | None
+    tokenizer: Tokenizer
+    model_config: ModelConfig
+    train_config: TrainConfig
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        data: str | None,
+        tokenizer_spec: str,
+        preset: str,
+        config: TrainConfig,
+        block: int,
+        train_documents: list[Document],
+    ) -> Run:
+        """Makes a run's folder. The model is the preset with the tokenizer's vocab and ids and causal_block `block`."""
+        tokenizer = make_tokenizer(tokenizer_spec, train_documents)
+        ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "pad_id")}
+        model_config = ModelConfig.preset(preset, causal_block=block, **ids)
+        if config.length > model_config.max_seq_len:
+            raise ValueError(
+                f"length: expected at most the preset's max_seq_len = {model_config.max_seq_len}, got {config.length}"
+            )
+        run = cls(folder, data, tokenizer, model_config, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / FILE, json.dumps(tokenizer.to_json()).encode())
+        replace_file(folder / "run.json", (json.dumps(run.to_json(), indent=2) + "\n").encode())
+        return run
+
+    def forget(self) -> None:
+        """Removes what `create` wrote, otherwise a run that could not begin would be in the way of the next attempt."""
+        for name in ("run.json", FILE):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of run.json."""
+        return {
+            "data": self.data,
+            "model": dataclasses.asdict(self.model_config),
+            "train": dataclasses.asdict(self.train_config),
+        }
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """Reads a run's folder; raises CheckpointError if it holds none."""
+        file = folder / "run.json"
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            tokenizer = from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
+            return cls(folder, saved["data"], tokenizer, ModelConfig(**saved["model"]), TrainConfig(**saved["train"]))
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{error.filename} is missing: {folder} holds no run to resume; start one without --resume"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}); start again in another folder") from None
+
+    def trainer(self, train_documents: list[Document], device: str) -> Trainer:
+        """Returns a trainer with fresh weights from the seed, or where the saved state left off."""
+        torch.manual_seed(self.train_config.seed)
+        model = Model(self.model_config).to(device)
+        source, identity = self.source(train_documents)
+        return Trainer(model, source, self.train_config, self.folder, identity)
+
+    def source(self, train_documents: list[Document]) -> tuple[Source, str]:
+        """Returns the batches and a digest of their tokens, by which a resumed run knows its data."""
+        c = self.train_config
+        if c.objective == "sft":
+            pairs: Source = Pairs(train_documents, self.tokenizer, c.length, c.batch_size, c.seed)
+            return pairs, digest(np.concatenate([row for row, _ in pairs.rows]))  # type: ignore[attr-defined]
+        ids = stream(train_documents, self.tokenizer)
+        return Windows(ids, c.length, c.batch_size, c.seed), digest(ids)
+
+    def export(self, model: Model) -> None:
+        """Writes the model's weights into the folder."""
+        checkpoint.save(model, self.folder)
+
+
+def digest(ids: np.ndarray) -> str:
+    """Returns the SHA-256 of token ids."""
+    return hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()
+
+
+def documents(data: str | None) -> tuple[list[Document], list[Document]]:
+    """Returns (training, held out) documents of a corpus."""
+    return split(read_corpus(data))
+
+
+class StopSignals:
+    """A context in which SIGINT and SIGTERM set `number` instead of raising, so that the current step can be saved.
+
+    A second SIGINT raises KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def open_model(folder: str, device: str, dtype: str) -> tuple[Model, Tokenizer]:
+    """Returns the model and tokenizer in a checkpoint folder, a run's or one of Hugging Face."""
+    model = checkpoint.load(folder, device=device, dtype=getattr(torch, dtype))
+    c = model.config
+    return model, load_tokenizer(Path(folder), c.vocab_size, c.mask_id, c.eos_id, c.pad_id)
+
+
+def plot_losses(losses: np.ndarray, file: Path, title: str) -> None:
+    """Draws the loss of every step and its running mean, as a PNG. Raises DataError where matplotlib is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+    except ModuleNotFoundError:
+        raise DataError("the loss curve needs matplotlib: pip install 'illada-kernels[model]'") from None
+    steps = np.arange(1, len(losses) + 1)
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    axes.plot(steps, losses, color="#9bb7d4", linewidth=0.6, label="each step")
+    window = max(1, len(losses) // 50)
+    if len(losses) >= window:
+        mean = np.convolve(losses, np.ones(window) / window, "valid")
+        axes.plot(steps[window - 1 :], mean, color="#1f4e79", linewidth=1.6, label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    if len(losses) > 1:
+        axes.set_ylim(float(np.quantile(losses, 0.001)) * 0.9, float(np.quantile(losses, 0.98)) * 1.1)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file)
+    pyplot.close(figure)

@@ -1,0 +1,277 @@
+"""The trainer. It survives a kill: a resumed run repeats the undisturbed one bit by bit.
+
+Everything random in step i is drawn from (seed, i), and the learning rate is a function of how much of the run is done.
+So the state is the weights, the optimizers' moments, the step and the seconds spent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..model import Model
+from .objectives import Example, block_diffusion, full_sequence, hole_order, sft
+from .optim import optimizers
+from .state import RunState, append_line, cut_log
+
+OBJECTIVES = ("full", "block", "sft")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Raises ValueError for settings that contradict each other.
+
+    Parameters
+    ----------
+    objective : str
+        "full" (LLaDA), "block" (BD3-LM, whose block length is the model's causal_block) or "sft".
+    steps, seconds : int, float
+        Length of the run and of its learning-rate schedule; exactly one of them.
+    length, batch_size : int
+        Tokens in a window, windows in a step.
+    weighting, complementary
+        Of objective "full", as in `objectives.full_sequence`.
+    hole_fraction : float
+        Of objective "block": share of windows whose middle comes last (`objectives.hole_order`).
+    optimizer : str
+        "muon": lr for matrices, adamw_lr for the rest. "adamw": lr for all.
+    lr, adamw_lr, weight_decay : float
+    warmup : float
+        Share of the run in which the learning rate rises linearly; then it falls linearly to zero.
+    clip : float
+        Largest norm of the gradient of the parameters that AdamW updates.
+    dtype : str
+        "float32", or "bfloat16" to compute under autocast; weights stay float32.
+    seed : int
+    """
+
+    objective: str = "full"
+    steps: int | None = None
+    seconds: float | None = None
+    length: int = 128
+    batch_size: int = 8
+    weighting: str = "llada"
+    complementary: bool = False
+    hole_fraction: float = 0.0
+    optimizer: str = "muon"
+    lr: float = 0.02
+    adamw_lr: float = 0.004
+    weight_decay: float = 0.0
+    warmup: float = 0.03
+    clip: float = 1.0
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(f"steps, seconds: expected one of them, got {self.steps} and {self.seconds}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        for name in ("steps", "seconds", "length", "batch_size", "lr", "adamw_lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not 0 <= self.hole_fraction <= 1:
+            raise ValueError(f"hole_fraction: expected a number from 0 to 1, got {self.hole_fraction}")
+
+    def rate(self, done: float) -> float:
+        """Returns the factor on the learning rates when `done` (0 .. 1) of the run is over."""
+        return min(1.0, done / self.warmup if self.warmup > 0 else 1.0, max(0.0, (1 - done) / (1 - self.warmup)))
+
+
+class Source(Protocol):
+    """Clean batches by step."""
+
+    def batch(self, step: int) -> Any:
+        """Returns the step's batch, the same however often asked."""
+
+
+def example(config: TrainConfig, model: Model, batch: Any, step: int) -> Example:
+    """Returns the corrupted batch of a step, from a generator of its own."""
+    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
+    mask_id = model.config.mask_id
+    if config.objective == "sft":
+        tokens, prompt_lengths = batch
+        return sft(torch.from_numpy(tokens), torch.from_numpy(prompt_lengths), mask_id, generator)
+    tokens = torch.from_numpy(batch)
+    if config.objective == "full":
+        return full_sequence(tokens, mask_id, generator, weighting=config.weighting, complementary=config.complementary)
+    order = None
+    if config.hole_fraction > 0:
+        order = hole_order(tokens.shape[0], tokens.shape[1], config.hole_fraction, generator)
+    return block_diffusion(tokens, mask_id, generator, block=model.config.causal_block, order=order)
+
+
+@dataclass
+class Progress:
+    """Where a run is after a step, for a progress bar."""
+
+    step: int
+    done: float
+    loss: float
+    seconds: float
+    tokens: int
+
+
+class Trainer:
+    """Trains a model: `Trainer(model, source, config, folder).run()`.
+
+    Parameters
+    ----------
+    model : Model
+    source : Source
+        Clean batches by step, such as `data.Windows`.
+    config : TrainConfig
+    folder : Path, optional
+        The state goes to folder/state.pt and one JSON line per step, {"step", "loss", "lr"}, to folder/log.jsonl. A
+        state found there is where the run goes on.
+    identity : str
+        Names the data; a state of other data is refused.
+
+    Raises
+    ------
+    ValueError
+        For a length that the model's blocks do not divide.
+    CheckpointError
+        For a state in the folder that is damaged or of another run.
+    """
+
+    def __init__(
+        self, model: Model, source: Source, config: TrainConfig, folder: Path | None = None, identity: str = ""
+    ):
+        if config.objective == "block" and (model.config.causal_block < 1 or config.length % model.config.causal_block):
+            raise ValueError(
+                f"length: expected a multiple of the model's causal_block = {model.config.causal_block}, above 0, "
+                f"got {config.length}"
+            )
+        self.model, self.source, self.config = model, source, config
+        self.optimizers = optimizers(model, config.optimizer, config.lr, config.adamw_lr, config.weight_decay)
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.step, self.seconds, self.losses = 0, 0.0, np.zeros(0)
+        self.log: Any = None
+        self.state = RunState(folder, dataclasses.asdict(config), identity) if folder else None
+        if self.state is not None:
+            self._resume()
+
+    def _resume(self) -> None:
+        assert self.state is not None
+        saved = self.state.load(self.model.device)
+        if saved is not None:
+            self.model.load_state_dict(saved["model"])
+            for optimizer, part in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(part)
+            self.step, self.seconds = saved["step"], saved["seconds"]
+        self.losses = np.array([entry["loss"] for entry in cut_log(self.state.log, self.step)])
+        self.log = open(self.state.log, "a", encoding="utf-8")
+
+    def save(self) -> None:
+        """Replaces folder/state.pt. Raises CheckpointIOError if it cannot be written; the previous one then stays."""
+        if self.state is None:
+            return
+        self.log.flush()
+        os.fsync(self.log.fileno())
+        self.state.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "step": self.step,
+                "seconds": self.seconds,
+            }
+        )
+
+    @property
+    def done(self) -> float:
+        """Share of the run that is over, 0 .. 1 or slightly more."""
+        length = self.config.steps if self.config.steps is not None else self.config.seconds
+        assert length is not None
+        return (self.step if self.config.steps is not None else self.seconds) / length
+
+    def run(
+        self,
+        callback: Callable[[Progress], object] | None = None,
+        save_every: int | None = None,
+        save_seconds: float = 60.0,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Trains to the end, or until `should_stop()` says so between two steps, and saves.
+
+        Parameters
+        ----------
+        callback : callable, optional
+            Called with `Progress` after each step.
+        save_every : int, optional
+            Steps between saves. None: every `save_seconds`. Saving changes no number.
+        save_seconds : float
+        should_stop : callable
+
+        Returns
+        -------
+        bool
+            Whether the run is complete.
+
+        Raises
+        ------
+        ArithmeticError
+            When the loss is not finite; the last state stays on disk.
+        """
+        if save_every is not None and save_every < 1:
+            raise ValueError(f"save_every: expected at least 1 step, got {save_every}; leave it out to save by time")
+        self.model.train()
+        last_save = time.monotonic()
+        begun = time.monotonic() - self.seconds
+        losses: list[float] = self.losses.tolist()
+        while self.done < 1 and not should_stop():
+            loss = self.one_step()
+            if not math.isfinite(loss):
+                raise ArithmeticError(
+                    f"step {self.step}: the loss is {loss}; resume with a lower --lr, or check the data"
+                )
+            losses.append(loss)
+            self._write_log(loss)
+            self.step += 1
+            self.seconds = time.monotonic() - begun
+            if callback is not None:
+                tokens = self.config.batch_size * self.config.length
+                callback(Progress(self.step, min(1.0, self.done), loss, self.seconds, self.step * tokens))
+            due = self.step % save_every == 0 if save_every else time.monotonic() - last_save > save_seconds
+            if due and self.done < 1:
+                self.save()
+                last_save = time.monotonic()
+        self.losses = np.array(losses)
+        self.save()
+        return self.done >= 1
+
+    def one_step(self) -> float:
+        """Makes one update; returns the loss, nats per token."""
+        factor = self.config.rate((self.step + 0.5) / self.config.steps if self.config.steps else self.done)
+        for optimizer, rates in zip(self.optimizers, self.rates):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * factor
+        batch = example(self.config, self.model, self.source.batch(self.step), self.step).to(self.model.device)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            loss = batch.loss(self.model)
+        loss.backward()
+        adamw = self.optimizers[-1]
+        torch.nn.utils.clip_grad_norm_(adamw.param_groups[0]["params"], self.config.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def _write_log(self, loss: float) -> None:
+        if self.log is None:
+            return
+        factor = self.optimizers[0].param_groups[0]["lr"]
+        append_line(self.log, json.dumps({"step": self.step, "loss": loss, "lr": factor}))

@@ -1,0 +1,226 @@
+"""Pages say what the code does: snippets run, links and commands lead somewhere, tables and pictures are current."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import illada_kernels
+from illada_kernels.doctor import report
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+EMULATED = "docs/concepts/cuda_on_cpu.md"
+
+
+def python_blocks(name: str) -> list[str]:
+    return [text for language, text in FENCED.findall((ROOT / name).read_text()) if language == "python"]
+
+
+# ---- snippets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if python_blocks(name)])
+def test_python_blocks_of_a_page_run_in_order(name, tmp_path, monkeypatch):
+    """README's stand alone, each with its own imports; those of other pages continue one another."""
+    if name == EMULATED:
+        from tests.cuda_on_cpu.library import missing
+
+        if missing() is not None:
+            pytest.skip(missing())
+    else:
+        monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for number, block in enumerate(python_blocks(name), 1):
+        names = {} if name == "README.md" else names
+        exec(compile(block, f"{name}, block {number}", "exec"), names)
+
+
+def test_the_readme_and_every_guide_have_snippets():
+    for name in ("README.md", *(n for n in NAMES if n.startswith("docs/guides/"))):
+        assert python_blocks(name), name
+
+
+# ---- links and commands ---------------------------------------------------------------------------------------------
+
+
+def anchors(path: Path) -> set[str]:
+    """Ids of a page's headings, as GitHub and the site make them, and of the names that the site documents."""
+    text = FENCED.sub("", path.read_text())
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text())):
+        if "://" in link:
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{name}: {link}"
+        assert not anchor or anchor in anchors(path), f"{name}: {link} has no such heading"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "CONTRIBUTING.md"])
+def test_files_that_a_page_names_exist(name):
+    """Inline code that looks like a path from the root; <op> and the like stand for any name, {a,b} for each."""
+    for code in re.findall(
+        r"`((?:csrc|illada_kernels|python|tests|benchmarks|docs|examples)/[^`\s]*)`", (ROOT / name).read_text()
+    ):
+        pattern = re.sub(r"<\w+>", "*", code).rstrip("/")
+        alternatives = re.search(r"\{(.*)\}", pattern)
+        for choice in alternatives[1].split(",") if alternatives else [""]:
+            path = re.sub(r"\{.*\}", choice, pattern)
+            assert list(ROOT.glob(path)), f"{name}: {code}"
+
+
+def test_folders_of_the_readmes_tree_exist():
+    tree = next(block for _, block in FENCED.findall((ROOT / "README.md").read_text()) if block.startswith("csrc/"))
+    top = ""
+    for line in tree.splitlines():
+        folder = line.split("  ")[0] if not line.startswith(" ") else top + line.split()[0]
+        top = top if line.startswith(" ") else folder
+        assert list(ROOT.glob(re.sub(r"<\w+>", "*", folder).rstrip("/"))), line
+    assert len(tree.splitlines()) >= 8
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every line of a block without a language or of inline code that starts make, python -m or
+    illada; comments and placeholders such as <op> or ... end one."""
+    found = []
+    for name in NAMES:
+        text = (ROOT / name).read_text()
+        lines = [line for language, block in FENCED.findall(text) if not language for line in block.splitlines()]
+        lines += re.findall(r"^ {4}(\S.*)$", text, flags=re.MULTILINE)
+        lines += re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
+        for line in lines:
+            if re.match(r"(make|python -m|illada) [\w.]", line):
+                found.append((name, re.split(r"  #|<|\.\.\.", line)[0].strip()))
+    return [(name, shlex.split(line)) for name, line in sorted(set(found))]
+
+
+def test_commands_that_pages_name_exist():
+    from illada.cli import parser
+
+    found = commands()
+    assert {words[0] for _, words in found} == {"make", "python", "illada"}
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for name, words in found:
+        said = f"{name}: {' '.join(words)}"
+        if words[0] == "make":
+            assert words[1] in targets, said
+        elif words[0] == "illada":
+            wanted = {"train": ["--out"], "generate": ["--model", "--prompt"], "eval": ["--model"]}.get(words[1], [])
+            given = words[1:] + [w for option in wanted if option not in words for w in (option, "x")]
+            if "--help" not in words:
+                parser().parse_args(given)
+        else:
+            spec = importlib.util.find_spec(words[2])
+            assert spec is not None, said
+            origin = Path(spec.origin or "")
+            sources = [*origin.parent.glob("*.py")] if origin.name == "__init__.py" else [origin]
+            source = "".join(path.read_text() for path in sources)
+            options = [w.partition("=")[0] for w in words[3:] if w.startswith("--")]
+            assert words[2] == "pytest" or not [o for o in options if f'"{o}"' not in source], said
+
+
+# ---- tables and pictures --------------------------------------------------------------------------------------------
+
+
+def test_tables_of_results_are_those_of_the_committed_rows():
+    from benchmarks.report import readme
+
+    for page in readme.PAGES:
+        assert readme.updated(page.read_text()) == page.read_text(), "run: python -m benchmarks.report.readme"
+    shown = [line for line in readme.table(only=readme.HEADLINES).splitlines() if line.startswith("| ")]
+    assert 6 <= len(shown) - 1 <= 12 and all(line in (ROOT / "README.md").read_text() for line in shown)
+    pages = "".join(page.read_text() for page in readme.PAGES[1:])
+    assert all(line in pages for line in readme.table().splitlines() if line.startswith("| "))
+
+
+def test_headlines_are_cases_that_exist():
+    from benchmarks import run
+    from benchmarks.report import readme
+
+    known = {(op, case.name, case.dtype) for op in run.FILES for case in run.collect(op, "cuda")}
+    known |= {(row["op"], row["case"], row["dtype"]) for row in readme.rows_of(run.RESULTS / "cpu-xeon-2c")}
+    assert readme.HEADLINES <= known
+
+
+def test_pictures_of_masks_are_what_key_ranges_says():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    drawn = {path.name: path.read_text() for path in figures.FOLDER.glob("*.svg")}
+    assert drawn == figures.figures(), "run: python docs/figures.py"
+    page = (ROOT / "docs" / "concepts" / "key_ranges.md").read_text()
+    assert set(re.findall(r"figures/(\w+\.svg)", page)) == set(drawn)
+
+
+def test_the_page_of_environment_variables_lists_what_the_code_reads():
+    text = (ROOT / "docs" / "reference" / "environment.md").read_text()
+    listed = set(re.findall(r"`([A-Z][A-Z_]+)`", text))
+    folders = ("illada_kernels", "python", "benchmarks", "csrc")
+    sources = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")]
+    read: set[str] = set()
+    for path in sources:
+        source = path.read_text()
+        read |= set(re.findall(r'(?:environ(?:\.get\(|\[)|getenv\()\s*"([A-Z_]+)"', source))
+        if path.suffix == ".py":
+            strings = (n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant))
+            read |= {s for s in strings if isinstance(s, str) and re.fullmatch(r"ILLADA_[A-Z_]+", s)}
+    assert {name for name in listed if name.startswith("ILLADA_")} == {n for n in read if n.startswith("ILLADA_")}
+    assert len(read) > 8 and read - {"PYTHONPATH"} <= listed  # that one is Python's own
+
+
+def test_the_page_of_gpu_kernels_lists_every_gpu_backend_and_whether_it_is_proven():
+    text = (ROOT / "docs" / "reference" / "gpu_kernels.md").read_text()
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")
+    ]
+    said = {(op, backend): state == "not yet run on a GPU" for op, backend, *_, state in rows}
+    known = {
+        (op, row["backend"]): row["opt_in"] is not None
+        for op, backends in report()["ops"].items()
+        for row in backends
+        if row["backend"] in ("cuda", "triton")
+    }
+    assert said == known
+
+
+# ---- the version ----------------------------------------------------------------------------------------------------
+
+
+def test_the_version_stands_in_the_package_and_the_citation_agrees():
+    assert "version =" not in (ROOT / "pyproject.toml").read_text().partition("[project.optional")[0]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.+)$", citation, flags=re.MULTILINE)[1] == illada_kernels.__version__
+    changes = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert changes[:2] == ["Unreleased", illada_kernels.__version__]
+
+
+# ---- docstrings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["masked_loss", "masked_loss_from_logits", "unmask", "unmask_from_logits"])
+def test_the_example_of_a_public_docstring_runs(name):
+    found = doctest.DocTestFinder(recurse=False).find(getattr(illada_kernels, name), name, globs={})
+    runner = doctest.DocTestRunner(verbose=False)
+    said: list[str] = []
+    for test in found:
+        runner.run(test, out=said.append)
+    assert runner.tries > 0 and runner.failures == 0, "".join(said)
