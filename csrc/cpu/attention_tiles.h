@@ -39,11 +39,13 @@ struct Problem {
   int tile_rows(int tile) const {
     return int(rows - int64_t(tile) * kTileRows < kTileRows ? rows - int64_t(tile) * kTileRows : kTileRows);
   }
-  // Scores are score_scale * (query_factor q) k^T: a negative scale turns the queries, so that maxima stay maxima, and
-  // a vanishing one multiplies them, so that -127 / score_scale stays finite.
+  // Scores are score_scale * (query_factor q) k^T. A negative scale turns the queries, so that maxima stay maxima; a
+  // vanishing one multiplies them, so that -127 / score_scale stays finite; of a huge one they take a factor of 4, so
+  // that score_scale * log2(e) stays finite.
   bool vanishing() const { return std::fabs(scale) < 1e-30f; }
-  float query_factor() const { return vanishing() ? scale : scale < 0 ? -1.0f : 1.0f; }
-  float score_scale() const { return vanishing() ? 1.0f : std::fabs(scale); }
+  bool huge() const { return std::fabs(scale) > 1e38f; }
+  float query_factor() const { return vanishing() ? scale : std::copysign(huge() ? 4.0f : 1.0f, scale); }
+  float score_scale() const { return vanishing() ? 1.0f : std::fabs(scale) * (huge() ? 0.25f : 1.0f); }
 };
 
 class Buffer {  // aligned, uninitialised memory; false if there was none

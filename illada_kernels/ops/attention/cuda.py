@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._extension import DTYPES, extension_reason
 from ..._gpu import hopper_reason, launch
-from .problem import Problem, element_strides, upstream
+from .problem import MAX_GPU_SCALE, Problem, element_strides, upstream
 
 _FORWARD = {torch.bfloat16: "attention_fwd_bf16_sm90a", torch.float16: "attention_fwd_fp16_sm90a"}
 _DIMS = (64, 96, 128, 256)
@@ -25,6 +25,8 @@ def available() -> str | None:
 
 def supports(problem: Problem) -> str | None:
     q, k, v = problem.q, problem.k, problem.v
+    if abs(problem.scale) > MAX_GPU_SCALE:
+        return f"takes a scale of at most {MAX_GPU_SCALE:g} in magnitude, not {problem.scale:g}"
     if q.dtype not in _FORWARD:
         return f"takes bfloat16 and float16, not {q.dtype}"
     if q.shape[3] not in _DIMS or v.shape[3] != q.shape[3]:

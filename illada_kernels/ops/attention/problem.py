@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MAX_GPU_SCALE = 1e38  # beyond it scale * log2(e) overflows float32
+
 
 class Problem(NamedTuple):
     q: Tensor  # (B, Sq, Hq, D)

@@ -446,3 +446,13 @@ def problems(draw_value):
 def test_random_shapes_strides_and_masks_meet_the_numerics_bar(backend, problem):
     inputs, ranges = problem
     assert_close(run(backend, *inputs, ranges), *inputs, ranges)
+
+
+@backends
+@pytest.mark.parametrize("scale", [3e38, -3.4e38, 2e38])
+def test_scales_up_to_the_largest_float_agree(backend, scale):
+    q, k, v, dout, dlse = draw(1, 6, 9, 2, 1, 8)
+    q, k = q * 1e-30, k * 1e-8
+    ours = run(backend, q, k, v, dout, dlse, None, scale)
+    assert all(x.isfinite().all() for x in ours.tensors().values())
+    assert_close(ours, q, k, v, dout, dlse, None, scale)

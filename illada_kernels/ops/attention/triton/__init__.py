@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...._gpu import triton_reason
-from ..problem import Problem
+from ..problem import MAX_GPU_SCALE, Problem
 from .tuning import tune as tune
 
 _HEAD_DIMS = (64, 96, 128, 256)
@@ -32,6 +32,8 @@ def available() -> str | None:
 
 def supports(problem: Problem) -> str | None:
     q, v = problem.q, problem.v
+    if abs(problem.scale) > MAX_GPU_SCALE:
+        return f"takes a scale of at most {MAX_GPU_SCALE:g} in magnitude, not {problem.scale:g}"
     if q.dtype not in _DTYPES:
         return f"takes bfloat16, float16 and float32, not {q.dtype}"
     if q.shape[3] not in _HEAD_DIMS or v.shape[3] != q.shape[3]:
