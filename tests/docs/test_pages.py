@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib
 import importlib.util
 import re
 import shlex
@@ -169,6 +170,13 @@ def test_pictures_of_masks_are_what_key_ranges_says():
     assert drawn == figures.figures(), "run: python docs/figures.py"
     page = (ROOT / "docs" / "concepts" / "key_ranges.md").read_text()
     assert set(re.findall(r"figures/(\w+\.svg)", page)) == set(drawn)
+
+
+@pytest.mark.parametrize("package", ["illada_kernels", "illada"])
+def test_the_reference_lists_every_public_name(package):
+    page = (ROOT / "docs" / "reference" / f"{package}.md").read_text()
+    public = {f"{package}.{name}" for name in importlib.import_module(package).__all__}
+    assert set(re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)) == public
 
 
 def test_the_page_of_environment_variables_lists_what_the_code_reads():
