@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -171,6 +173,13 @@ def test_pictures_of_masks_are_what_key_ranges_says():
     assert set(re.findall(r"figures/(\w+\.svg)", page)) == set(drawn)
 
 
+@pytest.mark.parametrize("package", ["illada_kernels", "illada"])
+def test_the_reference_lists_every_public_name(package):
+    page = (ROOT / "docs" / "reference" / f"{package}.md").read_text()
+    public = {f"{package}.{name}" for name in importlib.import_module(package).__all__}
+    assert set(re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)) == public
+
+
 def test_the_page_of_environment_variables_lists_what_the_code_reads():
     text = (ROOT / "docs" / "reference" / "environment.md").read_text()
     listed = set(re.findall(r"`([A-Z][A-Z_]+)`", text))
@@ -216,11 +225,22 @@ def test_the_version_stands_in_the_package_and_the_citation_agrees():
 # ---- docstrings -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["masked_loss", "masked_loss_from_logits", "unmask", "unmask_from_logits"])
-def test_the_example_of_a_public_docstring_runs(name):
-    found = doctest.DocTestFinder(recurse=False).find(getattr(illada_kernels, name), name, globs={})
+def modules_with_examples() -> list[str]:
+    folders = (ROOT / "illada_kernels", ROOT / "python" / "illada")
+    paths = [p for folder in folders for p in sorted(folder.rglob("*.py")) if ">>> " in p.read_text()]
+    names = [p.relative_to(ROOT).with_suffix("").parts for p in paths]
+    return [".".join(n for n in name if n not in ("python", "__init__")) for name in names]
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_the_examples_of_docstrings_run(name):
     runner = doctest.DocTestRunner(verbose=False)
     said: list[str] = []
-    for test in found:
+    for test in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name), name, globs={}):
         runner.run(test, out=said.append)
     assert runner.tries > 0 and runner.failures == 0, "".join(said)
+
+
+@pytest.mark.parametrize("name", ["masked_loss", "masked_loss_from_logits", "unmask", "unmask_from_logits"])
+def test_public_functions_have_an_example(name):
+    assert "\n    Examples\n" in inspect.getsource(getattr(illada_kernels, name))
