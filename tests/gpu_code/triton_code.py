@@ -66,10 +66,12 @@ class Configuration:
 
 def configurations() -> Iterator[Configuration]:
     """Those of every op room."""
-    for path in sorted((ROOT / "illada_kernels" / "ops").glob("*/triton*.py")):
-        module = importlib.import_module(f"illada_kernels.ops.{path.parent.name}.{path.stem}")
-        for name, *rest in getattr(module, "aot_configurations", tuple)():
-            yield Configuration(f"{path.parent.name}.{name}", *rest)
+    rooms = ROOT / "illada_kernels" / "ops"
+    for path in sorted([*rooms.glob("*/triton*.py"), *rooms.glob("*/triton/[!_]*.py")]):
+        room, *rest = path.relative_to(rooms).with_suffix("").parts
+        module = importlib.import_module(".".join(("illada_kernels.ops", room, *rest)))
+        for name, *configuration in getattr(module, "aot_configurations", tuple)():
+            yield Configuration(f"{room}.{name}", *configuration)
 
 
 def compile_configuration(configuration: Configuration, arch: int) -> Row:

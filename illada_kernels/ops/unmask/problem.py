@@ -11,8 +11,8 @@ from ... import rules
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # proposal, confidence, committed, remaining
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-# T * g stays finite for every Gumbel value, which are below 45.
-HIGHEST_TEMPERATURE = 2.0**120
+# Noise is drawn with a temperature of at most this.
+HIGHEST_TEMPERATURE = FLOAT32_MAX
 # Beyond this its reciprocal is no normal float32, and times -inf it would be NaN.
 HIGHEST_CONFIDENCE_TEMPERATURE = 2.0**126
 # z = (l - max l) / Tc below which exp(z) is no normal float32 and an id does not count in the entropy.

@@ -443,7 +443,7 @@ def one_fused_step():
 
 ROWS, SELECT = kernel_rows, kernel_select
 FAULTS: list[tuple[ModuleType, str, str, Callable[[], None]]] = [
-    (ROWS, "barred = ids >= vocabulary", "barred = ids > vocabulary", one_fused_step()),
+    (ROWS, "barred = ids >= vocab", "barred = ids > vocab", one_fused_step()),
     (ROWS, "mask=active[None, :] & within[:, None]", "mask=within[:, None]", one_fused_step()),
     (ROWS, "(group + 1) * tiles // groups)", "(group + 1) * (tiles // groups))", one_fused_step()),
     (ROWS, "there & (tile > first_tile)", "there", one_fused_step()),
