@@ -15,12 +15,14 @@ rules that they ask for.
 from __future__ import annotations
 
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import _dispatch
 
@@ -109,6 +111,8 @@ class Operator:
     problem : the room's Problem, a NamedTuple whose field types torch.library can read.
     fake : problem -> outputs, their shapes and dtypes without data.
     outputs : their number.
+    flops : (problem, needs) -> floating-point operations, for torch.utils.flop_counter; needs is None for the forward,
+        else which gradients a backward computes.
     mutates : fields written in place; such an operator has no derivative.
     folds : every tensor has the batch as its first dimension, so that vmap folds into it; else vmap loops. Names the
         fields whose batch may be 1 instead.
@@ -121,6 +125,7 @@ class Operator:
         backends: tuple[_dispatch.Backend, ...],
         fake: Callable[[Any], Any],
         outputs: int,
+        flops: Callable[[Any, Sequence[bool] | None], int],
         derivative: Derivative | None = None,
         mutates: tuple[str, ...] = (),
         folds: tuple[str, ...] | None = None,
@@ -131,6 +136,8 @@ class Operator:
         self.fields = tuple(kinds)
         self.written = [i for i, field in enumerate(self.fields) if field in mutates]
         self.op = _register(name, kinds, outputs, self._kernel, lambda *a: fake(problem(*a)), mutates)
+        self.flops = flops
+        _count_flops(name, lambda *a: flops(problem(*a), None))
         if derivative is not None:
             self.differentiated = [self.fields.index(field) for field in derivative.of]
             self.bwd = _Backward(self, derivative, kinds)
@@ -155,6 +162,7 @@ class Operator:
         return self._direct(backend, problem)
 
     def _watched(self, problem: Any) -> Any:
+        _tell_flop_counter()
         if torch.compiler.is_compiling():  # the operator itself reads ILLADA_BACKEND, when it runs
             return self.op(*problem)
         problem = self._with_backend(problem, problem.backend or _dispatch.environment())
@@ -262,6 +270,7 @@ class _Backward:
         kinds = {**upstream, **saved, **kinds, "needs": Sequence[bool]}
         name = f"{operator.name}_bwd"
         self.op = _register(name, kinds, len(derivative.of), self._kernel, self._fake, ())
+        _count_flops(name, lambda *a: operator.flops(operator.problem(*a[self.first : -1]), a[-1]))
         self.function = _function(
             name, self._forward, lambda ctx, inputs, output: None, backward=self._refuse, vmap=self._vmap
         )
@@ -342,6 +351,27 @@ def _register(
     op = torch.library.custom_op(f"illada_kernels::{name}", implementation, mutates_args=mutates)
     op.register_fake(fake)
     return op
+
+
+_FLOPS: dict[str, Callable[..., int]] = {}  # operators whose formulas torch's counter does not have yet
+
+
+def _count_flops(name: str, count: Callable[..., int]) -> None:
+    _FLOPS[name] = lambda *arguments, out_val=None, **_: count(*arguments)
+
+
+def _tell_flop_counter() -> None:
+    """Registers the formulas once somebody has imported torch.utils.flop_counter, which imports Triton."""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is None or not _FLOPS:
+        return
+    formulas = {getattr(torch.ops.illada_kernels, name): formula for name, formula in _FLOPS.items()}
+    counter.flop_registry.update(formulas)
+    for mode in _get_current_dispatch_mode_stack():  # each has copied the registry
+        registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+        if registry is not None:
+            registry.update(formulas)
+    _FLOPS.clear()
 
 
 def _function(name: str, forward: Any, setup_context: Any, **rules: Any) -> Any:

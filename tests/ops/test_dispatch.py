@@ -145,6 +145,7 @@ def doubled():
         (Backend("only", None, lambda: module),),
         lambda problem: torch.empty_like(problem.x),
         outputs=1,
+        flops=lambda problem, needs: problem.x.numel() * (1 if needs is None else 10),
         derivative=Derivative(("x",), 1, (), lambda problem, saved, tangents: (2 * tangents[0],)),
     )
 
@@ -258,3 +259,12 @@ def test_a_backward_is_run_by_what_ran_its_forward_whatever_the_environment_says
     monkeypatch.delenv("ILLADA_BACKEND")
     (got,) = torch.autograd.grad(made_by_reference, x)
     assert torch.equal(got, right)
+
+
+def test_the_flop_counter_knows_the_operators(doubled):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.ones(3, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        doubled(Doubled(x)).sum().backward()
+    assert counter.get_total_flops() == 33

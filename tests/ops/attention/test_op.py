@@ -313,3 +313,56 @@ def test_fake_and_meta_tensors_get_shapes():
         fake = [mode.from_tensor(x) for x in inputs(torch.bfloat16)]
         ours = run(None, *fake, KeyRanges(mode.from_tensor(MASK.bounds), 12))
         assert {name: (x.shape, x.dtype, x.stride()) for name, x in ours.tensors().items()} == shapes
+
+
+def test_flops_are_those_of_all_pairs_as_torch_counts_sdpa():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.randn(2, 12, 4, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as ours:
+        attention(x, x, x).sum().backward()
+    with FlopCounterMode(display=False) as theirs, sdpa_kernel(SDPBackend.MATH):
+        y = x.transpose(1, 2)
+        sdpa(y, y, y).sum().backward()
+    forward, backward = 2 * 2 * 2 * 4 * 12 * 12 * 8, 5 * 2 * 2 * 4 * 12 * 12 * 8
+    assert ours.get_total_flops() == forward + backward
+    assert theirs.get_total_flops() == forward + 4 * 2 * 2 * 4 * 12 * 12 * 8  # keeps the scores
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_that_vary_compile_into_no_more_graphs_than_with_sdpa(dynamic):
+    """A scale per layer or from the head_dim: torch makes a graph a value of an operator's float. Lengths: two graphs."""
+    from torch._dynamo.testing import CompileCounter
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    def graphs(function, calls):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
+        for call in calls:
+            torch.testing.assert_close(compiled(*call), function(*call))
+        return counter.frame_count
+
+    x = torch.randn(1, 6, 2, 8)
+    scales = [(x, s) for s in (0.3, 0.15, 0.1)]
+    ours = graphs(lambda q, s: attention(q, q, q, scale=s), scales)
+    assert ours <= graphs(lambda q, s: sdpa(q, q, q, scale=s), scales)
+    widths = [(torch.randn(1, 6, 2, d),) for d in (8, 12, 16)]
+    ours = graphs(lambda q: attention(q, q, q, scale=q.shape[-1] ** -0.5), widths)
+    assert ours <= graphs(lambda q: sdpa(q, q, q, scale=q.shape[-1] ** -0.5), widths)
+    lengths = [(torch.randn(1, n, 2, 8),) for n in (5, 6, 7, 9)]
+    assert graphs(lambda q: attention(q, q, q, KeyRanges.causal(q.shape[1])), lengths) <= 2
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_a_symbolic_length(strict):
+    class Attend(torch.nn.Module):
+        def forward(self, q):
+            return attention(q, q, q, KeyRanges.causal(q.shape[1]), scale=q.shape[-1] ** -0.5)
+
+    dynamic = ({1: torch.export.Dim.AUTO},)
+    program = torch.export.export(Attend(), (torch.randn(1, 6, 2, 8),), dynamic_shapes=dynamic, strict=strict)
+    x = torch.randn(1, 9, 2, 8)
+    torch.testing.assert_close(program.module()(x), Attend()(x))
