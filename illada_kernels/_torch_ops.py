@@ -162,9 +162,9 @@ class Operator:
         return self._direct(backend, problem)
 
     def _watched(self, problem: Any) -> Any:
-        _tell_flop_counter()
         if torch.compiler.is_compiling():  # the operator itself reads ILLADA_BACKEND, when it runs
             return self.op(*problem)
+        _tell_flop_counter()
         problem = self._with_backend(problem, problem.backend or _dispatch.environment())
         if not _is_transformed():
             return self.op(*problem)

@@ -333,7 +333,7 @@ def test_flops_are_those_of_all_pairs_as_torch_counts_sdpa():
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_numbers_that_vary_compile_into_no_more_graphs_than_with_sdpa(dynamic):
-    """A scale per layer or from the head_dim: torch makes a graph a value of an operator's float. Lengths: two graphs."""
+    """A scale per layer or from the head_dim: torch makes a graph for each float. Lengths: two graphs."""
     from torch._dynamo.testing import CompileCounter
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
