@@ -69,33 +69,64 @@ def attention(
     deterministic: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v over the keys that `key_ranges` allows each query row; None allows all.
+    """softmax(scale * q k^T) v over the keys that `key_ranges` allows each query row.
 
-    q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv); Hq a multiple of Hkv, query head h reads key head
-    h // (Hq // Hkv). All three bfloat16, float16, float32 or float64 (float64 on the reference backend), alike; any
-    strides with the last dimension contiguous. Under autocast they are cast to its dtype, except float64. `scale` is a
-    float, D**-0.5 by default.
+    Parameters
+    ----------
+    q : (B, Sq, Hq, D) bfloat16, float16, float32 or float64 (float64 on the reference backend)
+    k : (B, Sk, Hkv, D), q's dtype
+        Query head h reads key head h // (Hq // Hkv); Hq is a multiple of Hkv.
+    v : (B, Sk, Hkv, Dv), q's dtype
+        Any strides of q, k and v with the last dimension contiguous. Any of B, Sq and Sk may be 0.
+    key_ranges : KeyRanges, optional
+        None: every query attends to every key.
+    scale : float, optional
+        Default D**-0.5.
+    return_lse : bool
+        Also return the log-sum-exp of each row.
+    deterministic : bool
+        False permits a faster backward whose gradients may differ in the last bits from run to run: "cuda" then sums
+        dq across blocks, up to a head_dim of 128, in 4 D more bytes per row and head.
+    backend : str, optional
+        Insist on "cuda" (Hopper; bfloat16, float16), "triton" (NVIDIA GPUs from compute capability 8.0 on), both for
+        D = Dv in 64, 96, 128 and 256, "cpu" or "reference". Default: the first that can; ILLADA_BACKEND also insists.
 
-    Returns out (B, Sq, Hq, Dv) in q's dtype, and with `return_lse` also lse (B, Hq, Sq), the natural logarithm of each
-    row's sum of exponentials, float32 (float64 for float64 inputs). Both are differentiable, once. Accumulates in
-    float32.
+    Returns
+    -------
+    out : (B, Sq, Hq, Dv), q's dtype
+        0 for a row with no allowed key.
+    lse : (B, Hq, Sq) float32 (float64 for float64), with `return_lse`
+        Natural logarithm of the sum of exponentials; -inf for a row with no allowed key.
 
-    A row with no allowed key gives out = 0, lse = -inf and no gradient, whatever it holds. Keys and values outside the
-    union of the ranges of a batch entry's rows reach no output and no gradient, even if NaN or inf. Any dimension B,
-    Sq, Sk may be 0.
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, dtype, shape, device or stride. Nothing has run.
+    RuntimeError
+        The backend insisted on cannot run the call; the message lists every backend's reason.
 
-    deterministic=False permits a faster backward whose gradients may differ in the last bits from run to run: "cuda"
-    then sums dq, up to a head_dim of 128, across blocks, in 4 D bytes of memory per row and head more. `backend`
-    insists on one of "cuda" (Hopper, bfloat16 and float16), "triton" (NVIDIA GPUs from compute capability 8.0 on; both
-    take D = Dv of 64, 96, 128 or 256), "cpu" and "reference". Default: the first that can; ILLADA_BACKEND in the
-    environment also insists. The GPU backends have not yet run on a GPU: until `doctor --selftest` has passed only
-    backend= reaches them.
+    Notes
+    -----
+    Keys and values outside the union of the ranges of a batch entry's rows reach no output and no gradient, even if
+    NaN or inf; neither do q and the upstream gradient of rows without keys.
 
-    Raises TypeError or ValueError, before anything runs, on a wrong type, dtype, shape, device or stride; RuntimeError
-    if the backend insisted on cannot run the call. Never synchronises with the host. Memory: the results, and what the
-    backward needs: q, k, v, out and lse; the reference backend stores the (B, Hq, Sq, Sk) score matrix too. Flops:
-    2 * (D + Dv) per allowed pair and query head, 2.5 times that backward. After FlashAttention (arXiv 2205.14135) and
-    FlashAttention-2 (arXiv 2307.08691).
+    Both results are differentiable once, in reverse mode and in forward mode (`torch.func.jvp`, in plain PyTorch with
+    at most 64 MiB of scores at a time); `vmap` folds into the batch. Under autocast q, k and v are cast to its dtype,
+    except float64. Accumulates in float32. Never synchronises with the host.
+
+    Memory: the results, and for the backward q, k, v, out and lse; the reference stores the (B, Hq, Sq, Sk) scores too.
+    Flops: 2 * (D + Dv) per allowed pair and query head, 2.5 times that backward.
+
+    After FlashAttention (arXiv 2205.14135) and FlashAttention-2 (arXiv 2307.08691).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import KeyRanges, attention
+    >>> q, k, v = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
+    >>> lengths = torch.tensor([6, 3])
+    >>> attention(q, k, v, KeyRanges.padding(lengths, 6)).shape
+    torch.Size([2, 6, 4, 8])
     """
     _check_tensors(q, k, v)
     if key_ranges is not None:
