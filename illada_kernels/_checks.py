@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any
@@ -64,6 +65,13 @@ def is_number(value: object) -> bool:
     return isinstance(value, kinds) and not isinstance(value, (bool, torch.SymBool))
 
 
+def plain(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """A NumPy scalar as a Python number; under Dynamo, which takes it for an array, as a tensor of this dtype."""
+    if type(value).__module__ != "numpy" or value.ndim > 0:
+        return value
+    return torch.as_tensor(value, dtype=dtype) if torch.compiler.is_compiling() else value.item()
+
+
 def shown(value: object) -> str:
     """str(value), for messages: Dynamo has no f-strings of symbolic numbers."""
     text = "{}"
@@ -103,8 +111,9 @@ def expect_number(
     if not is_number(value):
         what = "a number or a floating-point tensor" if tensor else "a number"
         raise TypeError(f"{name}: expected {what}, got {_kind(value)}; use float(...) on the host")
-    finite = holds(value > -math.inf) and holds(value < math.inf)  # type: ignore[operator]
-    if not (finite and holds(value >= low) and holds(value <= high)):  # type: ignore[operator]
+    # compared with finite numbers: a comparison with inf would make a graph for each value of a traced float
+    least, most = max(low, -sys.float_info.max), min(high, sys.float_info.max)
+    if not (holds(value >= least) and holds(value <= most)):  # type: ignore[operator]
         limits = [f" of at least {low:g}"] * (low > -math.inf) + [f" of at most {high:g}"] * (high < math.inf)
         raise ValueError(f"{name}: expected a finite number{' and'.join(limits)}, got {shown(value)}")
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ._checks import expect_integer, expect_number
+from ._checks import expect_integer, expect_number, plain
 
 Integer = int | Tensor
 Number = float | Tensor
@@ -39,7 +40,7 @@ class TopK:
     k: Integer
 
     def __post_init__(self) -> None:
-        expect_integer("TopK.k", self.k, 0, MOST, tensor=True)
+        expect_integer("TopK.k", plain(self.k), 0, MOST, tensor=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class Threshold:
     tau: Number
 
     def __post_init__(self) -> None:
-        expect_number("Threshold.tau", self.tau, tensor=True)
+        expect_number("Threshold.tau", plain(self.tau, torch.float64), tensor=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ class Factor:
     f: Number
 
     def __post_init__(self) -> None:
-        expect_number("Factor.f", self.f, 0, tensor=True)
+        expect_number("Factor.f", plain(self.f, torch.float64), 0, tensor=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ class EntropyBound:
     inclusive: bool = False
 
     def __post_init__(self) -> None:
-        expect_number("EntropyBound.gamma", self.gamma, 0, tensor=True)
+        expect_number("EntropyBound.gamma", plain(self.gamma, torch.float64), 0, tensor=True)
 
 
 Rule = TopK | Threshold | Factor | EntropyBound
@@ -97,7 +98,7 @@ class Edit:
     tau: Number
 
     def __post_init__(self) -> None:
-        expect_number("Edit.tau", self.tau, 0, 1, tensor=True)
+        expect_number("Edit.tau", plain(self.tau, torch.float64), 0, 1, tensor=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ class Remask:
     scores: Tensor | None = None
 
     def __post_init__(self) -> None:
-        expect_integer("Remask.n", self.n, 0, MOST, tensor=True)
+        expect_integer("Remask.n", plain(self.n), 0, MOST, tensor=True)
         if self.scores is not None and not isinstance(self.scores, Tensor):
             raise TypeError(
                 f"Remask.scores: expected a float32 tensor (B, K) or None, got {type(self.scores).__name__}; "

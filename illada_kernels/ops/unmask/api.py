@@ -21,6 +21,7 @@ from ..._checks import (
     expect_tensor,
     holds,
     known,
+    plain,
 )
 from ...rules import CONFIDENCES, MOST, THRESHOLD, Edit, Remask, Rule, flatten_revision, flatten_rule, range_of
 from .op import OPERATOR
@@ -268,26 +269,39 @@ def _run(
     kind, label, number, least = flatten_rule(rule)
     revision, revision_label, tau, remasked, scores = flatten_revision(o.revise)
     if kind == THRESHOLD:
-        expect_number(f'{label} with confidence="{o.confidence}"', number, *range_of(o.confidence), tensor=True)
+        expect_number(
+            f'{label} with confidence="{o.confidence}"',
+            plain(number, torch.float64),
+            *range_of(o.confidence),
+            tensor=True,
+        )
     _check_tokens(name, batch, device, tokens)
     _check_like("positions", positions, torch.int64, device, batch, count)
     _check_like("noise_positions", o.noise_positions, torch.int64, device, batch, count)
     _check_like("frozen", o.frozen, torch.bool, device, *tokens.shape)
     _check_like("Remask.scores", scores, torch.float32, device, batch, count)
 
-    def real(label: str, value: float | Tensor, low: float = -FLOAT32_MAX) -> tuple[Any, Tensor | None]:
+    def real(label: str, value: Any, low: float = -FLOAT32_MAX) -> tuple[Any, Tensor | None]:
+        given, value = value, plain(value, torch.float64)
+        if isinstance(value, Tensor) and value is not given:  # a NumPy scalar, to a compiler
+            value = value.to(device)
         expect_number(label, value, low, FLOAT32_MAX, tensor=True)
-        if not isinstance(value, Tensor):
-            return torch.sym_float(value), None
-        expect_per_sequence(label, value, batch, device)
-        return 0.0, value.detach()
+        if isinstance(value, Tensor):
+            expect_per_sequence(label, value, batch, device)
+            return 0.0, value.detach()
+        if torch.compiler.is_compiling() and holds(value != 0.0):  # as a number it would make a graph for each value
+            return 0.0, torch.ones((), device=device) * value
+        return torch.sym_float(value), None
 
-    def whole(label: str, value: int | Tensor, low: int, high: int) -> tuple[Any, Tensor | None]:
+    def whole(label: str, value: Any, low: int, high: int) -> tuple[Any, Tensor | None]:
+        given, value = value, plain(value)
+        if isinstance(value, Tensor) and value is not given:
+            value = value.to(device)
         expect_integer(label, value, low, high, tensor=True)
-        if not isinstance(value, Tensor):
-            return torch.sym_int(value), None
-        expect_per_sequence(label, value, batch, device)
-        return 0, value
+        if isinstance(value, Tensor):
+            expect_per_sequence(label, value, batch, device)
+            return 0, value
+        return torch.sym_int(value), None
 
     def detached(x: Tensor | None) -> Tensor | None:
         return x.detach() if x is not None and x.requires_grad else x
@@ -365,7 +379,7 @@ def _check_like(name: str, value: Tensor | None, dtype: torch.dtype, device: tor
 
 def _forbidden(forbid: Sequence[int] | None, mask_id: int, vocab: int) -> Sequence[Any]:
     if forbid is None:
-        return (torch.sym_int(mask_id),)
+        return [torch.sym_int(mask_id)]
     if isinstance(forbid, Tensor):
         raise TypeError("forbid: expected a sequence of ints, got a tensor; use logit_bias=(ids, values of -inf)")
     for i in forbid:

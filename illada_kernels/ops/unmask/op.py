@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from collections.abc import Sequence
+
 from ..._dispatch import backends
 from ..._torch_ops import Operator
 from .problem import Problem
