@@ -66,7 +66,7 @@ def compilers() -> dict[str, str]:
     cxx, no_cxx = attempt(lambda: _build.version_line(_build.find_compiler()))
     ninja, no_ninja = attempt(lambda: _build.version_line(_build.find_ninja()))
     found, broken = attempt(_build.find_nvcc)
-    nvcc, reason = found or (None, broken)
+    nvcc, reason = found or (None, str(broken))
     return {
         "c++": cxx or str(no_cxx),
         "ninja": f"ninja {ninja}" if ninja else str(no_ninja),
