@@ -30,7 +30,13 @@ def masks() -> dict[str, KeyRanges]:
         "block_causal_boundaries": KeyRanges.block_causal(16, documents),
         "block_diffusion": KeyRanges.block_diffusion(8, 2),
         "block_diffusion_documents": KeyRanges.block_diffusion(8, 2, torch.tensor([0, 5, 8])),
+        "block_diffusion_clean": KeyRanges.block_diffusion(8, 2, causal="clean"),
+        "block_diffusion_both": KeyRanges.block_diffusion(8, 2, causal="both"),
+        "anchor_blocks": KeyRanges.anchor_blocks(torch.tensor([2, 5, 6]), 7, 3),
+        "causal_cache": KeyRanges.causal(4, 16),
         "cached": KeyRanges.cached(torch.tensor([12]), 4, 16),
+        "cached_blocks": KeyRanges.cached(torch.tensor([12]), 4, 16, block=2),
+        "cached_window": KeyRanges.cached(torch.tensor([12]), 4, 16, block=1, left=5),
         "intersection": KeyRanges.window(16, 5, 5) & KeyRanges.packed(documents, 16),
     }
 

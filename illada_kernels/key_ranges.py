@@ -43,6 +43,8 @@ class KeyRanges:
 
     Examples
     --------
+    >>> import torch
+    >>> from illada_kernels import KeyRanges
     >>> ranges = KeyRanges(torch.tensor([[[0, 1, 3, 4], [1, 3, 3, 3]]], dtype=torch.int32), num_keys=4)
     >>> ranges
     KeyRanges(batch=1, rows=2, num_keys=4, device=cpu)
@@ -66,6 +68,7 @@ class KeyRanges:
 
         Examples
         --------
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.full(3).dense().int()
         tensor([[[1, 1, 1]]], dtype=torch.int32)
         """
@@ -86,6 +89,8 @@ class KeyRanges:
 
         Examples
         --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.padding(torch.tensor([1, 3]), 4, side="left").dense().int()
         tensor([[[0, 0, 0, 1]],
         <BLANKLINE>
@@ -111,6 +116,8 @@ class KeyRanges:
 
         Examples
         --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.packed(torch.tensor([0, 1, 3]), 4).dense()[0].int()
         tensor([[1, 0, 0, 0],
                 [0, 1, 1, 0],
@@ -138,6 +145,7 @@ class KeyRanges:
 
         Examples
         --------
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.causal(2, 4).dense()[0].int()
         tensor([[1, 1, 1, 0],
                 [1, 1, 1, 1]], dtype=torch.int32)
@@ -161,6 +169,7 @@ class KeyRanges:
 
         Examples
         --------
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.window(3, 1, 0).dense()[0].int()
         tensor([[1, 0, 0],
                 [1, 1, 0],
@@ -193,6 +202,8 @@ class KeyRanges:
 
         Examples
         --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.block_causal(3, 2).dense()[0].int()
         tensor([[1, 1, 0],
                 [1, 1, 0],
@@ -246,6 +257,7 @@ class KeyRanges:
 
         Examples
         --------
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.block_diffusion(3, 2).dense()[0].int()
         tensor([[1, 1, 0, 0, 0, 0],
                 [1, 1, 0, 0, 0, 0],
@@ -299,6 +311,8 @@ class KeyRanges:
 
         Examples
         --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.anchor_blocks(torch.tensor([1, 3]), length=4, block=2).dense()[0].int()
         tensor([[1, 0, 0, 0, 1, 1, 0, 0],
                 [1, 0, 0, 0, 1, 1, 0, 0],
@@ -346,6 +360,8 @@ class KeyRanges:
 
         Examples
         --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.cached(torch.tensor([3]), 2, 4).dense()[0].int()
         tensor([[1, 1, 1, 0]], dtype=torch.int32)
         >>> KeyRanges.cached(torch.tensor([3]), 2, 4, block=1, left=1).dense()[0].int()
@@ -382,6 +398,8 @@ class KeyRanges:
 
         Examples
         --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.from_padding(torch.tensor([[True, True, False]])).bounds
         tensor([[[0, 2, 2, 2]]], dtype=torch.int32)
         """
@@ -412,6 +430,8 @@ class KeyRanges:
 
         Examples
         --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.from_dense(torch.tensor([[[True, False, True], [True, True, False]]])).bounds
         tensor([[[0, 1, 2, 3],
                  [0, 2, 2, 2]]], dtype=torch.int32)
@@ -453,6 +473,7 @@ class KeyRanges:
 
         Examples
         --------
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.causal(8)[:, 6:]
         KeyRanges(batch=1, rows=2, num_keys=8, device=cpu)
         """
@@ -476,6 +497,8 @@ class KeyRanges:
 
         Examples
         --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
         >>> (KeyRanges.causal(3) & KeyRanges.padding(torch.tensor([2]), 3, "left")).dense()[0].int()
         tensor([[0, 0, 0],
                 [0, 1, 0],
@@ -504,6 +527,7 @@ class KeyRanges:
 
         Examples
         --------
+        >>> from illada_kernels import KeyRanges
         >>> KeyRanges.causal(4).density()
         tensor(0.6250)
         """
