@@ -18,8 +18,11 @@ from torch import Tensor
 Integer = int | Tensor
 Number = float | Tensor
 
+# As csrc/include/illada/api.h numbers them.
 TOP_K, THRESHOLD, FACTOR, ENTROPY_BOUND, ENTROPY_BOUND_INCLUSIVE = range(5)
 NO_REVISION, EDIT, REMASK, REMASK_BY_SCORES = range(4)
+PROBABILITY, MARGIN, NEG_ENTROPY, RANDOM = range(4)  # places in CONFIDENCES
+CONFIDENCES = ("probability", "margin", "neg_entropy", "random")
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:

@@ -94,7 +94,7 @@ void softmax_gradient(const Problem& p, int64_t b, int tile, int key, int column
   const float score_scale = p.score_scale(), c = score_scale * 1.44269504f, lowest = -127.0f / c;
   for (int i = 0; i < p.tile_rows(tile); ++i) {
     float *s = scratch.p + i * kLdScores, *ds = scratch.ds + i * kLdScores;
-    Ranges ranges{};
+    RowRanges ranges{};
     if (kMasked) ranges = p.bounds.of_row(b, int64_t(tile) * kTileRows + i);
     for (int j = 0; j < columns; j += kWidth) {
       vf probability = exp2_scaled(load(s + j) - scratch.offset[i], c, lowest);
@@ -178,7 +178,7 @@ void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& gr
   for (int head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head)
     for (int t = 0; t < p.query_tiles(); ++t) {
       const Hulls& hull = hulls.at(b, t);
-      if (!hull.touches(start, kUnitKeys)) continue;
+      if (!hull.touches(start, start + kUnitKeys)) continue;
       load_query_tile<T>(p, grads, delta, b, head, t, scratch);
       const int next = t + 1 < p.query_tiles() ? t + 1 : t;
       Ahead next_q(p.q.at<T>(b, int64_t(next) * kTileRows, head), p.q.row_stride, p.tile_rows(next), p.dim);

@@ -40,7 +40,7 @@ struct ForwardScratch {
 
 void mask_scores(const Problem& p, int64_t b, int tile, int key, int columns, float* scores) {
   for (int i = 0; i < p.tile_rows(tile); ++i) {
-    const Ranges ranges = p.bounds.of_row(b, int64_t(tile) * kTileRows + i);
+    const RowRanges ranges = p.bounds.of_row(b, int64_t(tile) * kTileRows + i);
     for (int j = 0; j < columns; j += kWidth) {
       float* s = scores + i * kLdScores + j;
       store(s, allowed_lanes(ranges, key + j) ? load(s) : splat(-kInf));

@@ -30,7 +30,7 @@ struct Problem {
   int64_t batch, rows;
   int keys, heads, key_heads, dim, dim_v;
   View q, k, v;
-  Bounds bounds;
+  KeyBounds bounds;
   float scale;
   int threads;
 
@@ -126,7 +126,7 @@ inline bool live_keys(const Problem& p, const HullTable& hulls, int64_t b, int f
   int edges[kTileKeys + 1] = {};
   for (int t = first; t < last; ++t) {
     if (hulls.at(b, t).all_attend(start, start + size)) return std::memset(live, 1, kTileKeys), true;
-    if (hulls.at(b, t).touches(start, size))
+    if (hulls.at(b, t).touches(start, start + size))
       mark_edges(p.bounds, b, int64_t(t) * kTileRows, p.tile_rows(t), start, size, edges);
   }
   int open = 0, any = 0;
@@ -135,7 +135,7 @@ inline bool live_keys(const Problem& p, const HullTable& hulls, int64_t b, int f
 }
 
 // Lanes whose key (first of them: `key`) lies in the ranges.
-inline vi allowed_lanes(const Ranges& r, int key) {
+inline vi allowed_lanes(const RowRanges& r, int key) {
   vi lane;
   for (int i = 0; i < kWidth; ++i) lane[i] = i;
   const vi j = lane + key;

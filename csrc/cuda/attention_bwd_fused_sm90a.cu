@@ -43,8 +43,8 @@ ILLADA_DEVICE void find_search(Shared& s, const Workspace& w, const Sizes& size,
   for (int first = 0; first < w.tiles; first += 32) {
     bool touched = false, whole = false;
     if (first + lane < w.tiles) {
-      const TileBounds& bounds = w.bounds[w.bounds_at(item.batch, first + lane)];
-      touched = bounds.touches(item.key, end), whole = bounds.all_attend(item.key, end);
+      const TileHulls& tile = w.hulls[w.bounds_at(item.batch, first + lane)];
+      touched = tile.hulls.touches(item.key, end), whole = tile.hulls.all_attend(item.key, end);
     }
     if (__any_sync(~0u, whole)) {
       to = 0;
@@ -162,7 +162,7 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
     if (s.item < 0) break;
     const Item item = item_at<kKeys>(s.item, size);
     clear_unattended_keys(s, w, item);
-    const int key = item.key + warpgroup * 64 + t / 32 * 16 + t % 32 / 4;  // and the 8th after it
+    const int key = item.key + warpgroup * 64 + row_of_thread();  // and the 8th after it
     float dk[D / 2] = {}, dv[D / 2] = {};
     for (bool more = true; more; ++n) {
       const int stage = n % S::kStages;
@@ -262,7 +262,7 @@ extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const 
       const int tiles = int((rows + kTileRows - 1) / kTileRows);
       const Workspace w = {static_cast<const RowStats*>(stats),
                            static_cast<const RowSpans*>(spans),
-                           static_cast<const TileBounds*>(bounds),
+                           static_cast<const TileHulls*>(bounds),
                            drawn,
                            tiles,
                            int(bounds_batches)};

@@ -72,7 +72,7 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Sizes& size,
     mbar_wait(&s.keys_full, turn % 2);
     if (s.item < 0) break;
     const Item item = item_at<S::kKeys>(s.item, size);
-    const int key = item.key + first_row + t / 32 * 16 + t % 32 / 4;  // and the 8th after it
+    const int key = item.key + first_row + row_of_thread();  // and the 8th after it
     float dk[S::kColumns / 2] = {}, dv[S::kColumns / 2] = {};
     for (bool more = true; more; ++n) {
       const int stage = n % S::kStages;
@@ -143,7 +143,7 @@ extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const v
     if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, rows, keys, heads, key_heads, strides))
       return e;
     const Workspace w = {static_cast<const RowStats*>(stats),     static_cast<const RowSpans*>(spans),
-                         static_cast<const TileBounds*>(bounds),  drawn,
+                         static_cast<const TileHulls*>(bounds),   drawn,
                          int((rows + kTileRows - 1) / kTileRows), int(bounds_batches)};
     const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
     const int grid = int(items < blocks ? items : blocks);

@@ -1,6 +1,6 @@
 // What the kernels whose blocks own keys share: items, the producer, and which pairs attend.
 #pragma once
-#include "attention_tile_sm90a.cuh"
+#include "attention_bwd_sm90a.cuh"
 
 namespace illada {
 
@@ -72,10 +72,10 @@ ILLADA_DEVICE void produce(Shared& s, const Maps& maps, const Workspace& w, cons
     for (int first = 0; first < w.tiles; first += 32) {  // each lane looks at one query tile
       bool touched = false, masked = false, empty_rows = false;
       if (first + lane < w.tiles) {
-        const TileBounds& bounds = w.bounds[w.bounds_at(item.batch, first + lane)];
-        touched = bounds.touches(item.key, item.key + KEYS);
-        masked = !bounds.all_attend(item.key, item.key + KEYS);
-        empty_rows = bounds.empty_rows;
+        const TileHulls& tile = w.hulls[w.bounds_at(item.batch, first + lane)];
+        touched = tile.hulls.touches(item.key, item.key + KEYS);
+        masked = !tile.hulls.all_attend(item.key, item.key + KEYS);
+        empty_rows = tile.empty_rows;
       }
       unsigned tiles = __ballot_sync(~0u, touched);
       const unsigned partial = __ballot_sync(~0u, masked), cleaned = __ballot_sync(~0u, empty_rows);
@@ -149,7 +149,7 @@ ILLADA_DEVICE void probabilities(float (&p)[32], const RowStats& stats, Step ste
     p[i] = fmaf(p[i], scale_log2, -lse.x);
     p[i + 1] = fmaf(p[i + 1], scale_log2, -lse.y);
   }
-  if (step != kFull) select(p, bits, -INFINITY);
+  if (step != kFull) select(p, bits, -infinity());
 #pragma unroll
   for (int i = 0; i < 32; ++i) p[i] = fast_exp2(p[i]);
 }

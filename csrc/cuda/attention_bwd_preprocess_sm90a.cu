@@ -43,39 +43,35 @@ __global__ void __launch_bounds__(kStatsThreads)
     sum = warp_sum<LANES>(sum);
     if (lane == 0) {
       const int64_t at = (int64_t(batch) * size.heads + head) * size.rows + row;
-      const float value = live ? lse[at] : -INFINITY;
-      to.lse[i] = value == -INFINITY ? INFINITY : value * kLog2e;
+      const float value = live ? lse[at] : -infinity();
+      to.lse[i] = value == -infinity() ? infinity() : value * kLog2e;
       to.delta[i] = live ? sum - (dlse ? dlse[at] : 0.0f) : 0.0f;
     }
   }
 }
 
 __global__ void __launch_bounds__(kTileRows)
-    tile_bounds(KeyBounds bounds, RowSpans* spans, TileBounds* tile_bounds, int32_t* drawn, int rows, int tiles) {
+    tile_hulls(KeyBounds bounds, RowSpans* spans, TileHulls* hulls, int32_t* drawn, int rows, int tiles) {
   const int tile = blockIdx.x % tiles, batch = blockIdx.x / tiles, row = tile * kTileRows + threadIdx.x;
-  const int n = bounds.num_keys;
-  TileBounds t = {{n, n}, {0, 0}, {0, 0}, {n, n}, 0};  // of no row
+  TileHulls t = {};
+  Hulls& h = t.hulls;
   RowSpans span = {};
   if (row < rows) {
     const RowRanges r = bounds.of_row(batch, row);
+    h.add(r);
     t.empty_rows = r.empty();
-    for (int i = 0; i < 2; ++i) {
-      const bool any = r.lo[i] < r.hi[i];
-      if (any) t.lo[i] = r.lo[i], t.hi[i] = r.hi[i];
-      t.common_lo[i] = r.lo[i], t.common_hi[i] = r.hi[i];
-      span.lo[i] = r.lo[i], span.length[i] = any ? r.hi[i] - r.lo[i] : 0;
-    }
+    for (int i = 0; i < 2; ++i) span.lo[i] = r.lo[i], span.length[i] = r.lo[i] < r.hi[i] ? r.hi[i] - r.lo[i] : 0;
   }
   spans[int64_t(blockIdx.x) * kTileRows + threadIdx.x] = span;
   int* scratch = reinterpret_cast<int*>(dynamic_smem());
   for (int i = 0; i < 2; ++i) {
-    t.lo[i] = block_reduce<kTileRows>(t.lo[i], scratch, Min{});
-    t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Max{});
-    t.common_lo[i] = block_reduce<kTileRows>(t.common_lo[i], scratch, Max{});
-    t.common_hi[i] = block_reduce<kTileRows>(t.common_hi[i], scratch, Min{});
+    h.lo[i] = block_reduce<kTileRows>(h.lo[i], scratch, Min{});
+    h.hi[i] = block_reduce<kTileRows>(h.hi[i], scratch, Max{});
+    h.common_lo[i] = block_reduce<kTileRows>(h.common_lo[i], scratch, Max{});
+    h.common_hi[i] = block_reduce<kTileRows>(h.common_hi[i], scratch, Min{});
   }
   t.empty_rows = block_reduce<kTileRows>(t.empty_rows, scratch, Max{});
-  if (threadIdx.x == 0) tile_bounds[blockIdx.x] = t;
+  if (threadIdx.x == 0) hulls[blockIdx.x] = t;
   if (blockIdx.x == 0 && threadIdx.x < 2) drawn[threadIdx.x] = 0;
 }
 
@@ -91,8 +87,8 @@ extern "C" int illada_attention_bwd_preprocess_sm90a(int dtype, const void* out,
     return int(cudaErrorInvalidValue);
   const KeyBounds key_bounds = {bounds, strides[9], strides[10], int(keys)};
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  if (int e = launch({dim3(tiles * bounds_batches), dim3(kTileRows), sizeof(int) * kTileRows / 32, s}, tile_bounds,
-                     key_bounds, static_cast<RowSpans*>(spans), static_cast<TileBounds*>(tiles_out), drawn, int(rows),
+  if (int e = launch({dim3(tiles * bounds_batches), dim3(kTileRows), sizeof(int) * kTileRows / 32, s}, tile_hulls,
+                     key_bounds, static_cast<RowSpans*>(spans), static_cast<TileHulls*>(tiles_out), drawn, int(rows),
                      int(tiles)))
     return e;
   const Rows of_out = {out, strides[11], strides[12], strides[13]};

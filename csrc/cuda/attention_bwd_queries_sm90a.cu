@@ -8,7 +8,7 @@
 // flops a pair. Partial tiles: pairs that do not attend get P = dS = 0 by selection, and rows of K that none of the
 // block's rows attends to become zeros in shared memory, since 0 * NaN is NaN. Q, dO and V need nothing of the kind:
 // what rows without keys hold stays in those rows, and a value's NaN in its column of dP.
-#include "attention_tile_sm90a.cuh"
+#include "attention_bwd_sm90a.cuh"
 #include "illada/api.h"
 
 using namespace illada;
@@ -62,16 +62,16 @@ ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w
     mbar_arrive_expect_tx(&s.rows_full, 2 * sizeof(s.q));
     load_tile<D, S::kRows>(s.q, &maps.q, &s.rows_full, item.tile * kTileRows, item.head, item.batch);
     load_tile<D, S::kRows>(s.dout, &maps.dout, &s.rows_full, item.tile * kTileRows, item.head, item.batch);
-    TileBounds bounds = w.bounds[w.bounds_at(item.batch, item.tile)];
+    Hulls hulls = w.hulls[w.bounds_at(item.batch, item.tile)].hulls;
     for (int i = 1; i < S::kTiles; ++i)
-      if (item.tile + i < w.tiles) bounds.merge(w.bounds[w.bounds_at(item.batch, item.tile + i)]);
+      if (item.tile + i < w.tiles) hulls.merge(w.hulls[w.bounds_at(item.batch, item.tile + i)].hulls);
     const int key_head = item.head / (size.heads / size.key_heads);
     for (int start = 0;; start += S::kKeys, ++n) {
-      start = bounds.first_touched(start, S::kKeys, size.keys);
+      start = hulls.first_touched(start, S::kKeys, size.keys);
       const bool end = start >= size.keys;
       const int stage = n % S::kStages, value_stage = n % S::kValueStages;
       mbar_wait(&s.k_empty[stage], n / S::kStages % 2 ^ 1);
-      s.step[stage] = end ? kEnd : bounds.all_attend(start, start + S::kKeys) ? kFull : kPartial;
+      s.step[stage] = end ? kEnd : hulls.all_attend(start, start + S::kKeys) ? kFull : kPartial;
       s.key[stage] = start;
       if (!end) {
         mbar_arrive_expect_tx(&s.k_full[stage], sizeof(s.k[0]));
@@ -97,9 +97,9 @@ struct MyRows {
   RowSpans spans[2];
 
   ILLADA_DEVICE MyRows(const Workspace& w, const Sizes& size, const Item& item) {
-    const int tile = item.tile + threadIdx.x / 128, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    const int tile = item.tile + threadIdx.x / 128, row = row_of_thread();
     for (int r = 0; r < 2; ++r) {
-      lse[r] = INFINITY, delta[r] = 0, spans[r] = {};
+      lse[r] = infinity(), delta[r] = 0, spans[r] = {};
       if (tile >= w.tiles) continue;
       const RowStats& stats = w.stats[(int64_t(item.batch) * size.heads + item.head) * w.tiles + tile];
       lse[r] = stats.lse[row + r * 8], delta[r] = stats.delta[row + r * 8];
@@ -144,7 +144,7 @@ ILLADA_DEVICE void add_keys(Shared<T, D>& s, float (&dq)[D / 2], const MyRows& r
   reg_fence(p);
 #pragma unroll
   for (int i = 0; i < S::kKeys / 2; ++i) p[i] = fmaf(p[i], scale_log2, -rows.lse[i / 2 % 2]);
-  if (masked) select(p, rows, key, -INFINITY);
+  if (masked) select(p, rows, key, -infinity());
 #pragma unroll
   for (int i = 0; i < S::kKeys / 2; ++i) p[i] = fast_exp2(p[i]);
 
@@ -236,7 +236,7 @@ extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, cons
     if (int e = map_of_rows<T>(&maps.dout, dout, batch, rows, heads, D, strides + 14, kRows)) return e;
     if (int e = map_of_contiguous_rows<T>(&maps.dq, dq, batch, rows, heads, D, 64)) return e;
     const Workspace w = {static_cast<const RowStats*>(stats),     static_cast<const RowSpans*>(spans),
-                         static_cast<const TileBounds*>(bounds),  drawn + 1,
+                         static_cast<const TileHulls*>(bounds),   drawn + 1,
                          int((rows + kTileRows - 1) / kTileRows), int(bounds_batches)};
     const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
     const int grid = int(items < blocks ? items : blocks);

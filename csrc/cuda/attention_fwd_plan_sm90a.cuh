@@ -2,7 +2,7 @@
 // copies queries, one copies keys and values through two-stage rings, one keeps values that nobody may read out of the
 // product.
 #pragma once
-#include "hopper.cuh"
+#include "attention_tile_sm90a.cuh"
 #include "key_ranges.cuh"
 
 namespace {
@@ -10,16 +10,12 @@ namespace {
 using namespace illada;
 
 constexpr int kStages = 2, kRows = 64;  // of each ring; rows of a warpgroup
-constexpr float kLog2e = 1.44269504f;
-
-ILLADA_DEVICE float minus_infinity() { return __int_as_float(0xff800000); }
 
 // What depends on head_dim. Tiles lie as [columns / 64][rows][64] with the 128-byte swizzle; a head_dim of 96 ends in
 // half a piece of zeros, of which the products take no notice.
 template <int D> struct Tile {
   static constexpr int warpgroups = D == 256 ? 2 : 3;
   static constexpr int keys = D == 256 ? 80 : 128;
-  static constexpr int pieces = (D + 63) / 64;
   static constexpr int plans = D == 256 ? 1 : 2;  // one, where shared memory has no room for two
   static constexpr int threads = (warpgroups + 1) * 128;
   // Registers of a thread, as setmaxnreg deals them out of 65536.
@@ -48,8 +44,8 @@ template <int D> struct Plan {
 };
 
 template <class T, int D> struct Shared {
-  T q[Tile<D>::warpgroups][Tile<D>::pieces * kRows * 64];
-  T k[kStages][Tile<D>::pieces * Tile<D>::keys * 64], v[kStages][Tile<D>::pieces * Tile<D>::keys * 64];
+  T q[Tile<D>::warpgroups][pieces<D> * kRows * 64];
+  T k[kStages][pieces<D> * Tile<D>::keys * 64], v[kStages][pieces<D> * Tile<D>::keys * 64];
   Plan<D> plan[Tile<D>::plans];
   uint64_t q_full[Tile<D>::warpgroups], q_empty[Tile<D>::warpgroups];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], v_clean[kStages];
@@ -103,7 +99,7 @@ template <int D> ILLADA_DEVICE void fill_plan(const Problem& p, int item, Plan<D
   if (lane != 0) return;
   Hulls of_tile = plan.hulls[0];
 #pragma unroll 1
-  for (int wg = 1; wg < Tile<D>::warpgroups; ++wg) of_tile.widen(plan.hulls[wg]);
+  for (int wg = 1; wg < Tile<D>::warpgroups; ++wg) of_tile.merge(plan.hulls[wg]);
   const KeyTiles tiles(of_tile, Tile<D>::keys);
   plan.tiles = tiles;
   plan.begin = int(int64_t(tiles.count()) * plan.split / p.splits);
@@ -134,19 +130,12 @@ template <int D, class S> ILLADA_DEVICE void copy_queries(S& shared, const Probl
     if (threadIdx.x % 32) return;
     for (int wg = 0; wg < Tile<D>::warpgroups; ++wg) {
       mbar_wait(&shared.q_empty[wg], i % 2 ^ 1);
-      mbar_arrive_expect_tx(&shared.q_full[wg], Tile<D>::pieces * p.queries() * p.pack * 128);
-      for (int piece = 0; piece < Tile<D>::pieces; ++piece)
+      mbar_arrive_expect_tx(&shared.q_full[wg], pieces<D> * p.queries() * p.pack * 128);
+      for (int piece = 0; piece < pieces<D>; ++piece)
         tma_load(shared.q[wg] + piece * kRows * 64, map, &shared.q_full[wg], piece * 64, plan.head,
                  plan.query + wg * p.queries(), plan.batch);
     }
   });
-}
-
-template <int D, class T>
-ILLADA_DEVICE void copy_tile(T* tile, const CUtensorMap* map, uint64_t* full, int key, int head, int batch) {
-  mbar_arrive_expect_tx(full, Tile<D>::pieces * Tile<D>::keys * 128);
-  for (int piece = 0; piece < Tile<D>::pieces; ++piece)
-    tma_load(tile + piece * Tile<D>::keys * 64, map, full, piece * 64, key, head, batch);
 }
 
 template <int D, class S>
@@ -158,9 +147,11 @@ ILLADA_DEVICE void copy_keys_and_values(S& shared, const Problem& p, const CUten
     for (int n = plan.begin; n < plan.end; ++n, ++use) {
       const int stage = use % kStages, phase = use / kStages % 2, key = plan.first_key(n);
       mbar_wait(&shared.k_empty[stage], phase ^ 1);
-      copy_tile<D>(shared.k[stage], k, &shared.k_full[stage], key, head, plan.batch);
+      mbar_arrive_expect_tx(&shared.k_full[stage], sizeof(shared.k[stage]));
+      load_tile<D, Tile<D>::keys>(shared.k[stage], k, &shared.k_full[stage], key, head, plan.batch);
       mbar_wait(&shared.v_empty[stage], phase ^ 1);
-      copy_tile<D>(shared.v[stage], v, &shared.v_full[stage], key, head, plan.batch);
+      mbar_arrive_expect_tx(&shared.v_full[stage], sizeof(shared.v[stage]));
+      load_tile<D, Tile<D>::keys>(shared.v[stage], v, &shared.v_full[stage], key, head, plan.batch);
     }
   });
 }
@@ -173,12 +164,6 @@ template <int D> ILLADA_DEVICE bool needs_cleaning(const Problem& p, const Plan<
 #pragma unroll
   for (int wg = 0; wg < Tile<D>::warpgroups; ++wg) all |= plan.hulls[wg].cover(start, end) == Cover::all;
   return !all;
-}
-
-// Ones at bits from .. to of a word, whatever of that lies in it.
-ILLADA_DEVICE uint32_t bits_between(int from, int to) {
-  const int a = Min{}(Max{}(from, 0), 32), b = Min{}(Max{}(to, 0), 32);
-  return a < b ? ~0u >> (32 - (b - a)) << a : 0u;
 }
 
 // By one warp: zeros for the values of the tile that no row attends to.
@@ -195,7 +180,7 @@ template <int D, class T> ILLADA_DEVICE void clean_values(const Problem& p, cons
     const int count = Min{}(32, Tile<D>::keys - first);
     for (int j = lane / 8; j < count; j += 4)  // a row is 8 times 16 bytes, four rows at a time
       if (!(read >> j & 1))
-        for (int piece = 0; piece < Tile<D>::pieces; ++piece)
+        for (int piece = 0; piece < pieces<D>; ++piece)
           store16(tile + (piece * Tile<D>::keys + first + j) * 64 + lane % 8 * 8, Vec16<T>{});
   }
   fence_proxy_async();

@@ -15,40 +15,10 @@
 namespace {
 
 // ---- a step of a warpgroup -----------------------------------------------------------------------------------------
-// Thread t of a warpgroup holds rows t / 32 * 16 + t % 32 / 4 and that + 8, columns as in wgmma.cuh.
-ILLADA_DEVICE int row_of_thread() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
-
 template <int D> struct Rows {
   float o[D / 2];        // (64, D), not yet divided by the sum
   float top[2], sum[2];  // the largest score so far; exp(score - top) summed over this thread's columns
 };
-
-// So many 16-bit elements further on: what to add to a descriptor, whose address counts 16 bytes and never overflows.
-ILLADA_DEVICE uint64_t units(int elements) { return elements * 2 / 16; }
-
-// s (64, keys) = q k^T
-template <int D, class T> ILLADA_DEVICE void multiply_q_k(float (&s)[Tile<D>::keys / 2], const T* q, const T* k) {
-  const uint64_t a = smem_desc(q), b = smem_desc(k);
-  reg_fence(s);
-  wgmma_fence();
-#pragma unroll
-  for (int d = 0; d < D; d += 16)
-    wgmma<T>(s, a + units(d / 64 * kRows * 64 + d % 64), b + units(d / 64 * Tile<D>::keys * 64 + d % 64), d > 0);
-  wgmma_commit();
-}
-
-// o (64, D) += p (64, keys) v: 16 keys are 16 rows of 128 bytes
-template <int D, class T>
-ILLADA_DEVICE void multiply_p_v(float (&o)[D / 2], uint32_t (&p)[Tile<D>::keys / 16][4], const T* v) {
-  const uint64_t b = smem_desc(v, 1024, Tile<D>::keys * 128);
-  reg_fence(o);
-#pragma unroll
-  for (int i = 0; i < Tile<D>::keys / 16; ++i) reg_fence(p[i]);
-  wgmma_fence();
-#pragma unroll
-  for (int i = 0; i < Tile<D>::keys / 16; ++i) wgmma<T, Major::MN>(o, p[i], b + units(i * 16 * 64), true);
-  wgmma_commit();
-}
 
 // How many of a thread's columns, in ascending order, lie before column `end` of the tile.
 ILLADA_DEVICE int columns_before(int end) {
@@ -74,7 +44,7 @@ ILLADA_DEVICE void softmax(float (&s)[Tile<D>::keys / 2], uint32_t (&p)[Tile<D>:
   for (int r = 0; r < 2; ++r) {
     const float old = rows.top[r];
     rows.top[r] = fmaxf(old, warp_max<4>(fmaxf(high[2 * r], high[2 * r + 1])));
-    shift[r] = rows.top[r] == minus_infinity() ? 0.0f : rows.top[r] * scale_log2;
+    shift[r] = rows.top[r] == -infinity() ? 0.0f : rows.top[r] * scale_log2;
     factor[r] = fast_exp2(old * scale_log2 - shift[r]);
     rows.sum[r] *= factor[r];
   }
@@ -102,7 +72,7 @@ ILLADA_DEVICE void step(Shared<T, D>& shared, const Problem& problem, const Plan
   float s[Tile<D>::keys / 2];
   uint32_t p[Tile<D>::keys / 16][4];
   mbar_wait(&shared.k_full[stage], phase);
-  multiply_q_k<D>(s, shared.q[wg], shared.k[stage]);
+  multiply_transposed<D, kRows>(s, shared.q[wg], shared.k[stage]);
   uint32_t attended[2];
   if constexpr (MASKED) {  // meanwhile
 #pragma unroll
@@ -116,13 +86,13 @@ ILLADA_DEVICE void step(Shared<T, D>& shared, const Problem& problem, const Plan
   if constexpr (MASKED) {
 #pragma unroll
     for (int i = 0; i < Tile<D>::keys / 2; ++i)
-      if (!(attended[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) s[i] = minus_infinity();
+      if (!(attended[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -infinity();
   }
   softmax<D, T>(s, p, rows, problem.scale_log2);
   mbar_wait(&shared.v_full[stage], phase);
   if constexpr (MASKED)
     if (needs_cleaning<D>(problem, plan, plan.first_key(n))) mbar_wait(&shared.v_clean[stage], phase);
-  multiply_p_v<D>(rows.o, p, shared.v[stage]);
+  multiply_add(rows.o, p, shared.v[stage]);
   wgmma_wait<0>();
   reg_fence(rows.o);
   release(&shared.v_empty[stage]);
@@ -185,7 +155,7 @@ template <class T, int D> ILLADA_DEVICE void finish_rows(const Problem& p, const
       rows.o[i] = sum == 0.0f ? 0.0f : rows.o[i] * inverse;
       rows.o[i + 1] = sum == 0.0f ? 0.0f : rows.o[i + 1] * inverse;
     }
-    if (there && threadIdx.x % 4 == 0) lse[at] = sum == 0.0f ? minus_infinity() : rows.top[r] * p.scale + logf(sum);
+    if (there && threadIdx.x % 4 == 0) lse[at] = sum == 0.0f ? -infinity() : rows.top[r] * p.scale + logf(sum);
     if (!p.parts) {
       const int64_t place = ((int64_t(plan.batch) * p.rows + query) * p.heads + head) * D;
       store_row<T, D>(static_cast<T*>(p.out) + place, rows.o, r, there);
@@ -201,18 +171,18 @@ template <class T, int D> ILLADA_DEVICE void finish_rows(const Problem& p, const
 // Rows that no query fills, where `pack` does not divide 64: their scores must only be numbers that nobody reads.
 template <class T, int D> ILLADA_DEVICE void fill_spare_rows(T* q, const Problem& p) {
   for (int row = p.queries() * p.pack + threadIdx.x % 128 / 8; row < kRows; row += 16)
-    for (int piece = 0; piece < Tile<D>::pieces; ++piece)
+    for (int piece = 0; piece < pieces<D>; ++piece)
       store16(q + (piece * kRows + row) * 64 + threadIdx.x % 8 * 8, Vec16<T>{});
   fence_proxy_async();
 }
 
 template <class T, int D> ILLADA_DEVICE void consume(Shared<T, D>& shared, const Problem& p) {
-  const int wg = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler then knows that the warp agrees
-  int use = 0;                                            // of the rings
+  const int wg = warpgroup_of_thread();
+  int use = 0;  // of the rings
   fill_spare_rows<T, D>(shared.q[wg], p);
   bar_sync(1 + wg, 128);
   for_each_item<D>(shared, [&](int i, const Plan<D>& plan) {
-    Rows<D> rows{{}, {minus_infinity(), minus_infinity()}, {}};
+    Rows<D> rows{{}, {-infinity(), -infinity()}, {}};
     const auto cover = [&](int n) {
       const int start = plan.first_key(n);
       return plan.hulls[wg].cover(start, start + Tile<D>::keys);
@@ -279,8 +249,8 @@ __global__ void __launch_bounds__(256)
   const int64_t all = batch * heads * rows, at = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
   if (at >= all) return;
   const int lane = threadIdx.x % 32;
-  const float mine = lane < splits ? parts[splits * all * D + lane * all + at] : minus_infinity();
-  const float top = warp_max(mine), shift = top == minus_infinity() ? 0.0f : top;
+  const float mine = lane < splits ? parts[splits * all * D + lane * all + at] : -infinity();
+  const float top = warp_max(mine), shift = top == -infinity() ? 0.0f : top;
   const float weight = fast_exp2((mine - shift) * kLog2e), sum = warp_sum(weight);
   const int64_t row = at % rows, head = at / rows % heads, entry = at / rows / heads;
   float total[D / 32] = {};
@@ -292,7 +262,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int i = 0; i < D / 32; ++i)
     out[((entry * rows + row) * heads + head) * D + i * 32 + lane] = from_float<T>(sum == 0 ? 0.0f : total[i] / sum);
-  if (lane == 0) lse[at] = sum == 0 ? minus_infinity() : top + logf(sum);
+  if (lane == 0) lse[at] = sum == 0 ? -infinity() : top + logf(sum);
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
@@ -304,19 +274,6 @@ struct Forward {
   cudaStream_t stream;
 };
 
-// A map of x (batch, rows, heads, dim), its dimensions after dim in the order that `size` gives; one of a single
-// element may have any stride, and gets one that passes.
-template <class T>
-int map_of(CUtensorMap* map, const void* x, int64_t dim, const int64_t (&size)[3], const int64_t (&stride)[3],
-           const uint32_t (&box)[4]) {
-  uint64_t sizes[4] = {uint64_t(dim)}, bytes[3];
-  for (int i = 0; i < 3; ++i) {
-    sizes[i + 1] = uint64_t(size[i]);
-    bytes[i] = size[i] > 1 ? uint64_t(stride[i]) * sizeof(T) : 512;
-  }
-  return make_tensor_map<4>(map, static_cast<const T*>(x), sizes, bytes, box, Swizzle::bytes128);
-}
-
 template <class T, int D> int run(const Forward& f, Problem p) {
   const int64_t* s = f.strides;
   const int queries = kRows / p.pack;
@@ -324,9 +281,9 @@ template <class T, int D> int run(const Forward& f, Problem p) {
   p.items = int(p.batch * (p.heads / p.pack) * p.tiles * p.splits);
   const uint32_t of_queries[] = {64, uint32_t(p.pack), uint32_t(queries), 1}, of_keys[] = {64, Tile<D>::keys, 1, 1};
   CUtensorMap q, k, v;
-  int e = map_of<T>(&q, f.q, D, {p.heads, p.rows, p.batch}, {s[2], s[1], s[0]}, of_queries);
-  if (!e) e = map_of<T>(&k, f.k, D, {f.keys, f.key_heads, p.batch}, {s[4], s[5], s[3]}, of_keys);
-  if (!e) e = map_of<T>(&v, f.v, D, {f.keys, f.key_heads, p.batch}, {s[7], s[8], s[6]}, of_keys);
+  int e = map_of_tiles<T>(&q, f.q, D, {p.heads, p.rows, p.batch}, {s[2], s[1], s[0]}, of_queries);
+  if (!e) e = map_of_tiles<T>(&k, f.k, D, {f.keys, f.key_heads, p.batch}, {s[4], s[5], s[3]}, of_keys);
+  if (!e) e = map_of_tiles<T>(&v, f.v, D, {f.keys, f.key_heads, p.batch}, {s[7], s[8], s[6]}, of_keys);
   if (e) return e;
   const Launch l{dim3(f.blocks), dim3(Tile<D>::threads), sizeof(Shared<T, D>), f.stream};
   e = launch(l, attention_fwd<T, D>, q, k, v, p);

@@ -17,6 +17,9 @@ namespace illada {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
+constexpr float kLog2e = 1.4426950408889634f;
+ILLADA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
 // ---- what C++ has no word for ----------------------------------------------------------------------------------
 #ifdef __CUDACC__
 // This block's dynamic shared memory, 1024-byte aligned (what the 128-byte swizzle of Hopper asks for).

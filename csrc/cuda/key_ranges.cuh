@@ -47,10 +47,13 @@ struct Hulls {
       common_hi[i] = Min{}(common_hi[i], r.hi[i]);
     }
   }
-  // The hulls, that they hold those of other rows too.
-  ILLADA_DEVICE void widen(const Hulls& other) {
+  // Adds the rows of `other`.
+  ILLADA_DEVICE void merge(const Hulls& other) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) lo[i] = Min{}(lo[i], other.lo[i]), hi[i] = Max{}(hi[i], other.hi[i]);
+    for (int i = 0; i < 2; ++i) {
+      lo[i] = Min{}(lo[i], other.lo[i]), hi[i] = Max{}(hi[i], other.hi[i]);
+      common_lo[i] = Max{}(common_lo[i], other.common_lo[i]), common_hi[i] = Min{}(common_hi[i], other.common_hi[i]);
+    }
   }
   // Those of the rows of all lanes of the warp, in every lane.
   ILLADA_DEVICE void reduce_over_warp() {
@@ -60,10 +63,25 @@ struct Hulls {
       common_lo[i] = __reduce_max_sync(~0u, common_lo[i]), common_hi[i] = __reduce_min_sync(~0u, common_hi[i]);
     }
   }
+  // Returns whether some row may attend to a key of start .. end.
+  ILLADA_DEVICE bool touches(int start, int end) const {
+    return (lo[0] < end && start < hi[0]) || (lo[1] < end && start < hi[1]);
+  }
+  // Returns whether every row attends to every key of start .. end: no mask needed.
+  ILLADA_DEVICE bool all_attend(int start, int end) const {
+    return (common_lo[0] <= start && end <= common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]);
+  }
   ILLADA_DEVICE Cover cover(int start, int end) const {
-    if ((common_lo[0] <= start && end <= common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]))
-      return lo[0] < hi[0] || lo[1] < hi[1] ? Cover::all : Cover::none;
-    return (lo[0] < end && start < hi[0]) || (lo[1] < end && start < hi[1]) ? Cover::some : Cover::none;
+    if (all_attend(start, end)) return lo[0] < hi[0] || lo[1] < hi[1] ? Cover::all : Cover::none;
+    return touches(start, end) ? Cover::some : Cover::none;
+  }
+  // Returns the start of the first key tile at or after `start` that a hull touches, else `none`. `start` is a multiple
+  // of `size`.
+  ILLADA_DEVICE int first_touched(int start, int size, int none) const {
+    int found = none;
+    for (int i = 0; i < 2; ++i)
+      if (lo[i] < hi[i] && start < hi[i]) found = Min{}(found, Max{}(start, lo[i] / size * size));
+    return found;
   }
 };
 

@@ -5,7 +5,6 @@
 namespace illada {
 namespace loss {
 
-ILLADA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 ILLADA_DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 
 // z = softcap tanh((logit + bias) / softcap), -inf at forbidden ids.

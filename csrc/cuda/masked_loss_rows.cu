@@ -16,7 +16,6 @@ namespace loss {
 constexpr int kThreads = 256;  // rows_stats, rows_dlogits: many blocks on a multiprocessor, also for short slices
 constexpr int kWideThreads = 512;  // rows_gradients: one block, which has the shared memory to itself
 constexpr int kScratch = 128;  // bytes of shared memory for reductions, before the row
-constexpr float kLog2e = 1.4426950408889634f;
 
 ILLADA_DEVICE float exp_of(float x) { return fast_exp2(x * kLog2e); }
 

@@ -14,16 +14,10 @@
 namespace illada {
 
 using Call = illada_unmask_call;
-enum UnmaskRule { kTopK, kThreshold, kFactor, kEntropyBound, kEntropyBoundInclusive };
-enum UnmaskRevise { kNoRevision, kEdit, kRemask, kRemaskByScores };
-enum UnmaskConfidence { kProbability, kMargin, kNegEntropy, kRandom };
-enum UnmaskNeeds { kEntropy = 1, kSecond = 2, kHeld = 4 };
 
-constexpr float kLog2e = 1.4426950408889634f, kLargest = 3.402823466e38f;
+constexpr float kLargest = 3.402823466e38f;
 constexpr float kHighestTc = 8.507059173e37f;  // 2^126: its reciprocal is a normal number
 constexpr float kLowestZ = -150.0f;  // 2^z is 0
-
-ILLADA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 // ---- parameters ------------------------------------------------------------------------------------------------
 ILLADA_DEVICE float number_of(const illada_unmask_parameter& p, int64_t b) {
@@ -53,7 +47,7 @@ ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
   row.position = position;
   row.held = c.tokens[b * c.token_stride + position];
   row.masked = row.held == c.mask_id;
-  row.needed = row.masked || c.revise == kEdit || c.revise == kRemask;
+  row.needed = row.masked || c.revise == ILLADA_EDIT || c.revise == ILLADA_REMASK;
   const bool own_seed = c.seed.tensor && c.seed.per_sequence;
   row.seed = uint64_t(integer_of(c.seed, b)) + (own_seed ? 0 : uint64_t(b));
   row.noise_position = uint32_t(c.noise_positions.data ? at<int64_t>(c.noise_positions, b, k) : position);
@@ -219,17 +213,17 @@ ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, in
 #pragma unroll
   for (int j = 0; j < IDS; ++j) {
     bad |= !(l[j] < infinity());
-    if (needs & kSecond) second = fmaxf(second, fminf(top, l[j]));
+    if (needs & ILLADA_NEEDS_SECOND) second = fmaxf(second, fminf(top, l[j]));
     top = fmaxf(top, l[j]);
   }
   if (__any_sync(0xffffffffu, bad)) {
     s.top = infinity();
     return;
   }
-  if (needs & kSecond) s.second = fmaxf(s.second, warp_second(top, second));
+  if (needs & ILLADA_NEEDS_SECOND) s.second = fmaxf(s.second, warp_second(top, second));
   top = warp_top(top);
   if (top == -infinity()) return;
-  if (needs & kSecond) s.second = fmaxf(s.second, fminf(s.top, top));
+  if (needs & ILLADA_NEEDS_SECOND) s.second = fmaxf(s.second, fminf(s.top, top));
   const float high = fmaxf(s.top, top);
   if (row.temperature > 0.0f) {
     meet_noise(l, mine, row, top, s);
@@ -245,13 +239,13 @@ ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, in
   for (int j = 0; j < IDS; ++j) {
     const float z = fmaxf(__fmul_rn(l[j] - high, row.scale2), kLowestZ), e = fast_exp2(z);
     sum += e;
-    if (needs & kEntropy) sum_ez = fmaf(e, z, sum_ez);
+    if (needs & ILLADA_NEEDS_ENTROPY) sum_ez = fmaf(e, z, sum_ez);
   }
   const float drop = fmaxf(__fmul_rn(s.top - high, row.scale2), kLowestZ), kept = fast_exp2(drop);
-  if (needs & kEntropy) s.sum_ez = fmaf(kept, fmaf(drop, s.sum, s.sum_ez), warp_sum(sum_ez));
+  if (needs & ILLADA_NEEDS_ENTROPY) s.sum_ez = fmaf(kept, fmaf(drop, s.sum, s.sum_ez), warp_sum(sum_ez));
   s.sum = fmaf(kept, s.sum, warp_sum(sum));
   s.top = high;
-  if (needs & kHeld && row.held >= first && row.held - first < IDS * 32) {
+  if (needs & ILLADA_NEEDS_HELD && row.held >= first && row.held - first < IDS * 32) {
     const int32_t id = int32_t(row.held);
     float held = -infinity();
 #pragma unroll

@@ -44,9 +44,9 @@ struct Result {
 
 ILLADA_DEVICE float confidence_of(const Call& c, const Row& row, const Result& r, float second, float top, double sum) {
   switch (c.confidence) {
-    case kProbability: return r.probability;
-    case kMargin: return float((1.0 - double(expf((second - top) * row.scale))) / sum);
-    case kNegEntropy: return 0.0f - r.entropy;
+    case ILLADA_PROBABILITY: return r.probability;
+    case ILLADA_MARGIN: return float((1.0 - double(expf((second - top) * row.scale))) / sum);
+    case ILLADA_NEG_ENTROPY: return 0.0f - r.entropy;
     default: {
       const PhiloxWords w = philox(row.seed, 0, row.noise_position, row.step, 1);
       return philox_unit(w.w0, w.w1);
@@ -81,17 +81,17 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
     const float drop = fmaxf(__fmul_rn(*partial(c, kTop, r, p) - top, row.scale2), kLowestZ), kept = fast_exp2(drop);
     const double part = *partial(c, kSum, r, p);
     sum = fma(double(kept), part, sum);
-    if (c.needs & kEntropy)
+    if (c.needs & ILLADA_NEEDS_ENTROPY)
       sum_ez = fma(double(kept), fma(double(drop), part, double(*partial(c, kSumEz, r, p))), sum_ez);
   }
   sum = warp_sum<kLanes>(sum);
-  if (c.needs & kEntropy) sum_ez = warp_sum<kLanes>(sum_ez) * kLog2;
+  if (c.needs & ILLADA_NEEDS_ENTROPY) sum_ez = warp_sum<kLanes>(sum_ez) * kLog2;
   Result result{-1, -infinity(), 0.0f, 0.0f, 0.0f};
   if (top == infinity() || best.id == 0x7fffffff) return result;
   result.proposal = best.id;
   result.probability = float(double(expf((best.logit - top) * row.scale)) / sum);
   if (held > -infinity()) result.held_probability = float(double(expf((held - top) * row.scale)) / sum);
-  if (c.needs & kEntropy) {
+  if (c.needs & ILLADA_NEEDS_ENTROPY) {
     const double entropy = log(sum) - sum_ez / sum;
     result.entropy = entropy < kLeastEntropy ? 0.0f : float(entropy);
   }
@@ -148,12 +148,12 @@ ILLADA_DEVICE double sum_before(double x, double* scratch) {
 // How many of the m ranked candidates the rule commits, from the front.
 ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s, int64_t m, const float* confidence,
                                    double* scratch) {
-  if (c.rule == kTopK) {
+  if (c.rule == ILLADA_TOP_K) {
     const int64_t k = integer_of(c.rule_number, b);
     return k < 0 ? 0 : k < m ? k : m;
   }
   const float number = number_of(c.rule_number, b);
-  const bool by_entropy = c.rule == kEntropyBound || c.rule == kEntropyBoundInclusive;
+  const bool by_entropy = c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
   const int64_t share = (m + kThreads - 1) / kThreads, start = threadIdx.x * share,
                 end = start + share < m ? start + share : m;
   double entropies = 0.0;
@@ -165,11 +165,12 @@ ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s
   for (int64_t r = start; r < end && failing == m; ++r) {
     const int64_t k = s.places[r];
     bool pass = true;
-    if (c.rule == kThreshold) pass = confidence[k] >= number;
-    if (c.rule == kFactor) pass = confidence[k] >= 1.0f - number / float(r + 2);  // ranks count from 1: f / (r + 1)
-    if (c.rule == kEntropyBound) pass = entropies <= double(number);
+    if (c.rule == ILLADA_THRESHOLD) pass = confidence[k] >= number;
+    if (c.rule == ILLADA_FACTOR)
+      pass = confidence[k] >= 1.0f - number / float(r + 2);  // ranks count from 1: f / (r + 1)
+    if (c.rule == ILLADA_ENTROPY_BOUND) pass = entropies <= double(number);
     if (by_entropy) entropies += double(s.entropies[k]);
-    if (c.rule == kEntropyBoundInclusive) pass = entropies <= double(number);
+    if (c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE) pass = entropies <= double(number);
     if (!pass && r > 0) failing = r;
   }
   return block_reduce<kThreads>(failing, reinterpret_cast<int64_t*>(scratch), Min{});
@@ -189,14 +190,14 @@ ILLADA_DEVICE uint64_t propose(const Call& c, int64_t b, int64_t k, const Row& r
   bool edited = false;
   uint64_t key = kNoKey;
   *entropy = result.entropy;
-  if (row.position >= 0 && !row.masked && c.revise >= kRemask) {
-    const bool by_scores = c.revise == kRemaskByScores;
+  if (row.position >= 0 && !row.masked && c.revise >= ILLADA_REMASK) {
+    const bool by_scores = c.revise == ILLADA_REMASK_BY_SCORES;
     const float score = by_scores ? at<float>(c.scores, b, k) : result.held_probability;
     if (by_scores ? score == score : result.proposal >= 0)
       shown.proposal = row.held, shown.confidence = score, *entropy = kRemaskable;
   } else if (row.needed && result.proposal >= 0) {
     shown = result;
-    const bool by_entropy = c.rule == kEntropyBound || c.rule == kEntropyBoundInclusive;
+    const bool by_entropy = c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
     if (row.masked) key = key_of(by_entropy ? result.entropy : -result.confidence, row.position);
     else edited = result.proposal != row.held && result.probability >= number_of(c.revise_number, b);
   }
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t k = threadIdx.x; k < c.count; k += kThreads)
     if (committed[k]) tokens[at<int64_t>(c.positions, b, k)] = out.proposal[b * c.count + k];
   __syncthreads();
-  if (c.revise >= kRemask) remask(c, b, s, n, confidence, tokens, scratch);
+  if (c.revise >= ILLADA_REMASK) remask(c, b, s, n, confidence, tokens, scratch);
   int left = 0;
   for (int64_t k = threadIdx.x; k < c.count; k += kThreads) {
     const int64_t position = at<int64_t>(c.positions, b, k);

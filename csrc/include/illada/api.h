@@ -125,6 +125,18 @@ extern "C" int illada_masked_loss_rows_gradients_cuda(void* logits, int dtype, i
                                                       int64_t shared_memory, void* stream);
 
 // ---- unmask (csrc/cpu/unmask.cpp, csrc/cuda/unmask_*.cu) ------------------------------------------------------------------------------------------
+// What the rule, revision and confidence of a call may be; illada_kernels/rules.py has the same numbers, and what each does.
+enum illada_unmask_rule {
+  ILLADA_TOP_K = 0,
+  ILLADA_THRESHOLD = 1,
+  ILLADA_FACTOR = 2,
+  ILLADA_ENTROPY_BOUND = 3,
+  ILLADA_ENTROPY_BOUND_INCLUSIVE = 4
+};
+enum illada_unmask_revise { ILLADA_NO_REVISION = 0, ILLADA_EDIT = 1, ILLADA_REMASK = 2, ILLADA_REMASK_BY_SCORES = 3 };
+enum illada_unmask_confidence { ILLADA_PROBABILITY = 0, ILLADA_MARGIN = 1, ILLADA_NEG_ENTROPY = 2, ILLADA_RANDOM = 3 };
+// Which statistics of a row a call needs, beside its maximum and its best token: bits.
+enum illada_unmask_needs { ILLADA_NEEDS_ENTROPY = 1, ILLADA_NEEDS_SECOND = 2, ILLADA_NEEDS_HELD = 4 };
 // Bytes that callers allocate per row and per (row, segment), and the ids of a segment: what one Partial covers.
 #define ILLADA_UNMASK_ROW_BYTES 48
 #define ILLADA_UNMASK_PARTIAL_BYTES 48
@@ -170,7 +182,7 @@ struct illada_unmask_call {
   int64_t forbids, biases, head_bias_dtype;
   float* partials;  // (ILLADA_UNMASK_FIELDS, B * K, parts)
   int64_t parts;
-  int32_t rule, confidence, revise, needs;  // needs: 1 the entropy, 2 the second maximum, 4 the logit of the held token
+  int32_t rule, confidence, revise, needs;
 };
 #define ILLADA_UNMASK_FIELDS 8
 #define ILLADA_UNMASK_SPAN 4096  // ids of one part of illada_unmask_rows_cuda

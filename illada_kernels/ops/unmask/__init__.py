@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import requested
-from ...rules import Edit, Remask, Rule, Threshold, check_integer, check_number, flatten_revision, flatten_rule
+from ...rules import (
+    CONFIDENCES,
+    Edit,
+    Remask,
+    Rule,
+    Threshold,
+    check_integer,
+    check_number,
+    flatten_revision,
+    flatten_rule,
+)
 from .checks import (
     LogitBias,
     cast_for_autocast,
@@ -26,8 +36,6 @@ from .checks import (
 from .op import BACKENDS, UNMASK
 
 __all__ = ["BACKENDS", "Unmasked", "unmask", "unmask_from_logits"]
-
-CONFIDENCES = ("probability", "margin", "neg_entropy", "random")
 
 
 class Unmasked(NamedTuple):

@@ -17,13 +17,13 @@ import functools
 import torch
 from torch import Tensor
 
+from ... import rules
 from ..._dispatch import STALE, native
 from ..._gpu import cuda_reason, launch, rows_reason
 from . import gpu
 from .op import Outputs, Step
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-CONFIDENCES = {"probability": 0, "margin": 1, "neg_entropy": 2, "random": 3}
 FIELDS, TILE, SORT_IN_SHARED = 8, 256, 1024  # api.h, unmask_head_sm90a.cu
 
 
@@ -100,7 +100,7 @@ def describe(step: Step, partials: Tensor) -> Call:
         pointer(partials),
         partials.shape[2],
         step.rule,
-        CONFIDENCES[step.confidence],
+        rules.CONFIDENCES.index(step.confidence),
         step.revise,
         gpu.needs(step),
     )

@@ -12,7 +12,6 @@ from ... import _dispatch, rules
 from .op import HIGHEST_CONFIDENCE_TEMPERATURE, Step
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-CONFIDENCES = {"probability": 0, "margin": 1, "neg_entropy": 2, "random": 3}
 # Products of at most ROWS_AT_ONCE rows with a slice of the head; the slice depends on D and dtypes alone, so that
 # neither batch size nor thread count changes a sum. Logits and, where it must be converted, the slice of the head fit
 # SLICE_BYTES.
@@ -50,7 +49,7 @@ def unmask(step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             scan.run(step.source, step.source.stride(0), step.source.stride(1), count, 0, step.vocabulary)
         else:
             from_hidden(scan, step)
-    kinds = (step.rule, CONFIDENCES[step.confidence], step.revise)
+    kinds = (step.rule, rules.CONFIDENCES.index(step.confidence), step.revise)
     data = (rows.data_ptr(), rows.shape[0], partials.data_ptr(), segments)
     results = [output.data_ptr() for output in outputs]
     code = native.unmask_select_cpu(*where, step.mask_id, *kinds, pointer(scores), *values, *data, *results, threads)

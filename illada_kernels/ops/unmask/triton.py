@@ -21,7 +21,6 @@ from .op import Outputs, Step
 from .triton_rows import FIELDS, head_kernel, rows_kernel
 from .triton_select import select_kernel
 
-CONFIDENCES = ("probability", "margin", "neg_entropy", "random")  # numbered as in triton_select.py
 PAIRS = 64  # id pairs of a tile of the head kernel: the product's M, twice
 GROUPS = 264  # of tiles, at most: two programs for each multiprocessor of an H200, 2.5 for each of an A100
 ROW_PAIRS = 512  # id pairs that the rows kernel holds at once
@@ -176,7 +175,7 @@ class Call:
             committed.view(torch.uint8),
             remaining,
             RULE=step.rule,
-            CONFIDENCE=CONFIDENCES.index(step.confidence),
+            CONFIDENCE=rules.CONFIDENCES.index(step.confidence),
             REVISE=step.revise,
             NEEDS=self.needs,
             ONE=one(self.vocabulary),

@@ -18,7 +18,13 @@ from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernel
 from tests.helpers.attention_oracle import Result, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-HEADERS = ("attention_bwd_keys_sm90a.cuh", "attention_tile_sm90a.cuh", "attention_bwd_workspace.cuh")
+HEADERS = (
+    "attention_bwd_keys_sm90a.cuh",
+    "attention_bwd_sm90a.cuh",
+    "attention_tile_sm90a.cuh",
+    "attention_bwd_workspace.cuh",
+    "key_ranges.cuh",
+)
 NAMES = ("preprocess", "keys", "queries")
 
 
@@ -88,13 +94,13 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         # what the others are told
         "dlse forgotten": ("sum - (dlse ? dlse[at] : 0.0f)", "sum", WRONG),
         "hull from the wrong end": (
-            "t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Max{})",
-            "t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Min{})",
+            "h.hi[i] = block_reduce<kTileRows>(h.hi[i], scratch, Max{})",
+            "h.hi[i] = block_reduce<kTileRows>(h.hi[i], scratch, Min{})",
             WRONG,
         ),
         "common range of some row": (
-            "t.common_hi[i] = block_reduce<kTileRows>(t.common_hi[i], scratch, Min{})",
-            "t.common_hi[i] = block_reduce<kTileRows>(t.common_hi[i], scratch, Max{})",
+            "h.common_hi[i] = block_reduce<kTileRows>(h.common_hi[i], scratch, Min{})",
+            "h.common_hi[i] = block_reduce<kTileRows>(h.common_hi[i], scratch, Max{})",
             WRONG,
         ),
         "rows without keys unseen": ("t.empty_rows = r.empty();", "", WRONG),
@@ -136,7 +142,7 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
             WRONG,
             256,
         ),
-        "P not masked": ("  if (step != kFull) select(p, bits, -INFINITY);\n", "", WRONG),
+        "P not masked": ("  if (step != kFull) select(p, bits, -infinity());\n", "", WRONG),
         "dS not masked": ("  if (step != kFull) select(ds, bits, 0);\n", "", WRONG),
         "one head of the group": ("head = item.key_head * group + i;", "head = item.key_head * group;", WRONG),
         "touched only if wholly within": ("start < hi[0]) ||", "end <= hi[0]) ||", WRONG),
@@ -180,8 +186,8 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "dS not masked in queries": ("  if (masked) select(ds, rows, key, 0);\n", "", WRONG),
         "one hull of two": (
-            "      if (item.tile + i < w.tiles) bounds.merge(",
-            "      if (false) bounds.merge(",
+            "      if (item.tile + i < w.tiles) hulls.merge(",
+            "      if (false) hulls.merge(",
             WRONG,
         ),
         "a key tile skipped": (

@@ -259,7 +259,7 @@ FAULTS = {
     ),
     "the tile's hulls are the first warpgroup's": ("wg < Tile<D>::warpgroups; ++wg) of_tile", "wg < 1; ++wg) of_tile"),
     "no care for rows without keys so far": (
-        "rows.top[r] == minus_infinity() ? 0.0f : rows.top[r] * scale_log2",
+        "rows.top[r] == -infinity() ? 0.0f : rows.top[r] * scale_log2",
         "rows.top[r] * scale_log2",
     ),
     "parts are added without their weights": ("total[i] += w * parts", "total[i] += parts"),

@@ -1,0 +1,88 @@
+// What the kernels of attention's backward that multiply share: items, tensor maps, and operands cleared of other rows.
+#pragma once
+#include <type_traits>
+
+#include "attention_bwd_workspace.cuh"
+#include "attention_tile_sm90a.cuh"
+
+namespace illada {
+
+constexpr int kWarpgroups = 2, kConsumers = kWarpgroups * 128, kThreads = kConsumers + 128;
+enum Step { kEnd, kFull, kPartial, kEmptyRows };  // what a stage holds; kEmptyRows: partial, some row has no keys
+
+// Items are of unlike cost: a block starts with that of its number, then draws. Who computes one changes no bit.
+ILLADA_DEVICE int draw_item(int32_t* drawn) { return gridDim.x + atomicAdd(drawn, 1); }
+
+// ---- host --------------------------------------------------------------------------------------------------------
+// A map of x (batch, rows, heads, dim) whose boxes are 64 columns of `box_rows` rows of one head; strides: elements, of
+// batch, row and head.
+template <class T>
+int map_of_rows(CUtensorMap* map, const void* x, int64_t batch, int64_t rows, int64_t heads, int64_t dim,
+                const int64_t* strides, int box_rows) {
+  return map_of_tiles<T>(map, x, dim, {rows, heads, batch}, {strides[1], strides[2], strides[0]},
+                         {64, uint32_t(box_rows), 1, 1});
+}
+template <class T>
+int map_of_contiguous_rows(CUtensorMap* map, const void* x, int64_t batch, int64_t rows, int64_t heads, int64_t dim,
+                           int box_rows) {
+  const int64_t strides[] = {rows * heads * dim, heads * dim, dim};
+  return map_of_rows<T>(map, x, batch, rows, heads, dim, strides, box_rows);
+}
+
+// f(zero of T, integral_constant of D), for the dtypes and head dimensions there are.
+template <class F> int for_type_and_dim(int bf16_code, int fp16_code, int dtype, int64_t dim, F f) {
+  const auto with_type = [&](auto zero) -> int {
+    switch (dim) {
+      case 64: return f(zero, std::integral_constant<int, 64>{});
+      case 96: return f(zero, std::integral_constant<int, 96>{});
+      case 128: return f(zero, std::integral_constant<int, 128>{});
+      case 256: return f(zero, std::integral_constant<int, 256>{});
+    }
+    return int(cudaErrorInvalidValue);
+  };
+  if (dtype == bf16_code) return with_type(bf16{});
+  if (dtype == fp16_code) return with_type(fp16{});
+  return int(cudaErrorInvalidValue);
+}
+
+// ---- device ------------------------------------------------------------------------------------------------------
+// Those keys of start .. start + 31 that lie in the ranges.
+ILLADA_DEVICE uint32_t keys_of(const RowSpans& span, int start) {
+  uint32_t set = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int first = Max{}(span.lo[i] - start, 0), last = Min{}(span.lo[i] + span.length[i] - start, 32);
+    if (first < last) set |= ~0u >> (32 - (last - first)) << first;
+  }
+  return set;
+}
+
+// Rows of the K tile that are in no consumer's set become zeros, whatever they hold. sets: of each warp.
+template <int D, class T, int WORDS>
+ILLADA_DEVICE void clear_other_keys(T* k, uint32_t (&sets)[kConsumers / 32][WORDS], const uint32_t (&mine)[WORDS]) {
+#pragma unroll
+  for (int word = 0; word < WORDS; ++word) {
+    const uint32_t all = __reduce_or_sync(~0u, mine[word]);
+    if (threadIdx.x % 32 == 0) sets[threadIdx.x / 32][word] = all;
+  }
+  bar_sync(1, kConsumers);
+  constexpr int kKeys = WORDS * 32, kSharers = kConsumers / kKeys, kPart = 64 / kSharers;  // threads, columns of a key
+  const int key = threadIdx.x / kSharers, part = threadIdx.x % kSharers * kPart;
+  uint32_t attended = 0;
+#pragma unroll
+  for (int warp = 0; warp < kConsumers / 32; ++warp) attended |= sets[warp][key / 32];
+  if (!(attended >> key % 32 & 1))
+    for (int piece = 0; piece < pieces<D>; ++piece)
+      for (int i = 0; i < kPart; i += 8) store16(k + (piece * kKeys + key) * 64 + part + i, Vec16<T>{});
+  fence_proxy_async();
+  bar_sync(1, kConsumers);
+}
+
+// One arrival per warp, after all its lanes came here.
+ILLADA_DEVICE void arrive_by_warp(uint64_t* bar) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbar_arrive(bar);
+}
+constexpr int kConsumerWarps = kConsumers / 32;
+
+}  // namespace illada
