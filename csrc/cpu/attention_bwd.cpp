@@ -3,7 +3,7 @@
 //   p = exp(scale q k^T - lse);  delta = rowsum(dout * out) - dlse;  ds = p * (dout v^T - delta)
 //   dv = p^T dout;  dk = scale ds^T q;  dq = scale ds k
 //
-// A unit of work is 256 keys of one key head: it walks all query tiles (five products each), keeps dk and dv to itself
+// A unit of work is 256 keys of one kv head: it walks all query tiles (five products each), keeps dk and dv to itself
 // and adds to dq in the order of the keys, waiting for its turn, so that results are bitwise the same for any number of
 // threads. Everything is float32. Rows without keys and keys without rows are packed as zeros, whatever they hold. 10 *
 // dim flops per pair; memory: delta, and about 1 MB a thread.
@@ -60,7 +60,7 @@ template <class T> void row_deltas(const Problem& p, const Gradients& grads, flo
   for (int64_t u = 0; u < p.batch * tiles; ++u)
     for (int i = 0; i < p.tile_rows(int(u % tiles)); ++i)
       for (int h = 0; h < p.heads; ++h) {
-        const int64_t b = u / tiles, row = u % tiles * kTileRows + i, at = (b * p.heads + h) * p.rows + row;
+        const int64_t b = u / tiles, row = u % tiles * kTileRows + i, at = (b * p.heads + h) * p.queries + row;
         const T *out = grads.out.at<T>(b, row, h), *dout = grads.dout.at<T>(b, row, h);
         vf sum = {};
         for (int d = 0; d < p.dim_v; d += kWidth) sum += load_n(out + d, p.dim_v - d) * load_n(dout + d, p.dim_v - d);
@@ -74,7 +74,7 @@ template <class T>
 void load_query_tile(const Problem& p, const Gradients& grads, const float* delta, int64_t b, int head, int tile,
                      BackwardScratch& scratch) {
   const int rows = p.tile_rows(tile);
-  const int64_t first = int64_t(tile) * kTileRows, at = (b * p.heads + head) * p.rows + first;
+  const int64_t first = int64_t(tile) * kTileRows, at = (b * p.heads + head) * p.queries + first;
   uint8_t keep[kTileRows];
   for (int i = 0; i < kTileRows; ++i) {
     keep[i] = i < rows && !p.bounds.of_row(b, first + i).empty();
@@ -129,26 +129,26 @@ void backward_tile(const Problem& p, int64_t b, int tile, int start, Window w, b
 }
 
 template <class T>
-void load_keys(const Problem& p, const HullTable& hulls, int64_t b, int key_head, int start, BackwardScratch& scratch,
+void load_keys(const Problem& p, const HullTable& hulls, int64_t b, int kv_head, int start, BackwardScratch& scratch,
                BackwardScratch::Keys& keys) {
   keys.any = start < p.keys && live_keys(p, hulls, b, 0, p.query_tiles(), start, keys.live);
   if (!keys.any) return;
   const int ld = leading_dim(p.dim), ld_v = leading_dim(p.dim_v), size = smaller(kTileKeys, p.keys - start);
-  pack_rows(p.k.at<T>(b, start, key_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, keys.live, keys.k, ld);
+  pack_rows(p.k.at<T>(b, start, kv_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, keys.live, keys.k, ld);
   transpose_tile(keys.k, ld, kTileKeys, p.dim, keys.k_transposed, kLdScores);
-  pack_rows(p.v.at<T>(b, start, key_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, keys.live, scratch.rows,
+  pack_rows(p.v.at<T>(b, start, kv_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, keys.live, scratch.rows,
             ld_v);
   transpose_tile(scratch.rows, ld_v, kTileKeys, p.dim_v, keys.v_transposed, kLdScores);
   std::memset(keys.dk, 0, sizeof(float) * kTileKeys * ld);
   std::memset(keys.dv, 0, sizeof(float) * kTileKeys * ld_v);
 }
 
-// gradient (batch, keys, key_heads, dim) of one key tile; zeros if no row attended to it
+// gradient (batch, keys, kv_heads, dim) of one key tile; zeros if no row attended to it
 template <class T>
-void store_keys(const Problem& p, int64_t b, int key_head, int start, bool any, const float* from, int dim,
+void store_keys(const Problem& p, int64_t b, int kv_head, int start, bool any, const float* from, int dim,
                 void* gradient) {
   for (int j = 0; j < smaller(kTileKeys, p.keys - start); ++j) {
-    T* to = static_cast<T*>(gradient) + ((b * p.keys + start + j) * p.key_heads + key_head) * dim;
+    T* to = static_cast<T*>(gradient) + ((b * p.keys + start + j) * p.kv_heads + kv_head) * dim;
     for (int d = 0; d < dim; d += kWidth) store_n(to + d, any ? load(from + j * leading_dim(dim) + d) : vf{}, dim - d);
   }
 }
@@ -160,7 +160,7 @@ void add_dq(const Problem& p, int64_t b, int head, int tile, int turn, int chunk
   for (int i = 0; i < p.tile_rows(tile); ++i) {
     const int64_t row = int64_t(tile) * kTileRows + i;
     if (p.bounds.of_row(b, row).empty()) continue;
-    float* to = dq + ((b * p.rows + row) * p.heads + head) * p.dim;
+    float* to = dq + ((b * p.queries + row) * p.heads + head) * p.dim;
     const float* from = scratch.dq + i * leading_dim(p.dim);
     for (int d = 0; d < p.dim; d += kWidth)
       store_n(to + d, load_n(to + d, p.dim - d) + load(from + d) * p.query_factor(), p.dim - d);
@@ -168,14 +168,14 @@ void add_dq(const Problem& p, int64_t b, int head, int tile, int turn, int chunk
   __atomic_store_n(done, chunk, __ATOMIC_RELEASE);
 }
 
-// Keys chunk * kUnitKeys and on, of one key head, against all query tiles of its group in order.
+// Keys chunk * kUnitKeys and on, of one kv head, against all query tiles of its group in order.
 template <class T>
 void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& grads, const float* delta, int64_t b,
-                   int key_head, int chunk, BackwardScratch& scratch, int* done) {
+                   int kv_head, int chunk, BackwardScratch& scratch, int* done) {
   const int start = chunk * kUnitKeys;
   for (int i = 0; i < kUnitKeyTiles; ++i)
-    load_keys<T>(p, hulls, b, key_head, start + i * kTileKeys, scratch, scratch.keys[i]);
-  for (int head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head)
+    load_keys<T>(p, hulls, b, kv_head, start + i * kTileKeys, scratch, scratch.keys[i]);
+  for (int head = kv_head * p.group(); head < (kv_head + 1) * p.group(); ++head)
     for (int t = 0; t < p.query_tiles(); ++t) {
       const Hulls& hull = hulls.at(b, t);
       if (!hull.touches(start, start + kUnitKeys)) continue;
@@ -184,7 +184,7 @@ void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& gr
       Ahead next_q(p.q.at<T>(b, int64_t(next) * kTileRows, head), p.q.row_stride, p.tile_rows(next), p.dim);
       Ahead next_dout(grads.dout.at<T>(b, int64_t(next) * kTileRows, head), grads.dout.row_stride, p.tile_rows(next),
                       p.dim_v);
-      Ahead dq(grads.dq + ((b * p.rows + int64_t(t) * kTileRows) * p.heads + head) * p.dim, int64_t(p.heads) * p.dim,
+      Ahead dq(grads.dq + ((b * p.queries + int64_t(t) * kTileRows) * p.heads + head) * p.dim, int64_t(p.heads) * p.dim,
                p.tile_rows(t), p.dim);
       std::memset(scratch.dq, 0, sizeof(float) * kTileRows * leading_dim(p.dim));
       for (int i = 0; i < kUnitKeyTiles; ++i) {
@@ -199,18 +199,18 @@ void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& gr
     }
   for (int i = 0; i < kUnitKeyTiles; ++i) {
     const int first_key = start + i * kTileKeys;
-    store_keys<T>(p, b, key_head, first_key, scratch.keys[i].any, scratch.keys[i].dk, p.dim, grads.dk);
-    store_keys<T>(p, b, key_head, first_key, scratch.keys[i].any, scratch.keys[i].dv, p.dim_v, grads.dv);
+    store_keys<T>(p, b, kv_head, first_key, scratch.keys[i].any, scratch.keys[i].dk, p.dim, grads.dk);
+    store_keys<T>(p, b, kv_head, first_key, scratch.keys[i].any, scratch.keys[i].dv, p.dim_v, grads.dv);
   }
 }
 
 template <class T> int backward(const Problem& p, const Gradients& grads) {
-  const int64_t heads = p.batch * p.key_heads, chunks = (p.keys + kUnitKeys - 1) / kUnitKeys,
+  const int64_t heads = p.batch * p.kv_heads, chunks = (p.keys + kUnitKeys - 1) / kUnitKeys,
                 turns = p.batch * p.heads * p.query_tiles();
   HullTable hulls(p);
   Cutter count(nullptr);
   BackwardScratch(p, count);
-  Buffer memory(sizeof(float) * count.used() * p.threads), deltas(sizeof(float) * p.batch * p.heads * p.rows),
+  Buffer memory(sizeof(float) * count.used() * p.threads), deltas(sizeof(float) * p.batch * p.heads * p.queries),
       done(sizeof(int) * turns);
   if (!hulls || !memory || !deltas || !done) return ILLADA_NO_MEMORY;
   for (int64_t i = 0; i < turns; ++i) done.as<int>()[i] = -1;
@@ -222,7 +222,7 @@ template <class T> int backward(const Problem& p, const Gradients& grads) {
     BackwardScratch scratch(p, cut);
     // ascending, chunks outermost: whoever waits for a turn waits for a unit that a thread already has
     for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < chunks * heads;)
-      backward_unit<T>(p, hulls, grads, deltas.as<float>(), u % heads / p.key_heads, int(u % heads % p.key_heads),
+      backward_unit<T>(p, hulls, grads, deltas.as<float>(), u % heads / p.kv_heads, int(u % heads % p.kv_heads),
                        int(u / heads), scratch, done.as<int>());
   }
   return ILLADA_OK;
@@ -233,11 +233,11 @@ template <class T> int backward(const Problem& p, const Gradients& grads) {
 int ILLADA_ISA_FN(illada_attention_bwd_cpu)(int dtype, const void* q, const void* k, const void* v,
                                             const int32_t* bounds, const void* out, const float* lse, const void* dout,
                                             const float* dlse, float* dq, void* dk, void* dv, int64_t batch,
-                                            int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                            int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
                                             int64_t dim_v, const int64_t* strides, float scale, int threads) {
-  if (!valid(batch, rows, keys, heads, key_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
+  if (!valid(batch, queries, keys, heads, kv_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
   const Problem p =
-      make_problem(q, k, v, bounds, batch, rows, keys, heads, key_heads, dim, dim_v, strides, scale, threads);
+      make_problem(q, k, v, bounds, batch, queries, keys, heads, kv_heads, dim, dim_v, strides, scale, threads);
   const View out_view = {out, strides[11], strides[12], strides[13]},
              dout_view = {dout, strides[14], strides[15], strides[16]};
   const Gradients grads = {dout_view, out_view, dlse, lse, dq, dk, dv};

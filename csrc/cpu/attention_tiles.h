@@ -27,17 +27,17 @@ struct View {  // (batch, rows, heads, dim), strides in elements, last dimension
 };
 
 struct Problem {
-  int64_t batch, rows;
-  int keys, heads, key_heads, dim, dim_v;
+  int64_t batch, queries;
+  int keys, heads, kv_heads, dim, dim_v;
   View q, k, v;
   KeyBounds bounds;
   float scale;
   int threads;
 
-  int group() const { return heads / key_heads; }
-  int query_tiles() const { return int((rows + kTileRows - 1) / kTileRows); }
+  int group() const { return heads / kv_heads; }
+  int query_tiles() const { return int((queries + kTileRows - 1) / kTileRows); }
   int tile_rows(int tile) const {
-    return int(rows - int64_t(tile) * kTileRows < kTileRows ? rows - int64_t(tile) * kTileRows : kTileRows);
+    return int(queries - int64_t(tile) * kTileRows < kTileRows ? queries - int64_t(tile) * kTileRows : kTileRows);
   }
   // Scores are score_scale * (query_factor q) k^T: a negative scale turns the queries, so that maxima stay maxima, and
   // a vanishing one multiplies them, so that -127 / score_scale stays finite.
@@ -143,13 +143,13 @@ inline vi allowed_lanes(const RowRanges& r, int key) {
 }
 
 inline Problem make_problem(const void* q, const void* k, const void* v, const int32_t* bounds, int64_t batch,
-                            int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v,
+                            int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim, int64_t dim_v,
                             const int64_t* strides, float scale, int threads) {
   return {batch,
-          rows,
+          queries,
           int(keys),
           int(heads),
-          int(key_heads),
+          int(kv_heads),
           int(dim),
           int(dim_v),
           {q, strides[0], strides[1], strides[2]},
@@ -160,11 +160,11 @@ inline Problem make_problem(const void* q, const void* k, const void* v, const i
           threads};
 }
 
-inline bool valid(int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+inline bool valid(int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
                   int64_t dim_v, int threads) {
   const int64_t limit = int64_t(1) << 31;
-  return batch >= 0 && rows >= 0 && keys >= 0 && keys < limit - 1024 && rows < limit - 1024 && key_heads > 0 &&
-         heads % key_heads == 0 && heads > 0 && dim > 0 && dim_v > 0 && dim <= 4096 && dim_v <= 4096 && threads > 0;
+  return batch >= 0 && queries >= 0 && keys >= 0 && keys < limit - 1024 && queries < limit - 1024 && kv_heads > 0 &&
+         heads % kv_heads == 0 && heads > 0 && dim > 0 && dim_v > 0 && dim <= 4096 && dim_v <= 4096 && threads > 0;
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 //
 // `stats` reads a slice of columns once and updates each row's state {max, sum of exp(z - max), z at the target, sum of z}, so
 // that a row may come in slices; `dlogits` reads a slice and writes scale * d(loss)/d(logit), in place if asked to.
-// A thread owns whole rows and goes through them in blocks of kBlock columns that stay in the first-level cache: exponentials
+// A thread owns whole rows and goes through them in blocks of kBlock columns that stay in the L1 cache: exponentials
 // and their sums within a block are float32, sums over blocks float64, in an order that depends on the slices alone, never on
 // the threads. A NaN makes the row NaN; a row of -inf has sum 0. Cost: one read for stats, one read and one write for dlogits.
 #include <algorithm>
@@ -43,7 +43,7 @@ struct Columns {
   const int64_t* forbid;  // ascending ids
   int64_t n_forbid;
 
-  // The ids forbidden in [from, to) of the vocabulary.
+  // The ids forbidden in [from, to) of the vocab.
   const int64_t* forbidden_from(int64_t id) const { return std::lower_bound(forbid, forbid + n_forbid, id); }
 };
 

@@ -1,10 +1,10 @@
 // unmask on a CPU, between Python's matrix products: plan (which candidate rows take part), rows (one pass over their logits), select.
 //   rows: per row of l: max, second max, sum of exp, sum of e * z, and argmax of l + T * Gumbel, in segments of kSegment ids that fit
-//   the first-level cache and are read from memory once. Each segment leaves a Partial; select merges them in order of id. So results
-//   do not depend on threads, on other rows, or on how a caller slices the vocabulary.
+//   the L1 cache and are read from memory once. Each segment leaves a Partial; select merges them in order of id. So results
+//   do not depend on threads, on other rows, or on how a caller slices the vocab.
 //   Noise costs 9 integer products per id pair; logarithms are computed only for ids that can still win: T * g > best - max l needs
 //   u < exp(-(best - max l) / T), which the top word of u tells. The bound is one-sided, so the argmax is exact.
-//   Sums are double, so that rows which are permutations of each other tie (exactly, while the vocabulary fits a segment).
+//   Sums are double, so that rows which are permutations of each other tie (exactly, while the vocab fits a segment).
 //   Ties: argmax to the lowest id, ranks to the lowest position. A NaN or +inf logit, or no id above -inf, makes the row bad: -1, -inf.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"

@@ -181,8 +181,8 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
     if (t == 0) {
       for (int piece = 0; piece < pieces<D>; ++piece) {
         const int from = piece * kKeys * 64, first = item.key + warpgroup * 64;
-        tma_store(&maps.dk, of_k + from, piece * 64, first, item.key_head, item.batch);
-        tma_store(&maps.dv, of_v + from, piece * 64, first, item.key_head, item.batch);
+        tma_store(&maps.dk, of_k + from, piece * 64, first, item.kv_head, item.batch);
+        tma_store(&maps.dv, of_v + from, piece * 64, first, item.kv_head, item.batch);
       }
       bulk_commit();
       bulk_wait_read<0>();
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// dq (batch, rows, heads, D) = scale * sums: one block per 64 rows and head.
+// dq (batch, queries, heads, D) = scale * sums: one block per 64 rows and head.
 constexpr int kRoundThreads = 256;
 template <class T, int D>
 __global__ void __launch_bounds__(kRoundThreads)
@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kRoundThreads)
       x[1].at[2 * j] = from_float<T>(scale * four.z), x[1].at[2 * j + 1] = from_float<T>(scale * four.w);
     }
     for (int j = 0; j < 2; ++j)
-      if (row + j * 8 < size.rows)
-        store16(dq + ((int64_t(batch) * size.rows + row + j * 8) * size.heads + head) * D + columns * 8, x[j]);
+      if (row + j * 8 < size.queries)
+        store16(dq + ((int64_t(batch) * size.queries + row + j * 8) * size.heads + head) * D + columns * 8, x[j]);
   }
 }
 
@@ -244,9 +244,9 @@ __global__ void __launch_bounds__(kRoundThreads)
 
 extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const void* k, const void* v,
                                                 const void* dout, const void* stats, const void* spans,
-                                                const void* bounds, int32_t* drawn, float* sums, void* dq, void* dk,
-                                                void* dv, int64_t batch, int64_t rows, int64_t keys, int64_t heads,
-                                                int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                                const void* hulls, int32_t* drawn, float* sums, void* dq, void* dk,
+                                                void* dv, int64_t batch, int64_t queries, int64_t keys, int64_t heads,
+                                                int64_t kv_heads, int64_t dim, int64_t bounds_batches,
                                                 const int64_t* strides, float scale, int blocks, void* stream) {
   return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
     using T = decltype(zero);
@@ -254,19 +254,19 @@ extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const 
     if constexpr (D > 128) {
       return int(cudaErrorInvalidValue);
     } else {
-      const int64_t items = (keys + kKeys - 1) / kKeys * key_heads * batch;
+      const int64_t items = (keys + kKeys - 1) / kKeys * kv_heads * batch;
       if (items >= int64_t(1) << 30) return int(cudaErrorInvalidValue);
       Maps maps;
-      if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, rows, keys, heads, key_heads, strides))
+      if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, queries, keys, heads, kv_heads, strides))
         return e;
-      const int tiles = int((rows + kTileRows - 1) / kTileRows);
+      const int tiles = int((queries + kTileRows - 1) / kTileRows);
       const Workspace w = {static_cast<const RowStats*>(stats),
                            static_cast<const RowSpans*>(spans),
-                           static_cast<const TileHulls*>(bounds),
+                           static_cast<const TileHulls*>(hulls),
                            drawn,
                            tiles,
                            int(bounds_batches)};
-      const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
+      const Sizes size = {int(batch), int(queries), int(keys), int(heads), int(kv_heads)};
       const cudaStream_t s = static_cast<cudaStream_t>(stream);
       const int grid = int(items < blocks ? items : blocks);
       if (int e = launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), s}, attention_bwd_fused<T, D>, maps, w,

@@ -1,8 +1,8 @@
 // dK and dV of attention. S^T = K Q^T, dP^T = V dO^T, P = exp2(scale' S - lse), dS = P (dP - delta),
 //
-//   dV = P^T dO,   dK = scale dS^T Q,   summed over the query heads that share the key head
+//   dV = P^T dO,   dK = scale dS^T Q,   summed over the query heads that share the kv head
 //
-// A block owns the keys of one key head, 128 (64 for D = 256), keeps K and V in shared memory and dK and dV (float32)
+// A block owns the keys of one kv head, 128 (64 for D = 256), keeps K and V in shared memory and dK and dV (float32)
 // in registers, and walks the query tiles that touch it in ascending order, heads innermost: the same sums every time.
 // P^T and dS^T are A operands from registers. One warp streams Q, dO, lse and delta; two warpgroups own 64 keys each,
 // or (D = 256) the same 64 keys and half of the columns each. 8 D flops a pair (12 D for 256: S and dP twice).
@@ -93,8 +93,8 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Sizes& size,
     if (t == 0) {
       for (int column = 0; column < S::kColumns; column += 64) {
         const int from = at + column / 64 * S::kKeys * 64;
-        tma_store(&maps.dk, s.k + from, first_column + column, item.key + first_row, item.key_head, item.batch);
-        tma_store(&maps.dv, s.v + from, first_column + column, item.key + first_row, item.key_head, item.batch);
+        tma_store(&maps.dk, s.k + from, first_column + column, item.key + first_row, item.kv_head, item.batch);
+        tma_store(&maps.dv, s.v + from, first_column + column, item.key + first_row, item.kv_head, item.batch);
       }
       bulk_commit();
       bulk_wait_read<0>();
@@ -130,22 +130,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const void* k, const void* v, const void* dout,
-                                               const void* stats, const void* spans, const void* bounds, int32_t* drawn,
-                                               void* dk, void* dv, int64_t batch, int64_t rows, int64_t keys,
-                                               int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                               const void* stats, const void* spans, const void* hulls, int32_t* drawn,
+                                               void* dk, void* dv, int64_t batch, int64_t queries, int64_t keys,
+                                               int64_t heads, int64_t kv_heads, int64_t dim, int64_t bounds_batches,
                                                const int64_t* strides, float scale, int blocks, void* stream) {
   return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
     using T = decltype(zero);
     constexpr int D = decltype(head_dim)::value, kKeys = Shape<T, D>::kKeys;
-    const int64_t items = (keys + kKeys - 1) / kKeys * key_heads * batch;
+    const int64_t items = (keys + kKeys - 1) / kKeys * kv_heads * batch;
     if (items >= int64_t(1) << 30) return int(cudaErrorInvalidValue);
     Maps maps;
-    if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, rows, keys, heads, key_heads, strides))
+    if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, queries, keys, heads, kv_heads, strides))
       return e;
-    const Workspace w = {static_cast<const RowStats*>(stats),     static_cast<const RowSpans*>(spans),
-                         static_cast<const TileHulls*>(bounds),   drawn,
-                         int((rows + kTileRows - 1) / kTileRows), int(bounds_batches)};
-    const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
+    const Workspace w = {static_cast<const RowStats*>(stats),        static_cast<const RowSpans*>(spans),
+                         static_cast<const TileHulls*>(hulls),       drawn,
+                         int((queries + kTileRows - 1) / kTileRows), int(bounds_batches)};
+    const Sizes size = {int(batch), int(queries), int(keys), int(heads), int(kv_heads)};
     const int grid = int(items < blocks ? items : blocks);
     return launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), static_cast<cudaStream_t>(stream)},
                   attention_bwd_keys<T, D>, maps, w, size, int(items), scale);

@@ -5,13 +5,13 @@
 namespace illada {
 
 struct Item {
-  int key, key_head, batch;  // the key tile's first key
+  int key, kv_head, batch;  // the key tile's first key
 };
 
 // Ascending keys, outermost: under causal masks the tiles with most queries come first.
 template <int KEYS> ILLADA_DEVICE Item item_at(int index, const Sizes& size) {
-  const int heads = size.batch * size.key_heads;
-  return {index / heads * KEYS, index % size.key_heads, index % heads / size.key_heads};
+  const int heads = size.batch * size.kv_heads;
+  return {index / heads * KEYS, index % size.kv_heads, index % heads / size.kv_heads};
 }
 
 struct Maps {
@@ -19,13 +19,13 @@ struct Maps {
 };
 template <class T, int D, int KEYS>
 int make_maps(Maps* maps, const void* q, const void* k, const void* v, const void* dout, void* dk, void* dv,
-              int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, const int64_t* strides) {
-  if (int e = map_of_rows<T>(&maps->q, q, batch, rows, heads, D, strides, kTileRows)) return e;
-  if (int e = map_of_rows<T>(&maps->k, k, batch, keys, key_heads, D, strides + 3, KEYS)) return e;
-  if (int e = map_of_rows<T>(&maps->v, v, batch, keys, key_heads, D, strides + 6, KEYS)) return e;
-  if (int e = map_of_rows<T>(&maps->dout, dout, batch, rows, heads, D, strides + 14, kTileRows)) return e;
-  if (int e = map_of_contiguous_rows<T>(&maps->dk, dk, batch, keys, key_heads, D, 64)) return e;
-  if (int e = map_of_contiguous_rows<T>(&maps->dv, dv, batch, keys, key_heads, D, 64)) return e;
+              int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, const int64_t* strides) {
+  if (int e = map_of_rows<T>(&maps->q, q, batch, queries, heads, D, strides, kTileRows)) return e;
+  if (int e = map_of_rows<T>(&maps->k, k, batch, keys, kv_heads, D, strides + 3, KEYS)) return e;
+  if (int e = map_of_rows<T>(&maps->v, v, batch, keys, kv_heads, D, strides + 6, KEYS)) return e;
+  if (int e = map_of_rows<T>(&maps->dout, dout, batch, queries, heads, D, strides + 14, kTileRows)) return e;
+  if (int e = map_of_contiguous_rows<T>(&maps->dk, dk, batch, keys, kv_heads, D, 64)) return e;
+  if (int e = map_of_contiguous_rows<T>(&maps->dv, dv, batch, keys, kv_heads, D, 64)) return e;
   return 0;
 }
 
@@ -49,7 +49,7 @@ template <int D, int KEYS, class Shared, class OnItem, class OnStage>
 ILLADA_DEVICE void produce(Shared& s, const Maps& maps, const Workspace& w, const Sizes& size, int items,
                            OnItem on_item, OnStage on_stage) {
   using S = typename Shared::S;
-  const int lane = threadIdx.x % 32, group = size.heads / size.key_heads;
+  const int lane = threadIdx.x % 32, group = size.heads / size.kv_heads;
   int n = 0;  // stages filled so far
   for (int turn = 0, index = blockIdx.x;; ++turn) {
     const Item item = item_at<KEYS>(index, size);
@@ -66,8 +66,8 @@ ILLADA_DEVICE void produce(Shared& s, const Maps& maps, const Workspace& w, cons
     if (lane == 0) {
       next = draw_item(w.drawn);
       mbar_arrive_expect_tx(&s.keys_full, 2 * sizeof(s.k));
-      load_tile<D, KEYS>(s.k, &maps.k, &s.keys_full, item.key, item.key_head, item.batch);
-      load_tile<D, KEYS>(s.v, &maps.v, &s.keys_full, item.key, item.key_head, item.batch);
+      load_tile<D, KEYS>(s.k, &maps.k, &s.keys_full, item.key, item.kv_head, item.batch);
+      load_tile<D, KEYS>(s.v, &maps.v, &s.keys_full, item.key, item.kv_head, item.batch);
     }
     for (int first = 0; first < w.tiles; first += 32) {  // each lane looks at one query tile
       bool touched = false, masked = false, empty_rows = false;
@@ -86,7 +86,7 @@ ILLADA_DEVICE void produce(Shared& s, const Maps& maps, const Workspace& w, cons
           for (int i = 0; i < group; ++i, ++n) {
             const int stage = n % S::kStages;
             mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);
-            const int head = item.key_head * group + i;
+            const int head = item.kv_head * group + i;
             on_stage(stage, (item.batch * size.heads + head) * w.tiles + first + bit);
             load_queries<D>(s, maps, w, size, step, first + bit, head, item.batch, stage);
           }

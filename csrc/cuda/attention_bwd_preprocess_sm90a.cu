@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kStatsThreads)
   RowStats& to = stats[blockIdx.x];
   for (int i = threadIdx.x / LANES; i < kTileRows; i += kStatsThreads / LANES) {
     const int row = tile * kTileRows + i;
-    const bool live = row < size.rows && !bounds.of_row(batch, row).empty();
+    const bool live = row < size.queries && !bounds.of_row(batch, row).empty();
     float sum = 0;
     if (live && lane * 8 < dim) {
       const Vec16<T> a = load16_streaming(out.at<T>(batch, row, head) + lane * 8);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kStatsThreads)
     }
     sum = warp_sum<LANES>(sum);
     if (lane == 0) {
-      const int64_t at = (int64_t(batch) * size.heads + head) * size.rows + row;
+      const int64_t at = (int64_t(batch) * size.heads + head) * size.queries + row;
       const float value = live ? lse[at] : -infinity();
       to.lse[i] = value == -infinity() ? infinity() : value * kLog2e;
       to.delta[i] = live ? sum - (dlse ? dlse[at] : 0.0f) : 0.0f;
@@ -51,12 +51,12 @@ __global__ void __launch_bounds__(kStatsThreads)
 }
 
 __global__ void __launch_bounds__(kTileRows)
-    tile_hulls(KeyBounds bounds, RowSpans* spans, TileHulls* hulls, int32_t* drawn, int rows, int tiles) {
+    tile_hulls(KeyBounds bounds, RowSpans* spans, TileHulls* hulls, int32_t* drawn, int queries, int tiles) {
   const int tile = blockIdx.x % tiles, batch = blockIdx.x / tiles, row = tile * kTileRows + threadIdx.x;
   TileHulls t = {};
   Hulls& h = t.hulls;
   RowSpans span = {};
-  if (row < rows) {
+  if (row < queries) {
     const RowRanges r = bounds.of_row(batch, row);
     h.add(r);
     t.empty_rows = r.empty();
@@ -79,21 +79,21 @@ __global__ void __launch_bounds__(kTileRows)
 
 extern "C" int illada_attention_bwd_preprocess_sm90a(int dtype, const void* out, const float* lse, const void* dout,
                                                      const float* dlse, const int32_t* bounds, void* stats, void* spans,
-                                                     void* tiles_out, int32_t* drawn, int64_t batch, int64_t rows,
-                                                     int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                                     void* hulls, int32_t* drawn, int64_t batch, int64_t queries,
+                                                     int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
                                                      int64_t bounds_batches, const int64_t* strides, void* stream) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, limit = int64_t(1) << 31;
-  if (tiles * heads * batch >= limit || rows >= limit - kTileRows || keys >= limit - 256 || dim % 8 || dim > 256)
+  const int64_t tiles = (queries + kTileRows - 1) / kTileRows, limit = int64_t(1) << 31;
+  if (tiles * heads * batch >= limit || queries >= limit - kTileRows || keys >= limit - 256 || dim % 8 || dim > 256)
     return int(cudaErrorInvalidValue);
   const KeyBounds key_bounds = {bounds, strides[9], strides[10], int(keys)};
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (int e = launch({dim3(tiles * bounds_batches), dim3(kTileRows), sizeof(int) * kTileRows / 32, s}, tile_hulls,
-                     key_bounds, static_cast<RowSpans*>(spans), static_cast<TileHulls*>(tiles_out), drawn, int(rows),
+                     key_bounds, static_cast<RowSpans*>(spans), static_cast<TileHulls*>(hulls), drawn, int(queries),
                      int(tiles)))
     return e;
   const Rows of_out = {out, strides[11], strides[12], strides[13]};
   const Rows of_dout = {dout, strides[14], strides[15], strides[16]};
-  const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
+  const Sizes size = {int(batch), int(queries), int(keys), int(heads), int(kv_heads)};
   const auto run = [&](auto kernel) {
     return launch({dim3(tiles * heads * batch), dim3(kStatsThreads), 0, s}, kernel, of_out, of_dout, lse, dlse,
                   key_bounds, static_cast<RowStats*>(stats), size, int(dim), int(tiles));

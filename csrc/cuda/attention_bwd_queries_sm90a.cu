@@ -65,7 +65,7 @@ ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w
     Hulls hulls = w.hulls[w.bounds_at(item.batch, item.tile)].hulls;
     for (int i = 1; i < S::kTiles; ++i)
       if (item.tile + i < w.tiles) hulls.merge(w.hulls[w.bounds_at(item.batch, item.tile + i)].hulls);
-    const int key_head = item.head / (size.heads / size.key_heads);
+    const int kv_head = item.head / (size.heads / size.kv_heads);
     for (int start = 0;; start += S::kKeys, ++n) {
       start = hulls.first_touched(start, S::kKeys, size.keys);
       const bool end = start >= size.keys;
@@ -75,7 +75,7 @@ ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w
       s.key[stage] = start;
       if (!end) {
         mbar_arrive_expect_tx(&s.k_full[stage], sizeof(s.k[0]));
-        load_tile<D, S::kKeys>(s.k[stage], &maps.k, &s.k_full[stage], start, key_head, item.batch);
+        load_tile<D, S::kKeys>(s.k[stage], &maps.k, &s.k_full[stage], start, kv_head, item.batch);
       }
       mbar_wait(&s.v_empty[value_stage], n / S::kValueStages % 2 ^ 1);
       if (end) {  // told only now: who sees it releases v of n, and v of n - 1 is to be released by all before
@@ -85,7 +85,7 @@ ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w
         break;
       }
       mbar_arrive_expect_tx(&s.v_full[value_stage], sizeof(s.v[0]));
-      load_tile<D, S::kKeys>(s.v[value_stage], &maps.v, &s.v_full[value_stage], start, key_head, item.batch);
+      load_tile<D, S::kKeys>(s.v[value_stage], &maps.v, &s.v_full[value_stage], start, kv_head, item.batch);
     }
   }
 }
@@ -220,25 +220,25 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, const void* k, const void* v,
                                                   const void* dout, const void* stats, const void* spans,
-                                                  const void* bounds, int32_t* drawn, void* dq, int64_t batch,
-                                                  int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
+                                                  const void* hulls, int32_t* drawn, void* dq, int64_t batch,
+                                                  int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
                                                   int64_t dim, int64_t bounds_batches, const int64_t* strides,
                                                   float scale, int blocks, void* stream) {
   return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
     using T = decltype(zero);
     constexpr int D = decltype(head_dim)::value, kRows = Shape<T, D>::kRows, kKeys = Shape<T, D>::kKeys;
-    const int64_t items = (rows + kRows - 1) / kRows * heads * batch;
+    const int64_t items = (queries + kRows - 1) / kRows * heads * batch;
     if (items >= int64_t(1) << 30) return int(cudaErrorInvalidValue);
     Maps maps;
-    if (int e = map_of_rows<T>(&maps.q, q, batch, rows, heads, D, strides, kRows)) return e;
-    if (int e = map_of_rows<T>(&maps.k, k, batch, keys, key_heads, D, strides + 3, kKeys)) return e;
-    if (int e = map_of_rows<T>(&maps.v, v, batch, keys, key_heads, D, strides + 6, kKeys)) return e;
-    if (int e = map_of_rows<T>(&maps.dout, dout, batch, rows, heads, D, strides + 14, kRows)) return e;
-    if (int e = map_of_contiguous_rows<T>(&maps.dq, dq, batch, rows, heads, D, 64)) return e;
-    const Workspace w = {static_cast<const RowStats*>(stats),     static_cast<const RowSpans*>(spans),
-                         static_cast<const TileHulls*>(bounds),   drawn + 1,
-                         int((rows + kTileRows - 1) / kTileRows), int(bounds_batches)};
-    const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
+    if (int e = map_of_rows<T>(&maps.q, q, batch, queries, heads, D, strides, kRows)) return e;
+    if (int e = map_of_rows<T>(&maps.k, k, batch, keys, kv_heads, D, strides + 3, kKeys)) return e;
+    if (int e = map_of_rows<T>(&maps.v, v, batch, keys, kv_heads, D, strides + 6, kKeys)) return e;
+    if (int e = map_of_rows<T>(&maps.dout, dout, batch, queries, heads, D, strides + 14, kRows)) return e;
+    if (int e = map_of_contiguous_rows<T>(&maps.dq, dq, batch, queries, heads, D, 64)) return e;
+    const Workspace w = {static_cast<const RowStats*>(stats),        static_cast<const RowSpans*>(spans),
+                         static_cast<const TileHulls*>(hulls),       drawn + 1,
+                         int((queries + kTileRows - 1) / kTileRows), int(bounds_batches)};
+    const Sizes size = {int(batch), int(queries), int(keys), int(heads), int(kv_heads)};
     const int grid = int(items < blocks ? items : blocks);
     return launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), static_cast<cudaStream_t>(stream)},
                   attention_bwd_queries<T, D>, maps, w, size, int(items), scale);

@@ -38,7 +38,7 @@ struct Workspace {
 };
 
 struct Sizes {
-  int batch, rows, keys, heads, key_heads;
+  int batch, queries, keys, heads, kv_heads;
 };
 
 }  // namespace illada

@@ -28,15 +28,15 @@ struct Problem {
   float *lse, *parts;  // parts: of `splits` shares of the keys, results (.., D), then log-sum-exps; or null
   int32_t* counter;    // of items taken up, 0 at the start; or null: blocks take items in turns
   int64_t batch;
-  int rows, heads, group, tiles, pack, splits, items;
+  int queries, heads, group, tiles, pack, splits, items;
   float scale, scale_log2;
-  ILLADA_DEVICE int queries() const { return kRows / pack; }  // of a warpgroup; a row is a query and a head
+  ILLADA_DEVICE int warpgroup_queries() const { return kRows / pack; }  // of a warpgroup; a row is a query and a head
 };
 
 // What all warps need to know of an item.
 template <int D> struct Plan {
   int batch, head, query, split;  // the first head and query; items end with batch < 0
-  int begin, end;                 // of the key tiles that are visited
+  int begin, end;  // of the key tiles that are visited
   KeyTiles tiles;
   Hulls hulls[Tile<D>::warpgroups];
   int4 ranges[Tile<D>::warpgroups][kRows];  // of each query
@@ -71,7 +71,7 @@ template <int D> ILLADA_DEVICE void place_item(const Problem& p, int item, Plan<
   const int heads = p.heads / p.pack;
   plan.split = item % p.splits;
   plan.head = item / p.splits % heads * p.pack;
-  plan.query = (p.tiles - 1 - item / p.splits / heads % p.tiles) * p.queries() * Tile<D>::warpgroups;
+  plan.query = (p.tiles - 1 - item / p.splits / heads % p.tiles) * p.warpgroup_queries() * Tile<D>::warpgroups;
   plan.batch = item / p.splits / heads / p.tiles;
 }
 
@@ -85,9 +85,9 @@ template <int D> ILLADA_DEVICE void fill_plan(const Problem& p, int item, Plan<D
     Hulls hulls;
 #pragma unroll 1
     for (int i = lane; i < kRows; i += 32) {
-      const int query = plan.query + wg * p.queries() + i;
+      const int query = plan.query + wg * p.warpgroup_queries() + i;
       RowRanges r = {{0, 0}, {0, 0}};
-      if (i < p.queries() && query < p.rows) {
+      if (i < p.warpgroup_queries() && query < p.queries) {
         r = p.bounds.of_row(plan.batch, query);
         hulls.add(r);
       }
@@ -130,10 +130,10 @@ template <int D, class S> ILLADA_DEVICE void copy_queries(S& shared, const Probl
     if (threadIdx.x % 32) return;
     for (int wg = 0; wg < Tile<D>::warpgroups; ++wg) {
       mbar_wait(&shared.q_empty[wg], i % 2 ^ 1);
-      mbar_arrive_expect_tx(&shared.q_full[wg], pieces<D> * p.queries() * p.pack * 128);
+      mbar_arrive_expect_tx(&shared.q_full[wg], pieces<D> * p.warpgroup_queries() * p.pack * 128);
       for (int piece = 0; piece < pieces<D>; ++piece)
         tma_load(shared.q[wg] + piece * kRows * 64, map, &shared.q_full[wg], piece * 64, plan.head,
-                 plan.query + wg * p.queries(), plan.batch);
+                 plan.query + wg * p.warpgroup_queries(), plan.batch);
     }
   });
 }

@@ -1,7 +1,7 @@
 // Attention forward on Hopper: out = softmax(scale q k^T) v and its log-sum-exp, over at most two key ranges a row.
 //
 // A block takes one item after another: 64 rows for each of 3 warpgroups (2 where head_dim is 256), of one batch entry
-// and query head, or of all heads that share a key head; with `splits`, and a share of the keys. Four more warps serve
+// and query head, or of all heads that share a kv head; with `splits`, and a share of the keys. Four more warps serve
 // them (attention_fwd_plan_sm90a.cuh). A warpgroup multiplies, takes the softmax, multiplies, in turn; the others'
 // products fill its gaps. Reads q once, k and v once an item (mostly from L2), writes out and lse once; 4 head_dim
 // flops a pair. Scores, sums and results are float32, probabilities are rounded to T for the second product. The order
@@ -141,14 +141,14 @@ template <class T, int D> ILLADA_DEVICE void store_row(T* to, const float (&o)[D
 // Divides by the sums and stores, from registers: the queries' shared memory belongs to the next item by then. With
 // `parts` in float32 to the share's place among (splits, batch, heads, rows).
 template <class T, int D> ILLADA_DEVICE void finish_rows(const Problem& p, const Plan<D>& plan, int wg, Rows<D>& rows) {
-  const int64_t all = p.batch * p.heads * p.rows, part = plan.split * all;
+  const int64_t all = p.batch * p.heads * p.queries, part = plan.split * all;
   float* const lse = p.parts ? p.parts + p.splits * all * D + part : p.lse;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = row_of_thread() + 8 * r, head = plan.head + row % p.pack;
-    const int query = plan.query + wg * p.queries() + row / p.pack;
-    const bool there = row / p.pack < p.queries() && query < p.rows;
-    const int64_t at = (int64_t(plan.batch) * p.heads + head) * p.rows + query;
+    const int query = plan.query + wg * p.warpgroup_queries() + row / p.pack;
+    const bool there = row / p.pack < p.warpgroup_queries() && query < p.queries;
+    const int64_t at = (int64_t(plan.batch) * p.heads + head) * p.queries + query;
     const float sum = warp_sum<4>(rows.sum[r]), inverse = 1.0f / sum;
 #pragma unroll
     for (int i = 2 * r; i < D / 2; i += 4) {  // 0 without keys, even if 0 * NaN was added
@@ -157,7 +157,7 @@ template <class T, int D> ILLADA_DEVICE void finish_rows(const Problem& p, const
     }
     if (there && threadIdx.x % 4 == 0) lse[at] = sum == 0.0f ? -infinity() : rows.top[r] * p.scale + logf(sum);
     if (!p.parts) {
-      const int64_t place = ((int64_t(plan.batch) * p.rows + query) * p.heads + head) * D;
+      const int64_t place = ((int64_t(plan.batch) * p.queries + query) * p.heads + head) * D;
       store_row<T, D>(static_cast<T*>(p.out) + place, rows.o, r, there);
     } else if (there) {
       float* const to = p.parts + (part + at) * D + threadIdx.x % 4 * 2;
@@ -170,7 +170,7 @@ template <class T, int D> ILLADA_DEVICE void finish_rows(const Problem& p, const
 
 // Rows that no query fills, where `pack` does not divide 64: their scores must only be numbers that nobody reads.
 template <class T, int D> ILLADA_DEVICE void fill_spare_rows(T* q, const Problem& p) {
-  for (int row = p.queries() * p.pack + threadIdx.x % 128 / 8; row < kRows; row += 16)
+  for (int row = p.warpgroup_queries() * p.pack + threadIdx.x % 128 / 8; row < kRows; row += 16)
     for (int piece = 0; piece < pieces<D>; ++piece)
       store16(q + (piece * kRows + row) * 64 + threadIdx.x % 8 * 8, Vec16<T>{});
   fence_proxy_async();
@@ -245,14 +245,14 @@ __global__ void __launch_bounds__(Tile<D>::threads, 1)
 // Adds up the shares of the keys, in order of their number: one warp for a row.
 template <class T, int D>
 __global__ void __launch_bounds__(256)
-    combine(const float* parts, T* out, float* lse, int splits, int64_t batch, int heads, int rows) {
-  const int64_t all = batch * heads * rows, at = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
+    combine(const float* parts, T* out, float* lse, int splits, int64_t batch, int heads, int queries) {
+  const int64_t all = batch * heads * queries, at = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
   if (at >= all) return;
   const int lane = threadIdx.x % 32;
   const float mine = lane < splits ? parts[splits * all * D + lane * all + at] : -infinity();
   const float top = warp_max(mine), shift = top == -infinity() ? 0.0f : top;
   const float weight = fast_exp2((mine - shift) * kLog2e), sum = warp_sum(weight);
-  const int64_t row = at % rows, head = at / rows % heads, entry = at / rows / heads;
+  const int64_t row = at % queries, head = at / queries % heads, entry = at / queries / heads;
   float total[D / 32] = {};
   for (int split = 0; split < splits; ++split) {
     const float w = __shfl_sync(~0u, weight, split);
@@ -261,14 +261,14 @@ __global__ void __launch_bounds__(256)
   }
 #pragma unroll
   for (int i = 0; i < D / 32; ++i)
-    out[((entry * rows + row) * heads + head) * D + i * 32 + lane] = from_float<T>(sum == 0 ? 0.0f : total[i] / sum);
+    out[((entry * queries + row) * heads + head) * D + i * 32 + lane] = from_float<T>(sum == 0 ? 0.0f : total[i] / sum);
   if (lane == 0) lse[at] = sum == 0 ? -infinity() : top + logf(sum);
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
 struct Forward {
   const void *q, *k, *v;
-  int64_t keys, key_heads, dim;
+  int64_t keys, kv_heads, dim;
   const int64_t* strides;  // elements: batch, row, head of q, k, v
   int blocks;
   cudaStream_t stream;
@@ -276,20 +276,21 @@ struct Forward {
 
 template <class T, int D> int run(const Forward& f, Problem p) {
   const int64_t* s = f.strides;
-  const int queries = kRows / p.pack;
-  p.tiles = int((p.rows + int64_t(queries) * Tile<D>::warpgroups - 1) / (queries * Tile<D>::warpgroups));
+  const int per_warpgroup = kRows / p.pack;
+  p.tiles = int((p.queries + int64_t(per_warpgroup) * Tile<D>::warpgroups - 1) / (per_warpgroup * Tile<D>::warpgroups));
   p.items = int(p.batch * (p.heads / p.pack) * p.tiles * p.splits);
-  const uint32_t of_queries[] = {64, uint32_t(p.pack), uint32_t(queries), 1}, of_keys[] = {64, Tile<D>::keys, 1, 1};
+  const uint32_t of_queries[] = {64, uint32_t(p.pack), uint32_t(per_warpgroup), 1},
+                 of_keys[] = {64, Tile<D>::keys, 1, 1};
   CUtensorMap q, k, v;
-  int e = map_of_tiles<T>(&q, f.q, D, {p.heads, p.rows, p.batch}, {s[2], s[1], s[0]}, of_queries);
-  if (!e) e = map_of_tiles<T>(&k, f.k, D, {f.keys, f.key_heads, p.batch}, {s[4], s[5], s[3]}, of_keys);
-  if (!e) e = map_of_tiles<T>(&v, f.v, D, {f.keys, f.key_heads, p.batch}, {s[7], s[8], s[6]}, of_keys);
+  int e = map_of_tiles<T>(&q, f.q, D, {p.heads, p.queries, p.batch}, {s[2], s[1], s[0]}, of_queries);
+  if (!e) e = map_of_tiles<T>(&k, f.k, D, {f.keys, f.kv_heads, p.batch}, {s[4], s[5], s[3]}, of_keys);
+  if (!e) e = map_of_tiles<T>(&v, f.v, D, {f.keys, f.kv_heads, p.batch}, {s[7], s[8], s[6]}, of_keys);
   if (e) return e;
   const Launch l{dim3(f.blocks), dim3(Tile<D>::threads), sizeof(Shared<T, D>), f.stream};
   e = launch(l, attention_fwd<T, D>, q, k, v, p);
   if (e || !p.parts) return e;
-  const Launch last{dim3(unsigned((p.batch * p.heads * p.rows + 7) / 8)), dim3(256), 0, f.stream};
-  return launch(last, combine<T, D>, p.parts, static_cast<T*>(p.out), p.lse, p.splits, p.batch, p.heads, p.rows);
+  const Launch last{dim3(unsigned((p.batch * p.heads * p.queries + 7) / 8)), dim3(256), 0, f.stream};
+  return launch(last, combine<T, D>, p.parts, static_cast<T*>(p.out), p.lse, p.splits, p.batch, p.heads, p.queries);
 }
 
 template <class T> int run_any(const Forward& f, const Problem& p) {
@@ -303,10 +304,10 @@ template <class T> int run_any(const Forward& f, const Problem& p) {
 }  // namespace
 
 // Defines the entry point for one type; RUN takes (Forward, Problem).
-#define ILLADA_ATTENTION_FWD(NAME, RUN)                                                                             \
-  extern "C" int NAME(ILLADA_ATTENTION_FWD_ARGUMENTS) {                                                             \
-    const KeyBounds ranges{bounds, strides[9], strides[10], int(keys)};                                             \
-    const Forward f{q, k, v, keys, key_heads, dim, strides, blocks, static_cast<cudaStream_t>(stream)};             \
-    return RUN(f, {ranges, out, lse, parts, counter, batch, int(rows), int(heads), int(heads / key_heads), 0, pack, \
-                   splits, 0, scale, scale * kLog2e});                                                              \
+#define ILLADA_ATTENTION_FWD(NAME, RUN)                                                                               \
+  extern "C" int NAME(ILLADA_ATTENTION_FWD_ARGUMENTS) {                                                               \
+    const KeyBounds ranges{bounds, strides[9], strides[10], int(keys)};                                               \
+    const Forward f{q, k, v, keys, kv_heads, dim, strides, blocks, static_cast<cudaStream_t>(stream)};                \
+    return RUN(f, {ranges, out, lse, parts, counter, batch, int(queries), int(heads), int(heads / kv_heads), 0, pack, \
+                   splits, 0, scale, scale * kLog2e});                                                                \
   }

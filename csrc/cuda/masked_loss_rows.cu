@@ -6,7 +6,7 @@
 // One block per row, 16 bytes a thread and access where the row is aligned, single elements at its ends. rows_stats reads a
 // slice of ids once and merges it into the row's state; rows_dlogits reads a slice once and writes it once; rows_gradients
 // does both to whole rows in place: a row is wider than shared memory, so it keeps what fits there and takes the rest from
-// the second-level cache. About 8 flops an element: bound by memory. Sums are float32, in a fixed order. A NaN logit, a NaN
+// the L2 cache. About 8 flops an element: bound by memory. Sums are float32, in a fixed order. A NaN logit, a NaN
 // scale or a target that is no id makes the row's gradients NaN; rows behind the number of masked ones become zeros.
 #include "masked_loss.cuh"
 

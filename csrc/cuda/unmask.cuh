@@ -4,7 +4,7 @@
 //   best l + T * Gumbel with its id and its l. A NaN or +inf logit makes the maximum +inf for good: the row is bad.
 // A warp meets IDS * 32 ids at once, lane i those at first + j / 4 * 128 + i * 4 + j % 4: neighbours share a Philox
 // block. All of it, and so the order of every sum, is a function of the row's own logits and of where the caller cuts
-// the vocabulary. Noise costs Philox for each pair of ids; logarithms are computed only where the word's size leaves an
+// the vocab. Noise costs Philox for each pair of ids; logarithms are computed only where the word's size leaves an
 // id a chance to win, by bounds that err to one side, so that the argmax is exact.
 #pragma once
 #include "device.cuh"
@@ -61,7 +61,7 @@ ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
 
 // ---- what is added to logits -----------------------------------------------------------------------------------
 template <int IDS> struct Edits {
-  float head_bias[IDS], bias[IDS];  // of this lane's ids; bias -inf: forbidden, or beyond the vocabulary
+  float head_bias[IDS], bias[IDS];  // of this lane's ids; bias -inf: forbidden, or beyond the vocab
 };
 
 ILLADA_DEVICE float load_bias(const Call& c, int64_t id) {
@@ -78,7 +78,7 @@ ILLADA_DEVICE void find_ids(const Call& c, const int64_t* ids, int64_t n, int64_
   const int lane = threadIdx.x % 32;
   for (int64_t base = 0; base < n; base += 32) {
     const int64_t id = base + lane < n ? ids[base + lane] : -1;
-    const bool known = id >= first && id < c.vocabulary && id - first < IDS * 32;
+    const bool known = id >= first && id < c.vocab && id - first < IDS * 32;
     const int place = known ? int(id - first) : 0;
     for (uint32_t left = __ballot_sync(0xffffffffu, known); left; left &= left - 1) {
       const int source = __ffs(int(left)) - 1, p = __shfl_sync(0xffffffffu, place, source);
@@ -92,8 +92,8 @@ template <int IDS> ILLADA_DEVICE Edits<IDS> load_edits(const Call& c, int64_t fi
 #pragma unroll
   for (int j = 0; j < IDS; ++j) {
     const int64_t id = first + j / 4 * 128 + threadIdx.x % 32 * 4 + j % 4;
-    e.head_bias[j] = c.head_bias && id < c.vocabulary ? load_bias(c, id) : 0.0f;
-    e.bias[j] = id < c.vocabulary ? 0.0f : -infinity();
+    e.head_bias[j] = c.head_bias && id < c.vocab ? load_bias(c, id) : 0.0f;
+    e.bias[j] = id < c.vocab ? 0.0f : -infinity();
   }
   find_ids<IDS>(c, c.bias_ids, c.biases, first, [&](int mine, int64_t i) {
     const float value = c.bias_values[i];

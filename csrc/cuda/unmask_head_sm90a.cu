@@ -1,12 +1,12 @@
 // unmask fused with the head, for up to 128 candidate rows: logits = hidden head^T, met where they arise (unmask.cuh).
 //
 // A persistent block owns tiles of 256 ids, every gridDim-th. One thread streams the head through a ring of stages by
-// bulk copies, 64 columns of all rows beside them; two warpgroups multiply, vocabulary on M, candidates on N, and hand
+// bulk copies, 64 columns of all rows beside them; two warpgroups multiply, vocab on M, candidates on N, and hand
 // finished logits, 128 ids at a time, through shared memory to a third, whose warps meet them for their rows while the
 // next products run. What is kept of a row is 32 bytes, in the end one part per block. Reads the head once, hidden once
-// per tile from the second-level cache;
+// per tile from the L2 cache;
 // 512 N flops for 512 + 2 N bytes a column. Products and sums are float32. Which tiles a block has depends on the
-// vocabulary and the grid alone, so a row's result does not depend on the others. Rows that take no part are multiplied
+// vocab and the grid alone, so a row's result does not depend on the others. Rows that take no part are multiplied
 // (a NaN stays in its row) and then left; if none does, blocks leave at once.
 #include "hopper.cuh"
 #include "unmask.cuh"
@@ -177,13 +177,13 @@ template <class T, int N> int run(const Call& c, const Operands& o, cudaStream_t
   const uint64_t hidden_bytes[2] = {count > 1 ? o.stride_k * sizeof(T) : aligned,
                                     batch > 1 ? o.stride_b * sizeof(T) : aligned * count};
   CUtensorMap head_map, hidden_map;
-  int e = make_tensor_map<2>(&head_map, static_cast<const T*>(o.head), {dim, uint64_t(c.vocabulary)}, &head_bytes,
+  int e = make_tensor_map<2>(&head_map, static_cast<const T*>(o.head), {dim, uint64_t(c.vocab)}, &head_bytes,
                              {kDepth, kIds}, Swizzle::bytes128);
   if (!e)
     e = make_tensor_map<3>(&hidden_map, static_cast<const T*>(o.hidden), {dim, count, batch}, hidden_bytes,
                            {kDepth, uint32_t(count), uint32_t(batch)}, Swizzle::bytes128);
   if (e) return e;
-  const Sizes z{int(count * batch), int((c.vocabulary + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth)};
+  const Sizes z{int(count * batch), int((c.vocab + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth)};
   return launch({dim3(unsigned(o.blocks)), dim3(kThreads), sizeof(Shared<T, N>), stream}, head_kernel<T, N>, c,
                 head_map, hidden_map, z);
 }
@@ -202,8 +202,8 @@ extern "C" int illada_unmask_head_sm90a(const illada_unmask_call* call, int dtyp
                                         int64_t stride_k, const void* head, int64_t head_stride, int64_t dim,
                                         int64_t blocks, void* stream) {
   const Call& c = *call;
-  const int64_t rows = c.batch * c.count, tiles = (c.vocabulary + kIds - 1) / kIds;
-  if (rows < 1 || rows > 128 || dim < 1 || c.vocabulary > 0x7fff0000) return int(cudaErrorInvalidValue);
+  const int64_t rows = c.batch * c.count, tiles = (c.vocab + kIds - 1) / kIds;
+  if (rows < 1 || rows > 128 || dim < 1 || c.vocab > 0x7fff0000) return int(cudaErrorInvalidValue);
   if (blocks < 1 || blocks > tiles || blocks > c.parts) return int(cudaErrorInvalidValue);
   const Operands o{hidden, head, stride_b, stride_k, head_stride, dim, blocks};
   const auto on = static_cast<cudaStream_t>(stream);

@@ -95,9 +95,9 @@ extern "C" int illada_unmask_rows_cuda(const illada_unmask_call* call, int dtype
                                        int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
                                        void* stream) {
   const Call& c = *call;
-  const bool fits = rows <= 0x7fffffff && c.vocabulary <= 0x7fff0000 && ids <= int64_t(ILLADA_UNMASK_SPAN) * 65535;
+  const bool fits = rows <= 0x7fffffff && c.vocab <= 0x7fff0000 && ids <= int64_t(ILLADA_UNMASK_SPAN) * 65535;
   const bool whole =
-      first % ILLADA_UNMASK_SPAN == 0 && first + ids <= c.vocabulary && c.parts * ILLADA_UNMASK_SPAN >= first + ids;
+      first % ILLADA_UNMASK_SPAN == 0 && first + ids <= c.vocab && c.parts * ILLADA_UNMASK_SPAN >= first + ids;
   if (!fits || !whole || first_row + rows > c.batch * c.count) return int(cudaErrorInvalidValue);
   const auto on = static_cast<cudaStream_t>(stream);
   switch (dtype) {

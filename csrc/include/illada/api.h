@@ -19,25 +19,25 @@ enum illada_error { ILLADA_OK = 0, ILLADA_BAD_DTYPE = 1, ILLADA_BAD_ARGUMENT = 2
 #endif
 
 // ---- attention (csrc/cpu/attention_{fwd,bwd}.cpp) ------------------------------------------------------------------------------------
-// q (batch, rows, heads, dim), k and v (batch, keys, key_heads, dim or dim_v): element strides of batch, row and head in `strides`, the last
+// q (batch, rows, heads, dim), k and v (batch, keys, kv_heads, dim or dim_v): element strides of batch, row and head in `strides`, the last
 // dimension contiguous; bounds int32 (batch or 1, rows or 1, 4) or null, its batch and row strides in strides[9..10]. out (batch, rows, heads,
 // dim_v) and lse (batch, heads, rows) are contiguous.
 ILLADA_CPU(illada_attention_fwd_cpu, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
-           void* out, float* lse, int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
+           void* out, float* lse, int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
            int64_t dim, int64_t dim_v, const int64_t* strides, float scale, int threads)
 // The same, strides of out and dout in strides[11..16]; lse and dlse (or null) contiguous. dq is float32 for every dtype, contiguous, zeros
 // on entry; dk and dv are contiguous.
 ILLADA_CPU(illada_attention_bwd_cpu, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
            const void* out, const float* lse, const void* dout, const float* dlse, float* dq, void* dk, void* dv,
-           int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v,
+           int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim, int64_t dim_v,
            const int64_t* strides, float scale, int threads)
 // CUDA, sm_90a (csrc/cuda/attention_fwd_sm90a.cuh), one function a type. scale > 0; dim 64, 96, 128 or 256; what q, k and v start at, and their
-// strides, multiples of 16 bytes; bounds in rows of 16 bytes. pack: heads of a key head in one tile, 1 or all; parts: (splits, batch, heads, rows,
+// strides, multiples of 16 bytes; bounds in rows of 16 bytes. pack: heads of a kv head in one tile, 1 or all; parts: (splits, batch, heads, rows,
 // dim) and then (splits, batch, heads, rows), null with one split; counter: one 0, or null; blocks: of the grid.
-#define ILLADA_ATTENTION_FWD_ARGUMENTS                                                                                \
-  const void *q, const void *k, const void *v, const int32_t *bounds, void *out, float *lse, int64_t batch,           \
-      int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, const int64_t *strides, float scale, \
-      int pack, int splits, float *parts, int32_t *counter, int blocks, void *stream
+#define ILLADA_ATTENTION_FWD_ARGUMENTS                                                                      \
+  const void *q, const void *k, const void *v, const int32_t *bounds, void *out, float *lse, int64_t batch, \
+      int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim, const int64_t *strides,  \
+      float scale, int pack, int splits, float *parts, int32_t *counter, int blocks, void *stream
 extern "C" int illada_attention_fwd_bf16_sm90a(ILLADA_ATTENTION_FWD_ARGUMENTS);
 extern "C" int illada_attention_fwd_fp16_sm90a(ILLADA_ATTENTION_FWD_ARGUMENTS);
 
@@ -47,31 +47,31 @@ extern "C" int illada_attention_fwd_fp16_sm90a(ILLADA_ATTENTION_FWD_ARGUMENTS);
 // most `blocks` blocks.
 extern "C" int illada_attention_bwd_preprocess_sm90a(int dtype, const void* out, const float* lse, const void* dout,
                                                      const float* dlse, const int32_t* bounds, void* stats, void* spans,
-                                                     void* tiles, int32_t* drawn, int64_t batch, int64_t rows,
-                                                     int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                                     void* hulls, int32_t* drawn, int64_t batch, int64_t queries,
+                                                     int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
                                                      int64_t bounds_batches, const int64_t* strides, void* stream);
 extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const void* k, const void* v, const void* dout,
-                                               const void* stats, const void* spans, const void* tiles, int32_t* drawn,
-                                               void* dk, void* dv, int64_t batch, int64_t rows, int64_t keys,
-                                               int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                               const void* stats, const void* spans, const void* hulls, int32_t* drawn,
+                                               void* dk, void* dv, int64_t batch, int64_t queries, int64_t keys,
+                                               int64_t heads, int64_t kv_heads, int64_t dim, int64_t bounds_batches,
                                                const int64_t* strides, float scale, int blocks, void* stream);
 extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, const void* k, const void* v,
                                                   const void* dout, const void* stats, const void* spans,
-                                                  const void* tiles, int32_t* drawn, void* dq, int64_t batch,
-                                                  int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
+                                                  const void* hulls, int32_t* drawn, void* dq, int64_t batch,
+                                                  int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
                                                   int64_t dim, int64_t bounds_batches, const int64_t* strides,
                                                   float scale, int blocks, void* stream);
 // In place of the two, dim <= 128: sums float32 (batch, heads, tiles, dim, 64), zeros on entry, whose last bits vary from run to run, and
 // dq, dk, dv.
 extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const void* k, const void* v,
                                                 const void* dout, const void* stats, const void* spans,
-                                                const void* tiles, int32_t* drawn, float* sums, void* dq, void* dk,
-                                                void* dv, int64_t batch, int64_t rows, int64_t keys, int64_t heads,
-                                                int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                                const void* hulls, int32_t* drawn, float* sums, void* dq, void* dk,
+                                                void* dv, int64_t batch, int64_t queries, int64_t keys, int64_t heads,
+                                                int64_t kv_heads, int64_t dim, int64_t bounds_batches,
                                                 const int64_t* strides, float scale, int blocks, void* stream);
 
 // ---- masked_loss (csrc/cpu/masked_loss.cpp, csrc/cuda/masked_loss_*.cu) ------------------------------------------------------
-// Row r of a call is row row_index[r] (null: r) of logits; columns [0, count) of it are the ids first .. first + count of the vocabulary.
+// Row r of a call is row row_index[r] (null: r) of logits; columns [0, count) of it are the ids first .. first + count of the vocab.
 // bias: of those ids, or null. softcap 0: none. targets: rows. forbid: ascending ids. stats updates state (rows, 4) float64:
 // max, sum of exp(z - max), z at the target, sum of allowed z (if want_total); start from -inf, 0, -inf, 0.
 ILLADA_CPU(illada_masked_loss_stats_cpu, const void* logits, int dtype, int64_t rows, int64_t stride,
@@ -172,13 +172,13 @@ struct
 };
 struct illada_unmask_call {
   int64_t* tokens;
-  int64_t token_stride, batch, count, length, vocabulary, mask_id;
+  int64_t token_stride, batch, count, length, vocab, mask_id;
   illada_unmask_view positions, noise_positions, scores, frozen;  // int64, int64, float, uint8
   illada_unmask_parameter temperature, confidence_temperature, rule_number, revise_number, seed, step;
   const int64_t* forbid;  // ids whose logit is -inf
   const int64_t* bias_ids;
   const float* bias_values;  // added up at their ids, in order; ids out of range are ignored
-  const void* head_bias;  // (vocabulary), of head_bias_dtype
+  const void* head_bias;  // (vocab), of head_bias_dtype
   int64_t forbids, biases, head_bias_dtype;
   float* partials;  // (ILLADA_UNMASK_FIELDS, B * K, parts)
   int64_t parts;

@@ -45,7 +45,7 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         ("tokens", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("token_stride", "batch", "count", "length", "vocabulary", "mask_id")),
+        *((name, ctypes.c_int64) for name in ("token_stride", "batch", "count", "length", "vocab", "mask_id")),
         *((name, View) for name in ("positions", "noise_positions", "scores", "frozen")),
         *(
             (name, Parameter)

@@ -104,7 +104,7 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
             WRONG,
         ),
         "rows without keys unseen": ("t.empty_rows = r.empty();", "", WRONG),
-        "rows past the last": ("row < size.rows && ", "", "outside every allocation"),
+        "rows past the last": ("row < size.queries && ", "", "outside every allocation"),
     },
     "keys": {
         # order
@@ -144,7 +144,7 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "P not masked": ("  if (step != kFull) select(p, bits, -infinity());\n", "", WRONG),
         "dS not masked": ("  if (step != kFull) select(ds, bits, 0);\n", "", WRONG),
-        "one head of the group": ("head = item.key_head * group + i;", "head = item.key_head * group;", WRONG),
+        "one head of the group": ("head = item.kv_head * group + i;", "head = item.kv_head * group;", WRONG),
         "touched only if wholly within": ("start < hi[0]) ||", "end <= hi[0]) ||", WRONG),
         "full if it begins within": ("end <= common_hi[0])", "start < common_hi[0])", WRONG),
         "MN-major lead": ("1024, STEPS * 16 * 128", "1024, STEPS * 16 * 64", WRONG, 256),
