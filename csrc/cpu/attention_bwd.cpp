@@ -3,10 +3,10 @@
 //   p = exp(scale q k^T - lse);  delta = rowsum(dout * out) - dlse;  ds = p * (dout v^T - delta)
 //   dv = p^T dout;  dk = scale ds^T q;  dq = scale ds k
 //
-// A unit of work is 256 keys of one kv head: it walks all query tiles (five products each), keeps dk and dv to itself
-// and adds to dq in the order of the keys, waiting for its turn, so that results are bitwise the same for any number of
-// threads. Everything is float32. Rows without keys and keys without rows are packed as zeros, whatever they hold. 10 *
-// dim flops per pair; memory: delta, and about 1 MB a thread.
+// A unit of work owns 256 keys of one kv head. It walks all query tiles (five GEMMs each), accumulates dk and dv alone,
+// and adds to dq in the order of the keys, waiting for its turn: results are bitwise the same for any number of
+// threads. 10 * dim flops a pair; memory: delta, and about 1 MB a thread. Everything accumulates in float32. Rows
+// without keys and keys without rows are packed as zeros, so that a NaN or inf in them stays out of the sums.
 #include <omp.h>
 #include <sched.h>
 
@@ -21,8 +21,8 @@ constexpr int kUnitKeys = kUnitKeyTiles * kTileKeys;
 
 struct Gradients {
   View dout, out;
-  const float *dlse, *lse;  // (batch, heads, rows), contiguous; dlse may be null
-  float* dq;  // (batch, rows, heads, dim), contiguous, zeros
+  const float *dlse, *lse;  // (batch, heads, queries), contiguous; dlse may be null
+  float* dq;  // (batch, queries, heads, dim), contiguous, zeros on entry
   void *dk, *dv;  // contiguous
 };
 
@@ -53,7 +53,7 @@ struct BackwardScratch {
   }
 };
 
-// delta (batch, heads, rows) = sum over dim of dout * out, minus dlse
+// Computes delta (batch, heads, queries) = sum over dim of dout * out, minus dlse.
 template <class T> void row_deltas(const Problem& p, const Gradients& grads, float* delta) {
   const int64_t tiles = p.query_tiles();
 #pragma omp for schedule(static)
@@ -68,8 +68,8 @@ template <class T> void row_deltas(const Problem& p, const Gradients& grads, flo
       }
 }
 
-// Queries, dout, and per row the offset of the exponent and delta; a row without keys holds zeros, and an offset that
-// makes its p 0.
+// Packs queries and dout, and per row the exponent's offset and delta. A row without keys gets zeros, and an offset
+// that makes its p 0.
 template <class T>
 void load_query_tile(const Problem& p, const Gradients& grads, const float* delta, int64_t b, int head, int tile,
                      BackwardScratch& scratch) {
@@ -88,7 +88,7 @@ void load_query_tile(const Problem& p, const Gradients& grads, const float* delt
             leading_dim(p.dim_v));
 }
 
-// s and dp (in scratch.p and scratch.ds) become p and ds.
+// Turns s and dp (in scratch.p and scratch.ds) into p and ds.
 template <bool kMasked>
 void softmax_gradient(const Problem& p, int64_t b, int tile, int key, int columns, BackwardScratch& scratch) {
   const float score_scale = p.score_scale(), c = score_scale * 1.44269504f, lowest = -127.0f / c;
@@ -110,7 +110,7 @@ void softmax_gradient(const Problem& p, int64_t b, int tile, int key, int column
   }
 }
 
-// One query tile against one key tile: adds to the key tile's dk and dv, and to scratch.dq.
+// Adds one query tile's share to a key tile's dk and dv, and the key tile's share to scratch.dq.
 void backward_tile(const Problem& p, int64_t b, int tile, int start, Window w, bool masked, BackwardScratch& scratch,
                    BackwardScratch::Keys& keys, Ahead& next_q, Ahead& next_dout, Ahead& dq) {
   const int ld = leading_dim(p.dim), ld_v = leading_dim(p.dim_v), cols = round_up(p.dim, kWidth),
@@ -143,7 +143,7 @@ void load_keys(const Problem& p, const HullTable& hulls, int64_t b, int kv_head,
   std::memset(keys.dv, 0, sizeof(float) * kTileKeys * ld_v);
 }
 
-// gradient (batch, keys, kv_heads, dim) of one key tile; zeros if no row attended to it
+// Stores a key tile's gradient (batch, keys, kv_heads, dim); zeros if no row attends to the tile.
 template <class T>
 void store_keys(const Problem& p, int64_t b, int kv_head, int start, bool any, const float* from, int dim,
                 void* gradient) {
@@ -153,7 +153,7 @@ void store_keys(const Problem& p, int64_t b, int kv_head, int start, bool any, c
   }
 }
 
-// Adds scratch.dq to dq once all earlier chunks that touch this tile have, and passes the turn on.
+// Adds scratch.dq to dq once every earlier chunk that touches this query tile has, then passes the turn on.
 void add_dq(const Problem& p, int64_t b, int head, int tile, int turn, int chunk, const BackwardScratch& scratch,
             float* dq, int* done) {
   while (__atomic_load_n(done, __ATOMIC_ACQUIRE) != turn) sched_yield();
@@ -168,7 +168,7 @@ void add_dq(const Problem& p, int64_t b, int head, int tile, int turn, int chunk
   __atomic_store_n(done, chunk, __ATOMIC_RELEASE);
 }
 
-// Keys chunk * kUnitKeys and on, of one kv head, against all query tiles of its group in order.
+// Runs the keys from chunk * kUnitKeys of one kv head against all query tiles of its heads, in order.
 template <class T>
 void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& grads, const float* delta, int64_t b,
                    int kv_head, int chunk, BackwardScratch& scratch, int* done) {
@@ -190,7 +190,7 @@ void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& gr
       for (int i = 0; i < kUnitKeyTiles; ++i) {
         const int first_key = start + i * kTileKeys;
         const Window w = hull.window(first_key, kTileKeys, kWidth);
-        if (w.empty() || !scratch.keys[i].any) continue;  // within the hull, but no row attends: not even loaded
+        if (w.empty() || !scratch.keys[i].any) continue;  // within the hull, but no row attends: not even packed
         backward_tile(p, b, t, first_key, w, !hull.all_attend(first_key + w.first, first_key + w.last), scratch,
                       scratch.keys[i], next_q, next_dout, dq);
       }
@@ -220,7 +220,7 @@ template <class T> int backward(const Problem& p, const Gradients& grads) {
     row_deltas<T>(p, grads, deltas.as<float>());  // ends with a barrier
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
     BackwardScratch scratch(p, cut);
-    // ascending, chunks outermost: whoever waits for a turn waits for a unit that a thread already has
+    // Ascending, chunks outermost: a unit waits only for units that a thread has already taken.
     for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < chunks * heads;)
       backward_unit<T>(p, hulls, grads, deltas.as<float>(), u % heads / p.kv_heads, int(u % heads % p.kv_heads),
                        int(u / heads), scratch, done.as<int>());

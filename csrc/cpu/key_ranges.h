@@ -1,6 +1,6 @@
-// Key ranges seen from a tile of query rows: what two hulls it needs, and where it needs no mask. All by arithmetic on
-// the rows' bounds, which are brought into normal form whenever they are read: each at least the one before it, and
-// within [0, num_keys].
+// KeyRanges on the CPU: the key ranges of a query row, and what the rows of a query tile have in common. Bounds are
+// clamped to normal form on every read (each at least the one before it, all within [0, num_keys]), so malformed bounds
+// never read out of range. csrc/cuda/key_ranges.cuh is the same on the GPU.
 #pragma once
 #include <cstdint>
 
@@ -9,12 +9,14 @@ namespace {
 inline int smaller(int a, int b) { return a < b ? a : b; }
 inline int larger(int a, int b) { return a > b ? a : b; }
 
-struct RowRanges {  // of one row; empty ranges have lo == hi
+// The keys of one query row: lo[0] <= key < hi[0] or lo[1] <= key < hi[1]. An empty range has lo >= hi.
+struct RowRanges {
   int lo[2], hi[2];
   bool empty() const { return lo[0] >= hi[0] && lo[1] >= hi[1]; }
 };
 
-struct KeyBounds {  // int32 (batch or 1, rows or 1, 4), or null: every row attends to every key
+// int32 (batch or 1, queries or 1, 4), or null: every row attends to every key.
+struct KeyBounds {
   const int32_t* data;
   int64_t batch_stride, row_stride;
   int num_keys;
@@ -25,18 +27,19 @@ struct KeyBounds {  // int32 (batch or 1, rows or 1, 4), or null: every row atte
     int edge[4], least = 0;
     for (int i = 0; i < 4; ++i) edge[i] = least = larger(least, smaller(b[i], num_keys));
     RowRanges r = {{edge[0], edge[2]}, {edge[1], edge[3]}};
-    if (edge[0] < edge[1] && edge[1] == edge[2]) r = {{edge[0], 0}, {edge[3], 0}};  // they touch: one range
+    if (edge[0] < edge[1] && edge[1] == edge[2]) r = {{edge[0], 0}, {edge[3], 0}};  // ranges that touch become one
     return r;
   }
 };
 
-struct Window {  // columns first .. last of a key tile
+// Columns first .. last of a key tile.
+struct Window {
   int first, last;
   bool empty() const { return first >= last; }
 };
 
-// Some query rows: two hulls that hold every row's ranges, and the keys that range 0, or range 1, of every row holds.
-// An empty range widens no hull. No rows: nothing is touched.
+// What some query rows have in common: two hulls that hold every row's ranges, and the keys that range 0, or range 1,
+// of every row holds. An empty range does not widen a hull. Without rows nothing is touched.
 struct Hulls {
   static constexpr int kMost = 0x7fffffff;
   int lo[2] = {kMost, kMost}, hi[2] = {0, 0};
@@ -49,7 +52,7 @@ struct Hulls {
       common_hi[i] = smaller(common_hi[i], r.hi[i]);
     }
   }
-  // Of the key tile that starts at key `start`: the columns some row may need, rounded outwards to multiples of `step`.
+  // Returns the columns of the key tile at key `start` that some row may need, rounded outwards to multiples of `step`.
   Window window(int start, int size, int step) const {
     int first = size, last = 0;
     for (int i = 0; i < 2; ++i) {
@@ -72,7 +75,7 @@ struct Hulls {
       if (lo[i] < hi[i] && start < hi[i]) found = smaller(found, larger(start, lo[i] / size * size));
     return found;
   }
-  // The last chunk of `size` keys before `chunk` that is touched, or -1.
+  // Returns the last chunk of `size` keys before `chunk` that a hull touches, or -1.
   int touched_before(int chunk, int size) const {
     int last = -1;
     for (int i = 0; i < 2; ++i)
@@ -85,12 +88,12 @@ inline Hulls hulls_of(const KeyBounds& bounds, int64_t batch, int64_t first_row,
   Hulls hulls;
   for (int row = 0; row < rows; ++row) {
     hulls.add(bounds.of_row(batch, first_row + row));
-    if (!bounds.data || bounds.row_stride == 0) break;  // all rows alike
+    if (!bounds.data || bounds.row_stride == 0) break;  // all rows have the same bounds
   }
   return hulls;
 }
 
-// Adds to `edges` (size + 1 entries) +1 where a range of the rows enters the key tile and -1 where it leaves.
+// Adds to `edges` (size + 1 entries) +1 where a range of a row enters the key tile and -1 where it leaves.
 inline void mark_edges(const KeyBounds& bounds, int64_t batch, int64_t first_row, int rows, int start, int size,
                        int* edges) {
   for (int row = 0; row < rows; ++row) {

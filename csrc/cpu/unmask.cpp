@@ -1,15 +1,17 @@
-// unmask on a CPU, between Python's matrix products: plan (which candidate rows take part), rows (one pass over their logits), select.
-//   rows: per row of l: max, second max, sum of exp, sum of e * z, and argmax of l + T * Gumbel, in segments of kSegment ids that fit
-//   the L1 cache and are read from memory once. Each segment leaves a Partial; select merges them in order of id. So results
-//   do not depend on threads, on other rows, or on how a caller slices the vocab.
-//   Noise costs 9 integer products per id pair; logarithms are computed only for ids that can still win: T * g > best - max l needs
-//   u < exp(-(best - max l) / T), which the top word of u tells. The bound is one-sided, so the argmax is exact.
-//   Sums are double, so that rows which are permutations of each other tie (exactly, while the vocab fits a segment).
-//   Ties: argmax to the lowest id, ranks to the lowest position. A NaN or +inf logit, or no id above -inf, makes the row bad: -1, -inf.
-#if defined(__GNUC__) && !defined(__clang__)
+// unmask on the CPU, between Python's matmuls: plan (which candidate rows take part), rows (unmask_rows.h: one pass
+// over their logits l), select (unmask_select.h).
+//
+//   proposal = argmax l + T * Gumbel;  z = (l - max l) / Tc;  confidences from sum exp(z), sum z exp(z), the second max
+//
+// rows: a thread owns segments of 2048 ids, which fit L1 and are read from memory once; each leaves a Partial of 48
+// bytes. select merges the Partials in order of id, so results do not depend on threads, other rows, or slices of the
+// vocab. Noise costs 9 integer multiplies per pair of ids (unmask_noise.h); logarithms only where an id can still win.
+// Sums accumulate in float64, so rows that are permutations of each other tie, exactly if the vocab fits a segment.
+// Ties: argmax to the lowest id, ranks to the lowest position. A NaN or +inf logit, or no id above -inf, makes a row
+// bad: proposal -1, confidence -inf.
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of undefined operands inside its own AVX-512 intrinsics
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored                                                                           \
-    "-Wmaybe-uninitialized"  // GCC 12 warns of the undefined operands inside its own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 #include <algorithm>
@@ -20,7 +22,7 @@
 #include "isa.h"
 #include "unmask_select.h"
 
-// Lists the rows whose logits are needed, in order of (b, k); their number goes to *row_count.
+// Lists the rows whose logits are needed, in order of (b, k), and their number in *row_count.
 extern "C" int ILLADA_ISA_FN(illada_unmask_plan_cpu)(const int64_t* tokens, int64_t token_stride, int64_t batch,
                                                      int64_t length, const int64_t* positions, int64_t count,
                                                      const uint8_t* frozen, int64_t frozen_stride,
@@ -50,9 +52,9 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_plan_cpu)(const int64_t* tokens, int6
   return ILLADA_OK;
 }
 
-// Logits of ids [first, first + ids), first a multiple of ILLADA_UNMASK_SEGMENT, of the rows from `rows` on. count = K: row r lies at
-// (index / K) * stride_b + (index % K) * stride_k; count = 0: at r * stride_k. Fills those ids' entries of partials (rows, segments).
-// edit_ids rise; edit_values are added, -inf forbids. needs: 1 if the entropy is needed, plus 2 if the second maximum is.
+// Fills the entries of partials (rows, segments) for ids [first, first + ids); first is a multiple of
+// ILLADA_UNMASK_SEGMENT. count = K: a row's logits start at (index / K) * stride_b + (index % K) * stride_k; count = 0:
+// row r's at r * stride_k. edit_ids ascend; edit_values are added, -inf forbids. needs: illada_unmask_needs.
 extern "C" int ILLADA_ISA_FN(illada_unmask_rows_cpu)(const void* logits, int dtype, int64_t stride_b, int64_t stride_k,
                                                      int64_t count, const void* rows, int64_t row_count, int64_t first,
                                                      int64_t ids, int64_t segments, const int64_t* edit_ids,
@@ -101,7 +103,8 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_select_cpu)(int64_t* tokens, int64_t 
   return ok ? ILLADA_OK : ILLADA_NO_MEMORY;
 }
 
-// The noise as `rows` draws it, for tests: words (ids / 2, 4) and Gumbel values (ids), ids a multiple of ILLADA_UNMASK_SEGMENT.
+// Draws the noise as `rows` does, for tests: words (ids / 2, 4) and Gumbel values (ids); ids is a multiple of
+// ILLADA_UNMASK_SEGMENT.
 extern "C" int ILLADA_ISA_FN(illada_unmask_noise_cpu)(int64_t seed, int64_t position, int64_t step, int64_t ids,
                                                       uint32_t* words, float* noise) {
   if (ids % kSegment) return ILLADA_BAD_ARGUMENT;

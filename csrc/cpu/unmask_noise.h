@@ -1,4 +1,7 @@
-// unmask on a CPU: the best of l + T * Gumbel among a block of ids.
+// unmask on the CPU: the best of l + T * Gumbel among a block of ids.
+//
+// An id wins only if T * g > best - max l, so u < exp(-(best - max l) / T), which the top word of u tells. The bound
+// errs to one side: logarithms are computed only for ids that pass it, and the argmax is exact.
 #pragma once
 #include <cmath>
 
@@ -9,13 +12,15 @@ namespace {
 
 constexpr int kBlock = 512;
 
-// ---- vectors -----------------------------------------------------------------------------------------------------------------
-typedef uint64_t v64 __attribute__((vector_size(kWidth * 4)));  // kWidth / 2 counters, one per 64-bit lane
+// ---- vectors --------------------------------------------------------------------------------------------------------
+// kWidth / 2 counters, one per 64-bit lane.
+typedef uint64_t v64 __attribute__((vector_size(kWidth * 4)));
 typedef double vd __attribute__((vector_size(kWidth * 4)));
 
 inline vf min(vf a, vf b) { return a < b ? a : b; }
 
-inline v64 mul32(v64 a, v64 b) {  // product of the low halves: the high halves may hold anything
+// Returns the products of the low halves; the high halves of a and b are ignored.
+inline v64 mul32(v64 a, v64 b) {
 #if defined(__AVX512F__)
   return bit_cast<v64>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
 #elif defined(__AVX2__)
@@ -25,7 +30,8 @@ inline v64 mul32(v64 a, v64 b) {  // product of the low halves: the high halves 
 #endif
 }
 
-inline v64 high32(v64 a) {  // the high halves, moved low; a shuffle, as the shifts' port is taken by the products
+// Moves the high halves low. A shuffle, because the multiplies take the port of the shifts.
+inline v64 high32(v64 a) {
 #if defined(__AVX512F__)
   return bit_cast<v64>(_mm512_shuffle_epi32(bit_cast<__m512i>(a), _MM_PERM_DDBB));
 #elif defined(__AVX2__)
@@ -54,10 +60,10 @@ inline bool any_at_most(vu v, uint32_t limit) {
 }
 
 // ---- Philox ---------------------------------------------------------------------------------------------------------
-// Philox of one row: the first two rounds are partly the same for all counters, as only the pair index varies. The constants are
-// whole vectors in memory: broadcasting them in the loop would take the port that the shuffles need.
+// Philox of one row. Rounds one and two are partly the same for all counters, because only the pair index varies. The
+// constants are whole vectors in memory: broadcasting them in the loop would take the shuffles' port.
 struct RowNoise {
-  v64 first, a1, b2, b3;  // xors of round one and two, and word 3 after round two
+  v64 first, a1, b2, b3;  // xors of rounds one and two, and word 3 after round two
   v64 k0[10], k1[10];  // round keys, from round three on
 
   RowNoise(uint64_t seed, uint32_t position, uint32_t step) {
@@ -73,8 +79,8 @@ struct RowNoise {
   }
 };
 
-// Groups of kWidth ids whose rounds go side by side: one alone waits for its products, and a processor does not look far enough
-// ahead to fill the gaps with the next. Four fit AVX-512's registers.
+// Groups of kWidth ids that go through the rounds side by side, because one group alone waits for its multiplies. Four
+// fit AVX-512's registers.
 #if defined(__AVX512F__)
 constexpr int kSideBySide = 4;
 #else
@@ -83,14 +89,15 @@ constexpr int kSideBySide = 2;
 static_assert(kBlock % (kSideBySide * kWidth) == 0, "whole steps");
 
 template <int N>
-struct Words {  // of N groups: word w of pair i in the low half of lane i; the high half holds anything
+// Of N groups: word w of pair i in the low half of lane i. The high half is not defined.
+struct Words {
   v64 w0[N], w1[N], w2[N], w3[N];
-  // lane i: the top, or the low, 32 bits of id i of group g
+  // Lane i: the top, or the low, 32 bits of id i of group g.
   vu top(int g) const { return bit_cast<vu>((w0[g] & 0xffffffff) | w2[g] << 32); }
   vu low(int g) const { return bit_cast<vu>((w1[g] & 0xffffffff) | w3[g] << 32); }
 };
 
-// The words of N * kWidth / 2 pairs: lane i of group g has index pairs[i] + g * kWidth / 2.
+// Returns the words of N * kWidth / 2 pairs: lane i of group g has index pairs[i] + g * kWidth / 2.
 template <int N> inline __attribute__((always_inline)) Words<N> philox_groups(const RowNoise& row, v64 pairs) {
   const v64 m0 = v64{} + illada::kPhiloxM0, m1 = v64{} + illada::kPhiloxM1;
   Words<N> w;
@@ -125,14 +132,16 @@ struct Best {
   }
 };
 
-// Whether an id of the group can reach `bar`, from the exponents of the top words: u >= 2^e gives g <= -e log 2.
+// Returns whether an id of the group can reach `bar`, from the exponents of the top words: u >= 2^e gives g <= -e log
+// 2.
 inline bool can_win(vu top, const float* logits, float temperature, float bar) {
-  const vf leading = __builtin_convertvector(bit_cast<vi>(top >> 8), vf);  // exact, so its exponent is that of the word
+  const vf leading = __builtin_convertvector(bit_cast<vi>(top >> 8), vf);  // exact, so its exponent is the word's
   const vf negative_e = __builtin_convertvector(151 - (bit_cast<vi>(leading) >> 23), vf);
   return any(load(logits) + negative_e * (temperature * 0.69315f) >= bar);
 }
 
-// The ids of one group whose top word is at most `threshold`. Rare, so kept out of the loop's registers.
+// Offers the ids of one group whose top word is at most `threshold`. Not inlined, because it is rare and needs
+// registers.
 __attribute__((noinline)) void offer_hits(const RowNoise& noise, float temperature, const float* logits,
                                           int64_t first_id, uint32_t threshold, Best& best) {
   const Words<1> words = philox_groups<1>(noise, first_pairs(first_id));
@@ -143,13 +152,13 @@ __attribute__((noinline)) void offer_hits(const RowNoise& noise, float temperatu
                  int32_t(first_id + i));
 }
 
-// Of kBlock ids from first_id on, whose logits are at most `top`: those that beat or tie best.
+// Offers those of kBlock ids from first_id on that can beat or tie `best`. Their logits are at most `top`.
 inline void noise_block(const RowNoise& noise, float temperature, const float* logits, int64_t first_id, float top,
                         Best& best) {
-  // what rounding can add to a score, at most: a few ulp of each of its parts
+  // an upper bound of what rounding adds to a score: a few ulp of each of its parts
   const double slack = 1e-6 * (std::fabs(double(best.score)) + std::fabs(double(top)) + 64.0 * temperature);
   const double need = (double(best.score) - top - slack) / temperature;  // the Gumbel value a winner must reach
-  if (need > 44.5) return;  // no 64-bit uniform gives more than 44.37
+  if (need > 44.5) return;  // a 64-bit uniform gives at most 44.37
   const double limit = std::exp(-need) * 1.0001 * 0x1p32;  // g >= need implies u <= exp(-need)
   const uint32_t threshold = limit < 4294967295.0 ? uint32_t(limit) : 0xffffffff;
   v64 pairs = first_pairs(first_id);

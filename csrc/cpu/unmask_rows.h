@@ -1,4 +1,4 @@
-// unmask on a CPU: one pass over the logits of a row, a segment of ids at a time.
+// unmask on the CPU: one pass over the logits of a row, a segment of ids at a time.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -12,18 +12,20 @@ namespace {
 constexpr int kSegment = ILLADA_UNMASK_SEGMENT;
 static_assert(kSegment % kBlock == 0 && kBlock % (4 * kWidth) == 0, "whole vectors");
 
-struct Row {  // a candidate that needs its logits
-  int64_t index;  // b * K + k; first, Python reads it
+// A candidate that needs its logits.
+struct Row {
+  int64_t index;  // b * K + k; Python reads it, so it comes first
   int64_t held;
   uint64_t seed;
   uint32_t position, step;
-  float temperature, scale;  // of the noise (0: none), 1 / of the confidence
+  float temperature, scale;  // temperature: of the noise, 0: none; scale: 1 / confidence_temperature
   int64_t masked;
 };
 static_assert(sizeof(Row) == ILLADA_UNMASK_ROW_BYTES, "as api.h says");
 
-struct Partial {  // a row's segment, or some of them
-  double sum, sum_ez;  // of e = exp(z), e * z, z = (l - top) * scale
+// What is kept of a row's segment, or of several.
+struct Partial {
+  double sum, sum_ez;  // of e = exp(z) and of e * z; z = (l - top) * scale
   float top, second;
   float best_score, best_logit, held_logit;
   int32_t top_id, best_id;  // -1: none
@@ -32,7 +34,8 @@ struct Partial {  // a row's segment, or some of them
 static_assert(sizeof(Partial) == ILLADA_UNMASK_PARTIAL_BYTES, "as api.h says");
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
-struct NaNs {  // has one of the vectors held a NaN?
+// Whether a vector that was looked at held a NaN.
+struct NaNs {
 #if defined(__AVX512F__)
   __mmask16 seen = 0;
   void look(vf a, vf b) { seen |= _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_UNORD_Q); }
@@ -67,8 +70,8 @@ inline double total(const Doubles& sum) {
   return r;
 }
 
-// exp(max(z, -87.3)), below 2 ulp; exp(0) = 1 exactly. For z <= 0: 1.2e-38 instead of 0 is lost beside the maximum's 1.
-// N vectors side by side, as one waits for its own multiply-adds.
+// Returns exp(max(z, -87.3)) within 2 ulp, exp(0) = 1 exactly, for z <= 0: below -87.3 it gives 1.2e-38 instead of
+// less, which is lost beside the maximum's 1. N vectors side by side, because one waits for its own multiply-adds.
 template <int N> inline __attribute__((always_inline)) void exp_not_positive(vf (&z)[N]) {
   static const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
                                        5.0000001201e-1f};
@@ -103,7 +106,8 @@ struct Edits {  // sorted by id; a value of -inf forbids
   }
 };
 
-// The n logits of a segment as floats, edited, with -inf up to a whole block; `scratch` only where that differs from memory.
+// Returns the n logits of a segment as floats, edited, followed by -inf up to a whole block. Uses `scratch` only where
+// that differs from memory.
 template <class T> inline const float* fetch(const T* p, int n, int64_t first_id, const Edits& edits, float* scratch) {
   int64_t edit = edits.lower_bound(first_id);
   const bool edited = edit < edits.count && edits.ids[edit] < first_id + n;
@@ -118,7 +122,8 @@ template <class T> inline const float* fetch(const T* p, int n, int64_t first_id
   return scratch;
 }
 
-// Maxima of the segment and of each block, the first id at the maximum, NaNs; the second maximum if asked for.
+// Finds the maxima of the segment and of each block, the first id at the maximum, NaNs, and the second maximum if
+// asked.
 template <bool kSecond>
 inline void find_top(const float* logits, int blocks, int64_t first_id, float* block_top, Partial& out) {
   vf top = splat(-kInf), second = splat(-kInf);
@@ -149,7 +154,7 @@ inline void find_top(const float* logits, int blocks, int64_t first_id, float* b
   }
   out.top = block_top[at];
   out.bad = nans.found() || out.top == kInf;
-  if (kSecond) {  // lanes hold one maximum each: all but the largest of them count
+  if (kSecond) {  // each lane holds one maximum: all but the largest count
     float first = -kInf, other = reduce_max(second);
     for (int i = 0; i < kWidth; ++i) {
       other = std::max(other, std::min(first, top[i]));
@@ -164,7 +169,7 @@ inline void find_top(const float* logits, int blocks, int64_t first_id, float* b
   out.top_id = int32_t(first_id + at * kBlock + j);
 }
 
-// `ahead`: memory that the next segment will read; asked for here, where the memory bus is idle.
+// Sums exp(z) and z exp(z). `ahead`: memory that the next segment will read, prefetched here, where the bus is idle.
 template <bool kEntropy>
 inline void add_exponentials(const float* logits, int n, float scale, const char* ahead, int ahead_step, Partial& out) {
   constexpr int kTogether = 4;
@@ -178,7 +183,7 @@ inline void add_exponentials(const float* logits, int n, float scale, const char
     exp_not_positive(e);
     for (int c = 0; c < kTogether; ++c) {
       accumulate(sum, e[c]);
-      if (kEntropy) accumulate(sum_ez, z[c] < -87.3f ? vf{} : e[c] * z[c]);  // exactly 0 for a row that is certain
+      if (kEntropy) accumulate(sum_ez, z[c] < -87.3f ? vf{} : e[c] * z[c]);  // so that a certain row gives exactly 0
     }
   }
   out.sum = total(sum);
@@ -205,7 +210,8 @@ inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits,
     out.best_score = out.best_logit = out.top, out.best_id = out.top_id;
     return;
   }
-  // the segment's most likely winner first: a high bar spares work. It is offered again in its turn, to no effect.
+  // Offers the segment's most likely winner first: a high bar spares work. It is offered again in its turn, to no
+  // effect.
   const illada::PhiloxWords w = illada::philox(row.seed, uint32_t(out.top_id / 2), row.position, row.step, 0);
   const float g = out.top_id % 2 ? illada::gumbel(w.w2, w.w3) : illada::gumbel(w.w0, w.w1);
   const int32_t before = best.id;
@@ -216,7 +222,8 @@ inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits,
   if (best.id != before) out.best_score = best.score, out.best_logit = best.logit, out.best_id = best.id;
 }
 
-struct Logits {  // the logits of ids [first, first + ids) of all rows
+// The logits of ids [first, first + ids) of all rows.
+struct Logits {
   const void* data;
   int64_t stride_b, stride_k, count, first, ids, segments;
   const Row* rows;
@@ -228,7 +235,8 @@ struct Logits {  // the logits of ids [first, first + ids) of all rows
 template <class T>
 void run_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, Partial* partials, int threads) {
   const int64_t here = (in.ids + kSegment - 1) / kSegment, first_segment = in.first / kSegment;
-  // few rows: several threads share one. Each span starts without a bar to beat, which costs time but changes nothing.
+  // With few rows several threads share one. Each span starts without a bar to beat, which costs time but changes no
+  // bit.
   const int64_t spans =
       rows >= 4 * threads ? 1 : std::min<int64_t>(here, (4 * threads + rows - 1) / std::max<int64_t>(rows, 1));
 #pragma omp parallel for schedule(dynamic) num_threads(threads)

@@ -1,4 +1,4 @@
-// unmask on a CPU, the last step: merges the segments of a row, ranks a sequence's candidates, writes tokens.
+// unmask on the CPU, the last step: merges the segments of a row, ranks a sequence's candidates, writes tokens.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// columns of the (B, 4) parameter arrays
+// Columns of the (B, 4) parameter arrays.
 enum Integer { kSeed, kStep, kCount, kRemaskCount, kIntegers };
 enum Number { kTemperature, kConfidenceTemperature, kRuleNumber, kEditTau, kNumbers };
 
@@ -17,7 +17,8 @@ struct Result {
   float confidence, probability, entropy, held_probability;
 };
 
-inline float exponential(float logit, const Partial& p, float scale) {  // of a logit, in units of sum
+// Returns exp of a logit, in units of p.sum.
+inline float exponential(float logit, const Partial& p, float scale) {
   return float(std::exp(double(std::max((logit - p.top) * scale, -1e4f))));
 }
 
@@ -58,7 +59,7 @@ Result finish(const Row& row, const Partial* parts, int64_t segments, int confid
 }
 
 struct Ranked {
-  float key;  // rises with rank
+  float key;  // ascends with rank
   int64_t position, k;
   const Result* result;
   bool operator<(const Ranked& o) const {
@@ -66,7 +67,7 @@ struct Ranked {
   }
 };
 
-// How many of the n ranked candidates the rule commits, from the front.
+// Returns how many of the n ranked candidates the rule commits, from the front.
 int64_t commit_count(int rule, const Ranked* ranked, int64_t n, int64_t count, float number) {
   if (rule == ILLADA_TOP_K) return std::min(n, std::max<int64_t>(count, 0));
   double entropies = 0;
@@ -83,7 +84,8 @@ int64_t commit_count(int rule, const Ranked* ranked, int64_t n, int64_t count, f
   return n;
 }
 
-struct Call {  // what all sequences share
+// What all sequences share.
+struct Call {
   int64_t* tokens;
   int64_t token_stride, length;
   const int64_t* positions;
@@ -106,7 +108,8 @@ struct Call {  // what all sequences share
   int64_t& token(int64_t b, int64_t k) const { return tokens[b * token_stride + positions[b * count + k]]; }
 };
 
-// One sequence. `rows` and `results` are its rows, in order of k; `ranked` and `lowest` have room for K entries each.
+// Selects in one sequence. `rows` and `results`: its rows, in order of k. `ranked` and `lowest` have room for K
+// entries.
 void select_sequence(const Call& c, int64_t b, const Row* rows, const Result* results, int64_t n_rows, Ranked* ranked,
                      Ranked* lowest) {
   int64_t n = 0, m = 0, next = 0;

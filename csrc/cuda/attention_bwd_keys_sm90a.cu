@@ -2,12 +2,12 @@
 //
 //   dV = P^T dO,   dK = scale dS^T Q,   summed over the query heads that share the kv head
 //
-// A block owns the keys of one kv head, 128 (64 for D = 256), keeps K and V in shared memory and dK and dV (float32)
-// in registers, and walks the query tiles that touch it in ascending order, heads innermost: the same sums every time.
-// P^T and dS^T are A operands from registers. One warp streams Q, dO, lse and delta; two warpgroups own 64 keys each,
-// or (D = 256) the same 64 keys and half of the columns each. 8 D flops a pair (12 D for 256: S and dP twice).
-// Partial tiles: pairs that do not attend get P = dS = 0 by selection, and rows without keys become zeros in shared
-// memory, since 0 * NaN is NaN. K and V need nothing of the kind: a key's NaN stays in its own row of S^T.
+// A block owns 128 keys (64 for D = 256) of one kv head. K and V stay in shared memory, dK and dV accumulate in
+// registers in float32; the block walks the query tiles that touch its keys in ascending order, heads innermost, so
+// equal inputs give equal bits. One warp loads Q, dO, lse and delta by TMA. Two warpgroups own 64 keys each, or for D =
+// 256 the same 64 keys and half of the columns each; P^T and dS^T are A operands from registers. 8 D flops a pair (12 D
+// for D = 256, where both compute S and dP). In partial tiles, pairs that do not attend get P = dS = 0, and rows
+// without keys become zeros in shared memory, because 0 * NaN is NaN. A NaN in K or V stays in its own row of S^T.
 #include "attention_bwd_keys_sm90a.cuh"
 #include "illada/api.h"
 
@@ -25,13 +25,13 @@ template <class T, int D> struct Shared {
   using S = Shape<T, D>;
   T k[S::kKeyTile], v[S::kKeyTile], q[S::kStages][S::kQueryTile], dout[S::kStages][S::kQueryTile];
   RowStats stats[S::kStages];
-  RowSpans spans[S::kStages][kTileRows];  // partial tiles only
+  RowSpans spans[S::kStages][kTileRows];  // of partial tiles only
   int step[S::kStages], item;
   uint64_t keys_full, keys_empty, full[S::kStages], empty[S::kStages];
 };
 
 // ---- consumers: two warpgroups -----------------------------------------------------------------------------------
-// dk and dv (64 keys, columns) += what one query tile gives
+// Adds one query tile's share to dk and dv (64 keys, columns).
 template <class T, int D>
 ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[Shape<T, D>::kColumns / 2],
                                float (&dv)[Shape<T, D>::kColumns / 2], int stage, int key, int rows_at, int columns_at,
@@ -72,7 +72,7 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Sizes& size,
     mbar_wait(&s.keys_full, turn % 2);
     if (s.item < 0) break;
     const Item item = item_at<S::kKeys>(s.item, size);
-    const int key = item.key + first_row + row_of_thread();  // and the 8th after it
+    const int key = item.key + first_row + row_of_thread();  // and key + 8
     float dk[S::kColumns / 2] = {}, dv[S::kColumns / 2] = {};
     for (bool more = true; more; ++n) {
       const int stage = n % S::kStages;
@@ -82,8 +82,8 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Sizes& size,
         add_queries<T, D>(s, dk, dv, stage, key, first_row * 64, first_column / 64 * kTileRows * 64, scale * kLog2e);
       arrive_by_warp(&s.empty[stage]);
     }
-    // This warpgroup's rows of K and V have done their service once its four warps have waited for their products; with
-    // D = 256 the other warpgroup reads them too.
+    // This warpgroup's rows of K and V are free once its four warps have waited for their MMAs; with D = 256 the other
+    // warpgroup reads them too.
     S::kSplit > 1 ? bar_sync(1, kConsumers) : bar_sync(2 + warpgroup, 128);
     const int at = first_row * 64 + first_column / 64 * S::kKeys * 64;
     store_rows<S::kKeys>(s.k + at, dk, scale);

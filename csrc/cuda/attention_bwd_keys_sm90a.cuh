@@ -1,14 +1,14 @@
-// What the kernels whose blocks own keys share: items, the producer, and which pairs attend.
+// What the kernels whose blocks own keys (attention_bwd_keys, attention_bwd_fused) share: items, the producer, masks.
 #pragma once
 #include "attention_bwd_sm90a.cuh"
 
 namespace illada {
 
 struct Item {
-  int key, kv_head, batch;  // the key tile's first key
+  int key, kv_head, batch;  // key: the first of the key tile
 };
 
-// Ascending keys, outermost: under causal masks the tiles with most queries come first.
+// Orders items by ascending key, outermost, because under causal masks the first key tiles have the most queries.
 template <int KEYS> ILLADA_DEVICE Item item_at(int index, const Sizes& size) {
   const int heads = size.batch * size.kv_heads;
   return {index / heads * KEYS, index % size.kv_heads, index % heads / size.kv_heads};
@@ -30,7 +30,7 @@ int make_maps(Maps* maps, const void* q, const void* k, const void* v, const voi
 }
 
 // ---- producer: one warp ------------------------------------------------------------------------------------------
-// Fills a stage with tile `tile` of the queries of one head.
+// Loads query tile `tile` of one head into a stage.
 template <int D, class Shared>
 ILLADA_DEVICE void load_queries(Shared& s, const Maps& maps, const Workspace& w, const Sizes& size, Step step, int tile,
                                 int head, int batch, int stage) {
@@ -44,7 +44,8 @@ ILLADA_DEVICE void load_queries(Shared& s, const Maps& maps, const Workspace& w,
   if (masked) bulk_load(s.spans[stage], w.spans + w.bounds_at(batch, tile) * kTileRows, sizeof(s.spans[0]), full);
 }
 
-// Before an item is announced all lanes call on_item(item); before a stage is, one calls on_stage(stage, which stats).
+// Fills stages for every item of the block. All lanes call on_item(item) before an item is announced; one lane calls
+// on_stage(stage, index of its stats) before a stage is.
 template <int D, int KEYS, class Shared, class OnItem, class OnStage>
 ILLADA_DEVICE void produce(Shared& s, const Maps& maps, const Workspace& w, const Sizes& size, int items,
                            OnItem on_item, OnStage on_stage) {
@@ -104,7 +105,7 @@ ILLADA_DEVICE void produce(Shared& s, const Maps& maps, const Workspace& w, cons
 }
 
 // ---- consumers ---------------------------------------------------------------------------------------------------
-// Q and dO of rows without keys become zeros, whatever they hold. Four threads a row.
+// Zeros Q and dO of rows without keys, even if NaN or inf. Four threads a row.
 template <class T, int D> ILLADA_DEVICE void clear_empty_rows(T* q, T* dout, const RowSpans* spans) {
   const int row = threadIdx.x / 4, part = threadIdx.x % 4 * 16;
   if (spans[row].empty())
@@ -118,7 +119,7 @@ template <class T, int D> ILLADA_DEVICE void clear_empty_rows(T* q, T* dout, con
   bar_sync(1, kConsumers);
 }
 
-// Bit i: may the key and the query row of this thread's accumulator i attend? Its keys are `key` and the 8th after it.
+// Returns a mask: bit i says whether the key and the query of this thread's accumulator i attend. Keys: `key`, key + 8.
 ILLADA_DEVICE uint32_t attending(const RowSpans* spans, int key) {
   uint32_t bits = 0;
 #pragma unroll
@@ -130,18 +131,18 @@ ILLADA_DEVICE uint32_t attending(const RowSpans* spans, int key) {
   return bits;
 }
 
-// x where the bit is not set
+// Sets accumulators whose bit is 0 to x.
 ILLADA_DEVICE void select(float (&s)[32], uint32_t bits, float x) {
 #pragma unroll
   for (int i = 0; i < 32; ++i) s[i] = bits >> i & 1 ? s[i] : x;
 }
 
-// The two values of accumulators i and i + 1, of neighbouring query rows.
+// Returns the values of the two neighbouring queries of accumulators i and i + 1.
 ILLADA_DEVICE float2 of_rows(const float* values, int i) {
   return reinterpret_cast<const float2*>(values)[i / 4 * 4 + threadIdx.x % 4];
 }
 
-// S^T to P^T
+// Turns S^T into P^T.
 ILLADA_DEVICE void probabilities(float (&p)[32], const RowStats& stats, Step step, uint32_t bits, float scale_log2) {
 #pragma unroll
   for (int i = 0; i < 32; i += 2) {
@@ -154,7 +155,7 @@ ILLADA_DEVICE void probabilities(float (&p)[32], const RowStats& stats, Step ste
   for (int i = 0; i < 32; ++i) p[i] = fast_exp2(p[i]);
 }
 
-// dP^T to dS^T
+// Turns dP^T into dS^T.
 ILLADA_DEVICE void score_gradients(float (&ds)[32], const float (&p)[32], const RowStats& stats, Step step,
                                    uint32_t bits) {
   if (step != kFull) select(ds, bits, 0);

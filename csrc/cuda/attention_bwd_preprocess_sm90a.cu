@@ -1,10 +1,11 @@
-// The first step of attention's backward: what the other two kernels want to know of each row and of each tile of 64.
+// The first step of attention's backward: fills the workspace that the other kernels read, per row and per tile of 64
+// rows.
 //
-//   lse (times log2 e), delta = sum_d out * dout - dlse      of each row and head: one block per 64 rows and head
-//   the row's key ranges in normal form, the hulls and the common ranges of 64 rows      one block per 64 rows
+//   row_stats    lse * log2(e) and delta = sum_d out * dout - dlse      one block owns 64 rows of one head
+//   tile_hulls   key ranges in normal form, hulls and common ranges     one block owns 64 rows
 //
-// Reads out and dout once (4 * D bytes a row and head), writes 8 bytes. float32, a fixed order of sums. A row without
-// keys gives lse = inf and delta = 0, whatever it holds.
+// Reads out and dout once (4 * D bytes a row and head), writes 8 bytes a row and head; 2 * D flops. Accumulates in
+// float32 in a fixed order. A row without keys gets lse = inf and delta = 0, even if out or dout holds NaN.
 #include "attention_bwd_workspace.cuh"
 #include "illada/api.h"
 
@@ -12,7 +13,8 @@ using namespace illada;
 
 namespace {
 
-struct Rows {  // (batch, rows, heads, dim), 16-byte aligned rows
+// (batch, queries, heads, dim), rows aligned to 16 bytes.
+struct Rows {
   const void* data;
   int64_t batch_stride, row_stride, head_stride;
   template <class T> ILLADA_DEVICE const T* at(int64_t batch, int64_t row, int64_t head) const {

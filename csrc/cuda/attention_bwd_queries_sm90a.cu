@@ -2,12 +2,12 @@
 //
 //   dQ = scale dS K
 //
-// A block owns 128 query rows of one head, keeps Q and dO in shared memory and dQ (float32) in registers, and walks the
-// key tiles that its rows' hulls touch in ascending order, each once: the same sums every time. One thread streams K
-// and V (128 keys a tile, 64 for D = 256); two warpgroups own 64 rows each. dS is the A operand from registers. 6 D
-// flops a pair. Partial tiles: pairs that do not attend get P = dS = 0 by selection, and rows of K that none of the
-// block's rows attends to become zeros in shared memory, since 0 * NaN is NaN. Q, dO and V need nothing of the kind:
-// what rows without keys hold stays in those rows, and a value's NaN in its column of dP.
+// A block owns 128 query rows of one head. Q and dO stay in shared memory, dQ accumulates in registers in float32; the
+// block walks the key tiles that its rows' hulls touch in ascending order, each once, so equal inputs give equal bits.
+// One thread loads K and V by TMA (128 keys a tile, 64 for D = 256). Two warpgroups own 64 rows each; dS is the A
+// operand from registers. 6 D flops a pair. In partial tiles, pairs that do not attend get P = dS = 0, and rows of K to
+// which no row of the block attends become zeros in shared memory, because 0 * NaN is NaN. A NaN in Q or dO stays in
+// its row, one in V in its column of dP.
 #include "attention_bwd_sm90a.cuh"
 #include "illada/api.h"
 
@@ -25,7 +25,7 @@ template <class T, int D> struct Shape {
 template <class T, int D> struct Shared {
   using S = Shape<T, D>;
   T q[S::kQueryTile], dout[S::kQueryTile], k[S::kStages][S::kKeyTile], v[S::kValueStages][S::kKeyTile];
-  uint32_t attended[kConsumerWarps][S::kWords];  // keys of a partial tile that some row of the warp attends to
+  uint32_t attended[kConsumerWarps][S::kWords];  // keys of a partial tile to which some row of the warp attends
   int step[S::kStages], key[S::kStages], item;
   uint64_t rows_full, rows_empty, k_full[S::kStages], k_empty[S::kStages], v_full[S::kValueStages],
       v_empty[S::kValueStages];
@@ -35,7 +35,7 @@ struct Item {
   int tile, head, batch;  // tile: of the workspace, the first of kTiles
 };
 
-// Descending rows, outermost: under causal masks the tiles with most keys come first.
+// Orders items by descending row, outermost, because under causal masks the last rows have the most keys.
 template <class T, int D> ILLADA_DEVICE Item item_at(int index, int items, const Sizes& size) {
   const int heads = size.batch * size.heads;
   return {(items / heads - 1 - index / heads) * Shape<T, D>::kTiles, index % size.heads, index % heads / size.heads};
@@ -78,7 +78,8 @@ ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w
         load_tile<D, S::kKeys>(s.k[stage], &maps.k, &s.k_full[stage], start, kv_head, item.batch);
       }
       mbar_wait(&s.v_empty[value_stage], n / S::kValueStages % 2 ^ 1);
-      if (end) {  // told only now: who sees it releases v of n, and v of n - 1 is to be released by all before
+      // Announced only now: who sees the end releases v of n, and all must have released v of n - 1 before.
+      if (end) {
         mbar_arrive(&s.v_full[value_stage]);
         mbar_arrive(&s.k_full[stage]);
         ++n;
@@ -91,7 +92,7 @@ ILLADA_DEVICE void produce(Shared<T, D>& s, const Maps& maps, const Workspace& w
 }
 
 // ---- consumers: two warpgroups -----------------------------------------------------------------------------------
-// What a thread knows of its two rows, t / 4 and the 8th after it: lse, delta and key ranges.
+// What a thread knows of its two rows, row_of_thread() and that + 8: lse, delta and key ranges.
 struct MyRows {
   float lse[2], delta[2];
   RowSpans spans[2];
@@ -108,7 +109,7 @@ struct MyRows {
   }
 };
 
-// Rows of the K tile that none of the block's rows attends to become zeros, whatever they hold.
+// Zeros the rows of the K tile to which no row of the block attends, even if NaN or inf.
 template <class T, int D>
 ILLADA_DEVICE void clear_unattended_keys(Shared<T, D>& s, T* k, const MyRows& rows, int start) {
   using S = Shape<T, D>;
@@ -119,14 +120,14 @@ ILLADA_DEVICE void clear_unattended_keys(Shared<T, D>& s, T* k, const MyRows& ro
   clear_other_keys<D>(k, s.attended, mine);
 }
 
-// Accumulators of pairs that do not attend become x. key: the tile's first.
+// Sets accumulators of pairs that do not attend to x. key: the first of the tile.
 template <int R> ILLADA_DEVICE void select(float (&s)[R], const MyRows& rows, int key, float x) {
 #pragma unroll
   for (int i = 0; i < R; ++i)
     if (!rows.spans[i / 2 % 2].holds(key + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2)) s[i] = x;
 }
 
-// dq (64 rows, D) += what key tile n gives
+// Adds key tile n's share to dq (64 rows, D).
 template <class T, int D>
 ILLADA_DEVICE void add_keys(Shared<T, D>& s, float (&dq)[D / 2], const MyRows& rows, int n, float scale_log2) {
   using S = Shape<T, D>;
@@ -179,7 +180,7 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
       else arrive_by_warp(&s.v_empty[n % S::kValueStages]);
       arrive_by_warp(&s.k_empty[n % S::kStages]);
     }
-    bar_sync(2 + warpgroup, 128);  // all four warps have waited for their products: these rows of Q are free
+    bar_sync(2 + warpgroup, 128);  // all four warps have waited for their MMAs: these rows of Q are free
     store_rows<S::kRows>(s.q + warpgroup * 64 * 64, dq, scale);
     fence_proxy_async();
     bar_sync(2 + warpgroup, 128);

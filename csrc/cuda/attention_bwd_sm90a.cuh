@@ -1,4 +1,4 @@
-// What the kernels of attention's backward that multiply share: items, tensor maps, and operands cleared of other rows.
+// What the kernels of attention's backward after preprocess share: items, tensor maps, and cleared K tiles.
 #pragma once
 #include <type_traits>
 
@@ -8,14 +8,16 @@
 namespace illada {
 
 constexpr int kWarpgroups = 2, kConsumers = kWarpgroups * 128, kThreads = kConsumers + 128;
-enum Step { kEnd, kFull, kPartial, kEmptyRows };  // what a stage holds; kEmptyRows: partial, some row has no keys
+// What a stage holds. kEmptyRows: a partial tile in which some row has no keys.
+enum Step { kEnd, kFull, kPartial, kEmptyRows };
 
-// Items are of unlike cost: a block starts with that of its number, then draws. Who computes one changes no bit.
+// Draws a block's next item, because items differ in cost; the first has the block's number. Changes no bit of a
+// result.
 ILLADA_DEVICE int draw_item(int32_t* drawn) { return gridDim.x + atomicAdd(drawn, 1); }
 
 // ---- host --------------------------------------------------------------------------------------------------------
-// A map of x (batch, rows, heads, dim) whose boxes are 64 columns of `box_rows` rows of one head; strides: elements, of
-// batch, row and head.
+// Maps x (batch, rows, heads, dim): boxes are 64 columns of `box_rows` rows of one head. strides: elements, of batch,
+// row and head.
 template <class T>
 int map_of_rows(CUtensorMap* map, const void* x, int64_t batch, int64_t rows, int64_t heads, int64_t dim,
                 const int64_t* strides, int box_rows) {
@@ -29,7 +31,7 @@ int map_of_contiguous_rows(CUtensorMap* map, const void* x, int64_t batch, int64
   return map_of_rows<T>(map, x, batch, rows, heads, dim, strides, box_rows);
 }
 
-// f(zero of T, integral_constant of D), for the dtypes and head dimensions there are.
+// Returns f(zero of T, integral_constant of D) for the T and D that dtype and dim name.
 template <class F> int for_type_and_dim(int bf16_code, int fp16_code, int dtype, int64_t dim, F f) {
   const auto with_type = [&](auto zero) -> int {
     switch (dim) {
@@ -46,7 +48,7 @@ template <class F> int for_type_and_dim(int bf16_code, int fp16_code, int dtype,
 }
 
 // ---- device ------------------------------------------------------------------------------------------------------
-// Those keys of start .. start + 31 that lie in the ranges.
+// Returns the keys of start .. start + 31 that lie in the ranges, as bits.
 ILLADA_DEVICE uint32_t keys_of(const RowSpans& span, int start) {
   uint32_t set = 0;
 #pragma unroll
@@ -57,7 +59,7 @@ ILLADA_DEVICE uint32_t keys_of(const RowSpans& span, int start) {
   return set;
 }
 
-// Rows of the K tile that are in no consumer's set become zeros, whatever they hold. sets: of each warp.
+// Zeros rows of the K tile that are in no consumer's set, even if NaN or inf. sets: one per warp.
 template <int D, class T, int WORDS>
 ILLADA_DEVICE void clear_other_keys(T* k, uint32_t (&sets)[kConsumers / 32][WORDS], const uint32_t (&mine)[WORDS]) {
 #pragma unroll
@@ -78,7 +80,7 @@ ILLADA_DEVICE void clear_other_keys(T* k, uint32_t (&sets)[kConsumers / 32][WORD
   bar_sync(1, kConsumers);
 }
 
-// One arrival per warp, after all its lanes came here.
+// Arrives once per warp, after all its lanes have come here.
 ILLADA_DEVICE void arrive_by_warp(uint64_t* bar) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) mbar_arrive(bar);

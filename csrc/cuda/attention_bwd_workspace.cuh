@@ -1,4 +1,4 @@
-// The workspace of attention's backward: written by attention_bwd_preprocess_sm90a.cu, read by the two kernels of products.
+// The workspace of attention's backward: attention_bwd_preprocess_sm90a.cu writes it, the other kernels read it.
 #pragma once
 #include "key_ranges.cuh"
 
@@ -6,12 +6,13 @@ namespace illada {
 
 constexpr int kTileRows = 64;  // query rows of a tile of the workspace
 
-// Of one query tile and head. A row without keys, or beyond the last: lse = inf, so that exp2(s - lse) is 0; delta = 0.
+// Of one query tile and head. A row without keys, or beyond the last, has lse = inf, so that exp2(s - lse) is 0, and
+// delta = 0.
 struct RowStats {
-  float lse[kTileRows], delta[kTileRows];  // times log2(e); sum of out * dout, minus dlse
+  float lse[kTileRows], delta[kTileRows];  // lse times log2(e); sum of out * dout, minus dlse
 };
 
-// The key ranges of one row; a range without keys has length 0.
+// The key ranges of one row. A range without keys has length 0.
 struct alignas(16) RowSpans {
   int lo[2], length[2];
   ILLADA_DEVICE bool holds(int key) const {
@@ -29,8 +30,8 @@ struct Workspace {
   const RowStats* stats;  // (batch, heads, tiles)
   const RowSpans* spans;  // (batch or 1, tiles * kTileRows)
   const TileHulls* hulls;  // (batch or 1, tiles)
-  int32_t* drawn;  // items that blocks drew: of keys, of queries
-  int tiles, bounds_batches;  // query tiles; 1: the same bounds for all of the batch
+  int32_t* drawn;  // number of items that blocks drew, of keys and of queries
+  int tiles, bounds_batches;  // tiles: of queries; bounds_batches 1: the batch shares its bounds
 
   ILLADA_DEVICE int64_t bounds_at(int batch, int tile) const {
     return int64_t(bounds_batches == 1 ? 0 : batch) * tiles + tile;

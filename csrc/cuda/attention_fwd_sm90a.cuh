@@ -1,13 +1,13 @@
 // Attention forward on Hopper: out = softmax(scale q k^T) v and its log-sum-exp, over at most two key ranges a row.
 //
-// A block takes one item after another: 64 rows for each of 3 warpgroups (2 where head_dim is 256), of one batch entry
-// and query head, or of all heads that share a kv head; with `splits`, and a share of the keys. Four more warps serve
-// them (attention_fwd_plan_sm90a.cuh). A warpgroup multiplies, takes the softmax, multiplies, in turn; the others'
-// products fill its gaps. Reads q once, k and v once an item (mostly from L2), writes out and lse once; 4 head_dim
-// flops a pair. Scores, sums and results are float32, probabilities are rounded to T for the second product. The order
-// of a row's sums depends on shapes, bounds and splits, not on who computes it: equal inputs give equal bits. Rows
-// without keys give 0 and -inf, whatever they hold. Keys that no row of the tile attends to: never copied, or scores
-// replaced and values zeroed, so that NaN stays there. Tiles without a masked pair run no mask code.
+// A block owns one item after another: 64 rows for each of 3 warpgroups (2 for head_dim 256), of one batch entry and of
+// one query head, or of all heads that share a kv head; with `splits`, also a share of the keys. Four more warps serve
+// the warpgroups (attention_fwd_plan_sm90a.cuh). One warpgroup's MMAs fill the gaps of the others' softmax. Reads q
+// once, k and v once an item (mostly from L2), writes out and lse once; 4 * head_dim flops a pair. Accumulates in
+// float32; probabilities are rounded to T for the second matmul. The order of a row's sums depends on shapes, bounds
+// and splits alone: equal inputs give equal bits. Rows without keys give 0 and -inf. Keys to which no row of the tile
+// attends are not loaded, or their scores are replaced and their values zeroed, so a NaN or inf in them reaches no
+// output. Tiles without a masked pair run no mask code.
 #pragma once
 #include "attention_fwd_plan_sm90a.cuh"
 #include "illada/api.h"
@@ -16,28 +16,28 @@ namespace {
 
 // ---- a step of a warpgroup -----------------------------------------------------------------------------------------
 template <int D> struct Rows {
-  float o[D / 2];        // (64, D), not yet divided by the sum
-  float top[2], sum[2];  // the largest score so far; exp(score - top) summed over this thread's columns
+  float o[D / 2];  // (64, D), before the division by the sum
+  float top[2], sum[2];  // largest score so far; sum of exp(score - top) over this thread's columns
 };
 
-// How many of a thread's columns, in ascending order, lie before column `end` of the tile.
+// Returns how many of a thread's columns, in ascending order, lie before column `end` of the tile.
 ILLADA_DEVICE int columns_before(int end) {
   const int x = end - threadIdx.x % 4 * 2;
   return (x >> 3) * 2 + Min{}(x & 7, 2);
 }
 
-// Which of a row's scores are of keys within its ranges: bit i / 4 * 2 + i % 2 stands for register i.
+// Returns which of a row's scores are of keys within its ranges: bit i / 4 * 2 + i % 2 for register i.
 ILLADA_DEVICE uint32_t columns_within(const int4& r, int start) {
   return bits_between(columns_before(r.x - start), columns_before(r.y - start)) |
          bits_between(columns_before(r.z - start), columns_before(r.w - start));
 }
 
-// Scores to probabilities, relative to the running maximum; o and the sums follow it. A row with only -inf so far stays
-// 0.
+// Turns scores into probabilities relative to the running maximum, and rescales o and the sums. A row whose scores are
+// all -inf so far keeps probability 0.
 template <int D, class T>
 ILLADA_DEVICE void softmax(float (&s)[Tile<D>::keys / 2], uint32_t (&p)[Tile<D>::keys / 16][4], Rows<D>& rows,
                            float scale_log2) {
-  float high[4] = {s[0], s[1], s[2], s[3]}, shift[2], factor[2];  // high: two for each row, shorter chains
+  float high[4] = {s[0], s[1], s[2], s[3]}, shift[2], factor[2];  // high: two for each row, for shorter chains
 #pragma unroll
   for (int i = 4; i < Tile<D>::keys / 2; ++i) high[i % 4] = fmaxf(high[i % 4], s[i]);
 #pragma unroll
@@ -60,7 +60,7 @@ ILLADA_DEVICE void softmax(float (&s)[Tile<D>::keys / 2], uint32_t (&p)[Tile<D>:
   }
 }
 
-// One lane of each warp tells that the warpgroup's products, which it has waited for, no longer read a stage.
+// Releases a stage that the warpgroup's MMAs no longer read: one arrival per warp.
 ILLADA_DEVICE void release(uint64_t* empty) {
   if (threadIdx.x % 32 == 0) mbar_arrive(empty);
 }
@@ -74,7 +74,7 @@ ILLADA_DEVICE void step(Shared<T, D>& shared, const Problem& problem, const Plan
   mbar_wait(&shared.k_full[stage], phase);
   multiply_transposed<D, kRows>(s, shared.q[wg], shared.k[stage]);
   uint32_t attended[2];
-  if constexpr (MASKED) {  // meanwhile
+  if constexpr (MASKED) {  // while the MMA runs
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       attended[r] = columns_within(plan.ranges[wg][(row_of_thread() + 8 * r) / problem.pack], plan.first_key(n));
@@ -82,7 +82,7 @@ ILLADA_DEVICE void step(Shared<T, D>& shared, const Problem& problem, const Plan
   wgmma_wait<0>();
   reg_fence(s);
   release(&shared.k_empty[stage]);
-  if (n == plan.end - 1) release(&shared.q_empty[wg]);  // the next queries come while this item is finished
+  if (n == plan.end - 1) release(&shared.q_empty[wg]);  // the next queries load while this item is finished
   if constexpr (MASKED) {
 #pragma unroll
     for (int i = 0; i < Tile<D>::keys / 2; ++i)
@@ -98,11 +98,12 @@ ILLADA_DEVICE void step(Shared<T, D>& shared, const Problem& problem, const Plan
   release(&shared.v_empty[stage]);
 }
 
-// A tile of which this warpgroup needs nothing: it passes it on once it is there, so that stages stay in step.
+// Skips a key tile to which no row of this warpgroup attends. Still waits for both loads and arrives on both `empty`
+// barriers; otherwise the producer could not refill the stage.
 template <class T, int D> ILLADA_DEVICE void skip(Shared<T, D>& shared, const Plan<D>& plan, int wg, int n, int use) {
   const int stage = use % kStages, phase = use / kStages % 2;
   mbar_wait(&shared.k_full[stage], phase);
-  __syncwarp();  // a lane that waits on may miss a phase
+  __syncwarp();  // because a lane that still waits could miss a phase
   release(&shared.k_empty[stage]);
   mbar_wait(&shared.v_full[stage], phase);
   __syncwarp();
@@ -111,7 +112,7 @@ template <class T, int D> ILLADA_DEVICE void skip(Shared<T, D>& shared, const Pl
 }
 
 // ---- results -------------------------------------------------------------------------------------------------------
-// Four words of each lane of a quad, transposed: lane t gets word t of the four lanes.
+// Transposes four words of each lane of a quad: lane t gets word t of the four lanes.
 ILLADA_DEVICE void transpose_quad(uint32_t (&w)[4]) {
 #pragma unroll
   for (int bit = 1; bit < 4; bit *= 2) {
@@ -125,7 +126,7 @@ ILLADA_DEVICE void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// Row r of this thread, 8 columns of T at a time: a quad holds 32 columns as 4 words of each lane.
+// Stores row r of this thread, 8 columns of T at a time: a quad holds 32 columns as 4 words of each lane.
 template <class T, int D> ILLADA_DEVICE void store_row(T* to, const float (&o)[D / 2], int r, bool there) {
 #pragma unroll
   for (int i = 2 * r; i < D / 2; i += 16) {
@@ -138,8 +139,8 @@ template <class T, int D> ILLADA_DEVICE void store_row(T* to, const float (&o)[D
   }
 }
 
-// Divides by the sums and stores, from registers: the queries' shared memory belongs to the next item by then. With
-// `parts` in float32 to the share's place among (splits, batch, heads, rows).
+// Divides by the sums and stores from registers, because the queries' shared memory already belongs to the next item.
+// With `parts`, stores float32 at the share's place among (splits, batch, heads, queries).
 template <class T, int D> ILLADA_DEVICE void finish_rows(const Problem& p, const Plan<D>& plan, int wg, Rows<D>& rows) {
   const int64_t all = p.batch * p.heads * p.queries, part = plan.split * all;
   float* const lse = p.parts ? p.parts + p.splits * all * D + part : p.lse;
@@ -168,7 +169,7 @@ template <class T, int D> ILLADA_DEVICE void finish_rows(const Problem& p, const
   }
 }
 
-// Rows that no query fills, where `pack` does not divide 64: their scores must only be numbers that nobody reads.
+// Zeros rows that no query fills (where `pack` does not divide 64), because their scores must not be NaN.
 template <class T, int D> ILLADA_DEVICE void fill_spare_rows(T* q, const Problem& p) {
   for (int row = p.warpgroup_queries() * p.pack + threadIdx.x % 128 / 8; row < kRows; row += 16)
     for (int piece = 0; piece < pieces<D>; ++piece)
@@ -178,7 +179,7 @@ template <class T, int D> ILLADA_DEVICE void fill_spare_rows(T* q, const Problem
 
 template <class T, int D> ILLADA_DEVICE void consume(Shared<T, D>& shared, const Problem& p) {
   const int wg = warpgroup_of_thread();
-  int use = 0;  // of the rings
+  int use = 0;  // stages of the rings used so far
   fill_spare_rows<T, D>(shared.q[wg], p);
   bar_sync(1 + wg, 128);
   for_each_item<D>(shared, [&](int i, const Plan<D>& plan) {
@@ -208,7 +209,7 @@ template <class T, int D> ILLADA_DEVICE void init_barriers(Shared<T, D>& s) {
     mbar_init(&s.v_full[i], 1);
     mbar_init(&s.v_clean[i], 1);
     mbar_init(&s.k_empty[i], warps);
-    mbar_init(&s.v_empty[i], warps + 1);  // and the warp that keeps values clean
+    mbar_init(&s.v_empty[i], warps + 1);  // and the warp that cleans values
   }
   for (int i = 0; i < Tile<D>::warpgroups; ++i) {
     mbar_init(&s.q_full[i], 1);
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(Tile<D>::threads, 1)
   if (role == 3) keep_values_clean<D>(s, p);
 }
 
-// Adds up the shares of the keys, in order of their number: one warp for a row.
+// Adds up the shares of the keys in ascending order, with one warp a row.
 template <class T, int D>
 __global__ void __launch_bounds__(256)
     combine(const float* parts, T* out, float* lse, int splits, int64_t batch, int heads, int queries) {
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(256)
 struct Forward {
   const void *q, *k, *v;
   int64_t keys, kv_heads, dim;
-  const int64_t* strides;  // elements: batch, row, head of q, k, v
+  const int64_t* strides;  // elements: of batch, row and head of q, k, v
   int blocks;
   cudaStream_t stream;
 };
@@ -303,7 +304,7 @@ template <class T> int run_any(const Forward& f, const Problem& p) {
 
 }  // namespace
 
-// Defines the entry point for one type; RUN takes (Forward, Problem).
+// Defines the entry point for one dtype. RUN takes (Forward, Problem).
 #define ILLADA_ATTENTION_FWD(NAME, RUN)                                                                               \
   extern "C" int NAME(ILLADA_ATTENTION_FWD_ARGUMENTS) {                                                               \
     const KeyBounds ranges{bounds, strides[9], strides[10], int(keys)};                                               \

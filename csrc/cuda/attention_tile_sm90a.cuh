@@ -1,13 +1,14 @@
-// The steps of a tile that attention's forward and backward share: tensor maps, bulk loads, the two products, and where
-// results go. A tile of T lies as [columns / 64][rows][64] with the 128-byte swizzle; a warpgroup owns 64 rows.
+// The steps of a tile that attention's forward and backward share: tensor maps, TMA loads, the two kinds of MMA,
+// stores. A tile of T lies as [columns / 64][rows][64] with the 128-byte swizzle; a warpgroup owns 64 rows of the
+// results.
 #pragma once
 #include "hopper.cuh"
 
 namespace illada {
 
 // ---- host --------------------------------------------------------------------------------------------------------
-// A map of x (batch, rows, heads, dim), its dimensions after dim in the order that `size` gives; one of a single
-// element may have any stride, and gets one that passes.
+// Maps x (batch, rows, heads, dim), its dimensions after dim in the order of `size`. A dimension of one element may
+// have any stride, and gets one that the hardware accepts.
 template <class T>
 int map_of_tiles(CUtensorMap* map, const void* x, int64_t dim, const int64_t (&size)[3], const int64_t (&stride)[3],
                  const uint32_t (&box)[4]) {
@@ -22,7 +23,7 @@ int map_of_tiles(CUtensorMap* map, const void* x, int64_t dim, const int64_t (&s
 // ---- device: the steps of a tile ---------------------------------------------------------------------------------
 template <int D> constexpr int pieces = (D + 63) / 64;
 
-// ROWS rows of one head, from `row` on; what lies outside of the tensor comes as zero.
+// Loads ROWS rows of one head, from `row` on; elements outside the tensor load as zero.
 template <int D, int ROWS, class T>
 ILLADA_DEVICE void load_tile(T* tile, const CUtensorMap* map, uint64_t* full, int row, int head, int batch) {
 #pragma unroll
@@ -30,22 +31,23 @@ ILLADA_DEVICE void load_tile(T* tile, const CUtensorMap* map, uint64_t* full, in
     tma_load(tile + piece * ROWS * 64, map, full, piece * 64, row, head, batch);
 }
 
-// So many 16-bit elements further on: what to add to a descriptor, whose address counts 16 bytes and never overflows.
+// Returns what to add to a descriptor to advance by so many 16-bit elements. Its address counts 16 bytes and never
+// overflows.
 ILLADA_DEVICE uint64_t units(int elements) { return elements * 2 / 16; }
 
 // Thread t of a warpgroup holds rows t / 32 * 16 + t % 32 / 4 and that + 8, columns as in wgmma.cuh.
 ILLADA_DEVICE int row_of_thread() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
-// From lane 0: the compiler then knows that the warp agrees, and keeps descriptors in uniform registers.
+// Shuffled from lane 0, so that the compiler knows that the warp agrees and keeps descriptors in uniform registers.
 ILLADA_DEVICE int warpgroup_of_thread() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
 
-// Ones at bits from .. to of a word, whatever of that lies in it.
+// Returns a word with ones at bits from .. to, clipped to the word.
 ILLADA_DEVICE uint32_t bits_between(int from, int to) {
   const int a = Min{}(Max{}(from, 0), 32), b = Min{}(Max{}(to, 0), 32);
   return a < b ? ~0u >> (32 - (b - a)) << a : 0u;
 }
 
-// s (64, N) = a (64, D) b^T: a lies in a tile of A_ROWS rows, b is a whole tile of N rows.
+// s (64, N) = a (64, D) b^T. a lies in a tile of A_ROWS rows; b is a whole tile of N rows.
 template <int D, int A_ROWS, class T, int R>
 ILLADA_DEVICE void multiply_transposed(float (&s)[R], const T* a, const T* b) {
   constexpr int kN = 2 * R;
@@ -58,7 +60,7 @@ ILLADA_DEVICE void multiply_transposed(float (&s)[R], const T* a, const T* b) {
   wgmma_commit();
 }
 
-// sum (64, columns) += a (64, 16 * STEPS) b: b is the columns from where it points on, in a tile of 16 * STEPS rows.
+// sum (64, columns) += a (64, 16 * STEPS) b. b points to the first of the columns, in a tile of 16 * STEPS rows.
 template <class T, int R, int STEPS>
 ILLADA_DEVICE void multiply_add(float (&sum)[R], uint32_t (&a)[STEPS][4], const T* b) {
   const uint64_t from = smem_desc(b, 1024, STEPS * 16 * 128);
@@ -71,13 +73,13 @@ ILLADA_DEVICE void multiply_add(float (&sum)[R], uint32_t (&a)[STEPS][4], const 
   wgmma_commit();
 }
 
-// Accumulators as the A operand of a product.
+// Packs accumulators as the A operand of an MMA.
 template <class T, int STEPS> ILLADA_DEVICE void pack_operand(uint32_t (&a)[STEPS][4], const float (&x)[STEPS * 8]) {
 #pragma unroll
   for (int i = 0; i < STEPS * 8; i += 2) a[i / 8][i / 2 % 4] = pack<T>(x[i], x[i + 1]);
 }
 
-// factor * x (64, columns) to the tile of ROWS rows that `tile` points into.
+// Stores factor * x (64, columns) to the tile of ROWS rows that `tile` points into.
 template <int ROWS, class T, int R> ILLADA_DEVICE void store_rows(T* tile, const float (&x)[R], float factor) {
   const int t = threadIdx.x % 128, matrix = t % 32 / 8, row = t / 32 * 16 + matrix % 2 * 8 + t % 8;
 #pragma unroll

@@ -1,11 +1,12 @@
 // What the kernels of unmask share: a candidate's parameters, read on the device with the reference's roundings and
-// clamps, and what is kept of a row while a warp meets its logits:
-//   the maximum and the second one, sum of e = exp(z) and of e * z with z = (l - max) / Tc in units of log 2, and the
-//   best l + T * Gumbel with its id and its l. A NaN or +inf logit makes the maximum +inf for good: the row is bad.
-// A warp meets IDS * 32 ids at once, lane i those at first + j / 4 * 128 + i * 4 + j % 4: neighbours share a Philox
-// block. All of it, and so the order of every sum, is a function of the row's own logits and of where the caller cuts
-// the vocab. Noise costs Philox for each pair of ids; logarithms are computed only where the word's size leaves an
-// id a chance to win, by bounds that err to one side, so that the argmax is exact.
+// clamps, and the running statistics of a row (`Running`), into which a warp folds logits l (`meet`):
+//
+//   max and second max of l;  sums of e = exp(z) and e * z, z = (l - max) / Tc in units of log 2;  best l + T * Gumbel
+//
+// A warp takes IDS * 32 ids at once; lane i has ids first + j / 4 * 128 + i * 4 + j % 4, so neighbours share a Philox
+// block. The order of every sum depends only on the row's logits and on where the caller cuts the vocab. Noise costs
+// Philox per pair of ids; logarithms only where the random word leaves an id a chance to win, by bounds that err to one
+// side, so the argmax is exact. A NaN or +inf logit sets the maximum to +inf for good: the row is bad.
 #pragma once
 #include "device.cuh"
 #include "illada/api.h"
@@ -31,12 +32,12 @@ template <class T> ILLADA_DEVICE T at(const illada_unmask_view& view, int64_t b,
 }
 
 struct Row {
-  int64_t position, held;  // position -1: no candidate
+  int64_t position, held;  // position -1: not a candidate
   uint64_t seed;
   uint32_t noise_position, step;
-  float temperature;  // of the noise, 0: none
-  float scale, scale2;  // 1 / Tc, and times log2 e
-  int32_t masked, needed;  // needed: its logits are
+  float temperature;  // of the noise; 0: none
+  float scale, scale2;  // 1 / Tc, and times log2(e)
+  int32_t masked, needed;  // needed: this row's logits are read
 };
 
 ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
@@ -72,7 +73,7 @@ ILLADA_DEVICE float load_bias(const Call& c, int64_t id) {
   }
 }
 
-// For each of the n ids that lies among the warp's IDS * 32, in order: apply(its j in this lane or -1, where in ids).
+// Calls apply(j in this lane or -1, position in ids) for each of the n ids among the warp's IDS * 32, in order.
 template <int IDS, class Apply>
 ILLADA_DEVICE void find_ids(const Call& c, const int64_t* ids, int64_t n, int64_t first, Apply apply) {
   const int lane = threadIdx.x % 32;
@@ -111,7 +112,7 @@ template <int IDS> ILLADA_DEVICE void apply_edits(const Edits<IDS>& e, float (&l
 #pragma unroll
   for (int j = 0; j < IDS; ++j) {
     l[j] = __fadd_rn(__fadd_rn(l[j], e.head_bias[j]), e.bias[j]);  // of two zeros the positive one
-    l[j] = e.bias[j] == -infinity() ? -infinity() : l[j];  // even a NaN
+    l[j] = e.bias[j] == -infinity() ? -infinity() : l[j];  // even for a NaN
   }
 }
 
@@ -126,24 +127,24 @@ ILLADA_DEVICE Running nothing_met() {
   return Running{low, low, 0.0f, 0.0f, low, low, low, -1};
 }
 
-// Maximum over the warp of numbers that are not NaN and not -0, by one integer reduction.
+// Returns the maximum over the warp, by one integer reduction. x is neither NaN nor -0.
 ILLADA_DEVICE float warp_top(float x) {
   const int bits = __float_as_int(x), ordered = bits ^ (bits >> 31 & 0x7fffffff);
   const int top = __reduce_max_sync(0xffffffffu, ordered);
   return __int_as_float(top ^ (top >> 31 & 0x7fffffff));
 }
 
-// The highest first word of an id that can still need Gumbel noise of `need`: g >= need implies u <= exp(-need).
+// Returns the largest top word of an id whose Gumbel noise can reach `need`: g >= need implies u <= exp(-need).
 ILLADA_DEVICE uint32_t highest_word(float need) {
   const float limit = fast_exp2(fmaf(-need, kLog2e, 32.0f)) * 1.001f;
-  return limit < 4294967040.0f ? uint32_t(limit) : 0xffffffffu;  // a NaN too
+  return limit < 4294967040.0f ? uint32_t(limit) : 0xffffffffu;  // for a NaN too
 }
 
 struct Best {
   float score, logit;
   int32_t id;
 };
-// One id that the first bound let through.
+// Offers one id that passed the first bound.
 ILLADA_DEVICE void offer(float logit, uint32_t high, uint32_t low, float temperature, float slack, int32_t id,
                          Best& best) {
   const int halvings = high ? __clz(int(high)) + 1 : 64;  // u >= 2^-halvings, so g <= halvings * log 2
@@ -152,7 +153,8 @@ ILLADA_DEVICE void offer(float logit, uint32_t high, uint32_t low, float tempera
   if (score > best.score || (score == best.score && id < best.id)) best = Best{score, logit, id};
 }
 
-// A score that the row reaches: the best of what each lane's likeliest id gets. A high bar spares logarithms, no more.
+// Returns a score that the row reaches: the best of what each lane's likeliest id gets. A high bar only spares
+// logarithms.
 template <int IDS> ILLADA_DEVICE float first_bar(const float (&l)[IDS], int32_t mine, const Row& row) {
   float top = l[0];
   int32_t id = mine;
@@ -169,12 +171,12 @@ ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t mine, const Row& ro
   const float t = row.temperature;
   Best best{s.best_score, s.best_logit, s.best_id};
   if (best.score == -infinity())
-    best = Best{first_bar(l, mine, row), -infinity(), 0x7fffffff};  // its id comes again, in turn
+    best = Best{first_bar(l, mine, row), -infinity(), 0x7fffffff};  // its id comes again in its turn
   const int32_t before = best.id;
-  // what rounding can add to a score, at most
+  // an upper bound of what rounding adds to a score
   const float slack = 1e-6f * (fabsf(best.score) + fabsf(top) + 64.0f * t);
   const float need = (best.score - top - slack) / t;  // the Gumbel value of a winner
-  if (need > 44.5f) return;  // no 64-bit uniform gives more than 44.37
+  if (need > 44.5f) return;  // a 64-bit uniform gives at most 44.37
   const uint32_t limit = highest_word(need);
 #pragma unroll
   for (int j = 0; j < IDS; j += 2) {
@@ -192,7 +194,7 @@ ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t mine, const Row& ro
   s.best_logit = __shfl_sync(0xffffffffu, best.logit, __ffs(int(owners)) - 1);
 }
 
-// The second largest of all lanes' logits, given each lane's two largest.
+// Returns the second largest logit of all lanes, given each lane's two largest.
 ILLADA_DEVICE float warp_second(float top, float second) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
@@ -203,7 +205,7 @@ ILLADA_DEVICE float warp_second(float top, float second) {
   return second;
 }
 
-// l: this lane's logits of ids first .. first + IDS * 32, edited.
+// Folds this lane's edited logits l of ids first .. first + IDS * 32 into the row's statistics.
 template <int IDS>
 ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, int needs, Running& s) {
   const int lane = threadIdx.x % 32;

@@ -145,8 +145,16 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "P not masked": ("  if (step != kFull) select(p, bits, -infinity());\n", "", WRONG),
         "dS not masked": ("  if (step != kFull) select(ds, bits, 0);\n", "", WRONG),
         "one head of the group": ("head = item.kv_head * group + i;", "head = item.kv_head * group;", WRONG),
-        "touched only if wholly within": ("start < hi[0]) ||", "end <= hi[0]) ||", WRONG),
-        "full if it begins within": ("end <= common_hi[0])", "start < common_hi[0])", WRONG),
+        "touched only if wholly within": (
+            "start < hi[0]) || (lo[1] < end && start < hi[1]);",
+            "end <= hi[0]) || (lo[1] < end && start < hi[1]);",
+            WRONG,
+        ),
+        "full if it begins within": (
+            "end <= common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]);",
+            "start < common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]);",
+            WRONG,
+        ),
         "MN-major lead": ("1024, STEPS * 16 * 128", "1024, STEPS * 16 * 64", WRONG, 256),
     },
     "queries": {
