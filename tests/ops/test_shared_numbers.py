@@ -11,7 +11,7 @@ from illada_kernels.ops.attention import native as attention
 from illada_kernels.ops.masked_loss import native as masked_loss
 from illada_kernels.ops.unmask import cuda, gpu, native, nvrtc
 
-HEADER = Path(__file__).resolve().parents[1] / "csrc/include/illada/api.h"
+HEADER = Path(__file__).resolve().parents[2] / "csrc/include/illada/api.h"
 
 
 def enum(name: str) -> dict[str, int]:
