@@ -191,9 +191,9 @@ template <class T> int forward(const Problem& p, T* out, float* lse) {
 }  // namespace
 
 int ILLADA_ISA_FN(illada_attention_fwd_cpu)(int dtype, const void* q, const void* k, const void* v,
-                                            const int32_t* bounds, void* out, float* lse, int64_t batch, int64_t rows,
-                                            int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim, int64_t dim_v,
-                                            const int64_t* strides, float scale, int threads) {
+                                            const int32_t* bounds, void* out, float* lse, int64_t batch,
+                                            int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
+                                            int64_t dim_v, const int64_t* strides, float scale, int threads) {
   if (!valid(batch, queries, keys, heads, kv_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
   const Problem p =
       make_problem(q, k, v, bounds, batch, queries, keys, heads, kv_heads, dim, dim_v, strides, scale, threads);

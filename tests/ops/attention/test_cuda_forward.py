@@ -223,7 +223,8 @@ FAULTS = {
         "  release(&shared.v_empty[stage]);\n  wgmma_wait<0>();\n  reg_fence(rows.o);",
     ),
     "a skipped tile is passed on before it is there": (
-        "  mbar_wait(&shared.k_full[stage], phase);\n  __syncwarp();  // because a lane that still waits could miss a phase\n",
+        "  mbar_wait(&shared.k_full[stage], phase);\n"
+        "  __syncwarp();  // because a lane that still waits could miss a phase\n",
         "",
     ),
     "a skipped tile is not passed on": ("else skip(shared, plan, wg, n, use);", "else {}"),
