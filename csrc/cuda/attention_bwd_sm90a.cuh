@@ -1,4 +1,4 @@
-// What the kernels of attention's backward after preprocess share: items, tensor maps, and cleared K tiles.
+// What the kernels of attention's backward after preprocess share: items, tensor maps, operands, stores, cleared K.
 #pragma once
 #include <type_traits>
 
@@ -48,6 +48,25 @@ template <class F> int for_type_and_dim(int bf16_code, int fp16_code, int dtype,
 }
 
 // ---- device ------------------------------------------------------------------------------------------------------
+// Packs accumulators as the A operand of an MMA.
+template <class T, int STEPS> ILLADA_DEVICE void pack_operand(uint32_t (&a)[STEPS][4], const float (&x)[STEPS * 8]) {
+#pragma unroll
+  for (int i = 0; i < STEPS * 8; i += 2) a[i / 8][i / 2 % 4] = pack<T>(x[i], x[i + 1]);
+}
+
+// Stores factor * x (64, columns) to the tile of ROWS rows that `tile` points into.
+template <int ROWS, class T, int R> ILLADA_DEVICE void store_rows(T* tile, const float (&x)[R], float factor) {
+  const int t = threadIdx.x % 128, matrix = t % 32 / 8, row = t / 32 * 16 + matrix % 2 * 8 + t % 8;
+#pragma unroll
+  for (int i = 0; i < R; i += 8) {
+    const int column = i * 2 + matrix / 2 * 8, byte = column % 64 * 2 ^ row % 8 * 16;
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) words[j] = pack<T>(factor * x[i + 2 * j], factor * x[i + 2 * j + 1]);
+    stmatrix(tile + column / 64 * ROWS * 64 + row * 64 + byte / 2, words);
+  }
+}
+
 // Returns the keys of start .. start + 31 that lie in the ranges, as bits.
 ILLADA_DEVICE uint32_t keys_of(const RowSpans& span, int start) {
   uint32_t set = 0;

@@ -1,6 +1,5 @@
-// The steps of a tile that attention's forward and backward share: tensor maps, TMA loads, the two kinds of MMA,
-// stores. A tile of T lies as [columns / 64][rows][64] with the 128-byte swizzle; a warpgroup owns 64 rows of the
-// results.
+// The steps of a tile that attention's forward and backward share: tensor maps, TMA loads, the two kinds of MMA. A tile
+// of T lies as [columns / 64][rows][64] with the 128-byte swizzle; a warpgroup owns 64 rows of the results.
 #pragma once
 #include "hopper.cuh"
 
@@ -71,25 +70,6 @@ ILLADA_DEVICE void multiply_add(float (&sum)[R], uint32_t (&a)[STEPS][4], const 
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) wgmma<T, Major::MN>(sum, a[i], from + units(i * 16 * 64), true);
   wgmma_commit();
-}
-
-// Packs accumulators as the A operand of an MMA.
-template <class T, int STEPS> ILLADA_DEVICE void pack_operand(uint32_t (&a)[STEPS][4], const float (&x)[STEPS * 8]) {
-#pragma unroll
-  for (int i = 0; i < STEPS * 8; i += 2) a[i / 8][i / 2 % 4] = pack<T>(x[i], x[i + 1]);
-}
-
-// Stores factor * x (64, columns) to the tile of ROWS rows that `tile` points into.
-template <int ROWS, class T, int R> ILLADA_DEVICE void store_rows(T* tile, const float (&x)[R], float factor) {
-  const int t = threadIdx.x % 128, matrix = t % 32 / 8, row = t / 32 * 16 + matrix % 2 * 8 + t % 8;
-#pragma unroll
-  for (int i = 0; i < R; i += 8) {
-    const int column = i * 2 + matrix / 2 * 8, byte = column % 64 * 2 ^ row % 8 * 16;
-    uint32_t words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) words[j] = pack<T>(factor * x[i + 2 * j], factor * x[i + 2 * j + 1]);
-    stmatrix(tile + column / 64 * ROWS * 64 + row * 64 + byte / 2, words);
-  }
 }
 
 }  // namespace illada
