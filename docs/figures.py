@@ -80,7 +80,8 @@ def figures() -> dict[str, str]:
     """File name -> text. A mask that is the same for all queries is drawn with as many as keys; cached with 4."""
 
     def rows(name: str, ranges: KeyRanges) -> int:
-        return 4 if name == "cached" else max(ranges.bounds.shape[1], ranges.num_keys)
+        own = ranges.bounds.shape[1]  # 1: the same for all queries
+        return 4 if name == "cached" else own if own > 1 else ranges.num_keys
 
     def order(name: str) -> str:
         return ": noisy, then clean" if name.startswith("block_diffusion") else ""
