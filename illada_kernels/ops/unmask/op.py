@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from collections.abc import Sequence
-
 from ..._dispatch import backends
 from ..._torch_ops import Operator
 from .problem import Problem
