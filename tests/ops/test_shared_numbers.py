@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from illada_kernels import rules
-from illada_kernels.ops.attention import native as attention
-from illada_kernels.ops.masked_loss import native as masked_loss
-from illada_kernels.ops.unmask import cuda, gpu, native, nvrtc
+from illada_kernels._extension import DTYPES
+from illada_kernels.ops.unmask import cuda, gpu, nvrtc, problem
 
 HEADER = Path(__file__).resolve().parents[2] / "csrc/include/illada/api.h"
 
@@ -44,15 +43,13 @@ def test_confidences_are_named_in_the_order_of_the_header() -> None:
 def test_needs_have_the_bits_of_the_header() -> None:
     members = enum("illada_unmask_needs")
     assert len(members) == 3
-    assert members == {member: getattr(gpu, member) for member in members}
+    assert members == {member: getattr(problem, member) for member in members}
 
 
 def test_dtypes_have_the_numbers_of_the_header() -> None:
-    tensors = {"F32": torch.zeros(1), "BF16": torch.zeros(1).bfloat16(), "F16": torch.zeros(1).half()}
-    numbers = enum("illada_dtype")
-    assert numbers == {name: masked_loss.dtype_code(x) for name, x in tensors.items()}
-    for table in (attention._DTYPES, native.DTYPES, cuda.DTYPES):
-        assert numbers == {name: table[x.dtype] for name, x in tensors.items()}
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    assert enum("illada_dtype") == {name: DTYPES[dtype] for name, dtype in names.items()}
+    assert len(DTYPES) == len(names)
 
 
 def test_sizes_are_those_of_the_header() -> None:
