@@ -1,19 +1,19 @@
 """Compiles `illada_kernels._C` with illada_kernels/_build.py, without torch; the rest is in pyproject.toml."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+have = setuptools.__version__
+if int(have.split(".")[0]) < 77:  # as pyproject.toml asks; without build isolation pip does not look
+    raise SystemExit(f"setuptools 77 or newer is needed, this is {have}: pip install 'setuptools>=77'")
+
 ROOT = Path(__file__).parent.resolve()
-
-
-def load_build_module():
-    spec = importlib.util.spec_from_file_location("illada_build", ROOT / "illada_kernels" / "_build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(ROOT))  # the package's own __init__ imports nothing
+from illada_kernels import _build  # noqa: E402
 
 
 class BuildExt(build_ext):
@@ -22,7 +22,7 @@ class BuildExt(build_ext):
     def run(self):
         package = ROOT if self.inplace else Path(self.build_lib)
         work = ROOT / "build" if self.inplace else Path(self.build_temp)
-        load_build_module().build(ROOT, package / "illada_kernels", work)
+        _build.build(ROOT, package / "illada_kernels", work)
 
     def get_outputs(self):  # without a compiler there is no _C, and that is no error
         return [path for path in super().get_outputs() if Path(path).exists()]

@@ -30,13 +30,22 @@ def masks() -> dict[str, KeyRanges]:
         "block_causal_boundaries": KeyRanges.block_causal(16, documents),
         "block_diffusion": KeyRanges.block_diffusion(8, 2),
         "block_diffusion_documents": KeyRanges.block_diffusion(8, 2, torch.tensor([0, 5, 8])),
+        "block_diffusion_clean": KeyRanges.block_diffusion(8, 2, causal="clean"),
+        "block_diffusion_both": KeyRanges.block_diffusion(8, 2, causal="both"),
+        "anchor_blocks": KeyRanges.anchor_blocks(torch.tensor([2, 5, 6]), 7, 3),
+        "causal_cache": KeyRanges.causal(4, 16),
         "cached": KeyRanges.cached(torch.tensor([12]), 4, 16),
+        "cached_blocks": KeyRanges.cached(torch.tensor([12]), 4, 16, block=2),
+        "cached_window": KeyRanges.cached(torch.tensor([12]), 4, 16, block=1, left=5),
         "intersection": KeyRanges.window(16, 5, 5) & KeyRanges.packed(documents, 16),
     }
 
 
-def svg(ranges: KeyRanges, rows: int) -> str:
-    """Queries run down, keys to the right; what batch entry 0 may attend is coloured, blue the first run of a row."""
+def svg(ranges: KeyRanges, rows: int, order: str = "") -> str:
+    """Queries run down, keys to the right; what batch entry 0 may attend is coloured, blue the first run of a row.
+
+    `order` says what lies on both axes, beside their names.
+    """
     mask = ranges.dense()[0].expand(rows, -1)  # (rows, num_keys)
     num_keys = mask.shape[1]
     right, bottom = MARGIN + CELL * num_keys, MARGIN + CELL * rows
@@ -51,8 +60,8 @@ def svg(ranges: KeyRanges, rows: int) -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{right + 1}" height="{bottom + 1}">',
             f"<style>{STYLE}</style>",
-            f'<text x="{MARGIN}" y="{MARGIN - 8}">keys</text>',
-            f'<text transform="translate({MARGIN - 8},{MARGIN + 42}) rotate(-90)">queries</text>',
+            f'<text x="{MARGIN}" y="{MARGIN - 8}">keys{order}</text>',
+            f'<text text-anchor="end" transform="translate({MARGIN - 8},{MARGIN}) rotate(-90)">queries{order}</text>',
             *bars,
             f'<path d="{columns}{lines}"/>',
             "</svg>\n",
@@ -69,11 +78,14 @@ def runs(row: Tensor) -> list[tuple[int, int]]:
 
 def figures() -> dict[str, str]:
     """File name -> text. A mask that is the same for all queries is drawn with as many as keys; cached with 4."""
-    rows = {"cached": 4}
-    return {
-        f"{name}.svg": svg(r, rows.get(name, r.bounds.shape[1] if r.bounds.shape[1] > 1 else r.num_keys))
-        for name, r in masks().items()
-    }
+
+    def rows(name: str, ranges: KeyRanges) -> int:
+        return 4 if name == "cached" else max(ranges.bounds.shape[1], ranges.num_keys)
+
+    def order(name: str) -> str:
+        return ": noisy, then clean" if name.startswith("block_diffusion") else ""
+
+    return {f"{name}.svg": svg(ranges, rows(name, ranges), order(name)) for name, ranges in masks().items()}
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def loss_case(
     scale = torch.where(masked, weight, 0) * (upstream if options.get("reduction") == "none" else 1.7)
     kept = dtype if device == "cuda" and not from_logits else torch.float32
     got, exact = run(dtype, op(backend)), run(torch.float64, op("reference"))
-    extra = masked_loss_rounding(exact[0], scale, float((hidden @ head.T).abs().max()), hidden, head, kept)
+    extra = masked_loss_rounding(exact[0], scale, float((hidden @ head.T).detach().abs().max()), hidden, head, kept)
     for name, mine, simple, ref in zip(names, got, run(dtype, plain), exact):
         assert_close(mine, simple, ref, extra[name], name)
     for name, first, second in zip(names, got, run(dtype, op(backend))):

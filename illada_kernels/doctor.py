@@ -65,11 +65,12 @@ def compilers() -> dict[str, str]:
     """The version of each compiler that a build would use now, or why there is none."""
     cxx, no_cxx = attempt(lambda: _build.version_line(_build.find_compiler()))
     ninja, no_ninja = attempt(lambda: _build.version_line(_build.find_ninja()))
-    (nvcc, reason), _ = attempt(_build.find_nvcc)
+    found, broken = attempt(_build.find_nvcc)
+    nvcc, reason = found or (None, str(broken))
     return {
         "c++": cxx or str(no_cxx),
         "ninja": f"ninja {ninja}" if ninja else str(no_ninja),
-        "nvcc": str(attempt(lambda: _build.version_line(nvcc))[0]) if nvcc else reason,
+        "nvcc": _build.version_line(nvcc) if nvcc else reason,
     }
 
 
@@ -165,6 +166,7 @@ def extension_lines(build: dict[str, Any], extension: dict[str, Any]) -> list[st
         lines = [f"build      {build['reason']}"]
     else:
         lines = [f"build      {build['compiler']}; {cuda}; {build['seconds']} s"]
+    lines += [f"           {note}" for note in build.get("notes", ())]
     if build.get("stale"):
         lines.append("           csrc/ has changed since: `make build`")
     working = f"works, {extension.get('cpu_isa')} instructions"
@@ -172,21 +174,27 @@ def extension_lines(build: dict[str, Any], extension: dict[str, Any]) -> list[st
 
 
 def table(ops: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A line per op and backend; reasons, which many share, follow once each under a number."""
     lines = [f"{'op':<24} {'backend':<10} {'default order':<16} state"]
+    reasons: list[str] = []
+
+    def numbered(reason: str) -> str:
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"[{reasons.index(reason) + 1}]"
+
     for op, rows in ops.items():
         for row in rows:
             place = ", ".join(f"{device} {at}" for device, at in row.get("place", {}).items()) or "-"
-            lines.append(f"{op:<24} {row['backend']:<10} {place:<16} {state(row)}")
-    return lines
-
-
-def state(row: dict[str, Any]) -> str:
-    first = f"not available: {row['reason']}" if row["reason"] else "available"
-    if not row.get("opt_in") or "cuda" in row["place"]:
-        return first
-    if row["reason"] is None:
-        return f"{first} as backend={row['backend']!r}; {row['opt_in']}"
-    return f"{first}; {row['opt_in']}"
+            state = f"not available {numbered(row['reason'])}" if row["reason"] else "available"
+            if row.get("opt_in") and "cuda" not in row["place"]:
+                state += (
+                    f" {numbered(row['opt_in'])}"
+                    if row["reason"]
+                    else f" as backend={row['backend']!r} {numbered(row['opt_in'])}"
+                )
+            lines.append(f"{op:<24} {row['backend']:<10} {place:<16} {state}")
+    return [*lines, *(f"[{at}] {reason}" for at, reason in enumerate(reasons, 1))]
 
 
 def selftest_lines(rows: list[dict[str, Any]]) -> list[str]:

@@ -1,381 +1,619 @@
-"""KeyRanges: an attention mask in which every query sees at most two contiguous ranges of keys.
-
-`bounds` is int32 of shape (B or 1, Sq or 1, 4), rows `lo0, hi0, lo1, hi1`, on the device of the tensors it masks. Query
-row i may attend to key j iff lo0 <= j < hi0 or lo1 <= j < hi1. Normal form: 0 <= lo0 <= hi0 <= lo1 <= hi1 <= num_keys;
-a range may be empty.
-
-`from_padding`, `from_dense` and `a & b` synchronise with the host once, to raise if the answer does not fit. Nothing
-else does, so everything else can be captured in a CUDA graph and traced by torch.compile.
-"""
+"""KeyRanges: an attention mask in which every query sees at most two contiguous ranges of keys."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ._bounds import canonical, documents, intersect, pack, refuse, runs
+from ._bounds import clamp_bounds as clamp_bounds
+from ._checks import expect_choice, expect_contiguous, expect_integer, expect_shape, expect_tensor, holds, known
+
 Device = torch.device | str | None
-_LIMIT = 2**31
+_MOST = 2**31 - 1
 
 
 class KeyRanges:
-    """At most two key ranges per query row: `KeyRanges(bounds, num_keys)`, or one of the constructors below.
+    """A mask of at most two key ranges per query row, the same for all heads.
 
-    bounds: int32 (B or 1, Sq or 1, 4); a dimension of 1 is broadcast. Values are not read here: kernels clamp them with
-    `clamp_bounds`, so malformed ones never address a key out of range. Raises TypeError or ValueError on a wrong type,
-    dtype or shape.
+    Query row i may attend to key j iff lo0 <= j < hi0 or lo1 <= j < hi1. Normal form is 0 <= lo0 <= hi0 <= lo1 <= hi1
+    <= num_keys; a range may be empty. The constructors below give normal form.
+
+    Parameters
+    ----------
+    bounds : Tensor, int32, (B or 1, Sq or 1, 4)
+        Rows `lo0, hi0, lo1, hi1`, on the device of the tensors to mask. A dimension of 1 is broadcast. Values are not
+        read here: kernels clamp them, so that malformed ones never address a key out of range.
+    num_keys : int
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a type, dtype, shape or stride is wrong.
+
+    Notes
+    -----
+    Only `from_padding`, `from_dense` and `&` synchronise with the host, once, to raise if the answer does not fit;
+    inside torch.compile and torch.export their graph asserts it instead. Everything works with symbolic sizes. A
+    KeyRanges is a pytree, an input and output of compiled and exported programs, and can be pickled. Ranges made under
+    torch.inference_mode may be used in training.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import KeyRanges
+    >>> ranges = KeyRanges(torch.tensor([[[0, 1, 3, 4], [1, 3, 3, 3]]], dtype=torch.int32), num_keys=4)
+    >>> ranges
+    KeyRanges(batch=1, rows=2, num_keys=4, device=cpu)
+    >>> ranges.dense().int()
+    tensor([[[1, 0, 0, 1],
+             [0, 1, 1, 0]]], dtype=torch.int32)
     """
 
     def __init__(self, bounds: Tensor, num_keys: int) -> None:
-        if not isinstance(bounds, Tensor):
-            raise TypeError(f"bounds: expected an int32 tensor (B or 1, Sq or 1, 4), got {type(bounds).__name__}")
-        if bounds.dtype != torch.int32:
-            raise TypeError(f"bounds: expected int32, got {bounds.dtype}; use bounds.to(torch.int32)")
-        if bounds.dim() != 3 or bounds.shape[2] != 4:
-            raise ValueError(f"bounds: expected shape (B or 1, Sq or 1, 4), got {tuple(bounds.shape)}")
-        if bounds.stride(2) != 1:
-            raise ValueError(
-                f"bounds: expected a contiguous last dimension, got strides {bounds.stride()}; use .contiguous()"
-            )
-        _check_size("num_keys", num_keys)
-        self.bounds = bounds
-        self.num_keys = num_keys
+        expect_tensor("bounds", bounds, torch.int32)
+        expect_shape("bounds", bounds, "B or 1", "Sq or 1", 4)
+        expect_contiguous("bounds", bounds)
+        self.bounds = _for_autograd(bounds)
+        self.num_keys = _size("num_keys", num_keys)
 
     # ---- constructors ------------------------------------------------------------------------------------------------
 
     @staticmethod
     def full(num_keys: int, *, device: Device = None) -> KeyRanges:
-        """Every query sees every key: (1, 1, 4)."""
-        _check_size("num_keys", num_keys)
-        return _pack(num_keys, torch.zeros(1, 1, dtype=torch.int32, device=device), num_keys)
+        """Every row sees every key: bounds (1, 1, 4). LLaDA's and iLLaDA's pre-training.
+
+        Examples
+        --------
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.full(3).dense().int()
+        tensor([[[1, 1, 1]]], dtype=torch.int32)
+        """
+        num_keys = _size("num_keys", num_keys)
+        return KeyRanges(pack(torch.zeros(1, 1, dtype=torch.int32, device=device), num_keys), num_keys)
 
     @staticmethod
     def padding(lengths: Tensor, num_keys: int, side: Literal["left", "right"] = "right") -> KeyRanges:
-        """Sequence b sees its `lengths[b]` real keys: (B, 1, 4). lengths: int (B,); `side`: where the padding lies."""
-        _check_integers("lengths", lengths, 1)
-        _check_size("num_keys", num_keys)
+        """Sequence b sees its `lengths[b]` real keys: bounds (B, 1, 4).
+
+        Parameters
+        ----------
+        lengths : Tensor, int32 or int64, (B,)
+            Clamped to 0 .. num_keys.
+        num_keys : int
+        side : "left" or "right"
+            Where the padding lies.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.padding(torch.tensor([1, 3]), 4, side="left").dense().int()
+        tensor([[[0, 0, 0, 1]],
+        <BLANKLINE>
+                [[0, 1, 1, 1]]], dtype=torch.int32)
+        """
+        _expect_integers("lengths", lengths, 1)
+        num_keys = _size("num_keys", num_keys)
         if side not in ("left", "right"):
             raise ValueError(f'side: expected "left" or "right" (where the padding lies), got {side!r}')
         real = lengths.clamp(0, num_keys)[:, None]  # (B, 1)
-        return _pack(num_keys, num_keys - real, num_keys) if side == "left" else _pack(num_keys, 0 * real, real)
+        return KeyRanges(pack(num_keys - real, num_keys) if side == "left" else pack(0 * real, real), num_keys)
 
     @staticmethod
     def packed(cu_seqlens: Tensor, num_tokens: int) -> KeyRanges:
-        """Documents end to end in one row of tokens, each sees itself: (1, num_tokens, 4).
+        """Each document of one row of tokens sees itself: bounds (1, num_tokens, 4).
 
-        cu_seqlens: int (N + 1,), ascending; document n is cu_seqlens[n] .. cu_seqlens[n + 1]. Tokens outside every
-        document see nothing.
+        Parameters
+        ----------
+        cu_seqlens : Tensor, int32 or int64, (N + 1,)
+            Ascending; document n holds the tokens cu_seqlens[n] .. cu_seqlens[n + 1] - 1. Tokens outside all documents
+            see nothing.
+        num_tokens : int
+
+        Examples
+        --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.packed(torch.tensor([0, 1, 3]), 4).dense()[0].int()
+        tensor([[1, 0, 0, 0],
+                [0, 1, 1, 0],
+                [0, 1, 1, 0],
+                [0, 0, 0, 0]], dtype=torch.int32)
         """
-        _check_integers("cu_seqlens", cu_seqlens, 1)
-        _check_size("num_tokens", num_tokens)
-        start, end = _documents(cu_seqlens, num_tokens)
-        return _pack(num_tokens, start, end)
+        _expect_integers("cu_seqlens", cu_seqlens, 1)
+        rows = _rows("num_tokens", num_tokens, cu_seqlens.device)
+        return KeyRanges(pack(*documents(cu_seqlens, rows, num_tokens)), num_tokens)
 
     @staticmethod
-    def causal(s: int, *, device: Device = None) -> KeyRanges:
-        """Row i sees keys 0 .. i: (1, s, 4)."""
-        row = _rows(s, device)
-        return _pack(s, 0 * row, row + 1)
+    def causal(s: int, num_keys: int | None = None, *, device: Device = None) -> KeyRanges:
+        """Row i sees keys 0 .. i + num_keys - s: bounds (1, s, 4). The last row sees all keys.
+
+        Parameters
+        ----------
+        s : int
+            Query rows.
+        num_keys : int, optional
+            s by default. With a cache: cached keys and new ones. Of more rows than keys the first see nothing.
+
+        Notes
+        -----
+        The alignment of torch.nn.attention.bias.causal_lower_right and of FlashAttention from 2.1 on.
+
+        Examples
+        --------
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.causal(2, 4).dense()[0].int()
+        tensor([[1, 1, 1, 0],
+                [1, 1, 1, 1]], dtype=torch.int32)
+        """
+        return KeyRanges.window(s, None, 0, num_keys, device=device)
 
     @staticmethod
-    def window(s: int, left: int | None, right: int | None, *, device: Device = None) -> KeyRanges:
-        """Row i sees keys i - left .. i + right, both included: (1, s, 4). None: no limit on that side."""
+    def window(
+        s: int, left: int | None, right: int | None, num_keys: int | None = None, *, device: Device = None
+    ) -> KeyRanges:
+        """Row i sees keys p - left .. p + right, p = i + num_keys - s: bounds (1, s, 4). Local attention.
+
+        Parameters
+        ----------
+        s : int
+            Query rows.
+        left, right : int or None
+            Keys before and after the row's own. None: no limit on that side.
+        num_keys : int, optional
+            s by default. With a cache: cached keys and new ones.
+
+        Examples
+        --------
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.window(3, 1, 0).dense()[0].int()
+        tensor([[1, 0, 0],
+                [1, 1, 0],
+                [0, 1, 1]], dtype=torch.int32)
+        """
         for name, value in (("left", left), ("right", right)):
             if value is not None:
-                _check_size(name, value)
-        row = _rows(s, device)
-        low = 0 * row if left is None else (row - left).clamp(min=0)
-        high = 0 * row + s if right is None else s - (s - 1 - row - right).clamp(min=0)  # row + right may overflow
-        return _pack(s, low, high)
+                expect_integer(name, value, 0, _MOST)
+        row = _rows("s", s, device)
+        num_keys = s if num_keys is None else _size("num_keys", num_keys)
+        position = row + (num_keys - s)
+        low = 0 * row if left is None else (position.clamp(min=0) - left).clamp(min=0)
+        beyond = s - 1 - row  # keys after the row's own; position + right could overflow
+        high = 0 * row + num_keys if right is None else (num_keys - (beyond - right).clamp(min=0)).clamp(min=0)
+        return KeyRanges(pack(low, torch.maximum(low, high)), num_keys)
 
     @staticmethod
     def block_causal(s: int, block: int | Tensor, *, device: Device = None) -> KeyRanges:
-        """A row sees its own block and all earlier ones: (1, s, 4), or (B, s, 4) for boundaries per sequence.
+        """A row sees its own block and all earlier ones: bounds (1 or B, s, 4). SDAR, LLaDA2, dialogue turns.
 
-        block: a length (the last block may be shorter), or int boundaries (N,) or (B, N), ascending: positions at which
-        a new block begins. 0 and s are implied and may be given too, so cu_seqlens serve as boundaries. The device is
-        that of the boundaries.
+        Parameters
+        ----------
+        s : int
+            Rows and keys.
+        block : int or Tensor, int32 or int64, (N,) or (B, N)
+            The length of a block (the last may be shorter), or ascending boundaries: positions at which a block begins.
+            0 and s are implied and may be given too, so that cu_seqlens serve as boundaries.
+        device : optional
+            That of the boundaries, if there are any.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.block_causal(3, 2).dense()[0].int()
+        tensor([[1, 1, 0],
+                [1, 1, 0],
+                [1, 1, 1]], dtype=torch.int32)
+        >>> KeyRanges.block_causal(3, torch.tensor([1])).dense()[0].int()
+        tensor([[1, 0, 0],
+                [1, 1, 1],
+                [1, 1, 1]], dtype=torch.int32)
         """
         if isinstance(block, Tensor):
-            _check_integers("block", block, 1, 2)
-            if device is not None and torch.device(device) != block.device:
-                raise ValueError(f"device: the boundaries are on {block.device}, got {device}; leave it out")
-            row = _rows(s, block.device)
+            _expect_integers("block", block, 1, 2)
+            row = _rows("s", s, _device_of("block", block, device))
             starts = block if block.dim() == 2 else block[None]  # (B or 1, N)
             row = row.to(block.dtype).expand(starts.shape[0], -1).contiguous()
             following = torch.searchsorted(starts.contiguous(), row, right=True)  # starts at or before the row
-            edges = torch.nn.functional.pad(starts, (0, 1), value=s)  # (B or 1, N + 1)
-            return _pack(s, 0 * row, edges.gather(1, following).clamp(0, s))
-        _check_block(block)
-        row = _rows(s, device)
-        start = row // block * block
-        return _pack(s, 0 * row, start + (s - start).clamp(max=block))
+            edges = torch.cat([starts, starts.new_full((starts.shape[0], 1), s)], 1)  # (B or 1, N + 1)
+            return KeyRanges(pack(0 * row, edges.gather(1, following).clamp(0, s)), s)
+        row = _rows("s", s, device)
+        return KeyRanges(pack(0 * row, _block(row, 0, s, block)[1]), s)
 
     @staticmethod
     def block_diffusion(
-        length: int, block: int, cu_seqlens: Tensor | None = None, *, device: Device = None
+        length: int,
+        block: int,
+        cu_seqlens: Tensor | None = None,
+        *,
+        causal: Literal["clean", "both"] | None = None,
+        device: Device = None,
     ) -> KeyRanges:
-        """Training on [noisy ; clean], 2 * length tokens (BD3-LM, arXiv 2503.09573): (1, 2 * length, 4).
+        """Training on [noisy ; clean], 2 * length tokens: bounds (1, 2 * length, 4).
 
-        A noisy row sees its own noisy block and all earlier clean blocks of its document; a clean row all clean blocks
-        of its document up to its own. Blocks restart at each document of cu_seqlens (int (N + 1,), offsets within one
-        copy); a document's last may be shorter.
+        A noisy row sees its own noisy block and all earlier clean blocks of its document. A clean row sees all clean
+        blocks of its document up to its own.
+
+        Parameters
+        ----------
+        length : int
+            Tokens of one copy.
+        block : int
+            Length of a block. Blocks restart at each document; a document's last may be shorter.
+        cu_seqlens : Tensor, int32 or int64, (N + 1,), optional
+            Documents, as offsets within one copy.
+        causal : "clean" or "both", optional
+            "clean": a clean row sees the clean tokens up to itself, so that one pass trains an autoregressive loss too.
+            "both": a noisy row besides sees only the tokens of its noisy block up to itself.
+
+        Notes
+        -----
+        Sources: BD3-LM (arXiv 2503.09573), SDAR; causal="clean" Nemotron-Labs-Diffusion (arXiv 2607.05722) and
+        DiffusionGemma's canvas blocks; causal="both" I-DLM (arXiv 2604.11035).
+
+        Examples
+        --------
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.block_diffusion(3, 2).dense()[0].int()
+        tensor([[1, 1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0, 0],
+                [0, 0, 1, 1, 1, 0],
+                [0, 0, 0, 1, 1, 0],
+                [0, 0, 0, 1, 1, 0],
+                [0, 0, 0, 1, 1, 1]], dtype=torch.int32)
+        >>> KeyRanges.block_diffusion(3, 2, causal="both").dense()[0].int()
+        tensor([[1, 0, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0, 0],
+                [0, 0, 1, 1, 1, 0],
+                [0, 0, 0, 1, 0, 0],
+                [0, 0, 0, 1, 1, 0],
+                [0, 0, 0, 1, 1, 1]], dtype=torch.int32)
         """
-        _check_size("length", length)
-        _check_size("2 * length", 2 * length)
-        _check_block(block)
+        expect_choice("causal", causal, (None, "clean", "both"))
+        length = _size("length", length, most=_MOST // 2)
         if cu_seqlens is None:
-            row = _rows(length, device)
+            row = _rows("length", length, device)
             start, end = 0 * row, 0 * row + length
         else:
-            _check_integers("cu_seqlens", cu_seqlens, 1)
-            if device is not None and torch.device(device) != cu_seqlens.device:
-                raise ValueError(f"device: cu_seqlens is on {cu_seqlens.device}, got {device}; leave it out")
-            row = _rows(length, cu_seqlens.device)
-            start, end = _documents(cu_seqlens, length)
-        block_start = start + (row - start) // block * block
-        block_end = block_start + (end - block_start).clamp(max=block)
-        noisy = _pack(2 * length, block_start, block_end, length + start, length + block_start)
-        clean = _pack(2 * length, length + start, length + block_end)
-        return KeyRanges(torch.cat([noisy.bounds, clean.bounds], dim=1), 2 * length)
+            _expect_integers("cu_seqlens", cu_seqlens, 1)
+            row = _rows("length", length, _device_of("cu_seqlens", cu_seqlens, device))
+            start, end = documents(cu_seqlens, row, length)
+        block_start, block_end = _block(row, start, end, block)
+        so_far = torch.minimum(row + 1, block_end)  # nothing for a token outside all documents
+        noisy = pack(block_start, so_far if causal == "both" else block_end, length + start, length + block_start)
+        clean = pack(length + start, length + (block_end if causal is None else so_far))
+        return KeyRanges(torch.cat([noisy, clean], dim=1), 2 * length)
 
     @staticmethod
-    def cached(lengths: Tensor, s_new: int, num_keys: int) -> KeyRanges:
-        """A block of s_new queries against a cache of num_keys slots: row b sees the first lengths[b]; (B, 1, 4).
+    def anchor_blocks(anchors: Tensor, length: int, block: int, cu_seqlens: Tensor | None = None) -> KeyRanges:
+        """Training a block drafter on keys [context ; blocks]: bounds (1 or B, N * block, 4). DFlash.
 
-        lengths: int (B,), counting the new keys, which lie at lengths - s_new .. lengths: new rows see one another too.
+        The rows are those of the blocks alone. Each sees the context before its block's anchor and its own block.
+
+        Parameters
+        ----------
+        anchors : Tensor, int32 or int64, (N,) or (B, N)
+            Position in the context at which each block begins. A negative one is no block: its rows see nothing.
+        length : int
+            Tokens of the context. There are length + N * block keys.
+        block : int
+            Length of every block.
+        cu_seqlens : Tensor, int32 or int64, (M + 1,), optional
+            Documents of the context; a block sees only that of its anchor.
+
+        Notes
+        -----
+        Source: DFlash (arXiv 2602.06036).
+
+        Examples
+        --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.anchor_blocks(torch.tensor([1, 3]), length=4, block=2).dense()[0].int()
+        tensor([[1, 0, 0, 0, 1, 1, 0, 0],
+                [1, 0, 0, 0, 1, 1, 0, 0],
+                [1, 1, 1, 0, 0, 0, 1, 1],
+                [1, 1, 1, 0, 0, 0, 1, 1]], dtype=torch.int32)
         """
-        _check_integers("lengths", lengths, 1)
-        _check_size("num_keys", num_keys)
-        _check_size("s_new", s_new)
-        if s_new > num_keys:
+        _expect_integers("anchors", anchors, 1, 2)
+        length, block = _size("length", length), _size("block", block, least=1)
+        anchors = anchors if anchors.dim() == 2 else anchors[None]  # (B or 1, N)
+        rows = anchors.shape[1] * block
+        num_keys = _size("length + N * block", length + rows)
+        at = anchors[:, :, None].expand(-1, -1, block).reshape(anchors.shape[0], rows)
+        before = at.clamp(0, length)
+        start = 0 * before
+        if cu_seqlens is not None:
+            _expect_integers("cu_seqlens", cu_seqlens, 1)
+            _device_of("cu_seqlens", cu_seqlens, anchors.device)
+            start = documents(cu_seqlens, before, length)[0]
+        own = length + _rows("N * block", rows, anchors.device) // block * block  # (1, rows)
+        bounds = pack(start, before, own, own + block)
+        return KeyRanges(torch.where((at >= 0)[..., None], bounds, 0), num_keys)
+
+    @staticmethod
+    def cached(
+        lengths: Tensor, s_new: int, num_keys: int, *, block: int | None = None, left: int | None = None
+    ) -> KeyRanges:
+        """s_new new rows a sequence against a cache of num_keys slots: bounds (B, 1 or s_new, 4).
+
+        Row i of sequence b stands at slot p = lengths[b] - s_new + i. It sees the slots before lengths[b], among them
+        all new ones.
+
+        Parameters
+        ----------
+        lengths : Tensor, int32 or int64, (B,)
+            Slots in use, counting the new keys. Clamped to 0 .. num_keys.
+        s_new : int
+            New rows; their keys lie in the last s_new slots in use.
+        num_keys : int
+            Slots of the cache.
+        block : int, optional
+            The new rows are blocks of this length, counted from the first. A row sees new keys only up to the end of
+            its block. 1 is causal, as verifying drafted tokens needs; more decodes several blocks at once.
+        left : int, optional
+            A row sees no slot before p - left: sliding-window layers.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.cached(torch.tensor([3]), 2, 4).dense()[0].int()
+        tensor([[1, 1, 1, 0]], dtype=torch.int32)
+        >>> KeyRanges.cached(torch.tensor([3]), 2, 4, block=1, left=1).dense()[0].int()
+        tensor([[1, 1, 0, 0],
+                [0, 1, 1, 0]], dtype=torch.int32)
+        """
+        _expect_integers("lengths", lengths, 1)
+        num_keys, s_new = _size("num_keys", num_keys), _size("s_new", s_new)
+        if not holds(s_new <= num_keys):
             raise ValueError(f"s_new: expected at most num_keys = {num_keys}, got {s_new}; use a larger cache")
-        used = lengths.clamp(0, num_keys)[:, None]
-        return _pack(num_keys, 0 * used, used)
+        used = lengths.clamp(0, num_keys)[:, None]  # (B, 1)
+        row = _rows("s_new", s_new, lengths.device)
+        low, high = 0 * used, used
+        if block is not None:
+            high = (used - s_new + _block(row, 0, s_new, block)[1]).clamp(min=0)
+        if left is not None:
+            expect_integer("left", left, 0, _MOST)
+            low = ((used - s_new + row).clamp(min=0) - left).clamp(min=0)
+        return KeyRanges(pack(low, high), num_keys)
 
     @staticmethod
     def from_padding(mask: Tensor) -> KeyRanges:
-        """From a key mask: bool (B, Sk), True where the key is real, one run per row: (B, 1, 4). Synchronises once.
+        """Reads a key mask with one run of True per row: bounds (B, 1, 4). Synchronises once.
 
-        Raises ValueError naming the first batch entry whose keys are not one run.
+        Parameters
+        ----------
+        mask : Tensor, bool, (B, Sk)
+            True where the key is real.
+
+        Raises
+        ------
+        ValueError
+            Names the first batch entry whose keys are not one run.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.from_padding(torch.tensor([[True, True, False]])).bounds
+        tensor([[[0, 2, 2, 2]]], dtype=torch.int32)
         """
-        _check_mask("mask", mask, 2)
-        bounds, runs = _runs(mask[:, None])
-        bad = _first(runs > 1, runs)
-        if bad is not None:
-            raise ValueError(
-                f"mask: expected one run of True per row, batch entry {bad[0]} has {bad[2]}; use from_dense"
-            )
+        _expect_mask(mask)
+        expect_shape("mask", mask, "B", "Sk")
+        bounds, count = runs(mask[:, None])
+        expected = "mask: expected one run of True per row"
+        refuse(count > 1, count, expected, lambda batch, _, n: f"batch entry {batch} has {n}; use from_dense")
         return KeyRanges(bounds, mask.shape[1])
 
     @staticmethod
     def from_dense(mask: Tensor) -> KeyRanges:
-        """From a full mask: bool (B, Sq, Sk) or (B, 1 or H, Sq, Sk), True where a row may attend: (B, Sq, 4).
+        """Reads a full mask, two runs of True per row at most: bounds (B, Sq, 4). Synchronises once.
 
-        Raises ValueError naming the first batch entry and row with more than two runs, or whose heads differ.
-        Synchronises once. Memory: a few int32 tensors of the size of one head's mask.
+        Parameters
+        ----------
+        mask : Tensor, bool, (B, Sq, Sk) or (B, 1 or H, Sq, Sk)
+            True where a row may attend.
+
+        Raises
+        ------
+        ValueError
+            Names the first batch entry and row with more than two runs, or whose heads differ.
+
+        Notes
+        -----
+        Memory: a few int32 tensors of the size of one head's mask.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.from_dense(torch.tensor([[[True, False, True], [True, True, False]]])).bounds
+        tensor([[[0, 1, 2, 3],
+                 [0, 2, 2, 2]]], dtype=torch.int32)
         """
-        _check_mask("mask", mask, 3, 4)
-        if mask.dim() == 4 and mask.shape[1] == 0:
-            raise ValueError(f"mask: expected at least one head, got shape {tuple(mask.shape)}")
-        one = mask if mask.dim() == 3 else mask[:, 0]
-        bounds, runs = _runs(one)
-        if mask.dim() == 4 and mask.shape[1] > 1:
-            runs = torch.where((mask != mask[:, :1]).any(3).any(1), -1, runs)
-        bad = _first((runs > 2) | (runs < 0), runs)
-        if bad is not None:
-            batch, row, count = bad
+        _expect_mask(mask)
+        if mask.dim() != 4:
+            expect_shape("mask", mask, "B", "Sq", "Sk", advice="or give (B, 1 or H, Sq, Sk)")
+        elif not holds(mask.shape[1] >= 1):
+            raise ValueError(f"mask: expected at least one head, got shape {tuple(mask.shape)}; give (B, Sq, Sk)")
+        bounds, count = runs(mask if mask.dim() == 3 else mask[:, 0])
+        if mask.dim() == 4 and not known(mask.shape[1] == 1):
+            count = torch.where((mask != mask[:, :1]).any(3).any(1), -1, count)
+
+        def came(batch: int, row: int, count: int) -> str:
             what = "heads that differ" if count < 0 else f"{count} runs of allowed keys"
-            raise ValueError(
-                "mask: expected at most two runs of allowed keys, the same for all heads; "
-                f"batch entry {batch}, row {row} has {what}; reorder the keys, or use another attention"
-            )
+            return f"batch entry {batch}, row {row} has {what}; reorder the keys, or use another attention"
+
+        expected = "mask: expected at most two runs of allowed keys, the same for all heads"
+        refuse((count > 2) | (count < 0), count, expected, came)
         return KeyRanges(bounds, mask.shape[-1])
 
     # ---- use ---------------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
+        """The device of the bounds."""
         return self.bounds.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> KeyRanges:
+        """The same ranges on another device."""
         return KeyRanges(self.bounds.to(device, non_blocking=non_blocking), self.num_keys)
 
+    def pin_memory(self) -> KeyRanges:
+        """The same ranges in pinned memory; torch's DataLoader calls this with pin_memory=True."""
+        return KeyRanges(self.bounds.pin_memory(), self.num_keys)
+
     def __getitem__(self, index: slice | tuple[slice, ...]) -> KeyRanges:
-        """`ranges[b0:b1, s0:s1]`: a view of some batch entries and query rows. A broadcast dimension stays as it is."""
+        """Views some batch entries and query rows: `ranges[b0:b1, s0:s1]`. A broadcast dimension stays as it is.
+
+        Examples
+        --------
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.causal(8)[:, 6:]
+        KeyRanges(batch=1, rows=2, num_keys=8, device=cpu)
+        """
         slices = index if isinstance(index, tuple) else (index,)
         if len(slices) > 2 or not all(isinstance(s, slice) for s in slices):
             raise TypeError(f"index: expected slices [batch, query rows], got {index!r}; write i:i + 1 for one row")
         bounds = self.bounds
-        if bounds.shape[0] != 1:
+        if not known(bounds.shape[0] == 1):
             bounds = bounds[slices[0]]
-        if len(slices) == 2 and bounds.shape[1] != 1:
+        if len(slices) == 2 and not known(bounds.shape[1] == 1):
             bounds = bounds[:, slices[1]]
         return KeyRanges(bounds, self.num_keys)
 
     def __and__(self, other: KeyRanges) -> KeyRanges:
         """The keys that both allow, broadcast over batch and rows. Synchronises once.
 
-        Raises ValueError naming the first batch entry and row that would need three ranges.
+        Raises
+        ------
+        ValueError
+            Names the first batch entry and row that would need three ranges.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from illada_kernels import KeyRanges
+        >>> (KeyRanges.causal(3) & KeyRanges.padding(torch.tensor([2]), 3, "left")).dense()[0].int()
+        tensor([[0, 0, 0],
+                [0, 1, 0],
+                [0, 1, 1]], dtype=torch.int32)
         """
         if not isinstance(other, KeyRanges):
             return NotImplemented
-        if self.num_keys != other.num_keys or self.device != other.device:
+        if self.device != other.device or not holds(self.num_keys == other.num_keys):
             raise ValueError(f"&: expected the same num_keys and device, got {self!r} and {other!r}")
-        if any(1 != a != b != 1 for a, b in zip(self.bounds.shape[:2], other.bounds.shape[:2])):
-            raise ValueError(f"&: expected batch and rows that are equal or 1, got {self!r} and {other!r}")
-        bounds, parts = _intersect(_canonical(self.bounds, self.num_keys), _canonical(other.bounds, self.num_keys))
-        bad = _first(parts == 3, parts)
-        if bad is not None:
-            raise ValueError(f"&: batch entry {bad[0]}, row {bad[1]} would need three key ranges; KeyRanges holds two")
+        for a, b in zip(self.bounds.shape[:2], other.bounds.shape[:2]):
+            if not (known(a == 1) or known(b == 1) or holds(a == b)):
+                raise ValueError(f"&: expected batch and rows that are equal or 1, got {self!r} and {other!r}")
+        bounds, parts = intersect(canonical(self.bounds, self.num_keys), canonical(other.bounds, self.num_keys))
+        expected = "&: expected at most two key ranges a row"
+        refuse(parts == 3, parts, expected, lambda batch, row, _: f"batch entry {batch}, row {row} would need three")
         return KeyRanges(bounds, self.num_keys)
 
     def dense(self) -> Tensor:
-        """The mask as bool (B or 1, Sq or 1, num_keys), True where attention is allowed. Memory: one byte per entry."""
+        """The mask as bool (B or 1, Sq or 1, num_keys), True where attention is allowed; one byte an entry."""
         lo0, hi0, lo1, hi1 = clamp_bounds(self.bounds, self.num_keys).unsqueeze(-2).unbind(-1)  # each (B, Sq, 1)
         key = torch.arange(self.num_keys, device=self.device, dtype=torch.int32)
         return ((lo0 <= key) & (key < hi0)) | ((lo1 <= key) & (key < hi1))
 
     def density(self) -> Tensor:
-        """The allowed fraction of all (row, key) pairs: a 0-d float32 tensor on the device; 0 if there are no pairs."""
+        """The allowed fraction of all (row, key) pairs: a 0-d float32 tensor on the device; 0 if there are no pairs.
+
+        Examples
+        --------
+        >>> from illada_kernels import KeyRanges
+        >>> KeyRanges.causal(4).density()
+        tensor(0.6250)
+        """
         lo0, hi0, lo1, hi1 = clamp_bounds(self.bounds, self.num_keys).unbind(-1)
         pairs = self.bounds.shape[0] * self.bounds.shape[1] * self.num_keys
-        return ((hi0 - lo0) + (hi1 - lo1)).sum().to(torch.float64).div(max(pairs, 1)).to(torch.float32)
+        allowed = ((hi0 - lo0) + (hi1 - lo1)).sum().to(torch.float64)
+        return allowed.div(torch.sym_max(pairs, 1)).to(torch.float32)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.bounds, self.num_keys = _for_autograd(state["bounds"]), state["num_keys"]
 
     def __repr__(self) -> str:
+        if not isinstance(self.bounds, Tensor):  # a pytree of something else
+            return f"KeyRanges(bounds={self.bounds!r}, num_keys={self.num_keys!r})"
         batch, rows, _ = self.bounds.shape
         return f"KeyRanges(batch={batch}, rows={rows}, num_keys={self.num_keys}, device={self.device})"
 
 
-def clamp_bounds(bounds: Tensor, num_keys: int) -> Tensor:
-    """Bounds in normal form, as every backend reads them: each at least the one before it and at most num_keys."""
-    return bounds.clamp(0, num_keys).cummax(-1).values
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-# ---- host checks -----------------------------------------------------------------------------------------------------
+def _size(name: str, value: int, least: int = 0, most: int = _MOST) -> int:
+    """A checked size as Python's int, or symbolic."""
+    expect_integer(name, value, least, most)
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
-def _check_size(name: str, value: int) -> None:
-    if not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}; use int(...) on the host")
-    if value < 0 or value >= _LIMIT:
-        raise ValueError(f"{name}: expected 0 <= {name} < 2**31, got {value}")
-
-
-def _check_block(block: int) -> None:
-    _check_size("block", block)
-    if block < 1:
-        raise ValueError(f"block: expected a length of at least 1, got {block}")
-
-
-def _check_integers(name: str, value: Tensor, *dims: int) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name}: expected an int32 or int64 tensor, got {type(value).__name__}; use torch.tensor(..., device=...)"
-        )
-    if value.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected int32 or int64, got {value.dtype}")
+def _expect_integers(name: str, value: Tensor, *dims: int) -> None:
+    expect_tensor(name, value, torch.int32, torch.int64)
     if value.dim() not in dims:
         raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got shape {tuple(value.shape)}")
 
 
-def _check_mask(name: str, mask: Tensor, *dims: int) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected a bool tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"{name}: expected bool, True where a key may be attended, got {mask.dtype}; "
-            "use mask.bool() for zeros and ones, bias == 0 for a bias"
-        )
-    if mask.dim() not in dims:
-        raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got shape {tuple(mask.shape)}")
+def _expect_mask(mask: Tensor) -> None:
+    expect_tensor("mask", mask, torch.bool, advice="use mask.bool() for zeros and ones, bias == 0 for a bias")
 
 
-# ---- arithmetic on the device ----------------------------------------------------------------------------------------
+def _device_of(name: str, tensor: Tensor, device: Device) -> torch.device:
+    if device is not None and torch.device(device) != tensor.device:
+        raise ValueError(f"device: expected {tensor.device}, where {name} is, got {device}; leave it out")
+    return tensor.device
 
 
-def _rows(s: int, device: Device) -> Tensor:
-    _check_size("s", s)
-    return torch.arange(s, dtype=torch.int32, device=device)[None]  # (1, s)
+def _rows(name: str, count: int, device: Device) -> Tensor:
+    return torch.arange(_size(name, count), dtype=torch.int32, device=device)[None]  # (1, count)
 
 
-def _pack(
-    num_keys: int, lo0: Tensor, hi0: Tensor | int, lo1: Tensor | None = None, hi1: Tensor | None = None
-) -> KeyRanges:
-    """Bounds from (B or 1, Sq or 1) parts. Without a second range it is empty, at the end of the first."""
-    end = hi0 if isinstance(hi0, Tensor) else torch.full_like(lo0, hi0)
-    parts = torch.broadcast_tensors(lo0, end, end if lo1 is None else lo1, end if hi1 is None else hi1)
-    return KeyRanges(torch.stack(parts, dim=-1).to(torch.int32), num_keys)
+def _block(row: Tensor, start: Tensor | int, end: Tensor | int, block: int) -> tuple[Tensor, Tensor]:
+    """Start and end of each row's block; blocks count from `start`, the last is cut at `end`."""
+    block = _size("block", block, least=1)
+    first = start + (row - start) // block * block
+    return first, first + (end - first).clamp(max=block)  # first + block could overflow
 
 
-def _documents(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Start and end of each token's document, (1, num_tokens) each; both are the token itself where it has none."""
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected N + 1 offsets, got none; a batch without documents is [0]")
-    token = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    after = torch.searchsorted(cu_seqlens.contiguous(), token, right=True)  # offsets at or before the token
-    last = cu_seqlens.shape[0] - 1
-    inside = (after > 0) & (after <= last)
-    start = torch.where(inside, cu_seqlens[(after - 1).clamp(0, last)], token)
-    end = torch.where(inside, cu_seqlens[after.clamp(0, last)].clamp(max=num_tokens), token)
-    return start[None], end[None]
+def _for_autograd(bounds: Any) -> Any:
+    """Bounds that autograd can save: not an inference tensor. A compiled call keeps what it is given."""
+    if torch.compiler.is_compiling() or not isinstance(bounds, Tensor) or not bounds.is_inference():
+        return bounds
+    with torch.inference_mode(False):
+        return bounds.clone()
 
 
-def _runs(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Of bool (B, S, Sk): bounds of the first and the last run of True, int32 (B, S, 4), and how many runs, (B, S)."""
-    num_keys = mask.shape[2]
-    if num_keys == 0:
-        zeros = torch.zeros(*mask.shape[:2], 4, dtype=torch.int32, device=mask.device)
-        return zeros, zeros[..., 0]
-    edge = torch.nn.functional.pad(mask, (1, 1))  # False on both sides
-    starts = mask & ~edge[..., :-2]
-    ends = mask & ~edge[..., 2:]
-    key = torch.arange(num_keys, dtype=torch.int32, device=mask.device)
-    runs = starts.sum(-1, dtype=torch.int32)
-    lo0 = torch.where(starts, key, num_keys).amin(-1)
-    hi0 = torch.where(ends, key + 1, num_keys).amin(-1)
-    hi1 = torch.where(ends, key + 1, 0).amax(-1)
-    lo1 = torch.where(runs > 1, torch.where(starts, key, 0).amax(-1), hi1)
-    bounds = torch.stack([lo0, hi0, lo1, hi1], dim=-1)
-    return torch.where(runs[..., None] > 0, bounds, 0).to(torch.int32), runs
+# ---- pytree ----------------------------------------------------------------------------------------------------------
 
 
-def _first(bad: Tensor, values: Tensor) -> tuple[int, int, int] | None:
-    """(batch, row, value) at the first True of bad (B, S), or None. The only place where a KeyRanges synchronises."""
-    if bad.numel() == 0:
-        return None
-    at = bad.flatten().to(torch.int32).argmax()
-    found, index, value = torch.stack([bad.any().to(torch.int64), at, values.flatten()[at].to(torch.int64)]).tolist()
-    return (index // bad.shape[1], index % bad.shape[1], value) if found else None
+def _flatten(ranges: KeyRanges) -> tuple[list[Any], None]:
+    return [ranges.bounds, ranges.num_keys], None
 
 
-def _canonical(bounds: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Two ranges (..., 2) that do not touch; if only one has keys it is the first."""
-    lo0, hi0, lo1, hi1 = clamp_bounds(bounds, num_keys).unbind(-1)
-    empty = lo0 == hi0
-    join = empty | (hi0 == lo1)
-    first = torch.stack([torch.where(empty, lo1, lo0), torch.where(join, hi1, hi0)], dim=-1)
-    return first, torch.stack([torch.where(join, hi1, lo1), hi1], dim=-1)
+def _flatten_with_keys(ranges: KeyRanges) -> tuple[list[tuple[Any, Any]], None]:
+    key = torch.utils._pytree.GetAttrKey
+    return [(key("bounds"), ranges.bounds), (key("num_keys"), ranges.num_keys)], None
 
 
-def _intersect(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Bounds of the intersection of two canonical pairs of ranges, and how many ranges it has; 3 do not fit.
+def _unflatten(values: Iterable[Any], _: None) -> KeyRanges:
+    ranges = object.__new__(KeyRanges)  # leaves may be anything: no checks
+    bounds, ranges.num_keys = values
+    ranges.bounds = _for_autograd(bounds)
+    return ranges
 
-    Of a0 & b1 and a1 & b0 at most one has keys (ranges are ordered), and parts never touch (canonical ranges do not).
-    """
 
-    def meet(x: Tensor, y: Tensor) -> Tensor:
-        low = torch.maximum(x[..., 0], y[..., 0])
-        return torch.stack([low, torch.maximum(low, torch.minimum(x[..., 1], y[..., 1]))], dim=-1)
-
-    def else_next(this: Tensor, following: Tensor) -> Tensor:
-        return torch.where(this[..., :1] < this[..., 1:], this, following)
-
-    first, middle, last = meet(a[0], b[0]), else_next(meet(a[0], b[1]), meet(a[1], b[0])), meet(a[1], b[1])
-    parts = sum((r[..., 0] < r[..., 1]).to(torch.int32) for r in (first, middle, last))
-    assert isinstance(parts, Tensor)
-    low = else_next(else_next(first, middle), last)
-    low = torch.where((parts > 0)[..., None], low, 0)
-    high = torch.where((parts > 1)[..., None], else_next(last, middle), low[..., 1:])
-    return torch.cat([low, high], dim=-1), parts
+torch.utils._pytree.register_pytree_node(
+    KeyRanges,
+    _flatten,
+    _unflatten,
+    serialized_type_name="illada_kernels.KeyRanges",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals([KeyRanges])  # for torch.load(..., weights_only=True)

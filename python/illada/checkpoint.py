@@ -6,8 +6,10 @@ atomic: what was there stays loadable until the new weights are on disk.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import struct
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import CheckpointError, CheckpointIOError, ConfigError
+from .hf_config import all_eos_ids
 from .model import Model
 
-SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -165,9 +169,19 @@ def load(
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """Returns the configuration in a checkpoint folder. Raises CheckpointIOError, CheckpointError or ConfigError."""
-    file = Path(path) / CONFIG
-    return ModelConfig.from_hf(_read_json(file))
+    """Returns the configuration in a checkpoint folder, with all end-of-text ids of generation_config.json too.
+
+    Raises CheckpointIOError, CheckpointError or ConfigError.
+    """
+    folder = Path(path)
+    config = ModelConfig.from_hf(_read_json(folder / CONFIG))
+    if not (folder / GENERATION).exists():
+        return config
+    generation = _read_json(folder / GENERATION)
+    if not isinstance(generation, dict):
+        raise ConfigError(f"{GENERATION}: expected an object, got {type(generation).__name__}")
+    eos = dict.fromkeys([*config.eos_ids, *all_eos_ids(generation.get("eos_token_id"), GENERATION)])
+    return dataclasses.replace(config, eos_id=next(iter(eos), -1), more_eos_ids=tuple(eos)[1:])
 
 
 def _read_json(file: Path) -> Any:
@@ -184,11 +198,13 @@ def _read_json(file: Path) -> Any:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Returns the files to read: those of the index if there is one, else the single file."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise CheckpointIOError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
+    """Returns the files to read: the single file if there is one, else those of the index, as transformers does."""
+    if (folder / SINGLE).exists():
         return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        other = sorted(f.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in folder.glob(kind))
+        hint = f"; {other[0]} is of another format, convert it to safetensors" if other else ""
+        raise CheckpointIOError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}{hint}")
     index = _read_json(folder / INDEX)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
@@ -307,12 +323,13 @@ def save(
     CheckpointIOError
         If writing fails; the previous checkpoint then stays.
     CheckpointError
-        If the folder holds a model of another shape.
+        If the folder holds a model of another shape, or a stored weight would be NaN or inf.
 
     Notes
     -----
-    Weights are written under new names and flushed to disk; then one rename makes them the checkpoint, of the single
-    file, or of the index where there are several. Memory: one shard on the host.
+    Weights are written under new names and flushed to disk. Then one step makes them the checkpoint: the rename of the
+    single file; with several files the rename of the index, or the removal of a single file that was there.
+    Memory: one shard on the host.
     """
     folder = Path(path)
     written: list[Path] = []
@@ -347,20 +364,21 @@ def _write(folder: Path, model: Model, dtype: torch.dtype | None, limit: int, wr
     shards = list(_shards(model.config, dtype or model.dtype, limit))
     unique, parameters = uuid.uuid4().hex[:8], dict(model.named_parameters())
     names = [f"model-{unique}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    config = folder / f"config-{unique}.json"
+    written.append(config)
+    _write_json(config, _with_dtype(model.config.to_hf(), dtype or model.dtype))
+    mode = config.stat().st_mode & 0o777
     for name, shard in zip(names, shards):
         written.append(folder / name)
         tensors = {e.name: _stored(parameters[e.parameter], e, dtype or model.dtype) for e in shard}
         _write_shard(folder / name, tensors)
+        (folder / name).chmod(mode)  # safetensors makes files that only their owner can read
         _flush(folder / name)
-    config = folder / f"config-{unique}.json"
-    written.append(config)
-    _write_json(config, {**model.config.to_hf(), "torch_dtype": str(dtype or model.dtype).removeprefix("torch.")})
-    old = [file for file in _shards_there(folder) if file.name not in names]
+    old = [file for file in (*_shards_there(folder), *_killed_saves(folder)) if file not in written]
     if len(shards) == 1:
         config.replace(folder / CONFIG)
         (folder / names[0]).replace(folder / SINGLE)
-        # An index is read before the single file: while it stands, the shards it names are the checkpoint.
-        (folder / INDEX).unlink(missing_ok=True)
+        old.append(folder / INDEX)
     else:
         index = folder / f"index-{unique}.json"
         written.append(index)
@@ -369,8 +387,9 @@ def _write(folder: Path, model: Model, dtype: torch.dtype | None, limit: int, wr
         _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
         config.replace(folder / CONFIG)
         index.replace(folder / INDEX)
+        # The single file is read before an index: while it stands, it is the checkpoint.
+        (folder / SINGLE).unlink(missing_ok=True)
         written.clear()
-        old.append(folder / SINGLE)
     _flush(folder)
     for file in old:
         file.unlink(missing_ok=True)
@@ -391,7 +410,18 @@ def _bytes(entry: Entry, dtype: torch.dtype) -> int:
 
 
 def _stored(parameter: Tensor, entry: Entry, dtype: torch.dtype) -> Tensor:
-    return parameter.detach()[entry.start : entry.stop].to("cpu", dtype).contiguous()
+    tensor = parameter.detach()[entry.start : entry.stop].to("cpu", dtype).contiguous()
+    if not bool(tensor.isfinite().all()):
+        raise CheckpointError(
+            f"{entry.name}: it has NaN or inf in {str(dtype).removeprefix('torch.')}, nothing was saved; "
+            "save it in a dtype of larger range, or mend the model"
+        )
+    return tensor
+
+
+def _with_dtype(hf: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Returns config.json with the dtype of the stored weights, under the name it has there already."""
+    return {**hf, "dtype" if "dtype" in hf else "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -414,6 +444,11 @@ def _shards_there(folder: Path) -> set[Path]:
         return shards | set(_weight_files(folder)) - {folder / SINGLE}
     except CheckpointError:
         return shards
+
+
+def _killed_saves(folder: Path) -> list[Path]:
+    """Returns the configurations and indices that interrupted saves left."""
+    return [file for file in folder.glob("*-*.json") if re.fullmatch(r"(config|index)-[0-9a-f]{8}\.json", file.name)]
 
 
 def _flush(path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from . import hf_config
 from .errors import ConfigError
-
-FAMILIES = ("illada", "llada", "dream", "sdar", "qwen2", "qwen3")
+from .hf_config import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,28 @@ class ModelConfig:
     rope_theta : float
     rope_in_fp32 : bool
         Rotate queries and keys in float32 (LLaDA), otherwise in their own dtype. Angles are always float32.
+    norm_in_fp32 : bool
+        Multiply with RMSNorm's weight in float32 and round once (SDAR), otherwise round before the weight.
     norm_eps : float
     tie_embeddings, qkv_bias, qk_norm : bool
     max_seq_len : int
     mask_id, eos_id, pad_id : int
         -1: the model has no such token.
+    more_eos_ids : tuple of int
+        Further ids that end a text.
     shifted_logits : bool
         Row i predicts token i + 1 (Dream, autoregressive models).
     causal_block : int
         What a token sees: 0 everything; n all blocks of n tokens up to its own (SDAR); 1 itself and what came before.
     family : str
         One of `FAMILIES`; names the checkpoint's tensors.
+    forbid_mask : bool
+        The training loss gives the mask's logit -inf (MDLM, BD3-LM); LLaDA, iLLaDA, Dream and SDAR do not. Decoding
+        and evaluation never propose the mask in any case.
     init_std : float
         Standard deviation of fresh weights.
+    hf : dict
+        The config.json that was read, whose settings `to_hf` keeps where nothing changed. Not compared.
 
     Raises
     ------
@@ -68,6 +77,10 @@ class ModelConfig:
     causal_block: int = 0
     family: str = "illada"
     init_std: float = 0.02
+    norm_in_fp32: bool = False
+    more_eos_ids: tuple[int, ...] = ()
+    forbid_mask: bool = False
+    hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
@@ -82,12 +95,17 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name}: expected a positive number, got {value!r}")
-        for name in ("mask_id", "eos_id", "pad_id"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not -1 <= value < self.vocab_size:
-                raise ConfigError(f"{name}: expected -1 (none) or an id below {self.vocab_size}, got {value!r}")
-        if self.mask_id >= 0 and self.mask_id in (self.eos_id, self.pad_id):
+        object.__setattr__(self, "more_eos_ids", tuple(self.more_eos_ids))  # JSON has lists
+        ids = [(name, getattr(self, name), -1) for name in ("mask_id", "eos_id", "pad_id")]
+        for name, value, least in [*ids, *(("more_eos_ids", value, 0) for value in self.more_eos_ids)]:
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < self.vocab_size:
+                none = "-1 (none) or " if least < 0 else ""
+                raise ConfigError(f"{name}: expected {none}an id below {self.vocab_size}, got {value!r}")
+        if self.mask_id >= 0 and self.mask_id in (*self.eos_ids, self.pad_id):
             raise ConfigError(f"mask_id: expected an id of its own, got {self.mask_id}, which is eos_id or pad_id too")
+        for name, default in ((f.name, f.default) for f in dataclasses.fields(self)):
+            if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         if not isinstance(self.causal_block, int) or self.causal_block < 0:
             raise ConfigError(f"causal_block: expected 0 (full) or a block length, got {self.causal_block!r}")
         if self.family not in FAMILIES:
@@ -112,182 +130,28 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> ModelConfig:
         """Reads a parsed config.json. Raises ConfigError for a model type or a setting that is not supported."""
-        if not isinstance(hf, dict):
-            raise ConfigError(f"config.json: expected an object, got {type(hf).__name__}")
-        family = _family(hf)
-        read = _read_llada if family == "llada" else _read_llama
-        try:
-            fields = {**_FAMILY_DEFAULTS[family], **read(hf), "family": family}
-        except KeyError as missing:
-            raise ConfigError(f"config.json: {missing} is missing, and a {family} model needs it") from None
-        return cls(**{name: _plain(value) for name, value in fields.items()})
+        return cls(**hf_config.read(hf), hf=dict(hf))
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns a config.json that `from_hf` reads back to an equal configuration."""
-        write = _write_llada if self.family == "llada" else _write_llama
-        ids = {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("mask", "eos", "pad")}
-        own = {name: getattr(self, name) for name in ("rope_in_fp32", "shifted_logits", "causal_block")}
-        return {**write(self), **{name: None if value < 0 else value for name, value in ids.items()}, **own}
+        """Returns a config.json that `from_hf` reads back to an equal configuration.
 
+        Of the one that was read it keeps every setting whose meaning has not changed.
+        """
+        new = hf_config.write(self)
+        if self.hf:
+            old = hf_config.write(ModelConfig(**hf_config.read(self.hf, warn=False)))
+            changed = {name: value for name, value in new.items() if old.get(name, ...) != value}
+            new = {**self.hf, **changed}
+            if "rope_theta" in changed and isinstance(new.get("rope_parameters"), dict):
+                new["rope_parameters"] = {**new["rope_parameters"], "rope_theta": self.rope_theta}
+        there = ModelConfig(**hf_config.read(new, warn=False))
+        own = {name: getattr(self, name) for name in hf_config.OWN if getattr(there, name) != getattr(self, name)}
+        return {**new, **own}
 
-# Defaults of a family's published code for what its config.json leaves out.
-_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "illada": {"tie_embeddings": True, "mask_id": 5, "max_seq_len": 8192},
-    "llada": {"rope_in_fp32": True, "mask_id": 126336, "max_seq_len": 4096},
-    "dream": {"shifted_logits": True, "qkv_bias": True, "mask_id": 151666},
-    "sdar": {"qk_norm": True, "causal_block": 4, "mask_id": 151669},
-    "qwen2": {"shifted_logits": True, "qkv_bias": True, "causal_block": 1},
-    "qwen3": {"shifted_logits": True, "qk_norm": True, "causal_block": 1},
-}
-_ARCHITECTURES = {"illada": "ILLaDAModelLM", "dream": "DreamModel", "sdar": "SDARForCausalLM"}
-_ARCHITECTURES.update(llada="LLaDAModelLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM")
-
-
-def _family(hf: dict[str, Any]) -> str:
-    names = [str(hf.get("model_type") or ""), *map(str, hf.get("architectures") or ())]
-    for name in names:
-        if name.lower() in FAMILIES:
-            return name.lower()
-    for name in names:  # an architecture: iLLaDAModelLM, LLaDAModelLM, DreamModel, SDARForCausalLM ...
-        for family in FAMILIES:
-            rest = name.lower().removeprefix(family)
-            if rest != name.lower() and rest in ("modellm", "model", "forcausallm"):
-                return family
-    came = ", ".join(filter(None, names)) or "neither model_type nor architectures"
-    raise ConfigError(f"config.json: expected one of the types {', '.join(FAMILIES)}, got {came}")
-
-
-def _plain(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else value  # eos_token_id may be a list
-
-
-def _id(hf: dict[str, Any], name: str, family_default: int = -1) -> Any:
-    value = hf.get(f"{name}_token_id", family_default)
-    return -1 if value is None else value
-
-
-def _refuse(hf: dict[str, Any], **supported: Any) -> None:
-    for name, value in supported.items():
-        if hf.get(name, value) not in (value, None):
-            raise ConfigError(f"config.json: {name} = {hf[name]!r} is not supported, expected {value!r}")
-
-
-def _own(hf: dict[str, Any]) -> dict[str, Any]:
-    return {name: hf[name] for name in ("rope_in_fp32", "shifted_logits", "causal_block") if name in hf}
-
-
-def _ids(hf: dict[str, Any]) -> dict[str, Any]:
-    """Returns the ids that config.json states; mask_id may be left to the family's default."""
-    ids = {f"{name}_id": _id(hf, name) for name in ("eos", "pad")}
-    return ids if "mask_token_id" not in hf else {**ids, "mask_id": _id(hf, "mask")}
-
-
-def _read_llada(hf: dict[str, Any]) -> dict[str, Any]:
-    _refuse(hf, block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True, alibi=False)
-    _refuse(hf, scale_logits=False, include_bias=False, attention_layer_norm=False, input_emb_norm=False)
-    heads = hf["n_heads"]
-    return {
-        "dim": hf["d_model"],
-        "n_layers": hf["n_layers"],
-        "n_heads": heads,
-        "n_kv_heads": hf.get("n_kv_heads") or heads,
-        "head_dim": hf.get("head_dim") or hf["d_model"] // heads,
-        "ffn_dim": hf.get("mlp_hidden_size") or hf["mlp_ratio"] * hf["d_model"],
-        "vocab_size": hf.get("embedding_size") or hf["vocab_size"],
-        "rope_theta": hf.get("rope_theta", 10000.0),
-        "rope_in_fp32": hf.get("rope_full_precision", True),
-        "norm_eps": hf.get("rms_norm_eps", 1e-5),
-        "tie_embeddings": hf.get("weight_tying", False),
-        "qkv_bias": hf.get("include_qkv_bias", False),
-        "qk_norm": hf.get("qk_norm", False),
-        "max_seq_len": hf["max_sequence_length"],
-        "init_std": hf.get("init_std", 0.02),
-        **_ids(hf),
-        **_own(hf),
-    }
-
-
-def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
-    _refuse(hf, hidden_act="silu", mlp_bias=False, use_sliding_window=False)
-    rope = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"config.json: rope_scaling of type {kind!r} is not supported; remove it to run without")
-    heads = hf["num_attention_heads"]
-    family = _family(hf)
-    fields = {
-        "dim": hf["hidden_size"],
-        "n_layers": hf["num_hidden_layers"],
-        "n_heads": heads,
-        "n_kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
-        "ffn_dim": hf["intermediate_size"],
-        "vocab_size": hf["vocab_size"],
-        "rope_theta": hf.get("rope_theta") or rope.get("rope_theta") or 10000.0,
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": hf.get("tie_word_embeddings", _FAMILY_DEFAULTS[family].get("tie_embeddings", False)),
-        "max_seq_len": hf["max_position_embeddings"],
-        "init_std": hf.get("initializer_range", 0.02),
-        **_ids(hf),
-        **_own(hf),
-    }
-    for name, key in (("qkv_bias", "attention_bias"), ("qk_norm", "qk_norm")):
-        if hf.get(key) is not None:
-            fields[name] = hf[key]
-    if family == "sdar" and "block_size" in hf:
-        fields.setdefault("causal_block", hf["block_size"])
-    return fields
-
-
-def _write_llada(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "model_type": "llada",
-        "architectures": [_ARCHITECTURES["llada"]],
-        "block_type": "llama",
-        "activation_type": "silu",
-        "layer_norm_type": "rms",
-        "rope": True,
-        "d_model": config.dim,
-        "n_layers": config.n_layers,
-        "n_heads": config.n_heads,
-        "n_kv_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "mlp_hidden_size": config.ffn_dim,
-        "embedding_size": config.vocab_size,
-        "vocab_size": config.vocab_size,
-        "rope_theta": config.rope_theta,
-        "rope_full_precision": config.rope_in_fp32,
-        "rms_norm_eps": config.norm_eps,
-        "weight_tying": config.tie_embeddings,
-        "include_bias": False,
-        "include_qkv_bias": config.qkv_bias,
-        "qk_norm": config.qk_norm,
-        "max_sequence_length": config.max_seq_len,
-        "init_std": config.init_std,
-    }
-
-
-def _write_llama(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "model_type": "Dream" if config.family == "dream" else config.family,
-        "architectures": [_ARCHITECTURES[config.family]],
-        "hidden_act": "silu",
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "vocab_size": config.vocab_size,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.qkv_bias,
-        "qk_norm": config.qk_norm,
-        "max_position_embeddings": config.max_seq_len,
-        "initializer_range": config.init_std,
-    }
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a text."""
+        return (self.eos_id, *self.more_eos_ids) if self.eos_id >= 0 else self.more_eos_ids
 
 
 PRESETS = {
@@ -354,6 +218,7 @@ PRESETS = {
         rope_theta=1e6,
         norm_eps=1e-6,
         qk_norm=True,
+        norm_in_fp32=True,
         max_seq_len=32768,
         causal_block=4,
         mask_id=151669,
@@ -397,6 +262,7 @@ PRESETS = {
         mask_id=256,
         eos_id=257,
         pad_id=258,
+        forbid_mask=True,
         init_std=0.05,
     ),
 }

@@ -18,14 +18,19 @@ Rope = tuple[Tensor, Tensor]  # cos and sin
 
 
 class RMSNorm(nn.Module):
-    """Computes x / sqrt(mean(x^2) + eps) in float32, rounds to x's dtype, then multiplies with the weight."""
+    """Computes x / sqrt(mean(x^2) + eps) * weight in float32.
 
-    def __init__(self, dim: int, eps: float) -> None:
+    Rounds to x's dtype before the weight, as LLaDA, iLLaDA, Dream and Qwen do, or with `in_fp32` after it, as SDAR.
+    """
+
+    def __init__(self, dim: int, eps: float, in_fp32: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
-        self.eps = eps
+        self.eps, self.in_fp32 = eps, in_fp32
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_fp32 and x.dtype != torch.float64:
+            return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * self.weight.float()).to(x.dtype)
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 
@@ -51,12 +56,12 @@ class Layer(nn.Module):
         super().__init__()
         c = self.config = config
         self.heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)  # of q, k and v
-        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps, c.norm_in_fp32)
         self.qkv_proj = nn.Linear(c.dim, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps, c.norm_in_fp32) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps, c.norm_in_fp32) if c.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
-        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.ffn_norm = RMSNorm(c.dim, c.norm_eps, c.norm_in_fp32)
         self.gate_up_proj = nn.Linear(c.dim, 2 * c.ffn_dim, bias=False)
         self.down_proj = nn.Linear(c.ffn_dim, c.dim, bias=False)
 
@@ -113,7 +118,7 @@ class Model(nn.Module):
         with torch.device("meta"):
             self.embed = nn.Embedding(config.vocab_size, config.dim)
             self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
-            self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_in_fp32)
             self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         if dtype is not None:
             self.to(dtype)
@@ -157,7 +162,7 @@ class Model(nn.Module):
         positions: Tensor | None = None,
         cache: CacheWindow | None = None,
     ) -> Tensor:
-        """Returns hidden rows.
+        """Returns hidden rows; row i times `head_weight` gives the logits of token i.
 
         Parameters
         ----------
@@ -184,6 +189,29 @@ class Model(nn.Module):
         With `shifted_logits` rows come out shifted: row i comes from token i - 1. A row at position 0, and a window's
         first row, which has no predecessor here, stay as they are. Never synchronises with the host.
         """
+        positions = self._positions(tokens, positions, cache)
+        h = self.unshifted(tokens, key_ranges, positions, cache)
+        return _shift(h, positions) if self.config.shifted_logits else h
+
+    def unshifted(
+        self,
+        tokens: Tensor,
+        key_ranges: KeyRanges | None = None,
+        positions: Tensor | None = None,
+        cache: CacheWindow | None = None,
+    ) -> Tensor:
+        """Returns the rows of `forward` as the layers made them: with `shifted_logits`, row i predicts token i + 1."""
+        positions = self._positions(tokens, positions, cache)
+        if key_ranges is None:
+            key_ranges = self._own_ranges(tokens, cache)
+        h = self.embed(tokens)
+        rope = rope_angles(self.config, positions, h.dtype)
+        for index, layer in enumerate(self.layers):
+            h = layer(h, rope, key_ranges, index, cache)
+        return self.norm(h)
+
+    def _positions(self, tokens: Tensor, positions: Tensor | None, cache: CacheWindow | None) -> Tensor:
+        """Returns (B or 1, S)."""
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens: expected int64 (B, S), got {tokens.dtype} of shape {tuple(tokens.shape)}")
         batch, length = tokens.shape
@@ -192,14 +220,7 @@ class Model(nn.Module):
         positions = positions[None] if positions.dim() == 1 else positions  # (B or 1, S)
         if positions.dim() != 2 or positions.shape[1] != length or positions.shape[0] not in (1, batch):
             raise ValueError(f"positions: expected ({batch} or 1, {length}) like tokens, got {tuple(positions.shape)}")
-        if key_ranges is None:
-            key_ranges = self._own_ranges(tokens, cache)
-        h = self.embed(tokens)
-        rope = rope_angles(self.config, positions, h.dtype)
-        for index, layer in enumerate(self.layers):
-            h = layer(h, rope, key_ranges, index, cache)
-        h = self.norm(h)
-        return _shift(h, positions) if self.config.shifted_logits else h
+        return positions
 
     def _own_ranges(self, tokens: Tensor, cache: CacheWindow | None) -> KeyRanges | None:
         if cache is not None:

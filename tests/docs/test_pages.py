@@ -100,6 +100,13 @@ def test_folders_of_the_readmes_tree_exist():
     assert len(tree.splitlines()) >= 8
 
 
+def test_the_doctor_says_what_the_readme_explains():
+    table = (ROOT / "README.md").read_text().partition("| doctor says | do |\n|---|---|\n")[2].partition("\n\n")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
+    source = "".join(path.read_text() for path in (ROOT / "illada_kernels").rglob("*.py"))
+    assert len(messages) >= 5 and [message for message in messages if message not in source] == []
+
+
 def commands() -> list[tuple[str, list[str]]]:
     """(page, words) of every line of a block without a language or of inline code that starts make, python -m or
     illada; comments and placeholders such as <op> or ... end one."""

@@ -298,3 +298,53 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointIOError, match="file: not saved"):
         save(make(tiny()), tmp_path / "file")
+
+
+def test_the_single_file_comes_first_as_in_transformers(tmp_path):
+    old, new = (make(tiny(), seed=s, dtype=torch.float32) for s in (1, 2))
+    save(old, tmp_path, max_shard_bytes=20000)
+    save(new, tmp_path / "merged")
+    (tmp_path / "merged" / "model.safetensors").replace(tmp_path / "model.safetensors")  # what a merging tool leaves
+    assert_same(load(tmp_path), new)
+    save(old, tmp_path, max_shard_bytes=20000)  # and neither file is left to shadow the other
+    assert_same(load(tmp_path), old)
+    save(new, tmp_path)
+    assert_same(load(tmp_path), new)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_all_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save(make(tiny(), dtype=torch.float32), tmp_path, max_shard_bytes=20000)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_weights_that_would_not_be_finite_are_not_saved(saved, bad):
+    model, folder = saved
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with torch.no_grad():
+        model.layers[1].down_proj.weight[3, 5] = bad
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight: it has NaN or inf in float16"):
+        save(model, folder, dtype=torch.float16)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_what_killed_saves_left_is_swept(saved):
+    model, folder = saved
+    for name in ("config-0123abcd.json", "index-0123abcd.json", "model-0123abcd-00001-of-00002.safetensors"):
+        (folder / name).write_text("{}")
+    (folder / "config-original.json").write_text("{}")
+    save(model, folder)
+    assert {f.name for f in folder.iterdir()} == {"config.json", "config-original.json", "model.safetensors"}
+
+
+def test_weights_of_another_format_are_named(saved):
+    _, folder = saved
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointIOError, match=r"pytorch_model\.bin is of another format, convert it to safetensors"):
+        load(folder)

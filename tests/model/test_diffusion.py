@@ -26,7 +26,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tiny(block: int, seed: int = 0) -> Model:
+def tiny(block: int, seed: int = 0, **changes) -> Model:
     config = ModelConfig.preset(
         "demo",
         dim=32,
@@ -41,6 +41,7 @@ def tiny(block: int, seed: int = 0) -> Model:
         pad_id=258,
         causal_block=block,
         init_std=0.3,
+        **changes,
     )
     torch.manual_seed(seed)
     return Model(config).eval()
@@ -153,8 +154,9 @@ def test_hole_orders_are_permutations_with_one_middle_piece_last():
         assert order[jumps[1]] == order[jumps[0] - 1] + 1  # the hole begins where the text before it ended
 
 
-def test_blocks_of_one_give_the_exact_autoregressive_likelihood():
-    model, tokens = tiny(block=1), torch.randint(256, (2, 8), generator=generator())
+@pytest.mark.parametrize("shifted", [False, True])
+def test_blocks_of_one_give_the_exact_autoregressive_likelihood(shifted):
+    model, tokens = tiny(block=1, shifted_logits=shifted), torch.randint(256, (2, 8), generator=generator())
     with torch.no_grad():
         loss = float(objectives.block_diffusion(tokens, MASK, generator(), block=1).loss(model))
     exact = 0.0
@@ -165,8 +167,9 @@ def test_blocks_of_one_give_the_exact_autoregressive_likelihood():
     assert loss == pytest.approx(exact, rel=1e-5)  # float32 sums of 32 terms
 
 
-def test_an_order_shows_each_block_what_came_before_it_at_its_own_place():
-    model, tokens = tiny(block=2), torch.randint(256, (1, 8), generator=generator(1))
+@pytest.mark.parametrize("shifted", [False, True])
+def test_an_order_shows_each_block_what_came_before_it_at_its_own_place(shifted):
+    model, tokens = tiny(block=2, shifted_logits=shifted), torch.randint(256, (1, 8), generator=generator(1))
     order = torch.tensor([[0, 1, 6, 7, 2, 3, 4, 5]])
     made = objectives.block_diffusion(tokens, MASK, generator(2), block=2, order=order)
     losses = made.loss(model, reduction="none")[0].detach() * 8
@@ -211,10 +214,14 @@ def any_order_nats(model: Model, clean: Tensor, block: list[int]) -> float:
     return total
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
-def test_the_bound_estimates_the_exact_any_order_bound(block):
+@pytest.mark.parametrize("block, shifted", [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)])
+def test_the_bound_estimates_the_exact_any_order_bound(block, shifted):
     """Eight ids: two windows of 4, or, with blocks, four windows of 4 of which the first half is context only."""
-    model, tokenizer, document = tiny(block, seed=3), ByteTokenizer(), [Document("a", b"abcdefg")]
+    model, tokenizer, document = (
+        tiny(block, seed=3, shifted_logits=shifted),
+        ByteTokenizer(),
+        [Document("a", b"abcdefg")],
+    )
     ids = torch.tensor([*b"abcdefg", tokenizer.eos_id])
     if block:
         padded = torch.cat([torch.full((2,), tokenizer.eos_id), ids])
@@ -243,6 +250,24 @@ def test_the_last_window_counts_only_what_belongs_to_the_text():
         model.embed.weight.zero_()
     found = bound(model, [Document("a", b"abcdefghi"), Document("b", b"xy")], ByteTokenizer(), length=8)
     assert found.bits_per_byte == pytest.approx(13 * math.log2(258) / 11, rel=1e-6)
+
+
+def test_only_a_model_that_says_so_forbids_the_mask_in_its_loss():
+    """LLaDA's, iLLaDA's, Dream's and SDAR's losses are plain; MDLM's and BD3-LM's mask has logit -inf."""
+    tokens = torch.randint(256, (4, 8), generator=generator())
+    for forbid, preset in ((True, "demo"), (False, "iLLaDA-8B")):
+        assert ModelConfig.preset(preset).forbid_mask is forbid
+        model = tiny(block=0, forbid_mask=forbid)
+        made = objectives.full_sequence(tokens, MASK, generator(1))
+        with torch.no_grad():
+            logits = model(made.tokens) @ model.head_weight.T
+            if forbid:
+                logits[..., MASK] = -torch.inf
+            wanted = -(logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0] * made.weight)[made.masked].sum()
+            assert float(made.loss(model)) == pytest.approx(float(wanted), rel=1e-5)
+    documents = [Document("a", b"abcdefgh")]  # what decoding draws from has no mask, whatever the loss was
+    bounds = [bound(tiny(0, forbid_mask=f), documents, ByteTokenizer(), length=4) for f in (True, False)]
+    assert bounds[0] == bounds[1]
 
 
 def test_the_loss_of_an_example_skips_rows_behind_the_scored_ones():

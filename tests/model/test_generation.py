@@ -326,12 +326,22 @@ def test_an_edit_replaces_a_token_that_the_model_no_longer_proposes():
     edited = generate(model, prompts, config)
     settled = 0
     for prompt, text, before, passes in zip(prompts, edited.tokens, plain.tokens, edited.passes):
-        if passes == 4 + 16:  # it goes round in circles: nothing to assert
+        if passes == 1 + 16:  # it goes round in circles: nothing to assert
             continue
         p = plain_logits(model, torch.tensor(prompt + text))[-4:].softmax(-1)
         assert all(best == token or q < 0.3 for q, best, token in zip(*(x.tolist() for x in p.max(-1)), text))
         settled += text != before
     assert settled >= 4
+
+
+@pytest.mark.parametrize("rule, until_full", [(TopK(1), 4), (TopK(2), 2), (TopK(4), 1)])
+def test_the_budget_of_edits_counts_from_when_the_block_is_full(rule, until_full):
+    """tau 0 edits whatever differs: of many prompts some go on to the limit, none beyond."""
+    model, prompts = model_of("demo"), [[i, 2 * i, 7] for i in range(12)]
+    changes = {"rule": rule, "revise": Edit(0.0), "max_new_tokens": 4}
+    for budget in (0, 1, 3):
+        passes = generate(model, prompts, settings(model, revise_steps=budget, **changes)).passes
+        assert max(passes) == until_full + budget
 
 
 def test_edits_of_a_sequence_end_at_its_own_limit_while_others_go_on():
@@ -468,7 +478,7 @@ def test_callbacks_see_every_pass_and_the_text_grow():
         ([[1] * 57], {}, "prompt 0: 57 tokens and max_new_tokens = 8 exceed max_seq_len = 64; shorten the prompt"),
         ([torch.zeros(2, 2)], {}, "prompt 0: expected integers"),
         ([[1]], {"block_length": 3}, "max_new_tokens: expected a positive multiple of block_length = 3, got 8"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected a positive multiple"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
         ([[1]], {"rule": TopK(0)}, "rule: expected TopK of at least 1"),
         ([[1]], {"rule": TopK(1), "steps_per_block": 2}, "steps_per_block: expected None with a rule"),
         ([[1]], {"steps_per_block": 0}, "steps_per_block: expected at least 1"),

@@ -256,7 +256,7 @@ def test_published_config_json_files_are_understood():
     assert ModelConfig.from_hf(dream) == ModelConfig.preset("Dream-7B")
     qwen = {**dream, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 32768}
     qwen = {**qwen, "mask_token_id": 151665, "eos_token_id": [151643, 151645]}
-    assert ModelConfig.from_hf(qwen) == ModelConfig.preset("Qwen2.5-7B")
+    assert ModelConfig.from_hf(qwen) == ModelConfig.preset("Qwen2.5-7B", more_eos_ids=(151645,))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_published_config_json_files_are_understood():
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "got gpt2, GPT2LMHeadModel"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling of type 'yarn' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, expected 'silu'"),
-        ({"hidden_size": "wide"}, "dim: expected an int"),
+        ({"hidden_size": "wide"}, "hidden_size: expected a number, got 'wide'"),
     ],
 )
 def test_a_config_json_of_another_model_is_refused(change, message):

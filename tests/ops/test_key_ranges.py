@@ -24,8 +24,11 @@ def document(i):
     return next((n for n in range(len(CU) - 1) if CU[n] <= i < CU[n + 1]), None)
 
 
-def noisy_clean(length, block, cu=None):
-    """BD3-LM by its definition: noisy sees its noisy block and earlier clean ones, clean sees clean up to its own."""
+def noisy_clean(length, block, cu=None, causal=None):
+    """BD3-LM by its definition: noisy sees its noisy block and earlier clean ones, clean sees clean up to its own.
+
+    Causal where a loss is autoregressive: of clean rows (Nemotron-Labs-Diffusion), or within noisy blocks too (I-DLM).
+    """
 
     def place(token):
         position = token % length
@@ -38,16 +41,41 @@ def noisy_clean(length, block, cu=None):
         if doc_i is None or doc_i != doc_j:
             return False
         if noisy_i and noisy_j:
-            return block_i == block_j
+            return block_i == block_j and (causal != "both" or j <= i)
         if noisy_i and not noisy_j:
             return block_i > block_j
-        return not noisy_j and block_i >= block_j
+        return not noisy_j and block_i >= block_j and (causal is None or j <= i)
 
     return by_definition(2 * length, 2 * length, allowed)
 
 
 def same_document(i, j):
     return document(i) is not None and document(i) == document(j)
+
+
+def anchored(anchors, length, block, cu=None):
+    """DFlash by its definition: the context before the anchor, within its document, and the row's own block."""
+
+    def allowed(i, j):
+        anchor = int(anchors[i // block])
+        if anchor < 0:
+            return False
+        if j >= length:
+            return (j - length) // block == i // block
+        return j < anchor and (cu is None or same_document(j, anchor))
+
+    return by_definition(len(anchors) * block, length + len(anchors) * block, allowed)
+
+
+def in_cache(length, s_new, num_keys, block=None, left=None):
+    """A cache by its definition: row i stands at slot length - s_new + i."""
+    block = s_new if block is None else block
+
+    def allowed(i, j):
+        place, slot = length - s_new + i, j - (length - s_new)  # slot >= 0: a new key
+        return j < length and slot // block <= i // block and (left is None or place - left <= j)
+
+    return by_definition(s_new, num_keys, allowed)
 
 
 TURNS = torch.tensor([[0, 2, 6], [3, 3, 9]])
@@ -80,6 +108,19 @@ DEFINITIONS = {
     "window of itself": (lambda: KeyRanges.window(4, 0, 0), torch.eye(4, dtype=torch.bool)[None]),
     "window open left": (lambda: KeyRanges.window(7, None, 2), by_definition(7, 7, lambda i, j: j <= i + 2)[None]),
     "window open right": (lambda: KeyRanges.window(7, 3, None), by_definition(7, 7, lambda i, j: j >= i - 3)[None]),
+    "causal of a cache": (lambda: KeyRanges.causal(3, 8), by_definition(3, 8, lambda i, j: j <= i + 5)[None]),
+    "causal of more rows than keys": (
+        lambda: KeyRanges.causal(6, 4),
+        by_definition(6, 4, lambda i, j: j <= i - 2)[None],
+    ),
+    "window of a cache": (
+        lambda: KeyRanges.window(3, 2, 1, 8),
+        by_definition(3, 8, lambda i, j: i + 3 <= j <= i + 6)[None],
+    ),
+    "window of more rows than keys": (
+        lambda: KeyRanges.window(7, 1, 2, 4),
+        by_definition(7, 4, lambda i, j: i - 4 <= j <= i - 1)[None],
+    ),
     "block causal": (lambda: KeyRanges.block_causal(10, 4), by_definition(10, 10, lambda i, j: j // 4 <= i // 4)[None]),
     "block causal by cu_seqlens": (
         lambda: KeyRanges.block_causal(10, CU),
@@ -98,6 +139,43 @@ DEFINITIONS = {
     "block diffusion, packed": (lambda: KeyRanges.block_diffusion(10, 2, CU), noisy_clean(10, 2, CU)[None]),
     "block diffusion, loose tokens": (lambda: KeyRanges.block_diffusion(12, 2, CU), noisy_clean(12, 2, CU)[None]),
     "block diffusion of nothing": (lambda: KeyRanges.block_diffusion(0, 4), torch.zeros(1, 0, 0, dtype=torch.bool)),
+    "block diffusion, clean rows causal": (
+        lambda: KeyRanges.block_diffusion(12, 2, CU, causal="clean"),
+        noisy_clean(12, 2, CU, "clean")[None],
+    ),
+    "block diffusion, all rows causal": (
+        lambda: KeyRanges.block_diffusion(12, 3, CU, causal="both"),
+        noisy_clean(12, 3, CU, "both")[None],
+    ),
+    "block diffusion, all rows causal, short last block": (
+        lambda: KeyRanges.block_diffusion(7, 3, causal="both"),
+        noisy_clean(7, 3, causal="both")[None],
+    ),
+    "anchor blocks": (
+        lambda: KeyRanges.anchor_blocks(torch.tensor([0, 5, -1, 3, 9]), 9, 3),
+        anchored([0, 5, -1, 3, 9], 9, 3)[None],
+    ),
+    "anchor blocks, packed, per sequence": (
+        lambda: KeyRanges.anchor_blocks(torch.tensor([[0, 2, 3], [-1, 6, 9]], dtype=torch.int32), 10, 2, CU),
+        torch.stack([anchored([0, 2, 3], 10, 2, CU), anchored([-1, 6, 9], 10, 2, CU)]),
+    ),
+    "no anchor blocks": (lambda: KeyRanges.anchor_blocks(CU[:0], 4, 2), torch.zeros(1, 0, 4, dtype=torch.bool)),
+    "cached blocks": (
+        lambda: KeyRanges.cached(torch.tensor([5, 9, 8]), 5, 9, block=2),
+        torch.stack([in_cache(n, 5, 9, 2) for n in (5, 9, 8)]),
+    ),
+    "cached causal in a window": (
+        lambda: KeyRanges.cached(torch.tensor([4, 7]), 3, 9, block=1, left=2),
+        torch.stack([in_cache(n, 3, 9, 1, 2) for n in (4, 7)]),
+    ),
+    "cached in a window": (
+        lambda: KeyRanges.cached(torch.tensor([4, 7]), 3, 9, left=3),
+        torch.stack([in_cache(n, 3, 9, left=3) for n in (4, 7)]),
+    ),
+    "cached of fewer keys than rows": (
+        lambda: KeyRanges.cached(torch.tensor([2, 0]), 3, 9, block=1, left=2),
+        torch.stack([in_cache(n, 3, 9, 1, 2) for n in (2, 0)]),
+    ),
     "cached": (
         lambda: KeyRanges.cached(torch.tensor([4, 7]), 2, 9),
         torch.stack([by_definition(1, 9, lambda i, j, n=n: j < n) for n in (4, 7)]),
@@ -242,7 +320,10 @@ CONSTRUCTORS = {
     "block_causal boundaries": lambda cu, n: KeyRanges.block_causal(12, cu),
     "block_diffusion": lambda cu, n: KeyRanges.block_diffusion(12, 5, device=cu.device),
     "block_diffusion packed": lambda cu, n: KeyRanges.block_diffusion(12, 5, cu),
+    "block_diffusion causal": lambda cu, n: KeyRanges.block_diffusion(12, 5, cu, causal="both"),
+    "anchor_blocks": lambda cu, n: KeyRanges.anchor_blocks(n, 12, 3, cu),
     "cached": lambda cu, n: KeyRanges.cached(n, 4, 12),
+    "cached blocks": lambda cu, n: KeyRanges.cached(n, 4, 12, block=2, left=3),
     "slice": lambda cu, n: KeyRanges.cached(n, 4, 12)[0:1, 0:2],
     "moved": lambda cu, n: KeyRanges.packed(cu, 12).to(cu.device),
 }
@@ -279,46 +360,107 @@ def test_key_ranges_pass_into_and_out_of_a_compiled_function():
 
 # ---- bad arguments ---------------------------------------------------------------------------------------------------
 
+HUGE = 2**31 - 1
 ok = torch.zeros(2, 3, 4, dtype=torch.int32)
 mask = torch.ones(2, 3, 4, dtype=torch.bool)
 BAD = {
-    "bounds of floats": (lambda: KeyRanges(ok.float(), 4), TypeError, "bounds: expected int32"),
-    "bounds of int64": (lambda: KeyRanges(ok.long(), 4), TypeError, "bounds: expected int32"),
-    "bounds a list": (lambda: KeyRanges([[0, 1, 1, 1]], 4), TypeError, "bounds: expected an int32 tensor"),
+    "bounds of floats": (lambda: KeyRanges(ok.float(), 4), TypeError, "bounds: expected torch.int32, got"),
+    "bounds of int64": (lambda: KeyRanges(ok.long(), 4), TypeError, "bounds: expected torch.int32, got"),
+    "bounds a list": (
+        lambda: KeyRanges([[0, 1, 1, 1]], 4),
+        TypeError,
+        "bounds: expected a tensor of torch.int32, got list",
+    ),
     "bounds of 2 dimensions": (lambda: KeyRanges(ok[0], 4), ValueError, "bounds: expected shape"),
     "bounds of 3 numbers": (lambda: KeyRanges(ok[..., :3], 4), ValueError, "bounds: expected shape"),
     "bounds transposed": (lambda: KeyRanges(ok.transpose(0, 2).contiguous().transpose(0, 2), 4), ValueError, "stride"),
-    "num_keys negative": (lambda: KeyRanges(ok, -1), ValueError, "num_keys: expected 0 <= num_keys"),
-    "num_keys too large": (lambda: KeyRanges(ok, 2**31), ValueError, "num_keys: expected 0 <= num_keys"),
+    "num_keys negative": (lambda: KeyRanges(ok, -1), ValueError, "num_keys: expected an int from 0 to 2147483647, got"),
+    "num_keys too large": (
+        lambda: KeyRanges(ok, 2**31),
+        ValueError,
+        "num_keys: expected an int from 0 to 2147483647, got",
+    ),
     "num_keys a tensor": (lambda: KeyRanges(ok, torch.tensor(4)), TypeError, "num_keys: expected an int"),
     "full of a float": (lambda: KeyRanges.full(4.0), TypeError, "num_keys: expected an int"),
-    "lengths a list": (lambda: KeyRanges.padding([3], 4), TypeError, "lengths: expected an int32 or int64 tensor"),
-    "lengths of floats": (lambda: KeyRanges.padding(torch.ones(2), 4), TypeError, "lengths: expected int32 or int64"),
+    "lengths a list": (
+        lambda: KeyRanges.padding([3], 4),
+        TypeError,
+        "lengths: expected a tensor of torch.int32 or torch.int64",
+    ),
+    "lengths of floats": (
+        lambda: KeyRanges.padding(torch.ones(2), 4),
+        TypeError,
+        "lengths: expected torch.int32 or torch.int64",
+    ),
     "lengths of 2 dimensions": (lambda: KeyRanges.padding(ok[0], 4), ValueError, "lengths: expected 1 dimensions"),
     "side": (lambda: KeyRanges.padding(ok[0, 0], 4, "both"), ValueError, "side: expected"),
     "no offsets": (lambda: KeyRanges.packed(ok[0, 0][:0], 4), ValueError, "cu_seqlens: expected N"),
-    "num_tokens": (lambda: KeyRanges.packed(ok[0, 0], -4), ValueError, "num_tokens: expected 0"),
-    "window left": (lambda: KeyRanges.window(4, -1, 1), ValueError, "left: expected 0"),
+    "num_tokens": (lambda: KeyRanges.packed(ok[0, 0], -4), ValueError, "num_tokens: expected an int from 0"),
+    "window left": (lambda: KeyRanges.window(4, -1, 1), ValueError, "left: expected an int from 0"),
     "window right": (lambda: KeyRanges.window(4, 1, 1.5), TypeError, "right: expected an int"),
-    "block of 0": (lambda: KeyRanges.block_causal(4, 0), ValueError, "block: expected a length of at least 1"),
-    "block of floats": (lambda: KeyRanges.block_causal(4, torch.ones(2)), TypeError, "block: expected int32 or int64"),
+    "block of 0": (lambda: KeyRanges.block_causal(4, 0), ValueError, "block: expected an int from 1"),
+    "block of floats": (
+        lambda: KeyRanges.block_causal(4, torch.ones(2)),
+        TypeError,
+        "block: expected torch.int32 or torch.int64",
+    ),
     "device of boundaries": (
         lambda: KeyRanges.block_causal(4, ok[0, 0], device="meta"),
         ValueError,
-        "device: the bound",
+        "device: expected cpu, where block is, got meta",
     ),
     "device of documents": (
         lambda: KeyRanges.block_diffusion(4, 2, ok[0, 0], device="meta"),
         ValueError,
-        "device: cu_s",
+        "device: expected cpu, where cu_seqlens is, got meta",
     ),
-    "diffusion block": (lambda: KeyRanges.block_diffusion(4, 0), ValueError, "block: expected a length of at least 1"),
-    "diffusion length": (lambda: KeyRanges.block_diffusion(2**30, 2), ValueError, "2 . length: expected 0"),
+    "diffusion block": (lambda: KeyRanges.block_diffusion(4, 0), ValueError, "block: expected an int from 1"),
+    "diffusion length": (
+        lambda: KeyRanges.block_diffusion(2**30, 2),
+        ValueError,
+        "length: expected an int from 0 to 1073741823, got 1073741824",
+    ),
+    "causal of a word": (
+        lambda: KeyRanges.block_diffusion(4, 2, causal="noisy"),
+        ValueError,
+        "causal: expected one of None, 'clean', 'both', got 'noisy'",
+    ),
+    "causal num_keys": (lambda: KeyRanges.causal(4, 2.5), TypeError, "num_keys: expected an int, got float"),
+    "anchors of floats": (
+        lambda: KeyRanges.anchor_blocks(torch.ones(2), 4, 2),
+        TypeError,
+        "anchors: expected torch.int32 or torch.int64",
+    ),
+    "anchor blocks of 0": (
+        lambda: KeyRanges.anchor_blocks(ok[0, 0], 4, 0),
+        ValueError,
+        "block: expected an int from 1",
+    ),
+    "anchor blocks too many": (
+        lambda: KeyRanges.anchor_blocks(ok[0, 0], HUGE - 7, 2),
+        ValueError,
+        r"length \+ N \* block: expected an int from 0",
+    ),
+    "device of the context's documents": (
+        lambda: KeyRanges.anchor_blocks(ok[0, 0], 4, 2, ok[0, 0].to("meta")),
+        ValueError,
+        "device: expected meta, where cu_seqlens is, got cpu",
+    ),
+    "cached block": (lambda: KeyRanges.cached(ok[0, 0], 2, 4, block=0), ValueError, "block: expected an int from 1"),
+    "cached left": (lambda: KeyRanges.cached(ok[0, 0], 2, 4, left=-1), ValueError, "left: expected an int from 0"),
     "s_new": (lambda: KeyRanges.cached(ok[0, 0], 5, 4), ValueError, "s_new: expected at most num_keys = 4"),
-    "padding mask of ints": (lambda: KeyRanges.from_padding(ok[0]), TypeError, "mask: expected bool"),
-    "padding mask of 3 dimensions": (lambda: KeyRanges.from_padding(mask), ValueError, "mask: expected 2 dimensions"),
-    "dense mask of floats": (lambda: KeyRanges.from_dense(mask.float()), TypeError, "mask: expected bool"),
-    "dense mask of 2 dimensions": (lambda: KeyRanges.from_dense(mask[0]), ValueError, "mask: expected 3 or 4"),
+    "padding mask of ints": (lambda: KeyRanges.from_padding(ok[0]), TypeError, "mask: expected torch.bool"),
+    "padding mask of 3 dimensions": (
+        lambda: KeyRanges.from_padding(mask),
+        ValueError,
+        r"mask: expected shape \(B, Sk\), got \(2, 3, 4\)",
+    ),
+    "dense mask of floats": (lambda: KeyRanges.from_dense(mask.float()), TypeError, "mask: expected torch.bool"),
+    "dense mask of 2 dimensions": (
+        lambda: KeyRanges.from_dense(mask[0]),
+        ValueError,
+        r"mask: expected shape \(B, Sq, Sk\), got \(3, 4\); or give \(B, 1 or H",
+    ),
     "dense mask without heads": (lambda: KeyRanges.from_dense(mask[:, None][:, :0]), ValueError, "at least one head"),
     "index by number": (lambda: KeyRanges(ok, 4)[0], TypeError, "index: expected slices"),
     "index of 3": (lambda: KeyRanges(ok, 4)[:, :, :2], TypeError, "index: expected slices"),
@@ -341,14 +483,20 @@ def test_a_broadcast_dimension_stays_when_sliced():
         assert ranges[b, s].bounds.shape == (1, 1, 4)
 
 
-HUGE = 2**31 - 1
-
-
 def test_limits_as_large_as_they_may_be_do_not_overflow():
     cu = torch.tensor([0, 2, 4], dtype=torch.int32)
     assert KeyRanges.window(4, HUGE, HUGE).dense().all()
     assert torch.equal(KeyRanges.window(4, HUGE, 0).dense(), KeyRanges.causal(4).dense())
     assert KeyRanges.block_causal(4, HUGE).dense().all()
+    assert torch.equal(KeyRanges.window(6, HUGE, HUGE, 4).dense(), torch.ones(1, 6, 4, dtype=torch.bool))
+    got = KeyRanges.cached(cu, 3, 4, block=HUGE, left=HUGE)
+    assert torch.equal(got.dense(), KeyRanges.cached(cu, 3, 4).dense().expand(-1, 3, -1))
     for documents in (None, cu, cu.long()):
-        got = KeyRanges.block_diffusion(4, HUGE, documents).dense()
-        assert torch.equal(got, KeyRanges.block_diffusion(4, 4, documents).dense())
+        for causal in (None, "clean", "both"):
+            got = KeyRanges.block_diffusion(4, HUGE, documents, causal=causal).dense()
+            assert torch.equal(got, KeyRanges.block_diffusion(4, 4, documents, causal=causal).dense())
+
+
+def test_every_public_constructor_and_use_has_an_example():
+    names = [name for name, value in vars(KeyRanges).items() if isinstance(value, staticmethod)]
+    assert len(names) >= 10 and all(">>> " in getattr(KeyRanges, name).__doc__ for name in names)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 import sysconfig
+import time
 from pathlib import Path
+from shutil import which
+from types import SimpleNamespace
 
 import pytest
 
-from illada_kernels import _build
+from illada_kernels import _build, _toolchain
 
+EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+VARIABLES = ("ILLADA_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CPPFLAGS", "CXXFLAGS", "LDFLAGS", "MAX_JOBS")
 CLEAN = """\
 ptxas info    : Compiling entry function 'rows' for 'sm_80'
 ptxas info    : Function properties for rows
@@ -56,10 +66,53 @@ def test_each_architecture_gets_machine_code_and_the_lowest_gets_ptx(archs, expe
     assert _build.gencode_flags(archs) == [f"-gencode {flag}" for flag in expected]
 
 
-@pytest.mark.parametrize("archs", ["", ";", "hopper", "80;sm_90"])
+@pytest.mark.parametrize("archs", ["", ";", "hoper", "80;sm_90", "+PTX", "8.0 9.0b", "all", "80;native"])
 def test_architectures_that_are_none_are_refused_by_name(archs):
     with pytest.raises(_build.BuildError, match="ILLADA_CUDA_ARCHS"):
         _build.gencode_flags(archs)
+
+
+@pytest.fixture
+def no_archs(monkeypatch):
+    for name in ("ILLADA_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "left_out"),
+    [
+        ("", "80;90a", None),
+        (" ", "80;90a", None),
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "80;86;90;100;120", "75"),
+        ("7.5 8.0+PTX", "80", "75"),
+        ("6.0;7.0;8.0", "80", "60, 70"),
+        ("9.0a", "90a", None),
+        ("10.0 12.0+PTX", "100;120", None),
+        ("Ampere", "80;86", None),
+        ("Turing;Hopper+PTX", "90", "75"),
+        ("blackwell", "100;103;120;121", None),
+        ("8.0,\t8.0 ; 9.0", "80;90", None),
+        ("8.0 15.0", "80", "150"),
+    ],
+)
+def test_what_torch_would_compile_for_is_read_and_what_is_too_old_or_unknown_left_out_with_a_word(
+    text, expected, left_out, monkeypatch, no_archs
+):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+    notes: list[str] = []
+    known = {"75", "80", "86", "90", "100", "103", "120", "121"}
+    assert _build.cuda_archs(notes, known) == expected
+    assert [note.split(" left out")[0] for note in notes] == ([f"TORCH_CUDA_ARCH_LIST: {left_out}"] if left_out else [])
+    monkeypatch.setenv("ILLADA_CUDA_ARCHS", "90a")
+    assert _build.cuda_archs([], known) == "90a"
+
+
+@pytest.mark.parametrize("text", ["7.5", "Volta", "15.0", "junk 8.0", "8.0 / 9.0"])
+def test_a_list_of_torch_without_a_usable_architecture_names_itself_and_the_remedy(text, monkeypatch, no_archs):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+    with pytest.raises(_build.BuildError, match=r"TORCH_CUDA_ARCH_LIST=.*set ILLADA_CUDA_ARCHS") as caught:
+        _build.cuda_archs(None, {"75", "80"})
+    assert "\n" not in str(caught.value)
 
 
 # ---- what is missing ------------------------------------------------------------------------------------------------
@@ -68,10 +121,11 @@ def test_architectures_that_are_none_are_refused_by_name(archs):
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
     """No program on PATH, no variable that points at one."""
-    for name in ("CXX", "NVCC", "CUDA_HOME", "ILLADA_CUDA", "ILLADA_REQUIRE_EXT", "ILLADA_CUDA_ARCHS"):
+    for name in ("CXX", "NVCC", "CUDA_HOME", "ILLADA_CUDA", "ILLADA_REQUIRE_EXT", *VARIABLES):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(_toolchain, "CUDA", str(tmp_path / "no cuda"))
     return tmp_path / "bin"
 
 
@@ -90,12 +144,13 @@ def test_cxx_may_hold_arguments_and_comes_first(bare, monkeypatch):
 
 
 def test_missing_ninja_pybind11_and_python_headers_are_named_with_a_remedy(bare, monkeypatch, tmp_path):
-    monkeypatch.setattr(_build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_toolchain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_toolchain.sysconfig, "get_path", lambda name: str(bare))
     with pytest.raises(_build.BuildError, match="pip install ninja"):
         _build.find_ninja()
     with pytest.raises(_build.BuildError, match="pip install pybind11"):
         _build.find_includes()
-    monkeypatch.setattr(_build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(_toolchain.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(_build.BuildError, match=r"Python\.h not found .*python3-dev"):
         _build.find_includes()
 
@@ -106,6 +161,74 @@ def test_nvcc_is_left_out_for_the_reason_given(bare, monkeypatch):
     monkeypatch.delenv("ILLADA_CUDA")
     monkeypatch.setenv("NVCC", str(script(bare / "my-nvcc", "exit 0")))
     assert _build.find_nvcc() == (str(bare / "my-nvcc"), "found")
+
+
+def test_a_compiler_that_cannot_compile_is_passed_over_with_a_word(bare, monkeypatch):
+    script(bare / "g++", "echo 'cc1plus: fatal error: not installed' >&2; exit 1")
+    with pytest.raises(_build.BuildError, match=r"g\+\+ cannot compile .*not installed.*apt install"):
+        _build.find_compiler()
+    script(bare / "clang++", "exit 0")
+    notes: list[str] = []
+    monkeypatch.setenv("CXX", "absent -O1")
+    assert _build.find_compiler(notes) == "clang++"
+    assert len(notes) == 2 and "'absent -O1', which is not there" in notes[0] and "clang++ is used" in notes[1]
+
+
+@pytest.mark.parametrize("content", ["#!/bin/sh\nexit 3\n", "#!/none/such\n", "\x7fELF"])
+def test_a_ninja_or_an_nvcc_that_cannot_run_is_passed_over_with_a_word(content, bare, monkeypatch):
+    monkeypatch.setattr(_toolchain.importlib.util, "find_spec", lambda name: None)
+    scripts = bare.parent / "scripts"
+    scripts.mkdir()
+    monkeypatch.setattr(_toolchain.sysconfig, "get_path", lambda name: str(scripts))
+    for path in (scripts / "ninja", scripts / "nvcc"):
+        script(path, "").write_text(content)
+    with pytest.raises(_build.BuildError, match=r"scripts/ninja cannot run .*pip install --force-reinstall ninja"):
+        _build.find_ninja()
+    monkeypatch.setenv("NVCC", str(scripts / "nvcc"))
+    nvcc, reason = _build.find_nvcc()
+    assert nvcc is None and "scripts/nvcc cannot run" in reason and "\n" not in reason
+    notes: list[str] = []
+    for name in ("ninja", "nvcc"):
+        script(bare / name, "exit 0")
+    assert _build.find_ninja(notes) == str(bare / "ninja")
+    assert _build.find_nvcc(notes) == (str(bare / "nvcc"), "found")
+    assert [note.endswith(f"bin/{name} is used") for note, name in zip(notes, ("ninja", "nvcc"))] == [True, True]
+
+
+def test_a_program_whose_folder_has_a_space_is_one_program(bare, monkeypatch):
+    (bare / "a b").mkdir()
+    monkeypatch.setenv("CXX", str(script(bare / "a b" / "c++", "exit 0")))
+    monkeypatch.setenv("NVCC", str(script(bare / "a b" / "nvcc", "exit 0")))
+    assert _build.find_compiler() == f"'{bare}/a b/c++'" and _build.find_nvcc()[0] == f"'{bare}/a b/nvcc'"
+    monkeypatch.setenv("CXX", '"')  # no program, and no shell word
+    with pytest.raises(_build.BuildError, match="CXX names '\"'"):
+        _build.find_compiler()
+
+
+@pytest.mark.parametrize("release, right", [("11.8", False), ("12.0", True), ("13.0", True)])
+def test_an_nvcc_without_sm_90a_is_too_old(release, right, bare):
+    nvcc = str(script(bare / "nvcc", f"echo 'Cuda compilation tools, release {release}, V{release}.89'"))
+    if right:
+        return _build.check_nvcc(nvcc)
+    with pytest.raises(_build.BuildError, match=r"CUDA 11, .*install CUDA 12"):
+        _build.check_nvcc(nvcc)
+
+
+def test_flags_that_change_numbers_are_left_out_with_a_word(monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-g -Ofast -ffast-math -I'/a b' -ffp-contract=off -fno-signed-zeros -O1 -mavx")
+    notes: list[str] = []
+    assert _build.extra_flags("CXXFLAGS", notes) == "-g '-I/a b' -O1 -mavx"
+    assert len(notes) == 1 and "-Ofast -ffast-math -ffp-contract=off -fno-signed-zeros left out" in notes[0]
+    monkeypatch.setenv("LDFLAGS", "'")
+    with pytest.raises(_build.BuildError, match="LDFLAGS cannot be split"):
+        _build.extra_flags("LDFLAGS")
+
+
+@pytest.mark.parametrize("name", ["ILLADA_CUDA", "ILLADA_REQUIRE_EXT"])
+def test_a_switch_is_0_or_1(name, project, monkeypatch):
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(SystemExit, match=f"{name}: expected 0 or 1, got 'yes'"):
+        run(project)
 
 
 # ---- whole builds ---------------------------------------------------------------------------------------------------
@@ -120,7 +243,7 @@ def script(path: Path, body: str) -> Path:
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A source tree of two functions, in a folder whose name a shell and ninja would both stumble over."""
-    for name in ("CXX", "NVCC", "ILLADA_CUDA", "ILLADA_REQUIRE_EXT", "ILLADA_CUDA_ARCHS"):
+    for name in ("CXX", "NVCC", "ILLADA_CUDA", "ILLADA_REQUIRE_EXT", *VARIABLES):
         monkeypatch.delenv(name, raising=False)
     root = tmp_path / "a $b: c"
     for folder in ("cpu", "cuda", "include"):
@@ -166,8 +289,6 @@ def test_a_build_in_a_folder_with_spaces_and_dollars_and_a_second_one_that_does_
     monkeypatch.setenv("ILLADA_CUDA", "0")
     info, binary = run(project)
     assert info["extension"] is True and info["cuda"] is False and info["cuda_reason"] == "ILLADA_CUDA=0"
-    import ctypes
-
     assert ctypes.CDLL(str(binary)).answer() == 42
     before = binary.stat().st_mtime_ns
     again, _ = run(project)
@@ -183,14 +304,158 @@ def test_cuda_sources_are_compiled_by_nvcc_and_recorded(project, nvcc, monkeypat
     assert "-gencode arch=compute_90a,code=sm_90a" in (project / "work" / "build.ninja").read_text()
 
 
-def test_a_register_spill_leaves_cuda_out_and_says_why_or_fails_where_cuda_is_demanded(project, nvcc, monkeypatch):
+def test_a_register_spill_is_a_warning_in_the_record(project, nvcc, monkeypatch, capsys):
     (nvcc / "log").write_text(SPILL)
-    info, binary = run(project)
-    assert info["extension"] is True and info["cuda"] is False and binary.exists()
-    assert "attend (sm_90a)" in str(info["cuda_reason"]) and "spill" in str(info["cuda_reason"])
     monkeypatch.setenv("ILLADA_CUDA", "1")
     info, binary = run(project)
-    assert info["extension"] is False and not binary.exists() and "spill" in str(info["reason"])
+    assert info["extension"] is True and info["cuda"] is True and binary.exists()
+    (line,) = info["notes"]
+    assert "attend (sm_90a)" in line and "spill" in line and line in capsys.readouterr().err
+
+
+def test_an_nvcc_that_fails_leaves_the_cpu_kernels_unless_cuda_is_demanded(project, nvcc, monkeypatch):
+    script(nvcc / "nvcc", "case $1 in --version) echo release 99.9; exit;; esac\necho 'x.cu: error: no' >&2; exit 1")
+    info, binary = run(project)
+    assert info["extension"] is True and binary.exists()
+    assert info["cuda"] is False
+    assert info["cuda_reason"] == "built without CUDA because: compilation failed: x.cu: error: no"
+    monkeypatch.setenv("ILLADA_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"ILLADA_CUDA=1, but there is no CUDA: .*x\.cu: error: no; ILLADA_CUDA=0"):
+        run(project)
+    assert not binary.exists() and "ILLADA_CUDA=1" in (project / "package" / "_build_info.json").read_text()
+
+
+def test_cuda_that_is_demanded_and_not_there_is_an_error(project, monkeypatch):
+    monkeypatch.setenv("ILLADA_CUDA", "1")
+    monkeypatch.setattr(_toolchain.shutil, "which", lambda name: None if "nvcc" in name else which(name))
+    with pytest.raises(SystemExit, match="ILLADA_CUDA=1, but there is no CUDA: nvcc not found"):
+        run(project)
+
+
+def test_what_torch_would_compile_for_is_recorded_without_what_is_too_old(project, nvcc, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 10.0 12.0+PTX")
+    (project / "csrc" / "cuda" / "fast_sm90a.cu").write_text("void fast() {}\n")
+    info, _ = run(project)
+    assert info["cuda_archs"] == "100;120" and "75 left out" in info["notes"][0]
+    lines = (project / "work" / "build.ninja").read_text().splitlines()
+    flags = {line.split()[1]: after for line, after in itertools.pairwise(lines) if ".cu.o:" in line}
+    assert flags["fast_sm90a.cu.o:"] == "  flags = -gencode arch=compute_90a,code=sm_90a"
+    wanted = ("compute_100,code=sm_100", "compute_120,code=sm_120", "compute_100,code=compute_100")
+    assert flags["rows.cu.o:"] == "  flags = " + " ".join(f"-gencode arch={each}" for each in wanted)
+
+
+def test_the_users_flags_come_before_ours(project, monkeypatch):
+    monkeypatch.setenv("ILLADA_CUDA", "0")
+    monkeypatch.setenv("CPPFLAGS", "-DA=1")
+    monkeypatch.setenv("CXXFLAGS", "-DB='\"$x\"' -O0 -ffast-math")
+    monkeypatch.setenv("LDFLAGS", "-Wl,-z,now")
+    (project / "csrc" / "bindings.cpp").write_text(
+        'static_assert(A == 1 && sizeof(B) == 3, "");\n#if !__OPTIMIZE__ || __FAST_MATH__\n#error\n#endif\n'
+        'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
+    )
+    info, _ = run(project)
+    assert info["extension"] is True, info
+    assert len(info["notes"]) == 1 and "-ffast-math left out" in info["notes"][0]
+    assert "$in -Wl,-z,now" in (project / "work" / "build.ninja").read_text()
+
+
+@pytest.mark.parametrize("jobs", ["0", "-2", "all"])
+def test_a_number_of_jobs_that_is_none_is_named(jobs, project, monkeypatch):
+    monkeypatch.setenv("ILLADA_CUDA", "0")
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    assert run(project)[0]["reason"] == f"MAX_JOBS: expected a positive number, got {jobs!r}"
+
+
+def test_files_that_cannot_be_written_are_named_in_one_line(project, monkeypatch):
+    monkeypatch.setenv("ILLADA_CUDA", "0")
+    (project / "file").write_text("")  # root may write anywhere, but not below a file
+    info = _build.build(project, project / "package", project / "file" / "work")
+    assert info["extension"] is False and "file/work: Not a directory" in str(info["reason"])
+    with pytest.raises(SystemExit, match="file/package: Not a directory"):
+        _build.build(project, project / "file" / "package", project / "work")
+
+
+def test_a_build_folder_that_cannot_execute_does_not_lose_the_extension(project, monkeypatch):
+    """The extension is tried where it is put; where nothing can be executed there either, a note says so."""
+    monkeypatch.setenv("ILLADA_CUDA", "0")
+    real, mounted = os.statvfs, set()
+
+    def statvfs(path):
+        flags = os.ST_NOEXEC if Path(path).name in mounted else 0
+        return SimpleNamespace(f_flag=real(path).f_flag & ~os.ST_NOEXEC | flags)
+
+    def tried(command, **rest):
+        if command[0] == sys.executable and Path(command[-1]).parent.name in mounted:
+            return 1, "failed to map segment from shared object: Operation not permitted"
+        return _toolchain.run(command, **rest)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    monkeypatch.setattr(_build, "run", tried)
+    for folders, notes in (({"work"}, 0), ({"work", "package"}, 1)):
+        mounted.update(folders)
+        info, binary = run(project)
+        assert info["extension"] is True and binary.exists() and len(info["notes"]) == notes
+    assert "mounted noexec" in info["notes"][0]
+
+
+BUILD = """
+import pathlib, sys
+from illada_kernels import _build
+root = pathlib.Path(sys.argv[1])
+print(_build.build(root, root / "package", root / "work")["reason"])
+"""
+
+
+def start(project: Path, **env: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "ILLADA_CUDA": "0", **env}
+    command = [sys.executable, "-c", BUILD, str(project)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+
+
+def test_a_killed_build_leaves_nothing_that_the_next_one_takes_for_whole(project, tmp_path):
+    body = """
+case "$*" in *-MF*) ;; *) exec g++ "$@";; esac
+for o; do :; done
+echo half > "$o"
+echo > "$STARTED"
+while [ ! -e "$KILLED" ]; do sleep 0.05; done"""
+    slow = script(tmp_path / "slow", body)
+    (project / "package").mkdir()
+    half = [project / "package" / name for name in ("_build_info.json", f"_C{Path(EXT_SUFFIX).stem}.new")]
+    for path in half:
+        path.write_text('{"extension": tr')
+    killed = start(project, CXX=str(slow), STARTED=str(tmp_path / "started"), KILLED=str(tmp_path / "killed"))
+    while not (tmp_path / "started").exists():
+        assert killed.poll() is None
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    (tmp_path / "killed").write_text("")
+    assert [path for path in (project / "work").glob("*.o") if path.read_text() == "half\n"]
+    again = start(project)
+    assert again.communicate()[0].splitlines()[-1] == "built" and not half[1].exists()
+    assert ctypes.CDLL(str(project / "package" / f"_C{EXT_SUFFIX}")).answer() == 42
+    assert json.loads(half[0].read_text())["extension"] is True
+
+
+def test_two_builds_at_once_both_succeed(project):
+    both = [start(project), start(project)]
+    assert [build.communicate()[0].splitlines()[-1] for build in both] == ["built", "built"]
+    assert ctypes.CDLL(str(project / "package" / f"_C{EXT_SUFFIX}")).answer() == 42
+
+
+def test_setup_says_which_setuptools_is_needed(tmp_path, root):
+    """Without build isolation pip takes what is there; pyproject.toml would fail with a page about its licence."""
+    folder = tmp_path / "setuptools" / "command"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text('__version__ = "65.5.1"\nExtension = setup = None\n')
+    (folder / "__init__.py").write_text("")
+    (folder / "build_ext.py").write_text("class build_ext: pass\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+    expected = "setuptools 77 or newer is needed, this is 65.5.1: pip install 'setuptools>=77'"
+    assert done.returncode == 1 and done.stderr.strip() == expected
 
 
 def test_a_compile_error_is_reported_and_an_older_binary_does_not_survive_it(project, monkeypatch, capsys):
@@ -220,7 +485,7 @@ def test_without_a_compiler_the_build_succeeds_and_says_what_to_install(project,
 def test_other_processors_than_x86_get_the_scalar_code_only(project, monkeypatch):
     monkeypatch.setattr(_build.platform, "machine", lambda: "aarch64")
     (project / "work").mkdir()
-    _build.write_ninja(project, project / "work", project / "work" / "x.so", None)
+    _build.write_ninja(project, project / "work", project / "work" / "x.so", None, [])
     text = (project / "work" / "build.ninja").read_text()
     assert "op.scalar.o" in text and "avx" not in text
 

@@ -46,6 +46,34 @@ def test_text_report_has_a_line_per_op_and_backend(python):
         assert {backend for first, backend in (line for line in lines if len(line) == 2) if first == op} == BACKENDS
 
 
+def test_a_reason_that_many_share_is_said_once_below_the_table():
+    def row(backend, reason=None, opt_in=None):
+        return {"backend": backend, "reason": reason, "opt_in": opt_in, "place": {"cpu": 1} if not opt_in else {}}
+
+    unrun, gone = "not yet run on a GPU", "the extension is missing"
+    rows = [row("cuda", gone, unrun), row("triton", None, unrun), row("cpu", gone), row("reference")]
+    lines = doctor.table({"attention": rows, "unmask": rows})
+    assert [line[53:] for line in lines[1:5]] == [
+        "not available [1] [2]",
+        "available as backend='triton' [2]",
+        "not available [1]",
+        "available",
+    ]
+    assert [line[53:] for line in lines[5:9]] == [line[53:] for line in lines[1:5]]
+    assert lines[9:] == [f"[1] {gone}", f"[2] {unrun}"]
+
+
+def test_what_a_build_passed_over_is_reported():
+    info = {
+        "extension": True,
+        "compiler": "g++",
+        "cuda": False,
+        "seconds": 1,
+        "notes": ["CXX names 'x', which is not there"],
+    }
+    assert any("CXX names 'x'" in line for line in doctor.extension_lines(info, {"cpu_isa": "avx2"}))
+
+
 def test_a_reader_that_leaves_early_ends_the_doctor_quietly(root):
     command = [sys.executable, "-m", "illada_kernels", "doctor"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from illada_kernels import Edit, EntropyBound, Factor, Remask, Threshold, TopK
@@ -31,19 +34,23 @@ class GenerationConfig:
     rule : TopK, Threshold, Factor or EntropyBound, optional
         Which proposals a pass commits. None: LLaDA's schedule, which spreads a block's masks evenly over
         `steps_per_block` passes (None: one token a pass).
-    confidence, temperature, confidence_temperature, forbid, logit_bias
+    confidence, temperature, confidence_temperature
         As in `illada_kernels.unmask`.
+    forbid : collection of int, optional
+        Ids that are never proposed, beside mask_id, which never is.
+    logit_bias : dict or (ids, values), optional
+        Finite numbers added to the logits of these ids.
     seed : int or sequence of int
         An int s gives sequence b the seed s + b; a sequence gives one seed to each.
     revise : Edit or Remask, optional
-        Edit replaces committed tokens of the block until nothing changes, for at most `revise_steps` passes more than
-        without. Remask takes tokens back during the first `revise_steps` passes of a block.
+        Edit replaces committed tokens of the block until nothing changes, for at most `revise_steps` passes after the
+        block is full. Remask takes tokens back during the first `revise_steps` passes of a block.
     cache : str, optional
         "none", "block_causal" (exact, the default for block-causal models), "prefix" or "dual". The last two are
         approximations for models that see everything: keys outside the block are recomputed when a block begins and
         every `refresh_every` passes (0: never again; 1: every pass, which equals "none").
-    stop_ids : sequence of int, optional
-        Tokens that end a sequence. None: `eos_id`; (): none.
+    stop_ids : int or collection of int, optional
+        Tokens that end a sequence. None: the model's `eos_ids`; (): none.
     variable_length : bool
         True: a block's masks appear when the block is reached (iLLaDA). False: all `max_new_tokens` masks are visible
         from the start (LLaDA).
@@ -63,11 +70,11 @@ class GenerationConfig:
     revise_steps: int = 16
     cache: str | None = None
     refresh_every: int = 0
-    stop_ids: Sequence[int] | None = None
+    stop_ids: int | Iterable[int] | None = None
     variable_length: bool = True
     guidance: float = 0.0
-    forbid: Sequence[int] | None = None
-    logit_bias: tuple[Any, Any] | None = None
+    forbid: int | Iterable[int] | None = None
+    logit_bias: Mapping[int, float] | tuple[Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,21 +93,36 @@ class Sampling:
     unmask: dict[str, Any]  # passed on to `illada_kernels.unmask`
 
 
+def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationConfig:
+    """Returns the settings with plain Python numbers and tuples; raises PromptError naming one that is wrong.
+
+    Integers may come as any integer type (numpy, 0-d tensors), ids as any collection of them, logit_bias as a dict.
+    """
+    config = config or GenerationConfig()
+    counts = {"max_new_tokens": 1, "block_length": 1, "steps_per_block": 1, "revise_steps": 0, "refresh_every": 0}
+    plain: dict[str, Any] = {name: _count(config, name, least) for name, least in counts.items()}
+    for name in ("temperature", "confidence_temperature", "guidance"):
+        plain[name] = _number(name, getattr(config, name))
+    for name, kinds in (("rule", Rule), ("revise", Edit | Remask)):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, kinds):
+            names = ", ".join(kind.__name__ for kind in get_args(kinds))
+            raise PromptError(f"{name}: expected None or one of {names}, got {value!r}")
+    for name in ("stop_ids", "forbid"):
+        value = getattr(config, name)
+        plain[name] = None if value is None else tuple(_ids(name, value, model.vocab_size))
+    if plain["forbid"] is not None and model.mask_id not in plain["forbid"]:
+        plain["forbid"] = (*plain["forbid"], model.mask_id)  # a mask that is proposed would never be filled
+    plain["logit_bias"] = None if config.logit_bias is None else _logit_bias(config.logit_bias, model.vocab_size)
+    return dataclasses.replace(config, **plain)
+
+
 def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_length: int) -> Sampling:
-    """Checks every setting that does not depend on the prompts' tokens; raises PromptError."""
+    """Resolves settings that `checked` returned; raises PromptError if they contradict each other or the model."""
     if config.rule is not None and config.steps_per_block is not None:
         raise PromptError("steps_per_block: expected None with a rule, for it is the schedule used without one")
-    if config.steps_per_block is not None and config.steps_per_block < 1:
-        raise PromptError(f"steps_per_block: expected at least 1, got {config.steps_per_block}")
     if isinstance(config.rule, TopK) and not isinstance(config.rule.k, Tensor) and config.rule.k == 0:
         raise PromptError("rule: expected TopK of at least 1, got 0, which never commits a token")
-    if config.revise_steps < 0 or config.refresh_every < 0:
-        raise PromptError("revise_steps, refresh_every: expected 0 or more")
-    if config.logit_bias is not None and not isinstance(config.logit_bias[0], Tensor):
-        if bad := [i for i in config.logit_bias[0] if not 0 <= i < model.vocab_size]:
-            raise PromptError(f"logit_bias: expected ids in [0, {model.vocab_size}), got {bad[0]}")
-    if not math.isfinite(config.guidance):
-        raise PromptError(f"guidance: expected a finite number, got {config.guidance}")
     return Sampling(
         rule=config.rule,
         steps_per_block=config.steps_per_block or block_length,
@@ -109,7 +131,7 @@ def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_leng
         cache=_cache_mode(config, model),
         refresh_every=config.refresh_every,
         guidance=config.guidance,
-        seeds=_seeds(config, batch),
+        seeds=seeds_of(config.seed, batch),
         max_passes=block_length + config.revise_steps,
         unmask={
             "confidence": config.confidence,
@@ -124,7 +146,7 @@ def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_leng
 def resolve_block_length(config: GenerationConfig, model: ModelConfig) -> int:
     """Returns the block length of `generate`; raises PromptError if it does not fit the model or max_new_tokens."""
     length = config.block_length or model.causal_block or min(32, config.max_new_tokens)
-    if length < 1 or config.max_new_tokens < 1 or config.max_new_tokens % length:
+    if config.max_new_tokens % length:
         raise PromptError(
             f"max_new_tokens: expected a positive multiple of block_length = {length}, got {config.max_new_tokens}"
         )
@@ -133,24 +155,94 @@ def resolve_block_length(config: GenerationConfig, model: ModelConfig) -> int:
     return length
 
 
-def token_lists(prompts: Prompts, config: ModelConfig) -> list[list[int]]:
-    """Returns prompts as lists of ids; raises PromptError for anything but ids of the vocab."""
+def token_lists(prompts: Prompts, config: ModelConfig, what: str = "prompt") -> list[list[int]]:
+    """Returns prompts as lists of ids; raises PromptError naming the prompt that is not ids of the vocab."""
     if config.mask_id < 0:
         raise PromptError("model: expected one with a mask token, its mask_id is -1; set it in the ModelConfig")
-    if isinstance(prompts, str) or not isinstance(prompts, (Sequence, Tensor)):
-        raise PromptError(f"prompts: expected a list of token lists, got {type(prompts).__name__}; encode text first")
-    rows = []
-    for b, prompt in enumerate(prompts):
-        if isinstance(prompt, str) or not isinstance(prompt, (Sequence, Tensor)):
-            raise PromptError(f"prompt {b}: expected token ids, got {type(prompt).__name__}; encode text first")
-        if isinstance(prompt, Tensor) and (prompt.dim() != 1 or prompt.is_floating_point()):
-            raise PromptError(f"prompt {b}: expected integers (n,), got {prompt.dtype} {tuple(prompt.shape)}")
-        row = [int(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
-        bad = next((token for token in row if not 0 <= token < config.vocab_size), None)
-        if bad is not None:
-            raise PromptError(f"prompt {b}: expected ids in [0, {config.vocab_size}), got {bad}")
-        rows.append(row)
-    return rows
+    if isinstance(prompts, Mapping):
+        raise PromptError(f"{what}s: expected a list of token lists, got {type(prompts).__name__}; pass its input_ids")
+    if isinstance(prompts, (str, bytes)) or not _is_list(prompts):
+        raise PromptError(f"{what}s: expected a list of token lists, got {type(prompts).__name__}; encode text first")
+    return [_token_list(prompt, config, f"{what} {b}") for b, prompt in enumerate(prompts)]
+
+
+def _token_list(prompt: Any, config: ModelConfig, what: str) -> list[int]:
+    if hasattr(prompt, "tolist"):  # a tensor or array
+        if len(prompt.shape) != 1 or not _is_integral(prompt):
+            hint = "; put the prompt in a list" if len(prompt.shape) == 0 else ""
+            raise PromptError(f"{what}: expected integers (n,), got {prompt.dtype} {tuple(prompt.shape)}{hint}")
+        prompt = prompt.tolist()
+    if isinstance(prompt, (str, bytes)) or not _is_list(prompt):
+        hint = "put the prompt in a list" if hasattr(prompt, "__index__") else "encode text first"
+        raise PromptError(f"{what}: expected token ids, got {type(prompt).__name__}; {hint}")
+    return _ids(what, prompt, config.vocab_size)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) or hasattr(value, "tolist")
+
+
+def _is_integral(array: Any) -> bool:
+    if isinstance(array, Tensor):
+        return not array.is_floating_point() and not array.is_complex() and array.dtype != torch.bool
+    return array.dtype.kind in "iu"
+
+
+def _index(name: str, value: Any, expected: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # a float tensor, a tensor of several numbers
+        raise PromptError(f"{name}: expected {expected}, got {value!r}") from None
+
+
+def _ids(name: str, value: Any, vocab_size: int) -> list[int]:
+    expected = f"ids in [0, {vocab_size})"
+    values = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        values = [values]
+    ids = [_index(name, i, expected) for i in values]
+    if bad := [i for i in ids if not 0 <= i < vocab_size]:
+        raise PromptError(f"{name}: expected {expected}, got {bad[0]}")
+    return ids
+
+
+def _count(config: GenerationConfig, name: str, least: int) -> int | None:
+    value = getattr(config, name)
+    if value is None and getattr(GenerationConfig, name) is None:
+        return None
+    count = _index(name, value, f"an integer of at least {least}")
+    if count < least:
+        raise PromptError(f"{name}: expected at least {least}, got {count}")
+    return count
+
+
+def _number(name: str, value: Any) -> Any:
+    """Returns a float, or the 0-d tensor that `unmask` takes as well."""
+    if isinstance(value, Tensor) and value.dim() == 0 and name != "guidance":
+        return value
+    try:
+        number = float(value) if not isinstance(value, str) else math.nan
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise PromptError(f"{name}: expected a finite number, got {value!r}")
+    return number
+
+
+def _logit_bias(bias: Any, vocab_size: int) -> tuple[Any, Any]:
+    """Returns (ids, values) of a dict or a pair."""
+    if isinstance(bias, Mapping):
+        bias = (list(bias), list(bias.values()))
+    if not isinstance(bias, (tuple, list)) or len(bias) != 2:
+        raise PromptError(f"logit_bias: expected {{id: value}} or (ids, values), got {bias!r}")
+    ids = _ids("logit_bias", bias[0], vocab_size)
+    values = bias[1].tolist() if hasattr(bias[1], "tolist") else bias[1]
+    values = [_number("logit_bias", v) for v in (values if isinstance(values, Iterable) else [values])]
+    if len(ids) != len(values):
+        raise PromptError(f"logit_bias: expected a value for each id, got {len(ids)} ids and {len(values)} values")
+    return ids, values
 
 
 def _cache_mode(config: GenerationConfig, model: ModelConfig) -> str:
@@ -164,8 +256,15 @@ def _cache_mode(config: GenerationConfig, model: ModelConfig) -> str:
     return cache
 
 
-def _seeds(config: GenerationConfig, batch: int) -> list[int]:
-    seeds = [config.seed + b for b in range(batch)] if isinstance(config.seed, int) else [int(s) for s in config.seed]
+def seeds_of(seed: Any, batch: int) -> list[int]:
+    """Returns a seed for each sequence, wrapped to int64: s and s - 2**64 are the same key of the noise."""
+    expected = "an integer from -2**63 to 2**64 - 1, or one for each sequence"
+    values = seed.tolist() if hasattr(seed, "tolist") else seed
+    one = isinstance(values, (str, bytes)) or not isinstance(values, Iterable)
+    seeds = [_index("seed", s, expected) for s in ([values] if one else values)]
+    if bad := [s for s in seeds if not -(2**63) <= s < 2**64]:
+        raise PromptError(f"seed: expected {expected}, got {bad[0]}")
+    seeds = [seeds[0] + b for b in range(batch)] if one else seeds
     if len(seeds) != batch:
         raise PromptError(f"seed: expected an int or one for each of {batch} sequences, got {len(seeds)}")
-    return seeds
+    return [(s + 2**63) % 2**64 - 2**63 for s in seeds]

@@ -57,7 +57,10 @@ class Block:
 
 
 class Decoder:
-    """Holds one call's tokens and cache. Only `run_block` changes tokens."""
+    """Holds one call's tokens and cache. Only `run_block` changes tokens.
+
+    `blank`: some sequences begin as masks alone.
+    """
 
     def __init__(
         self,
@@ -67,10 +70,11 @@ class Decoder:
         frozen: Tensor,
         sampling: Sampling,
         callback: Callable[[Step], object] | None,
+        blank: bool = False,
     ) -> None:
         self.model, self.config, self.sampling, self.callback = model, model.config, sampling, callback
         self.tokens, self.frozen, self.first_columns = tokens, frozen, list(starts)
-        self.device = tokens.device
+        self.blank, self.device = blank, tokens.device
         self.starts = torch.tensor(self.first_columns, dtype=torch.int64).to(self.device)
         self.seeds = torch.tensor(sampling.seeds, dtype=torch.int64).to(self.device)
         self.unmask_options = dict(sampling.unmask)
@@ -133,7 +137,8 @@ class Decoder:
         """Fills the block's masks. A sequence takes part until none is left, with Edit until nothing changes."""
         if max(block.masks, default=0) == 0:
             return
-        masked = torch.tensor(block.masks, dtype=torch.int64).to(self.device, non_blocking=True)
+        left = masked = torch.tensor(block.masks, dtype=torch.int64).to(self.device, non_blocking=True)
+        full_passes = torch.zeros_like(masked)  # that a sequence made without a mask
         active, (adaptive, limit) = masked > 0, self.num_passes(block.masks)
         for step in range(limit):
             candidates = torch.where(active[:, None], block.positions, -1)
@@ -153,10 +158,12 @@ class Decoder:
                 **self.unmask_options,
             )
             self.passes += active
+            full_passes += active & (left == 0)
             if not isinstance(revise, Remask):  # Remask may take tokens of a full sequence back in the next pass
-                active = out.remaining > 0
+                left = out.remaining
+                active = left > 0
                 if isinstance(revise, Edit):
-                    active = (active | out.committed.any(1)) & (step + 1 < masked + self.sampling.revise_steps)
+                    active |= out.committed.any(1) & (full_passes < self.sampling.revise_steps)
             if self.callback is not None:
                 where = (self.tokens, self.first_columns, block.index, step, candidates)
                 self.callback(Step(*where, out.committed, out.confidence, self.forward_passes))
@@ -171,10 +178,22 @@ class Decoder:
         hidden = self.hidden(window, block.end)
         if refresh:
             self.final = block.columns[0]
-        if not block.scattered:
-            return hidden[:, block.columns[0] - window[0] : block.columns[1] - window[0]]
-        row = torch.arange(block.positions.shape[0], device=self.device)[:, None]
-        return hidden[row, (block.positions - window[0]).clamp(min=0)]
+        if block.scattered:
+            row = torch.arange(block.positions.shape[0], device=self.device)[:, None]
+            rows = hidden[row, (block.positions - window[0]).clamp(min=0)]
+        else:
+            rows = hidden[:, block.columns[0] - window[0] : block.columns[1] - window[0]]
+        return self.equal_if_blank(rows, block.end) if self.blank and block.index == 0 else rows
+
+    def equal_if_blank(self, rows: Tensor, end: int) -> Tensor:
+        """Gives all rows of a sequence of masks alone the value of its first.
+
+        They are equal but for rounding, because attention then averages equal values. Without this the rounding, and
+        with it the batch, would decide which position is the most confident.
+        """
+        column = torch.arange(end, device=self.device)
+        blank = ((self.tokens[:, :end] == self.config.mask_id) | (column < self.starts[:, None])).all(1)
+        return torch.where(blank[:, None, None], rows[:, :1], rows)
 
     def num_passes(self, masks: Sequence[int]) -> tuple[bool, int]:
         """Returns (whether the number of passes depends on the data, the upper bound of it)."""

@@ -10,7 +10,7 @@ from illada_kernels import KeyRanges, TopK, unmask
 
 from ..errors import PromptError
 from ..model import Model
-from .config import GenerationConfig, Prompts, resolve, token_lists
+from .config import GenerationConfig, Prompts, checked, resolve, seeds_of, token_lists
 from .decoder import Block, Decoder, Step, check_filled, left_padded
 from .generate import Generation
 
@@ -62,12 +62,12 @@ def fill(
     >>> len(done.tokens[0]), done.filled
     (3, [1])
     """
-    config = config or GenerationConfig()
+    config = checked(config, model.config)
     if model.config.causal_block:
         raise PromptError("fill: expected a model that sees both sides, this one sees no later blocks; use generate")
     if config.cache not in (None, "none"):
         raise PromptError(f"cache: expected none for fill, got {config.cache!r}")
-    rows = token_lists(sequences, model.config)
+    rows = token_lists(sequences, model.config, "sequence")
     for b, row in enumerate(rows):
         if len(row) > model.config.max_seq_len:
             raise PromptError(f"sequence {b}: {len(row)} tokens exceed max_seq_len = {model.config.max_seq_len}")
@@ -79,7 +79,8 @@ def fill(
     length = max(map(len, rows))
     starts = [length - len(row) for row in rows]
     tokens = left_padded(rows, model, starts, length)
-    decoder = Decoder(model, tokens, starts, tokens != model.config.mask_id, sampling, callback)
+    blank = any(len(row) == len(hole) for row, hole in zip(rows, holes))
+    decoder = Decoder(model, tokens, starts, tokens != model.config.mask_id, sampling, callback, blank)
     for index in range(-(-max(map(len, holes)) // at_once)):
         part = [[start + i for i in h[index * at_once : (index + 1) * at_once]] for h, start in zip(holes, starts)]
         width = max(map(len, part))
@@ -126,9 +127,14 @@ def fill_hole(
     Raises
     ------
     PromptError
-        If the text does not fit the model, or the model sees everything anyway (then `fill` does it).
+        If the text does not fit the model or holds mask_id, or the model sees everything anyway (then use `fill`).
+    RuntimeError
+        If positions stay masked because hidden rows are NaN.
     """
     c, block = model.config, model.config.causal_block
+    before, after = token_lists([before, after], c, "fill_hole: text")
+    if c.mask_id in [*before, *after]:
+        raise PromptError(f"fill_hole: expected text without mask_id ({c.mask_id}); the hole alone is filled")
     total = len(before) + hole_length + len(after)
     if not block:
         raise PromptError("fill_hole: expected a block-causal model; use fill for one that sees both sides")
@@ -144,6 +150,7 @@ def fill_hole(
         *range(len(before), len(before) + hole_length),
     ]
     places = torch.tensor(place).to(model.device)
+    seeds = torch.tensor(seeds_of(seed, 1)).to(model.device)
     for first in range(start // block * block, total, block):
         end = min(first + block, total)
         candidates = torch.arange(first, end, device=model.device)[None]
@@ -158,10 +165,12 @@ def fill_hole(
                 TopK(1),
                 mask_id=c.mask_id,
                 temperature=temperature,
-                seed=seed,
+                seed=seeds,
                 step=step,
             )
             if callback is not None:
                 seen = tokens[0].tolist()
                 callback([*seen[: len(before)], *seen[start:], *seen[len(before) : start]])
-    return tokens[0, start:].tolist()
+    hole = tokens[0, start:].tolist()
+    check_filled([hole], c)
+    return hole

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import PromptError
 from ..model import Model
-from .config import GenerationConfig, Prompts, Sampling, resolve, resolve_block_length, token_lists
+from .config import GenerationConfig, Prompts, Sampling, checked, resolve, resolve_block_length, token_lists
 from .decoder import Block, Decoder, Step, check_filled, left_padded
 
 
@@ -89,7 +89,7 @@ def generate(
     >>> len(done.tokens[0]), done.forward_passes
     (4, 4)
     """
-    config = config or GenerationConfig()
+    config = checked(config, model.config)
     rows = token_lists(prompts, model.config)
     block_length = resolve_block_length(config, model.config)
     for b, row in enumerate(rows):
@@ -101,8 +101,7 @@ def generate(
                 f"{model.config.max_seq_len}; shorten the prompt or generate less"
             )
     sampling = resolve(config, model.config, len(rows), block_length)
-    own_stop = () if model.config.eos_id < 0 else (model.config.eos_id,)
-    stop_ids = own_stop if config.stop_ids is None else tuple(config.stop_ids)
+    stop_ids = model.config.eos_ids if config.stop_ids is None else tuple(config.stop_ids)  # type: ignore[arg-type]
     return _Continuation(model, rows, config, block_length, stop_ids).run(sampling, callback)
 
 
@@ -139,7 +138,8 @@ class _Continuation:
         tokens = left_padded(self.rows, model, self.starts, columns)
         column = torch.arange(columns).to(model.device)
         prompt_ends, ends = (torch.tensor(e).to(model.device)[:, None] for e in (self.prompt_ends, self.ends))
-        decoder = Decoder(model, tokens, self.starts, column < prompt_ends, sampling, callback)
+        blank = not all(self.rows)
+        decoder = Decoder(model, tokens, self.starts, column < prompt_ends, sampling, callback, blank)
         open_columns = (column >= prompt_ends) & (column < ends)  # (B, columns): True where a token may be generated
         stops = torch.tensor(self.stop_ids, dtype=torch.int64).to(model.device)
         running = [True] * len(self.rows)

@@ -16,7 +16,7 @@ from ..errors import DataError
 from ..model import Model
 from ..tokenizer import Tokenizer, stream
 from .data import Document
-from .objectives import Example, mask_count, stratified
+from .objectives import Example, mask_count, previous_rows, stratified
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def bound(
     A model that sees everything: n of a window's tokens are masked, n uniform on 1 .. length, each masked token's
     cross-entropy times length / n (LLaDA, arXiv 2502.09992, equation 6). A block-causal model: n of the b tokens of
     each block, given all clean tokens before it in the window, whose first half is only context (BD3-LM, arXiv
-    2503.09573, equation 7). Either is at least -log2 p(documents) / bytes in expectation over the masks.
+    2503.09573, equation 7). Either is at least -log2 p(documents) / bytes in expectation over the masks, p being the
+    distribution that decoding draws from, which never proposes the mask.
     """
     block = model.config.causal_block
     scored = length // 2 // block * block if block else length
@@ -111,7 +112,7 @@ def bound(
     model.eval()
     for _ in range(draws):
         for rows, example in _examples(*windows, model, scored, rows_per_pass, generator):
-            losses = example.to(model.device).loss(model, reduction="none")
+            losses = example.to(model.device).loss(model, reduction="none", forbid_mask=True)
             nats[rows] += losses.double().sum(1).cpu().numpy() / draws
     model.train(was_training)
     bits = nats / math.log(2)
@@ -141,18 +142,17 @@ def _examples(
     weight = (block / number).repeat_interleave(block).view(len(tokens), scored)
     masked_targets, clean = tokens[:, length - scored :], tokens
     noisy = masked_targets.masked_fill(masked, model.config.mask_id)
-    key_ranges = positions = None
+    key_ranges = positions = previous = None
     if model.config.causal_block:
         positions = torch.cat([torch.arange(length - scored, length), torch.arange(length)])[None]
         key_ranges = noisy_tail(length, scored, block)
+        previous = previous_rows(scored, block, clean=length)  # context, then the scored tokens
     batch = max(1, rows_per_pass // (scored + (length if key_ranges is not None else 0)))
     for start in range(0, len(tokens), batch):
         rows = slice(start, start + batch)
         shown = noisy[rows] if key_ranges is None else torch.cat([noisy[rows], clean[rows]], dim=1)
-        yield (
-            rows,
-            Example(shown, masked_targets[rows], masked[rows] & counts[rows], weight[rows], key_ranges, positions),
-        )
+        counted = masked[rows] & counts[rows]
+        yield rows, Example(shown, masked_targets[rows], counted, weight[rows], key_ranges, positions, previous)
 
 
 def noisy_tail(length: int, scored: int, block: int) -> KeyRanges:

@@ -27,17 +27,24 @@ class Example:
     weight: Tensor  # (B, S) float32
     key_ranges: KeyRanges | None = None
     positions: Tensor | None = None  # (1 or B, T) int64
+    previous: Tensor | None = None  # (S,) int64, the rows that predict the targets of a model with shifted logits
 
     def to(self, device: torch.device | str) -> Example:
         """Returns the batch on a device."""
-        moved = (None if x is None else x.to(device) for x in (self.key_ranges, self.positions))
+        moved = (None if x is None else x.to(device) for x in (self.key_ranges, self.positions, self.previous))
         return Example(*(x.to(device) for x in (self.tokens, self.targets, self.masked, self.weight)), *moved)  # type: ignore[arg-type]
 
-    def loss(self, model: Model, reduction: str = "sum") -> Tensor:
-        """Returns the weighted sum, a float32 scalar; with reduction "none" the weighted losses (B, S)."""
-        scored = self.targets.shape[1]
-        hidden = model(self.tokens, self.key_ranges, self.positions)[:, :scored]
-        forbid = () if model.config.mask_id < 0 else (model.config.mask_id,)
+    def loss(self, model: Model, reduction: str = "sum", forbid_mask: bool | None = None) -> Tensor:
+        """Returns the weighted sum, a float32 scalar; with reduction "none" the weighted losses (B, S).
+
+        forbid_mask: whether the mask's logit is -inf; None is what the model's configuration says.
+        """
+        c = model.config
+        if c.shifted_logits and self.previous is not None:
+            hidden = model.unshifted(self.tokens, self.key_ranges, self.positions)[:, self.previous]
+        else:
+            hidden = model(self.tokens, self.key_ranges, self.positions)[:, : self.targets.shape[1]]
+        forbid = (c.mask_id,) if (c.forbid_mask if forbid_mask is None else forbid_mask) and c.mask_id >= 0 else ()
         return masked_loss(
             hidden, model.head_weight, self.targets, self.masked, self.weight, reduction=reduction, forbid=forbid
         )
@@ -216,7 +223,18 @@ def block_diffusion(
         weight,
         KeyRanges.block_diffusion(length, block),
         positions.repeat(1, 2),
+        previous_rows(length, block, clean=length),
     )
+
+
+def previous_rows(scored: int, block: int, clean: int) -> Tensor:
+    """Returns the row that predicts each of `scored` noisy tokens in a model with shifted logits, int64 (scored,).
+
+    As in decoding, a block's first token is predicted by the clean token before it, the others by the noisy one before
+    them. The clean copy of the first noisy token stands in column `clean`; if no token precedes it, its own row counts.
+    """
+    i = torch.arange(scored)
+    return torch.where(i % block == 0, clean + i - 1, i - 1).where((i > 0) | (clean > scored), 0)
 
 
 def hole_order(batch: int, length: int, fraction: float, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,133 @@
+"""Arguments of generate, fill and fill_hole: any integer type works, a wrong one is named; masks are never proposed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from illada import GenerationConfig, PromptError, fill, generate
+from illada.decoding.fill import fill_hole
+
+from illada_kernels import TopK
+from tests.helpers.models import make, tiny
+
+MODEL = make(tiny())
+PLAIN = {"max_new_tokens": 8, "block_length": 4, "temperature": 1.0, "stop_ids": ()}
+
+
+def tokens(prompts=([3, 4],), **changes):
+    return generate(MODEL, prompts, GenerationConfig(**{**PLAIN, **changes})).tokens
+
+
+@pytest.mark.parametrize(
+    "same, other",
+    [
+        ({"seed": 3}, {"seed": np.int64(3)}),
+        ({"seed": 3}, {"seed": torch.tensor(3)}),
+        ({"seed": 3}, {"seed": np.array([3])}),
+        ({"seed": -1}, {"seed": 2**64 - 1}),
+        ({"max_new_tokens": 8}, {"max_new_tokens": np.int32(8), "block_length": torch.tensor(4)}),
+        ({"stop_ids": (5,)}, {"stop_ids": 5}),
+        ({"stop_ids": (5, 6)}, {"stop_ids": torch.tensor([6, 5])}),
+        ({"stop_ids": (5, 6)}, {"stop_ids": {5, 6}}),
+        ({"forbid": (5, 49)}, {"forbid": np.array([5])}),
+        ({"logit_bias": ([7, 8], [3.0, -2.0])}, {"logit_bias": {7: 3.0, 8: -2.0}}),
+        ({"logit_bias": ([7, 8], [3.0, -2.0])}, {"logit_bias": (torch.tensor([7, 8]), torch.tensor([3.0, -2.0]))}),
+        ({"temperature": 0.5}, {"temperature": np.float64(0.5)}),
+        ({"temperature": 0.5}, {"temperature": torch.tensor(0.5)}),
+    ],
+)
+def test_numbers_of_any_type_mean_the_same(same, other):
+    assert tokens(**other) == tokens(**same)
+
+
+def test_prompts_of_any_type_mean_the_same():
+    wanted = tokens([[3, 4], [5, 6]])
+    for prompts in (
+        np.array([[3, 4], [5, 6]]),
+        torch.tensor([[3, 4], [5, 6]]),
+        [np.array([3, 4]), torch.tensor([5, 6])],
+    ):
+        assert tokens(prompts) == wanted
+    assert tokens([[torch.tensor(3), np.int8(4)], (5, 6)]) == wanted
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"max_new_tokens": 8.0}, "max_new_tokens: expected an integer of at least 1, got 8.0"),
+        ({"max_new_tokens": None}, "max_new_tokens: expected an integer of at least 1, got None"),
+        ({"block_length": "4"}, "block_length: expected an integer of at least 1, got '4'"),
+        ({"block_length": 0}, "block_length: expected at least 1, got 0"),
+        ({"block_length": True}, "block_length: expected an integer of at least 1, got True"),
+        ({"revise_steps": -1}, "revise_steps: expected at least 0, got -1"),
+        ({"seed": 2**64}, r"seed: expected an integer from -2\*\*63 to 2\*\*64 - 1"),
+        ({"seed": 3.0}, "seed: expected an integer from .* got 3.0"),
+        ({"seed": None}, "seed: expected an integer from .* got None"),
+        ({"stop_ids": "</s>"}, r"stop_ids: expected ids in \[0, 50\), got '</s>'"),
+        ({"stop_ids": [50]}, r"stop_ids: expected ids in \[0, 50\), got 50"),
+        ({"forbid": [1.5]}, r"forbid: expected ids in \[0, 50\), got 1.5"),
+        ({"logit_bias": {7: float("inf")}}, "logit_bias: expected a finite number, got inf"),
+        ({"logit_bias": {50: 1.0}}, r"logit_bias: expected ids in \[0, 50\), got 50"),
+        ({"logit_bias": ([7, 8], [1.0])}, "logit_bias: expected a value for each id, got 2 ids and 1 values"),
+        ({"logit_bias": 3}, "logit_bias: expected {id: value} or"),
+        ({"temperature": "hot"}, "temperature: expected a finite number, got 'hot'"),
+        ({"guidance": None}, "guidance: expected a finite number, got None"),
+        ({"rule": 0.9}, "rule: expected None or one of TopK, Threshold, Factor, EntropyBound, got 0.9"),
+        ({"revise": TopK(1)}, "revise: expected None or one of Edit, Remask"),
+    ],
+)
+def test_a_wrong_setting_is_named(changes, message):
+    with pytest.raises(PromptError, match=message):
+        tokens(**changes)
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([3, 4], "prompt 0: expected token ids, got int; put the prompt in a list"),
+        (torch.tensor([3, 4]), r"prompt 0: expected integers \(n,\), got .*; put the prompt in a list"),
+        ({"input_ids": [[3]]}, "prompts: expected a list of token lists, got dict; pass its input_ids"),
+        ([[3.7]], r"prompt 0: expected ids in \[0, 50\), got 3.7"),
+        ([[True]], r"prompt 0: expected ids in \[0, 50\), got True"),
+        (np.array([[0.5]]), "prompt 0: expected integers"),
+        ([None], "prompt 0: expected token ids, got NoneType"),
+        (b"ab", "prompts: expected a list of token lists, got bytes; encode text first"),
+    ],
+)
+def test_a_wrong_prompt_is_named(prompts, message):
+    with pytest.raises(PromptError, match=message):
+        tokens(prompts)
+
+
+def test_the_mask_is_never_proposed_whatever_is_forbidden():
+    model = make(tiny())
+    with torch.no_grad():
+        model.head_weight[49] = model.head_weight.abs().max() * 9  # the mask would win half of all draws
+    for forbid in ([48], (), [49], None):
+        config = GenerationConfig(max_new_tokens=16, temperature=1.0, forbid=forbid, stop_ids=())
+        assert all(49 not in text for text in generate(model, [[i] for i in range(8)], config).tokens)
+        assert 49 not in fill(model, [[1, 49, 49, 2]], GenerationConfig(forbid=forbid)).tokens[0]
+
+
+def test_a_hole_is_checked_before_and_after():
+    model = make(tiny("SDAR-8B"))
+    assert 49 not in fill_hole(model, np.array([1, 2, 3]), 3, torch.tensor([4]), seed=np.int64(2))
+    with pytest.raises(PromptError, match=r"fill_hole: expected text without mask_id \(49\); the hole alone is filled"):
+        fill_hole(model, [1, 49], 3, [])
+    with pytest.raises(PromptError, match=r"fill_hole: text 1: expected ids in \[0, 50\), got 50"):
+        fill_hole(model, [1], 3, [50])
+    model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="3 positions stayed masked"):
+        fill_hole(model, [1, 2, 3], 3, [])
+
+
+@pytest.mark.parametrize("changes", [{}, {"variable_length": False}, {"rule": TopK(2)}, {"guidance": 0.5}])
+def test_an_empty_prompt_does_not_depend_on_the_batch(changes):
+    """In float32 all rows are equal but for rounding, which differs from batch to batch."""
+    for seed in range(12):
+        model = make(tiny(), seed, torch.float32)
+        config = GenerationConfig(max_new_tokens=6, block_length=3, stop_ids=(), **changes)
+        assert generate(model, [[]], config).tokens[0] == generate(model, [[1, 2, 3, 4], []], config).tokens[1]
+        alone = fill(model, [[49] * 4], GenerationConfig()).tokens[0]
+        assert fill(model, [[1, 2, 3, 4, 49, 5], [49] * 4], GenerationConfig()).tokens[1] == alone

@@ -1,0 +1,146 @@
+"""config.json and generation_config.json: every setting is applied, kept or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from illada import GenerationConfig, generate
+from illada.checkpoint import load, read_config, save
+from illada.config import ModelConfig
+from illada.errors import ConfigError
+from illada.model import RMSNorm
+
+from tests.helpers.models import make, tiny
+
+BASE = ModelConfig.preset("Qwen2.5-7B").to_hf()
+LLADA = ModelConfig.preset("LLaDA-8B").to_hf()
+PER_LAYER_TYPE = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+
+
+@pytest.mark.parametrize(
+    "hf, message",
+    [
+        ({**BASE, "rope_scaling": {"factor": 4.0}}, "rope_scaling of type None is not supported"),
+        ({**BASE, "rope_scaling": "linear"}, "rope_scaling: expected null or one object of numbers, got 'linear'"),
+        ({**BASE, "rope_scaling": {"rope_type": "default", "factor": 4.0}}, "rope_scaling: expected rope_theta alone"),
+        ({**BASE, "rope_parameters": PER_LAYER_TYPE}, "rope_parameters: expected null or one object of numbers"),
+        ({**BASE, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported, expected 1.0"),
+        ({**BASE, "rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "rope_theta alone"),
+        ({**BASE, "layer_types": ["sliding_attention"] * 28}, "layer_types: expected 'full_attention' alone"),
+        ({**BASE, "use_sliding_window": True}, "use_sliding_window = True is not supported"),
+        ({**BASE, "quantization_config": {"bits": 4}}, "quantization_config = .* may change the numbers"),
+        (
+            {**BASE, "final_logit_softcapping": 30.0, "a_scale": 2},
+            "final_logit_softcapping = 30.0, a_scale = 2 may change",
+        ),
+        ({**BASE, "num_attention_heads": "28"}, "num_attention_heads: expected a number, got '28'"),
+        ({**BASE, "rope_theta": [1e6]}, "rope_theta: expected a number"),
+        ({**BASE, "tie_word_embeddings": "false"}, "tie_embeddings: expected true or false, got 'false'"),
+        ({**BASE, "eos_token_id": "</s>"}, "eos_token_id: expected an id or a list of ids, got '</s>'"),
+        ({**BASE, "eos_token_id": [1, 10**9]}, "more_eos_ids: expected an id below 152064"),
+        ({**BASE, "architectures": "Qwen2ForCausalLM"}, "architectures: expected a list"),
+        ({**LLADA, "clip_qkv": 8.0}, "clip_qkv = 8.0 may change the numbers"),
+        ({**LLADA, "alibi": True}, "alibi = True is not supported"),
+        ({**LLADA, "layer_norm_with_affine": False}, "layer_norm_with_affine = False is not supported"),
+        ({**LLADA, "block_group_size": 4}, "block_group_size = 4 is not supported"),
+    ],
+)
+def test_settings_that_change_numbers_are_refused_by_name(hf, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(hf)
+
+
+def test_settings_that_change_nothing_pass_and_unknown_ones_are_named():
+    harmless = {
+        "use_cache": True,
+        "sliding_window": None,
+        "hidden_act": "swish",
+        "layer_types": ["full_attention"] * 28,
+    }
+    harmless |= {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    assert ModelConfig.from_hf({**BASE, **harmless}) == ModelConfig.preset("Qwen2.5-7B")
+    with pytest.warns(UserWarning, match="not known here and ignored: frobnication"):
+        ModelConfig.from_hf({**BASE, "frobnication": 3})
+
+
+def test_one_key_head_of_multi_query_attention_is_applied():
+    hf = {name: value for name, value in LLADA.items() if name != "n_kv_heads"}
+    assert ModelConfig.from_hf({**hf, "multi_query_attention": True}).n_kv_heads == 1
+    assert ModelConfig.from_hf(hf).n_kv_heads == 32
+
+
+# ---- what save keeps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["iLLaDA-8B", "LLaDA-8B", "SDAR-8B"])
+def test_saving_keeps_every_setting_that_did_not_change(preset, tmp_path):
+    save(make(tiny(preset), dtype=torch.float32), tmp_path / "a")
+    file = tmp_path / "a" / "config.json"
+    foreign = {"auto_map": {"AutoModel": "modeling.Model"}, "attention_dropout": 0.25, "transformers_version": "4.57.1"}
+    written = {**json.loads(file.read_text()), **foreign, "dtype": "float32", "architectures": ["ILLaDAModelLM"]}
+    del written["torch_dtype"]
+    file.write_text(json.dumps(written))
+    model = load(tmp_path / "a")
+    save(model, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == written
+    model.config = dataclasses.replace(model.config, rope_theta=12345.0)
+    assert {**written, "rope_theta": 12345.0} == {**model.config.to_hf(), "dtype": "float32"}
+
+
+def test_names_are_those_of_the_published_code():
+    illada = ModelConfig.preset("iLLaDA-8B").to_hf()
+    assert illada["architectures"] == ["ILLaDAForCausalLM"]
+    assert ModelConfig.from_hf({**illada, "model_type": None}).family == "illada"
+    sdar = ModelConfig.preset("SDAR-8B", causal_block=8).to_hf()
+    assert sdar["block_size"] == 8 and "causal_block" not in sdar
+    assert ModelConfig.from_hf(sdar).causal_block == 8
+    assert LLADA["attention_dropout"] == LLADA["residual_dropout"] == LLADA["embedding_dropout"] == 0
+    for preset in ("iLLaDA-8B", "LLaDA-8B", "Dream-7B", "SDAR-8B", "Qwen2.5-7B"):  # nothing that only we understand
+        ours = {"rope_in_fp32", "norm_in_fp32", "shifted_logits", "causal_block", "forbid_mask"}
+        assert not ours & set(ModelConfig.preset(preset).to_hf())
+
+
+def test_a_changed_theta_reaches_both_places():
+    config = ModelConfig.from_hf({**BASE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
+    changed = dataclasses.replace(config, rope_theta=5e5).to_hf()
+    assert changed["rope_theta"] == changed["rope_parameters"]["rope_theta"] == 5e5
+
+
+# ---- all ids that end a text -------------------------------------------------------------------------------------
+
+
+def test_any_end_of_text_id_stops_and_all_are_kept(tmp_path):
+    save(make(tiny("SDAR-8B"), dtype=torch.float32), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [48, 45]}))
+    model = load(tmp_path)
+    assert model.config.eos_ids == (48, 45)
+    done = generate(model, [[1, 2, 3, 4]], GenerationConfig(max_new_tokens=8, logit_bias=([45], [1e4])))
+    assert done.stopped == [True] and done.tokens == [[]]
+    save(model, tmp_path / "again")
+    assert read_config(tmp_path / "again").eos_ids == (48, 45)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [46, 48], "temperature": 0.7}')
+    assert read_config(tmp_path).eos_ids == (48, 45, 46)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"generation_config\.json: expected an object"):
+        read_config(tmp_path)
+
+
+# ---- rounding ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_fp32", [False, True])
+def test_the_norm_rounds_where_its_family_does(in_fp32):
+    torch.manual_seed(0)
+    norm, x = RMSNorm(64, 1e-6, in_fp32).bfloat16(), torch.randn(50, 64).bfloat16()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+    y, w = x.float(), norm.weight.float()
+    unit = y * (y.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    once, twice = (unit * w).bfloat16(), unit.bfloat16() * norm.weight
+    assert not torch.equal(once, twice)
+    assert torch.equal(norm(x), once if in_fp32 else twice)
+    assert ModelConfig.preset("SDAR-8B").norm_in_fp32 and not ModelConfig.preset("iLLaDA-8B").norm_in_fp32
