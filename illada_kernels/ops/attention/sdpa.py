@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
     -----
     Reads a tensor mask once, with one host synchronisation, and remembers the result while the mask lives and is not
     written to, so that 32 layers that share a mask synchronise once. Inference tensors have no version to check and are
-    read in each call. torch.compile cannot trace the reading: give it KeyRanges. Nothing else synchronises.
+    read in each call; a compiled graph asserts what it reads when it runs. Nothing else synchronises.
 
     Examples
     --------
@@ -79,12 +79,12 @@ def scaled_dot_product_attention(
     for name, x in (("query", query), ("key", key), ("value", value)):
         expect_tensor(name, x, *FLOATS)
         if x.dim() < 3 or x.dim() != query.dim():
-            raise ValueError(f"{name}: expected shape (..., heads, sequence, head_dim) like query, got {tuple(x.shape)}")
+            raise ValueError(f"{name}: expected (..., heads, sequence, head_dim) like query, got {tuple(x.shape)}")
     expect_number("dropout_p", dropout_p)
     if not known(dropout_p == 0):
-        raise ValueError(f"dropout_p: expected 0, got {dropout_p}; the kernels have no dropout, so call model.eval() or set it to 0")
+        raise ValueError(f"dropout_p: expected 0, got {dropout_p}; the kernels have no dropout: set it to 0")
     if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask: expected None with is_causal=True, got both; intersect them: KeyRanges.causal(s) & ranges")
+        raise ValueError("attn_mask: expected None with is_causal=True, got both; use KeyRanges.causal(s) & ranges")
     shape = (*query.shape[:-1], key.shape[-2])  # of the scores
     q, k, v = (_four_dimensions(x, enable_gqa) for x in (query, key, value))
     if not enable_gqa and not known(q.shape[1] == k.shape[1]):
@@ -124,14 +124,9 @@ _masks: dict[Any, tuple[weakref.ref[Tensor], int, KeyRanges]] = {}
 
 def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRanges:
     """Returns what `_read` does; again if the mask, or what it is a view of, has not changed since."""
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "attn_mask: expected KeyRanges or None under torch.compile, got a tensor, whose reading synchronises with the "
-            "host; make ranges outside of the compiled function: KeyRanges.from_dense(mask)"
-        )
     if mask.requires_grad:
-        raise ValueError("attn_mask: expected a mask without gradient, got requires_grad=True; a learned bias is not a mask")
-    if mask.is_inference() or is_watched():
+        raise ValueError("attn_mask: expected requires_grad=False, got True: a learned bias is not a mask")
+    if is_watched() or mask.is_inference():
         return _read(mask, shape, grouped)
     base = mask if mask._base is None else mask._base
     key = (id(base), mask.storage_offset(), mask.shape, mask.stride(), mask.dtype, shape, grouped)
