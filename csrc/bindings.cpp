@@ -1,4 +1,5 @@
-// The only file that knows Python: each entry point of api.h becomes a function of integers (pointers as uintptr_t) and floats.
+// Binds each entry point of api.h as a function of integers (pointers as uintptr_t) and floats. No other file of csrc/
+// includes Python.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -13,7 +14,7 @@ namespace {
 enum Isa { kScalar, kAvx2, kAvx512 };
 const char* const kIsaNames[] = {"scalar", "avx2", "avx512"};
 
-// The best instruction set of this processor, or the one ILLADA_CPU_ISA names if the processor has it.
+// Returns the best instruction set of this processor, or the one that ILLADA_CPU_ISA names if the processor has it.
 Isa detect_isa() {
   Isa best = kScalar;
 #if defined(__x86_64__) && !defined(ILLADA_SCALAR_ONLY)
@@ -31,7 +32,7 @@ Isa detect_isa() {
 
 const Isa isa = detect_isa();
 
-// Pointers cross the border as integers; numbers as they are.
+// Converts an argument: pointers come as integers, numbers as they are.
 template <class T> struct Arg {
   using type = T;
   static T get(T v) { return v; }

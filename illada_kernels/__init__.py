@@ -1,13 +1,15 @@
 """Kernels for masked-diffusion language models: bidirectional attention, masked-token loss, parallel unmasking.
 
 Importing this package imports neither torch nor the compiled extension; each name below loads what it needs when
-first used.
+first used. Where torch is imported, before or after, the operators are registered with it.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from ._registration import register, register_with_torch
 
 __version__ = "0.1.0"
 
@@ -50,9 +52,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'illada_kernels' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    register()  # for a torch that this import imported
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+register_with_torch()

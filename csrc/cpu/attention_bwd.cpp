@@ -3,10 +3,10 @@
 //   p = exp(scale q k^T - lse);  delta = rowsum(dout * out) - dlse;  ds = p * (dout v^T - delta)
 //   dv = p^T dout;  dk = scale ds^T q;  dq = scale ds k
 //
-// A unit of work is 256 keys of one key head: it walks all query tiles (five products each), keeps dk and dv to itself
-// and adds to dq in the order of the keys, waiting for its turn, so that results are bitwise the same for any number of
-// threads. Everything is float32. Rows without keys and keys without rows are packed as zeros, whatever they hold. 10 *
-// dim flops per pair; memory: delta, and about 1 MB a thread.
+// A unit of work owns 256 keys of one kv head. It walks all query tiles (five GEMMs each), accumulates dk and dv alone,
+// and adds to dq in the order of the keys, waiting for its turn: results are bitwise the same for any number of
+// threads. 10 * dim flops a pair; memory: delta, and about 1 MB a thread. Everything accumulates in float32. Rows
+// without keys and keys without rows are packed as zeros, so that a NaN or inf in them stays out of the sums.
 #include <omp.h>
 #include <sched.h>
 
@@ -21,8 +21,8 @@ constexpr int kUnitKeys = kUnitKeyTiles * kTileKeys;
 
 struct Gradients {
   View dout, out;
-  const float *dlse, *lse;  // (batch, heads, rows), contiguous; dlse may be null
-  float* dq;  // (batch, rows, heads, dim), contiguous, zeros
+  const float *dlse, *lse;  // (batch, heads, queries), contiguous; dlse may be null
+  float* dq;  // (batch, queries, heads, dim), contiguous, zeros on entry
   void *dk, *dv;  // contiguous
 };
 
@@ -53,14 +53,14 @@ struct BackwardScratch {
   }
 };
 
-// delta (batch, heads, rows) = sum over dim of dout * out, minus dlse
+// Computes delta (batch, heads, queries) = sum over dim of dout * out, minus dlse.
 template <class T> void row_deltas(const Problem& p, const Gradients& grads, float* delta) {
   const int64_t tiles = p.query_tiles();
 #pragma omp for schedule(static)
   for (int64_t u = 0; u < p.batch * tiles; ++u)
     for (int i = 0; i < p.tile_rows(int(u % tiles)); ++i)
       for (int h = 0; h < p.heads; ++h) {
-        const int64_t b = u / tiles, row = u % tiles * kTileRows + i, at = (b * p.heads + h) * p.rows + row;
+        const int64_t b = u / tiles, row = u % tiles * kTileRows + i, at = (b * p.heads + h) * p.queries + row;
         const T *out = grads.out.at<T>(b, row, h), *dout = grads.dout.at<T>(b, row, h);
         vf sum = {};
         for (int d = 0; d < p.dim_v; d += kWidth) sum += load_n(out + d, p.dim_v - d) * load_n(dout + d, p.dim_v - d);
@@ -68,13 +68,13 @@ template <class T> void row_deltas(const Problem& p, const Gradients& grads, flo
       }
 }
 
-// Queries, dout, and per row the offset of the exponent and delta; a row without keys holds zeros, and an offset that
-// makes its p 0.
+// Packs queries and dout, and per row the exponent's offset and delta. A row without keys gets zeros, and an offset
+// that makes its p 0.
 template <class T>
 void load_query_tile(const Problem& p, const Gradients& grads, const float* delta, int64_t b, int head, int tile,
                      BackwardScratch& scratch) {
   const int rows = p.tile_rows(tile);
-  const int64_t first = int64_t(tile) * kTileRows, at = (b * p.heads + head) * p.rows + first;
+  const int64_t first = int64_t(tile) * kTileRows, at = (b * p.heads + head) * p.queries + first;
   uint8_t keep[kTileRows];
   for (int i = 0; i < kTileRows; ++i) {
     keep[i] = i < rows && !p.bounds.of_row(b, first + i).empty();
@@ -88,13 +88,13 @@ void load_query_tile(const Problem& p, const Gradients& grads, const float* delt
             leading_dim(p.dim_v));
 }
 
-// s and dp (in scratch.p and scratch.ds) become p and ds.
+// Turns s and dp (in scratch.p and scratch.ds) into p and ds.
 template <bool kMasked>
 void softmax_gradient(const Problem& p, int64_t b, int tile, int key, int columns, BackwardScratch& scratch) {
   const float score_scale = p.score_scale(), c = score_scale * 1.44269504f, lowest = -127.0f / c;
   for (int i = 0; i < p.tile_rows(tile); ++i) {
     float *s = scratch.p + i * kLdScores, *ds = scratch.ds + i * kLdScores;
-    Ranges ranges{};
+    RowRanges ranges{};
     if (kMasked) ranges = p.bounds.of_row(b, int64_t(tile) * kTileRows + i);
     for (int j = 0; j < columns; j += kWidth) {
       vf probability = exp2_scaled(load(s + j) - scratch.offset[i], c, lowest);
@@ -110,7 +110,7 @@ void softmax_gradient(const Problem& p, int64_t b, int tile, int key, int column
   }
 }
 
-// One query tile against one key tile: adds to the key tile's dk and dv, and to scratch.dq.
+// Adds one query tile's share to a key tile's dk and dv, and the key tile's share to scratch.dq.
 void backward_tile(const Problem& p, int64_t b, int tile, int start, Window w, bool masked, BackwardScratch& scratch,
                    BackwardScratch::Keys& keys, Ahead& next_q, Ahead& next_dout, Ahead& dq) {
   const int ld = leading_dim(p.dim), ld_v = leading_dim(p.dim_v), cols = round_up(p.dim, kWidth),
@@ -129,38 +129,38 @@ void backward_tile(const Problem& p, int64_t b, int tile, int start, Window w, b
 }
 
 template <class T>
-void load_keys(const Problem& p, const HullTable& hulls, int64_t b, int key_head, int start, BackwardScratch& scratch,
+void load_keys(const Problem& p, const HullTable& hulls, int64_t b, int kv_head, int start, BackwardScratch& scratch,
                BackwardScratch::Keys& keys) {
   keys.any = start < p.keys && live_keys(p, hulls, b, 0, p.query_tiles(), start, keys.live);
   if (!keys.any) return;
   const int ld = leading_dim(p.dim), ld_v = leading_dim(p.dim_v), size = smaller(kTileKeys, p.keys - start);
-  pack_rows(p.k.at<T>(b, start, key_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, keys.live, keys.k, ld);
+  pack_rows(p.k.at<T>(b, start, kv_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, keys.live, keys.k, ld);
   transpose_tile(keys.k, ld, kTileKeys, p.dim, keys.k_transposed, kLdScores);
-  pack_rows(p.v.at<T>(b, start, key_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, keys.live, scratch.rows,
+  pack_rows(p.v.at<T>(b, start, kv_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, keys.live, scratch.rows,
             ld_v);
   transpose_tile(scratch.rows, ld_v, kTileKeys, p.dim_v, keys.v_transposed, kLdScores);
   std::memset(keys.dk, 0, sizeof(float) * kTileKeys * ld);
   std::memset(keys.dv, 0, sizeof(float) * kTileKeys * ld_v);
 }
 
-// gradient (batch, keys, key_heads, dim) of one key tile; zeros if no row attended to it
+// Stores a key tile's gradient (batch, keys, kv_heads, dim); zeros if no row attends to the tile.
 template <class T>
-void store_keys(const Problem& p, int64_t b, int key_head, int start, bool any, const float* from, int dim,
+void store_keys(const Problem& p, int64_t b, int kv_head, int start, bool any, const float* from, int dim,
                 void* gradient) {
   for (int j = 0; j < smaller(kTileKeys, p.keys - start); ++j) {
-    T* to = static_cast<T*>(gradient) + ((b * p.keys + start + j) * p.key_heads + key_head) * dim;
+    T* to = static_cast<T*>(gradient) + ((b * p.keys + start + j) * p.kv_heads + kv_head) * dim;
     for (int d = 0; d < dim; d += kWidth) store_n(to + d, any ? load(from + j * leading_dim(dim) + d) : vf{}, dim - d);
   }
 }
 
-// Adds scratch.dq to dq once all earlier chunks that touch this tile have, and passes the turn on.
+// Adds scratch.dq to dq once every earlier chunk that touches this query tile has, then passes the turn on.
 void add_dq(const Problem& p, int64_t b, int head, int tile, int turn, int chunk, const BackwardScratch& scratch,
             float* dq, int* done) {
   while (__atomic_load_n(done, __ATOMIC_ACQUIRE) != turn) sched_yield();
   for (int i = 0; i < p.tile_rows(tile); ++i) {
     const int64_t row = int64_t(tile) * kTileRows + i;
     if (p.bounds.of_row(b, row).empty()) continue;
-    float* to = dq + ((b * p.rows + row) * p.heads + head) * p.dim;
+    float* to = dq + ((b * p.queries + row) * p.heads + head) * p.dim;
     const float* from = scratch.dq + i * leading_dim(p.dim);
     for (int d = 0; d < p.dim; d += kWidth)
       store_n(to + d, load_n(to + d, p.dim - d) + load(from + d) * p.query_factor(), p.dim - d);
@@ -168,29 +168,29 @@ void add_dq(const Problem& p, int64_t b, int head, int tile, int turn, int chunk
   __atomic_store_n(done, chunk, __ATOMIC_RELEASE);
 }
 
-// Keys chunk * kUnitKeys and on, of one key head, against all query tiles of its group in order.
+// Runs the keys from chunk * kUnitKeys of one kv head against all query tiles of its heads, in order.
 template <class T>
 void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& grads, const float* delta, int64_t b,
-                   int key_head, int chunk, BackwardScratch& scratch, int* done) {
+                   int kv_head, int chunk, BackwardScratch& scratch, int* done) {
   const int start = chunk * kUnitKeys;
   for (int i = 0; i < kUnitKeyTiles; ++i)
-    load_keys<T>(p, hulls, b, key_head, start + i * kTileKeys, scratch, scratch.keys[i]);
-  for (int head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head)
+    load_keys<T>(p, hulls, b, kv_head, start + i * kTileKeys, scratch, scratch.keys[i]);
+  for (int head = kv_head * p.group(); head < (kv_head + 1) * p.group(); ++head)
     for (int t = 0; t < p.query_tiles(); ++t) {
       const Hulls& hull = hulls.at(b, t);
-      if (!hull.touches(start, kUnitKeys)) continue;
+      if (!hull.touches(start, start + kUnitKeys)) continue;
       load_query_tile<T>(p, grads, delta, b, head, t, scratch);
       const int next = t + 1 < p.query_tiles() ? t + 1 : t;
       Ahead next_q(p.q.at<T>(b, int64_t(next) * kTileRows, head), p.q.row_stride, p.tile_rows(next), p.dim);
       Ahead next_dout(grads.dout.at<T>(b, int64_t(next) * kTileRows, head), grads.dout.row_stride, p.tile_rows(next),
                       p.dim_v);
-      Ahead dq(grads.dq + ((b * p.rows + int64_t(t) * kTileRows) * p.heads + head) * p.dim, int64_t(p.heads) * p.dim,
+      Ahead dq(grads.dq + ((b * p.queries + int64_t(t) * kTileRows) * p.heads + head) * p.dim, int64_t(p.heads) * p.dim,
                p.tile_rows(t), p.dim);
       std::memset(scratch.dq, 0, sizeof(float) * kTileRows * leading_dim(p.dim));
       for (int i = 0; i < kUnitKeyTiles; ++i) {
         const int first_key = start + i * kTileKeys;
         const Window w = hull.window(first_key, kTileKeys, kWidth);
-        if (w.empty() || !scratch.keys[i].any) continue;  // within the hull, but no row attends: not even loaded
+        if (w.empty() || !scratch.keys[i].any) continue;  // within the hull, but no row attends: not even packed
         backward_tile(p, b, t, first_key, w, !hull.all_attend(first_key + w.first, first_key + w.last), scratch,
                       scratch.keys[i], next_q, next_dout, dq);
       }
@@ -199,18 +199,18 @@ void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& gr
     }
   for (int i = 0; i < kUnitKeyTiles; ++i) {
     const int first_key = start + i * kTileKeys;
-    store_keys<T>(p, b, key_head, first_key, scratch.keys[i].any, scratch.keys[i].dk, p.dim, grads.dk);
-    store_keys<T>(p, b, key_head, first_key, scratch.keys[i].any, scratch.keys[i].dv, p.dim_v, grads.dv);
+    store_keys<T>(p, b, kv_head, first_key, scratch.keys[i].any, scratch.keys[i].dk, p.dim, grads.dk);
+    store_keys<T>(p, b, kv_head, first_key, scratch.keys[i].any, scratch.keys[i].dv, p.dim_v, grads.dv);
   }
 }
 
 template <class T> int backward(const Problem& p, const Gradients& grads) {
-  const int64_t heads = p.batch * p.key_heads, chunks = (p.keys + kUnitKeys - 1) / kUnitKeys,
+  const int64_t heads = p.batch * p.kv_heads, chunks = (p.keys + kUnitKeys - 1) / kUnitKeys,
                 turns = p.batch * p.heads * p.query_tiles();
   HullTable hulls(p);
   Cutter count(nullptr);
   BackwardScratch(p, count);
-  Buffer memory(sizeof(float) * count.used() * p.threads), deltas(sizeof(float) * p.batch * p.heads * p.rows),
+  Buffer memory(sizeof(float) * count.used() * p.threads), deltas(sizeof(float) * p.batch * p.heads * p.queries),
       done(sizeof(int) * turns);
   if (!hulls || !memory || !deltas || !done) return ILLADA_NO_MEMORY;
   for (int64_t i = 0; i < turns; ++i) done.as<int>()[i] = -1;
@@ -220,9 +220,9 @@ template <class T> int backward(const Problem& p, const Gradients& grads) {
     row_deltas<T>(p, grads, deltas.as<float>());  // ends with a barrier
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
     BackwardScratch scratch(p, cut);
-    // ascending, chunks outermost: whoever waits for a turn waits for a unit that a thread already has
+    // Ascending, chunks outermost: a unit waits only for units that a thread has already taken.
     for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < chunks * heads;)
-      backward_unit<T>(p, hulls, grads, deltas.as<float>(), u % heads / p.key_heads, int(u % heads % p.key_heads),
+      backward_unit<T>(p, hulls, grads, deltas.as<float>(), u % heads / p.kv_heads, int(u % heads % p.kv_heads),
                        int(u / heads), scratch, done.as<int>());
   }
   return ILLADA_OK;
@@ -233,11 +233,11 @@ template <class T> int backward(const Problem& p, const Gradients& grads) {
 int ILLADA_ISA_FN(illada_attention_bwd_cpu)(int dtype, const void* q, const void* k, const void* v,
                                             const int32_t* bounds, const void* out, const float* lse, const void* dout,
                                             const float* dlse, float* dq, void* dk, void* dv, int64_t batch,
-                                            int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                            int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
                                             int64_t dim_v, const int64_t* strides, float scale, int threads) {
-  if (!valid(batch, rows, keys, heads, key_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
+  if (!valid(batch, queries, keys, heads, kv_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
   const Problem p =
-      make_problem(q, k, v, bounds, batch, rows, keys, heads, key_heads, dim, dim_v, strides, scale, threads);
+      make_problem(q, k, v, bounds, batch, queries, keys, heads, kv_heads, dim, dim_v, strides, scale, threads);
   const View out_view = {out, strides[11], strides[12], strides[13]},
              dout_view = {dout, strides[14], strides[15], strides[16]};
   const Gradients grads = {dout_view, out_view, dlse, lse, dq, dk, dv};

@@ -2,11 +2,12 @@
 //
 //   s = scale q k^T;  lse = log sum exp s;  out = exp(s - lse) v
 //
-// A unit of work is up to 512 rows of the heads that share a key head: they share each packed tile of 128 keys. A tile
-// of 32 rows walks the key tiles that its two hulls touch with a running maximum; only columns within the hulls are
-// computed, and only tiles in which some row differs are masked. Everything is float32; inputs are converted as tiles
-// are packed. Rows without keys: out 0, lse -inf. Keys to which no row of the batch entry may attend are packed as
-// zeros, whatever they hold. 4 * dim flops per pair; memory: a few hundred KB per thread.
+// A unit of work owns up to 512 rows of heads that share a kv head; they share each packed tile of 128 keys. A query
+// tile of 32 rows walks the key tiles that its hulls touch with a running maximum, and computes only columns within the
+// hulls. A tile is masked only where its rows differ. 4 * dim flops a pair; memory: a few hundred KB a thread. Inputs
+// are converted to float32 as tiles are packed; everything accumulates in float32, in an order that does not depend on
+// the threads. A row without keys gives out 0 and lse -inf. Keys to which no row of the batch entry may attend are
+// packed as zeros, so that a NaN or inf in them stays out of the sums.
 #include <omp.h>
 
 #include "illada/api.h"
@@ -18,8 +19,8 @@ namespace {
 constexpr int kUnitTiles = 16;  // query tiles that share a packed key tile
 
 struct ForwardTile {  // the running state of one query tile of one head
-  float *q, *out;        // (rows x ld), (rows x ld_v)
-  float *maximum, *sum;  // (rows), (rows x kWidth): sums are reduced over lanes at the end
+  float *q, *out;  // (rows x ld), (rows x ld_v)
+  float *maximum, *sum;  // (rows), (rows x kWidth): summed over lanes at the end
 };
 
 struct ForwardScratch {
@@ -40,7 +41,7 @@ struct ForwardScratch {
 
 void mask_scores(const Problem& p, int64_t b, int tile, int key, int columns, float* scores) {
   for (int i = 0; i < p.tile_rows(tile); ++i) {
-    const Ranges ranges = p.bounds.of_row(b, int64_t(tile) * kTileRows + i);
+    const RowRanges ranges = p.bounds.of_row(b, int64_t(tile) * kTileRows + i);
     for (int j = 0; j < columns; j += kWidth) {
       float* s = scores + i * kLdScores + j;
       store(s, allowed_lanes(ranges, key + j) ? load(s) : splat(-kInf));
@@ -48,8 +49,8 @@ void mask_scores(const Problem& p, int64_t b, int tile, int key, int columns, fl
   }
 }
 
-// scores become p = exp(score - maximum); the maximum, the sum and the factor by which earlier results shrink are
-// updated.
+// Turns scores into p = exp(score - maximum). Updates the maximum, the sum, and the factor that rescales earlier
+// results.
 void online_softmax(int rows, int columns, float c, float lowest, float* scores, float* rescale,
                     const ForwardTile& tile) {
   float centre[kTileRows];
@@ -63,7 +64,7 @@ void online_softmax(int rows, int columns, float c, float lowest, float* scores,
     }
     const vf before = load(tile.maximum + i),
              after = max(reduce_rows(row_max, [](vf a, vf b) { return max(a, b); }), before);
-    const vf finite = after == -kInf ? vf{} : after;  // no key so far
+    const vf finite = after == -kInf ? vf{} : after;  // 0 where no key was seen so far
     store(tile.maximum + i, after);
     store(centre + i, finite);
     store(rescale + i, exp2_scaled(before - finite, c, lowest));
@@ -91,17 +92,17 @@ void finish_tile(const Problem& p, int64_t b, int head, int tile, const ForwardT
   }
   for (int i = 0; i < p.tile_rows(tile); ++i) {
     const int64_t row = int64_t(tile) * kTileRows + i;
-    const bool none = p.bounds.of_row(b, row).empty() || sums[i] == 0.0f;  // the latter: every score is -inf
-    T* to = out + ((b * p.rows + row) * p.heads + head) * p.dim_v;
+    const bool none = p.bounds.of_row(b, row).empty() || sums[i] == 0.0f;  // the sum is 0 if every score is -inf
+    T* to = out + ((b * p.queries + row) * p.heads + head) * p.dim_v;
     const float* from = state.out + i * ld_v;
     int d = 0;
     for (; d + kWidth <= p.dim_v; d += kWidth) store(to + d, none ? vf{} : load(from + d) / sums[i]);
     for (; d < p.dim_v; ++d) to[d] = from_float<T>(none ? 0.0f : from[d] / sums[i]);
-    lse[(b * p.heads + head) * p.rows + row] = none ? -kInf : state.maximum[i] * p.score_scale() + std::log(sums[i]);
+    lse[(b * p.heads + head) * p.queries + row] = none ? -kInf : state.maximum[i] * p.score_scale() + std::log(sums[i]);
   }
 }
 
-// Query tiles first .. last of heads first_head .. last_head, which share a key head.
+// Query tiles first .. last of heads first_head .. last_head, which share a kv head.
 struct ForwardUnit {
   int64_t b;
   int first_head, last_head, first, last;
@@ -111,7 +112,7 @@ template <class T>
 void forward_unit(const Problem& p, const HullTable& hulls, const ForwardUnit& u, ForwardScratch& scratch, T* out,
                   float* lse) {
   const int ld = leading_dim(p.dim), ld_v = leading_dim(p.dim_v), cols_v = round_up(p.dim_v, kWidth);
-  const int heads = u.last_head - u.first_head, key_head = u.first_head / p.group();
+  const int heads = u.last_head - u.first_head, kv_head = u.first_head / p.group();
   const float c = p.score_scale() * 1.44269504f, lowest = -127.0f / c;
   for (int t = u.first; t < u.last; ++t)
     for (int h = 0; h < heads; ++h) {
@@ -125,13 +126,14 @@ void forward_unit(const Problem& p, const HullTable& hulls, const ForwardUnit& u
   for (int start = next_key_tile(p, hulls, u.b, u.first, u.last, 0), next; start < p.keys; start = next) {
     next = next_key_tile(p, hulls, u.b, u.first, u.last, start + kTileKeys);
     uint8_t live[kTileKeys];
-    live_keys(p, hulls, u.b, 0, p.query_tiles(), start, live);  // of all rows: the unit's depend on the threads
+    // of all rows, because which tiles share a unit depends on the threads
+    live_keys(p, hulls, u.b, 0, p.query_tiles(), start, live);
     const int size = smaller(kTileKeys, p.keys - start), next_size = smaller(kTileKeys, p.keys - next);
-    Ahead next_k(p.k.at<T>(u.b, next, key_head), p.k.row_stride, next_size, p.dim);
-    Ahead next_v(p.v.at<T>(u.b, next, key_head), p.v.row_stride, next_size, p.dim_v);
-    pack_rows(p.k.at<T>(u.b, start, key_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, live, scratch.k, ld);
+    Ahead next_k(p.k.at<T>(u.b, next, kv_head), p.k.row_stride, next_size, p.dim);
+    Ahead next_v(p.v.at<T>(u.b, next, kv_head), p.v.row_stride, next_size, p.dim_v);
+    pack_rows(p.k.at<T>(u.b, start, kv_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, live, scratch.k, ld);
     transpose_tile(scratch.k, ld, kTileKeys, p.dim, scratch.k_transposed, kLdScores);
-    pack_rows(p.v.at<T>(u.b, start, key_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, live, scratch.v, ld_v);
+    pack_rows(p.v.at<T>(u.b, start, kv_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, live, scratch.v, ld_v);
     for (int t = u.first; t < u.last; ++t) {
       const Window w = hulls.at(u.b, t).window(start, kTileKeys, kWidth);
       if (w.empty()) continue;
@@ -156,8 +158,8 @@ void forward_unit(const Problem& p, const HullTable& hulls, const ForwardUnit& u
 template <class T> int forward(const Problem& p, T* out, float* lse) {
   const int group = p.group(), tiles = p.query_tiles(), unit_heads = smaller(group, kUnitTiles),
             slices = (group + unit_heads - 1) / unit_heads;
-  const int64_t head_slices = p.batch * p.key_heads * slices;
-  // a row's result does not depend on how many tiles share a unit, so this may depend on the number of threads
+  const int64_t head_slices = p.batch * p.kv_heads * slices;
+  // A row's result does not depend on how many tiles share a unit, so this may depend on the number of threads.
   int unit_tiles = kUnitTiles / unit_heads;
   while (unit_tiles > 1 && head_slices * ((tiles + unit_tiles - 1) / unit_tiles) < 4 * p.threads) unit_tiles /= 2;
   const int64_t per_slice = (tiles + unit_tiles - 1) / unit_tiles;
@@ -172,12 +174,13 @@ template <class T> int forward(const Problem& p, T* out, float* lse) {
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
     ForwardScratch scratch(p, unit_tiles * unit_heads, cut);
     std::memset(scratch.scores, 0,
-                sizeof(float) * kTileRows * kLdScores);  // rows beyond the last block are read, and never used
+                // Rows beyond the last block are read, but never used.
+                sizeof(float) * kTileRows * kLdScores);
     for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < head_slices * per_slice;) {
-      const int first = int(u % per_slice) * unit_tiles, slice = int(u / per_slice % (p.key_heads * slices));
+      const int first = int(u % per_slice) * unit_tiles, slice = int(u / per_slice % (p.kv_heads * slices));
       const int first_head = slice / slices * group + slice % slices * unit_heads, end = (slice / slices + 1) * group;
       forward_unit<T>(p, hulls,
-                      {u / per_slice / (p.key_heads * slices), first_head, smaller(first_head + unit_heads, end), first,
+                      {u / per_slice / (p.kv_heads * slices), first_head, smaller(first_head + unit_heads, end), first,
                        smaller(first + unit_tiles, tiles)},
                       scratch, out, lse);
     }
@@ -188,12 +191,12 @@ template <class T> int forward(const Problem& p, T* out, float* lse) {
 }  // namespace
 
 int ILLADA_ISA_FN(illada_attention_fwd_cpu)(int dtype, const void* q, const void* k, const void* v,
-                                            const int32_t* bounds, void* out, float* lse, int64_t batch, int64_t rows,
-                                            int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v,
-                                            const int64_t* strides, float scale, int threads) {
-  if (!valid(batch, rows, keys, heads, key_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
+                                            const int32_t* bounds, void* out, float* lse, int64_t batch,
+                                            int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
+                                            int64_t dim_v, const int64_t* strides, float scale, int threads) {
+  if (!valid(batch, queries, keys, heads, kv_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
   const Problem p =
-      make_problem(q, k, v, bounds, batch, rows, keys, heads, key_heads, dim, dim_v, strides, scale, threads);
+      make_problem(q, k, v, bounds, batch, queries, keys, heads, kv_heads, dim, dim_v, strides, scale, threads);
   switch (dtype) {
     case ILLADA_F32: return forward(p, static_cast<float*>(out), lse);
     case ILLADA_BF16: return forward(p, static_cast<bf16*>(out), lse);

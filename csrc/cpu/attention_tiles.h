@@ -1,5 +1,5 @@
-// What the forward and the backward of attention share on the CPU: the problem, scratch memory, packing of tiles, and
-// which keys and query tiles meet. Internal linkage: compiled once per instruction set.
+// What attention's forward and backward share on the CPU: the problem, scratch memory, packed tiles, and which key and
+// query tiles meet. Internal linkage: compiled once per instruction set.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -14,11 +14,12 @@ namespace {
 
 constexpr int kTileRows = 32;  // query rows of a tile: scores, queries and a panel of keys fit a 32 KB L1 cache
 constexpr int kTileKeys = 128;
-constexpr int kLdScores = kTileKeys + 16;  // an odd number of cache lines, so that rows spread over the cache's sets
+constexpr int kLdScores = kTileKeys + 16;  // an odd number of cache lines, so that rows use different sets of the cache
 
 inline int leading_dim(int dim) { return round_up(dim, 32) + 16; }
 
-struct View {  // (batch, rows, heads, dim), strides in elements, last dimension contiguous
+// (batch, rows, heads, dim): strides in elements, the last dimension contiguous.
+struct View {
   const void* data;
   int64_t batch_stride, row_stride, head_stride;
   template <class T> const T* at(int64_t b, int64_t row, int64_t head) const {
@@ -27,17 +28,17 @@ struct View {  // (batch, rows, heads, dim), strides in elements, last dimension
 };
 
 struct Problem {
-  int64_t batch, rows;
-  int keys, heads, key_heads, dim, dim_v;
+  int64_t batch, queries;
+  int keys, heads, kv_heads, dim, dim_v;
   View q, k, v;
-  Bounds bounds;
+  KeyBounds bounds;
   float scale;
   int threads;
 
-  int group() const { return heads / key_heads; }
-  int query_tiles() const { return int((rows + kTileRows - 1) / kTileRows); }
+  int group() const { return heads / kv_heads; }
+  int query_tiles() const { return int((queries + kTileRows - 1) / kTileRows); }
   int tile_rows(int tile) const {
-    return int(rows - int64_t(tile) * kTileRows < kTileRows ? rows - int64_t(tile) * kTileRows : kTileRows);
+    return int(queries - int64_t(tile) * kTileRows < kTileRows ? queries - int64_t(tile) * kTileRows : kTileRows);
   }
   // Scores are score_scale * (query_factor q) k^T. A negative scale turns the queries, so that maxima stay maxima; a
   // vanishing one multiplies them, so that -127 / score_scale stays finite; of a huge one they take a factor of 4, so
@@ -48,7 +49,8 @@ struct Problem {
   float score_scale() const { return vanishing() ? 1.0f : std::fabs(scale) * (huge() ? 0.25f : 1.0f); }
 };
 
-class Buffer {  // aligned, uninitialised memory; false if there was none
+// Aligned, uninitialised memory; false if the allocation failed.
+class Buffer {
  public:
   explicit Buffer(std::size_t bytes) : data_(::operator new(bytes + 64, std::align_val_t(64), std::nothrow)) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
@@ -61,7 +63,8 @@ class Buffer {  // aligned, uninitialised memory; false if there was none
   void* data_;
 };
 
-class Cutter {  // cuts one block of floats into cache-line aligned arrays; counts only, if the block is null
+// Cuts one block of floats into arrays aligned to cache lines. Only counts if the block is null.
+class Cutter {
  public:
   explicit Cutter(float* data) : data_(data) {}
   float* take(int64_t n) {
@@ -77,8 +80,8 @@ class Cutter {  // cuts one block of floats into cache-line aligned arrays; coun
 };
 
 // ---- packing --------------------------------------------------------------------------------------------------------
-// to (padded_rows x ld) = factor * from (rows x dim) in float32; zero where keep[row] is 0, in rows beyond `rows`, and
-// in columns beyond dim up to ld - 16.
+// Writes factor * from (rows x dim) to `to` (padded_rows x ld) in float32. Zeros rows whose keep[row] is 0, rows beyond
+// `rows`, and columns dim .. ld - 16.
 template <class T>
 void pack_rows(const T* from, int64_t stride, int rows, int padded_rows, int dim, float factor, const uint8_t* keep,
                float* to, int ld) {
@@ -92,7 +95,7 @@ void pack_rows(const T* from, int64_t stride, int rows, int padded_rows, int dim
   }
 }
 
-// The hulls of every query tile: (bounds batch, tile).
+// The hulls of every query tile, (batch or 1, tile).
 class HullTable {
  public:
   explicit HullTable(const Problem& p)
@@ -113,22 +116,22 @@ class HullTable {
   Buffer buffer_;
 };
 
-// The first key tile from `start` on that one of the query tiles first .. last touches; the number of keys if none
-// does.
+// Returns the start of the first key tile at or after `start` that one of query tiles first .. last touches, else the
+// number of keys.
 inline int next_key_tile(const Problem& p, const HullTable& hulls, int64_t b, int first, int last, int start) {
   int next = p.keys;
   for (int t = first; t < last && next > start; ++t) next = hulls.at(b, t).first_touched(start, kTileKeys, next);
   return next;
 }
 
-// live[j] = 1 if some row of the query tiles first .. last may attend to key start + j. Returns false if none is.
+// Sets live[j] to 1 if some row of query tiles first .. last may attend to key start + j. Returns whether some may.
 inline bool live_keys(const Problem& p, const HullTable& hulls, int64_t b, int first, int last, int start,
                       uint8_t* live) {
   const int size = smaller(kTileKeys, p.keys - start);
   int edges[kTileKeys + 1] = {};
   for (int t = first; t < last; ++t) {
     if (hulls.at(b, t).all_attend(start, start + size)) return std::memset(live, 1, kTileKeys), true;
-    if (hulls.at(b, t).touches(start, size))
+    if (hulls.at(b, t).touches(start, start + size))
       mark_edges(p.bounds, b, int64_t(t) * kTileRows, p.tile_rows(t), start, size, edges);
   }
   int open = 0, any = 0;
@@ -136,8 +139,8 @@ inline bool live_keys(const Problem& p, const HullTable& hulls, int64_t b, int f
   return any;
 }
 
-// Lanes whose key (first of them: `key`) lies in the ranges.
-inline vi allowed_lanes(const Ranges& r, int key) {
+// Returns which lanes' keys, key + lane, lie in the ranges.
+inline vi allowed_lanes(const RowRanges& r, int key) {
   vi lane;
   for (int i = 0; i < kWidth; ++i) lane[i] = i;
   const vi j = lane + key;
@@ -145,13 +148,13 @@ inline vi allowed_lanes(const Ranges& r, int key) {
 }
 
 inline Problem make_problem(const void* q, const void* k, const void* v, const int32_t* bounds, int64_t batch,
-                            int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v,
+                            int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim, int64_t dim_v,
                             const int64_t* strides, float scale, int threads) {
   return {batch,
-          rows,
+          queries,
           int(keys),
           int(heads),
-          int(key_heads),
+          int(kv_heads),
           int(dim),
           int(dim_v),
           {q, strides[0], strides[1], strides[2]},
@@ -162,11 +165,11 @@ inline Problem make_problem(const void* q, const void* k, const void* v, const i
           threads};
 }
 
-inline bool valid(int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+inline bool valid(int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
                   int64_t dim_v, int threads) {
   const int64_t limit = int64_t(1) << 31;
-  return batch >= 0 && rows >= 0 && keys >= 0 && keys < limit - 1024 && rows < limit - 1024 && key_heads > 0 &&
-         heads % key_heads == 0 && heads > 0 && dim > 0 && dim_v > 0 && dim <= 4096 && dim_v <= 4096 && threads > 0;
+  return batch >= 0 && queries >= 0 && keys >= 0 && keys < limit - 1024 && queries < limit - 1024 && kv_heads > 0 &&
+         heads % kv_heads == 0 && heads > 0 && dim > 0 && dim_v > 0 && dim <= 4096 && dim_v <= 4096 && threads > 0;
 }
 
 }  // namespace

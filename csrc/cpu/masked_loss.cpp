@@ -1,12 +1,13 @@
-// Row kernels of masked_loss: what lies between the products of a fused LM head, or all of masked_loss_from_logits.
+// The row kernels of masked_loss on the CPU: what lies between the matmuls of the LM head, or all of
+// masked_loss_from_logits.
 //
 //   z = softcap(logit + bias), -inf at forbidden ids;  loss = lse(z) - (1 - e) z_target - e mean(z) + z_loss lse(z)^2
 //
-// `stats` reads a slice of columns once and updates each row's state {max, sum of exp(z - max), z at the target, sum of z}, so
-// that a row may come in slices; `dlogits` reads a slice and writes scale * d(loss)/d(logit), in place if asked to.
-// A thread owns whole rows and goes through them in blocks of kBlock columns that stay in the first-level cache: exponentials
-// and their sums within a block are float32, sums over blocks float64, in an order that depends on the slices alone, never on
-// the threads. A NaN makes the row NaN; a row of -inf has sum 0. Cost: one read for stats, one read and one write for dlogits.
+// `stats` reads a slice of columns once and updates each row's state {max, sum of exp(z - max), z at the target, sum of
+// z}, so a row may come in slices. `dlogits` reads a slice once and writes scale * d(loss)/d(logit), in place if asked
+// to. A thread owns whole rows and takes them in blocks of kBlock columns, which stay in L1. Within a block everything
+// accumulates in float32, over blocks in float64; the order depends on the slices alone, never on the threads. A NaN
+// logit makes its row NaN; a row of -inf has sum 0.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -18,11 +19,11 @@
 namespace {
 
 constexpr int kBlock = 512;  // a multiple of every vector width; 2 KiB of floats
-constexpr float kTinyWork = 1 << 14;  // elements too few to be worth a second thread
+constexpr float kTinyWork = 1 << 14;  // elements: fewer are not worth a second thread
 
 typedef double vd __attribute__((vector_size(kWidth * 8)));
 
-// tanh, about 2 ulp: by its series near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
+// Returns tanh(x) within 2 ulp; near 0 by its series, because 1 - 2 / (exp(2x) + 1) would cancel.
 inline vf tanh(vf x) {
   const vf a = x < 0.0f ? -x : x, s = a * a;
   vf p = splat(-5.70498872745e-3f);
@@ -35,19 +36,20 @@ inline vf tanh(vf x) {
   return x < 0.0f ? -t : t;
 }
 
-// What a row's slice of columns [first, first + count) is made of.
+// A slice of columns [first, first + count) of a row: what is added to its logits, and which are forbidden.
 struct Columns {
   int64_t first, count;
-  const float* bias;  // of the slice, or null
+  const float* bias;  // of the slice; null: none
   float softcap;  // 0: none
   const int64_t* forbid;  // ascending ids
   int64_t n_forbid;
 
-  // The ids forbidden in [from, to) of the vocabulary.
+  // Returns the first forbidden id that is not below `id`.
   const int64_t* forbidden_from(int64_t id) const { return std::lower_bound(forbid, forbid + n_forbid, id); }
 };
 
-// z of the n columns from `at` (relative to the slice) into z[0, n), not yet forbidden; up to a whole vector behind them, `rest`.
+// Writes z of the n columns from `at` on (relative to the slice) to z[0, n), before any is forbidden, and `rest` up to
+// a whole vector behind them.
 template <class T> void load_block(const T* logits, const Columns& c, int64_t at, int n, float rest, float* z) {
   for (int i = 0; i < n; i += kWidth) {
     vf v = load_n(logits + at + i, n - i, rest);
@@ -85,14 +87,14 @@ template <class T> void row_stats(const T* logits, const Columns& c, int64_t tar
       state[1] *= std::exp(state[0] - block_max);
       state[0] = block_max;
     }
-    const float shift = state[0] == -kInf ? 0.0f : float(state[0]);  // -inf - -inf would be NaN
+    const float shift = state[0] == -kInf ? 0.0f : float(state[0]);  // because -inf - -inf is NaN
     vf sum{};
     for (int i = 0; i < n; i += kWidth) sum += exp(load(z + i) - shift);
     state[1] += reduce_add(sum);
   }
 }
 
-// coefficients of a row: {max, factor of exp(z - max), subtrahend of every allowed id, subtrahend of the target}
+// Writes a row's gradients. coefficients: {max, factor of exp(z - max), subtrahend of every allowed id, of the target}.
 template <class T>
 void row_dlogits(const T* logits, T* out, const Columns& c, int64_t target, const float* coefficients) {
   alignas(64) float z[kBlock];

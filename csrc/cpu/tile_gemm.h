@@ -1,23 +1,22 @@
-// Products of small float tiles that live in the cache, register-blocked as in a BLAS, and what attention needs around
-// them: transposing pack, row-wise maxima, exp2. Internal linkage, like vec.h: compiled once per instruction set.
+// GEMMs of small float32 tiles that stay in the cache, register-blocked as in a BLAS, and what attention needs around
+// them: transposing pack, row maxima, exp2. Internal linkage, like vec.h: compiled once per instruction set.
 #pragma once
 #include "vec.h"
 
 namespace {
 
-// A block of C held in registers: kBlockRows x 2 vectors. 8 x 2 leaves 16 of AVX-512's 32 registers, 4 x 2 fits the 16
-// of AVX2 and SSE; per step of the inner dimension it loads 2 vectors and kBlockRows scalars for 2 * kBlockRows
-// multiply-adds.
+// A block of C held in registers: kBlockRows x 2 vectors. 8 x 2 uses 16 of AVX-512's 32 registers, 4 x 2 fits the 16 of
+// AVX2 and SSE. Per step of the inner dimension: 2 vector loads, kBlockRows scalars, 2 * kBlockRows multiply-adds.
 constexpr int kBlockRows = kWidth == 16 ? 8 : 4;
 constexpr int kBlockCols = 2 * kWidth;
 
 inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 inline int round_down(int n, int step) { return n / step * step; }
 
-// What becomes of the product: C = AB, C += AB, or C = diag(row_scale) C + AB.
+// What the GEMM computes: C = AB, C += AB, or C = diag(row_scale) C + AB.
 enum class Into { kStore, kAdd, kScaleAdd };
 
-// One block of kBlockRows x (kVectors * kWidth). A(i, p) is a[i * lda + p], or a[p * lda + i] if kTransposed.
+// Computes one block of kBlockRows x (kVectors * kWidth). A(i, p) is a[i * lda + p], or a[p * lda + i] if kTransposed.
 template <Into kInto, bool kTransposed, int kVectors>
 inline void multiply_block(int depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                            const float* row_scale) {
@@ -44,9 +43,8 @@ inline void multiply_block(int depth, const float* a, int64_t lda, const float* 
     }
 }
 
-// Rows of memory that will be needed soon, asked for a few cache lines at a time: all at once would exhaust the core's
-// line fill buffers and stall it. Rows of one attention head lie far apart, so that no hardware prefetcher follows
-// them.
+// Prefetches rows of memory a few cache lines at a time; all at once would exhaust the core's line fill buffers. Rows
+// of one attention head lie far apart, so no hardware prefetcher follows them.
 class Ahead {
  public:
   Ahead() = default;
@@ -69,7 +67,7 @@ class Ahead {
   int rows_ = 0, bytes_ = 0, at_ = 0;
 };
 
-// C (rows x cols) from A (rows x depth) and B (depth x cols); rows a multiple of kBlockRows, cols of kWidth.
+// Computes C (rows x cols) from A (rows x depth) and B (depth x cols). rows: a multiple of kBlockRows, cols of kWidth.
 template <Into kInto, bool kTransposed>
 __attribute__((noinline)) void multiply(int rows, int cols, int depth, const float* a, int64_t lda, const float* b,
                                         int64_t ldb, float* c, int64_t ldc, Ahead& ahead,
@@ -87,7 +85,7 @@ __attribute__((noinline)) void multiply(int rows, int cols, int depth, const flo
 }
 
 // ---- shuffles -------------------------------------------------------------------------------------------------------
-// low: a0 b0 a1 b1 ..., high: the same of the upper halves
+// Interleaves lanes. low: a0 b0 a1 b1 ..., high: the same of the upper halves.
 inline void interleave(vf a, vf b, vf& low, vf& high) {
 #if defined(__AVX512F__)
   const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -105,7 +103,7 @@ inline void interleave(vf a, vf b, vf& low, vf& high) {
 #endif
 }
 
-// lane i of the result: r[i]'s lanes combined, in a fixed order
+// Returns a vector whose lane i combines the lanes of r[i], in a fixed order.
 template <class Combine> inline vf reduce_rows(const vf* r, Combine combine) {
   vf level[kWidth];
   for (int i = 0; i < kWidth; ++i) level[i] = r[i];
@@ -120,7 +118,8 @@ template <class Combine> inline vf reduce_rows(const vf* r, Combine combine) {
   return level[0];
 }
 
-inline void transpose(vf* r) {  // a perfect shuffle of the rows and lanes, log2(kWidth) times
+// Transposes kWidth vectors: a perfect shuffle of rows and lanes, log2(kWidth) times.
+inline void transpose(vf* r) {
 #pragma GCC unroll 4
   for (int step = 1; step < kWidth; step *= 2) {
     vf next[kWidth];
@@ -131,8 +130,8 @@ inline void transpose(vf* r) {  // a perfect shuffle of the rows and lanes, log2
   }
 }
 
-// to (dim x padded_rows) = from (rows x dim) transposed; columns from rows up to padded_rows, a multiple of kWidth,
-// become 0. Both hold dim rounded up to kWidth: `from` is read and `to` written that far.
+// Writes `from` (rows x dim), transposed, to `to` (dim x padded_rows). Columns rows .. padded_rows become 0;
+// padded_rows is a multiple of kWidth. Reads and writes dim rounded up to kWidth.
 inline void transpose_tile(const float* from, int ld_from, int padded_rows, int dim, float* to, int ld_to) {
   for (int i = 0; i < padded_rows; i += kWidth)
     for (int d = 0; d < dim; d += kWidth) {
@@ -145,15 +144,15 @@ inline void transpose_tile(const float* from, int ld_from, int padded_rows, int 
     }
 }
 
-// 2^(c * x) for c > 0 and x <= 0 (or barely above): relative error below 2e-7 + 2^-24 |c x|; exactly 1 at 0, exactly 0
-// where c * x <= -127
-// (`lowest` is -127 / c), NaN stays NaN. The product is never rounded by itself: it enters two fused multiply-adds.
+// Returns 2^(c * x) for c > 0 and x <= 0 (or barely above), relative error below 2e-7 + 2^-24 |c x|: exactly 1 at 0, 0
+// where c * x <= -127 (`lowest` is -127 / c), NaN for NaN. c * x enters two fused multiply-adds and is never rounded by
+// itself.
 inline vf exp2_scaled(vf x, float c, float lowest) {
   const float shift = 0x1.8p23f + 127;  // c * x + shift holds round(c * x) + 127 in its low mantissa bits
   x = max(vf{} + lowest, x);
   const vf biased = x * c + shift;
   const vf r = x * c - (biased - shift);  // in [-0.5, 0.5]
-  vf p = splat(0.0001535336191096819f);   // minimax in relative error with p(0) = 1: below 2e-8
+  vf p = splat(0.0001535336191096819f);  // minimax with p(0) = 1: relative error below 2e-8
   p = p * r + 0.0013398874414085574f;
   p = p * r + 0.009618437357664352f;
   p = p * r + 0.05550332471125967f;

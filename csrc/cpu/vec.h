@@ -1,6 +1,6 @@
-// Vectors of floats as wide as the instruction set this file is compiled for (GCC/Clang vector extensions: + - * / ?: and comparisons
-// work on them as on scalars), with conversions from and to bf16 and fp16 and the exponential and logarithm that the ops share.
-// Everything has internal linkage: the same source is compiled once per instruction set and must never be merged by the linker.
+// Vectors of floats as wide as the instruction set (GCC and Clang vector extensions: + - * / ?: and comparisons work as
+// on scalars), conversions from and to bf16 and fp16, and the exponential that the ops share. Internal linkage: the
+// file is compiled once per instruction set, and the linker must never merge the copies.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -40,9 +40,9 @@ template <class To, class From> inline To bit_cast(From v) {
   return r;
 }
 
-inline vf splat(float x) { return vf{} + x; }  // for x = -0 gives +0, which no caller minds
+inline vf splat(float x) { return vf{} + x; }  // gives +0 for x = -0
 
-// ---- scalar conversions ----------------------------------------------------------------------------------------------------
+// ---- scalar conversions ---------------------------------------------------------------------------------------------
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 inline float to_float(fp16 x) {
@@ -52,7 +52,7 @@ inline float to_float(fp16 x) {
 }
 template <class T> inline T from_float(float x);
 template <> inline float from_float<float>(float x) { return x; }
-template <> inline bf16 from_float<bf16>(float x) {  // round to nearest even; a NaN stays a NaN
+template <> inline bf16 from_float<bf16>(float x) {  // rounds to nearest even; a NaN stays a NaN
   const uint32_t u = bit_cast<uint32_t>(x);
   if (x != x) return bf16{uint16_t(u >> 16 | 0x40)};
   return bf16{uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
@@ -60,15 +60,15 @@ template <> inline bf16 from_float<bf16>(float x) {  // round to nearest even; a
 template <> inline fp16 from_float<fp16>(float x) {
   const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
   if (a > 0x7f800000) return fp16{uint16_t(sign | 0x7e00)};
-  if (a >= 0x477ff000) return fp16{uint16_t(sign | 0x7c00)};  // 65520 and more round to infinity
-  if (a < 0x38800000) {  // subnormal: let the adder round
+  if (a >= 0x477ff000) return fp16{uint16_t(sign | 0x7c00)};  // 65520 and above round to inf
+  if (a < 0x38800000) {  // subnormal: the adder rounds
     const uint32_t r = bit_cast<uint32_t>(bit_cast<float>(a) + 0.5f) - 0x3f000000;  // 0.5 has an ulp of 2^-24
     return fp16{uint16_t(sign | r)};
   }
   return fp16{uint16_t(sign | ((a + 0xfff + (a >> 13 & 1)) - 0x38000000) >> 13)};
 }
 
-// ---- loads and stores of one vector, and of its first n lanes -----------------------------------------------------------------
+// ---- loads and stores of one vector, and of its first n lanes -------------------------------------------------------
 inline vf load(const float* p) {
   vf v;
   std::memcpy(&v, p, sizeof v);
@@ -117,11 +117,11 @@ template <class T> inline void store_n(T* p, vf v, int n) {
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
 }
 
-// ---- elementwise and across lanes -----------------------------------------------------------------------------------------------
-inline vf max(vf a, vf b) {  // like maxps: b where either is NaN
+// ---- elementwise and across lanes -----------------------------------------------------------------------------------
+inline vf max(vf a, vf b) {  // as maxps: b where either is NaN
 #if defined(__AVX512F__)
-  return bit_cast<vf>(
-      _mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));  // of a > b ? a : b GCC makes two instructions
+  // GCC compiles a > b ? a : b to two instructions
+  return bit_cast<vf>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
 #else
   return a > b ? a : b;
 #endif
@@ -131,17 +131,18 @@ inline float reduce_max(vf v) {
   for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
-inline float reduce_add(vf v) {  // a fixed tree, the same for every call
+inline float reduce_add(vf v) {  // a fixed tree: equal inputs give equal bits
   for (int step = kWidth / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) v[i] += v[i + step];
   return v[0];
 }
 
-// exp(x): relative error below 2 ulp; exp(-inf) = 0, results below 2^-126 flush to 0, above float's range inf, NaN stays NaN.
+// Returns exp(x) within 2 ulp. exp(-inf) = 0; results below 2^-126 flush to 0, above float's range give inf; NaN stays
+// NaN.
 inline vf exp(vf x) {
   const vf shift = splat(0x1.8p23f);
   const vf clamped = x < -126.0f * 0.6931472f ? splat(-126.0f * 0.6931472f) : (x > 88.8f ? splat(88.8f) : x);
-  const vf biased = clamped * 1.44269504f + shift;  // n + 1.5 * 2^23: n sits in the low mantissa bits
+  const vf biased = clamped * 1.44269504f + shift;  // n + 1.5 * 2^23: n is in the low mantissa bits
   const vf n = biased - shift;
   const vf r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // Cody-Waite
   vf p = splat(1.9875691500e-4f);
@@ -151,7 +152,7 @@ inline vf exp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // n reaches 128, whose power does not fit a float: scale in two steps
+  // n can be 128, and 2^128 is not a float: scale in two steps
   const vi e = bit_cast<vi>(biased) - bit_cast<vi>(shift), half = e >> 1;
   p = p * bit_cast<vf>((half + 127) << 23) * bit_cast<vf>((e - half + 127) << 23);
   p = x < -126.0f * 0.6931472f ? vf{} : p;

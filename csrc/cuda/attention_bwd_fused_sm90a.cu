@@ -1,13 +1,14 @@
-// dQ, dK and dV of attention at once, for deterministic=False and D <= 128. As attention_bwd_keys_sm90a.cu, and dS,
-// turned over through shared memory, gives what the block's 128 keys add to dQ:
+// dQ, dK and dV of attention at once, for deterministic=False and D <= 128: as attention_bwd_keys_sm90a.cu, and dS^T,
+// transposed through shared memory, also gives
 //
 //   dQ = scale dS K,   64 queries a step, D / 2 columns a warpgroup (64 for D = 96)
 //
-// 10 D flops a pair where the two kernels do 14. Bulk copies add dQ (float32) to `sums` in whatever order blocks come,
-// so its last bits vary; dK's and dV's do not. sums, zeros on entry, is (batch, heads, tiles, D / 8, 128, 4): the
-// accumulators as 128 threads hold them, for contiguous copies. A second kernel rounds it to dq: 10 D bytes a row and
-// head in all. Rows of K that no row of the batch entry attends to become zeros, once, since 0 * NaN is NaN: if no
-// query tile attends to all of the item's keys, the rows that touch it are searched.
+// A block owns 128 keys of one kv head. 10 D flops a pair, where the two kernels need 14. TMA reductions add dQ
+// (float32) to `sums` in the order in which blocks come, so its last bits vary; those of dK and dV do not. sums (batch,
+// heads, tiles, D / 8, 128, 4) holds the accumulators as 128 threads hold them, so copies are contiguous. A second
+// kernel rounds it to dq: 10 D bytes a row and head. Rows of K to which no row of the batch entry attends become zeros
+// once, because 0 * NaN is NaN: unless some query tile attends to all keys of the item, the rows that touch it are
+// searched.
 #include "attention_bwd_keys_sm90a.cuh"
 #include "illada/api.h"
 
@@ -18,7 +19,7 @@ namespace {
 constexpr int kKeys = 128, kStageCount = 2;
 
 template <int D> struct Shape {
-  static constexpr int kStages = kStageCount, kColumns = D == 64 ? 32 : 64;  // of dQ, a warpgroup
+  static constexpr int kStages = kStageCount, kColumns = D == 64 ? 32 : 64;  // kColumns: of dQ, a warpgroup
   static constexpr int kKeyTile = pieces<D> * kKeys * 64, kQueryTile = pieces<D> * kTileRows * 64;  // elements
 };
 
@@ -28,14 +29,15 @@ template <class T, int D> struct Shared {
   T ds[S::kStages][kKeys * kTileRows];  // [keys / 64][64 queries][64 keys]
   alignas(1024) float dq[kTileRows * D];
   RowStats stats[S::kStages];
-  RowSpans spans[S::kStages][kTileRows];          // partial tiles only
+  RowSpans spans[S::kStages][kTileRows];  // of partial tiles only
   uint32_t attended[kConsumerWarps][kKeys / 32];  // keys that some row found by the warp attends to
-  int step[S::kStages], tile[S::kStages], item;   // tile: of sums
-  int search[2];                                  // the query tiles to search for rows that attend; none if equal
+  int step[S::kStages], tile[S::kStages], item;  // tile: of sums
+  int search[2];  // query tiles to search for rows that attend; none if equal
   uint64_t keys_full, keys_empty, full[S::kStages], empty[S::kStages];
 };
 
-// By the producer's warp: does every key of the item have a row? If no query tile attends to all, where to look.
+// Decides, in the producer's warp, which query tiles to search for attended keys: none if one of them attends to all
+// keys.
 template <class Shared>
 ILLADA_DEVICE void find_search(Shared& s, const Workspace& w, const Sizes& size, const Item& item) {
   const int lane = threadIdx.x % 32, end = Min{}(item.key + kKeys, size.keys);
@@ -43,8 +45,8 @@ ILLADA_DEVICE void find_search(Shared& s, const Workspace& w, const Sizes& size,
   for (int first = 0; first < w.tiles; first += 32) {
     bool touched = false, whole = false;
     if (first + lane < w.tiles) {
-      const TileBounds& bounds = w.bounds[w.bounds_at(item.batch, first + lane)];
-      touched = bounds.touches(item.key, end), whole = bounds.all_attend(item.key, end);
+      const TileHulls& tile = w.hulls[w.bounds_at(item.batch, first + lane)];
+      touched = tile.hulls.touches(item.key, end), whole = tile.hulls.all_attend(item.key, end);
     }
     if (__any_sync(~0u, whole)) {
       to = 0;
@@ -56,7 +58,7 @@ ILLADA_DEVICE void find_search(Shared& s, const Workspace& w, const Sizes& size,
   if (lane == 0) s.search[0] = Min{}(from, to), s.search[1] = to;
 }
 
-// Rows of K that no row of the batch entry attends to become zeros, whatever they hold.
+// Zeros the rows of K to which no row of the batch entry attends, even if NaN or inf.
 template <class T, int D>
 ILLADA_DEVICE void clear_unattended_keys(Shared<T, D>& s, const Workspace& w, const Item& item) {
   if (s.search[0] == s.search[1]) return;
@@ -70,7 +72,7 @@ ILLADA_DEVICE void clear_unattended_keys(Shared<T, D>& s, const Workspace& w, co
   clear_other_keys<D>(s.k, s.attended, mine);
 }
 
-// A warpgroup's dS^T (64 keys, 64 queries), packed, to (64 queries, 64 keys).
+// Stores a warpgroup's dS^T (64 keys, 64 queries), packed, as (64 queries, 64 keys).
 ILLADA_DEVICE void store_transposed(void* to, const uint32_t (&ds)[kTileRows / 16][4]) {
   const int lane = threadIdx.x % 32, matrix = lane / 8, key = threadIdx.x % 128 / 32 * 16 + matrix % 2 * 8;
 #pragma unroll
@@ -80,7 +82,7 @@ ILLADA_DEVICE void store_transposed(void* to, const uint32_t (&ds)[kTileRows / 1
   }
 }
 
-// dq (64 queries, columns) = ds (64 queries, keys) k, of which k is the columns from where it points on.
+// dq (64 queries, columns) = ds (64 queries, keys) k; `k` points to the first of the columns.
 template <class T, int R> ILLADA_DEVICE void multiply_keys(float (&dq)[R], const T* ds, const T* k) {
   const uint64_t a = smem_desc(ds), b = smem_desc(k, 1024, kKeys * 128);
   reg_fence(dq);
@@ -91,7 +93,7 @@ template <class T, int R> ILLADA_DEVICE void multiply_keys(float (&dq)[R], const
   wgmma_commit();
 }
 
-// sums += dq, of this warpgroup's columns; the copy is under way on return.
+// Adds dq to this warpgroup's columns of sums. The copy is still under way on return.
 template <int D, int R> ILLADA_DEVICE void add_to_sums(float* staged, float* sums, const float (&dq)[R]) {
   const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128, first = warpgroup * R / 4;
   const int count = Min{}(R / 4, D / 8 - first);  // blocks of 8 columns; D = 96 has 4 in its second half
@@ -108,7 +110,7 @@ template <int D, int R> ILLADA_DEVICE void add_to_sums(float* staged, float* sum
   }
 }
 
-// dk and dv (64 keys, D) and sums += what one query tile gives
+// Adds one query tile's share to dk and dv (64 keys, D) and to sums.
 template <class T, int D>
 ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[D / 2], float (&dv)[D / 2], float* sums, int stage, int key,
                                float scale_log2) {
@@ -162,7 +164,7 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
     if (s.item < 0) break;
     const Item item = item_at<kKeys>(s.item, size);
     clear_unattended_keys(s, w, item);
-    const int key = item.key + warpgroup * 64 + t / 32 * 16 + t % 32 / 4;  // and the 8th after it
+    const int key = item.key + warpgroup * 64 + row_of_thread();  // and key + 8
     float dk[D / 2] = {}, dv[D / 2] = {};
     for (bool more = true; more; ++n) {
       const int stage = n % S::kStages;
@@ -181,8 +183,8 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
     if (t == 0) {
       for (int piece = 0; piece < pieces<D>; ++piece) {
         const int from = piece * kKeys * 64, first = item.key + warpgroup * 64;
-        tma_store(&maps.dk, of_k + from, piece * 64, first, item.key_head, item.batch);
-        tma_store(&maps.dv, of_v + from, piece * 64, first, item.key_head, item.batch);
+        tma_store(&maps.dk, of_k + from, piece * 64, first, item.kv_head, item.batch);
+        tma_store(&maps.dv, of_v + from, piece * 64, first, item.kv_head, item.batch);
       }
       bulk_commit();
       bulk_wait_read<0>();
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// dq (batch, rows, heads, D) = scale * sums: one block per 64 rows and head.
+// Computes dq (batch, queries, heads, D) = scale * sums. One block owns 64 rows of one head.
 constexpr int kRoundThreads = 256;
 template <class T, int D>
 __global__ void __launch_bounds__(kRoundThreads)
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(kRoundThreads)
   const float4* from = reinterpret_cast<const float4*>(sums) + int64_t(blockIdx.x) * (kTileRows * D / 4);
   for (int i = threadIdx.x; i < D / 8 * 32; i += kRoundThreads) {
     const int columns = i % (D / 8), rows = i / (D / 8), row = tile * kTileRows + rows / 8 * 16 + rows % 8;
-    Vec16<T> x[2];  // 8 columns of `row` and of the 8th row after it, which 4 threads held
+    Vec16<T> x[2];  // 8 columns of `row` and of row + 8, held by 4 threads
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float4 four = __ldcs(from + columns * 128 + rows * 4 + j);
@@ -235,8 +237,8 @@ __global__ void __launch_bounds__(kRoundThreads)
       x[1].at[2 * j] = from_float<T>(scale * four.z), x[1].at[2 * j + 1] = from_float<T>(scale * four.w);
     }
     for (int j = 0; j < 2; ++j)
-      if (row + j * 8 < size.rows)
-        store16(dq + ((int64_t(batch) * size.rows + row + j * 8) * size.heads + head) * D + columns * 8, x[j]);
+      if (row + j * 8 < size.queries)
+        store16(dq + ((int64_t(batch) * size.queries + row + j * 8) * size.heads + head) * D + columns * 8, x[j]);
   }
 }
 
@@ -244,9 +246,9 @@ __global__ void __launch_bounds__(kRoundThreads)
 
 extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const void* k, const void* v,
                                                 const void* dout, const void* stats, const void* spans,
-                                                const void* bounds, int32_t* drawn, float* sums, void* dq, void* dk,
-                                                void* dv, int64_t batch, int64_t rows, int64_t keys, int64_t heads,
-                                                int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                                const void* hulls, int32_t* drawn, float* sums, void* dq, void* dk,
+                                                void* dv, int64_t batch, int64_t queries, int64_t keys, int64_t heads,
+                                                int64_t kv_heads, int64_t dim, int64_t bounds_batches,
                                                 const int64_t* strides, float scale, int blocks, void* stream) {
   return for_type_and_dim(ILLADA_BF16, ILLADA_F16, dtype, dim, [&](auto zero, auto head_dim) -> int {
     using T = decltype(zero);
@@ -254,19 +256,19 @@ extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const 
     if constexpr (D > 128) {
       return int(cudaErrorInvalidValue);
     } else {
-      const int64_t items = (keys + kKeys - 1) / kKeys * key_heads * batch;
+      const int64_t items = (keys + kKeys - 1) / kKeys * kv_heads * batch;
       if (items >= int64_t(1) << 30) return int(cudaErrorInvalidValue);
       Maps maps;
-      if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, rows, keys, heads, key_heads, strides))
+      if (int e = make_maps<T, D, kKeys>(&maps, q, k, v, dout, dk, dv, batch, queries, keys, heads, kv_heads, strides))
         return e;
-      const int tiles = int((rows + kTileRows - 1) / kTileRows);
+      const int tiles = int((queries + kTileRows - 1) / kTileRows);
       const Workspace w = {static_cast<const RowStats*>(stats),
                            static_cast<const RowSpans*>(spans),
-                           static_cast<const TileBounds*>(bounds),
+                           static_cast<const TileHulls*>(hulls),
                            drawn,
                            tiles,
                            int(bounds_batches)};
-      const Sizes size = {int(batch), int(rows), int(keys), int(heads), int(key_heads)};
+      const Sizes size = {int(batch), int(queries), int(keys), int(heads), int(kv_heads)};
       const cudaStream_t s = static_cast<cudaStream_t>(stream);
       const int grid = int(items < blocks ? items : blocks);
       if (int e = launch({dim3(grid), dim3(kThreads), sizeof(Shared<T, D>), s}, attention_bwd_fused<T, D>, maps, w,

@@ -1,13 +1,13 @@
 // Attention forward on Hopper: out = softmax(scale q k^T) v and its log-sum-exp, over at most two key ranges a row.
 //
-// A block takes one item after another: 64 rows for each of 3 warpgroups (2 where head_dim is 256), of one batch entry
-// and query head, or of all heads that share a key head; with `splits`, and a share of the keys. Four more warps serve
-// them (attention_fwd_plan_sm90a.cuh). A warpgroup multiplies, takes the softmax, multiplies, in turn; the others'
-// products fill its gaps. Reads q once, k and v once an item (mostly from L2), writes out and lse once; 4 head_dim
-// flops a pair. Scores, sums and results are float32, probabilities are rounded to T for the second product. The order
-// of a row's sums depends on shapes, bounds and splits, not on who computes it: equal inputs give equal bits. Rows
-// without keys give 0 and -inf, whatever they hold. Keys that no row of the tile attends to: never copied, or scores
-// replaced and values zeroed, so that NaN stays there. Tiles without a masked pair run no mask code.
+// A block owns one item after another: 64 rows for each of 3 warpgroups (2 for head_dim 256), of one batch entry and of
+// one query head, or of all heads that share a kv head; with `splits`, also a share of the keys. Four more warps serve
+// the warpgroups (attention_fwd_plan_sm90a.cuh). One warpgroup's MMAs fill the gaps of the others' softmax. Reads q
+// once, k and v once an item (mostly from L2), writes out and lse once; 4 * head_dim flops a pair. Accumulates in
+// float32; probabilities are rounded to T for the second matmul. The order of a row's sums depends on shapes, bounds
+// and splits alone: equal inputs give equal bits. Rows without keys give 0 and -inf. Keys to which no row of the tile
+// attends are not loaded, or their scores are replaced and their values zeroed, so a NaN or inf in them reaches no
+// output. Tiles without a masked pair run no mask code.
 #pragma once
 #include "attention_fwd_plan_sm90a.cuh"
 #include "illada/api.h"
@@ -15,66 +15,36 @@
 namespace {
 
 // ---- a step of a warpgroup -----------------------------------------------------------------------------------------
-// Thread t of a warpgroup holds rows t / 32 * 16 + t % 32 / 4 and that + 8, columns as in wgmma.cuh.
-ILLADA_DEVICE int row_of_thread() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
-
 template <int D> struct Rows {
-  float o[D / 2];        // (64, D), not yet divided by the sum
-  float top[2], sum[2];  // the largest score so far; exp(score - top) summed over this thread's columns
+  float o[D / 2];  // (64, D), before the division by the sum
+  float top[2], sum[2];  // largest score so far; sum of exp(score - top) over this thread's columns
 };
 
-// So many 16-bit elements further on: what to add to a descriptor, whose address counts 16 bytes and never overflows.
-ILLADA_DEVICE uint64_t units(int elements) { return elements * 2 / 16; }
-
-// s (64, keys) = q k^T
-template <int D, class T> ILLADA_DEVICE void multiply_q_k(float (&s)[Tile<D>::keys / 2], const T* q, const T* k) {
-  const uint64_t a = smem_desc(q), b = smem_desc(k);
-  reg_fence(s);
-  wgmma_fence();
-#pragma unroll
-  for (int d = 0; d < D; d += 16)
-    wgmma<T>(s, a + units(d / 64 * kRows * 64 + d % 64), b + units(d / 64 * Tile<D>::keys * 64 + d % 64), d > 0);
-  wgmma_commit();
-}
-
-// o (64, D) += p (64, keys) v: 16 keys are 16 rows of 128 bytes
-template <int D, class T>
-ILLADA_DEVICE void multiply_p_v(float (&o)[D / 2], uint32_t (&p)[Tile<D>::keys / 16][4], const T* v) {
-  const uint64_t b = smem_desc(v, 1024, Tile<D>::keys * 128);
-  reg_fence(o);
-#pragma unroll
-  for (int i = 0; i < Tile<D>::keys / 16; ++i) reg_fence(p[i]);
-  wgmma_fence();
-#pragma unroll
-  for (int i = 0; i < Tile<D>::keys / 16; ++i) wgmma<T, Major::MN>(o, p[i], b + units(i * 16 * 64), true);
-  wgmma_commit();
-}
-
-// How many of a thread's columns, in ascending order, lie before column `end` of the tile.
+// Returns how many of a thread's columns, in ascending order, lie before column `end` of the tile.
 ILLADA_DEVICE int columns_before(int end) {
   const int x = end - threadIdx.x % 4 * 2;
   return (x >> 3) * 2 + Min{}(x & 7, 2);
 }
 
-// Which of a row's scores are of keys within its ranges: bit i / 4 * 2 + i % 2 stands for register i.
+// Returns which of a row's scores are of keys within its ranges: bit i / 4 * 2 + i % 2 for register i.
 ILLADA_DEVICE uint32_t columns_within(const int4& r, int start) {
   return bits_between(columns_before(r.x - start), columns_before(r.y - start)) |
          bits_between(columns_before(r.z - start), columns_before(r.w - start));
 }
 
-// Scores to probabilities, relative to the running maximum; o and the sums follow it. A row with only -inf so far stays
-// 0.
+// Turns scores into probabilities relative to the running maximum, and rescales o and the sums. A row whose scores are
+// all -inf so far keeps probability 0.
 template <int D, class T>
 ILLADA_DEVICE void softmax(float (&s)[Tile<D>::keys / 2], uint32_t (&p)[Tile<D>::keys / 16][4], Rows<D>& rows,
                            float scale_log2) {
-  float high[4] = {s[0], s[1], s[2], s[3]}, shift[2], factor[2];  // high: two for each row, shorter chains
+  float high[4] = {s[0], s[1], s[2], s[3]}, shift[2], factor[2];  // high: two for each row, for shorter chains
 #pragma unroll
   for (int i = 4; i < Tile<D>::keys / 2; ++i) high[i % 4] = fmaxf(high[i % 4], s[i]);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float old = rows.top[r];
     rows.top[r] = fmaxf(old, warp_max<4>(fmaxf(high[2 * r], high[2 * r + 1])));
-    shift[r] = rows.top[r] == minus_infinity() ? 0.0f : rows.top[r] * scale_log2;
+    shift[r] = rows.top[r] == -infinity() ? 0.0f : rows.top[r] * scale_log2;
     factor[r] = fast_exp2(old * scale_log2 - shift[r]);
     rows.sum[r] *= factor[r];
   }
@@ -90,7 +60,7 @@ ILLADA_DEVICE void softmax(float (&s)[Tile<D>::keys / 2], uint32_t (&p)[Tile<D>:
   }
 }
 
-// One lane of each warp tells that the warpgroup's products, which it has waited for, no longer read a stage.
+// Releases a stage that the warpgroup's MMAs no longer read: one arrival per warp.
 ILLADA_DEVICE void release(uint64_t* empty) {
   if (threadIdx.x % 32 == 0) mbar_arrive(empty);
 }
@@ -102,9 +72,9 @@ ILLADA_DEVICE void step(Shared<T, D>& shared, const Problem& problem, const Plan
   float s[Tile<D>::keys / 2];
   uint32_t p[Tile<D>::keys / 16][4];
   mbar_wait(&shared.k_full[stage], phase);
-  multiply_q_k<D>(s, shared.q[wg], shared.k[stage]);
+  multiply_transposed<D, kRows>(s, shared.q[wg], shared.k[stage]);
   uint32_t attended[2];
-  if constexpr (MASKED) {  // meanwhile
+  if constexpr (MASKED) {  // while the MMA runs
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       attended[r] = columns_within(plan.ranges[wg][(row_of_thread() + 8 * r) / problem.pack], plan.first_key(n));
@@ -112,27 +82,28 @@ ILLADA_DEVICE void step(Shared<T, D>& shared, const Problem& problem, const Plan
   wgmma_wait<0>();
   reg_fence(s);
   release(&shared.k_empty[stage]);
-  if (n == plan.end - 1) release(&shared.q_empty[wg]);  // the next queries come while this item is finished
+  if (n == plan.end - 1) release(&shared.q_empty[wg]);  // the next queries load while this item is finished
   if constexpr (MASKED) {
 #pragma unroll
     for (int i = 0; i < Tile<D>::keys / 2; ++i)
-      if (!(attended[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) s[i] = minus_infinity();
+      if (!(attended[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -infinity();
   }
   softmax<D, T>(s, p, rows, problem.scale_log2);
   mbar_wait(&shared.v_full[stage], phase);
   if constexpr (MASKED)
     if (needs_cleaning<D>(problem, plan, plan.first_key(n))) mbar_wait(&shared.v_clean[stage], phase);
-  multiply_p_v<D>(rows.o, p, shared.v[stage]);
+  multiply_add(rows.o, p, shared.v[stage]);
   wgmma_wait<0>();
   reg_fence(rows.o);
   release(&shared.v_empty[stage]);
 }
 
-// A tile of which this warpgroup needs nothing: it passes it on once it is there, so that stages stay in step.
+// Skips a key tile to which no row of this warpgroup attends. Still waits for both loads and arrives on both `empty`
+// barriers; otherwise the producer could not refill the stage.
 template <class T, int D> ILLADA_DEVICE void skip(Shared<T, D>& shared, const Plan<D>& plan, int wg, int n, int use) {
   const int stage = use % kStages, phase = use / kStages % 2;
   mbar_wait(&shared.k_full[stage], phase);
-  __syncwarp();  // a lane that waits on may miss a phase
+  __syncwarp();  // because a lane that still waits could miss a phase
   release(&shared.k_empty[stage]);
   mbar_wait(&shared.v_full[stage], phase);
   __syncwarp();
@@ -141,7 +112,7 @@ template <class T, int D> ILLADA_DEVICE void skip(Shared<T, D>& shared, const Pl
 }
 
 // ---- results -------------------------------------------------------------------------------------------------------
-// Four words of each lane of a quad, transposed: lane t gets word t of the four lanes.
+// Transposes four words of each lane of a quad: lane t gets word t of the four lanes.
 ILLADA_DEVICE void transpose_quad(uint32_t (&w)[4]) {
 #pragma unroll
   for (int bit = 1; bit < 4; bit *= 2) {
@@ -155,7 +126,7 @@ ILLADA_DEVICE void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// Row r of this thread, 8 columns of T at a time: a quad holds 32 columns as 4 words of each lane.
+// Stores row r of this thread, 8 columns of T at a time: a quad holds 32 columns as 4 words of each lane.
 template <class T, int D> ILLADA_DEVICE void store_row(T* to, const float (&o)[D / 2], int r, bool there) {
 #pragma unroll
   for (int i = 2 * r; i < D / 2; i += 16) {
@@ -168,26 +139,26 @@ template <class T, int D> ILLADA_DEVICE void store_row(T* to, const float (&o)[D
   }
 }
 
-// Divides by the sums and stores, from registers: the queries' shared memory belongs to the next item by then. With
-// `parts` in float32 to the share's place among (splits, batch, heads, rows).
+// Divides by the sums and stores from registers, because the queries' shared memory already belongs to the next item.
+// With `parts`, stores float32 at the share's place among (splits, batch, heads, queries).
 template <class T, int D> ILLADA_DEVICE void finish_rows(const Problem& p, const Plan<D>& plan, int wg, Rows<D>& rows) {
-  const int64_t all = p.batch * p.heads * p.rows, part = plan.split * all;
+  const int64_t all = p.batch * p.heads * p.queries, part = plan.split * all;
   float* const lse = p.parts ? p.parts + p.splits * all * D + part : p.lse;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = row_of_thread() + 8 * r, head = plan.head + row % p.pack;
-    const int query = plan.query + wg * p.queries() + row / p.pack;
-    const bool there = row / p.pack < p.queries() && query < p.rows;
-    const int64_t at = (int64_t(plan.batch) * p.heads + head) * p.rows + query;
+    const int query = plan.query + wg * p.warpgroup_queries() + row / p.pack;
+    const bool there = row / p.pack < p.warpgroup_queries() && query < p.queries;
+    const int64_t at = (int64_t(plan.batch) * p.heads + head) * p.queries + query;
     const float sum = warp_sum<4>(rows.sum[r]), inverse = 1.0f / sum;
 #pragma unroll
     for (int i = 2 * r; i < D / 2; i += 4) {  // 0 without keys, even if 0 * NaN was added
       rows.o[i] = sum == 0.0f ? 0.0f : rows.o[i] * inverse;
       rows.o[i + 1] = sum == 0.0f ? 0.0f : rows.o[i + 1] * inverse;
     }
-    if (there && threadIdx.x % 4 == 0) lse[at] = sum == 0.0f ? minus_infinity() : rows.top[r] * p.scale + logf(sum);
+    if (there && threadIdx.x % 4 == 0) lse[at] = sum == 0.0f ? -infinity() : rows.top[r] * p.scale + logf(sum);
     if (!p.parts) {
-      const int64_t place = ((int64_t(plan.batch) * p.rows + query) * p.heads + head) * D;
+      const int64_t place = ((int64_t(plan.batch) * p.queries + query) * p.heads + head) * D;
       store_row<T, D>(static_cast<T*>(p.out) + place, rows.o, r, there);
     } else if (there) {
       float* const to = p.parts + (part + at) * D + threadIdx.x % 4 * 2;
@@ -198,21 +169,21 @@ template <class T, int D> ILLADA_DEVICE void finish_rows(const Problem& p, const
   }
 }
 
-// Rows that no query fills, where `pack` does not divide 64: their scores must only be numbers that nobody reads.
+// Zeros rows that no query fills (where `pack` does not divide 64), because their scores must not be NaN.
 template <class T, int D> ILLADA_DEVICE void fill_spare_rows(T* q, const Problem& p) {
-  for (int row = p.queries() * p.pack + threadIdx.x % 128 / 8; row < kRows; row += 16)
-    for (int piece = 0; piece < Tile<D>::pieces; ++piece)
+  for (int row = p.warpgroup_queries() * p.pack + threadIdx.x % 128 / 8; row < kRows; row += 16)
+    for (int piece = 0; piece < pieces<D>; ++piece)
       store16(q + (piece * kRows + row) * 64 + threadIdx.x % 8 * 8, Vec16<T>{});
   fence_proxy_async();
 }
 
 template <class T, int D> ILLADA_DEVICE void consume(Shared<T, D>& shared, const Problem& p) {
-  const int wg = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler then knows that the warp agrees
-  int use = 0;                                            // of the rings
+  const int wg = warpgroup_of_thread();
+  int use = 0;  // stages of the rings used so far
   fill_spare_rows<T, D>(shared.q[wg], p);
   bar_sync(1 + wg, 128);
   for_each_item<D>(shared, [&](int i, const Plan<D>& plan) {
-    Rows<D> rows{{}, {minus_infinity(), minus_infinity()}, {}};
+    Rows<D> rows{{}, {-infinity(), -infinity()}, {}};
     const auto cover = [&](int n) {
       const int start = plan.first_key(n);
       return plan.hulls[wg].cover(start, start + Tile<D>::keys);
@@ -238,7 +209,7 @@ template <class T, int D> ILLADA_DEVICE void init_barriers(Shared<T, D>& s) {
     mbar_init(&s.v_full[i], 1);
     mbar_init(&s.v_clean[i], 1);
     mbar_init(&s.k_empty[i], warps);
-    mbar_init(&s.v_empty[i], warps + 1);  // and the warp that keeps values clean
+    mbar_init(&s.v_empty[i], warps + 1);  // and the warp that cleans values
   }
   for (int i = 0; i < Tile<D>::warpgroups; ++i) {
     mbar_init(&s.q_full[i], 1);
@@ -272,17 +243,17 @@ __global__ void __launch_bounds__(Tile<D>::threads, 1)
   if (role == 3) keep_values_clean<D>(s, p);
 }
 
-// Adds up the shares of the keys, in order of their number: one warp for a row.
+// Adds up the shares of the keys in ascending order, with one warp a row.
 template <class T, int D>
 __global__ void __launch_bounds__(256)
-    combine(const float* parts, T* out, float* lse, int splits, int64_t batch, int heads, int rows) {
-  const int64_t all = batch * heads * rows, at = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
+    combine(const float* parts, T* out, float* lse, int splits, int64_t batch, int heads, int queries) {
+  const int64_t all = batch * heads * queries, at = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
   if (at >= all) return;
   const int lane = threadIdx.x % 32;
-  const float mine = lane < splits ? parts[splits * all * D + lane * all + at] : minus_infinity();
-  const float top = warp_max(mine), shift = top == minus_infinity() ? 0.0f : top;
+  const float mine = lane < splits ? parts[splits * all * D + lane * all + at] : -infinity();
+  const float top = warp_max(mine), shift = top == -infinity() ? 0.0f : top;
   const float weight = fast_exp2((mine - shift) * kLog2e), sum = warp_sum(weight);
-  const int64_t row = at % rows, head = at / rows % heads, entry = at / rows / heads;
+  const int64_t row = at % queries, head = at / queries % heads, entry = at / queries / heads;
   float total[D / 32] = {};
   for (int split = 0; split < splits; ++split) {
     const float w = __shfl_sync(~0u, weight, split);
@@ -291,48 +262,36 @@ __global__ void __launch_bounds__(256)
   }
 #pragma unroll
   for (int i = 0; i < D / 32; ++i)
-    out[((entry * rows + row) * heads + head) * D + i * 32 + lane] = from_float<T>(sum == 0 ? 0.0f : total[i] / sum);
-  if (lane == 0) lse[at] = sum == 0 ? minus_infinity() : top + logf(sum);
+    out[((entry * queries + row) * heads + head) * D + i * 32 + lane] = from_float<T>(sum == 0 ? 0.0f : total[i] / sum);
+  if (lane == 0) lse[at] = sum == 0 ? -infinity() : top + logf(sum);
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
 struct Forward {
   const void *q, *k, *v;
-  int64_t keys, key_heads, dim;
-  const int64_t* strides;  // elements: batch, row, head of q, k, v
+  int64_t keys, kv_heads, dim;
+  const int64_t* strides;  // elements: of batch, row and head of q, k, v
   int blocks;
   cudaStream_t stream;
 };
 
-// A map of x (batch, rows, heads, dim), its dimensions after dim in the order that `size` gives; one of a single
-// element may have any stride, and gets one that passes.
-template <class T>
-int map_of(CUtensorMap* map, const void* x, int64_t dim, const int64_t (&size)[3], const int64_t (&stride)[3],
-           const uint32_t (&box)[4]) {
-  uint64_t sizes[4] = {uint64_t(dim)}, bytes[3];
-  for (int i = 0; i < 3; ++i) {
-    sizes[i + 1] = uint64_t(size[i]);
-    bytes[i] = size[i] > 1 ? uint64_t(stride[i]) * sizeof(T) : 512;
-  }
-  return make_tensor_map<4>(map, static_cast<const T*>(x), sizes, bytes, box, Swizzle::bytes128);
-}
-
 template <class T, int D> int run(const Forward& f, Problem p) {
   const int64_t* s = f.strides;
-  const int queries = kRows / p.pack;
-  p.tiles = int((p.rows + int64_t(queries) * Tile<D>::warpgroups - 1) / (queries * Tile<D>::warpgroups));
+  const int per_warpgroup = kRows / p.pack;
+  p.tiles = int((p.queries + int64_t(per_warpgroup) * Tile<D>::warpgroups - 1) / (per_warpgroup * Tile<D>::warpgroups));
   p.items = int(p.batch * (p.heads / p.pack) * p.tiles * p.splits);
-  const uint32_t of_queries[] = {64, uint32_t(p.pack), uint32_t(queries), 1}, of_keys[] = {64, Tile<D>::keys, 1, 1};
+  const uint32_t of_queries[] = {64, uint32_t(p.pack), uint32_t(per_warpgroup), 1},
+                 of_keys[] = {64, Tile<D>::keys, 1, 1};
   CUtensorMap q, k, v;
-  int e = map_of<T>(&q, f.q, D, {p.heads, p.rows, p.batch}, {s[2], s[1], s[0]}, of_queries);
-  if (!e) e = map_of<T>(&k, f.k, D, {f.keys, f.key_heads, p.batch}, {s[4], s[5], s[3]}, of_keys);
-  if (!e) e = map_of<T>(&v, f.v, D, {f.keys, f.key_heads, p.batch}, {s[7], s[8], s[6]}, of_keys);
+  int e = map_of_tiles<T>(&q, f.q, D, {p.heads, p.queries, p.batch}, {s[2], s[1], s[0]}, of_queries);
+  if (!e) e = map_of_tiles<T>(&k, f.k, D, {f.keys, f.kv_heads, p.batch}, {s[4], s[5], s[3]}, of_keys);
+  if (!e) e = map_of_tiles<T>(&v, f.v, D, {f.keys, f.kv_heads, p.batch}, {s[7], s[8], s[6]}, of_keys);
   if (e) return e;
   const Launch l{dim3(f.blocks), dim3(Tile<D>::threads), sizeof(Shared<T, D>), f.stream};
   e = launch(l, attention_fwd<T, D>, q, k, v, p);
   if (e || !p.parts) return e;
-  const Launch last{dim3(unsigned((p.batch * p.heads * p.rows + 7) / 8)), dim3(256), 0, f.stream};
-  return launch(last, combine<T, D>, p.parts, static_cast<T*>(p.out), p.lse, p.splits, p.batch, p.heads, p.rows);
+  const Launch last{dim3(unsigned((p.batch * p.heads * p.queries + 7) / 8)), dim3(256), 0, f.stream};
+  return launch(last, combine<T, D>, p.parts, static_cast<T*>(p.out), p.lse, p.splits, p.batch, p.heads, p.queries);
 }
 
 template <class T> int run_any(const Forward& f, const Problem& p) {
@@ -345,11 +304,11 @@ template <class T> int run_any(const Forward& f, const Problem& p) {
 
 }  // namespace
 
-// Defines the entry point for one type; RUN takes (Forward, Problem).
-#define ILLADA_ATTENTION_FWD(NAME, RUN)                                                                             \
-  extern "C" int NAME(ILLADA_ATTENTION_FWD_ARGUMENTS) {                                                             \
-    const KeyBounds ranges{bounds, strides[9], strides[10], int(keys)};                                             \
-    const Forward f{q, k, v, keys, key_heads, dim, strides, blocks, static_cast<cudaStream_t>(stream)};             \
-    return RUN(f, {ranges, out, lse, parts, counter, batch, int(rows), int(heads), int(heads / key_heads), 0, pack, \
-                   splits, 0, scale, scale * kLog2e});                                                              \
+// Defines the entry point for one dtype. RUN takes (Forward, Problem).
+#define ILLADA_ATTENTION_FWD(NAME, RUN)                                                                               \
+  extern "C" int NAME(ILLADA_ATTENTION_FWD_ARGUMENTS) {                                                               \
+    const KeyBounds ranges{bounds, strides[9], strides[10], int(keys)};                                               \
+    const Forward f{q, k, v, keys, kv_heads, dim, strides, blocks, static_cast<cudaStream_t>(stream)};                \
+    return RUN(f, {ranges, out, lse, parts, counter, batch, int(queries), int(heads), int(heads / kv_heads), 0, pack, \
+                   splits, 0, scale, scale * kLog2e});                                                                \
   }

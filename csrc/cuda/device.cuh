@@ -1,6 +1,6 @@
 // What every CUDA kernel of this library uses: launch(), its dynamic shared memory, conversions, reductions over a warp
-// or a block, 16-byte loads and stores. Kernels hold no <<<>>>, no inline PTX and no static __shared__; so the same
-// text also compiles as C++ and runs on a CPU (docs/concepts/cuda_on_cpu.md), where <cuda_runtime.h> is the stand-in under
+// or a block, 16-byte loads and stores. Kernels hold no <<<>>>, no inline PTX and no static __shared__, so the same
+// text also compiles as C++ and runs on a CPU (docs/concepts/cuda_on_cpu.md). There <cuda_runtime.h> is
 // tests/cuda_on_cpu/shim, which also declares the functions between the #ifdef below.
 #pragma once
 #include <cstddef>
@@ -17,14 +17,17 @@ namespace illada {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
+constexpr float kLog2e = 1.4426950408889634f;
+ILLADA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
 // ---- what C++ has no word for ----------------------------------------------------------------------------------
 #ifdef __CUDACC__
-// This block's dynamic shared memory, 1024-byte aligned (what the 128-byte swizzle of Hopper asks for).
+// Returns this block's dynamic shared memory, aligned to 1024 bytes as Hopper's 128-byte swizzle requires.
 ILLADA_DEVICE uint8_t* dynamic_smem() {
   extern __shared__ __align__(1024) uint8_t illada_smem[];
   return illada_smem;
 }
-// 2^x, about 2 ulp, subnormal results are zero. exp2f costs two more instructions to keep those.
+// Returns 2^x within about 2 ulp; subnormal results are 0. exp2f takes two more instructions to keep those.
 ILLADA_DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -42,7 +45,7 @@ template <> ILLADA_DEVICE float from_float<float>(float x) { return x; }
 template <> ILLADA_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> ILLADA_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
 
-// Two neighbours in one word, the lower index in the lower half: what wgmma and stmatrix take.
+// Packs two neighbours into one word, the lower index in the lower half, as wgmma and stmatrix expect.
 template <class T> ILLADA_DEVICE uint32_t pack(float low, float high);
 template <> ILLADA_DEVICE uint32_t pack<bf16>(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -54,7 +57,7 @@ template <> ILLADA_DEVICE uint32_t pack<fp16>(float low, float high) {
 }
 
 // ---- reductions ------------------------------------------------------------------------------------------------
-// Max and Min are for numbers: what they make of a NaN depends on its side.
+// Max and Min: the result for a NaN depends on its side.
 struct Sum {
   template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return a + b; }
 };
@@ -65,8 +68,8 @@ struct Min {
   template <class T> ILLADA_DEVICE T operator()(T a, T b) const { return b < a ? b : a; }
 };
 
-// Over groups of WIDTH neighbouring lanes; every lane gets the result. The tree is fixed: equal inputs give equal
-// bits. All 32 lanes of the warp must call it.
+// Reduces over groups of WIDTH neighbouring lanes; every lane gets the result. All 32 lanes of the warp must call it.
+// The tree is fixed: equal inputs give equal bits.
 template <int WIDTH = 32, class T, class Op> ILLADA_DEVICE T warp_reduce(T x, Op op) {
 #pragma unroll
   for (int step = WIDTH / 2; step > 0; step /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, step));
@@ -76,8 +79,8 @@ template <int WIDTH = 32, class T> ILLADA_DEVICE T warp_sum(T x) { return warp_r
 template <int WIDTH = 32, class T> ILLADA_DEVICE T warp_max(T x) { return warp_reduce<WIDTH>(x, Max{}); }
 template <int WIDTH = 32, class T> ILLADA_DEVICE T warp_min(T x) { return warp_reduce<WIDTH>(x, Min{}); }
 
-// Over the THREADS threads of a one-dimensional block, in a fixed order; every thread gets the result. `scratch`:
-// shared memory for THREADS / 32 values, free again on return. T: any type that op takes and shuffles take.
+// Reduces over the THREADS threads of a one-dimensional block, in a fixed order; every thread gets the result. scratch:
+// shared memory for THREADS / 32 values, free again on return.
 template <int THREADS, class T, class Op> ILLADA_DEVICE T block_reduce(T x, T* scratch, Op op) {
   static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps");
   x = warp_reduce(x, op);
@@ -91,7 +94,7 @@ template <int THREADS, class T, class Op> ILLADA_DEVICE T block_reduce(T x, T* s
 }
 
 // ---- 16-byte accesses ------------------------------------------------------------------------------------------
-// Pointers must be 16-byte aligned; a kernel peels what is not.
+// Pointers must be aligned to 16 bytes; kernels peel the rest.
 template <class T> struct Vec16 {
   static constexpr int size = 16 / sizeof(T);
   alignas(16) T at[size];
@@ -100,7 +103,7 @@ template <class T> ILLADA_DEVICE Vec16<T> load16(const T* p) {
   const uint4 bits = *reinterpret_cast<const uint4*>(p);
   return *reinterpret_cast<const Vec16<T>*>(&bits);
 }
-// For data read once: leaves the caches to others.
+// Loads data that is read once, and leaves the caches to others.
 template <class T> ILLADA_DEVICE Vec16<T> load16_streaming(const T* p) {
   const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(p));
   return *reinterpret_cast<const Vec16<T>*>(&bits);
@@ -121,11 +124,11 @@ struct Launch {
   int cluster = 1;  // blocks of a cluster, along x
 };
 
-// Runs kernel(args...) as described; a cudaError_t as int, 0 on success. An empty grid is no error and does nothing.
+// Runs kernel(args...) as described. Returns a cudaError_t as int, 0 on success. Does nothing for an empty grid.
 template <class... P, class... A> int launch(const Launch& l, void (*kernel)(P...), A&&... args) {
   if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return 0;
   const void* entry = reinterpret_cast<const void*>(kernel);
-  constexpr size_t kDefaultSmem = 48 << 10;  // more must be asked for
+  constexpr size_t kDefaultSmem = 48 << 10;  // more must be requested
   if (l.smem > kDefaultSmem) {
     cudaError_t e = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.smem));
     if (e != cudaSuccess) return int(e);

@@ -1,5 +1,5 @@
-// Wrappers over the PTX of Hopper (sm_90a), one instruction each, named after it. Kernels use these names only, so that
-// the same text also runs on a CPU, where tests/cuda_on_cpu/shim/hopper_on_cpu.cuh gives the same names.
+// Wrappers over the PTX of Hopper (sm_90a), one instruction each, named after it. Kernels use only these names, so the
+// same text also runs on a CPU, where tests/cuda_on_cpu/shim/hopper_on_cpu.cuh defines them.
 #pragma once
 #include "device.cuh"
 #include "tensor_map.cuh"
@@ -11,15 +11,16 @@
 
 namespace illada {
 
-// The address of shared memory as PTX wants it.
+// Returns a shared memory address as PTX expects it.
 ILLADA_DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // ---- mbarrier --------------------------------------------------------------------------------------------------
-// A phase ends when `arrivals` threads have arrived and all bytes announced have come; phases count 0, 1, 0, 1...
+// A phase ends when `arrivals` threads have arrived and all announced bytes have come. Phases count 0, 1, 0, 1...
 ILLADA_DEVICE void mbar_init(uint64_t* bar, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(arrivals) : "memory");
 }
-// After the inits, before the barrier that lets others (and the asynchronous proxy) use them.
+// Makes initialised barriers visible to the asynchronous proxy. Call before the block barrier that lets others use
+// them.
 ILLADA_DEVICE void mbar_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 ILLADA_DEVICE void mbar_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
@@ -32,7 +33,7 @@ ILLADA_DEVICE void mbar_arrive_cluster(uint64_t* bar, uint32_t rank) {
       "r"(rank)
       : "memory");
 }
-// Arrives and announces bytes that bulk copies will bring.
+// Arrives and announces bytes that TMA loads will bring.
 ILLADA_DEVICE void mbar_arrive_expect_tx(uint64_t* bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes)
                : "memory");
@@ -42,7 +43,7 @@ ILLADA_DEVICE void mbar_expect_tx(uint64_t* bar, uint32_t bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes)
                : "memory");
 }
-// Has the phase of this parity ended? May wait a little before it says no.
+// Returns whether the phase of this parity has ended. May wait a little before it returns false.
 ILLADA_DEVICE bool mbar_try_wait(uint64_t* bar, uint32_t parity) {
   uint32_t ended;
   asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
@@ -51,13 +52,14 @@ ILLADA_DEVICE bool mbar_try_wait(uint64_t* bar, uint32_t parity) {
                : "memory");
   return ended;
 }
-// Waits for the end of the phase of this parity. A fresh barrier is in phase 0: waiting for 1 returns at once.
+// Waits for the end of the phase of this parity. A fresh barrier is in phase 0, so waiting for parity 1 returns at
+// once.
 ILLADA_DEVICE void mbar_wait(uint64_t* bar, uint32_t parity) {
   while (!mbar_try_wait(bar, parity)) {}
 }
 
-// ---- bulk tensor copies (TMA) ----------------------------------------------------------------------------------
-// Coordinates in elements, the contiguous dimension first, as in the map. Issued by one thread.
+// ---- TMA -------------------------------------------------------------------------------------------------------
+// Coordinates are in elements, the contiguous dimension first, as in the map. One thread issues a copy.
 #define ILLADA_TMA(RANK, COORDINATES, LOAD, MULTICAST, STORE, ...)                                                    \
   /* global to shared; the box's bytes are counted at `bar` */                                                        \
   ILLADA_DEVICE void tma_load(void* dst, const CUtensorMap* map, uint64_t* bar, COORDINATES) {                        \
@@ -97,7 +99,7 @@ ILLADA_TMA(4, int x ILLADA_COMMA int y ILLADA_COMMA int z ILLADA_COMMA int w, "%
 #undef ILLADA_COMMA
 #undef ILLADA_TMA
 
-// Contiguous copies without a map: addresses and `bytes` multiples of 16.
+// Contiguous copies without a map. Addresses and `bytes` are multiples of 16.
 ILLADA_DEVICE void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    smem_address(dst)),
@@ -114,8 +116,8 @@ ILLADA_DEVICE void bulk_reduce_add(float* dst, const float* src, uint32_t bytes)
                "r"(smem_address(src)), "r"(bytes)
                : "memory");
 }
-// Stores and reduce-adds issued by this thread since the last commit become a group; wait until all but the N newest
-// groups have read shared memory (it may be written again), or are complete (others may see the result).
+// bulk_commit makes a group of this thread's stores and reduce-adds since the last commit. The waits return once all
+// but the N newest groups have read shared memory (which may then be rewritten), or are complete (visible to others).
 ILLADA_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int N> ILLADA_DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
@@ -124,25 +126,25 @@ template <int N> ILLADA_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wa
 ILLADA_DEVICE void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// By every thread that wrote shared memory with ordinary stores, before the barrier after which TMA or wgmma read it.
+// Orders ordinary stores to shared memory before TMA or wgmma. Every thread that stored calls it, before the barrier.
 ILLADA_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- wgmma (the products themselves: wgmma.cuh) ----------------------------------------------------------------
-// A tile in shared memory with the 128-byte swizzle, made of pieces 64 elements (128 bytes) wide. stride: bytes to the
-// next 8 rows (K-major) or the next 8 k (MN-major), 1024 when pieces are dense. lead: MN-major only, bytes to the next
-// 64 rows. Along k one wgmma of 16 k advances p by 32 bytes (K-major) or 2048 (MN-major, dense).
+// ---- wgmma (the MMAs themselves: wgmma.cuh) --------------------------------------------------------------------
+// Describes a tile in shared memory with the 128-byte swizzle, in pieces 64 elements (128 bytes) wide. stride: bytes to
+// the next 8 rows (K-major) or 8 k (MN-major), 1024 when dense. lead: MN-major only, bytes to the next 64 rows. One
+// wgmma of 16 k advances p by 32 bytes (K-major) or 2048 (MN-major, dense).
 ILLADA_DEVICE uint64_t smem_desc(const void* p, uint32_t stride = 1024, uint32_t lead = 16) {
   return uint64_t((smem_address(p) & 0x3ffff) >> 4) | uint64_t(lead >> 4) << 16 | uint64_t(stride >> 4) << 32 |
          uint64_t(1) << 62;
 }
-// Before the first wgmma of a group: orders earlier accesses to its registers before it.
+// Orders earlier accesses to registers before the first wgmma of a group.
 ILLADA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 ILLADA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all but the N newest groups are done; their accumulators may then be read, their operands be overwritten.
+// Waits for all but the N newest groups. Their accumulators may then be read and their operands overwritten.
 template <int N> ILLADA_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-// No instruction: keeps the compiler from moving accesses to these registers across this point. Around every group.
+// Emits nothing. Keeps the compiler from moving accesses to these registers across this point; use around every group.
 template <int N> ILLADA_DEVICE void reg_fence(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
@@ -153,8 +155,8 @@ template <int N> ILLADA_DEVICE void reg_fence(uint32_t (&a)[N]) {
 }
 
 // ---- 8x8 matrices of 16-bit elements between registers and shared memory ---------------------------------------
-// Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned). Lane l holds row l / 4, columns l % 4 * 2
-// and the next, of matrix i in r[i]; TRANSPOSE: of the transposed matrix.
+// Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned). It holds row l / 4, columns l % 4 * 2 and
+// the next, of matrix i in r[i]; with TRANSPOSE, of the transposed matrix.
 #define ILLADA_MATRIX(COUNT, LIST, ...)                                                                  \
   template <bool TRANSPOSE = false> ILLADA_DEVICE void ldmatrix(uint32_t (&r)[COUNT], const void* row) { \
     if constexpr (TRANSPOSE)                                                                             \
@@ -190,17 +192,17 @@ ILLADA_MATRIX(4, "%1, %2, %3, %4", "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]))
 #undef ILLADA_MATRIX
 
 // ---- barriers, registers, election -----------------------------------------------------------------------------
-// Named barriers 1..15 (0 is __syncthreads): all `threads`, whole warps, meet; arrive does not wait.
+// Named barriers 1..15 (0 is __syncthreads): all `threads`, whole warps, meet. bar_arrive does not wait.
 ILLADA_DEVICE void bar_sync(int id, int threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 ILLADA_DEVICE void bar_arrive(int id, int threads) {
   asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// Registers per thread from here on, by the whole warpgroup: a multiple of 8, 24..256.
+// Sets the registers per thread from here on; the whole warpgroup calls it. N: a multiple of 8, 24..256.
 template <int N> ILLADA_DEVICE void reg_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> ILLADA_DEVICE void reg_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
-// True in exactly one lane of the warp, all of which call it.
+// Returns true in exactly one lane. All lanes of the warp call it.
 ILLADA_DEVICE bool elect_one() {
   uint32_t elected;
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
@@ -213,8 +215,8 @@ ILLADA_DEVICE uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// All threads of all blocks of the cluster meet; what they wrote before is seen after. Also before a block exits while
-// others may still write to it or arrive at its barriers.
+// All threads of all blocks of the cluster meet and see what was written before. Also needed before a block exits,
+// while others may still write to it or arrive at its barriers.
 ILLADA_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 ILLADA_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 ILLADA_DEVICE void cluster_sync() {

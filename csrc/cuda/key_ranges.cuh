@@ -1,6 +1,6 @@
-// KeyRanges on the GPU: the bounds of a query row, brought into normal form whenever they are read, so that malformed
-// ones never lead out of range; and what the rows of a tile have in common. csrc/cpu/key_ranges.h is the
-// same on the CPU.
+// KeyRanges on the GPU: the key ranges of a query row, and what the rows of a query tile have in common. Bounds are
+// clamped to normal form on every read, so malformed bounds never read out of range. csrc/cpu/key_ranges.h is the same
+// on the CPU.
 #pragma once
 #include "device.cuh"
 
@@ -14,11 +14,12 @@ struct RowRanges {
 };
 
 struct KeyBounds {
-  const int32_t* data;  // (batch or 1, rows or 1, 4), 16-byte aligned rows; or null: every row attends to every key
+  // (batch or 1, queries or 1, 4), rows aligned to 16 bytes; null: every row attends to every key.
+  const int32_t* data;
   int64_t batch_stride, row_stride;  // elements; 0 where broadcast
   int num_keys;
 
-  // Each bound at least the one before it and at most num_keys; two ranges that touch become one.
+  // Returns a row's ranges: each bound at least the one before it and at most num_keys; ranges that touch become one.
   ILLADA_DEVICE RowRanges of_row(int64_t batch, int64_t row) const {
     if (!data) return {{0, num_keys}, {num_keys, num_keys}};
     const int4 b = *reinterpret_cast<const int4*>(data + batch * batch_stride + row * row_stride);
@@ -29,11 +30,11 @@ struct KeyBounds {
   ILLADA_DEVICE int clamp(int bound, int least) const { return Max{}(least, Min{}(bound, num_keys)); }
 };
 
-// How the keys start .. end of a tile meet the rows of a tile.
+// How keys start .. end of a tile meet the rows of a tile: no pair attends, some pairs may, all pairs attend.
 enum class Cover { none, some, all };
 
-// Of some rows: two hulls that hold every row's ranges, and the keys that range 0, or range 1, of every row holds.
-// An empty range widens no hull. No rows: nothing is touched.
+// What some query rows have in common: two hulls that hold every row's ranges, and the keys that range 0, or range 1,
+// of every row holds. An empty range does not widen a hull. Without rows nothing is touched.
 struct Hulls {
   static constexpr int kMost = 0x7fffffff;
   int lo[2] = {kMost, kMost}, hi[2] = {0, 0};
@@ -47,12 +48,15 @@ struct Hulls {
       common_hi[i] = Min{}(common_hi[i], r.hi[i]);
     }
   }
-  // The hulls, that they hold those of other rows too.
-  ILLADA_DEVICE void widen(const Hulls& other) {
+  // Adds the rows of `other`.
+  ILLADA_DEVICE void merge(const Hulls& other) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) lo[i] = Min{}(lo[i], other.lo[i]), hi[i] = Max{}(hi[i], other.hi[i]);
+    for (int i = 0; i < 2; ++i) {
+      lo[i] = Min{}(lo[i], other.lo[i]), hi[i] = Max{}(hi[i], other.hi[i]);
+      common_lo[i] = Max{}(common_lo[i], other.common_lo[i]), common_hi[i] = Min{}(common_hi[i], other.common_hi[i]);
+    }
   }
-  // Those of the rows of all lanes of the warp, in every lane.
+  // Merges the hulls of all lanes of the warp; every lane gets the result.
   ILLADA_DEVICE void reduce_over_warp() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -60,14 +64,32 @@ struct Hulls {
       common_lo[i] = __reduce_max_sync(~0u, common_lo[i]), common_hi[i] = __reduce_min_sync(~0u, common_hi[i]);
     }
   }
+  // Returns whether some row may attend to a key of start .. end.
+  ILLADA_DEVICE bool touches(int start, int end) const {
+    return (lo[0] < end && start < hi[0]) || (lo[1] < end && start < hi[1]);
+  }
+  // Returns whether every row attends to every key of start .. end: no mask needed.
+  ILLADA_DEVICE bool all_attend(int start, int end) const {
+    return (common_lo[0] <= start && end <= common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]);
+  }
+  // Spells out the two above, because nvcc 13 makes 72 instructions more of the forward from calls of them.
   ILLADA_DEVICE Cover cover(int start, int end) const {
     if ((common_lo[0] <= start && end <= common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]))
       return lo[0] < hi[0] || lo[1] < hi[1] ? Cover::all : Cover::none;
     return (lo[0] < end && start < hi[0]) || (lo[1] < end && start < hi[1]) ? Cover::some : Cover::none;
   }
+  // Returns the start of the first key tile at or after `start` that a hull touches, else `none`. `start` is a multiple
+  // of `size`.
+  ILLADA_DEVICE int first_touched(int start, int size, int none) const {
+    int found = none;
+    for (int i = 0; i < 2; ++i)
+      if (lo[i] < hi[i] && start < hi[i]) found = Min{}(found, Max{}(start, lo[i] / size * size));
+    return found;
+  }
 };
 
-// The tiles of `size` keys that two hulls touch, ascending, each once: first[0] .. last[0], then first[1] .. last[1].
+// The key tiles of `size` keys that two hulls touch, ascending, each once: first[0] .. last[0], then first[1] ..
+// last[1].
 struct KeyTiles {
   int first[2], last[2];
 

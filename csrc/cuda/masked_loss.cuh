@@ -1,11 +1,10 @@
-// Shared by the kernels of masked_loss: numbers, loads and stores of several elements, and the formula's arguments.
+// What the kernels of masked_loss share: NaN, loads and stores of several elements, and the formula's arguments.
 #pragma once
 #include "device.cuh"
 
 namespace illada {
 namespace loss {
 
-ILLADA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 ILLADA_DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 
 // z = softcap tanh((logit + bias) / softcap), -inf at forbidden ids.
@@ -20,7 +19,7 @@ struct Options {
 
 ILLADA_DEVICE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// N neighbours as floats; N > 1 takes 16-byte accesses, so N * sizeof(T) is a multiple of 16 and p is aligned to it.
+// Loads N neighbours as floats. For N > 1, N * sizeof(T) is a multiple of 16 and p is aligned to 16 bytes.
 template <int N, class T> ILLADA_DEVICE void load(const T* p, float (&x)[N]) {
   if constexpr (N == 1) {
     x[0] = to_float(*p);

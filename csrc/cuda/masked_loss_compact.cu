@@ -1,23 +1,24 @@
-// masked_loss around the products: which rows are masked, their hidden states, the way back, and the loss.
+// masked_loss around the matmuls: which rows are masked, their hidden states, the way back, and the loss.
 //
-//   compact   one block: ascending places of the masked rows, targets, weights (over their float64 sum for "mean"), slots
-//   gather    a block per masked row: out = x[index], times a factor, rounded once; zeros behind the number of masked rows
+//   compact   one block: ascending places of the masked rows, targets, slots, weights ("mean": over their float64 sum)
+//   gather    a block per masked row: out = x[index], times a factor, rounded once; zeros beyond the masked rows
 //   scatter   a block per row: out = dx[slot], times a factor, rounded once; zeros where not masked
-//   factors   a thread per masked row: what multiplies a row, with the upstream gradient
-//   losses    one block: the sum of scale * loss in float64 in a fixed order; or a thread per row
+//   factors   a thread per masked row: what multiplies the row, with the upstream gradient
+//   losses    one block: the sum of scale * loss in float64, in a fixed order; or a thread per row
 //
-// Bytes: what is read and written, once. More masked rows than the capacity: scale and everything made with it is NaN.
+// Reads its inputs and writes its outputs once; about one flop an element. If more rows are masked than the capacity
+// holds, scale and everything made from it is NaN.
 #include "masked_loss.cuh"
 
 namespace illada {
 namespace loss {
 
 constexpr int kOneBlock = 1024;  // threads of compact and of the sum of losses
-constexpr int kRowThreads = 128;  // gather, scatter
-constexpr int kFlatThreads = 256;  // factors, losses
-constexpr int kEach = 8;  // consecutive rows of a thread of compact
+constexpr int kRowThreads = 128;  // of gather and scatter
+constexpr int kFlatThreads = 256;  // of factors and losses
+constexpr int kEach = 8;  // consecutive rows that a thread of compact takes
 
-// Sum of x over the threads before this one; `all` becomes that over the block. scratch: a value for each warp.
+// Returns the sum of x over the threads before this one; *all becomes the block's sum. scratch: a value for each warp.
 ILLADA_DEVICE int exclusive_sum(int x, int* scratch, int* all) {
   int sum = x;
 #pragma unroll
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kOneBlock)
     count += all;
   }
   weights = block_reduce<kOneBlock>(weights, reinterpret_cast<double*>(scratch), Sum{});
-  bad = block_reduce<kOneBlock>(bad, reinterpret_cast<int*>(scratch), Min{});  // its barriers: scale may be read
+  bad = block_reduce<kOneBlock>(bad, reinterpret_cast<int*>(scratch), Min{});  // its barriers make scale readable
   if (threadIdx.x == 0) info[0] = count, info[1] = bad == 0x7fffffff ? -1 : bad;
   for (int64_t i = threadIdx.x; i < capacity; i += kOneBlock) {
     if (i >= count) index[i] = 0, row_targets[i] = 0, scale[i] = 0.0f;
@@ -128,14 +129,14 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// min(1, 2^floor(log2 |scale|)): exact to multiply by. 1 where that is no normal number.
+// Returns min(1, 2^floor(log2 |scale|)), which is exact to multiply by; 1 where that is not a normal number.
 ILLADA_DEVICE float power_of(float scale) {
   const unsigned exponent = __float_as_uint(scale) & 0x7f800000u;
   if (exponent == 0u || exponent == 0x7f800000u) return 1.0f;
   return exponent < 0x3f800000u ? __uint_as_float(exponent) : 1.0f;
 }
 
-// what: 0 scale * grad, 1 scale / power, 2 power * grad (rows.py).
+// what: 0 scale * grad, 1 scale / power, 2 power * grad (illada_kernels/ops/masked_loss/rows.py).
 __global__ void __launch_bounds__(kFlatThreads)
     factors(const float* scale, const int32_t* index, const int32_t* info, int64_t start, int64_t rows, int what,
             const float* grad, int grad_per_row, float* out) {
@@ -155,7 +156,7 @@ struct Terms {
   float smoothing, z_loss;
 };
 
-// The loss of a row from its state {max, sum of exp(z - max), z at the target, sum of z}, unweighted.
+// Returns the unweighted loss of a row from its state {max, sum of exp(z - max), z at the target, sum of z}.
 ILLADA_DEVICE float loss_of(const Terms& t, const float* state, int64_t target) {
   const float high = state[0], log_sum = logf(state[1]), lse = high + log_sum;
   float loss = log_sum + (1.0f - t.smoothing) * (high - state[2]);
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kFlatThreads)
 }  // namespace loss
 }  // namespace illada
 
-// ---- entry points ------------------------------------------------------------------------------------------------------
+// ---- entry points ---------------------------------------------------------------------------------------------------
 #ifndef __CUDACC_RTC__  // where NVRTC compiles, Python launches: illada_kernels/ops/masked_loss/nvrtc.py
 #include "illada/api.h"
 

@@ -1,28 +1,28 @@
-// masked_loss between the products: statistics of rows of logits, and their gradients.
+// masked_loss between the matmuls: statistics of rows of logits, and their gradients.
 //
 //   z = softcap(logit + bias), -inf at forbidden ids;  lse = log sum exp z
 //   dlogit = scale ((1 + 2 z_loss lse) exp(z - lse) - e / allowed - [target] (1 - e)) dz/dlogit
 //
-// One block per row, 16 bytes a thread and access where the row is aligned, single elements at its ends. rows_stats reads a
-// slice of ids once and merges it into the row's state; rows_dlogits reads a slice once and writes it once; rows_gradients
-// does both to whole rows in place: a row is wider than shared memory, so it keeps what fits there and takes the rest from
-// the second-level cache. About 8 flops an element: bound by memory. Sums are float32, in a fixed order. A NaN logit, a NaN
-// scale or a target that is no id makes the row's gradients NaN; rows behind the number of masked ones become zeros.
+// A block owns a row; 16 bytes a thread and access where the row is aligned, single elements at its ends. rows_stats
+// reads a slice of ids once and merges it into the row's state; rows_dlogits reads a slice once and writes it once.
+// rows_gradients does both to whole rows in place: it keeps what fits in shared memory and reads the rest twice, the
+// second time from L2. About 8 flops an element: bound by memory. Accumulates in float32 in a fixed order. A NaN logit,
+// a NaN scale, or a target that is not an id makes the row's gradients NaN; rows beyond the number of masked ones
+// become zeros.
 #include "masked_loss.cuh"
 
 namespace illada {
 namespace loss {
 
-constexpr int kThreads = 256;  // rows_stats, rows_dlogits: many blocks on a multiprocessor, also for short slices
-constexpr int kWideThreads = 512;  // rows_gradients: one block, which has the shared memory to itself
+constexpr int kThreads = 256;  // rows_stats, rows_dlogits: many blocks per SM, also for short slices
+constexpr int kWideThreads = 512;  // rows_gradients: one block per SM, which takes all shared memory
 constexpr int kScratch = 128;  // bytes of shared memory for reductions, before the row
-constexpr float kLog2e = 1.4426950408889634f;
 
 ILLADA_DEVICE float exp_of(float x) { return fast_exp2(x * kLog2e); }
 
-// ---- the ids of a row --------------------------------------------------------------------------------------------------
+// ---- the ids of a row -----------------------------------------------------------------------------------------------
 
-// Position in `forbid` of the first id that is not below `id`.
+// Returns the position in `forbid` of the first id that is not below `id`.
 ILLADA_DEVICE int64_t forbidden_from(const Options& o, int id) {
   int64_t low = 0, high = o.n_forbid;
   while (low < high) {
@@ -33,7 +33,7 @@ ILLADA_DEVICE int64_t forbidden_from(const Options& o, int id) {
   return low;
 }
 
-// Sets x at the forbidden ids among the N from `id` on; N is known, so x stays in registers.
+// Sets x at the forbidden ids among the N from `id` on. N is a constant, so x stays in registers.
 template <int N> ILLADA_DEVICE void set_forbidden(const Options& o, int id, float value, float (&x)[N]) {
   if (o.n_forbid == 0) return;
   for (int64_t f = forbidden_from(o, id); f < o.n_forbid && o.forbid[f] < id + N; ++f) {
@@ -43,7 +43,7 @@ template <int N> ILLADA_DEVICE void set_forbidden(const Options& o, int id, floa
   }
 }
 
-// x becomes z, and slope dz/dlogit.
+// Turns x into z; slope becomes dz/dlogit.
 template <int N> ILLADA_DEVICE void cap(const Options& o, int id, float (&x)[N], float (&slope)[N]) {
 #pragma unroll
   for (int k = 0; k < N; ++k) slope[k] = 1.0f;
@@ -60,15 +60,15 @@ template <int N> ILLADA_DEVICE void cap(const Options& o, int id, float (&x)[N],
   }
 }
 
-// Elements before the first 16-byte boundary of a row.
+// Returns the number of elements before a row's first 16-byte boundary.
 template <class T> ILLADA_DEVICE int unaligned_head(const T* row, int width) {
   const int head = int((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T));
   return head < width ? head : width;
 }
 
-// Calls body(column, float (&)[N]) for this thread's share of a row: aligned 16-byte vectors, which fetch(number of the vector,
-// pointer) loads AHEAD steps before their turn, and the elements before and behind them one by one. The body is large, so
-// there is one of it: the vectors in flight move through registers rather than the loop being unrolled.
+// Calls body(column, float (&)[N]) for this thread's share of a row: aligned 16-byte vectors, which fetch(number of the
+// vector, pointer) loads AHEAD steps before their turn, and single elements at both ends. Vectors in flight move
+// through registers instead of an unrolled loop, because the body is large.
 template <int THREADS, int AHEAD, class T, class Fetch, class Body>
 ILLADA_DEVICE void over_row(const T* row, int width, Fetch fetch, Body body) {
   constexpr int kVector = Vec16<T>::size;
@@ -107,13 +107,13 @@ template <int THREADS, class T> ILLADA_DEVICE void fill_row(T* row, int width, f
   if (tail < width) store(row + tail, one);
 }
 
-// ---- statistics --------------------------------------------------------------------------------------------------------
+// ---- statistics -----------------------------------------------------------------------------------------------------
 
 struct Online {
   float high, sum, total;  // max, sum of exp(z - max), sum of z
 };
 
-// Meets the ids from `id` on; x becomes z.
+// Adds the ids from `id` on to the statistics; x becomes z.
 template <int N>
 ILLADA_DEVICE void meet(const Options& o, int id, int target, float (&x)[N], Online& s, float* at_target) {
   float unused[N];
@@ -138,14 +138,14 @@ ILLADA_DEVICE void meet(const Options& o, int id, int target, float (&x)[N], Onl
     s.sum *= exp_of(s.high - high);  // from -inf: 0 * 0
     s.high = high;
   }
-  const float shift = s.high == -infinity() ? 0.0f : s.high;  // -inf - -inf would be NaN
+  const float shift = s.high == -infinity() ? 0.0f : s.high;  // because -inf - -inf is NaN
   float sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < N; ++k) sum += exp_of(x[k] - shift);
   s.sum += sum;
 }
 
-// The sum of the block, in every thread, with its max. A sum without a max is 0 or NaN.
+// Merges the statistics of the block; every thread gets them. A sum without a max is 0 or NaN.
 template <int THREADS> ILLADA_DEVICE Online over_block(const Options& o, Online s, float* scratch) {
   const float high = block_reduce<THREADS>(s.high, scratch, Max{});
   const float kept = s.high == -infinity() ? s.sum : s.sum * exp_of(s.high - high);
@@ -154,10 +154,10 @@ template <int THREADS> ILLADA_DEVICE Online over_block(const Options& o, Online 
   return {high, sum, total};
 }
 
-// An id, or -1 if target is none.
+// Returns the target as an id, or -1 if it is not one.
 ILLADA_DEVICE int id_of(const Options& o, int64_t target) { return target >= 0 && target < o.vocab ? int(target) : -1; }
 
-// Place of row r among those held: by its slot, or rows lie in their order. -1: it is none of them.
+// Returns row r's place among those held, by its slot or in the order of rows; -1: not held.
 ILLADA_DEVICE int64_t place_of(int64_t r, const int32_t* slot, const int32_t* info, int64_t start, int64_t held) {
   if (slot) return slot[r] < held ? slot[r] : -1;
   return start + r < info[0] ? r : -1;
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   s[0] = high, s[3] += slice.total;
 }
 
-// ---- gradients ---------------------------------------------------------------------------------------------------------
+// ---- gradients ------------------------------------------------------------------------------------------------------
 
 struct Coefficients {
   float high, factor, uniform, at_target;
@@ -200,7 +200,7 @@ ILLADA_DEVICE Coefficients coefficients(const Options& o, float high, float sum,
           scale * o.smoothing / float(o.vocab - o.n_forbid), scale * (1.0f - o.smoothing)};
 }
 
-// Logits x of the ids from `id` on become their gradients.
+// Turns the logits x of the ids from `id` on into their gradients.
 template <int N>
 ILLADA_DEVICE void differentiate(const Options& o, int id, int target, const Coefficients& c, float (&x)[N]) {
   float slope[N];
@@ -258,7 +258,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   if (start + r >= info[0]) return fill_row<kWideThreads>(row, vocab, 0.0f);
   float* scratch = reinterpret_cast<float*>(dynamic_smem());
   auto* keep =
-      reinterpret_cast<Vec16<T>*>(dynamic_smem() + kScratch);  // the first `kept` vectors; each thread reads its own
+      // The first `kept` vectors; each thread reads its own.
+      reinterpret_cast<Vec16<T>*>(dynamic_smem() + kScratch);
   float* s = state + 4 * r;
   const int target = id_of(o, targets[r]);
   Online mine{-infinity(), 0.0f, 0.0f};
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 }  // namespace loss
 }  // namespace illada
 
-// ---- entry points ------------------------------------------------------------------------------------------------------
+// ---- entry points ---------------------------------------------------------------------------------------------------
 #ifndef __CUDACC_RTC__  // where NVRTC compiles, Python launches: illada_kernels/ops/masked_loss/nvrtc.py
 #include "illada/api.h"
 
@@ -297,12 +298,12 @@ namespace {
 using namespace illada;
 using namespace illada::loss;
 
-// Ids are ints, and loops step a little over the end of a row.
+// Ids are ints, and loops step slightly beyond the end of a row.
 bool sizes_fit(int64_t rows, int64_t vocab) {
   return rows >= 0 && rows <= 0x7fffffff && vocab >= 1 && vocab <= 0x7fff0000;
 }
 
-// Calls run(T{}) for the type that dtype names.
+// Calls run(T{}) for the T that dtype names.
 template <class Run> int with_type(int dtype, Run run) {
   switch (dtype) {
     case ILLADA_F32: return run(float{});

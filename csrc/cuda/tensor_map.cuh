@@ -1,4 +1,4 @@
-// Host side of the bulk tensor copies: describes a tensor of global memory to the hardware.
+// The host side of TMA: describes a tensor in global memory to the hardware.
 #pragma once
 #include <cuda.h>
 
@@ -21,10 +21,10 @@ enum class Swizzle { none = CU_TENSOR_MAP_SWIZZLE_NONE, bytes128 = CU_TENSOR_MAP
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// The driver's function, asked for at run time, so that the library does not link to libcuda and imports where there is
-// none; once, since asking takes longer than encoding.
+// Finds the driver's function at run time, so that the library does not link to libcuda and can be imported without a
+// driver. Once, because finding takes longer than encoding.
 inline int find_encode_tiled(EncodeTiled* encode) {
-  static EncodeTiled known = nullptr;  // threads that ask at once all write the same
+  static EncodeTiled known = nullptr;  // threads that race here all write the same
   if ((*encode = known)) return 0;
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found;
@@ -36,8 +36,8 @@ inline int find_encode_tiled(EncodeTiled* encode) {
   return 0;
 }
 
-// Makes the device's context current on this thread, as the driver's functions want it: on a thread that torch has only
-// handed cached memory to (autograd's, a server's worker) nobody may have done so yet.
+// Makes the device's context current on this thread, as the driver's functions require. torch may not have done so on a
+// thread that it gave only cached memory (autograd's, a server's worker).
 inline int bind_context() {
   static thread_local bool bound = false;
   if (bound) return 0;
@@ -48,9 +48,9 @@ inline int bind_context() {
   return 0;
 }
 
-// size and box: RANK numbers of elements, the contiguous dimension first. stride_bytes: those of dimensions 1 and up,
-// multiples of 16. With the 128-byte swizzle box[0] spans at most 128 bytes. Elements outside the tensor load as zero
-// and are not stored. Returns a cudaError_t as int.
+// Encodes a tensor map. size and box: RANK numbers of elements, the contiguous dimension first; box[0] spans at most
+// 128 bytes with the 128-byte swizzle. stride_bytes: of dimensions 1 and up, multiples of 16. Elements outside the
+// tensor load as zero and are not stored. Returns a cudaError_t as int.
 template <int RANK, class T>
 int make_tensor_map(CUtensorMap* map, const T* base, const uint64_t (&size)[RANK], const uint64_t* stride_bytes,
                     const uint32_t (&box)[RANK], Swizzle swizzle) {

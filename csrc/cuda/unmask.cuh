@@ -1,11 +1,12 @@
 // What the kernels of unmask share: a candidate's parameters, read on the device with the reference's roundings and
-// clamps, and what is kept of a row while a warp meets its logits:
-//   the maximum and the second one, sum of e = exp(z) and of e * z with z = (l - max) / Tc in units of log 2, and the
-//   best l + T * Gumbel with its id and its l. A NaN or +inf logit makes the maximum +inf for good: the row is bad.
-// A warp meets IDS * 32 ids at once, lane i those at first + j / 4 * 128 + i * 4 + j % 4: neighbours share a Philox
-// block. All of it, and so the order of every sum, is a function of the row's own logits and of where the caller cuts
-// the vocabulary. Noise costs Philox for each pair of ids; logarithms are computed only where the word's size leaves an
-// id a chance to win, by bounds that err to one side, so that the argmax is exact.
+// clamps, and the running statistics of a row (`Running`), into which a warp folds logits l (`meet`):
+//
+//   max and second max of l;  sums of e = exp(z) and e * z, z = (l - max) / Tc in units of log 2;  best l + T * Gumbel
+//
+// A warp takes IDS * 32 ids at once; lane i has ids first + j / 4 * 128 + i * 4 + j % 4, so neighbours share a Philox
+// block. The order of every sum depends only on the row's logits and on where the caller cuts the vocab. Noise costs
+// Philox per pair of ids; logarithms only where the random word leaves an id a chance to win, by bounds that err to one
+// side, so the argmax is exact. A NaN or +inf logit sets the maximum to +inf for good: the row is bad.
 #pragma once
 #include "device.cuh"
 #include "illada/api.h"
@@ -14,16 +15,10 @@
 namespace illada {
 
 using Call = illada_unmask_call;
-enum UnmaskRule { kTopK, kThreshold, kFactor, kEntropyBound, kEntropyBoundInclusive };
-enum UnmaskRevise { kNoRevision, kEdit, kRemask, kRemaskByScores };
-enum UnmaskConfidence { kProbability, kMargin, kNegEntropy, kRandom };
-enum UnmaskNeeds { kEntropy = 1, kSecond = 2, kHeld = 4 };
 
-constexpr float kLog2e = 1.4426950408889634f, kLargest = 3.402823466e38f;
+constexpr float kLargest = 3.402823466e38f;
 constexpr float kHighestTc = 8.507059173e37f;  // 2^126: its reciprocal is a normal number
 constexpr float kLowestZ = -150.0f;  // 2^z is 0
-
-ILLADA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 // ---- parameters ------------------------------------------------------------------------------------------------
 ILLADA_DEVICE float number_of(const illada_unmask_parameter& p, int64_t b) {
@@ -37,12 +32,12 @@ template <class T> ILLADA_DEVICE T at(const illada_unmask_view& view, int64_t b,
 }
 
 struct Row {
-  int64_t position, held;  // position -1: no candidate
+  int64_t position, held;  // position -1: not a candidate
   uint64_t seed;
   uint32_t noise_position, step;
-  float temperature;  // of the noise, 0: none
-  float scale, scale2;  // 1 / Tc, and times log2 e
-  int32_t masked, needed;  // needed: its logits are
+  float temperature;  // of the noise; 0: none
+  float scale, scale2;  // 1 / Tc, and times log2(e)
+  int32_t masked, needed;  // needed: this row's logits are read
 };
 
 ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
@@ -53,7 +48,7 @@ ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
   row.position = position;
   row.held = c.tokens[b * c.token_stride + position];
   row.masked = row.held == c.mask_id;
-  row.needed = row.masked || c.revise == kEdit || c.revise == kRemask;
+  row.needed = row.masked || c.revise == ILLADA_EDIT || c.revise == ILLADA_REMASK;
   const bool own_seed = c.seed.tensor && c.seed.per_sequence;
   row.seed = uint64_t(integer_of(c.seed, b)) + (own_seed ? 0 : uint64_t(b));
   row.noise_position = uint32_t(c.noise_positions.data ? at<int64_t>(c.noise_positions, b, k) : position);
@@ -67,7 +62,7 @@ ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
 
 // ---- what is added to logits -----------------------------------------------------------------------------------
 template <int IDS> struct Edits {
-  float head_bias[IDS], bias[IDS];  // of this lane's ids; bias -inf: forbidden, or beyond the vocabulary
+  float head_bias[IDS], bias[IDS];  // of this lane's ids; bias -inf: forbidden, or beyond the vocab
 };
 
 ILLADA_DEVICE float load_bias(const Call& c, int64_t id) {
@@ -78,13 +73,13 @@ ILLADA_DEVICE float load_bias(const Call& c, int64_t id) {
   }
 }
 
-// For each of the n ids that lies among the warp's IDS * 32, in order: apply(its j in this lane or -1, where in ids).
+// Calls apply(j in this lane or -1, position in ids) for each of the n ids among the warp's IDS * 32, in order.
 template <int IDS, class Apply>
 ILLADA_DEVICE void find_ids(const Call& c, const int64_t* ids, int64_t n, int64_t first, Apply apply) {
   const int lane = threadIdx.x % 32;
   for (int64_t base = 0; base < n; base += 32) {
     const int64_t id = base + lane < n ? ids[base + lane] : -1;
-    const bool known = id >= first && id < c.vocabulary && id - first < IDS * 32;
+    const bool known = id >= first && id < c.vocab && id - first < IDS * 32;
     const int place = known ? int(id - first) : 0;
     for (uint32_t left = __ballot_sync(0xffffffffu, known); left; left &= left - 1) {
       const int source = __ffs(int(left)) - 1, p = __shfl_sync(0xffffffffu, place, source);
@@ -98,8 +93,8 @@ template <int IDS> ILLADA_DEVICE Edits<IDS> load_edits(const Call& c, int64_t fi
 #pragma unroll
   for (int j = 0; j < IDS; ++j) {
     const int64_t id = first + j / 4 * 128 + threadIdx.x % 32 * 4 + j % 4;
-    e.head_bias[j] = c.head_bias && id < c.vocabulary ? load_bias(c, id) : 0.0f;
-    e.bias[j] = id < c.vocabulary ? 0.0f : -infinity();
+    e.head_bias[j] = c.head_bias && id < c.vocab ? load_bias(c, id) : 0.0f;
+    e.bias[j] = id < c.vocab ? 0.0f : -infinity();
   }
   find_ids<IDS>(c, c.bias_ids, c.biases, first, [&](int mine, int64_t i) {
     const float value = c.bias_values[i];
@@ -117,7 +112,7 @@ template <int IDS> ILLADA_DEVICE void apply_edits(const Edits<IDS>& e, float (&l
 #pragma unroll
   for (int j = 0; j < IDS; ++j) {
     l[j] = __fadd_rn(__fadd_rn(l[j], e.head_bias[j]), e.bias[j]);  // of two zeros the positive one
-    l[j] = e.bias[j] == -infinity() ? -infinity() : l[j];  // even a NaN
+    l[j] = e.bias[j] == -infinity() ? -infinity() : l[j];  // even for a NaN
   }
 }
 
@@ -132,24 +127,24 @@ ILLADA_DEVICE Running nothing_met() {
   return Running{low, low, 0.0f, 0.0f, low, low, low, -1};
 }
 
-// Maximum over the warp of numbers that are not NaN and not -0, by one integer reduction.
+// Returns the maximum over the warp, by one integer reduction. x is neither NaN nor -0.
 ILLADA_DEVICE float warp_top(float x) {
   const int bits = __float_as_int(x), ordered = bits ^ (bits >> 31 & 0x7fffffff);
   const int top = __reduce_max_sync(0xffffffffu, ordered);
   return __int_as_float(top ^ (top >> 31 & 0x7fffffff));
 }
 
-// The highest first word of an id that can still need Gumbel noise of `need`: g >= need implies u <= exp(-need).
+// Returns the largest top word of an id whose Gumbel noise can reach `need`: g >= need implies u <= exp(-need).
 ILLADA_DEVICE uint32_t highest_word(float need) {
   const float limit = fast_exp2(fmaf(-need, kLog2e, 32.0f)) * 1.001f;
-  return limit < 4294967040.0f ? uint32_t(limit) : 0xffffffffu;  // a NaN too
+  return limit < 4294967040.0f ? uint32_t(limit) : 0xffffffffu;  // for a NaN too
 }
 
 struct Best {
   float score, logit;
   int32_t id;
 };
-// One id that the first bound let through.
+// Offers one id that passed the first bound.
 ILLADA_DEVICE void offer(float logit, uint32_t high, uint32_t low, float temperature, float slack, int32_t id,
                          Best& best) {
   const int halvings = high ? __clz(int(high)) + 1 : 64;  // u >= 2^-halvings, so g <= halvings * log 2
@@ -158,7 +153,8 @@ ILLADA_DEVICE void offer(float logit, uint32_t high, uint32_t low, float tempera
   if (score > best.score || (score == best.score && id < best.id)) best = Best{score, logit, id};
 }
 
-// A score that the row reaches: the best of what each lane's likeliest id gets. A high bar spares logarithms, no more.
+// Returns a score that the row reaches: the best of what each lane's likeliest id gets. A high bar only spares
+// logarithms.
 template <int IDS> ILLADA_DEVICE float first_bar(const float (&l)[IDS], int32_t mine, const Row& row) {
   float top = l[0];
   int32_t id = mine;
@@ -175,12 +171,12 @@ ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t mine, const Row& ro
   const float t = row.temperature;
   Best best{s.best_score, s.best_logit, s.best_id};
   if (best.score == -infinity())
-    best = Best{first_bar(l, mine, row), -infinity(), 0x7fffffff};  // its id comes again, in turn
+    best = Best{first_bar(l, mine, row), -infinity(), 0x7fffffff};  // its id comes again in its turn
   const int32_t before = best.id;
-  // what rounding can add to a score, at most
+  // an upper bound of what rounding adds to a score
   const float slack = 1e-6f * (fabsf(best.score) + fabsf(top) + 64.0f * t);
   const float need = (best.score - top - slack) / t;  // the Gumbel value of a winner
-  if (need > 44.5f) return;  // no 64-bit uniform gives more than 44.37
+  if (need > 44.5f) return;  // a 64-bit uniform gives at most 44.37
   const uint32_t limit = highest_word(need);
 #pragma unroll
   for (int j = 0; j < IDS; j += 2) {
@@ -198,7 +194,7 @@ ILLADA_DEVICE void meet_noise(const float (&l)[IDS], int32_t mine, const Row& ro
   s.best_logit = __shfl_sync(0xffffffffu, best.logit, __ffs(int(owners)) - 1);
 }
 
-// The second largest of all lanes' logits, given each lane's two largest.
+// Returns the second largest logit of all lanes, given each lane's two largest.
 ILLADA_DEVICE float warp_second(float top, float second) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
@@ -209,7 +205,7 @@ ILLADA_DEVICE float warp_second(float top, float second) {
   return second;
 }
 
-// l: this lane's logits of ids first .. first + IDS * 32, edited.
+// Folds this lane's edited logits l of ids first .. first + IDS * 32 into the row's statistics.
 template <int IDS>
 ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, int needs, Running& s) {
   const int lane = threadIdx.x % 32;
@@ -219,17 +215,17 @@ ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, in
 #pragma unroll
   for (int j = 0; j < IDS; ++j) {
     bad |= !(l[j] < infinity());
-    if (needs & kSecond) second = fmaxf(second, fminf(top, l[j]));
+    if (needs & ILLADA_NEEDS_SECOND) second = fmaxf(second, fminf(top, l[j]));
     top = fmaxf(top, l[j]);
   }
   if (__any_sync(0xffffffffu, bad)) {
     s.top = infinity();
     return;
   }
-  if (needs & kSecond) s.second = fmaxf(s.second, warp_second(top, second));
+  if (needs & ILLADA_NEEDS_SECOND) s.second = fmaxf(s.second, warp_second(top, second));
   top = warp_top(top);
   if (top == -infinity()) return;
-  if (needs & kSecond) s.second = fmaxf(s.second, fminf(s.top, top));
+  if (needs & ILLADA_NEEDS_SECOND) s.second = fmaxf(s.second, fminf(s.top, top));
   const float high = fmaxf(s.top, top);
   if (row.temperature > 0.0f) {
     meet_noise(l, mine, row, top, s);
@@ -245,13 +241,13 @@ ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, in
   for (int j = 0; j < IDS; ++j) {
     const float z = fmaxf(__fmul_rn(l[j] - high, row.scale2), kLowestZ), e = fast_exp2(z);
     sum += e;
-    if (needs & kEntropy) sum_ez = fmaf(e, z, sum_ez);
+    if (needs & ILLADA_NEEDS_ENTROPY) sum_ez = fmaf(e, z, sum_ez);
   }
   const float drop = fmaxf(__fmul_rn(s.top - high, row.scale2), kLowestZ), kept = fast_exp2(drop);
-  if (needs & kEntropy) s.sum_ez = fmaf(kept, fmaf(drop, s.sum, s.sum_ez), warp_sum(sum_ez));
+  if (needs & ILLADA_NEEDS_ENTROPY) s.sum_ez = fmaf(kept, fmaf(drop, s.sum, s.sum_ez), warp_sum(sum_ez));
   s.sum = fmaf(kept, s.sum, warp_sum(sum));
   s.top = high;
-  if (needs & kHeld && row.held >= first && row.held - first < IDS * 32) {
+  if (needs & ILLADA_NEEDS_HELD && row.held >= first && row.held - first < IDS * 32) {
     const int32_t id = int32_t(row.held);
     float held = -infinity();
 #pragma unroll

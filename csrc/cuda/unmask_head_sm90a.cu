@@ -1,13 +1,13 @@
-// unmask fused with the head, for up to 128 candidate rows: logits = hidden head^T, met where they arise (unmask.cuh).
+// unmask fused with the LM head, for up to 128 candidate rows: logits = hidden head^T, reduced to statistics
+// (unmask.cuh) while they are in shared memory.
 //
-// A persistent block owns tiles of 256 ids, every gridDim-th. One thread streams the head through a ring of stages by
-// bulk copies, 64 columns of all rows beside them; two warpgroups multiply, vocabulary on M, candidates on N, and hand
-// finished logits, 128 ids at a time, through shared memory to a third, whose warps meet them for their rows while the
-// next products run. What is kept of a row is 32 bytes, in the end one part per block. Reads the head once, hidden once
-// per tile from the second-level cache;
-// 512 N flops for 512 + 2 N bytes a column. Products and sums are float32. Which tiles a block has depends on the
-// vocabulary and the grid alone, so a row's result does not depend on the others. Rows that take no part are multiplied
-// (a NaN stays in its row) and then left; if none does, blocks leave at once.
+// A persistent block owns every gridDim-th tile of 256 ids. One thread loads the head through a ring of stages by TMA,
+// 64 columns of all rows beside it. Two warpgroups multiply (vocab on M, candidates on N) and hand 128 ids of logits at
+// a time through shared memory to a third, whose warps fold them into their rows' statistics while the next MMAs run.
+// Reads the head once, hidden once per tile from L2, writes 32 bytes per row and block; 512 N flops for 512 + 2 N bytes
+// a column. Accumulates in float32. Which tiles a block has depends on the vocab and the grid alone, so rows do not
+// influence each other. Rows that take no part are multiplied and ignored (a NaN stays in its row); if none takes part,
+// blocks leave at once.
 #include "hopper.cuh"
 #include "unmask.cuh"
 
@@ -17,12 +17,13 @@ using namespace illada;
 
 constexpr int kIds = 256, kDepth = 64;
 constexpr int kMultiplying = 256, kMeeting = 128, kThreads = kMultiplying + kMeeting + 128;
-constexpr int kAtOnce = kIds / 2, kPitch = kAtOnce + 4;  // logits in shared memory: no bank conflicts with this pitch
+constexpr int kAtOnce = kIds / 2, kPitch = kAtOnce + 4;  // of logits in shared memory; this pitch has no bank conflicts
 
 template <int N> constexpr int kStages = N <= 16 ? 6 : N <= 32 ? 5 : 3;
 template <int N> constexpr int kBuffers = N <= 64 ? 2 : 1;
 
-template <class T, int N> struct Shared {  // tiles are multiples of 1024 bytes, as the swizzle asks
+// Tiles are multiples of 1024 bytes, as the swizzle requires.
+template <class T, int N> struct Shared {
   T head[kStages<N>][kIds * kDepth], hidden[kStages<N>][N * kDepth];
   float logits[kBuffers<N>][N][kPitch];
   Row rows[N];
@@ -48,7 +49,7 @@ ILLADA_DEVICE void produce(Shared<T, N>& s, const CUtensorMap* head, const CUten
     }
 }
 
-// The accumulators of 64 ids of this warpgroup to shared memory.
+// Stores the accumulators of 64 ids of this warpgroup to shared memory.
 template <int N> ILLADA_DEVICE void put_logits(float (&logits)[N][kPitch], const float (&sum)[N / 2]) {
   const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128;
 #pragma unroll
@@ -78,7 +79,7 @@ template <class T, int N> ILLADA_DEVICE void multiply(Shared<T, N>& s, const Siz
         wgmma<T>(high, smem_desc(head + kAtOnce * kDepth), hidden, step + k > 0);
       }
       wgmma_commit();
-      wgmma_wait<1>();  // the products of the step before are done
+      wgmma_wait<1>();  // the MMAs of the step before are done
       if (speaker && step > 0) mbar_arrive(&s.empty[(turn - 1) % kStages<N>]);
     }
     wgmma_wait<0>();
@@ -96,7 +97,7 @@ template <class T, int N> ILLADA_DEVICE void multiply(Shared<T, N>& s, const Siz
   }
 }
 
-// A warp has every fourth row; only it touches what is kept of them.
+// Folds logits into statistics. A warp has every fourth row; no other warp touches their statistics.
 template <class T, int N> ILLADA_DEVICE void meet_tiles(const Call& c, Shared<T, N>& s, const Sizes& z) {
   const int lane = threadIdx.x % 32, warp = (threadIdx.x - kMultiplying) / 32;
   int half = 0;
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     s.running[r] = nothing_met();
     needed |= s.rows[r].needed;
   }
-  // columns of the product without a row: never loaded
+  // columns of the MMA without a row are never loaded
   const int loaded = z.rows * kDepth, rest = N * kDepth - loaded;
   for (int i = threadIdx.x; i < kStages<N> * rest; i += blockDim.x)
     s.hidden[i / rest][loaded + i % rest] = from_float<T>(0.0f);
@@ -177,13 +178,13 @@ template <class T, int N> int run(const Call& c, const Operands& o, cudaStream_t
   const uint64_t hidden_bytes[2] = {count > 1 ? o.stride_k * sizeof(T) : aligned,
                                     batch > 1 ? o.stride_b * sizeof(T) : aligned * count};
   CUtensorMap head_map, hidden_map;
-  int e = make_tensor_map<2>(&head_map, static_cast<const T*>(o.head), {dim, uint64_t(c.vocabulary)}, &head_bytes,
+  int e = make_tensor_map<2>(&head_map, static_cast<const T*>(o.head), {dim, uint64_t(c.vocab)}, &head_bytes,
                              {kDepth, kIds}, Swizzle::bytes128);
   if (!e)
     e = make_tensor_map<3>(&hidden_map, static_cast<const T*>(o.hidden), {dim, count, batch}, hidden_bytes,
                            {kDepth, uint32_t(count), uint32_t(batch)}, Swizzle::bytes128);
   if (e) return e;
-  const Sizes z{int(count * batch), int((c.vocabulary + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth)};
+  const Sizes z{int(count * batch), int((c.vocab + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth)};
   return launch({dim3(unsigned(o.blocks)), dim3(kThreads), sizeof(Shared<T, N>), stream}, head_kernel<T, N>, c,
                 head_map, hidden_map, z);
 }
@@ -202,8 +203,8 @@ extern "C" int illada_unmask_head_sm90a(const illada_unmask_call* call, int dtyp
                                         int64_t stride_k, const void* head, int64_t head_stride, int64_t dim,
                                         int64_t blocks, void* stream) {
   const Call& c = *call;
-  const int64_t rows = c.batch * c.count, tiles = (c.vocabulary + kIds - 1) / kIds;
-  if (rows < 1 || rows > 128 || dim < 1 || c.vocabulary > 0x7fff0000) return int(cudaErrorInvalidValue);
+  const int64_t rows = c.batch * c.count, tiles = (c.vocab + kIds - 1) / kIds;
+  if (rows < 1 || rows > 128 || dim < 1 || c.vocab > 0x7fff0000) return int(cudaErrorInvalidValue);
   if (blocks < 1 || blocks > tiles || blocks > c.parts) return int(cudaErrorInvalidValue);
   const Operands o{hidden, head, stride_b, stride_k, head_stride, dim, blocks};
   const auto on = static_cast<cudaStream_t>(stream);

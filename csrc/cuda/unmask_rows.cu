@@ -1,24 +1,25 @@
-// unmask from logits: what is kept of each row (unmask.cuh), for spans of 4096 ids: so few rows fill the GPU too.
+// unmask from logits: the statistics of each row (unmask.cuh), for spans of 4096 ids, so that few rows fill the GPU
+// too.
 //
-// One block owns a span of a row: 8 warps of 512 ids, 16 a thread, merged in order. Each logit of a row that takes part
-// is read once, 16 bytes a thread where rows are aligned, element by element where not, in the same order. About 20
-// operations a logit, and 50 with noise; 32 bytes are written for a span. Blocks of other rows leave at once: their
-// logits are not read. Sums are float32 over at most 4096 terms in a fixed tree. Used on the caller's logits and on
-// slices of the head's product.
+// A block owns a span of a row: 8 warps of 512 ids, 16 a thread, merged in order. Reads each logit of a row that takes
+// part once, 16 bytes a thread where rows are aligned, else element by element in the same order; writes 32 bytes a
+// span. About 20 operations a logit, 50 with noise. Accumulates in float32 over at most 4096 terms, in a fixed tree.
+// Blocks of rows that take no part leave at once and read nothing. Used on the caller's logits and on slices of hidden
+// head^T.
 #include "unmask.cuh"
 
 namespace {
 
 using namespace illada;
 
-constexpr int kWarps = 8, kIds = 16;  // a lane
+constexpr int kWarps = 8, kIds = 16;  // kIds: of a lane
 static_assert(kWarps * 32 * kIds == ILLADA_UNMASK_SPAN, "a block meets a span");
 
 template <class T> struct alignas(4 * sizeof(T)) Four {
   T at[4];
 };
 
-// The ids from `first` on of this warp, of which `left` exist; -inf beyond.
+// Loads this warp's ids from `first` on, of which `left` exist; -inf beyond.
 template <class T> ILLADA_DEVICE void load_logits(const T* p, int64_t left, float (&l)[kIds]) {
   const int mine = threadIdx.x % 32 * 4;
   const bool aligned = reinterpret_cast<uintptr_t>(p) % sizeof(Four<T>) == 0;
@@ -36,7 +37,7 @@ template <class T> ILLADA_DEVICE void load_logits(const T* p, int64_t left, floa
   }
 }
 
-// a met lower ids than b.
+// Merges the statistics of a and b; a has the lower ids.
 ILLADA_DEVICE Running merge(const Running& a, const Running& b, float scale2) {
   Running r = a;
   r.top = fmaxf(a.top, b.top);
@@ -95,9 +96,9 @@ extern "C" int illada_unmask_rows_cuda(const illada_unmask_call* call, int dtype
                                        int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
                                        void* stream) {
   const Call& c = *call;
-  const bool fits = rows <= 0x7fffffff && c.vocabulary <= 0x7fff0000 && ids <= int64_t(ILLADA_UNMASK_SPAN) * 65535;
+  const bool fits = rows <= 0x7fffffff && c.vocab <= 0x7fff0000 && ids <= int64_t(ILLADA_UNMASK_SPAN) * 65535;
   const bool whole =
-      first % ILLADA_UNMASK_SPAN == 0 && first + ids <= c.vocabulary && c.parts * ILLADA_UNMASK_SPAN >= first + ids;
+      first % ILLADA_UNMASK_SPAN == 0 && first + ids <= c.vocab && c.parts * ILLADA_UNMASK_SPAN >= first + ids;
   if (!fits || !whole || first_row + rows > c.batch * c.count) return int(cudaErrorInvalidValue);
   const auto on = static_cast<cudaStream_t>(stream);
   switch (dtype) {

@@ -1,11 +1,11 @@
-// unmask, the last step: confidences, ranking, and which candidates are written. One block owns a sequence.
+// unmask, the last step: confidences, ranking, and which candidates are written. A block owns a sequence.
 //
-// 8 lanes merge the parts of a candidate (unmask.cuh) in a fixed order, sums in double; the candidates are sorted by
-// (key, position, place), a bitonic network in shared memory, or in a workspace for more than 1024; the rule's first
-// failing rank is a scan and a minimum; then tokens are written, and the masks left counted. Keys are -confidence, or
-// the entropy for EntropyBound, or the score for Remask, in which a NaN has no place. Bad rows (a NaN or +inf logit, no
-// id allowed) propose -1 and are not written. Reads 32 bytes for each part of a row that takes part; time is latency:
-// about 55 barriers for 1024 candidates.
+// 8 lanes merge the parts of a candidate (unmask.cuh) in a fixed order, accumulating in float64. A bitonic network
+// sorts the candidates by (key, position, place), in shared memory, or in a workspace for more than 1024. A scan and a
+// minimum find the rule's first failing rank; then tokens are written and the remaining masks counted. Keys:
+// -confidence; the entropy for EntropyBound; the score for Remask, where a NaN does not rank. Bad rows (a NaN or +inf
+// logit, no id allowed) propose -1 and are not written. Reads 32 bytes for each part of a row that takes part. Time is
+// latency: about 55 barriers for 1024 candidates.
 #include "unmask.cuh"
 
 namespace {
@@ -14,7 +14,7 @@ using namespace illada;
 
 constexpr int kThreads = 512, kLanes = 8;
 constexpr uint64_t kNoKey = ~uint64_t(0);
-constexpr float kRemaskable = -1.0f;  // in the place of an entropy
+constexpr float kRemaskable = -1.0f;  // stands in the place of an entropy
 constexpr double kLog2 = 0.69314718055994531;
 constexpr double kLeastEntropy = 1.06e-36;  // 87.3 exp(-87.3): the reference counts less as 0
 
@@ -44,9 +44,9 @@ struct Result {
 
 ILLADA_DEVICE float confidence_of(const Call& c, const Row& row, const Result& r, float second, float top, double sum) {
   switch (c.confidence) {
-    case kProbability: return r.probability;
-    case kMargin: return float((1.0 - double(expf((second - top) * row.scale))) / sum);
-    case kNegEntropy: return 0.0f - r.entropy;
+    case ILLADA_PROBABILITY: return r.probability;
+    case ILLADA_MARGIN: return float((1.0 - double(expf((second - top) * row.scale))) / sum);
+    case ILLADA_NEG_ENTROPY: return 0.0f - r.entropy;
     default: {
       const PhiloxWords w = philox(row.seed, 0, row.noise_position, row.step, 1);
       return philox_unit(w.w0, w.w1);
@@ -54,10 +54,11 @@ ILLADA_DEVICE float confidence_of(const Call& c, const Row& row, const Result& r
   }
 }
 
-// By kLanes neighbouring lanes, each for the parts lane, lane + kLanes, ...; all 32 lanes of the warp come here.
+// Merges a candidate's parts with kLanes neighbouring lanes; a lane takes parts lane, lane + kLanes, ... All 32 lanes
+// of the warp must call it.
 ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
   const int lane = threadIdx.x % kLanes;
-  const int64_t parts = row.needed ? c.parts : 0;  // what the others' partials hold was never written
+  const int64_t parts = row.needed ? c.parts : 0;  // partials of rows that are not needed were never written
   float top = -infinity(), second = -infinity(), held = -infinity();
   Best best{-infinity(), -infinity(), 0x7fffffff};
   for (int64_t p = lane; p < parts; p += kLanes) {
@@ -81,17 +82,17 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
     const float drop = fmaxf(__fmul_rn(*partial(c, kTop, r, p) - top, row.scale2), kLowestZ), kept = fast_exp2(drop);
     const double part = *partial(c, kSum, r, p);
     sum = fma(double(kept), part, sum);
-    if (c.needs & kEntropy)
+    if (c.needs & ILLADA_NEEDS_ENTROPY)
       sum_ez = fma(double(kept), fma(double(drop), part, double(*partial(c, kSumEz, r, p))), sum_ez);
   }
   sum = warp_sum<kLanes>(sum);
-  if (c.needs & kEntropy) sum_ez = warp_sum<kLanes>(sum_ez) * kLog2;
+  if (c.needs & ILLADA_NEEDS_ENTROPY) sum_ez = warp_sum<kLanes>(sum_ez) * kLog2;
   Result result{-1, -infinity(), 0.0f, 0.0f, 0.0f};
   if (top == infinity() || best.id == 0x7fffffff) return result;
   result.proposal = best.id;
   result.probability = float(double(expf((best.logit - top) * row.scale)) / sum);
   if (held > -infinity()) result.held_probability = float(double(expf((held - top) * row.scale)) / sum);
-  if (c.needs & kEntropy) {
+  if (c.needs & ILLADA_NEEDS_ENTROPY) {
     const double entropy = log(sum) - sum_ez / sum;
     result.entropy = entropy < kLeastEntropy ? 0.0f : float(entropy);
   }
@@ -106,7 +107,7 @@ struct Candidates {
   float* entropies;  // (n), by k
 };
 
-// Rises with (x, position).
+// Returns a key that ascends with (x, position).
 ILLADA_DEVICE uint64_t key_of(float x, int64_t position) {
   const uint32_t bits = __float_as_uint(x + 0.0f), ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
   return uint64_t(ordered) << 32 | uint32_t(position);
@@ -127,7 +128,7 @@ ILLADA_DEVICE void sort(const Candidates& s, uint32_t n) {
     }
 }
 
-// Sum over the threads before this one.
+// Returns the sum over the threads before this one.
 ILLADA_DEVICE double sum_before(double x, double* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   double through = x;
@@ -145,15 +146,15 @@ ILLADA_DEVICE double sum_before(double x, double* scratch) {
   return lane == 0 ? total : total + before;
 }
 
-// How many of the m ranked candidates the rule commits, from the front.
+// Returns how many of the m ranked candidates the rule commits, from the front.
 ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s, int64_t m, const float* confidence,
                                    double* scratch) {
-  if (c.rule == kTopK) {
+  if (c.rule == ILLADA_TOP_K) {
     const int64_t k = integer_of(c.rule_number, b);
     return k < 0 ? 0 : k < m ? k : m;
   }
   const float number = number_of(c.rule_number, b);
-  const bool by_entropy = c.rule == kEntropyBound || c.rule == kEntropyBoundInclusive;
+  const bool by_entropy = c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
   const int64_t share = (m + kThreads - 1) / kThreads, start = threadIdx.x * share,
                 end = start + share < m ? start + share : m;
   double entropies = 0.0;
@@ -165,11 +166,12 @@ ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s
   for (int64_t r = start; r < end && failing == m; ++r) {
     const int64_t k = s.places[r];
     bool pass = true;
-    if (c.rule == kThreshold) pass = confidence[k] >= number;
-    if (c.rule == kFactor) pass = confidence[k] >= 1.0f - number / float(r + 2);  // ranks count from 1: f / (r + 1)
-    if (c.rule == kEntropyBound) pass = entropies <= double(number);
+    if (c.rule == ILLADA_THRESHOLD) pass = confidence[k] >= number;
+    if (c.rule == ILLADA_FACTOR)
+      pass = confidence[k] >= 1.0f - number / float(r + 2);  // ranks count from 1: f / (r + 1)
+    if (c.rule == ILLADA_ENTROPY_BOUND) pass = entropies <= double(number);
     if (by_entropy) entropies += double(s.entropies[k]);
-    if (c.rule == kEntropyBoundInclusive) pass = entropies <= double(number);
+    if (c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE) pass = entropies <= double(number);
     if (!pass && r > 0) failing = r;
   }
   return block_reduce<kThreads>(failing, reinterpret_cast<int64_t*>(scratch), Min{});
@@ -182,21 +184,22 @@ struct Outputs {
   int32_t* remaining;
 };
 
-// Everything about candidate k but its rank; written by one lane. Its key, or kNoKey where the rule does not rank it.
+// Writes everything about candidate k but its rank, with one lane. Returns its key, or kNoKey where the rule does not
+// rank it.
 ILLADA_DEVICE uint64_t propose(const Call& c, int64_t b, int64_t k, const Row& row, const Result& result,
                                const Outputs& out, float* entropy) {
   Result shown{-1, -infinity(), 0.0f, 0.0f, 0.0f};
   bool edited = false;
   uint64_t key = kNoKey;
   *entropy = result.entropy;
-  if (row.position >= 0 && !row.masked && c.revise >= kRemask) {
-    const bool by_scores = c.revise == kRemaskByScores;
+  if (row.position >= 0 && !row.masked && c.revise >= ILLADA_REMASK) {
+    const bool by_scores = c.revise == ILLADA_REMASK_BY_SCORES;
     const float score = by_scores ? at<float>(c.scores, b, k) : result.held_probability;
     if (by_scores ? score == score : result.proposal >= 0)
       shown.proposal = row.held, shown.confidence = score, *entropy = kRemaskable;
   } else if (row.needed && result.proposal >= 0) {
     shown = result;
-    const bool by_entropy = c.rule == kEntropyBound || c.rule == kEntropyBoundInclusive;
+    const bool by_entropy = c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
     if (row.masked) key = key_of(by_entropy ? result.entropy : -result.confidence, row.position);
     else edited = result.proposal != row.held && result.probability >= number_of(c.revise_number, b);
   }
@@ -231,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Candidates s{reinterpret_cast<uint64_t*>(room), reinterpret_cast<uint32_t*>(room + n * 8ull),
                      reinterpret_cast<float*>(room + n * 12ull)};
   int64_t mine = 0;
-  for (uint32_t first = threadIdx.x / 32 * (32 / kLanes); first < n; first += kThreads / kLanes) {  // alike in a warp
+  for (uint32_t first = threadIdx.x / 32 * (32 / kLanes); first < n; first += kThreads / kLanes) {
     const uint32_t k = first + threadIdx.x % 32 / kLanes;
     const Row row = k < c.count ? load_row(c, b, k) : Row{-1, 0, 0, 0, 0, 0.0f, 0.0f, 0.0f, 0, 0};
     const Result result = merge_parts(c, row, b * c.count + k);
@@ -252,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t k = threadIdx.x; k < c.count; k += kThreads)
     if (committed[k]) tokens[at<int64_t>(c.positions, b, k)] = out.proposal[b * c.count + k];
   __syncthreads();
-  if (c.revise >= kRemask) remask(c, b, s, n, confidence, tokens, scratch);
+  if (c.revise >= ILLADA_REMASK) remask(c, b, s, n, confidence, tokens, scratch);
   int left = 0;
   for (int64_t k = threadIdx.x; k < c.count; k += kThreads) {
     const int64_t position = at<int64_t>(c.positions, b, k);

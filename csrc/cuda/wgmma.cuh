@@ -1,13 +1,13 @@
-// wgmma for every N from 8 to 256: D[64][N] (+)= A[64][16] * B[16][N], float32 accumulators. One thread holds N / 2 of
-// them: row t / 32 * 16 + t % 32 / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + t % 4 * 2 + i % 2 for register i, t the
-// thread's place in its warpgroup. Kernels call wgmma() at the end of this file; the lists before it only spell out
-// that many operands, since the names of asm operands are unknown to nvcc.
+// wgmma for every N from 8 to 256: D[64][N] (+)= A[64][16] * B[16][N], float32 accumulators. Thread t of a warpgroup
+// holds N / 2 of them: register i is row t / 32 * 16 + t % 32 / 4 + (i / 2 % 2) * 8, column i / 4 * 8 + t % 4 * 2 + i %
+// 2. Kernels call wgmma() at the end of this file; the lists before it only spell out the operands, because nvcc does
+// not know names of asm operands.
 #pragma once
 #include "device.cuh"
 
 namespace illada {
 
-// Which index of a tile runs along memory: k (K-major: a row holds consecutive k), or the row of A, the column of B.
+// Which index of a tile runs along memory. K: a row holds consecutive k. MN: the row of A, or the column of B.
 enum class Major { K = 0, MN = 1 };
 
 #define ILLADA_REGISTERS_8 "%0, %1, %2, %3"
@@ -147,12 +147,13 @@ ILLADA_WGMMA_SHAPE(240, 120, 121, 122, 123, 124, 125, 126)
 ILLADA_WGMMA_SHAPE(248, 124, 125, 126, 127, 128, 129, 130)
 ILLADA_WGMMA_SHAPE(256, 128, 129, 130, 131, 132, 133, 134)
 
-// Both operands in shared memory, given by descriptors (smem_desc in hopper.cuh). accumulate = false: D = A * B.
+// Multiplies operands in shared memory, given by descriptors (smem_desc in hopper.cuh). accumulate = false: D = A * B.
 template <class T, Major A = Major::K, Major B = Major::K, int R>
 ILLADA_DEVICE void wgmma(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) {
   WgmmaShape<2 * R>::template shared<T, int(A), int(B)>(d, a, b, accumulate);
 }
-// A in registers: four words of two k each, rows as the accumulators' (an accumulator of 16 columns, packed, is an A).
+// Multiplies A in registers: four words of two k each, rows as the accumulators'. An accumulator of 16 columns, packed,
+// is such an A.
 template <class T, Major B = Major::K, int R>
 ILLADA_DEVICE void wgmma(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   WgmmaShape<2 * R>::template registers<T, int(B)>(d, a, b, accumulate);

@@ -1,14 +1,16 @@
-// Every extern "C" entry point of the library. No torch, no Python: raw pointers, sizes, strides in elements.
+// Every extern "C" entry point of the library, and every number that C++, CUDA and Python share. No torch, no Python.
 //
-// Conventions: returns 0 or an error code (CPU: illada_error below; CUDA: cudaError_t). `dtype` is an illada_dtype. Strides are in
-// elements, offsets are 64-bit. `threads` is the number of OpenMP threads. Null pointers stand for absent optional tensors.
+// Returns 0 or an error code (CPU: illada_error; CUDA: cudaError_t). `dtype` is an illada_dtype. Strides are in
+// elements, offsets are 64-bit. `threads`: OpenMP threads. A null pointer stands for an absent optional tensor. Names
+// end in what they run on: cpu, cuda (any GPU), sm90a (compute capability 9.0).
 #pragma once
 #include <cstdint>
 
 enum illada_dtype { ILLADA_F32 = 0, ILLADA_BF16 = 1, ILLADA_F16 = 2 };
 enum illada_error { ILLADA_OK = 0, ILLADA_BAD_DTYPE = 1, ILLADA_BAD_ARGUMENT = 2, ILLADA_NO_MEMORY = 3 };
 
-// A CPU function exists once per instruction set; bindings.cpp chooses at run time. Other architectures than x86-64 have scalar only.
+// Declares a CPU function once per instruction set; bindings.cpp chooses one at run time. Only x86-64 has more than
+// scalar.
 #if defined(__x86_64__) && !defined(ILLADA_SCALAR_ONLY)
 #define ILLADA_CPU(name, ...)                \
   extern "C" int name##_scalar(__VA_ARGS__); \
@@ -18,72 +20,77 @@ enum illada_error { ILLADA_OK = 0, ILLADA_BAD_DTYPE = 1, ILLADA_BAD_ARGUMENT = 2
 #define ILLADA_CPU(name, ...) extern "C" int name##_scalar(__VA_ARGS__);
 #endif
 
-// ---- attention (csrc/cpu/attention_{fwd,bwd}.cpp) ------------------------------------------------------------------------------------
-// q (batch, rows, heads, dim), k and v (batch, keys, key_heads, dim or dim_v): element strides of batch, row and head in `strides`, the last
-// dimension contiguous; bounds int32 (batch or 1, rows or 1, 4) or null, its batch and row strides in strides[9..10]. out (batch, rows, heads,
-// dim_v) and lse (batch, heads, rows) are contiguous.
+// ---- attention (csrc/cpu/attention_{fwd,bwd}.cpp) -------------------------------------------------------------------
+// q (batch, queries, heads, dim); k, v (batch, keys, kv_heads, dim or dim_v), the last dimension contiguous:
+// strides[0..8] are those of batch, row and head of each. bounds: int32 (batch or 1, queries or 1, 4) or null;
+// strides[9..10] are those of batch and row. out (batch, queries, heads, dim_v) and lse (batch, heads, queries) are
+// contiguous.
 ILLADA_CPU(illada_attention_fwd_cpu, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
-           void* out, float* lse, int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
+           void* out, float* lse, int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
            int64_t dim, int64_t dim_v, const int64_t* strides, float scale, int threads)
-// The same, strides of out and dout in strides[11..16]; lse and dlse (or null) contiguous. dq is float32 for every dtype, contiguous, zeros
-// on entry; dk and dv are contiguous.
+// The same; strides[11..16] are those of out and dout. lse and dlse (or null) are contiguous. dq is float32 for every
+// dtype, contiguous, zeros on entry; dk and dv are contiguous.
 ILLADA_CPU(illada_attention_bwd_cpu, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
            const void* out, const float* lse, const void* dout, const float* dlse, float* dq, void* dk, void* dv,
-           int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, int64_t dim_v,
+           int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim, int64_t dim_v,
            const int64_t* strides, float scale, int threads)
-// CUDA, sm_90a (csrc/cuda/attention_fwd_sm90a.cuh), one function a type. scale > 0; dim 64, 96, 128 or 256; what q, k and v start at, and their
-// strides, multiples of 16 bytes; bounds in rows of 16 bytes. pack: heads of a key head in one tile, 1 or all; parts: (splits, batch, heads, rows,
-// dim) and then (splits, batch, heads, rows), null with one split; counter: one 0, or null; blocks: of the grid.
-#define ILLADA_ATTENTION_FWD_ARGUMENTS                                                                                \
-  const void *q, const void *k, const void *v, const int32_t *bounds, void *out, float *lse, int64_t batch,           \
-      int64_t rows, int64_t keys, int64_t heads, int64_t key_heads, int64_t dim, const int64_t *strides, float scale, \
-      int pack, int splits, float *parts, int32_t *counter, int blocks, void *stream
+// CUDA (csrc/cuda/attention_fwd_sm90a.cuh): one function per dtype. scale > 0; dim 64, 96, 128 or 256. Addresses and
+// strides of q, k and v are multiples of 16 bytes; rows of bounds are 16 bytes. pack: query heads of a kv head in one
+// tile, 1 or all of them. parts: (splits, batch, heads, queries, dim), then (splits, batch, heads, queries); null with
+// one split. counter: one zero, or null. blocks: of the grid.
+#define ILLADA_ATTENTION_FWD_ARGUMENTS                                                                      \
+  const void *q, const void *k, const void *v, const int32_t *bounds, void *out, float *lse, int64_t batch, \
+      int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim, const int64_t *strides,  \
+      float scale, int pack, int splits, float *parts, int32_t *counter, int blocks, void *stream
 extern "C" int illada_attention_fwd_bf16_sm90a(ILLADA_ATTENTION_FWD_ARGUMENTS);
 extern "C" int illada_attention_fwd_fp16_sm90a(ILLADA_ATTENTION_FWD_ARGUMENTS);
 
-// CUDA, compute capability 9.0: bf16 and fp16, dim 64, 96, 128 or 256, strides as in the last function, rows of 16-byte multiples. First
-// rows, which fills the workspace that the others read: stats float32 (batch, heads, tiles, 2, 64), spans int32 (batch or 1, tiles * 64, 4),
-// tiles int32 (batch or 1, tiles, 9), drawn int32 (2), with tiles = ceil(rows / 64); then keys and queries, once each, in any order, on at
-// most `blocks` blocks.
+// CUDA (csrc/cuda/attention_bwd_*_sm90a.cu): bf16 and fp16; dims, strides and alignment as in the forward. preprocess
+// fills the workspace that the others read; keys and queries follow, once each, in any order, on at most `blocks`
+// blocks. With tiles = ceil(queries / 64): stats float32 (batch, heads, tiles, 2, 64), spans int32 (batch or 1, tiles *
+// 64, 4), hulls int32 (batch or 1, tiles, 9), drawn int32 (2).
 extern "C" int illada_attention_bwd_preprocess_sm90a(int dtype, const void* out, const float* lse, const void* dout,
                                                      const float* dlse, const int32_t* bounds, void* stats, void* spans,
-                                                     void* tiles, int32_t* drawn, int64_t batch, int64_t rows,
-                                                     int64_t keys, int64_t heads, int64_t key_heads, int64_t dim,
+                                                     void* hulls, int32_t* drawn, int64_t batch, int64_t queries,
+                                                     int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
                                                      int64_t bounds_batches, const int64_t* strides, void* stream);
 extern "C" int illada_attention_bwd_keys_sm90a(int dtype, const void* q, const void* k, const void* v, const void* dout,
-                                               const void* stats, const void* spans, const void* tiles, int32_t* drawn,
-                                               void* dk, void* dv, int64_t batch, int64_t rows, int64_t keys,
-                                               int64_t heads, int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                               const void* stats, const void* spans, const void* hulls, int32_t* drawn,
+                                               void* dk, void* dv, int64_t batch, int64_t queries, int64_t keys,
+                                               int64_t heads, int64_t kv_heads, int64_t dim, int64_t bounds_batches,
                                                const int64_t* strides, float scale, int blocks, void* stream);
 extern "C" int illada_attention_bwd_queries_sm90a(int dtype, const void* q, const void* k, const void* v,
                                                   const void* dout, const void* stats, const void* spans,
-                                                  const void* tiles, int32_t* drawn, void* dq, int64_t batch,
-                                                  int64_t rows, int64_t keys, int64_t heads, int64_t key_heads,
+                                                  const void* hulls, int32_t* drawn, void* dq, int64_t batch,
+                                                  int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
                                                   int64_t dim, int64_t bounds_batches, const int64_t* strides,
                                                   float scale, int blocks, void* stream);
-// In place of the two, dim <= 128: sums float32 (batch, heads, tiles, dim, 64), zeros on entry, whose last bits vary from run to run, and
-// dq, dk, dv.
+// Replaces keys and queries, dim <= 128. sums: float32 (batch, heads, tiles, dim, 64), zeros on entry. The last bits of
+// dq vary from run to run.
 extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const void* k, const void* v,
                                                 const void* dout, const void* stats, const void* spans,
-                                                const void* tiles, int32_t* drawn, float* sums, void* dq, void* dk,
-                                                void* dv, int64_t batch, int64_t rows, int64_t keys, int64_t heads,
-                                                int64_t key_heads, int64_t dim, int64_t bounds_batches,
+                                                const void* hulls, int32_t* drawn, float* sums, void* dq, void* dk,
+                                                void* dv, int64_t batch, int64_t queries, int64_t keys, int64_t heads,
+                                                int64_t kv_heads, int64_t dim, int64_t bounds_batches,
                                                 const int64_t* strides, float scale, int blocks, void* stream);
 
-// ---- masked_loss (csrc/cpu/masked_loss.cpp, csrc/cuda/masked_loss_*.cu) ------------------------------------------------------
-// Row r of a call is row row_index[r] (null: r) of logits; columns [0, count) of it are the ids first .. first + count of the vocabulary.
-// bias: of those ids, or null. softcap 0: none. targets: rows. forbid: ascending ids. stats updates state (rows, 4) float64:
-// max, sum of exp(z - max), z at the target, sum of allowed z (if want_total); start from -inf, 0, -inf, 0.
+// ---- masked_loss (csrc/cpu/masked_loss.cpp, csrc/cuda/masked_loss_*.cu) ---------------------------------------------
+// Row r of a call is row row_index[r] (null: r) of logits; its columns [0, count) are the ids first .. first + count.
+// bias: of those ids, or null. softcap 0: none. targets: (rows). forbid: ascending ids. Updates state (rows, 4)
+// float64: max, sum of exp(z - max), z at the target, sum of allowed z (if want_total); these start from -inf, 0, -inf,
+// 0.
 ILLADA_CPU(illada_masked_loss_stats_cpu, const void* logits, int dtype, int64_t rows, int64_t stride,
            const int64_t* row_index, int64_t first, int64_t count, const float* bias, float softcap,
            const int64_t* targets, const int64_t* forbid, int64_t n_forbid, int want_total, double* state, int threads)
-// out = (c1 exp(z - c0) - c2 - [target] c3) dz/dlogit with coefficients (rows, 4) c0..c3, 0 at forbidden ids; out may be logits.
+// out = (c1 exp(z - c0) - c2 - [target] c3) dz/dlogit, 0 at forbidden ids. coefficients: (rows, 4), c0 .. c3. out may
+// be logits.
 ILLADA_CPU(illada_masked_loss_dlogits_cpu, const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype,
            int64_t rows, const int64_t* row_index, int64_t first, int64_t count, const float* bias, float softcap,
            const int64_t* targets, const int64_t* forbid, int64_t n_forbid, const float* coefficients, int threads)
-// CUDA; illada_kernels/ops/masked_loss/rows.py says what each does. Masked rows are compacted: index, targets and scale hold `held` or
-// `capacity` of them from place `start` on; slot (rows) is the place of each row or -1; info is {number of masked rows, first whose target
-// is no id or -1}. Row r of x or logits starts at element r / inner * outer_stride + r % inner * stride.
+// CUDA; illada_kernels/ops/masked_loss/rows.py says what each does. Masked rows are compacted: index, targets and scale
+// hold `held` or `capacity` of them from place `start` on; slot (rows) is each row's place or -1; info is {number of
+// masked rows, first row whose target is not an id or -1}. Row r of x or logits starts at r / inner * outer_stride + r
+// % inner * stride.
 extern "C" int illada_masked_loss_compact_cuda(const uint8_t* masked, const int64_t* targets, const float* weight,
                                                int64_t rows, int64_t vocab, int64_t capacity, int mean, int32_t* index,
                                                int64_t* row_targets, float* scale, int32_t* slot, int32_t* info,
@@ -116,7 +123,7 @@ extern "C" int illada_masked_loss_rows_dlogits_cuda(const void* logits, int dtyp
                                                     int64_t vocab, const float* bias, float softcap,
                                                     float label_smoothing, float z_loss, const int64_t* forbid,
                                                     int64_t n_forbid, void* stream);
-// shared_memory: bytes that a block may take, 128 at least; the row is kept there as far as it fits.
+// shared_memory: bytes that a block may take, at least 128. Keeps as much of the row there as fits.
 extern "C" int illada_masked_loss_rows_gradients_cuda(void* logits, int dtype, int64_t stride, const int32_t* info,
                                                       int64_t start, int64_t rows, const int64_t* targets,
                                                       const float* scales, int64_t vocab, const float* bias,
@@ -124,13 +131,25 @@ extern "C" int illada_masked_loss_rows_gradients_cuda(void* logits, int dtype, i
                                                       const int64_t* forbid, int64_t n_forbid, float* state,
                                                       int64_t shared_memory, void* stream);
 
-// ---- unmask (csrc/cpu/unmask.cpp, csrc/cuda/unmask_*.cu) ------------------------------------------------------------------------------------------
-// Bytes that callers allocate per row and per (row, segment), and the ids of a segment: what one Partial covers.
+// ---- unmask (csrc/cpu/unmask.cpp, csrc/cuda/unmask_*.cu) ------------------------------------------------------------
+// The kinds of rule, revision and confidence, numbered as in illada_kernels/rules.py, which says what each does.
+enum illada_unmask_rule {
+  ILLADA_TOP_K = 0,
+  ILLADA_THRESHOLD = 1,
+  ILLADA_FACTOR = 2,
+  ILLADA_ENTROPY_BOUND = 3,
+  ILLADA_ENTROPY_BOUND_INCLUSIVE = 4
+};
+enum illada_unmask_revise { ILLADA_NO_REVISION = 0, ILLADA_EDIT = 1, ILLADA_REMASK = 2, ILLADA_REMASK_BY_SCORES = 3 };
+enum illada_unmask_confidence { ILLADA_PROBABILITY = 0, ILLADA_MARGIN = 1, ILLADA_NEG_ENTROPY = 2, ILLADA_RANDOM = 3 };
+// Bits: which statistics of a row a call needs beside its maximum and its best token.
+enum illada_unmask_needs { ILLADA_NEEDS_ENTROPY = 1, ILLADA_NEEDS_SECOND = 2, ILLADA_NEEDS_HELD = 4 };
+// Bytes that callers allocate per row and per (row, segment), and the ids that a segment covers.
 #define ILLADA_UNMASK_ROW_BYTES 48
 #define ILLADA_UNMASK_PARTIAL_BYTES 48
 #define ILLADA_UNMASK_SEGMENT 2048
-// integers (batch, 4): seed, step, the rule's k, Remask's n; numbers (batch, 4): temperature, confidence temperature, the rule's
-// number, Edit's tau. positions, noise_positions, scores and the outputs are contiguous (batch, count).
+// integers (batch, 4): seed, step, the rule's k, Remask's n. numbers (batch, 4): temperature, confidence temperature,
+// the rule's number, Edit's tau. positions, noise_positions, scores and the outputs are contiguous (batch, count).
 ILLADA_CPU(illada_unmask_plan_cpu, const int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
            const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride,
            const int64_t* noise_positions, int64_t mask_id, int revise, const int64_t* integers, const float* numbers,
@@ -146,47 +165,49 @@ ILLADA_CPU(illada_unmask_select_cpu, int64_t* tokens, int64_t token_stride, int6
 ILLADA_CPU(illada_unmask_noise_cpu, int64_t seed, int64_t position, int64_t step, int64_t ids, uint32_t* words,
            float* noise)
 
-// CUDA: one call's description, in host memory, copied into the kernels' arguments. Everything that data points to is on the device.
+// (B, K), or (B, L) for frozen; null: absent.
 struct illada_unmask_view {
   const void* data;
   int64_t stride_b, stride_k;
-};  // (B, K), of frozen (B, L); null: absent
-struct
-    illada_unmask_parameter {  // tensor[b] or, where not per_sequence, tensor[0]: int64 or float; null: the number of that type
+};
+// tensor[b] where per_sequence, else tensor[0], int64 or float; null: the number of that type.
+struct illada_unmask_parameter {
   const void* tensor;
   int64_t integer;
   float number;
   int32_t per_sequence;
 };
+// CUDA: describes one call. Lives in host memory and is copied into the kernels' arguments; its pointers point to the
+// device.
 struct illada_unmask_call {
   int64_t* tokens;
-  int64_t token_stride, batch, count, length, vocabulary, mask_id;
+  int64_t token_stride, batch, count, length, vocab, mask_id;
   illada_unmask_view positions, noise_positions, scores, frozen;  // int64, int64, float, uint8
   illada_unmask_parameter temperature, confidence_temperature, rule_number, revise_number, seed, step;
   const int64_t* forbid;  // ids whose logit is -inf
   const int64_t* bias_ids;
-  const float* bias_values;  // added up at their ids, in order; ids out of range are ignored
-  const void* head_bias;  // (vocabulary), of head_bias_dtype
+  const float* bias_values;  // added to their ids' logits, in order; ignores ids out of range
+  const void* head_bias;  // (vocab), of head_bias_dtype
   int64_t forbids, biases, head_bias_dtype;
   float* partials;  // (ILLADA_UNMASK_FIELDS, B * K, parts)
   int64_t parts;
-  int32_t rule, confidence, revise, needs;  // needs: 1 the entropy, 2 the second maximum, 4 the logit of the held token
+  int32_t rule, confidence, revise, needs;
 };
 #define ILLADA_UNMASK_FIELDS 8
 #define ILLADA_UNMASK_SPAN 4096  // ids of one part of illada_unmask_rows_cuda
 #define ILLADA_UNMASK_SORT_IN_SHARED 1024  // candidates of a sequence; with more the selection needs its workspace
-// parts of rows of the product of hidden (B, K, dim) and head (V, dim), bfloat16 or float16: part i is of block i of `blocks`, which must not
-// be more than there are tiles of 256 ids. B * K <= 128; addresses and strides multiples of 16 bytes. sm_90a only.
+// Fills parts from hidden (B, K, dim) @ head (V, dim)^T, bf16 or fp16: part i comes from block i of `blocks`, at most
+// one per tile of 256 ids. B * K <= 128; addresses and strides are multiples of 16 bytes.
 extern "C" int illada_unmask_head_sm90a(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b,
                                         int64_t stride_k, const void* head, int64_t head_stride, int64_t dim,
                                         int64_t blocks, void* stream);
-// parts of `rows` rows from first_row on (of B * K), from logits of ids first .. first + ids, first a multiple of ILLADA_UNMASK_SPAN: part
-// s is of ids [s, s + 1) * ILLADA_UNMASK_SPAN. The logit of (b, k) and id lies at b * stride_b + k * stride_k + id, of row r at
-// (r - first_row) * stride_k + id - first if stride_b < 0.
+// Fills parts of `rows` rows from first_row on (of B * K) from the logits of ids first .. first + ids; first is a
+// multiple of ILLADA_UNMASK_SPAN, and part s covers ids [s, s + 1) * ILLADA_UNMASK_SPAN. The logit of (b, k) and id
+// lies at b * stride_b + k * stride_k + id; if stride_b < 0, that of row r at (r - first_row) * stride_k + id - first.
 extern "C" int illada_unmask_rows_cuda(const illada_unmask_call* call, int dtype, const void* logits, int64_t stride_b,
                                        int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
                                        void* stream);
-// Merges the parts, ranks, commits. Outputs contiguous. workspace: null where count <= ILLADA_UNMASK_SORT_IN_SHARED, else 16 bytes for each
-// of B times the least power of two that is not below count.
+// Merges the parts, ranks, commits. Outputs are contiguous. workspace: null where count <=
+// ILLADA_UNMASK_SORT_IN_SHARED, else 16 bytes times B times the least power of two >= count.
 extern "C" int illada_unmask_select_cuda(const illada_unmask_call* call, void* workspace, int64_t* proposal,
                                          float* confidence, uint8_t* committed, int32_t* remaining, void* stream);

@@ -1,8 +1,9 @@
-// The noise of unmask, the same on every device: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)
-// and Gumbel noise from 64 of its bits. Plain C++17; with nvcc also for the device. Internal linkage, like vec.h.
+// The noise of unmask, the same on every device: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
+// 2, 3", 2011) and Gumbel noise from 64 of its bits. Plain C++17; with nvcc also for the device.
 //
-// Token ids 2c and 2c + 1 of a row share the block philox(seed, c, position, step, 0): words 0 and 1 belong to the even id, 2 and 3 to
-// the odd one. Known answer: seed 3, position 5, step 2, ids 10 and 11: 4272ecf0 4f9e222a 9d7de5ac 382013f0, Gumbel 1.20224, 0.04600.
+// Token ids 2c and 2c + 1 of a row share the block philox(seed, c, position, step, 0): words 0 and 1 belong to the even
+// id, 2 and 3 to the odd one. Known answer: seed 3, position 5, step 2, ids 10 and 11: words 4272ecf0 4f9e222a 9d7de5ac
+// 382013f0, Gumbel 1.20224 and 0.04600. Internal linkage, like vec.h.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -35,7 +36,7 @@ ILLADA_HD PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c
   return PhiloxWords{c0, c1, c2, c3};
 }
 
-// (high << 32 | low) * 2^-64, rounded once, to nearest.
+// Returns (high << 32 | low) * 2^-64, rounded once, to nearest.
 ILLADA_HD float philox_unit(uint32_t high, uint32_t low) {
   const uint64_t u = uint64_t(high) << 32 | low;
 #ifdef __CUDA_ARCH__
@@ -45,13 +46,15 @@ ILLADA_HD float philox_unit(uint32_t high, uint32_t low) {
 #endif
 }
 
-// -log(-log1p(-u)): at most 44.37, at u = 2^-64; -inf where u rounds to 1. The winning tail is at u near 0, where floats are dense.
+// Returns -log(-log1p(-u)): at most 44.37, at u = 2^-64; -inf where u rounds to 1. Large values come from u near 0,
+// where floats are dense.
 ILLADA_HD float gumbel(uint32_t high, uint32_t low) {
   const float u = philox_unit(high, low);
   return -logf(-log1pf(-(u > 0x1p-64f ? u : 0x1p-64f)));
 }
 
-// l + temperature * g, product and sum each rounded once: a fused multiply-add would differ between machines. Finite for finite l.
+// Returns l + temperature * g, finite for finite l. Rounds product and sum separately, because a fused multiply-add
+// would differ between machines.
 ILLADA_HD float noised_score(float logit, float temperature, float g) {
 #ifdef __CUDA_ARCH__
   const float score = logit + __fmul_rn(temperature, g);

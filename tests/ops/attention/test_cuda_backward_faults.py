@@ -19,7 +19,13 @@ from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernel
 from tests.helpers.attention_oracle import Result, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-HEADERS = ("attention_bwd_keys_sm90a.cuh", "attention_tile_sm90a.cuh", "attention_bwd_workspace.cuh")
+HEADERS = (
+    "attention_bwd_keys_sm90a.cuh",
+    "attention_bwd_sm90a.cuh",
+    "attention_tile_sm90a.cuh",
+    "attention_bwd_workspace.cuh",
+    "key_ranges.cuh",
+)
 NAMES = ("preprocess", "keys", "queries")
 
 
@@ -89,17 +95,17 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         # what the others are told
         "dlse forgotten": ("sum - (dlse ? dlse[at] : 0.0f)", "sum", WRONG),
         "hull from the wrong end": (
-            "t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Max{})",
-            "t.hi[i] = block_reduce<kTileRows>(t.hi[i], scratch, Min{})",
+            "h.hi[i] = block_reduce<kTileRows>(h.hi[i], scratch, Max{})",
+            "h.hi[i] = block_reduce<kTileRows>(h.hi[i], scratch, Min{})",
             WRONG,
         ),
         "common range of some row": (
-            "t.common_hi[i] = block_reduce<kTileRows>(t.common_hi[i], scratch, Min{})",
-            "t.common_hi[i] = block_reduce<kTileRows>(t.common_hi[i], scratch, Max{})",
+            "h.common_hi[i] = block_reduce<kTileRows>(h.common_hi[i], scratch, Min{})",
+            "h.common_hi[i] = block_reduce<kTileRows>(h.common_hi[i], scratch, Max{})",
             WRONG,
         ),
         "rows without keys unseen": ("t.empty_rows = r.empty();", "", WRONG),
-        "rows past the last": ("row < size.rows && ", "", "outside every allocation"),
+        "rows past the last": ("row < size.queries && ", "", "outside every allocation"),
     },
     "keys": {
         # order
@@ -137,11 +143,19 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
             WRONG,
             256,
         ),
-        "P not masked": ("  if (step != kFull) select(p, bits, -INFINITY);\n", "", WRONG),
+        "P not masked": ("  if (step != kFull) select(p, bits, -infinity());\n", "", WRONG),
         "dS not masked": ("  if (step != kFull) select(ds, bits, 0);\n", "", WRONG),
-        "one head of the group": ("head = item.key_head * group + i;", "head = item.key_head * group;", WRONG),
-        "touched only if wholly within": ("start < hi[0]) ||", "end <= hi[0]) ||", WRONG),
-        "full if it begins within": ("end <= common_hi[0])", "start < common_hi[0])", WRONG),
+        "one head of the group": ("head = item.kv_head * group + i;", "head = item.kv_head * group;", WRONG),
+        "touched only if wholly within": (
+            "start < hi[0]) || (lo[1] < end && start < hi[1]);",
+            "end <= hi[0]) || (lo[1] < end && start < hi[1]);",
+            WRONG,
+        ),
+        "full if it begins within": (
+            "end <= common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]);",
+            "start < common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]);",
+            WRONG,
+        ),
         "MN-major lead": ("1024, STEPS * 16 * 128", "1024, STEPS * 16 * 64", WRONG, 256),
     },
     "queries": {
@@ -181,8 +195,8 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "dS not masked in queries": ("  if (masked) select(ds, rows, key, 0);\n", "", WRONG),
         "one hull of two": (
-            "      if (item.tile + i < w.tiles) bounds.merge(",
-            "      if (false) bounds.merge(",
+            "      if (item.tile + i < w.tiles) hulls.merge(",
+            "      if (false) hulls.merge(",
             WRONG,
         ),
         "a key tile skipped": (

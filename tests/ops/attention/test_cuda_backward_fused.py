@@ -20,7 +20,13 @@ from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 PREPROCESS, FUSED = (f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("preprocess", "fused"))
-HEADERS = ("attention_bwd_keys_sm90a.cuh", "attention_tile_sm90a.cuh", "attention_bwd_workspace.cuh")
+HEADERS = (
+    "attention_bwd_keys_sm90a.cuh",
+    "attention_bwd_sm90a.cuh",
+    "attention_tile_sm90a.cuh",
+    "attention_bwd_workspace.cuh",
+    "key_ranges.cuh",
+)
 WRONG = "wrong result"
 
 
@@ -178,8 +184,8 @@ FAULTS: dict[str, tuple[Any, ...]] = {
     "unattended keys not cleared": ("    clear_unattended_keys(s, w, item);\n", "", WRONG),
     "searched in the first batch entry": ("w.bounds_at(item.batch, 0) * kTileRows;", "0;", WRONG),
     "whole in any batch entry": (
-        "item.batch, first + lane)];\n      touched = bounds.touches(item.key, end)",
-        "0, first + lane)];\n      touched = bounds.touches(item.key, end)",
+        "item.batch, first + lane)];\n      touched = tile.hulls.touches(item.key, end)",
+        "0, first + lane)];\n      touched = tile.hulls.touches(item.key, end)",
         WRONG,
     ),
     "search ends early": ("to = first + 32 - __clz(tiles);", "to = first + 31 - __clz(tiles);", WRONG),

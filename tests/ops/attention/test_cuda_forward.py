@@ -222,7 +222,8 @@ FAULTS = {
         "  release(&shared.v_empty[stage]);\n  wgmma_wait<0>();\n  reg_fence(rows.o);",
     ),
     "a skipped tile is passed on before it is there": (
-        "  mbar_wait(&shared.k_full[stage], phase);\n  __syncwarp();  // a lane that waits on may miss a phase\n",
+        "  mbar_wait(&shared.k_full[stage], phase);\n"
+        "  __syncwarp();  // because a lane that still waits could miss a phase\n",
         "",
     ),
     "a skipped tile is not passed on": ("else skip(shared, plan, wg, n, use);", "else {}"),
@@ -258,7 +259,7 @@ FAULTS = {
     ),
     "the tile's hulls are the first warpgroup's": ("wg < Tile<D>::warpgroups; ++wg) of_tile", "wg < 1; ++wg) of_tile"),
     "no care for rows without keys so far": (
-        "rows.top[r] == minus_infinity() ? 0.0f : rows.top[r] * scale_log2",
+        "rows.top[r] == -infinity() ? 0.0f : rows.top[r] * scale_log2",
         "rows.top[r] * scale_log2",
     ),
     "parts are added without their weights": ("total[i] += w * parts", "total[i] += parts"),

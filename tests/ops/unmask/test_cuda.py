@@ -436,7 +436,7 @@ FAULTS = {  # kernel, the file that holds the fault, old, new
     "logits overwritten while they are read": (HEAD, HEAD, "mbar_wait(&s.met[buffer], phase ^ 1);", ""),
     "halves of a tile exchanged": (HEAD, HEAD, "smem_desc(head + kAtOnce * kDepth)", "smem_desc(head + 64 * kDepth)"),
     "rows of another warp": (HEAD, HEAD, "i / 2 % 2 * 8, row", "i % 2 * 8, row"),
-    "ids beyond the vocabulary": (HEAD, SHARED, "id < c.vocabulary ? 0.0f : -infinity();", "0.0f;"),
+    "ids beyond the vocabulary": (HEAD, SHARED, "id < c.vocab ? 0.0f : -infinity();", "0.0f;"),
     "no rescaling of the sum": (HEAD, SHARED, "s.sum = fmaf(kept, s.sum,", "s.sum = fmaf(1.0f, s.sum,"),
     "no rescaling of the entropy": (HEAD, SHARED, "fmaf(drop, s.sum, s.sum_ez)", "s.sum_ez"),
     "the second maximum forgets earlier ids": (HEAD, SHARED, "s.second = fmaxf(s.second, fminf(s.top, top));", ";"),

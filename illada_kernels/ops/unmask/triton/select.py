@@ -24,7 +24,7 @@ from .rows import BAD, HELD, LOGIT, NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND, SCO
 TOP_K, THRESHOLD, FACTOR = (tl.constexpr(i) for i in (rules.TOP_K, rules.THRESHOLD, rules.FACTOR))
 ENTROPY_BOUND, INCLUSIVE = tl.constexpr(rules.ENTROPY_BOUND), tl.constexpr(rules.ENTROPY_BOUND_INCLUSIVE)
 EDIT, REMASK, BY_SCORES = (tl.constexpr(i) for i in (rules.EDIT, rules.REMASK, rules.REMASK_BY_SCORES))
-PROBABILITY, MARGIN, NEG_ENTROPY, RANDOM = (tl.constexpr(i) for i in range(4))
+PROBABILITY, MARGIN, NEG_ENTROPY = (tl.constexpr(i) for i in (rules.PROBABILITY, rules.MARGIN, rules.NEG_ENTROPY))
 ENTROPY_ONE = tl.constexpr(2.0**40)  # the sum of 2**14 entropies below 2**5 fits 63 bits
 LAST = tl.constexpr(2**63 - 1)  # the place of who is not ranked
 UNSPECIALIZED = (

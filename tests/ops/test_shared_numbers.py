@@ -1,0 +1,61 @@
+"""The numbers on which C++, CUDA and Python must agree: api.h holds the only copy in C; those in Python equal it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from illada_kernels import rules
+from illada_kernels.ops.attention import native as attention
+from illada_kernels.ops.masked_loss import native as masked_loss
+from illada_kernels.ops.unmask import cuda, gpu, native, nvrtc
+
+HEADER = Path(__file__).resolve().parents[2] / "csrc/include/illada/api.h"
+
+
+def enum(name: str) -> dict[str, int]:
+    """The members of an enum of api.h, without their prefix."""
+    (body,) = re.findall(rf"enum {name} {{(.*?)}}", HEADER.read_text(), re.S)
+    members = re.findall(r"ILLADA_(\w+) = (\d+)", body)
+    assert len(members) == body.count(",") + 1, f"{name}: every member says its number"
+    return {member: int(number) for member, number in members}
+
+
+def defined(name: str) -> int:
+    (number,) = re.findall(rf"#define {name} (\d+)", HEADER.read_text())
+    return int(number)
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("illada_unmask_rule", 5), ("illada_unmask_revise", 4), ("illada_unmask_confidence", 4)],
+)
+def test_kinds_have_the_numbers_of_the_header(name: str, count: int) -> None:
+    members = enum(name)
+    assert len(members) == count
+    assert members == {member: getattr(rules, member) for member in members}
+
+
+def test_confidences_are_named_in_the_order_of_the_header() -> None:
+    assert [member.lower() for member in enum("illada_unmask_confidence")] == list(rules.CONFIDENCES)
+
+
+def test_needs_have_the_bits_of_the_header() -> None:
+    members = enum("illada_unmask_needs")
+    assert len(members) == 3
+    assert members == {member: getattr(gpu, member) for member in members}
+
+
+def test_dtypes_have_the_numbers_of_the_header() -> None:
+    tensors = {"F32": torch.zeros(1), "BF16": torch.zeros(1).bfloat16(), "F16": torch.zeros(1).half()}
+    numbers = enum("illada_dtype")
+    assert numbers == {name: masked_loss.dtype_code(x) for name, x in tensors.items()}
+    for table in (attention._DTYPES, native.DTYPES, cuda.DTYPES):
+        assert numbers == {name: table[x.dtype] for name, x in tensors.items()}
+
+
+def test_sizes_are_those_of_the_header() -> None:
+    assert cuda.FIELDS == defined("ILLADA_UNMASK_FIELDS")
+    assert cuda.SORT_IN_SHARED == defined("ILLADA_UNMASK_SORT_IN_SHARED")
+    assert gpu.SLICE == nvrtc.SPAN == defined("ILLADA_UNMASK_SPAN")
