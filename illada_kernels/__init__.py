@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attention": "ops.attention",
+    "scaled_dot_product_attention": "ops.attention",
     "masked_loss": "ops.masked_loss",
     "masked_loss_from_logits": "ops.masked_loss",
     "unmask": "ops.unmask",
@@ -33,6 +34,7 @@ __all__ = sorted(_HOMES)
 if TYPE_CHECKING:
     from .key_ranges import KeyRanges as KeyRanges
     from .ops.attention import attention as attention
+    from .ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
     from .ops.masked_loss import masked_loss as masked_loss
     from .ops.masked_loss import masked_loss_from_logits as masked_loss_from_logits
     from .ops.unmask import Unmasked as Unmasked

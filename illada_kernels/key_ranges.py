@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._bounds import canonical, documents, intersect, pack, refuse, runs
 from ._bounds import clamp_bounds as clamp_bounds
-from ._checks import expect_choice, expect_contiguous, expect_integer, expect_shape, expect_tensor, holds, known
+from ._checks import FLOATS, expect_choice, expect_contiguous, expect_integer, expect_shape, expect_tensor, holds, known
 
 Device = torch.device | str | None
 _MOST = 2**31 - 1
@@ -416,13 +416,14 @@ class KeyRanges:
 
         Parameters
         ----------
-        mask : Tensor, bool, (B, Sq, Sk) or (B, 1 or H, Sq, Sk)
-            True where a row may attend.
+        mask : Tensor, bool or floating-point, (B, Sq, Sk) or (B, 1 or H, Sq, Sk)
+            True where a row may attend. Floating-point masks are added to scores: 0 where a row may attend, at most
+            finfo(dtype).min / 2 elsewhere.
 
         Raises
         ------
         ValueError
-            Names the first batch entry and row with more than two runs, or whose heads differ.
+            Names the first batch entry and row with more than two runs, whose heads differ, or with other biases.
 
         Notes
         -----
@@ -436,7 +437,11 @@ class KeyRanges:
         tensor([[[0, 1, 2, 3],
                  [0, 2, 2, 2]]], dtype=torch.int32)
         """
-        _expect_mask(mask)
+        expect_tensor("mask", mask, torch.bool, *FLOATS, advice="use mask != 0, True where a row may attend")
+        additive = mask.dtype != torch.bool
+        if additive:
+            biased = ~((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2))  # NaN too
+            mask = mask == 0
         if mask.dim() != 4:
             expect_shape("mask", mask, "B", "Sq", "Sk", advice="or give (B, 1 or H, Sq, Sk)")
         elif not holds(mask.shape[1] >= 1):
@@ -444,8 +449,13 @@ class KeyRanges:
         bounds, count = runs(mask if mask.dim() == 3 else mask[:, 0])
         if mask.dim() == 4 and not known(mask.shape[1] == 1):
             count = torch.where((mask != mask[:, :1]).any(3).any(1), -1, count)
+        if additive:
+            count = torch.where(biased.any(-1) if mask.dim() == 3 else biased.any(3).any(1), -2, count)
 
         def came(batch: int, row: int, count: int) -> str:
+            if count == -2:
+                what = "biases that are neither 0 nor at most finfo(dtype).min / 2"
+                return f"batch entry {batch}, row {row} has {what}; a bias is not a mask: use another attention"
             what = "heads that differ" if count < 0 else f"{count} runs of allowed keys"
             return f"batch entry {batch}, row {row} has {what}; reorder the keys, or use another attention"
 

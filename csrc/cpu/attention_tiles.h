@@ -40,9 +40,9 @@ struct Problem {
   int tile_rows(int tile) const {
     return int(queries - int64_t(tile) * kTileRows < kTileRows ? queries - int64_t(tile) * kTileRows : kTileRows);
   }
-  // Scores are score_scale * (query_factor q) k^T. A negative scale negates q, so that maxima stay maxima; a scale
-  // below 1e-30 multiplies q, so that -127 / score_scale stays finite; a scale above 1e38 moves a factor of 4 into q,
-  // so that score_scale * log2(e) stays finite.
+  // Scores are score_scale * (query_factor q) k^T. A negative scale turns the queries, so that maxima stay maxima; a
+  // vanishing one multiplies them, so that -127 / score_scale stays finite; of a huge one they take a factor of 4, so
+  // that score_scale * log2(e) stays finite.
   bool vanishing() const { return std::fabs(scale) < 1e-30f; }
   bool huge() const { return std::fabs(scale) > 1e38f; }
   float query_factor() const { return vanishing() ? scale : std::copysign(huge() ? 4.0f : 1.0f, scale); }

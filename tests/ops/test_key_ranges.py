@@ -455,7 +455,8 @@ BAD = {
         ValueError,
         r"mask: expected shape \(B, Sk\), got \(2, 3, 4\)",
     ),
-    "dense mask of floats": (lambda: KeyRanges.from_dense(mask.float()), TypeError, "mask: expected torch.bool"),
+    "dense mask of integers": (lambda: KeyRanges.from_dense(mask.int()), TypeError, "mask: expected torch.bool"),
+    "dense mask of biases": (lambda: KeyRanges.from_dense(mask.float()), ValueError, "batch entry 0, row 0 has biases"),
     "dense mask of 2 dimensions": (
         lambda: KeyRanges.from_dense(mask[0]),
         ValueError,

@@ -2,3 +2,4 @@
 
 from .api import attention as attention
 from .op import BACKENDS as BACKENDS
+from .sdpa import scaled_dot_product_attention as scaled_dot_product_attention

@@ -1,0 +1,151 @@
+"""scaled_dot_product_attention: torch's signature and layout over `attention`, so that it can be replaced by name."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._checks import FLOATS, expect_number, expect_tensor, known
+from ..._torch_ops import is_watched
+from ...key_ranges import KeyRanges
+from .api import attention
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | KeyRanges | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`attention` with the arguments and the layout, heads first, of torch.nn.functional.scaled_dot_product_attention.
+
+    Parameters
+    ----------
+    query : (..., Hq, Sq, D)
+    key : (..., Hkv, Sk, D)
+    value : (..., Hkv, Sk, Dv)
+        Strides are free but for the last dimension. Three dimensions are a batch of single heads.
+    attn_mask : KeyRanges or Tensor, optional
+        A tensor is broadcast to (..., Hq, Sq, Sk). Bool: True where a query may attend. Floating-point: added to the
+        scores, and 0 or at most finfo(dtype).min / 2 everywhere. At most two runs of keys a query, the same for all
+        heads.
+    dropout_p : float
+        Only 0.
+    is_causal : bool
+        Query i sees keys 0 .. i whatever their numbers, as in torch. `KeyRanges.causal(num_queries, num_keys)` is
+        aligned for a cache: the last query sees all keys.
+    scale : float, optional
+        Default D**-0.5.
+    enable_gqa : bool
+        Permits fewer key heads than query heads.
+    backend : str, optional
+        As in `attention`.
+
+    Returns
+    -------
+    Tensor
+        (..., Hq, Sq, Dv). A query that may attend to no key gives 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` raises; also for a dropout, for a mask beside is_causal, for a bias that is not a mask, and for a
+        mask with a query of more than two runs or with heads that differ.
+
+    Notes
+    -----
+    Reads a tensor mask once, with one host synchronisation, and remembers the result while the mask lives and is not
+    written to, so that 32 layers that share a mask synchronise once. Inference tensors have no version to check and are
+    read in each call; a compiled graph asserts what it reads when it runs. Nothing else synchronises.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import scaled_dot_product_attention
+    >>> q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    >>> scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).shape
+    torch.Size([1, 4, 6, 8])
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        expect_tensor(name, x, *FLOATS)
+        if x.dim() < 3 or x.dim() != query.dim():
+            raise ValueError(f"{name}: expected (..., heads, sequence, head_dim) like query, got {tuple(x.shape)}")
+    expect_number("dropout_p", dropout_p)
+    if not known(dropout_p == 0):
+        raise ValueError(f"dropout_p: expected 0, got {dropout_p}; the kernels have no dropout: set it to 0")
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask: expected None with is_causal=True, got both; use KeyRanges.causal(s) & ranges")
+    shape = (*query.shape[:-1], key.shape[-2])  # of the scores
+    q, k, v = (_four_dimensions(x, enable_gqa) for x in (query, key, value))
+    if not enable_gqa and not known(q.shape[1] == k.shape[1]):
+        raise ValueError(f"key: expected {q.shape[1]} heads like query, got {k.shape[1]}; or pass enable_gqa=True")
+    if is_causal:
+        ranges = _causal(q.shape[2], k.shape[2], q.device)
+    elif isinstance(attn_mask, Tensor):
+        ranges = _remembered(attn_mask, shape, enable_gqa)
+    else:
+        ranges = attn_mask  # attention checks its type
+    out = attention(*(x.transpose(1, 2) for x in (q, k, v)), ranges, scale=scale, backend=backend).transpose(1, 2)
+    return out if query.dim() == 4 else out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _four_dimensions(x: Tensor, grouped: bool) -> Tensor:
+    if x.dim() == 3:
+        return x[None] if grouped else x[:, None]
+    return x if x.dim() == 4 else x.flatten(0, -4)
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> KeyRanges:
+    """Returns ranges by which query i sees keys 0 .. i; the same ones again where nothing traces."""
+    return _new_causal(queries, keys, device) if is_watched() else _cached_causal(queries, keys, device)
+
+
+def _new_causal(queries: int, keys: int, device: torch.device) -> KeyRanges:
+    if queries > keys:
+        return KeyRanges.window(queries, None, queries - keys, keys, device=device)
+    return KeyRanges.causal(keys, device=device)[:, :queries]
+
+
+_cached_causal = functools.lru_cache(64)(_new_causal)
+
+
+_masks: dict[Any, tuple[weakref.ref[Tensor], int, KeyRanges]] = {}
+
+
+def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRanges:
+    """Returns what `_read` does; again if the mask, or what it is a view of, has not changed since."""
+    if mask.requires_grad:
+        raise ValueError("attn_mask: expected requires_grad=False, got True: a learned bias is not a mask")
+    if is_watched() or mask.is_inference():
+        return _read(mask, shape, grouped)
+    base = mask if mask._base is None else mask._base
+    key = (id(base), mask.storage_offset(), mask.shape, mask.stride(), mask.dtype, shape, grouped)
+    known_base, version, ranges = _masks.get(key, (None, 0, None))
+    if known_base is None or known_base() is not base or version != mask._version or ranges is None:
+        ranges = _read(mask, shape, grouped)
+        _masks[key] = weakref.ref(base, lambda _: _masks.pop(key, None)), mask._version, ranges
+    return ranges
+
+
+def _read(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRanges:
+    """mask, broadcast to the scores' shape, as ranges (B or 1, Sq or 1, 4). Synchronises once."""
+    expect_tensor("attn_mask", mask, torch.bool, *FLOATS)
+    try:
+        whole = mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {shape}, got {tuple(mask.shape)}") from None
+    whole = _four_dimensions(whole, grouped)  # (B, H, Sq, Sk)
+    for dim in range(3):  # what is broadcast is read once
+        if whole.stride(dim) == 0 and whole.shape[dim] > 1:
+            whole = whole.narrow(dim, 0, 1)
+    return KeyRanges.from_dense(whole)
