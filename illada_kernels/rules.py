@@ -5,7 +5,8 @@ Every number may instead be a tensor on the device of the call, of shape () or (
 host, a new value means no recompilation under torch.compile, and each sequence may have its own. Numbers are checked
 here; tensors cannot be without a synchronisation, so each class says what a bad value in one does.
 
-r = 1, 2, ... ranks the masked candidates of a sequence by falling confidence c, ties to the lowest position.
+r = 1, 2, ... ranks the masked candidates of a sequence by falling confidence c, ties to the lowest position. The
+options `order`, `rank_temperature` and `defer` of `unmask` change the ranks, not c; a rule commits a prefix of them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ Number = float | Tensor
 # Numbered as in csrc/include/illada/api.h.
 TOP_K, THRESHOLD, FACTOR, ENTROPY_BOUND, ENTROPY_BOUND_INCLUSIVE = range(5)
 NO_REVISION, EDIT, REMASK, REMASK_BY_SCORES = range(4)
-PROBABILITY, MARGIN, NEG_ENTROPY, RANDOM = range(4)  # places in CONFIDENCES
-CONFIDENCES = ("probability", "margin", "neg_entropy", "random")
+PROBABILITY, MARGIN, NEG_ENTROPY, RANDOM, SAMPLED = range(5)  # places in CONFIDENCES
+CONFIDENCES = ("probability", "margin", "neg_entropy", "random", "sampled")
+BY_CONFIDENCE, FROM_LEFT = range(2)  # places in ORDERS
+ORDERS = ("confidence", "left")
 
 MOST = 2**62  # of counts: far above any number of candidates, and sums of two fit 64 bits
 
@@ -45,16 +48,20 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class Threshold:
-    """Commits every candidate with c >= tau (compared in float32), and always the most confident. Fast-dLLM.
+    """Commits the longest prefix of ranks with c >= tau (compared in float32), and always the first `at_least`.
+    Fast-dLLM; SDAR's dynamic sampler has an `at_least` that follows a schedule.
 
-    tau: within the range of the confidence: 0 to 1, or at most 0 for "neg_entropy". A NaN in a tensor commits the most
-    confident alone.
+    tau: within the range of the confidence: 0 to 1, or at most 0 for "neg_entropy". A NaN in a tensor commits the first
+    `at_least` alone.
+    at_least: int >= 0, or an integer tensor () or (B,), where a negative value counts as 0.
     """
 
     tau: Number
+    at_least: Integer = 1
 
     def __post_init__(self) -> None:
         expect_number("Threshold.tau", plain(self.tau, torch.float64), tensor=True)
+        expect_integer("Threshold.at_least", plain(self.at_least), 0, MOST, tensor=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,17 +134,19 @@ class Remask:
 Revision = Edit | Remask
 
 
-def flatten_rule(rule: Rule) -> tuple[int, str, Number, Integer]:
-    """Returns (kind, the parameter's name, number, least). The first `least` ranks are committed whatever the number
-    says; it is compared with what comes after."""
+def flatten_rule(rule: Rule) -> tuple[int, tuple[str, Number], tuple[str, Integer]]:
+    """Returns (kind, number, least), the latter two with their names. The first `least` ranks are committed whatever
+    the number says."""
+    one = ("rule", 1)
     if isinstance(rule, TopK):
-        return TOP_K, "TopK.k", 0.0, rule.k
+        return TOP_K, ("rule", 0.0), ("TopK.k", rule.k)
     if isinstance(rule, Threshold):
-        return THRESHOLD, "Threshold.tau", rule.tau, 1
+        return THRESHOLD, ("Threshold.tau", rule.tau), ("Threshold.at_least", rule.at_least)
     if isinstance(rule, Factor):
-        return FACTOR, "Factor.f", rule.f, 1
+        return FACTOR, ("Factor.f", rule.f), one
     if isinstance(rule, EntropyBound):
-        return ENTROPY_BOUND_INCLUSIVE if rule.inclusive else ENTROPY_BOUND, "EntropyBound.gamma", rule.gamma, 1
+        kind = ENTROPY_BOUND_INCLUSIVE if rule.inclusive else ENTROPY_BOUND
+        return kind, ("EntropyBound.gamma", rule.gamma), one
     raise TypeError(
         f"rule: expected TopK, Threshold, Factor or EntropyBound, got {type(rule).__name__}; for k tokens use TopK(k)"
     )

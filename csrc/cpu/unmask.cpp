@@ -71,17 +71,16 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_rows_cpu)(const void* logits, int dty
   return ILLADA_OK;
 }
 
-extern "C" int ILLADA_ISA_FN(illada_unmask_select_cpu)(int64_t* tokens, int64_t token_stride, int64_t batch,
-                                                       int64_t length, const int64_t* positions, int64_t count,
-                                                       const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id,
-                                                       int rule, int confidence, int revise, const float* scores,
-                                                       const int64_t* integers, const float* numbers, const void* rows,
-                                                       int64_t row_count, const void* partials, int64_t segments,
-                                                       int64_t* proposal, float* confidences, uint8_t* committed,
-                                                       int32_t* remaining, int threads) {
+extern "C" int ILLADA_ISA_FN(illada_unmask_select_cpu)(
+    int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length, const int64_t* positions, int64_t count,
+    const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id, int rule, int confidence, int revise, int order,
+    const int64_t* defer, int64_t defers, const float* scores, const int64_t* integers, const float* numbers,
+    const void* rows, int64_t row_count, const void* partials, int64_t segments, int64_t* proposal, float* confidences,
+    uint8_t* committed, int32_t* remaining, int threads) {
   const Row* all_rows = static_cast<const Row*>(rows);
-  const Call call{tokens, token_stride, length,   positions, count,    frozen,      frozen_stride, mask_id,  rule,
-                  revise, scores,       integers, numbers,   proposal, confidences, committed,     remaining};
+  const Call call{tokens,   token_stride, length,   positions,   count,     frozen,   frozen_stride,
+                  mask_id,  rule,         revise,   order,       defer,     defers,   scores,
+                  integers, numbers,      proposal, confidences, committed, remaining};
   Result* results = new (std::nothrow) Result[row_count + 1];
   Ranked* room = new (std::nothrow) Ranked[2 * batch * count + 1];
   int64_t* starts = new (std::nothrow) int64_t[batch + 1];

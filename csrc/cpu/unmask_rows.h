@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int kSegment = ILLADA_UNMASK_SEGMENT;
+constexpr float kLeastShifted = ILLADA_UNMASK_LEAST_SHIFTED;
 static_assert(kSegment % kBlock == 0 && kBlock % (4 * kWidth) == 0, "whole vectors");
 
 // A candidate that needs its logits.
@@ -183,7 +184,7 @@ inline void add_exponentials(const float* logits, int n, float scale, const char
     exp_not_positive(e);
     for (int c = 0; c < kTogether; ++c) {
       accumulate(sum, e[c]);
-      if (kEntropy) accumulate(sum_ez, z[c] < -87.3f ? vf{} : e[c] * z[c]);  // so that a certain row gives exactly 0
+      if (kEntropy) accumulate(sum_ez, z[c] < kLeastShifted ? vf{} : e[c] * z[c]);
     }
   }
   out.sum = total(sum);

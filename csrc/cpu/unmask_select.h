@@ -8,9 +8,9 @@
 
 namespace {
 
-// Columns of the (B, 4) parameter arrays.
-enum Integer { kSeed, kStep, kCount, kRemaskCount, kIntegers };
-enum Number { kTemperature, kConfidenceTemperature, kRuleNumber, kEditTau, kNumbers };
+// Columns of the (B, n) parameter arrays.
+enum Integer { kSeed, kStep, kLeast, kRemaskCount, kIntegers };
+enum Number { kTemperature, kConfidenceTemperature, kRuleNumber, kEditTau, kRankTemperature, kNumbers };
 
 struct Result {
   int64_t proposal;  // -1: a bad row
@@ -34,8 +34,8 @@ Partial merge(const Partial* parts, int64_t segments, float scale) {
   }
   all.best_logit = best.logit, all.best_id = best.id;
   for (const Partial* p = parts; p != parts + segments; ++p) {
-    if (p->top == -kInf) continue;
-    const double z = std::max((double(p->top) - all.top) * scale, -1e4), weight = std::exp(z);
+    if (!((p->top - all.top) * scale >= kLeastShifted)) continue;
+    const double z = (double(p->top) - all.top) * scale, weight = std::exp(z);
     all.sum += weight * p->sum;
     all.sum_ez += weight * (p->sum_ez + z * p->sum);
   }
@@ -55,31 +55,38 @@ Result finish(const Row& row, const Partial* parts, int64_t segments, int confid
     const illada::PhiloxWords w = illada::philox(row.seed, 0, row.position, row.step, 1);
     r.confidence = illada::philox_unit(w.w0, w.w1);
   }
+  if (confidence == ILLADA_SAMPLED) {
+    const float z = row.temperature > 0 ? (p.best_logit - p.top) / row.temperature : 0.0f;
+    r.confidence = std::min(float(1.0 / p.sum), float(std::exp(double(z))));
+  }
   return r;
 }
 
 struct Ranked {
+  bool deferred;  // ranks after those that are not
   float key;  // ascends with rank
   int64_t position, k;
   const Result* result;
   bool operator<(const Ranked& o) const {
-    return key != o.key ? key < o.key : position != o.position ? position < o.position : k < o.k;
+    return deferred != o.deferred   ? o.deferred
+           : key != o.key           ? key < o.key
+           : position != o.position ? position < o.position
+                                    : k < o.k;
   }
 };
 
-// Returns how many of the n ranked candidates the rule commits, from the front.
-int64_t commit_count(int rule, const Ranked* ranked, int64_t n, int64_t count, float number) {
-  if (rule == ILLADA_TOP_K) return std::min(n, std::max<int64_t>(count, 0));
+// Returns how many of the n ranked candidates the rule commits, from the front: `least`, and what passes after them.
+int64_t commit_count(int rule, const Ranked* ranked, int64_t n, int64_t least, float number) {
   double entropies = 0;
   for (int64_t r = 0; r < n; ++r) {
     const Result& at = *ranked[r].result;
-    bool pass = true;
+    bool pass = false;
     if (rule == ILLADA_THRESHOLD) pass = at.confidence >= number;
     if (rule == ILLADA_FACTOR) pass = at.confidence >= 1.0f - number / float(r + 2);  // ranks count from 1: f / (r + 1)
     if (rule == ILLADA_ENTROPY_BOUND) pass = entropies <= double(number);
     entropies += at.entropy;
     if (rule == ILLADA_ENTROPY_BOUND_INCLUSIVE) pass = entropies <= double(number);
-    if (!pass && r > 0) return r;
+    if (!pass && r >= least) return r;
   }
   return n;
 }
@@ -92,7 +99,9 @@ struct Call {
   int64_t count;
   const uint8_t* frozen;
   int64_t frozen_stride, mask_id;
-  int rule, revise;
+  int rule, revise, order;
+  const int64_t* defer;
+  int64_t defers;
   const float* scores;
   const int64_t* integers;
   const float* numbers;
@@ -106,6 +115,18 @@ struct Call {
     return at >= 0 && at < length && !(frozen && frozen[b * frozen_stride + at]);
   }
   int64_t& token(int64_t b, int64_t k) const { return tokens[b * token_stride + positions[b * count + k]]; }
+  Ranked ranked(int64_t b, int64_t k, const Row& row, const Result& result) const {
+    const bool by_entropy = rule == ILLADA_ENTROPY_BOUND || rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
+    float score = by_entropy ? -result.entropy : result.confidence;
+    const float t = numbers[b * kNumbers + kRankTemperature];
+    if (t > 0) {
+      const illada::PhiloxWords w = illada::philox(row.seed, 0, row.position, row.step, 2);
+      score = illada::noised_score(score, t, illada::gumbel(w.w0, w.w1));
+    }
+    if (order == ILLADA_FROM_LEFT) score = 0.0f;
+    const bool deferred = std::find(defer, defer + defers, result.proposal) != defer + defers;
+    return Ranked{deferred, -score, positions[b * count + k], k, &result};
+  }
 };
 
 // Selects in one sequence. `rows` and `results`: its rows, in order of k. `ranked` and `lowest` have room for K
@@ -126,25 +147,23 @@ void select_sequence(const Call& c, int64_t b, const Row* rows, const Result* re
     if (c.revise == ILLADA_REMASK_BY_SCORES && !has_row) {  // holds a token
       const float score = c.scores[i];
       if (score == score)
-        lowest[m++] = Ranked{score, position, k, nullptr}, c.proposal[i] = c.token(b, k), c.confidence[i] = score;
+        lowest[m++] = Ranked{false, score, position, k, nullptr}, c.proposal[i] = c.token(b, k),
+        c.confidence[i] = score;
     }
     if (!has_row || result->proposal < 0) continue;
     c.proposal[i] = result->proposal, c.confidence[i] = result->confidence;
     if (row->masked) {
-      const float key = c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE
-                            ? result->entropy
-                            : -result->confidence;
-      ranked[n++] = Ranked{key, position, k, result};
+      ranked[n++] = c.ranked(b, k, *row, *result);
     } else if (c.revise == ILLADA_EDIT) {
       c.committed[i] = result->proposal != row->held && result->probability >= tau;
     } else {
-      lowest[m++] = Ranked{result->held_probability, position, k, nullptr};
+      lowest[m++] = Ranked{false, result->held_probability, position, k, nullptr};
       c.proposal[i] = row->held, c.confidence[i] = result->held_probability;
     }
   }
   std::sort(ranked, ranked + n);
   const int64_t chosen =
-      commit_count(c.rule, ranked, n, c.integers[b * kIntegers + kCount], c.numbers[b * kNumbers + kRuleNumber]);
+      commit_count(c.rule, ranked, n, c.integers[b * kIntegers + kLeast], c.numbers[b * kNumbers + kRuleNumber]);
   for (int64_t r = 0; r < chosen; ++r) c.committed[b * c.count + ranked[r].k] = 1;
   for (int64_t k = 0; k < c.count; ++k)
     if (c.committed[b * c.count + k]) c.token(b, k) = c.proposal[b * c.count + k];

@@ -18,6 +18,7 @@ using Call = illada_unmask_call;
 
 constexpr float kLargest = 3.402823466e38f;
 constexpr float kHighestTc = 8.507059173e37f;  // 2^126: its reciprocal is a normal number
+constexpr float kHighestT = 0x1p120f;  // T * g stays finite
 constexpr float kLowestZ = -150.0f;  // 2^z is 0
 
 // ---- parameters ------------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
   row.noise_position = uint32_t(c.noise_positions.data ? at<int64_t>(c.noise_positions, b, k) : position);
   row.step = uint32_t(integer_of(c.step, b));
   const float t = number_of(c.temperature, b), tc = number_of(c.confidence_temperature, b);
-  row.temperature = row.masked && t > 0.0f ? fminf(t, kLargest) : 0.0f;  // a NaN counts as 0
+  row.temperature = row.masked && t > 0.0f ? fminf(t, kHighestT) : 0.0f;  // a NaN counts as 0
   row.scale = tc > 0.0f ? fminf(1.0f / fminf(tc, kHighestTc), kLargest) : 1.0f;
   row.scale2 = fminf(row.scale * kLog2e, kLargest);
   return row;
@@ -114,6 +115,17 @@ template <int IDS> ILLADA_DEVICE void apply_edits(const Edits<IDS>& e, float (&l
     l[j] = __fadd_rn(__fadd_rn(l[j], e.head_bias[j]), e.bias[j]);  // of two zeros the positive one
     l[j] = e.bias[j] == -infinity() ? -infinity() : l[j];  // even for a NaN
   }
+}
+
+// The weight exp((x - top) / Tc) of an id or of a sum, and the exponent in units of log 2. Both are 0 where the weight is
+// no normal number, so that a row without other ids near its maximum has exactly no entropy.
+struct Weight {
+  float z, e;
+};
+ILLADA_DEVICE Weight weight_of(float x, float top, const Row& row) {
+  if (!(__fmul_rn(x - top, row.scale) >= ILLADA_UNMASK_LEAST_SHIFTED)) return Weight{0.0f, 0.0f};
+  const float z = fmaxf(__fmul_rn(x - top, row.scale2), kLowestZ);
+  return Weight{z, fast_exp2(z)};
 }
 
 // ---- one row, in the registers of a warp; all lanes hold the same ----------------------------------------------
@@ -239,11 +251,12 @@ ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, in
   float sum = 0.0f, sum_ez = 0.0f;
 #pragma unroll
   for (int j = 0; j < IDS; ++j) {
-    const float z = fmaxf(__fmul_rn(l[j] - high, row.scale2), kLowestZ), e = fast_exp2(z);
-    sum += e;
-    if (needs & ILLADA_NEEDS_ENTROPY) sum_ez = fmaf(e, z, sum_ez);
+    const Weight w = weight_of(l[j], high, row);
+    sum += w.e;
+    if (needs & ILLADA_NEEDS_ENTROPY) sum_ez = fmaf(w.e, w.z, sum_ez);
   }
-  const float drop = fmaxf(__fmul_rn(s.top - high, row.scale2), kLowestZ), kept = fast_exp2(drop);
+  const Weight before = weight_of(s.top, high, row);
+  const float drop = before.z, kept = before.e;
   if (needs & ILLADA_NEEDS_ENTROPY) s.sum_ez = fmaf(kept, fmaf(drop, s.sum, s.sum_ez), warp_sum(sum_ez));
   s.sum = fmaf(kept, s.sum, warp_sum(sum));
   s.top = high;

@@ -38,15 +38,13 @@ template <class T> ILLADA_DEVICE void load_logits(const T* p, int64_t left, floa
 }
 
 // Merges the statistics of a and b; a has the lower ids.
-ILLADA_DEVICE Running merge(const Running& a, const Running& b, float scale2) {
+ILLADA_DEVICE Running merge(const Running& a, const Running& b, const Row& row) {
   Running r = a;
   r.top = fmaxf(a.top, b.top);
   r.second = fmaxf(fmaxf(a.second, b.second), fminf(a.top, b.top));
-  const float drop_a = fmaxf(__fmul_rn(a.top - r.top, scale2), kLowestZ),
-              drop_b = fmaxf(__fmul_rn(b.top - r.top, scale2), kLowestZ);
-  const float kept_a = fast_exp2(drop_a), kept_b = fast_exp2(drop_b);
-  r.sum = fmaf(kept_a, a.sum, kept_b * b.sum);
-  r.sum_ez = fmaf(kept_a, fmaf(drop_a, a.sum, a.sum_ez), kept_b * fmaf(drop_b, b.sum, b.sum_ez));
+  const Weight wa = weight_of(a.top, r.top, row), wb = weight_of(b.top, r.top, row);
+  r.sum = fmaf(wa.e, a.sum, wb.e * b.sum);
+  r.sum_ez = fmaf(wa.e, fmaf(wa.z, a.sum, a.sum_ez), wb.e * fmaf(wb.z, b.sum, b.sum_ez));
   if (b.best_score > a.best_score) r.best_score = b.best_score, r.best_logit = b.best_logit, r.best_id = b.best_id;
   r.held_logit = fmaxf(a.held_logit, b.held_logit);
   return r;
@@ -73,7 +71,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (threadIdx.x % 32 == 0) of_warp[warp] = s;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kWarps; ++w) s = merge(s, of_warp[w], row.scale2);
+  for (int w = 1; w < kWarps; ++w) s = merge(s, of_warp[w], row);
   store_partial(c, r, first / ILLADA_UNMASK_SPAN + blockIdx.y, s);
 }
 

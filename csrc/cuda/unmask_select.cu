@@ -16,7 +16,6 @@ constexpr int kThreads = 512, kLanes = 8;
 constexpr uint64_t kNoKey = ~uint64_t(0);
 constexpr float kRemaskable = -1.0f;  // stands in the place of an entropy
 constexpr double kLog2 = 0.69314718055994531;
-constexpr double kLeastEntropy = 1.06e-36;  // 87.3 exp(-87.3): the reference counts less as 0
 
 struct Best {
   float score, logit;
@@ -42,11 +41,16 @@ struct Result {
   float confidence, probability, entropy, held_probability;
 };
 
-ILLADA_DEVICE float confidence_of(const Call& c, const Row& row, const Result& r, float second, float top, double sum) {
+ILLADA_DEVICE float confidence_of(const Call& c, const Row& row, const Result& r, float second, float best, float top,
+                                  double sum) {
   switch (c.confidence) {
     case ILLADA_PROBABILITY: return r.probability;
     case ILLADA_MARGIN: return float((1.0 - double(expf((second - top) * row.scale))) / sum);
     case ILLADA_NEG_ENTROPY: return 0.0f - r.entropy;
+    case ILLADA_SAMPLED: {
+      const float likeness = row.temperature > 0.0f ? expf((best - top) / row.temperature) : 1.0f;
+      return fminf(float(1.0 / sum), likeness);
+    }
     default: {
       const PhiloxWords w = philox(row.seed, 0, row.noise_position, row.step, 1);
       return philox_unit(w.w0, w.w1);
@@ -79,7 +83,8 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
   best = best_of_lanes(best);
   double sum = 0.0, sum_ez = 0.0;
   for (int64_t p = lane; p < parts; p += kLanes) {
-    const float drop = fmaxf(__fmul_rn(*partial(c, kTop, r, p) - top, row.scale2), kLowestZ), kept = fast_exp2(drop);
+    const Weight of_part = weight_of(*partial(c, kTop, r, p), top, row);
+    const float drop = of_part.z, kept = of_part.e;
     const double part = *partial(c, kSum, r, p);
     sum = fma(double(kept), part, sum);
     if (c.needs & ILLADA_NEEDS_ENTROPY)
@@ -94,9 +99,9 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
   if (held > -infinity()) result.held_probability = float(double(expf((held - top) * row.scale)) / sum);
   if (c.needs & ILLADA_NEEDS_ENTROPY) {
     const double entropy = log(sum) - sum_ez / sum;
-    result.entropy = entropy < kLeastEntropy ? 0.0f : float(entropy);
+    result.entropy = entropy > 0.0 ? float(entropy) : 0.0f;
   }
-  result.confidence = confidence_of(c, row, result, second, top, sum);
+  result.confidence = confidence_of(c, row, result, second, best.logit, top, sum);
   return result;
 }
 
@@ -107,10 +112,25 @@ struct Candidates {
   float* entropies;  // (n), by k
 };
 
-// Returns a key that ascends with (x, position).
-ILLADA_DEVICE uint64_t key_of(float x, int64_t position) {
+// Returns a key that ascends with (deferred, x, position); positions are below 2^31.
+ILLADA_DEVICE uint64_t key_of(float x, int64_t position, bool deferred = false) {
   const uint32_t bits = __float_as_uint(x + 0.0f), ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return uint64_t(ordered) << 32 | uint32_t(position);
+  return uint64_t(deferred) << 63 | uint64_t(ordered) << 31 | uint64_t(position);
+}
+
+// Returns the key that a masked candidate ranks by.
+ILLADA_DEVICE uint64_t rank_key(const Call& c, int64_t b, const Row& row, const Result& r) {
+  const bool by_entropy = c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
+  float score = by_entropy ? -r.entropy : r.confidence;
+  const float t = number_of(c.rank_temperature, b);
+  if (t > 0.0f) {
+    const PhiloxWords w = philox(row.seed, 0, row.noise_position, row.step, 2);
+    score = noised_score(score, fminf(t, kHighestT), gumbel(w.w0, w.w1));
+  }
+  if (c.order == ILLADA_FROM_LEFT) score = 0.0f;
+  bool deferred = false;
+  for (int64_t i = 0; i < c.defers; ++i) deferred |= c.defer[i] == r.proposal;
+  return key_of(-score, row.position, deferred);
 }
 
 ILLADA_DEVICE void sort(const Candidates& s, uint32_t n) {
@@ -149,10 +169,7 @@ ILLADA_DEVICE double sum_before(double x, double* scratch) {
 // Returns how many of the m ranked candidates the rule commits, from the front.
 ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s, int64_t m, const float* confidence,
                                    double* scratch) {
-  if (c.rule == ILLADA_TOP_K) {
-    const int64_t k = integer_of(c.rule_number, b);
-    return k < 0 ? 0 : k < m ? k : m;
-  }
+  const int64_t least = integer_of(c.least, b);
   const float number = number_of(c.rule_number, b);
   const bool by_entropy = c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
   const int64_t share = (m + kThreads - 1) / kThreads, start = threadIdx.x * share,
@@ -165,14 +182,14 @@ ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s
   int64_t failing = m;
   for (int64_t r = start; r < end && failing == m; ++r) {
     const int64_t k = s.places[r];
-    bool pass = true;
+    bool pass = false;
     if (c.rule == ILLADA_THRESHOLD) pass = confidence[k] >= number;
     if (c.rule == ILLADA_FACTOR)
       pass = confidence[k] >= 1.0f - number / float(r + 2);  // ranks count from 1: f / (r + 1)
     if (c.rule == ILLADA_ENTROPY_BOUND) pass = entropies <= double(number);
     if (by_entropy) entropies += double(s.entropies[k]);
     if (c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE) pass = entropies <= double(number);
-    if (!pass && r > 0) failing = r;
+    if (!pass && r >= least) failing = r;
   }
   return block_reduce<kThreads>(failing, reinterpret_cast<int64_t*>(scratch), Min{});
 }
@@ -199,8 +216,7 @@ ILLADA_DEVICE uint64_t propose(const Call& c, int64_t b, int64_t k, const Row& r
       shown.proposal = row.held, shown.confidence = score, *entropy = kRemaskable;
   } else if (row.needed && result.proposal >= 0) {
     shown = result;
-    const bool by_entropy = c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
-    if (row.masked) key = key_of(by_entropy ? result.entropy : -result.confidence, row.position);
+    if (row.masked) key = rank_key(c, b, row, result);
     else edited = result.proposal != row.held && result.probability >= number_of(c.revise_number, b);
   }
   const int64_t i = b * c.count + k;

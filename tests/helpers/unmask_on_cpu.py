@@ -16,12 +16,10 @@ from tests.cuda_on_cpu.library import GlobalArray
 from tests.helpers.triton_interpreter import on_cpu
 
 SOURCES = ("csrc/cuda/unmask_select.cu", "csrc/cuda/unmask_rows.cu", "csrc/cuda/unmask_head_sm90a.cu")
-POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "partials")
+POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "defer", "partials")
 NESTED = {
     **dict.fromkeys(("positions", "noise_positions", "scores", "frozen"), "data"),
-    **dict.fromkeys(
-        ("temperature", "confidence_temperature", "rule_number", "revise_number", "seed", "step"), "tensor"
-    ),
+    **dict.fromkeys(gpu.Parameters._fields, "tensor"),
 }
 
 

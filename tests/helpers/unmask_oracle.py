@@ -28,7 +28,7 @@ def step(logits, tokens, positions=None, rule=None, backend=None, mask_id=MASK, 
     return result, tokens
 
 
-def plain(logits, tokens, positions, rule, confidence, revise, frozen, forbid):
+def plain(logits, tokens, positions, rule, confidence, revise, frozen, forbid, order="confidence", defer=()):
     """Temperature 0, one candidate at a time, in Python floats."""
     tokens = [list(map(int, row)) for row in tokens]
     committed = [[False] * positions.shape[1] for _ in tokens]
@@ -45,19 +45,21 @@ def plain(logits, tokens, positions, rule, confidence, revise, frozen, forbid):
             weights = {v: math.exp(x - allowed[best]) for v, x in allowed.items()}
             p = sorted((w / sum(weights.values()) for w in weights.values()), reverse=True)
             entropy = -sum(q * math.log(q) for q in p if q > 0)
-            c = {"probability": p[0], "margin": p[0] - (p[1] if len(p) > 1 else 0), "neg_entropy": -entropy}[confidence]
+            margin = p[0] - (p[1] if len(p) > 1 else 0)
+            c = {"probability": p[0], "sampled": p[0], "margin": margin, "neg_entropy": -entropy}[confidence]
             proposals[b][k] = best
             (masked if held[at] == MASK else fixed).append((round(c, 5), round(entropy, 5), at, k, best, p[0]))
         by_entropy = isinstance(rule, ik.EntropyBound)
-        masked.sort(key=lambda m: (m[1], m[2]) if by_entropy else (-m[0], m[2]))
-        total = 0.0
+        rank = [lambda m: -m[0], lambda m: m[1], lambda m: 0][2 if order == "left" else by_entropy]
+        masked.sort(key=lambda m: (m[4] in defer, rank(m), m[2]))
+        total, least = 0.0, getattr(rule, "at_least", 1)
         for r, (c, entropy, at, k, best, _) in enumerate(masked):
             number = {ik.TopK: "k", ik.Threshold: "tau", ik.Factor: "f", ik.EntropyBound: "gamma"}[type(rule)]
             number = getattr(rule, number)
             if isinstance(rule, ik.TopK):
                 go = r < number
             elif isinstance(rule, ik.Threshold):
-                go = r == 0 or c >= number
+                go = r < least or c >= number
             elif isinstance(rule, ik.Factor):
                 go = r == 0 or c >= 1 - number / (r + 2)
             else:
@@ -77,6 +79,7 @@ RULES = [
     ik.TopK(2),
     ik.TopK(99),
     ik.Threshold(0.302),
+    ik.Threshold(0.302, at_least=3),
     ik.Factor(0.9),
     ik.Factor(2.5),
     ik.EntropyBound(0.0),
@@ -102,7 +105,7 @@ def draw_call(draw):
     batch, count = pick(1, 2, 3), pick(1, 2, 5, 17)
     vocabulary = pick(1, 2, 7, 50, 511, 513, 2047, 2048, 2049, 5000)
     length = count + pick(0, 3)
-    logits = torch.randn(batch, count, vocabulary, generator=generator) * pick(1.0, 5.0, 1e20)
+    logits = torch.randn(batch, count, vocabulary, generator=generator) * pick(1.0, 5.0, 1e20, 1e38)
     if pick(True, False):
         logits = torch.randint(0, 3, logits.shape, generator=generator).float()
     logits = logits.to(pick(torch.float32, torch.bfloat16, torch.float16))
@@ -114,12 +117,13 @@ def draw_call(draw):
     tokens = held.where(rand(batch, length) < pick(0.0, 0.5, 1.0), mask)
     positions = torch.stack([torch.randperm(length, generator=generator)[:count] for _ in range(batch)])
     positions = positions.where(rand(batch, count) > pick(0.0, 0.3), pick(-1, length, 2**40))
-    confidence = pick("probability", "margin", "neg_entropy", "random")
+    confidence = pick("probability", "margin", "neg_entropy", "random", "sampled")
     sign = -3 if confidence == "neg_entropy" else 1
     rule = pick(
         ik.TopK(draw(st.integers(0, 4))),
         ik.TopK((rand(batch) * 5).long() - 1),
         ik.Threshold(sign * rand(batch)),
+        ik.Threshold(sign * rand(batch), at_least=pick(0, 3, (rand(batch) * 5).long() - 1)),
         ik.Factor(draw(st.floats(0, 4))),
         ik.EntropyBound(rand(()) * 9, inclusive=pick(True, False)),
     )
@@ -129,8 +133,11 @@ def draw_call(draw):
     options = {
         "mask_id": mask,
         "confidence": confidence,
-        "temperature": pick(0.0, 0.3, 1.0, 5.0, rand(()), rand(batch)),
-        "confidence_temperature": pick(1.0, 0.5, rand(batch) + 0.1),
+        "order": pick("confidence", "confidence", "left"),
+        "rank_temperature": pick(0.0, 0.0, 0.5, rand(batch) - 0.3),
+        "defer": pick((), tuple(range(0, vocabulary, 3))),
+        "temperature": pick(0.0, 0.3, 1.0, 5.0, rand(()), rand(batch), 3e38),
+        "confidence_temperature": pick(1.0, 0.5, rand(batch) + 0.1, 1e-3, 3e38),
         "seed": pick(0, -9, 2**63 - 5, torch.tensor(9), (rand(batch) * 2**60).long()),
         "step": pick(0, 2**32 - 1, torch.arange(batch)),
         "forbid": pick(None, (), (0,), tuple(range(0, vocabulary, 2))),

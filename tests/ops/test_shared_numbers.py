@@ -28,7 +28,12 @@ def defined(name: str) -> int:
 
 @pytest.mark.parametrize(
     "name, count",
-    [("illada_unmask_rule", 5), ("illada_unmask_revise", 4), ("illada_unmask_confidence", 4)],
+    [
+        ("illada_unmask_rule", 5),
+        ("illada_unmask_revise", 4),
+        ("illada_unmask_confidence", 5),
+        ("illada_unmask_order", 2),
+    ],
 )
 def test_kinds_have_the_numbers_of_the_header(name: str, count: int) -> None:
     members = enum(name)
@@ -56,3 +61,8 @@ def test_sizes_are_those_of_the_header() -> None:
     assert cuda.FIELDS == defined("ILLADA_UNMASK_FIELDS")
     assert cuda.SORT_IN_SHARED == defined("ILLADA_UNMASK_SORT_IN_SHARED")
     assert gpu.SLICE == nvrtc.SPAN == defined("ILLADA_UNMASK_SPAN")
+
+
+def test_what_counts_in_a_sum_is_what_the_header_says() -> None:
+    (number,) = re.findall(r"#define ILLADA_UNMASK_LEAST_SHIFTED (-[\d.]+)f", HEADER.read_text())
+    assert problem.LEAST_SHIFTED == float(number)

@@ -141,15 +141,26 @@ enum illada_unmask_rule {
   ILLADA_ENTROPY_BOUND_INCLUSIVE = 4
 };
 enum illada_unmask_revise { ILLADA_NO_REVISION = 0, ILLADA_EDIT = 1, ILLADA_REMASK = 2, ILLADA_REMASK_BY_SCORES = 3 };
-enum illada_unmask_confidence { ILLADA_PROBABILITY = 0, ILLADA_MARGIN = 1, ILLADA_NEG_ENTROPY = 2, ILLADA_RANDOM = 3 };
+enum illada_unmask_confidence {
+  ILLADA_PROBABILITY = 0,
+  ILLADA_MARGIN = 1,
+  ILLADA_NEG_ENTROPY = 2,
+  ILLADA_RANDOM = 3,
+  ILLADA_SAMPLED = 4
+};
+// What ranks the candidates: falling confidence (rising entropy for the entropy bounds), or their position.
+enum illada_unmask_order { ILLADA_BY_CONFIDENCE = 0, ILLADA_FROM_LEFT = 1 };
 // Bits: which statistics of a row a call needs beside its maximum and its best token.
 enum illada_unmask_needs { ILLADA_NEEDS_ENTROPY = 1, ILLADA_NEEDS_SECOND = 2, ILLADA_NEEDS_HELD = 4 };
 // Bytes that callers allocate per row and per (row, segment), and the ids that a segment covers.
 #define ILLADA_UNMASK_ROW_BYTES 48
 #define ILLADA_UNMASK_PARTIAL_BYTES 48
 #define ILLADA_UNMASK_SEGMENT 2048
-// integers (batch, 4): seed, step, the rule's k, Remask's n. numbers (batch, 4): temperature, confidence temperature,
-// the rule's number, Edit's tau. positions, noise_positions, scores and the outputs are contiguous (batch, count).
+// (l - max l) / Tc below which an id counts neither in a sum nor in the entropy: exp of less is no normal float.
+#define ILLADA_UNMASK_LEAST_SHIFTED -87.3f
+// integers (batch, 4): seed, step, ranks that the rule always commits, Remask's n. numbers (batch, 5): temperature,
+// confidence temperature, the rule's number, Edit's tau, rank temperature. positions, noise_positions, scores and the
+// outputs are contiguous (batch, count). defer: ids whose proposals rank last.
 ILLADA_CPU(illada_unmask_plan_cpu, const int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
            const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride,
            const int64_t* noise_positions, int64_t mask_id, int revise, const int64_t* integers, const float* numbers,
@@ -159,9 +170,9 @@ ILLADA_CPU(illada_unmask_rows_cpu, const void* logits, int dtype, int64_t stride
            const float* edit_values, int64_t edits, int needs, void* partials, int threads)
 ILLADA_CPU(illada_unmask_select_cpu, int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
            const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id,
-           int rule, int confidence, int revise, const float* scores, const int64_t* integers, const float* numbers,
-           const void* rows, int64_t row_count, const void* partials, int64_t segments, int64_t* proposal,
-           float* confidences, uint8_t* committed, int32_t* remaining, int threads)
+           int rule, int confidence, int revise, int order, const int64_t* defer, int64_t defers, const float* scores,
+           const int64_t* integers, const float* numbers, const void* rows, int64_t row_count, const void* partials,
+           int64_t segments, int64_t* proposal, float* confidences, uint8_t* committed, int32_t* remaining, int threads)
 ILLADA_CPU(illada_unmask_noise_cpu, int64_t seed, int64_t position, int64_t step, int64_t ids, uint32_t* words,
            float* noise)
 
@@ -183,15 +194,17 @@ struct illada_unmask_call {
   int64_t* tokens;
   int64_t token_stride, batch, count, length, vocab, mask_id;
   illada_unmask_view positions, noise_positions, scores, frozen;  // int64, int64, float, uint8
-  illada_unmask_parameter temperature, confidence_temperature, rule_number, revise_number, seed, step;
+  illada_unmask_parameter temperature, confidence_temperature, rule_number, revise_number, seed, step, least,
+      rank_temperature;  // least: ranks that the rule always commits
   const int64_t* forbid;  // ids whose logit is -inf
   const int64_t* bias_ids;
   const float* bias_values;  // added to their ids' logits, in order; ignores ids out of range
   const void* head_bias;  // (vocab), of head_bias_dtype
-  int64_t forbids, biases, head_bias_dtype;
+  const int64_t* defer;  // ids whose proposals rank last
+  int64_t forbids, biases, head_bias_dtype, defers;
   float* partials;  // (ILLADA_UNMASK_FIELDS, B * K, parts)
   int64_t parts;
-  int32_t rule, confidence, revise, needs;
+  int32_t rule, confidence, revise, needs, order;
 };
 #define ILLADA_UNMASK_FIELDS 8
 #define ILLADA_UNMASK_SPAN 4096  // ids of one part of illada_unmask_rows_cuda

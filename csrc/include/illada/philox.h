@@ -53,6 +53,8 @@ ILLADA_HD float gumbel(uint32_t high, uint32_t low) {
   return -logf(-log1pf(-(u > 0x1p-64f ? u : 0x1p-64f)));
 }
 
+constexpr float kLargestScore = 3.402823466e38f;
+
 // Returns l + temperature * g, finite for finite l. Rounds product and sum separately, because a fused multiply-add
 // would differ between machines.
 ILLADA_HD float noised_score(float logit, float temperature, float g) {
@@ -62,7 +64,7 @@ ILLADA_HD float noised_score(float logit, float temperature, float g) {
   volatile float noise = temperature * g;
   const float score = logit + noise;
 #endif
-  return score > -3.402823466e38f ? score : -3.402823466e38f;
+  return score > -kLargestScore ? (score < kLargestScore ? score : kLargestScore) : -kLargestScore;
 }
 
 }  // namespace illada

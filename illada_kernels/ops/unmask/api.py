@@ -23,7 +23,7 @@ from ..._checks import (
     known,
     plain,
 )
-from ...rules import CONFIDENCES, MOST, THRESHOLD, Edit, Remask, Rule, flatten_revision, flatten_rule, range_of
+from ...rules import CONFIDENCES, MOST, ORDERS, THRESHOLD, Edit, Remask, Rule, flatten_revision, flatten_rule, range_of
 from .op import OPERATOR
 from .problem import FLOAT32_MAX, Problem
 
@@ -60,11 +60,14 @@ def unmask(
     *,
     mask_id: int,
     confidence: str = "probability",
+    order: str = "confidence",
+    rank_temperature: float | Tensor = 0.0,
     temperature: float | Tensor = 0.0,
     confidence_temperature: float | Tensor = 1.0,
     seed: int | Tensor = 0,
     step: int | Tensor = 0,
     forbid: Sequence[int] | None = None,
+    defer: Sequence[int] = (),
     logit_bias: LogitBias | None = None,
     revise: Edit | Remask | None = None,
     frozen: Tensor | None = None,
@@ -100,7 +103,13 @@ def unmask(
     mask_id
         The mask token. A candidate that holds another token takes part only under `revise`.
     confidence
-        "probability" of the proposal, "margin" of the two largest p, "neg_entropy" in nats, or "random" in [0, 1].
+        "probability" of the proposal, "margin" of the two largest p, "neg_entropy" in nats, "random" in [0, 1], or
+        "sampled", which thresholds meet at any temperature T: the smaller of max p and exp((l_x - max l) / T).
+    order
+        "confidence" ranks by falling confidence; "left" by position, for sequential decoding.
+    rank_temperature
+        Ranks by confidence + rank_temperature * Gumbel noise: drawing without replacement from
+        softmax(confidence / rank_temperature), Dream's alg_temp. A number >= 0, or a floating-point tensor () or (B,).
     temperature, confidence_temperature
         Numbers >= 0, or floating-point tensors () or (B,). Temperature 0 draws no noise.
     seed
@@ -109,6 +118,9 @@ def unmask(
         Counter of the noise, in [0, 2**32); must change from call to call.
     forbid
         Ids that are never proposed and have p = 0. None: (mask_id,); (): none.
+    defer
+        Ids, for example of end-of-text tokens. Candidates that propose one rank after all others of the sequence, so
+        that they commit only where all others do.
     logit_bias
         (ids, values) added to every row: sequences, or int64 and float32 tensors (n,). Repeated ids add up; in a
         tensor, ids outside [0, V) are ignored.
@@ -163,11 +175,14 @@ def unmask(
     options = Options(
         mask_id,
         confidence,
+        order,
+        rank_temperature,
         temperature,
         confidence_temperature,
         seed,
         step,
         forbid,
+        defer,
         logit_bias,
         revise,
         frozen,
@@ -185,11 +200,14 @@ def unmask_from_logits(
     *,
     mask_id: int,
     confidence: str = "probability",
+    order: str = "confidence",
+    rank_temperature: float | Tensor = 0.0,
     temperature: float | Tensor = 0.0,
     confidence_temperature: float | Tensor = 1.0,
     seed: int | Tensor = 0,
     step: int | Tensor = 0,
     forbid: Sequence[int] | None = None,
+    defer: Sequence[int] = (),
     logit_bias: LogitBias | None = None,
     revise: Edit | Remask | None = None,
     frozen: Tensor | None = None,
@@ -222,11 +240,14 @@ def unmask_from_logits(
     options = Options(
         mask_id,
         confidence,
+        order,
+        rank_temperature,
         temperature,
         confidence_temperature,
         seed,
         step,
         forbid,
+        defer,
         logit_bias,
         revise,
         frozen,
@@ -240,11 +261,14 @@ class Options(NamedTuple):
 
     mask_id: int
     confidence: str
+    order: str
+    rank_temperature: float | Tensor
     temperature: float | Tensor
     confidence_temperature: float | Tensor
     seed: int | Tensor
     step: int | Tensor
     forbid: Sequence[int] | None
+    defer: Sequence[int]
     logit_bias: LogitBias | None
     revise: Edit | Remask | None
     frozen: Tensor | None
@@ -266,15 +290,13 @@ def _run(
     (batch, count, _), device = source.shape, source.device
     expect_choice("confidence", o.confidence, CONFIDENCES)
     expect_integer("mask_id", o.mask_id, -(2**63), 2**63 - 1)
-    kind, label, number, least = flatten_rule(rule)
-    revision, revision_label, tau, remasked, scores = flatten_revision(o.revise)
+    expect_choice("order", o.order, ORDERS)
+    kind, number, least = flatten_rule(rule)
+    revision, revision_label, edit_tau, remasked, scores = flatten_revision(o.revise)
     if kind == THRESHOLD:
-        expect_number(
-            f'{label} with confidence="{o.confidence}"',
-            plain(number, torch.float64),
-            *range_of(o.confidence),
-            tensor=True,
-        )
+        low, high = range_of(o.confidence)
+        label = f'Threshold.tau with confidence="{o.confidence}"'
+        expect_number(label, plain(number[1], torch.float64), low, high, tensor=True)
     _check_tokens(name, batch, device, tokens)
     _check_like("positions", positions, torch.int64, device, batch, count)
     _check_like("noise_positions", o.noise_positions, torch.int64, device, batch, count)
@@ -315,16 +337,19 @@ def _run(
         torch.sym_int(o.mask_id),
         CONFIDENCES.index(o.confidence),
         kind,
-        *real(label, number),
-        *whole(label, least, 0, MOST),
+        *real(*number),
+        *whole(*least, 0, MOST),
+        ORDERS.index(o.order),
+        *real("rank_temperature", o.rank_temperature, 0.0),
         *real("temperature", o.temperature, 0.0),
         *real("confidence_temperature", o.confidence_temperature, 0.0),
         *whole("seed", o.seed, -(2**63), 2**63 - 1),
         *whole("step", o.step, 0, 2**32 - 1),
-        _forbidden(o.forbid, o.mask_id, vocab),
+        [torch.sym_int(o.mask_id)] if o.forbid is None else _ids("forbid", o.forbid, vocab),
+        _ids("defer", o.defer, vocab),
         *_split_bias(o.logit_bias, vocab, device),
         revision,
-        *real(revision_label, tau),
+        *real(revision_label, edit_tau),
         *whole(revision_label, remasked, 0, MOST),
         scores,
         o.frozen,
@@ -377,14 +402,13 @@ def _check_like(name: str, value: Tensor | None, dtype: torch.dtype, device: tor
         expect_device(name, value, device)
 
 
-def _forbidden(forbid: Sequence[int] | None, mask_id: int, vocab: int) -> Sequence[Any]:
-    if forbid is None:
-        return [torch.sym_int(mask_id)]
-    if isinstance(forbid, Tensor):
-        raise TypeError("forbid: expected a sequence of ints, got a tensor; use logit_bias=(ids, values of -inf)")
-    for i in forbid:
-        expect_integer("forbid", i, 0, vocab - 1)
-    return [torch.sym_int(i) for i in forbid]
+def _ids(name: str, ids: Sequence[int], vocab: int) -> list[Any]:
+    if isinstance(ids, Tensor):
+        other = "; use logit_bias=(ids, values of -inf)" if name == "forbid" else "; use .tolist() once, before"
+        raise TypeError(f"{name}: expected a sequence of ints, got a tensor{other}")
+    for i in ids:
+        expect_integer(name, i, 0, vocab - 1)
+    return [torch.sym_int(i) for i in ids]
 
 
 def _split_bias(logit_bias: LogitBias | None, vocab: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

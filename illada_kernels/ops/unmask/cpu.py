@@ -57,9 +57,11 @@ def forward(problem: Problem) -> Outputs:
             scan.run(source, source.stride(0), source.stride(1), count, 0, problem.vocab)
         else:
             from_hidden(scan, problem)
-    kinds = (problem.mask_id, problem.rule, problem.confidence, problem.revise, pointer(scores))
+    defer = torch.tensor(problem.defer, dtype=torch.int64)
+    kinds = (problem.mask_id, problem.rule, problem.confidence, problem.revise, problem.order)
+    ids = (pointer(defer), len(problem.defer), pointer(scores))
     data = (pointer(rows), rows.shape[0], pointer(partials), segments)
-    check("unmask", module.unmask_select_cpu(*where, *kinds, *values, *data, *map(pointer, outputs), threads))
+    check("unmask", module.unmask_select_cpu(*where, *kinds, *ids, *values, *data, *map(pointer, outputs), threads))
     return outputs
 
 
@@ -68,13 +70,19 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def parameters(problem: Problem, batch: int) -> tuple[Tensor, Tensor]:
-    """Returns (B, 4) int64, seed, step, least, n of Remask, and (B, 4) float32, temperature, confidence temperature,
-    the rule's number, tau of Edit."""
+    """Returns (B, 4) int64, seed, step, least, n of Remask, and (B, 5) float32, temperature, confidence temperature,
+    the rule's number, tau of Edit, rank temperature."""
     seed = problem.seed_tensor
     one_each = seed is not None and seed.ndim == 1  # a single seed s means s + b for sequence b
     first = [wrapped(problem.seed + (0 if one_each else b)) for b in range(batch)]
     integers = torch.tensor([[s, problem.step, problem.least, problem.remasked] for s in first])
-    number = [problem.temperature, problem.confidence_temperature, problem.number, problem.tau]
+    number = [
+        problem.temperature,
+        problem.confidence_temperature,
+        problem.number,
+        problem.tau,
+        problem.rank_temperature,
+    ]
     numbers = torch.tensor([number] * batch, dtype=torch.float32)
     if seed is not None:
         integers[:, 0] += seed
@@ -82,10 +90,10 @@ def parameters(problem: Problem, batch: int) -> tuple[Tensor, Tensor]:
         if tensor is not None:
             integers[:, column] = tensor
     tensors = (problem.temperature_tensor, problem.confidence_temperature_tensor, problem.number_tensor)
-    for column, tensor in enumerate((*tensors, problem.tau_tensor)):
+    for column, tensor in enumerate((*tensors, problem.tau_tensor, problem.rank_temperature_tensor)):
         if tensor is not None:
             numbers[:, column] = tensor
-    numbers[:, 0].clamp_(max=HIGHEST_TEMPERATURE)
+    numbers[:, ::4].clamp_(max=HIGHEST_TEMPERATURE)
     numbers[:, 1].clamp_(max=HIGHEST_CONFIDENCE_TEMPERATURE)
     return integers, numbers
 

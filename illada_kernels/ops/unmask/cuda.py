@@ -45,15 +45,12 @@ class Call(ctypes.Structure):
         ("tokens", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("token_stride", "batch", "count", "length", "vocab", "mask_id")),
         *((name, View) for name in ("positions", "noise_positions", "scores", "frozen")),
-        *(
-            (name, Parameter)
-            for name in ("temperature", "confidence_temperature", "rule_number", "revise_number", "seed", "step")
-        ),
-        *((name, ctypes.c_void_p) for name in ("forbid", "bias_ids", "bias_values", "head_bias")),
-        *((name, ctypes.c_int64) for name in ("forbids", "biases", "head_bias_dtype")),
+        *((name, Parameter) for name in gpu.Parameters._fields),
+        *((name, ctypes.c_void_p) for name in ("forbid", "bias_ids", "bias_values", "head_bias", "defer")),
+        *((name, ctypes.c_int64) for name in ("forbids", "biases", "head_bias_dtype", "defers")),
         ("partials", ctypes.c_void_p),
         ("parts", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("rule", "confidence", "revise", "needs")),
+        *((name, ctypes.c_int32) for name in ("rule", "confidence", "revise", "needs", "order")),
     ]
 
     tensors: list[Tensor]
@@ -77,7 +74,7 @@ def describe(problem: Problem, partials: Tensor) -> Call:
         return Parameter(pointer(p.tensor), integer, 0.0 if integer else p.number, p.stride)
 
     batch, count = problem.positions.shape
-    forbid = gpu.forbidden(problem)
+    forbid, defer = gpu.forbidden(problem), gpu.deferred(problem)
     bias_ids = None if problem.bias_ids is None else problem.bias_ids.contiguous()
     bias_values = None if problem.bias_values is None else problem.bias_values.contiguous()
     head_bias = None if problem.head_bias is None else problem.head_bias.contiguous()
@@ -91,16 +88,18 @@ def describe(problem: Problem, partials: Tensor) -> Call:
         problem.mask_id,
         *map(view, (problem.positions, problem.noise_positions, problem.scores, problem.frozen)),
         *map(parameter, gpu.parameters(problem)),
-        *map(pointer, (forbid, bias_ids, bias_values, head_bias)),
+        *map(pointer, (forbid, bias_ids, bias_values, head_bias, defer)),
         0 if forbid is None else forbid.shape[0],
         0 if bias_ids is None else bias_ids.shape[0],
         0 if head_bias is None else DTYPES[head_bias.dtype],
+        0 if defer is None else defer.shape[0],
         pointer(partials),
         partials.shape[2],
         problem.rule,
         problem.confidence,
         problem.revise,
         problem.needs(),
+        problem.order,
     )
     call.tensors = tensors
     return call

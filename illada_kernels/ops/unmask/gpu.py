@@ -24,18 +24,22 @@ SLICE = 4096
 class Parameter(NamedTuple):
     """A number of the call, or where there is a tensor what lies in it when the kernels run."""
 
-    number: float  # an int for the seed, the step, TopK.k and Remask.n
+    number: float  # an int for the seed, the step, least and Remask.n
     tensor: Tensor | None  # float32 (int64 for those four), contiguous, () or (B,)
     stride: int  # 1: sequence b has tensor[b]; 0: the same for all, but for the seed, which is then seed + b
 
 
 class Parameters(NamedTuple):
+    """In the order of illada_unmask_call of api.h."""
+
     temperature: Parameter
     confidence_temperature: Parameter
-    rule: Parameter
-    revise: Parameter
+    rule_number: Parameter
+    revise_number: Parameter
     seed: Parameter
     step: Parameter
+    least: Parameter
+    rank_temperature: Parameter
 
 
 def parameters(problem: Problem) -> Parameters:
@@ -46,14 +50,15 @@ def parameters(problem: Problem) -> Parameters:
         return Parameter(number, tensor, tensor.ndim)
 
     p, whole = problem, torch.int64
-    counts = p.rule == rules.TOP_K
     return Parameters(
         parameter(p.temperature, p.temperature_tensor),
         parameter(p.confidence_temperature, p.confidence_temperature_tensor),
-        parameter(p.least, p.least_tensor, whole) if counts else parameter(p.number, p.number_tensor),
+        parameter(p.number, p.number_tensor),
         parameter(p.tau, p.tau_tensor) if p.revise == rules.EDIT else parameter(p.remasked, p.remasked_tensor, whole),
         parameter(p.seed, p.seed_tensor, whole),
         parameter(p.step, p.step_tensor, whole),
+        parameter(p.least, p.least_tensor, whole),
+        parameter(p.rank_temperature, p.rank_temperature_tensor),
     )
 
 
@@ -66,6 +71,10 @@ def device_list(ids: tuple[int, ...], device: torch.device) -> Tensor:
 def forbidden(problem: Problem) -> Tensor | None:
     ids = tuple(sorted({i for i in problem.forbid if 0 <= i < problem.vocab}))
     return device_list(ids, problem.tokens.device) if ids else None
+
+
+def deferred(problem: Problem) -> Tensor | None:
+    return device_list(tuple(problem.defer), problem.tokens.device) if problem.defer else None
 
 
 # ---- many rows: products by slices of the vocab -----------------------------------------------------------------

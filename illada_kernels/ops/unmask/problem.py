@@ -11,8 +11,8 @@ from ... import rules
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # proposal, confidence, committed, remaining
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-# Noise is drawn with a temperature of at most this.
-HIGHEST_TEMPERATURE = FLOAT32_MAX
+# T * g stays finite for every Gumbel value: they are below 45.
+HIGHEST_TEMPERATURE = 2.0**120
 # Beyond this its reciprocal is no normal float32, and times -inf it would be NaN.
 HIGHEST_CONFIDENCE_TEMPERATURE = 2.0**126
 # z = (l - max l) / Tc below which exp(z) is no normal float32 and an id does not count in the entropy.
@@ -36,6 +36,9 @@ class Problem(NamedTuple):
     number_tensor: Tensor | None
     least: int  # ranks that the rule always commits
     least_tensor: Tensor | None
+    order: int  # a kind of rules.py
+    rank_temperature: float
+    rank_temperature_tensor: Tensor | None
     temperature: float
     temperature_tensor: Tensor | None
     confidence_temperature: float
@@ -45,6 +48,7 @@ class Problem(NamedTuple):
     step: int
     step_tensor: Tensor | None
     forbid: Sequence[int]
+    defer: Sequence[int]
     bias_ids: Tensor | None
     bias_values: Tensor | None
     revise: int
@@ -70,6 +74,12 @@ class Problem(NamedTuple):
     def by_entropy(self) -> bool:
         """Whether the rule ranks by rising entropy."""
         return self.rule == rules.ENTROPY_BOUND or self.rule == rules.ENTROPY_BOUND_INCLUSIVE
+
+    @property
+    def is_reranked(self) -> bool:
+        """Whether ranks may differ from those by confidence, or entropy, and position."""
+        perturbed = self.rank_temperature_tensor is not None or self.rank_temperature > 0
+        return perturbed or self.order != rules.BY_CONFIDENCE or len(self.defer) > 0
 
     @property
     def noisy(self) -> bool:

@@ -50,11 +50,17 @@ def without_autocast(step: Problem) -> Outputs:
     masked, fixed = candidate & (held == step.mask_id), candidate & (held != step.mask_id)
 
     rows = all_rows(step, masked, held)
-    kinds = (rows.probability, rows.margin, 0.0 - rows.entropy, rows.random)  # in rules.CONFIDENCES' order
+    kinds = (
+        rows.probability,
+        rows.margin,
+        0.0 - rows.entropy,
+        rows.random,
+        rows.sampled,
+    )  # in rules.CONFIDENCES' order
     takes_part = (masked | fixed if step.revise == rules.EDIT else masked) & ~rows.bad
     proposal = torch.where(takes_part, rows.proposal, -1)
     confidence = torch.where(takes_part, kinds[step.confidence], -torch.inf)
-    committed = masked & takes_part & chosen_by_rule(step, masked & takes_part, confidence, rows.entropy)
+    committed = masked & takes_part & chosen_by_rule(step, masked & takes_part, confidence, rows)
     written = torch.where(committed, proposal, held)
 
     if step.revise == rules.EDIT:
@@ -100,6 +106,8 @@ class Rows(NamedTuple):
     margin: Tensor
     entropy: Tensor
     random: Tensor
+    sampled: Tensor
+    rank_noise: Tensor  # Gumbel
     held_probability: Tensor  # of the token the candidate holds
     bad: Tensor  # bool: a NaN or +inf logit, or no allowed id
 
@@ -124,12 +132,13 @@ def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
     masked, held, position, seed, at_step, temperature, tc = per_row
     logits = row_logits(step, start, masked.shape[0])  # (N, V)
     random = philox_unit(philox(seed, torch.zeros_like(position), position, at_step, 1)[:2])
+    rank_noise = gumbel_of(philox(seed, torch.zeros_like(position), position, at_step, 2)[:2])
     if logits.shape[1] == 0:
         zero = torch.zeros_like(random)
-        return Rows(held, zero, zero, zero, random, zero, torch.ones_like(masked))
+        return Rows(held, zero, zero, zero, random, zero, zero, zero, torch.ones_like(masked))
     noised = logits
+    temperature = torch.where(temperature > 0, temperature, 0.0).clamp(max=HIGHEST_TEMPERATURE)  # a NaN counts as 0
     if step.noisy:
-        temperature = torch.where(temperature > 0, temperature, 0.0).clamp(max=HIGHEST_TEMPERATURE)  # a NaN counts as 0
         noise = temperature * gumbel(seed, position, at_step, logits.shape[1])
         noised = torch.where(temperature > 0, (logits + noise).clamp(-FLOAT32_MAX, FLOAT32_MAX), logits)
         noised = torch.where(logits == -torch.inf, logits, noised)
@@ -152,8 +161,10 @@ def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
     known = (held >= 0) & (held < logits.shape[1])
     held_probability = torch.where(known, e.gather(1, torch.where(known, held, 0)) / total, 0.0)
     probability = e.gather(1, proposal) / total
-    confidences = (probability.float(), margin.float(), entropy.float(), random, held_probability.float())
-    return Rows(proposal, *confidences, bad)
+    likeness = torch.where(temperature > 0, (logits.gather(1, proposal) - top) / temperature, 0.0).exp()
+    sampled = torch.minimum((1 / total).float(), likeness.float())
+    confidences = (probability.float(), margin.float(), entropy.float(), random, sampled, rank_noise)
+    return Rows(proposal, *confidences, held_probability.float(), bad)
 
 
 def row_logits(step: Problem, start: int, rows: int) -> Tensor:
@@ -207,35 +218,58 @@ def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocab: int) -> Tensor:
     pairs = torch.arange((vocab + 1) // 2, device=seed.device)
     w0, w1, w2, w3 = philox(seed, pairs, position, step, 0)
     both = torch.stack([philox_unit((w0, w1)), philox_unit((w2, w3))], dim=-1)
-    u = both.flatten(1)[:, :vocab].clamp(min=2.0**-64)
-    return -torch.log(-torch.log1p(-u))
+    return gumbel_of_unit(both.flatten(1)[:, :vocab])
 
 
-# ---- selection
-def ranks(eligible: Tensor, key: Tensor, positions: Tensor) -> Tensor:
-    """Rank 0, 1, ... of each candidate by rising key, ties to the lowest position; those not eligible come last."""
+def gumbel_of(words: tuple[Tensor, ...]) -> Tensor:
+    return gumbel_of_unit(philox_unit(words))
+
+
+def gumbel_of_unit(u: Tensor) -> Tensor:
+    return -torch.log(-torch.log1p(-u.clamp(min=2.0**-64)))
+
+
+# ---- selection -------------------------------------------------------------------------------------------------------
+def ranks(eligible: Tensor, key: Tensor, positions: Tensor, deferred: Tensor | None = None) -> Tensor:
+    """Returns the rank 0, 1, ... of each candidate by rising key, ties to the lowest position. Deferred candidates come
+    after the others, those that are not eligible last."""
     order = positions.argsort(dim=1, stable=True)
-    order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
-    order = order.gather(1, (~eligible).gather(1, order).long().argsort(dim=1, stable=True))
+    for first in (key, deferred, ~eligible):
+        if first is not None:
+            order = order.gather(1, first.gather(1, order).to(key.dtype).argsort(dim=1, stable=True))
     return torch.empty_like(order).scatter_(1, order, torch.arange(key.shape[1], device=key.device).expand_as(order))
 
 
-def chosen_by_rule(step: Problem, eligible: Tensor, confidence: Tensor, entropy: Tensor) -> Tensor:
-    """The first `least` ranks, and what the rule adds to them: the longest prefix of ranks that pass."""
-    rank = ranks(eligible, entropy if step.by_entropy else -confidence, step.positions)
-    always = rank < per_sequence(step, step.least_tensor, step.least, torch.int64)
-    if step.rule == rules.TOP_K:
-        return always
+def ranked(step: Problem, eligible: Tensor, confidence: Tensor, rows: Rows) -> Tensor:
+    """Returns the ranks that the rule counts."""
+    score = 0.0 - rows.entropy if step.by_entropy else confidence
+    temperature = per_sequence(step, step.rank_temperature_tensor, step.rank_temperature, torch.float32)
+    temperature = temperature.clamp(max=HIGHEST_TEMPERATURE)
+    perturbed = (score + temperature * rows.rank_noise).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+    score = torch.where(temperature > 0, perturbed, score)
+    if step.order == rules.FROM_LEFT:
+        score = torch.zeros_like(score)
+    deferred = torch.zeros_like(eligible)
+    for i in step.defer:
+        deferred = deferred | (rows.proposal == i)
+    return ranks(eligible, -score, step.positions, deferred)
+
+
+def chosen_by_rule(step: Problem, eligible: Tensor, confidence: Tensor, rows: Rows) -> Tensor:
+    """Returns the first `least` ranks, and the longest prefix of the others that passes."""
+    rank = ranked(step, eligible, confidence, rows)
+    least = per_sequence(step, step.least_tensor, step.least, torch.int64)
     number = per_sequence(step, step.number_tensor, step.number, torch.float32)
-    if step.rule == rules.THRESHOLD:
-        return always | (confidence >= number)
     order = rank.argsort(dim=1)
-    if step.rule == rules.FACTOR:
-        bar = 1 - number / (torch.arange(rank.shape[1], device=rank.device) + 2).float()  # ranks from 1: f / (r + 1)
-        within = confidence.gather(1, order) >= bar
+    at = torch.arange(rank.shape[1], device=rank.device)  # the ranks, from 0
+    if step.rule == rules.TOP_K:
+        passes = torch.zeros_like(eligible)
+    elif step.rule == rules.THRESHOLD:
+        passes = confidence.gather(1, order) >= number
+    elif step.rule == rules.FACTOR:
+        passes = confidence.gather(1, order) >= 1 - number / (at + 2).float()  # ranks from 1: f / (r + 1)
     else:
-        own = torch.where(eligible, entropy, 0.0).gather(1, order).double()
+        own = torch.where(eligible, rows.entropy, 0.0).gather(1, order).double()
         total = own.cumsum(1)
-        within = (total if step.rule == rules.ENTROPY_BOUND_INCLUSIVE else total - own) <= number.double()
-    within |= always.gather(1, order)
-    return within.cumprod(1).bool().gather(1, rank)
+        passes = (total if step.rule == rules.ENTROPY_BOUND_INCLUSIVE else total - own) <= number.double()
+    return ((at < least) | passes).cumprod(1).bool().gather(1, rank)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import illada_kernels as ik
 from illada_kernels import _extension
+from illada_kernels.ops.unmask.reference import gumbel_of, philox
 from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance
 from tests.helpers.unmask_oracle import INF, MASK, RULES, available, draw_call, plain, rows_with_top, step
 
@@ -24,7 +25,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 # ---- the specification against a plain loop -------------------------------------------------------------------------
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-@pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
+@pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy", "sampled"])
 def test_a_step_is_what_a_plain_loop_does(backend, rule, confidence):
     if isinstance(rule, ik.Threshold) and confidence == "neg_entropy":
         rule = ik.Threshold(-1.302)
@@ -38,8 +39,10 @@ def test_a_step_is_what_a_plain_loop_does(backend, rule, confidence):
         revise = ik.Edit(0.34) if trial % 3 == 0 else None
         forbid = (2, 4) if trial % 4 == 0 else ()
         options = {"confidence": confidence, "revise": revise, "frozen": frozen, "forbid": forbid}
-        got, after = step(logits, tokens, positions, rule, backend, **options)
-        proposal, committed, expected = plain(logits, tokens, positions, rule, confidence, revise, frozen, forbid)
+        order, defer = ("confidence", "left")[trial % 2], (3, 5) if trial > 2 else ()
+        got, after = step(logits, tokens, positions, rule, backend, order=order, defer=defer, **options)
+        how = (rule, confidence, revise, frozen, forbid, order, defer)
+        proposal, committed, expected = plain(logits, tokens, positions, *how)
         torch.testing.assert_close(got.proposal, proposal)
         torch.testing.assert_close(got.committed, committed)
         torch.testing.assert_close(after, expected)
@@ -139,6 +142,86 @@ def test_entropy_bound_adds_entropies_whatever_the_confidence(backend, inclusive
         rule = ik.EntropyBound(2 * math.log(2), inclusive)
         got, _ = step(logits, [[MASK] * 4], None, rule, backend, confidence=confidence)
         assert got.committed.tolist() == [committed]
+
+
+# ---- ranks in other orders -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("at_least, committed", [(0, [0, 1, 0, 0]), (2, [0, 1, 1, 0]), (9, [1, 1, 1, 1])])
+def test_a_threshold_commits_at_least_so_many(backend, at_least, committed):
+    logits = rows_with_top([0.3, 0.9, 0.7, 0.2])
+    got, _ = step(logits, [[MASK] * 4], None, ik.Threshold(0.8, at_least), backend)
+    assert got.committed.tolist() == [committed]
+    per_sequence = torch.tensor([0, at_least, -3])
+    got, _ = step(logits.expand(3, 4, 9), [[MASK] * 4] * 3, None, ik.Threshold(0.95, per_sequence), backend)
+    assert got.committed.sum(1).tolist() == [0, min(at_least, 4), 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_deferred_proposals_commit_only_where_all_others_do(backend, temperature):
+    logits = rows_with_top([0.999, 0.9999, 0.99, 0.98])  # proposals 1, 2, 3, 4, also with noise
+    options = {"defer": (2, 1), "temperature": temperature, "seed": 3}
+    for k, committed in ((1, [0, 0, 1, 0]), (2, [0, 0, 1, 1]), (3, [0, 1, 1, 1]), (4, [1, 1, 1, 1])):
+        got, _ = step(logits, [[MASK] * 4], None, ik.TopK(k), backend, **options)
+        assert got.proposal.tolist() == [[1, 2, 3, 4]] and got.committed.tolist() == [committed]
+    for tau, committed in ((0.985, [0, 0, 1, 0]), (0.5, [1, 1, 1, 1]), (0.9995, [0, 0, 1, 0])):
+        got, _ = step(logits, [[MASK] * 4], None, ik.Threshold(tau), backend, **options)
+        assert got.committed.tolist() == [committed]
+    got, _ = step(logits[:, :2], [[MASK] * 2], None, ik.TopK(1), backend, **options)  # no others left
+    assert got.committed.tolist() == [[0, 1]]
+
+
+def test_order_left_commits_from_the_lowest_position(backend):
+    logits = rows_with_top([0.3, 0.9, 0.7, 0.2])
+    positions = torch.tensor([[4, 1, 3, 0]])  # from the left .2, .9, .7, .3
+    for rule, committed in (
+        (ik.TopK(2), [0, 1, 0, 1]),
+        (ik.Threshold(0.5), [0, 1, 1, 1]),
+        (ik.Threshold(0.8), [0, 1, 0, 1]),
+        (ik.Threshold(0.1), [1, 1, 1, 1]),
+    ):
+        got, _ = step(logits, [[MASK] * 5], positions, rule, backend, order="left", rank_temperature=5.0)
+        assert got.committed.tolist() == [committed]
+
+
+def test_perturbed_ranks_draw_without_replacement(backend):
+    """The first two of three are drawn from softmax(c / T): 3000 draws, each pair within 5 standard deviations."""
+    draws, t = 3000, 0.3
+    c = torch.tensor([0.5, 0.9, 0.7]).double()
+    logits = rows_with_top(c.tolist()).expand(draws, 3, 9)
+    got, _ = step(logits, [[MASK] * 3] * draws, None, ik.TopK(2), backend, rank_temperature=t, seed=5)
+    weights = (c / t).exp()
+    for left in range(3):  # the one that is not committed
+        first, second = [i for i in range(3) if i != left]
+        p = sum(
+            weights[i] / weights.sum() * weights[j] / (weights.sum() - weights[i])
+            for i, j in ((first, second), (second, first))
+        )
+        count = (~got.committed[:, left]).sum()
+        assert abs(count - draws * p) < 5 * (draws * p * (1 - p)) ** 0.5
+    assert got.confidence[0].tolist() == pytest.approx(c.tolist())  # the confidence itself is not perturbed
+
+
+def test_noise_of_ranks_is_the_known_answer(backend):
+    """Philox counter (0, position 5, step 2, 2) under seed 3: its Gumbel value decides between two candidates."""
+    at = torch.tensor([[3]])
+    g = [gumbel_of(philox(at, torch.zeros_like(at), torch.tensor([[p]]), at - 1, 2)[:2]).item() for p in (5, 6)]
+    margin = 0.1 * (g[0] - g[1])
+    for lead, winner in ((-margin - 1e-3, 1), (-margin + 1e-3, 0)):
+        logits = rows_with_top([0.5 + lead, 0.5])
+        options = {"seed": 3, "step": 2, "rank_temperature": 0.1}
+        got, _ = step(logits, [[MASK] * 7], torch.tensor([[5, 6]]), ik.TopK(1), backend, **options)
+        assert got.committed[0].int().argmax() == winner
+
+
+def test_sampled_confidence_is_the_likeness_to_the_best_token(backend):
+    logits = torch.randn(1, 40, 60, generator=torch.Generator().manual_seed(2)) * 3
+    for t in (0.0, 0.5, 2.0):
+        options = {"confidence": "sampled", "temperature": t, "forbid": (), "confidence_temperature": 0.7}
+        got, _ = step(logits, [[MASK] * 40], None, ik.TopK(1), backend, **options)
+        gap = logits.gather(2, got.proposal[..., None])[..., 0] - logits.amax(2)
+        likeness = (gap / t).exp() if t else torch.ones_like(gap)
+        want = torch.minimum((logits / 0.7).softmax(2).amax(2), likeness)
+        torch.testing.assert_close(got.confidence, want, rtol=1e-5, atol=0)
+    assert (gap < 0).any() and (got.confidence == got.confidence.clamp(max=1)).all()
 
 
 # ---- bad rows and odd calls -----------------------------------------------------------------------------------------
@@ -293,6 +376,19 @@ def test_inputs_other_than_tokens_are_not_written(backend):
     before = [t.clone() for t in (logits, positions, scores, *bias)]
     step(logits, [[MASK, 1, 2]] * 2, positions, ik.TopK(1), backend, revise=ik.Remask(1, scores), logit_bias=bias)
     assert all(map(torch.equal, before, (logits, positions, scores, *bias)))
+
+
+@pytest.mark.parametrize("vocabulary", [300, 5000, 32000])
+def test_certain_rows_tie_whatever_the_vocabulary_and_the_temperature(backend, vocabulary):
+    """10 to 12 above all others at Tc = 0.1: e^-100 is no normal float32, and a segment of its own maximum adds nothing
+    either. One step less and the entropy is that of float64."""
+    logits = torch.zeros(1, 4, vocabulary)
+    logits[0, :, 5] = torch.tensor([10.0, 11.0, 12.0, 8.0])
+    options = {"forbid": (), "confidence": "neg_entropy", "confidence_temperature": 0.1, "backend": backend}
+    got, _ = step(logits, [[MASK] * 4], None, ik.EntropyBound(0.0, inclusive=True), **options)
+    assert got.confidence[0, :3].tolist() == [0.0] * 3 and got.committed.tolist() == [[1, 1, 1, 0]]
+    e = (vocabulary - 1) * math.exp(-80)
+    assert got.confidence[0, 3].item() == pytest.approx(-80 * e, rel=1e-5)
 
 
 def test_rows_that_are_certain_have_no_entropy_at_all(backend):

@@ -86,8 +86,10 @@ def test_a_step_is_what_a_plain_loop_does(on_cpu: Backend, rule: Any, confidence
         frozen = torch.rand(2, 8) < 0.2
         revise, forbid = (None, ()) if trial else (ik.Edit(0.34), (2, 4))
         options = {"confidence": confidence, "revise": revise, "frozen": frozen, "forbid": forbid, "mask_id": MASK}
-        got, after = unmask("cuda", logits, None, tokens, positions, rule, **options)
-        proposal, committed, expected = plain(logits, tokens, positions, rule, confidence, revise, frozen, forbid)
+        order, defer = ("left", (3, 5)) if trial else ("confidence", ())
+        got, after = unmask("cuda", logits, None, tokens, positions, rule, order=order, defer=defer, **options)
+        how = (rule, confidence, revise, frozen, forbid, order, defer)
+        proposal, committed, expected = plain(logits, tokens, positions, *how)
         assert torch.equal(got.proposal, proposal) and torch.equal(got.committed, committed)
         assert torch.equal(after, expected)
 
@@ -275,11 +277,14 @@ def test_more_candidates_than_fit_shared_memory(on_cpu: Backend, count: int) -> 
     logits = torch.where(best, 1.0, -INF)  # 1 to 5 ids equally likely: ties, and sums without rounding
     tokens, positions = torch.zeros(1, count, dtype=torch.int64), torch.randperm(count, generator=draw)[None]
     tokens[0, some] = MASK
+    options: dict[str, Any]
     for rule in (ik.TopK(31), ik.EntropyBound(20.0), ik.Factor(2.0)):
         args = (logits, None, tokens, positions, rule)
         assert_same(unmask("cuda", *args, mask_id=MASK), unmask("reference", *args, mask_id=MASK), 5)
+        options = {"mask_id": MASK, "order": "left", "defer": (1, 3)}
+        assert_same(unmask("cuda", *args, **options), unmask("reference", *args, **options), 5)
     scores = torch.randint(0, 9, (1, count), generator=draw).float()
-    options: dict[str, Any] = {"mask_id": MASK, "revise": ik.Remask(count // 2, scores)}
+    options = {"mask_id": MASK, "revise": ik.Remask(count // 2, scores)}
     assert_same(unmask("cuda", *args, **options), unmask("reference", *args, **options), 5)
 
 
@@ -449,11 +454,32 @@ FAULTS = {  # kernel, the file that holds the fault, old, new
     "vectors where rows are not aligned": (ROWS, ROWS, "if (aligned && at", "if (at"),
     "ties go to later ids": (ROWS, ROWS, "b.best_score > a.best_score", "b.best_score >= a.best_score"),
     "no barrier before the warps' merge": (ROWS, ROWS, "= s;\n  __syncthreads();", "= s;"),
-    "positions do not break ties": (SELECT, SELECT, "<< 32 | uint32_t(position)", "<< 32"),
+    "positions do not break ties": (SELECT, SELECT, "<< 31 | uint64_t(position)", "<< 31"),
     "a sort without its last round": (SELECT, SELECT, "size <= n; size *= 2", "size < n; size *= 2"),
     "no barrier in the sort": (SELECT, SELECT, "      }\n      __syncthreads();", "      }"),
     "entropies of the thread's own": (SELECT, SELECT, "entropies = sum_before(entropies, scratch);", ""),
     "ranks from 0": (SELECT, SELECT, "float(r + 2)", "float(r + 1)"),
+    "ids too far below to count are counted": (
+        ROWS,
+        SHARED,
+        ">= ILLADA_UNMASK_LEAST_SHIFTED)) return",
+        ">= -87.33f)) return",
+    ),
+    "deferred ids rank like others": (SELECT, SELECT, "uint64_t(deferred) << 63 | ", ""),
+    "ranks by confidence in every order": (SELECT, SELECT, "if (c.order == ILLADA_FROM_LEFT) score = 0.0f;", ""),
+    "ranks perturbed by other noise": (
+        SELECT,
+        SELECT,
+        "row.noise_position, row.step, 2)",
+        "row.noise_position, row.step, 0)",
+    ),
+    "one rank is always committed, not more": (SELECT, SELECT, "if (!pass && r >= least)", "if (!pass && r > 0)"),
+    "a sampled confidence above the largest": (
+        SELECT,
+        SELECT,
+        "return fminf(float(1.0 / sum), likeness);",
+        "return likeness;",
+    ),
     "parts that are not weighed": (SELECT, SELECT, "sum = fma(double(kept), part, sum);", "sum += part;"),
 }
 
@@ -495,6 +521,17 @@ def needs_everything(backend: Backend, launch: OnCpu, path: str) -> None:
             got = unmask("cuda", *source, tokens, positions, rule, **options)
             want = unmask("reference", *source, tokens, positions, rule, **options)
             assert_same(got, want, logits.shape[2], confidence == "neg_entropy")
+        options |= {"confidence": "sampled", "defer": tuple(range(0, 699, 2)), "rank_temperature": 0.5}
+        for order in ("confidence", "left"):
+            args = (*source, tokens, positions, ik.Threshold(0.9, at_least=2))
+            got, want = (unmask(b, *args, order=order, **options) for b in ("cuda", "reference"))
+            assert_same(got, want, logits.shape[2])
+    if path == "spans":  # certain, though other spans and warps have maxima and sums of their own
+        certain = torch.zeros(1, 3, 4901)
+        certain[0, 0, 5], certain[0, 1, 600], certain[0, 2, 4500] = 8.731, 10.0, 10.0  # 8.73 would not be certain
+        options = {"mask_id": MASK, "confidence": "neg_entropy", "confidence_temperature": 0.1}
+        got, _ = unmask("cuda", certain, None, *where((1, 3), 3), ik.EntropyBound(0.0, inclusive=True), **options)
+        assert got.confidence.eq(0.0).all() and got.committed.all()
     if path == "head":  # one block, little to multiply: products run ahead of those that meet the logits
         backend.processors = 1
         args = (*operands("head", (1, 16), 1500, dim=8), *where((1, 16), 16, 0), ik.TopK(3))

@@ -107,7 +107,7 @@ def test_opcheck(backend):
     numbers = {"least": 2, "temperature_tensor": torch.tensor(0.5), "seed": 3, "tau": 0.5}
     kinds = {"confidence": rules.MARGIN, "rule": rules.TOP_K, "revise": rules.EDIT}
     given = {"source": hidden, "head_weight": weight, "tokens": tokens, "positions": positions, "frozen": frozen}
-    rest = {"mask_id": MASK, "forbid": (MASK,), "confidence_temperature": 1.0, "backend": backend}
+    rest = {"mask_id": MASK, "forbid": (MASK,), "defer": (3,), "confidence_temperature": 1.0, "backend": backend}
     values = {**given, **numbers, **kinds, **rest}
     absent = {int: 0, float: 0.0}
     kinds_of = typing.get_type_hints(Problem)
@@ -244,6 +244,16 @@ WRONG = [
     ("Threshold.tau", ValueError, {"rule": ik.Threshold(-0.5), "confidence": "margin"}),
     ("Threshold.tau", ValueError, {"rule": ik.Threshold(0.5), "confidence": "neg_entropy"}),
     ("Threshold.tau", ValueError, {"rule": lambda: ik.Threshold(float("nan"))}),
+    ("Threshold.at_least", ValueError, {"rule": lambda: ik.Threshold(0.5, -1)}),
+    ("Threshold.at_least", TypeError, {"rule": lambda: ik.Threshold(0.5, 1.5)}),
+    ("Threshold.at_least", ValueError, {"rule": ik.Threshold(0.5, torch.zeros(2, dtype=torch.int64))}),
+    ("order", ValueError, {"order": "right"}),
+    ("rank_temperature", ValueError, {"rank_temperature": -0.1}),
+    ("rank_temperature", ValueError, {"rank_temperature": 1e39}),
+    ("rank_temperature", ValueError, {"rank_temperature": torch.zeros(2)}),
+    ("defer", ValueError, {"defer": (37,)}),
+    ("defer", TypeError, {"defer": torch.tensor([1])}),
+    ("temperature", ValueError, {"temperature": 1e39}),
     ("Factor.f", ValueError, {"rule": lambda: ik.Factor(-1.0)}),
     ("EntropyBound.gamma", ValueError, {"rule": lambda: ik.EntropyBound(-1.0)}),
     ("Edit.tau", ValueError, {"revise": lambda: ik.Edit(1.5)}),

@@ -25,7 +25,7 @@ from illada_kernels.ops.unmask.triton import rows as kernel_rows  # noqa: E402
 from illada_kernels.ops.unmask.triton import select as kernel_select  # noqa: E402
 from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance  # noqa: E402
 from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
-from tests.helpers.unmask_oracle import INF, MASK, plain, step  # noqa: E402
+from tests.helpers.unmask_oracle import INF, MASK, RULES, plain, step  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf - inf and log 0 in unused lanes
 
@@ -140,23 +140,11 @@ def rounded(u: int) -> float:
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
-RULES = [
-    ik.TopK(0),
-    ik.TopK(2),
-    ik.TopK(99),
-    ik.Threshold(0.302),
-    ik.Factor(0.9),
-    ik.Factor(2.5),
-    ik.EntropyBound(0.0),
-    ik.EntropyBound(2.9),
-    ik.EntropyBound(2.9, inclusive=True),
-]
-
-
-@pytest.mark.parametrize("rule, trial", zip(RULES, itertools.cycle(range(3))), ids=repr)
+@pytest.mark.parametrize("rule, trial", zip(RULES, itertools.cycle(range(4))), ids=repr)
 def test_a_step_is_what_a_plain_loop_does(rule, trial: int) -> None:
     generator = torch.Generator().manual_seed(trial)
-    confidence = ["probability", "margin", "neg_entropy"][trial]
+    confidence = ["probability", "margin", "neg_entropy", "sampled"][trial]
+    order, defer = [("confidence", ()), ("left", ()), ("confidence", (3, 5)), ("left", (3, 5))][trial]
     if isinstance(rule, ik.Threshold) and confidence == "neg_entropy":
         rule = ik.Threshold(-1.302)
     logits = torch.randint(-1, 3, (2, 6, 7), generator=generator).float() * 0.75  # few values: ties of both kinds
@@ -168,8 +156,9 @@ def test_a_step_is_what_a_plain_loop_does(rule, trial: int) -> None:
     revise = ik.Edit(0.34) if trial == 0 else None
     forbid = (2, 4) if trial == 1 else ()
     options = {"confidence": confidence, "revise": revise, "frozen": frozen, "forbid": forbid}
-    got, after = step(logits, tokens, positions, rule, "triton", **options)
-    proposal, committed, expected = plain(logits, tokens, positions, rule, confidence, revise, frozen, forbid)
+    got, after = step(logits, tokens, positions, rule, "triton", order=order, defer=defer, **options)
+    how = (rule, confidence, revise, frozen, forbid, order, defer)
+    proposal, committed, expected = plain(logits, tokens, positions, *how)
     assert torch.equal(got.proposal, proposal)
     assert torch.equal(got.committed, committed)
     assert torch.equal(after, expected)
@@ -182,7 +171,7 @@ def random_call(seed: int):
     rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     batch, count, vocabulary = pick([1, 2]), pick([1, 3, 5]), pick([1, 2, 37, 64, 127, 129, 300, 385])
     length = count + pick([0, 3])
-    logits = torch.randn(batch, count, vocabulary, generator=generator) * pick([1.0, 5.0, 1e20])
+    logits = torch.randn(batch, count, vocabulary, generator=generator) * pick([1.0, 5.0, 1e20, 1e38])
     if pick([True, False]):
         logits = torch.randint(0, 3, logits.shape, generator=generator).float()
     logits = logits.to(pick([torch.float32, torch.bfloat16, torch.float16]))
@@ -194,13 +183,14 @@ def random_call(seed: int):
     tokens = held.where(rand(batch, length) < pick([0.0, 0.5]), mask)
     positions = torch.stack([torch.randperm(length, generator=generator)[:count] for _ in range(batch)])
     positions = positions.where(rand(batch, count) > pick([0.0, 0.3]), pick([-1, length, 2**40]))
-    confidence = pick(["probability", "margin", "neg_entropy", "random"])
+    confidence = pick(["probability", "margin", "neg_entropy", "random", "sampled"])
     sign = -3 if confidence == "neg_entropy" else 1
     rule = pick(
         [
             ik.TopK(pick([0, 1, 2, 2**62])),
             ik.TopK((rand(batch) * 5).int() - 1),
             ik.Threshold(sign * rand(batch)),
+            ik.Threshold(sign * rand(batch), at_least=pick([0, 3, (rand(batch) * 5).long() - 1])),
             ik.Factor(pick([0.0, 0.7, 3.0])),
             ik.EntropyBound(rand(()) * 9, inclusive=pick([True, False])),
         ]
@@ -210,7 +200,10 @@ def random_call(seed: int):
     options = {
         "mask_id": mask,
         "confidence": confidence,
-        "temperature": pick([0.0, 0.3, 5.0, rand(()).double(), rand(batch).bfloat16()]),
+        "order": pick(["confidence", "confidence", "left"]),
+        "rank_temperature": pick([0.0, 0.0, 0.5, rand(batch) - 0.3]),
+        "defer": pick([(), tuple(range(0, vocabulary, 3))]),
+        "temperature": pick([0.0, 0.3, 5.0, rand(()).double(), rand(batch).bfloat16(), 3e38]),
         "confidence_temperature": pick([1.0, 0.5, rand(batch) + 0.1, torch.tensor(INF)]),
         "seed": pick([0, -9, 2**63 - 5, torch.tensor(9), (rand(batch) * 2**60).long()]),
         "step": pick([0, 2**32 - 1, torch.arange(batch)]),
@@ -223,7 +216,7 @@ def random_call(seed: int):
     return logits, tokens, positions, rule, options
 
 
-@pytest.mark.parametrize("seed", range(11))
+@pytest.mark.parametrize("seed", range(16))
 def test_steps_from_logits_are_the_references(seed: int) -> None:
     logits, tokens, positions, rule, options = random_call(seed)
     want, want_tokens = step(logits, tokens, positions, rule, "reference", **options)
@@ -395,6 +388,21 @@ def test_batch_order_of_candidates_and_block_shapes_do_not_change_a_bit(fused: b
     assert all(map(torch.equal, again, (confidence, proposal, after)))
 
 
+@pytest.mark.parametrize("rule", [ik.TopK(2), ik.Threshold(0.004, 2), ik.Factor(1.01), ik.EntropyBound(9.0, True)])
+def test_ranks_in_any_order_do_not_depend_on_block_shapes(rule, monkeypatch) -> None:
+    logits = torch.randn(2, 21, 300, generator=torch.Generator().manual_seed(6))
+    tokens, positions = torch.full((2, 25), MASK), torch.arange(21).flip(0).expand(2, 21) + 2
+    options = {"rank_temperature": 2.0, "defer": tuple(range(0, 300, 2)), "temperature": 0.3, "confidence": "sampled"}
+    for changes in ({}, {"order": "left"}):
+        want, want_tokens = step(logits, tokens, positions, rule, "reference", **(options | changes))
+        got, got_tokens = step(logits, tokens, positions, rule, "triton", **(options | changes))
+        same(got, want, got_tokens, want_tokens, 300)
+        with monkeypatch.context() as patch:
+            patch.setattr(room, "select_options", lambda count: {"BLOCK": 4, "BLOCK_G": 1, "ONE_BLOCK": False})
+            again, again_tokens = step(logits, tokens, positions, rule, "triton", **(options | changes))
+        assert all(map(torch.equal, again, got)) and torch.equal(again_tokens, got_tokens)
+
+
 def test_numbers_and_device_tensors_mean_the_same() -> None:
     logits = torch.randn(2, 3, 90, generator=torch.Generator().manual_seed(0))
     numbers = {"temperature": 0.5, "confidence_temperature": 0.7, "seed": 7, "step": 3}
@@ -424,6 +432,19 @@ def one_step(**options):
         want, want_tokens = step(logits, tokens, positions, rule, "reference", **rest)
         got, got_tokens = step(logits, tokens, positions, rule, "triton", **rest)
         same(got, want, got_tokens, want_tokens, 300, rest.get("confidence") == "neg_entropy")
+
+    return check
+
+
+def certain_step():
+    """A row is certain though another group of ids has a maximum and a sum of its own."""
+    logits = torch.zeros(1, 2, 300)
+    logits[0, 0, 5], logits[0, 1, 270] = 10.0, 11.0
+
+    def check() -> None:
+        options = {"confidence": "neg_entropy", "confidence_temperature": 0.1}
+        got, _ = step(logits, [[MASK] * 2], None, ik.EntropyBound(0.0, inclusive=True), "triton", **options)
+        assert got.confidence.eq(0.0).all() and got.committed.all()
 
     return check
 
@@ -466,9 +487,37 @@ FAULTS: list[tuple[ModuleType, str, str, Callable[[], None]]] = [
         "RULE != TOP_K else places < bound",
         one_step(rule=ik.EntropyBound(7.0)),
     ),
-    (SELECT, "passes = rank < number", "passes = rank <= number", one_step()),
+    (SELECT, "(rank < least) | passing(", "(rank <= least) | passing(", one_step()),
     (SELECT, "0.0, tl.exp(z)).to", "0.0, 1.0 + 0 * z).to", one_step(confidence_temperature=0.5)),
     (SELECT, "surprise - z * group_total", "surprise", one_step(confidence="neg_entropy")),
+    (SELECT, "z < LEAST, 0.0, tl.exp(z)).to", "z < -200.0, 0.0, tl.exp(z)).to", certain_step()),
+    (SELECT, "tl.where(deferred | (places == LAST)", "tl.where((places == LAST)", one_step(defer=(20, 250))),
+    (SELECT, "if ORDER == FROM_LEFT:", "if ORDER == 2:", one_step(order="left")),
+    (
+        SELECT,
+        "philox(key0, key1, zero, position, at_step, zero + 2)",
+        "philox(key0, key1, zero, position, at_step, zero + 1)",
+        one_step(rank_temperature=5.0),
+    ),
+    (
+        SELECT,
+        "fails = (rank >= least)",
+        "fails = (rank >= 1)",
+        one_step(rule=ik.Threshold(0.9, at_least=3), order="left"),
+    ),
+    (SELECT, "(rank < least) | passing(", "(rank < 1) | passing(", one_step(rule=ik.Threshold(0.9, at_least=3))),
+    (
+        SELECT,
+        "tl.where(noisy, tl.minimum(largest, ",
+        "tl.where(noisy, tl.minimum(1.0, ",
+        one_step(confidence="sampled", temperature=1.0),
+    ),
+    (
+        SELECT,
+        "<= places[:, None] if RULE == INCLUSIVE",
+        "<= places[:, None] if RULE == TOP_K",
+        one_step(rule=ik.EntropyBound(8.0, inclusive=True), order="left"),
+    ),
 ]
 
 
@@ -494,7 +543,7 @@ def test_planted_faults_are_seen(number: int, monkeypatch: pytest.MonkeyPatch, t
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("check", [one_step(temperature=9.0, revise=ik.Edit(0.0)), one_fused_step()])
+@pytest.mark.parametrize("check", [one_step(temperature=9.0, revise=ik.Edit(0.0)), one_fused_step(), certain_step()])
 def test_the_calls_of_planted_faults_pass_without_them(check: Callable[[], None]) -> None:
     check()
 

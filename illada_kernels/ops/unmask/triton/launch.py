@@ -54,7 +54,7 @@ class Call:
         (batch, self.count), self.vocab = problem.positions.shape, problem.vocab
         self.row_count = batch * self.count
         numbers = gpu.parameters(problem)
-        self.rule, self.revise = numbers.rule, numbers.revise
+        self.numbers = numbers
         self.needs = problem.needs()
         fused = problem.head_weight is not None and self.row_count <= gpu.FUSED_ROWS
         tiles = -(-self.vocab // (2 * PAIRS))
@@ -75,8 +75,9 @@ class Call:
         self.noise = (*value(numbers.seed), *value(numbers.step))
         forbidden = gpu.forbidden(problem)
         biases = 0 if problem.bias_ids is None else problem.bias_ids.shape[0]
+        self.temperature = value(numbers.temperature)
         self.rest = (
-            *value(numbers.temperature),
+            *self.temperature,
             *self.confidence_temperature,
             *self.noise,
             contiguous(problem.bias_ids),
@@ -153,9 +154,10 @@ class Call:
         problem, results = self.problem, self.problem.new_outputs()
         proposal, confidence, committed, remaining = results
         scores, batch, options = strided(problem.scores), problem.tokens.shape[0], select_options(self.count)
+        defer, reranked = gpu.deferred(problem), problem.is_reranked
         scratch = proposal  # not touched
-        if not options["ONE_BLOCK"]:
-            scratch = torch.empty(batch, 2, self.count, dtype=torch.int64, device=self.device)
+        if reranked or not options["ONE_BLOCK"]:
+            scratch = torch.empty(batch, 3, self.count, dtype=torch.int64, device=self.device)
         select_kernel[(batch,)](
             self.partials,
             self.best_ids,
@@ -166,8 +168,13 @@ class Call:
             *self.where,
             *self.confidence_temperature,
             *self.noise,
-            *limited(self.rule),
-            *limited(self.revise),
+            *value(self.numbers.rule_number),
+            *limited(self.numbers.revise_number),
+            *limited(self.numbers.least),
+            *self.temperature,
+            *value(self.numbers.rank_temperature),
+            defer,
+            0 if defer is None else defer.shape[0],
             *scores,
             proposal,
             confidence,
@@ -176,6 +183,8 @@ class Call:
             RULE=problem.rule,
             CONFIDENCE=problem.confidence,
             REVISE=problem.revise,
+            ORDER=problem.order,
+            RERANKED=reranked,
             NEEDS=self.needs,
             ONE=one(self.vocab),
             enable_fp_fusion=False,
@@ -231,7 +240,7 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
     """What a model with a bf16 head, and callers with logits, would launch, with numbers for parameters."""
     absent = dict.fromkeys(
         "head_bias frozen noise_positions temperature confidence_temperature seed step bias_ids bias_values rule "
-        "revision scores".split()
+        "revision scores least rank_temperature defer".split()
     )
     types = {
         "hidden": "*bf16:16",
@@ -258,6 +267,7 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
         "remaining": "*i32:16",
         "revise_number": "fp32",
         "rule_number": "fp32",
+        "rank_number": "fp32",
         "position_k": "constexpr",
         "ids": "i32:16",
     }
@@ -289,7 +299,14 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
     for kind, dense, name, needs in (("fp32", True, "all", whole), ("bf16", False, "greedy", greedy)):
         options = {"SPAN": gpu.SLICE, "PAIRS": ROW_PAIRS, "DENSE": dense, **ROWS_OPTIONS, **needs}
         yield configuration(f"rows {kind}, {name}", rows_kernel, options, logits=f"*{kind}:16")
-    for count, name in ((64, "64 candidates"), (1024, "1024 candidates"), (9999, "any number")):
-        chosen = {"RULE": rules.ENTROPY_BOUND, "CONFIDENCE": 1, "REVISE": rules.REMASK, "NEEDS": everything}
+    for count, name, reranked in (
+        (64, "64 candidates", False),
+        (1024, "1024 candidates", False),
+        (9999, "any number", False),
+        (64, "64 candidates, reranked", True),
+        (1024, "1024 candidates, reranked", True),
+    ):
+        chosen = {"RULE": rules.ENTROPY_BOUND, "CONFIDENCE": rules.MARGIN, "REVISE": rules.REMASK, "NEEDS": everything}
+        chosen |= {"ORDER": rules.BY_CONFIDENCE, "RERANKED": reranked}
         options = {**select_options(count), **chosen, "ONE": one(155136)}
         yield configuration(f"select {name}, all", select_kernel, options, scratch="*i64:16", revise_number="i32")

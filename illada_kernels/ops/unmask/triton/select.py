@@ -8,13 +8,17 @@ import triton.language as tl
 
 from .... import rules
 from .noise import (
+    FLOAT32_MAX,
+    HIGHEST_TEMPERATURE,
     INF,
     LEAST,
     NO_ID,
     candidates,
     confidence_scale,
     fixed_sum,
+    gumbel,
     noise_counters,
+    of_sequence,
     philox,
     shifted,
     unit,
@@ -25,8 +29,11 @@ TOP_K, THRESHOLD, FACTOR = (tl.constexpr(i) for i in (rules.TOP_K, rules.THRESHO
 ENTROPY_BOUND, INCLUSIVE = tl.constexpr(rules.ENTROPY_BOUND), tl.constexpr(rules.ENTROPY_BOUND_INCLUSIVE)
 EDIT, REMASK, BY_SCORES = (tl.constexpr(i) for i in (rules.EDIT, rules.REMASK, rules.REMASK_BY_SCORES))
 PROBABILITY, MARGIN, NEG_ENTROPY = (tl.constexpr(i) for i in (rules.PROBABILITY, rules.MARGIN, rules.NEG_ENTROPY))
+SAMPLED, FROM_LEFT = tl.constexpr(rules.SAMPLED), tl.constexpr(rules.FROM_LEFT)
 ENTROPY_ONE = tl.constexpr(2.0**40)  # the sum of 2**14 entropies below 2**5 fits 63 bits
-LAST = tl.constexpr(2**63 - 1)  # the place of who is not ranked
+LAST = tl.constexpr(2**63 - 1)  # the place of a candidate that is not ranked
+LOWEST = tl.constexpr(-(2**63))
+CHUNK = tl.constexpr(16)  # candidates that all others are compared with at once
 UNSPECIALIZED = (
     "seed_number",
     "step_number",
@@ -37,6 +44,8 @@ UNSPECIALIZED = (
     "groups",
     "rule_number",
     "revise_number",
+    "least_number",
+    "defers",
 )
 
 
@@ -72,7 +81,7 @@ def below(places, bound, RULE: tl.constexpr):
 
 
 @triton.jit
-def last_chosen(places, stored, count, number, RULE: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
+def last_chosen(places, stored, count, least, number, RULE: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
     """The last place that the rule commits, were there one at every integer. The rank of a place is the number of those
     below it, and with rising rank confidences fall, bars and sums rise: what passes comes before what fails, so each
     rule is a bisection. 63 steps of one reduction cost less than a sort, and no candidate need stay in a register."""
@@ -88,16 +97,40 @@ def last_chosen(places, stored, count, number, RULE: tl.constexpr, BLOCK: tl.con
                 some_rank, some_total = below(tl.load(stored + k, mask=k < count, other=LAST), bound, RULE)
                 rank += some_rank
                 total += some_total
-        if RULE == TOP_K:
-            passes = rank < number
-        elif RULE == THRESHOLD:
-            passes = (rank == 0) | (-key_of(bound) >= number)
-        elif RULE == FACTOR:  # ranks count from 1: f / (r + 1)
-            passes = (rank == 0) | (-key_of(bound) >= 1.0 - tl.div_rn(number, (rank + 2).to(tl.float32)))
-        else:
-            passes = (rank == 0) | (total.to(tl.float64) * (1 / ENTROPY_ONE) <= number.to(tl.float64))
-        end = tl.where(passes, bound, end)
+        end = tl.where((rank < least) | passing(rank, -key_of(bound), total, number, RULE), bound, end)
     return end
+
+
+@triton.jit
+def passing(rank, confidence, total, number, RULE: tl.constexpr):
+    """Whether the rule commits ranks, from 0, beyond those that it always commits. total: of entropies, in units of
+    1 / ENTROPY_ONE."""
+    if RULE == TOP_K:
+        return rank < 0
+    elif RULE == THRESHOLD:
+        return confidence >= number
+    elif RULE == FACTOR:  # ranks count from 1: f / (r + 1)
+        return confidence >= 1.0 - tl.div_rn(number + tl.zeros(rank.shape, tl.float32), (rank + 2).to(tl.float32))
+    else:
+        return total.to(tl.float64) * (1 / ENTROPY_ONE) <= number.to(tl.float64)
+
+
+@triton.jit
+def first_failing(places, confidence, stored, stored_entropies, count, least, number, RULE: tl.constexpr):
+    """The lowest of these places that the rule does not commit, for ranks in any order. Compares each with all others:
+    the order need not follow the confidence, so that no bisection finds it."""
+    rank, total = tl.zeros(places.shape, tl.int32), tl.zeros(places.shape, tl.int64)
+    for start in range(0, count, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        other = tl.load(stored + j, mask=j < count, other=LAST)
+        before = other[None, :] < places[:, None]
+        rank += tl.sum(before.to(tl.int32), 1)
+        if RULE == ENTROPY_BOUND or RULE == INCLUSIVE:
+            counted = other[None, :] <= places[:, None] if RULE == INCLUSIVE else before
+            own = tl.load(stored_entropies + j, mask=j < count, other=0)
+            total += tl.sum(tl.where(counted & (other[None, :] < LAST), own[None, :], 0), 1)
+    fails = (rank >= least) & ~passing(rank, confidence, total, number, RULE)
+    return tl.min(tl.where(fails, places, LAST), 0)
 
 
 # ---- one row's partials ----------------------------------------------------------------------------------------------
@@ -115,7 +148,8 @@ def merged(
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """(best id or -1, probability, margin, entropy, held probability) of the wanted rows. Sums over groups are of
+    """(best id or -1, probability, margin, entropy, held probability, largest probability, best logit less the
+    largest) of the wanted rows. Sums over groups are of
     integers of 1 / ONE, so BLOCK and BLOCK_G change nothing."""
     field = groups.to(tl.int64) * rows
     top, second = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], -INF, tl.float32)
@@ -167,7 +201,8 @@ def merged(
     probability = (tl.exp(shifted(logit, top, scale)).to(tl.float64) / total).to(tl.float32)
     margin = ((1.0 - tl.exp(shifted(second, top, scale)).to(tl.float64)) / total).to(tl.float32)
     held_probability = (tl.exp(shifted(held_logit, top, scale)).to(tl.float64) / total).to(tl.float32)
-    return tl.where(good, best, -1), probability, margin, entropy, held_probability
+    largest = (1.0 / total).to(tl.float32)
+    return tl.where(good, best, -1), probability, margin, entropy, held_probability, largest, logit - top
 
 
 # ---- a sequence ------------------------------------------------------------------------------------------------------
@@ -202,6 +237,14 @@ def proposed(
     step,
     step_number,
     step_b,
+    temperature,
+    temperature_number,
+    temperature_b,
+    rank_temperature,
+    rank_number,
+    rank_b,
+    defer,
+    defers,
     tau,
     scores,
     scores_b,
@@ -212,13 +255,15 @@ def proposed(
     RULE: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     REVISE: tl.constexpr,
+    ORDER: tl.constexpr,
+    RERANKED: tl.constexpr,
     NEEDS: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
     """Candidates k of sequence b: stores proposal, confidence and whether it is an edit; (their places under the rule,
-    and among those that may go back to the mask), LAST where there is none."""
+    and among those that may go back to the mask, LAST where there is none; their entropies)."""
     inside = k < count
     row = b * count + k
     sequence = tl.zeros([BLOCK], tl.int64) + b
@@ -228,32 +273,25 @@ def proposed(
     masked, fixed = candidate & (held == mask_id), candidate & (held != mask_id)
     scale = confidence_scale(confidence_temperature, confidence_number, confidence_b, sequence, inside)
     wanted = candidate if REVISE == EDIT or REVISE == REMASK else masked
-    best, probability, margin, entropy, held_probability = merged(
+    best, probability, margin, entropy, held_probability, largest, gap = merged(
         partials, best_ids, groups, rows, row, wanted, scale, NEEDS, ONE, BLOCK, BLOCK_G
     )
+    key0, key1, position, at_step = noise_counters(
+        sequence, k, inside, at, noise_positions, noise_b, noise_k, seed, seed_number, seed_b, step, step_number, step_b
+    )
+    zero = tl.zeros([BLOCK], tl.uint32)
     if CONFIDENCE == PROBABILITY:
         confidence = probability
     elif CONFIDENCE == MARGIN:
         confidence = margin
     elif CONFIDENCE == NEG_ENTROPY:
         confidence = 0.0 - entropy
+    elif CONFIDENCE == SAMPLED:
+        t = of_sequence(temperature, temperature_number, temperature_b, sequence, inside, tl.float32)
+        noisy = masked & (t > 0)
+        t = tl.where(noisy, tl.minimum(t, HIGHEST_TEMPERATURE), 1.0)
+        confidence = tl.where(noisy, tl.minimum(largest, tl.exp(tl.div_rn(gap, t))), largest)
     else:
-        key0, key1, position, at_step = noise_counters(
-            sequence,
-            k,
-            inside,
-            at,
-            noise_positions,
-            noise_b,
-            noise_k,
-            seed,
-            seed_number,
-            seed_b,
-            step,
-            step_number,
-            step_b,
-        )
-        zero = tl.zeros([BLOCK], tl.uint32)
         w0, w1, _w2, _w3 = philox(key0, key1, zero, position, at_step, zero + 1)
         confidence = unit(w0, w1)
 
@@ -262,7 +300,21 @@ def proposed(
     proposal = tl.where(takes_part, best.to(tl.int64), -1)
     confidence = tl.where(takes_part, confidence, -INF)
     by_entropy: tl.constexpr = RULE == ENTROPY_BOUND or RULE == INCLUSIVE
-    places = place(masked & takes_part, entropy if by_entropy else -confidence, at)
+    key = entropy if by_entropy else -confidence
+    deferred = tl.zeros([BLOCK], tl.int32) > 0
+    if RERANKED:
+        t = of_sequence(rank_temperature, rank_number, rank_b, sequence, inside, tl.float32)
+        v0, v1, _v2, _v3 = philox(key0, key1, zero, position, at_step, zero + 2)
+        noise = tl.minimum(t, HIGHEST_TEMPERATURE) * gumbel(v0, v1)
+        key = tl.where(t > 0, -tl.minimum(tl.maximum(noise - key, -FLOAT32_MAX), FLOAT32_MAX), key)
+        if ORDER == FROM_LEFT:
+            key = tl.zeros([BLOCK], tl.float32)
+        if defer is not None:
+            for i in range(defers):
+                deferred = deferred | (tl.load(defer + i) == proposal)
+    places = place(masked & takes_part, key, at)
+    if RERANKED:
+        places = tl.where(deferred | (places == LAST), places, places + LOWEST)
     lowest = tl.full([BLOCK], LAST, tl.int64)
     edited = fixed & takes_part & (proposal != held) & (probability >= tau)
     if REVISE == REMASK or REVISE == BY_SCORES:
@@ -276,7 +328,7 @@ def proposed(
     tl.store(proposals + row, proposal, mask=inside)
     tl.store(confidences + row, confidence, mask=inside)
     tl.store(commits + row, (edited if REVISE == EDIT else edited & False).to(tl.uint8), mask=inside)
-    return places, lowest
+    return places, lowest, entropy
 
 
 @triton.jit
@@ -374,6 +426,17 @@ def select_kernel(
     revision,
     revise_number,
     revise_b,
+    least,
+    least_number,
+    least_b,
+    temperature,
+    temperature_number,
+    temperature_b,
+    rank_temperature,
+    rank_number,
+    rank_b,
+    defer,
+    defers,
     scores,
     scores_b,
     scores_k,
@@ -384,27 +447,31 @@ def select_kernel(
     RULE: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     REVISE: tl.constexpr,
+    ORDER: tl.constexpr,
+    RERANKED: tl.constexpr,
     NEEDS: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """One program owns one sequence, BLOCK candidates at a time; if there are more, their places wait in scratch (B, 2,
-    K). Reads up to 32 bytes per candidate and group of ids; merges them in integers, ranks by (confidence falling,
-    position rising), applies the rule and the revision, writes tokens in place and (proposal, confidence, committed)
-    for each candidate. Confidences are float64 until rounded once. Whose row has a NaN or +inf or nothing above -inf
-    proposes -1, has confidence -inf and is not ranked."""
+    """One program owns one sequence, BLOCK candidates at a time; if there are more, or they are RERANKED, their places
+    wait in scratch (B, 3, K). Reads up to 32 bytes per candidate and group of ids; merges them in integers, ranks by
+    (key rising, position rising), applies the rule and the revision, writes tokens in place and (proposal, confidence,
+    committed) for each candidate. Confidences are float64 until rounded once. A row with a NaN or +inf logit, or none
+    above -inf, proposes -1, has confidence -inf and is not ranked."""
     b = tl.program_id(0).to(tl.int64)
-    number = parameter(rule, rule_number, rule_b, b, tl.int64 if RULE == TOP_K else tl.float32)
+    number = parameter(rule, rule_number, rule_b, b, tl.float32)
+    always = parameter(least, least_number, least_b, b, tl.int64)
     revised = parameter(revision, revise_number, revise_b, b, tl.float32 if REVISE == EDIT else tl.int64)
     tau = revised if REVISE == EDIT else 2.0
-    stored, stored_lowest = scratch + 2 * b * count, scratch + (2 * b + 1) * count
+    stored = scratch + 3 * b * count
+    stored_lowest, stored_entropies = stored + count, stored + 2 * count
     places = tl.full([BLOCK], LAST, tl.int64)
     lowest = places
     for start in range(0, count, BLOCK):
         k = start + tl.arange(0, BLOCK).to(tl.int64)
-        places, lowest = proposed(
+        places, lowest, entropy = proposed(
             b,
             k,
             partials,
@@ -434,6 +501,14 @@ def select_kernel(
             step,
             step_number,
             step_b,
+            temperature,
+            temperature_number,
+            temperature_b,
+            rank_temperature,
+            rank_number,
+            rank_b,
+            defer,
+            defers,
             tau,
             scores,
             scores_b,
@@ -444,19 +519,34 @@ def select_kernel(
             RULE,
             CONFIDENCE,
             REVISE,
+            ORDER,
+            RERANKED,
             NEEDS,
             ONE,
             BLOCK,
             BLOCK_G,
         )
-        if not ONE_BLOCK:
+        if RERANKED or not ONE_BLOCK:
             tl.store(stored + k, places, mask=k < count)
+        if not ONE_BLOCK:
             tl.store(stored_lowest + k, lowest, mask=k < count)
+        if RERANKED and (RULE == ENTROPY_BOUND or RULE == INCLUSIVE):
+            tl.store(stored_entropies + k, tl.ceil(entropy.to(tl.float64) * ENTROPY_ONE).to(tl.int64), mask=k < count)
     tl.debug_barrier()
-    end = last_chosen(places, stored, count, number, RULE, BLOCK, ONE_BLOCK)
+    if RERANKED:
+        failing = tl.full([], LAST, tl.int64)
+        for start in range(0, count, BLOCK):
+            k = start + tl.arange(0, BLOCK).to(tl.int64)
+            some = tl.load(stored + k, mask=k < count, other=LAST)
+            confidence = tl.load(confidences + b * count + k, mask=k < count, other=0.0)
+            lowest_failing = first_failing(some, confidence, stored, stored_entropies, count, always, number, RULE)
+            failing = tl.minimum(failing, lowest_failing)
+        end = failing - 1
+    else:
+        end = last_chosen(places, stored, count, always, number, RULE, BLOCK, ONE_BLOCK)
     lowest_end = tl.zeros([], tl.int64)
     if REVISE == REMASK or REVISE == BY_SCORES:
-        lowest_end = last_chosen(lowest, stored_lowest, count, revised, TOP_K, BLOCK, ONE_BLOCK)
+        lowest_end = last_chosen(lowest, stored_lowest, count, revised, number, TOP_K, BLOCK, ONE_BLOCK)
     left = tl.zeros([], tl.int32)
     for start in range(0, count, BLOCK):
         k = start + tl.arange(0, BLOCK).to(tl.int64)
