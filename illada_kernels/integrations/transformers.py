@@ -5,8 +5,8 @@
     model = AutoModel.from_pretrained(folder, attn_implementation="illada")
 
 Masks of models are built as the bounds of KeyRanges, from the arguments where they are causal, bidirectional, sliding
-windows, packed or padded, else from the mask's function evaluated once. They travel through the model as an int32 tensor
-(B or 1, 1, Sq, 4), since transformers hands on four-dimensional tensors untouched.
+windows, packed or padded, else from the mask's function evaluated once. They travel as an int32 tensor (B or 1, 1, Sq,
+4), since transformers hands on four-dimensional tensors untouched.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def register(name: str = "illada") -> None:
         masking.AttentionMaskInterface.register(name, mask_bounds)
         modeling.AttentionInterface.register(name, attention_forward)
     except (ImportError, AttributeError) as error:
-        raise ImportError(
-            f"register: expected transformers 4.57 or later ({error}); pip install -U transformers"
-        ) from None
+        raise ImportError(f"register: expected transformers >= 4.57 ({error}); pip install -U transformers") from None
     _names.add(name)
 
 
@@ -93,9 +91,8 @@ def attention_forward(
     """
     for argument in ("softcap", "s_aux", "position_bias", "head_mask", "alibi"):
         if unsupported.get(argument) is not None:
-            raise ValueError(
-                f'{argument}: expected None, got {type(unsupported[argument]).__name__}; use "eager" or "sdpa"'
-            )
+            came = type(unsupported[argument]).__name__
+            raise ValueError(f'{argument}: expected None, as nothing is added to scores here, got {came}; use "eager"')
     if unsupported.get("output_attentions"):
         raise ValueError('output_attentions: expected False, attention weights are never stored; use "eager"')
     config = getattr(module, "config", None)
