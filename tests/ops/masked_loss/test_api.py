@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from illada_kernels import masked_loss, masked_loss_from_logits
-from illada_kernels.ops.masked_loss import reference
-from illada_kernels.ops.masked_loss.op import from_logits_op, masked_loss_op
+from illada_kernels.ops.masked_loss.op import OPERATOR
 from tests.helpers import masked_loss_contract as contract
+from tests.helpers import masked_loss_reference as reference
 from tests.helpers.masked_loss_calls import BACKENDS, TINY, gradients, inputs, needs_extension
 from tests.helpers.masked_loss_contract import MODES, run
 
@@ -121,7 +121,8 @@ def test_strided_inputs_give_what_contiguous_ones_give(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("vocab", [1, 7, 515])
 def test_row_kernels_touch_nothing_outside_their_rows(dtype: torch.dtype, vocab: int) -> None:
     """Rows of an odd-aligned view, poison around the logits and a sentinel around the gradient."""
-    from illada_kernels.ops.masked_loss.native import Options, RowMath
+    from illada_kernels.ops.masked_loss.cpu_rows import Rows
+    from illada_kernels.ops.masked_loss.problem import Problem
 
     rows, stride, guard = 3, vocab + 5, 64
     room = torch.full((guard + rows * stride + guard + 1,), torch.nan, dtype=dtype)
@@ -130,11 +131,12 @@ def test_row_kernels_touch_nothing_outside_their_rows(dtype: torch.dtype, vocab:
     out_view = out[guard + 1 :].as_strided((rows, vocab), (stride, 1))
     view.copy_(torch.randn(rows, vocab))
     targets = torch.tensor([0, vocab - 1, vocab // 2])
-    math = RowMath(Options("sum", 3.0, 0.1, 0.01, (), None), vocab, None)
-    state = math.state(rows)
-    math.stats(view, 0, targets, state)
+    masked = torch.ones(rows, dtype=torch.bool)
+    math = Rows(Problem(view, None, targets, masked, None, None, "sum", 3.0, 0.1, 0.01))
+    state = math.state()
+    math.stats(view, 0, state)
     assert state.isfinite().all()
-    math.dlogits(view, out_view, 0, targets, math.coefficients(state[:, 0], state[:, 1], torch.ones(rows)))
+    math.dlogits(view, out_view, 0, math.coefficients(state))
     assert out_view.isfinite().all() and (out_view != 77).all()
     touched = torch.zeros_like(out, dtype=torch.bool)
     touched[guard + 1 :].as_strided((rows, vocab), (stride, 1)).fill_(True)
@@ -257,10 +259,11 @@ def test_operators_pass_opcheck(backend: str, budget: int | None, reduction: str
     options = (reduction, 3.0, 0.1, 0.01, [1], max_masked)
     targets[targets == 1] = 0
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    args = (*leaves, targets, masked, w, torch.randn(300), *options, budget, True, True, False, backend)
-    torch.library.opcheck(masked_loss_op.op, args)
+    args = (*leaves, targets, masked, w, torch.randn(300), *options, budget, [True, True, False], backend)
+    torch.library.opcheck(OPERATOR.op, args)
     logits = (hidden @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(from_logits_op.op, (logits, targets, masked, w, *options, backend))
+    args = (logits, None, targets, masked, w, None, *options, None, [True, False, False], backend)
+    torch.library.opcheck(OPERATOR.op, args)
 
 
 @needs_extension
@@ -280,11 +283,11 @@ def test_compiles_without_a_graph_break_and_gives_the_same(max_masked: int | Non
 
 ISA_CHECK = """
 import torch
-from illada_kernels import _dispatch, masked_loss_from_logits
-from illada_kernels.ops.masked_loss import reference
+from illada_kernels import _extension, masked_loss_from_logits
+from tests.helpers import masked_loss_reference as reference
 from illada_kernels.testing import tolerance
 wanted = {isa!r}
-assert _dispatch.native().cpu_isa == wanted, _dispatch.native().cpu_isa
+assert _extension.native().cpu_isa == wanted, _extension.native().cpu_isa
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     x = (torch.randn(40, 1003) * 20).to(dtype)
@@ -305,10 +308,10 @@ print("ok")
 @needs_extension
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_every_instruction_set_meets_the_bar(isa: str, python: Any) -> None:
-    from illada_kernels import _dispatch
+    from illada_kernels import _extension
 
     names = ["scalar", "avx2", "avx512"]
-    if names.index(_dispatch.native().cpu_isa) < names.index(isa):
+    if names.index(_extension.native().cpu_isa) < names.index(isa):
         pytest.skip(f"this processor has no {isa}")
     done = python("-c", ISA_CHECK.format(isa=isa), ILLADA_CPU_ISA=isa)
     assert done.stdout.strip() == "ok", done.stderr
