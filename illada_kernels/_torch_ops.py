@@ -184,6 +184,8 @@ class Operator:
 
     def choose(self, problem: Any) -> _dispatch.Backend:
         """Returns the backend that runs the problem, or raises with every backend's reason."""
+        if type(problem.backend) is _dispatch.Resolved:
+            return next(backend for backend in self.backends if backend.name == problem.backend)
         device = next(x for x in problem if isinstance(x, Tensor)).device.type
         return _dispatch.choose(getattr(problem, "op", self.name), self.backends, device, problem, problem.backend)
 
@@ -267,7 +269,7 @@ class _Backward:
         upstream = {f"grad_{i}": Tensor | None for i in range(derivative.upstream)}
         saved = {f"saved_{i}": Tensor for i in derivative.saves}
         self.first = len(upstream) + len(saved)
-        kinds = {**upstream, **saved, **kinds, "needs": Sequence[bool]}
+        kinds = {**upstream, **saved, **kinds, "wanted": Sequence[bool]}
         name = f"{operator.name}_bwd"
         self.op = _register(name, kinds, len(derivative.of), self._kernel, self._fake, ())
         _count_flops(name, lambda *a: operator.flops(operator.problem(*a[self.first : -1]), a[-1]))

@@ -1,5 +1,5 @@
-"""The row operations of masked_loss (row_kernels.py) in plain torch: what the CUDA and Triton kernels are compared with, and
-what runs the orchestration of gpu.py on a CPU."""
+"""The row operations of masked_loss (row_kernels.py) in plain torch: what the CUDA and Triton kernels are compared
+with, and what runs the orchestration of gpu.py on a CPU."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -89,8 +88,8 @@ def masked_loss(
     -------
     Tensor
         The loss, float32 (float64 for float64 inputs). Gradients reach hidden (zero where not masked), head_weight and
-        head_bias, each rounded once from float32. The backward may run twice; a second derivative raises. Forward-mode AD and
-        torch.func's transforms work; forward mode computes in plain PyTorch, on the head in float32.
+        head_bias, each rounded once from float32. The backward may run twice; a second derivative raises. torch.func's
+        transforms and forward-mode AD work; forward mode computes in plain PyTorch, on the head in float32.
 
     Raises
     ------
@@ -142,12 +141,12 @@ def masked_loss(
         weight,
         head_bias,
         reduction,
-        softcap,
-        label_smoothing,
-        z_loss,
+        None if softcap is None else torch.sym_float(softcap),
+        torch.sym_float(label_smoothing),
+        torch.sym_float(z_loss),
         _ids(forbid, vocab),
-        max_masked,
-        memory_budget,
+        None if max_masked is None else torch.sym_int(max_masked),
+        None if memory_budget is None else torch.sym_int(memory_budget),
         _needs(hidden, head_weight, head_bias),
         backend or "",
     )
@@ -213,11 +212,11 @@ def masked_loss_from_logits(
         weight,
         None,
         reduction,
-        softcap,
-        label_smoothing,
-        z_loss,
+        None if softcap is None else torch.sym_float(softcap),
+        torch.sym_float(label_smoothing),
+        torch.sym_float(z_loss),
         _ids(forbid, logits.shape[-1]),
-        max_masked,
+        None if max_masked is None else torch.sym_int(max_masked),
         None,
         _needs(logits, None, None),
         backend or "",
@@ -245,7 +244,7 @@ def _check_rows(name: str, rows: Tensor, width: str, targets: Tensor, masked: Te
     for key, x, dtype in beside:
         wider = (torch.float64,) if key == "weight" and rows.dtype == torch.float64 else ()
         expect_tensor(key, x, dtype, *wider)
-        expect_shape(key, x, *rows.shape[:-1], like=f"as {name}'s first dimensions")
+        expect_shape(key, x, *rows.shape[:-1], like=f"to match the rows of {name}")
         expect_device(key, x, rows.device, name)
     if weight is not None and weight.requires_grad:
         raise ValueError("weight: expected requires_grad=False (it gets no gradient), got True; pass weight.detach()")
@@ -262,7 +261,9 @@ def _check_options(
     expect_choice("reduction", reduction, ("sum", "mean", "none"))
     if softcap is not None:
         expect_number("softcap", softcap, LEAST_CAP, MOST)
-    expect_number("label_smoothing", label_smoothing, 0.0, math.nextafter(1.0, 0.0))
+    expect_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    if not holds(label_smoothing < 1):
+        raise ValueError("label_smoothing: expected a number below 1, got 1.0")
     expect_number("z_loss", z_loss, 0.0, MOST)
     if max_masked is not None:
         expect_integer("max_masked", max_masked, 0, 2**62)
@@ -275,10 +276,12 @@ def _ids(forbid: Sequence[int], vocab: int) -> tuple[int, ...]:
         ids = tuple(forbid)
     except TypeError:
         raise TypeError(f"forbid: expected a sequence of ids, got {type(forbid).__name__}; use (id,)") from None
+    if not ids:
+        return ()
     for one in ids:
         expect_integer("forbid", one, 0, 2**62)
         if not holds(one < vocab):
             raise ValueError(f"forbid: expected ids in [0, {shown(vocab)}), got {shown(one)}")
     if not holds(len(ids) < vocab) and len(set(ids)) == vocab:
         raise ValueError(f"forbid: expected at least one of the {shown(vocab)} ids to stay allowed, got all of them")
-    return ids
+    return tuple(torch.sym_int(i) for i in ids)

@@ -30,11 +30,7 @@ ROW_BYTES = 256  # of indices, states and coefficients
 SLICE_BYTES = 8 << 20  # of logits, or of a half-precision head in float32, where the budget allows more
 
 
-def available() -> str | None:
-    return extension_reason()
-
-
-supports = no_float64
+available, supports = extension_reason, no_float64
 
 
 # ----- which mode --------------------------------------------------------------------------------------------------
@@ -238,7 +234,9 @@ def _scaled(
     for i, (x, k) in enumerate(zip((problem.hidden, problem.head_weight, problem.head_bias), kept)):
         if needs[i] and x is not None:
             as_it_is = one and x.dtype == k.dtype
-            grads[i] = torch._lazy_clone(k) if as_it_is else torch.mul(k, grad_loss, out=torch.empty_like(k, dtype=x.dtype))
+            grads[i] = (
+                torch._lazy_clone(k) if as_it_is else torch.mul(k, grad_loss, out=torch.empty_like(k, dtype=x.dtype))
+            )
     return grads
 
 
@@ -289,8 +287,9 @@ def _products(
 
 def _head(problem: Problem, ids: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """Yields (first id, up to `ids` rows of the head in float32): views, or one buffer filled in turn."""
-    assert problem.head_weight is not None
-    head, stop = problem.head_weight, problem.vocab if stop is None else stop
+    head = problem.head_weight
+    assert head is not None
+    stop = len(head) if stop is None else stop
     buffer = None if head.dtype == torch.float32 else _floats(min(ids, stop - start), head.shape[1])
     for first in range(start, stop, ids):
         part = head[first : min(first + ids, stop)]

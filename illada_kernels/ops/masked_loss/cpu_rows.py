@@ -35,7 +35,8 @@ class Rows:
         self.where = masked.nonzero(as_tuple=True)
         self.flat = self.where[0] if masked.dim() == 1 else masked.reshape(-1).nonzero().squeeze(1)
         self.targets = targets[self.where]
-        self.count, vocab, forbidden = len(self.targets), problem.vocab, problem.forbidden()
+        self.count, vocab = len(self.targets), problem.vocab
+        forbidden = problem.forbidden() if problem.forbid else ()
         if self.count and not (self.targets.amin() >= 0 and self.targets.amax() < vocab):
             wrong = int(((self.targets < 0) | (self.targets >= vocab)).nonzero()[0])
             raise bad_target(int(self.targets[wrong]), int(self.flat[wrong]), problem)

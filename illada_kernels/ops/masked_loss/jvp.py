@@ -1,9 +1,9 @@
 """The forward-mode derivative of masked_loss, in plain PyTorch on every device.
 
-    dloss_i = scale_i sum_v d(loss_i) / dz_v * dz_iv,   dz = dhidden @ head_weight.T + hidden @ dhead_weight.T + dhead_bias
+    dloss_i = scale_i sum_v d(loss_i) / dz_v * dz_iv,   dz = dhidden @ head.T + hidden @ dhead.T + dbias
 
-with d(loss) / dz of reference.py. Works on chunks of rows, so that at most about 64 MiB of logits are held at once, and on
-the head in float32.
+with d(loss) / dz of reference.py. Works on chunks of rows, so that at most about 64 MiB of logits are held at once, and
+on the head in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def jvp(problem: Problem, kept: tuple[Tensor, ...], tangents: tuple[Tensor | Non
         rows, live = masked_rows(masked, masked.numel() if batched else problem.max_masked)
         scale = row_scale(problem, rows, live)
         size = max(1, CHUNK_BYTES // (8 * problem.vocab))
-        parts = [_of_rows(problem, rows[at : at + size], live[at : at + size], tangents) for at in range(0, len(rows), size)]
+        parts = [
+            _of_rows(problem, rows[at : at + size], live[at : at + size], tangents) for at in range(0, len(rows), size)
+        ]
         of_rows = (torch.cat(parts).double() if parts else scale) * scale  # (rows,)
         if problem.reduction == "none":
             loss = of_rows.new_zeros(masked.numel()).index_copy(0, rows, of_rows).view(masked.shape)

@@ -1,11 +1,11 @@
-"""masked_loss and masked_loss_from_logits in plain PyTorch: the specification that every other backend is tested against.
+"""masked_loss and masked_loss_from_logits in plain PyTorch: the specification of all other backends.
 
     z      = softcap tanh((hidden @ head_weight.T + head_bias) / softcap), -inf at forbidden ids;  lse = log sum exp z
     loss   = lse - (1 - e) z_target - e mean(z) + z_loss lse^2, times the row's weight
     dlogit = weight ((1 + 2 z_loss lse) exp(z - lse) - e / allowed - [target] (1 - e)) dz/dlogit
 
-e is the label smoothing; means and `allowed` are over the ids that are not forbidden. Computes in float32, in float64 for
-float64 inputs, and stores the logits of all masked rows. `forward` is differentiable by autograd; `backward` is its
+e is the label smoothing; means and `allowed` are over the ids that are not forbidden. Computes in float32, in float64
+for float64 inputs, and stores the logits of all masked rows. `forward` is differentiable by autograd; `backward` is its
 gradient written out, because autograd does not run inside an operator.
 """
 
@@ -128,8 +128,8 @@ def row_scale(problem: Problem, rows: Tensor, live: Tensor) -> Tensor:
 
 
 def row_losses(logits: Tensor, problem: Problem, rows: Tensor, live: Tensor) -> Tensor:
-    """Returns cross-entropy, smoothing and z-loss of each row of logits (rows, V), unweighted; NaN where a target is not
-    an id, 0 for fillers."""
+    """Returns cross-entropy, smoothing and z-loss of each row of logits (rows, V), unweighted; 0 for fillers, NaN where
+    a target is not an id."""
     at_target, bad = _targets(problem, rows, live)
     z, allowed = _capped(logits, problem)
     z, smoothing = z.masked_fill(~allowed, -torch.inf), problem.label_smoothing

@@ -180,23 +180,29 @@ def test_autocast_casts_hidden_head_and_bias_but_not_logits(backend: str) -> Non
 H, C = torch.zeros(4, 6), torch.zeros(9, 6)
 T, M, W = torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.bool), torch.ones(4)
 BAD = {
-    "hidden list": ((TypeError, "hidden: expected a tensor, got list"), {"hidden": [1.0]}),
-    "hidden int": ((TypeError, "hidden: expected torch.bfloat16 or .*, got torch.int64"), {"hidden": H.long()}),
-    "hidden scalar": ((ValueError, r"hidden: expected shape \(..., D\), got a scalar"), {"hidden": torch.zeros(())}),
+    "hidden list": ((TypeError, "hidden: expected a tensor of torch.float32 or .*, got list"), {"hidden": [1.0]}),
+    "hidden int": (
+        (TypeError, "hidden: expected torch.float32 or .*, got torch.int64; convert it"),
+        {"hidden": H.long()},
+    ),
+    "hidden scalar": ((ValueError, r"hidden: expected shape \(..., D\), got \(\)"), {"hidden": torch.zeros(())}),
     "hidden stride": (
-        (ValueError, r"hidden: expected the last dimension contiguous, got strides \(1, 4\)"),
+        (ValueError, r"hidden: expected a contiguous last dimension, got strides \(1, 4\); use .contiguous\(\)"),
         {"hidden": torch.zeros(6, 4).T},
     ),
     "head dtype": ((TypeError, "head_weight: expected torch.float32, got torch.float16"), {"head_weight": C.half()}),
-    "head shape": ((ValueError, r"head_weight: expected shape \(V, 6\), got \(9, 5\)"), {"head_weight": C[:, :5]}),
+    "head shape": (
+        (ValueError, r"head_weight: expected shape \(V, 6\) to match hidden, got \(9, 5\)"),
+        {"head_weight": C[:, :5]},
+    ),
     "head device": (
-        (ValueError, "head_weight: expected to be on cpu as the first argument, got meta"),
+        (ValueError, "head_weight: expected device cpu like hidden, got meta; move it"),
         {"head_weight": C.to("meta")},
     ),
     "head empty": ((ValueError, "a vocabulary of at least one id, got V = 0"), {"head_weight": C[:0]}),
     "targets dtype": ((TypeError, "targets: expected torch.int64, got torch.int32"), {"targets": T.int()}),
     "targets shape": (
-        (ValueError, r"targets: expected shape \(4,\), as hidden's first dimensions, got \(3,\)"),
+        (ValueError, r"targets: expected shape \(4,\) to match the rows of hidden, got \(3,\)"),
         {"targets": T[:3]},
     ),
     "masked dtype": ((TypeError, "masked: expected torch.bool, got torch.float32"), {"masked": W}),
@@ -205,15 +211,21 @@ BAD = {
         (ValueError, r"weight: expected requires_grad=False .* pass weight.detach\(\)"),
         {"weight": W.clone().requires_grad_()},
     ),
-    "bias shape": ((ValueError, r"head_bias: expected shape \(9,\), got \(4,\)"), {"head_bias": W}),
-    "reduction": ((ValueError, "reduction: expected 'sum', 'mean' or 'none', got 'avg'"), {"reduction": "avg"}),
-    "softcap": ((ValueError, "softcap: expected a positive number or None, got 0"), {"softcap": 0}),
-    "smoothing": ((ValueError, r"label_smoothing: expected a number in \[0, 1\), got 1"), {"label_smoothing": 1}),
-    "z_loss": ((ValueError, "z_loss: expected a number >= 0, got -0.1"), {"z_loss": -0.1}),
+    "bias shape": (
+        (ValueError, r"head_bias: expected shape \(9,\) to match head_weight, got \(4,\)"),
+        {"head_bias": W},
+    ),
+    "reduction": ((ValueError, "reduction: expected one of 'sum', 'mean', 'none', got 'avg'"), {"reduction": "avg"}),
+    "softcap": (
+        (ValueError, "softcap: expected a finite number of at least 1.1.*e-38 and of at most 3.4.*, got 0"),
+        {"softcap": 0},
+    ),
+    "smoothing": ((ValueError, "label_smoothing: expected a number below 1, got 1"), {"label_smoothing": 1}),
+    "z_loss": ((ValueError, "z_loss: expected a finite number of at least 0 .*, got -0.1"), {"z_loss": -0.1}),
     "forbid": ((ValueError, r"forbid: expected ids in \[0, 9\), got 9"), {"forbid": (3, 9)}),
     "forbid all": ((ValueError, "forbid: expected at least one of the 9 ids"), {"forbid": range(9)}),
-    "max_masked": ((ValueError, "max_masked: expected an int >= 0 or None, got -1"), {"max_masked": -1}),
-    "budget": ((ValueError, "memory_budget: expected a positive number of bytes or None, got 0"), {"memory_budget": 0}),
+    "max_masked": ((ValueError, "max_masked: expected an int of at least 0, got -1"), {"max_masked": -1}),
+    "budget": ((ValueError, "memory_budget: expected an int of at least 1, got 0"), {"memory_budget": 0}),
     "backend": ((ValueError, "backend: .*cpu, reference for masked_loss, got 'gpu'"), {"backend": "gpu"}),
     "target": (
         (ValueError, r"targets: expected ids in \[0, 9\) at masked rows, got 9 at row 2 of 4"),

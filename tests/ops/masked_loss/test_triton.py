@@ -19,10 +19,13 @@ triton = pytest.importorskip("triton", reason="no triton")
 tl = pytest.importorskip("triton.language")
 
 from illada_kernels import masked_loss  # noqa: E402
-from illada_kernels.ops.masked_loss import op, reference, triton as backend  # noqa: E402
+from illada_kernels.ops.masked_loss import op, reference  # noqa: E402
+from illada_kernels.ops.masked_loss import triton as backend  # noqa: E402
 from illada_kernels.ops.masked_loss.problem import Problem  # noqa: E402
 from illada_kernels.ops.masked_loss.row_kernels import Formula, Rows  # noqa: E402
-from illada_kernels.ops.masked_loss.triton import compact, rows as rows_file, row_kernels as room  # noqa: E402
+from illada_kernels.ops.masked_loss.triton import compact  # noqa: E402
+from illada_kernels.ops.masked_loss.triton import row_kernels as room  # noqa: E402
+from illada_kernels.ops.masked_loss.triton import rows as rows_file  # noqa: E402
 from illada_kernels.ops.masked_loss.triton.row_kernels import TritonRows  # noqa: E402
 from illada_kernels.testing import assert_close, masked_loss_rounding  # noqa: E402
 from tests.helpers import masked_loss_calls as calls  # noqa: E402
