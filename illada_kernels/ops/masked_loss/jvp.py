@@ -21,8 +21,7 @@ def jvp(problem: Problem, kept: tuple[Tensor, ...], tangents: tuple[Tensor | Non
     """Returns the tangent of the loss, in its dtype."""
     masked = problem.masked
     with torch.autocast(masked.device.type, enabled=False):
-        batched = torch._C._functorch.is_batchedtensor(masked)  # the number of its rows is not known: takes all
-        rows, live = masked_rows(masked, masked.numel() if batched else problem.max_masked)
+        rows, live = masked_rows(masked, masked.numel() if _is_batched(masked) else problem.max_masked)
         scale = row_scale(problem, rows, live)
         size = max(1, CHUNK_BYTES // (8 * problem.vocab))
         parts = [
@@ -34,6 +33,15 @@ def jvp(problem: Problem, kept: tuple[Tensor, ...], tangents: tuple[Tensor | Non
         else:
             loss = of_rows.sum()
         return ((loss * overflow_poison(problem)).to(torch.promote_types(problem.hidden.dtype, torch.float32)),)
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether vmap holds several masks in x, whose numbers of rows may differ."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
 
 
 def _of_rows(problem: Problem, rows: Tensor, live: Tensor, tangents: tuple[Tensor | None, ...]) -> Tensor:
