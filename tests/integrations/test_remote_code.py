@@ -1,4 +1,4 @@
-"""patch and unpatch on models of the structures that people have: LLaDA's, Dream's, SDAR's, and one of its own attention."""
+"""patch and unpatch on models of the structures that people have: LLaDA's, Dream's, SDAR's, and one by hand."""
 
 from __future__ import annotations
 
@@ -138,12 +138,7 @@ def test_the_loss_is_torchs_and_may_be_left_alone():
     patch(model)
     torch.testing.assert_close(torch.autograd.grad(model(x, labels=labels), model.head.weight)[0], right)
     unpatch(model)
-    assert "forward" in patch(model)[0] or True
-    unpatch(model)
-    assert patch(model, loss=False) == [
-        "blocks.0._scaled_dot_product_attention",
-        "blocks.1._scaled_dot_product_attention",
-    ]
+    assert patch(model, loss=False) == [f"blocks.{i}._scaled_dot_product_attention" for i in range(2)]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
