@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ from ._checks import holds, known
 def clamp_bounds(bounds: Tensor, num_keys: int) -> Tensor:
     """Bounds in normal form, as every backend reads them: each at least the one before it and at most num_keys."""
     return bounds.clamp(0, num_keys).cummax(-1).values
+
+
+def savable(bounds: Any) -> Any:
+    """Bounds that autograd can save: not an inference tensor. A compiled call keeps what it is given."""
+    if torch.compiler.is_compiling() or not isinstance(bounds, Tensor) or not bounds.is_inference():
+        return bounds
+    with torch.inference_mode(False):
+        return bounds.clone()
 
 
 def pack(lo0: Tensor, hi0: Tensor | int, lo1: Tensor | None = None, hi1: Tensor | None = None) -> Tensor:
