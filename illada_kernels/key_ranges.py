@@ -551,6 +551,8 @@ class KeyRanges:
 
 def _size(name: str, value: int, least: int = 0, most: int = _MOST) -> int:
     """A checked size as Python's int, or symbolic."""
+    if torch.compiler.is_compiling() and type(value).__module__ == "numpy":
+        value = int(value)  # Dynamo takes a NumPy scalar for an array
     expect_integer(name, value, least, most)
     return value if isinstance(value, (int, torch.SymInt)) else int(value)
 

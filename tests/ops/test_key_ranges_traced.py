@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 
 from illada_kernels import KeyRanges, attention
@@ -136,11 +137,11 @@ def test_lengths_that_only_data_decide_trace_too(name):
     def build(length):
         size = length.item()
         torch._check(size >= 4)  # so that "cached" has room
-        return USES[name](torch.zeros(3, 1, 3).expand(3, size, 3), torch.tensor([1, 2, 3])).bounds
+        return Use(name)(torch.zeros(3, 1, 3).expand(3, size, 3), torch.tensor([1, 2, 3]))
 
     compiled = torch.compile(build, fullgraph=True, backend="eager")
     for length in (torch.tensor(9), torch.tensor(12)):
-        assert torch.equal(compiled(length), build(length))
+        assert same(compiled(length), build(length))
 
 
 def test_what_does_not_fit_still_raises_where_nothing_can_be_read():
@@ -175,6 +176,24 @@ def test_numpy_numbers_are_sizes():
         assert torch.equal(
             KeyRanges.window(4, integer(1), None, integer(6)).bounds, KeyRanges.window(4, 1, None, 6).bounds
         )
+
+
+@pytest.mark.parametrize("integer", [np.int32, np.int64])
+def test_numpy_numbers_are_sizes_in_a_trace_too(integer):
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(lambda n: KeyRanges.window(n, 1, 2).dense(), fullgraph=True, backend=counting(graphs))
+    for n in (4, 5, 6):
+        assert torch.equal(compiled(integer(n)), KeyRanges.window(n, 1, 2).dense())
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["from padding", "from dense", "and"])
+def test_what_reads_masks_traces_with_proxies_and_fake_tensors(name):
+    x, n = given(3, 13)
+    traced = make_fx(lambda x, n: USES[name](x, n).bounds, tracing_mode="symbolic")(x, n)
+    for size in SIZES:
+        assert torch.equal(traced(*given(*size)), USES[name](*given(*size)).bounds)
 
 
 # ---- arguments and results of programs -------------------------------------------------------------------------------
