@@ -11,7 +11,6 @@ copy of the method, in whose globals that name means ours. Nothing else changes,
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -69,29 +68,26 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     if _KEPT in vars(model):
         return list(vars(model)[_KEPT].replaced)
     kept = _Kept()
-    wanted = {F.scaled_dot_product_attention: scaled_dot_product_attention}
+    wanted: dict[Any, Any] = {F.scaled_dot_product_attention: scaled_dot_product_attention}
     if loss:
         wanted |= {F.cross_entropy: cross_entropy, torch.nn.CrossEntropyLoss: CrossEntropyLoss}
-    attention = False
+    found: set[str] = set()
     by_interface = False
     for path, module in model.named_modules():
         for name, function in _methods(type(module)):
-            names = _names(function.__code__)
-            by_interface |= INTERFACE in names
-            copy = _copy(function, names, wanted)
-            if copy is None:
-                continue
-            attention |= "scaled_dot_product_attention" in names
-            kept.replace(module, name, types.MethodType(copy, module), f"{path}.{name}".lstrip("."))
+            by_interface |= _asks_interface(function)
+            copy = _copy(function, wanted, found)
+            if copy is not None:
+                kept.replace(module, name, types.MethodType(copy, module), f"{path}.{name}".lstrip("."))
     if by_interface and hasattr(model, "set_attn_implementation"):
         from . import transformers as illada
 
         illada.register()
-        kept.implementation = model.config._attn_implementation  # type: ignore[union-attr]
+        kept.implementation = str(vars(model)["config"]._attn_implementation)
         model.set_attn_implementation("illada")  # type: ignore[operator]
         kept.replaced.append('attn_implementation="illada"')
-        attention = True
-    if not attention:
+        found.add(INTERFACE)
+    if not found & {"scaled_dot_product_attention", INTERFACE}:
         kept.restore(model)
         raise ValueError(
             f"model: found no attention in {type(model).__name__}: no method of its modules calls "
@@ -153,27 +149,49 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _copy(function: types.FunctionType, names: set[str], wanted: dict[Any, Any]) -> types.FunctionType | None:
-    """The function with globals in which the wanted names mean ours; None if it names none of them."""
-    function = inspect.unwrap(function) if inspect.unwrap(function).__code__ is function.__code__ else function
-    if not names & {one.__name__ for one in wanted}:
-        return None
+def _copy(function: types.FunctionType, wanted: dict[Any, Any], found: set[str]) -> types.FunctionType | None:
+    """Returns the function with globals in which the wanted names mean ours, in what it decorates too; None if nothing
+    names them. Adds the names to `found`."""
+    theirs = {one.__name__: one for one in wanted}
     changed = {}
-    for name in names:
+    for name in (names := _names(function.__code__)):
         value = function.__globals__.get(name)
-        if isinstance(value, types.ModuleType):
+        if isinstance(value, types.ModuleType) and names & theirs.keys():
             replacement = _module(value, tuple(wanted.items()))
             if replacement is not value:
                 changed[name] = replacement
-        elif value is not None and any(value is one for one in wanted):
-            changed[name] = next(ours for one, ours in wanted.items() if value is one)
-    if not changed:
+                found |= names & theirs.keys()
+        elif name in theirs and value is theirs[name]:
+            changed[name] = wanted[value]
+            found.add(name)
+    closure = []
+    for cell in function.__closure__ or ():
+        inner = _content(cell)
+        copy = _copy(inner, wanted, found) if isinstance(inner, types.FunctionType) and inner is not function else None
+        closure.append(cell if copy is None else types.CellType(copy))
+    if not changed and all(a is b for a, b in zip(closure, function.__closure__ or ())):
         return None
     scope = {**function.__globals__, **changed}
     scope.pop("__name__", None)  # torch.compile would look names up in the module of that name
-    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(copy, function, updated=("__dict__",))  # type: ignore[return-value]
+    new = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, tuple(closure))
+    new.__kwdefaults__ = function.__kwdefaults__
+    vars(new).update(vars(function))
+    return new
+
+
+def _asks_interface(function: types.FunctionType) -> bool:
+    """Whether it, or what it decorates, names transformers' attention interface."""
+    inner = [_content(cell) for cell in function.__closure__ or ()]
+    return INTERFACE in _names(function.__code__) or any(
+        _asks_interface(f) for f in inner if isinstance(f, types.FunctionType) and f is not function
+    )
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
 
 
 @functools.cache
@@ -186,9 +204,10 @@ def _module(module: types.ModuleType, wanted: tuple[tuple[Any, Any], ...]) -> ty
     for theirs, ours in wanted:
         if vars(module).get(theirs.__name__) is theirs:
             setattr(copy, theirs.__name__, ours)
-    for inner in ("nn", "functional"):
-        if isinstance(vars(module).get(inner), types.ModuleType):
-            setattr(copy, inner, _module(vars(module)[inner], wanted))
+    for name in ("nn", "functional"):
+        inner = vars(module).get(name)
+        if isinstance(inner, types.ModuleType):
+            setattr(copy, name, _module(inner, wanted))
     return copy
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -56,6 +57,26 @@ class ByImportedName(Projections):
         return self.out(attend().transpose(1, 2).flatten(2))
 
 
+def traced(label):
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapper(self, *args, **kwargs):
+            assert label
+            return function(self, *args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+class Decorated(Projections):
+    @traced("twice")
+    @traced("outer")
+    def forward(self, x, mask=None):
+        out = nn.functional.scaled_dot_product_attention(*self.project(x), attn_mask=mask, enable_gqa=True)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
 class Handmade(Projections):
     def forward(self, x, mask=None):
         q, k, v = self.project(x)
@@ -79,7 +100,7 @@ class Model(nn.Module):
         return loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
 
 
-KINDS = [(InAMethod, 2), (ByFullName, 2), (ByImportedName, 2), (ByFullName, 4)]
+KINDS = [(InAMethod, 2), (ByFullName, 2), (ByImportedName, 2), (ByFullName, 4), (Decorated, 2)]
 x = torch.randn(2, 9, 32)
 mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
 mask[1, :, :, :3] = False
