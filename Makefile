@@ -42,8 +42,14 @@ build: setup
 	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 1,$(HAS_NVCC)),1,0)} $(BIN)/python -m illada_kernels._build
 
 # one thread per worker; the tests that are about threads set their own number
-test: build
+test: build build/transformers-4.57
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# the other version that tests/integrations runs with
+build/transformers-4.57: pyproject.toml
+	rm -rf $@ $@.part
+	$(BIN)/python -m pip install --quiet --target $@.part "transformers==4.57.*" "numpy<2.4"
+	mv $@.part $@
 
 lint: setup
 	$(BIN)/ruff check .

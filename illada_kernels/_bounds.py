@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ._checks import holds, known
 
 
 def clamp_bounds(bounds: Tensor, num_keys: int) -> Tensor:
     """Bounds in normal form, as every backend reads them: each at least the one before it and at most num_keys."""
-    return bounds.clamp(0, num_keys).cummax(-1).values
+    lo0, hi0, lo1, hi1 = bounds.clamp(0, num_keys).unbind(-1)
+    hi0 = torch.maximum(lo0, hi0)
+    lo1 = torch.maximum(hi0, lo1)
+    return torch.stack([lo0, hi0, lo1, torch.maximum(lo1, hi1)], dim=-1)
+
+
+def savable(bounds: Any) -> Any:
+    """Bounds that autograd can save: not an inference tensor. A compiled call keeps what it is given."""
+    if torch.compiler.is_compiling() or not isinstance(bounds, Tensor) or not bounds.is_inference():
+        return bounds
+    with torch.inference_mode(False):
+        return bounds.clone()
 
 
 def pack(lo0: Tensor, hi0: Tensor | int, lo1: Tensor | None = None, hi1: Tensor | None = None) -> Tensor:
@@ -59,10 +72,10 @@ def refuse(bad: Tensor, values: Tensor, expected: str, came: Callable[[int, int,
 
     Nothing else in a KeyRanges synchronises. A trace cannot: its graph asserts `expected` when it runs.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_fake(bad):
         torch._assert_async(~bad.any(), expected)
         return
-    if bad.numel() == 0:
+    if bad.is_meta or bad.numel() == 0:
         return
     at = bad.flatten().to(torch.int32).argmax()
     found, index, value = torch.stack([bad.any().to(torch.int64), at, values.flatten()[at].to(torch.int64)]).tolist()

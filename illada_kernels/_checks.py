@@ -147,13 +147,17 @@ def expect_shape(name: str, value: Tensor, *sizes: Size, like: str = "", advice:
     A size is a number, a name for any number ("B"), or a tuple of alternatives `(batch, 1)`. `...` in the first place
     stands for any leading dimensions. `like` tells where the sizes come from: "to match q (2, 8, 4, 64)".
     """
-    rest = sizes[1:] if sizes and sizes[0] is ... else sizes
-    lead = value.dim() - len(rest)
-    right = lead >= 0 if len(rest) < len(sizes) else lead == 0
-    if not right or not all(_fits(value.shape[lead + i], size) for i, size in enumerate(rest)):
-        wanted = ", ".join(map(_size_name, sizes)) + ("," if len(sizes) == 1 else "")
-        like, advice = (f" {like}" if like else ""), (f"; {advice}" if advice else "")
-        raise ValueError(f"{name}: expected shape ({wanted}){like}, got {tuple(value.shape)}{advice}")
+    shape, rest = value.shape, sizes[1:] if sizes and sizes[0] is ... else sizes
+    lead = len(shape) - len(rest)
+    if lead == 0 or (lead > 0 and len(rest) < len(sizes)):
+        for size, wanted in zip(shape[lead:] if lead else shape, rest):
+            if not isinstance(wanted, str) and not _fits(size, wanted):
+                break
+        else:
+            return
+    words = ", ".join(map(_size_name, sizes)) + ("," if len(sizes) == 1 else "")
+    like, advice = (f" {like}" if like else ""), (f"; {advice}" if advice else "")
+    raise ValueError(f"{name}: expected shape ({words}){like}, got {tuple(shape)}{advice}")
 
 
 def expect_device(name: str, value: Tensor, device: torch.device, like: str = "") -> None:
@@ -167,7 +171,8 @@ def expect_device(name: str, value: Tensor, device: torch.device, like: str = ""
 
 def expect_contiguous(name: str, value: Tensor) -> None:
     """A tensor whose last dimension is contiguous. The other strides are free."""
-    if not known(value.shape[-1] <= 1) and not holds(value.stride(-1) == 1):
+    dense = value.stride(-1) == 1
+    if not (known(dense) or known(value.shape[-1] <= 1) or holds(dense)):
         raise ValueError(
             f"{name}: expected a contiguous last dimension, got strides {tuple(value.stride())}; use .contiguous()"
         )
@@ -200,11 +205,12 @@ def cast_for_autocast(device: torch.device, *values: Any) -> list[Any]:
 
 
 def _fits(size: int, wanted: Size) -> bool:
-    if isinstance(wanted, tuple):  # `or` would ask for a bool of what may be symbolic
-        return any(not isinstance(one, str) and known(size == one) for one in wanted) or any(
-            _fits(size, one) for one in wanted
-        )
-    return isinstance(wanted, str) or holds(size == wanted)
+    if not isinstance(wanted, tuple):
+        return holds(size == wanted)
+    for one in wanted:  # before `holds`, which asserts what only data can decide
+        if isinstance(one, str) or known(size == one):
+            return True
+    return any(holds(size == one) for one in wanted)
 
 
 def _size_name(size: Size) -> str:

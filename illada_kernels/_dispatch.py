@@ -82,8 +82,6 @@ def choose(op: str, backends: tuple[Backend, ...], device: str, problem: Any, wa
     Raises ValueError if there is no such backend, RuntimeError if none, or not that one, can run the call.
     """
     if wanted:
-        if type(wanted) is Resolved:
-            return next(backend for backend in backends if backend.name == wanted)
         return _insist(op, backends, device, problem, wanted, "backend")
     if wanted := environment():
         return _insist(op, backends, device, problem, wanted, "ILLADA_BACKEND")

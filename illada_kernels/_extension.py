@@ -42,6 +42,7 @@ def extension_reason(*entry_points: str) -> str | None:
     return None if all(hasattr(module, name) for name in entry_points) else STALE
 
 
+@functools.cache
 def native() -> ModuleType:
     """Returns the compiled extension; raises RuntimeError if it is missing."""
     module, reason = extension()

@@ -76,13 +76,12 @@ def op_facts(op: str) -> list[dict[str, Any]]:
     room, error = attempt(lambda: importlib.import_module(f"illada_kernels.ops.{OPS[op]}"))
     if error:
         return [{"backend": name, "reason": f"the op cannot be imported: {error}"} for name in BACKENDS]
-    backends = getattr(room, "FROM_LOGITS_BACKENDS", room.BACKENDS) if op.endswith("_from_logits") else room.BACKENDS
     import torch
 
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     places = dict.fromkeys(devices, 0)
     rows: list[dict[str, Any]] = []
-    for backend in backends:
+    for backend in room.BACKENDS:
         reason, broken = attempt(backend.available)
         row = {"backend": backend.name, "reason": reason or broken, "opt_in": backend.opt_in}
         row |= {"devices": [], "place": {}}

@@ -57,7 +57,7 @@ def kernel(op: str, backend: str) -> str:
             parts += ["NVRTC", _nvrtc.fingerprint()]
     else:
         parts.append(metadata.version("triton"))
-    files = [*sorted(room.glob("*.py")), *(package / f"{name}.py" for name in ("rules", "_gpu", "_nvrtc"))]
+    files = [*sorted(room.rglob("*.py")), *(package / f"{name}.py" for name in ("rules", "_gpu", "_matmul", "_nvrtc"))]
     code = hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16]
     return " ".join([*parts, code])
 

@@ -184,6 +184,8 @@ class Operator:
 
     def choose(self, problem: Any) -> _dispatch.Backend:
         """Returns the backend that runs the problem, or raises with every backend's reason."""
+        if type(problem.backend) is _dispatch.Resolved:
+            return next(backend for backend in self.backends if backend.name == problem.backend)
         device = next(x for x in problem if isinstance(x, Tensor)).device.type
         return _dispatch.choose(getattr(problem, "op", self.name), self.backends, device, problem, problem.backend)
 
@@ -211,7 +213,7 @@ class Operator:
             return self.function.apply(*arguments)
         if _is_below() or not is_plain(arguments):
             return self.op(*arguments)
-        return self._run(arguments)
+        return self._kernel(*arguments)
 
     def _run(self, arguments: Sequence[Any]) -> Any:
         problem = self.problem(*arguments)
@@ -222,8 +224,10 @@ class Operator:
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.set_materialize_grads(False)  # an unused output then costs nothing
         ctx.mark_non_differentiable(*outputs[self.derivative.upstream :])
-        tensors = [x for x in inputs if isinstance(x, Tensor)] + [outputs[i] for i in self.derivative.saves]
-        saved = [x.clone() if x.is_inference() and not x.is_floating_point() else x for x in tensors]
+        saved = [outputs[i] for i in self.derivative.saves]
+        for i, x in reversed(tuple(enumerate(inputs))):
+            if isinstance(x, Tensor):  # autograd saves no inference tensors; only data may be copied for it
+                saved.insert(0, x.clone() if x.is_inference() and i not in self.differentiated else x)
         ctx.save_for_backward(*saved)
         if _is_transformed():
             ctx.save_for_forward(*saved)
@@ -249,13 +253,19 @@ class Operator:
     def _jvp(self, ctx: Any, *tangents: Tensor | None) -> Any:
         assert self.derivative is not None
         of = tuple(tangents[i] for i in self.differentiated)
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+            raise NotImplementedError(  # torch gives no tangents to what runs here, so that they would be zero
+                f"{self.name}: has no second derivative in forward mode (jvp of jvp, jacfwd of jacfwd); "
+                "torch.func.grad of jvp works"
+            )
         first = self.derivative.jvp(*self._restore(ctx), of)
         outputs = (*first, *(None for _ in range(self.outputs - len(first))))
         return outputs if self.outputs > 1 else outputs[0]
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         kept = None if self.folds is None else [self.fields.index(field) for field in self.folds]
-        return _vmap(lambda *a: self(self.problem(*a)), info.batch_size, in_dims, arguments, kept)
+        return _vmap(self.function.apply, info.batch_size, in_dims, arguments, kept)
 
 
 class _Backward:
@@ -267,13 +277,12 @@ class _Backward:
         upstream = {f"grad_{i}": Tensor | None for i in range(derivative.upstream)}
         saved = {f"saved_{i}": Tensor for i in derivative.saves}
         self.first = len(upstream) + len(saved)
-        kinds = {**upstream, **saved, **kinds, "needs": Sequence[bool]}
+        kinds = {**upstream, **saved, **kinds, "wanted": Sequence[bool]}
         name = f"{operator.name}_bwd"
         self.op = _register(name, kinds, len(derivative.of), self._kernel, self._fake, ())
         _count_flops(name, lambda *a: operator.flops(operator.problem(*a[self.first : -1]), a[-1]))
-        self.function = _function(
-            name, self._forward, lambda ctx, inputs, output: None, backward=self._refuse, vmap=self._vmap
-        )
+        rules = {"backward": self._refuse, "jvp": self._refuse, "vmap": self._vmap}
+        self.function = _function(name, self._forward, lambda ctx, inputs, output: None, **rules)
 
     def __call__(
         self, upstream: Sequence[Tensor | None], problem: Any, saved: Sequence[Tensor], needs: Sequence[bool]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._bounds import canonical, documents, intersect, pack, refuse, runs
+from ._bounds import canonical, documents, intersect, pack, refuse, runs, savable
 from ._bounds import clamp_bounds as clamp_bounds
 from ._checks import FLOATS, expect_choice, expect_contiguous, expect_integer, expect_shape, expect_tensor, holds, known
 
@@ -57,7 +57,7 @@ class KeyRanges:
         expect_tensor("bounds", bounds, torch.int32)
         expect_shape("bounds", bounds, "B or 1", "Sq or 1", 4)
         expect_contiguous("bounds", bounds)
-        self.bounds = _for_autograd(bounds)
+        self.bounds = savable(bounds)
         self.num_keys = _size("num_keys", num_keys)
 
     # ---- constructors ------------------------------------------------------------------------------------------------
@@ -547,7 +547,7 @@ class KeyRanges:
         return allowed.div(torch.sym_max(pairs, 1)).to(torch.float32)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.bounds, self.num_keys = _for_autograd(state["bounds"]), state["num_keys"]
+        self.bounds, self.num_keys = savable(state["bounds"]), state["num_keys"]
 
     def __repr__(self) -> str:
         if not isinstance(self.bounds, Tensor):  # a pytree of something else
@@ -561,6 +561,8 @@ class KeyRanges:
 
 def _size(name: str, value: int, least: int = 0, most: int = _MOST) -> int:
     """A checked size as Python's int, or symbolic."""
+    if torch.compiler.is_compiling() and type(value).__module__ == "numpy":
+        value = int(value)  # Dynamo takes a NumPy scalar for an array
     expect_integer(name, value, least, most)
     return value if isinstance(value, (int, torch.SymInt)) else int(value)
 
@@ -592,14 +594,6 @@ def _block(row: Tensor, start: Tensor | int, end: Tensor | int, block: int) -> t
     return first, first + (end - first).clamp(max=block)  # first + block could overflow
 
 
-def _for_autograd(bounds: Any) -> Any:
-    """Bounds that autograd can save: not an inference tensor. A compiled call keeps what it is given."""
-    if torch.compiler.is_compiling() or not isinstance(bounds, Tensor) or not bounds.is_inference():
-        return bounds
-    with torch.inference_mode(False):
-        return bounds.clone()
-
-
 # ---- pytree ----------------------------------------------------------------------------------------------------------
 
 
@@ -615,7 +609,7 @@ def _flatten_with_keys(ranges: KeyRanges) -> tuple[list[tuple[Any, Any]], None]:
 def _unflatten(values: Iterable[Any], _: None) -> KeyRanges:
     ranges = object.__new__(KeyRanges)  # leaves may be anything: no checks
     bounds, ranges.num_keys = values
-    ranges.bounds = _for_autograd(bounds)
+    ranges.bounds = savable(bounds)
     return ranges
 
 

@@ -55,7 +55,8 @@ template <class T> void load_block(const T* logits, const Columns& c, int64_t at
     vf v = load_n(logits + at + i, n - i, rest);
     if (c.bias) v += load_n(c.bias + at + i, n - i);
     if (c.softcap > 0) {
-      v = c.softcap * tanh(v / c.softcap);
+      const vf t = v / c.softcap;  // subnormal for a huge cap: tanh(t) is t to half an ulp long before
+      v = (t < 0.0f ? -t : t) < 0x1p-13f ? v : c.softcap * tanh(t);
       for (int k = n - i; k < kWidth; ++k) v[k] = rest;
     }
     store(z + i, v);

@@ -136,7 +136,7 @@ ILLADA_DEVICE float power_of(float scale) {
   return exponent < 0x3f800000u ? __uint_as_float(exponent) : 1.0f;
 }
 
-// what: 0 scale * grad, 1 scale / power, 2 power * grad (illada_kernels/ops/masked_loss/rows.py).
+// what: 0 scale * grad, 1 scale / power, 2 power * grad (illada_kernels/ops/masked_loss/row_kernels.py).
 __global__ void __launch_bounds__(kFlatThreads)
     factors(const float* scale, const int32_t* index, const int32_t* info, int64_t start, int64_t rows, int what,
             const float* grad, int grad_per_row, float* out) {

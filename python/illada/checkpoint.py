@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -285,11 +285,20 @@ def _same_as(file: Path, name: str, weight: Tensor) -> bool:
 def _tensors(file: Path, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
     safetensors = _safetensors()
     try:
-        with safetensors.safe_open(file, framework="pt") as stream:
+        with open(file, "rb") as opened, safetensors.safe_open(_readable(file, opened), framework="pt") as stream:
             for name in [only] if only else stream.keys():
                 yield name, stream.get_tensor(name)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({error}); get the file again") from None
+
+
+def _readable(file: Path, opened: BinaryIO) -> str:
+    """Returns a path that safetensors can open, which takes only names of UTF-8."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return f"/dev/fd/{opened.fileno()}"
+    return str(file)
 
 
 def _safetensors() -> Any:
@@ -335,7 +344,7 @@ def save(
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _refuse_other_shape(folder, model.config)
+        check_target(folder, model.config)
         _write(folder, model, dtype, max_shard_bytes, written)
     except CheckpointError:
         raise
@@ -347,7 +356,7 @@ def save(
             file.unlink(missing_ok=True)
 
 
-def _refuse_other_shape(folder: Path, config: ModelConfig) -> None:
+def check_target(folder: Path, config: ModelConfig) -> None:
     """Raises CheckpointError over a model of another shape, because no order of renames would then be atomic."""
     if not (folder / CONFIG).exists():
         return

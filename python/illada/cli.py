@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from .errors import CheckpointError, ConfigError, PromptError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks must not end a command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
     try:
         _load_torch()
@@ -162,42 +167,60 @@ _OBJECTIVE_OF = {"block": "block", "hole_fraction": "block", "weighting": "full"
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .training import runs
+    from .training.runs import Run
+    from .training.state import FolderLock
 
     folder = Path(options.out)
     said = {k: v for k, v in vars(options).items() if k in _RUN or k in {f.name for f in _train_fields()}}
+    if said.get("data") is not None:
+        said["data"] = os.path.abspath(said["data"])  # so that a run can be resumed from anywhere
     if options.resume:
-        run = runs.Run.open(folder)
-        _check_unchanged(run, said)
-        train_documents, _ = _documents(run.data, run.train_config.objective)
-    else:
-        if (folder / "run.json").exists():
-            raise CheckpointError(f"{folder} holds a run already: go on with it by --resume, or choose another --out")
-        config = _train_config(said)
-        train_documents, _ = _documents(said.get("data"), config.objective)
+        Run.open(folder)  # before the lock, which would make the folder
+        with FolderLock(folder) as lock:
+            run = _resumed(Run.open(folder), said)
+            train_documents, _ = _documents(run.data, run.train_config.objective, folder)
+            return _run_training(run, train_documents, options, lock)
+    if (folder / "run.json").exists():
+        raise CheckpointError(f"{folder} holds a run already: go on with it by --resume, or choose another --out")
+    config = _train_config(said)
+    train_documents, _ = _documents(said.get("data"), config.objective, folder)
+    with FolderLock(folder) as lock:
         block = said.get("block", 4) if config.objective == "block" else 0
-        run = runs.Run.create(
-            folder,
-            said.get("data"),
-            said.get("tokenizer", "bytes"),
-            said.get("preset", "demo"),
-            config,
-            block,
-            train_documents,
-        )
-    return _run_training(run, train_documents, options)
+        names = (said.get("tokenizer", "bytes"), said.get("preset", "demo"))
+        run = Run.create(folder, said.get("data"), *names, config, block, train_documents, _learning(options.quiet))
+        return _run_training(run, train_documents, options, lock)
 
 
-def _run_training(run: Any, train_documents: Any, options: argparse.Namespace) -> int:
+def _learning(quiet: bool) -> Callable[[float], object]:
+    """Returns a line that says how much of a tokenizer is learned, on a terminal alone."""
+
+    def show(done: float) -> None:
+        percent = int(done * 100)
+        if percent > shown[0]:
+            shown[0] = percent
+            print(
+                f"\r\x1b[2Klearning the tokenizer: {percent}%",
+                end="\n" if done >= 1 else "",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    shown = [0]
+    return (lambda done: None) if quiet or not sys.stderr.isatty() else show
+
+
+def _run_training(run: Any, train_documents: Any, options: argparse.Namespace, lock: Any) -> int:
     from .live import ProgressBar
     from .training import runs
 
     try:
-        trainer = run.trainer(train_documents, options.device)
+        trainer = run.trainer(train_documents, options.device, lock)
     except BaseException:
         if not options.resume:
             run.forget()
         raise
+    if options.resume:
+        run.write()  # with the rate of this time
     if trainer.step:
         print(f"resumed at step {trainer.step}", file=sys.stderr)
     bar = ProgressBar()
@@ -206,20 +229,20 @@ def _run_training(run: Any, train_documents: Any, options: argparse.Namespace) -
     run.export(trainer.model)
     if len(trainer.losses):
         runs.plot_losses(trainer.losses, run.folder / "loss.png", f"{run.folder.name}: {run.train_config.objective}")
+    name = shlex.quote(str(run.folder))
     if not complete:
         bar.close()
         print(
-            f"illada: interrupted at step {trainer.step}, saved; go on with: illada train --resume --out {run.folder}",
+            f"illada: interrupted at step {trainer.step}, saved; go on with: illada train --resume --out {name}",
             file=sys.stderr,
         )
         return 128 + stop.number
-    print(
-        f"saved to {run.folder} after {trainer.step} steps; try: illada generate --model {run.folder} --prompt 'def '"
-    )
+    print(f"saved to {run.folder} after {trainer.step} steps; try: illada generate --model {name} --prompt 'def '")
     return 0
 
 
-def _documents(data: str | None, objective: str) -> tuple[list[Any], list[Any]]:
+def _documents(data: str | None, objective: str, folder: Path) -> tuple[list[Any], list[Any]]:
+    """Returns (training, held out) documents, without the run's own folder."""
     from .errors import DataError
     from .training import runs
     from .training.data import read_corpus
@@ -227,8 +250,10 @@ def _documents(data: str | None, objective: str) -> tuple[list[Any], list[Any]]:
     if objective == "sft":
         if data is None:
             raise DataError('sft: expected --data, a file of JSON lines {"prompt": "...", "response": "..."}')
-        return read_corpus(data), []
-    return runs.documents(data)
+        return read_corpus(data, folder), []
+    if data is not None and folder.exists() and Path(data).exists() and os.path.samefile(data, folder):
+        raise ValueError(f"out: expected a folder other than --data, got {folder} for both")
+    return runs.documents(data, folder)
 
 
 def _train_fields() -> tuple[Any, ...]:
@@ -256,14 +281,24 @@ def _train_config(said: dict[str, Any]) -> Any:
     return TrainConfig(**values)
 
 
-def _check_unchanged(run: Any, said: dict[str, Any]) -> None:
-    """Raises ValueError for settings that differ from the run's; tokenizer and preset cannot be given again at all."""
+def _resumed(run: Any, said: dict[str, Any]) -> Any:
+    """Returns the run with the learning rate that was said.
+
+    Raises ValueError for other settings that differ from the run's; tokenizer and preset cannot be given again at all.
+    """
     before = {**dataclasses.asdict(run.train_config), "data": run.data, "block": run.model_config.causal_block}
-    changed = [f"--{k.replace('_', '-')} {v}" for k, v in said.items() if k not in before or before[k] != v]
-    if changed:
+    if run.train_config.objective != "block":
+        del before["block"]
+    wrong = [k for k, v in said.items() if k != "lr" and (k not in before or before[k] != v)]
+    if wrong:
+        changed = ", ".join(f"--{k.replace('_', '-')} {said[k]}" for k in wrong)
         raise ValueError(
-            f"--resume goes on with the settings in {run.folder / 'run.json'}: leave out {', '.join(changed)}"
+            f"--resume goes on with the settings in {run.folder / 'run.json'}, of which --lr alone may change: "
+            f"leave out {changed}"
         )
+    if "lr" in said:
+        run.train_config = dataclasses.replace(run.train_config, lr=said["lr"])
+    return run
 
 
 # ---- generate, eval, bench, demo ----------------------------------------------------------------------------------
@@ -295,7 +330,7 @@ def _generate(options: argparse.Namespace) -> int:
     if not options.prompt:
         raise PromptError("prompt: it is empty; give at least one character, for example --prompt 'def '")
     model, tokenizer = runs.open_model(options.model, options.device, options.dtype)
-    prompt = [int(i) for i in tokenizer.encode(options.prompt.encode())]
+    prompt = [int(i) for i in tokenizer.encode(os.fsencode(options.prompt), special=True)]
     config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         block_length=options.block_length,

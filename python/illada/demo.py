@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 from .bench import table
 from .decoding.fill import fill_hole
 from .decoding.generate import GenerationConfig, generate
+from .errors import CheckpointError
 from .live import LiveText, ProgressBar
 from .model import Model
 from .tokenizer import Tokenizer
 from .training import runs
-from .training.data import ngram_bits
+from .training.data import RUN, ngram_bits
 from .training.evaluate import bound
-from .training.state import replace_file
+from .training.state import FolderLock, replace_file
 from .training.trainer import TrainConfig
 
 # Chosen by measurement: docs/measurements/model.md, "Demo training".
@@ -49,16 +51,22 @@ def demo(out: Path, data: str | None = None, seconds: float | None = None) -> in
     Writes out/loss.png and out/demo.json; the run stays in out/runs/demo.
     """
     begun = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    folder = out / "runs" / "demo"
-    for name in ("state.pt", "log.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    train_documents, held_out = runs.documents(data)
+    if (out / RUN).exists():
+        raise CheckpointError(f"{out} is the folder of a training run; choose another --out")
+    with FolderLock(out / "runs" / "demo") as lock:
+        return _demo(out, data, seconds, begun, lock)
+
+
+def _demo(out: Path, data: str | None, seconds: float | None, begun: float, lock: FolderLock) -> int:
+    folder = lock.folder
+    runs.remove_run(folder)  # an earlier demo's
+    (out / "demo.json").unlink(missing_ok=True)  # with `--data` around it, it would be training text
+    train_documents, held_out = runs.documents(data, folder)
     size = sum(len(d.content) for d in train_documents)
     _title(f"1  Train on {data or 'the sources of Python itself'}: {len(train_documents)} files, {size / 1e6:.1f} MB")
     config = TrainConfig(seconds=SECONDS if seconds is None else seconds, **TRAINING)  # type: ignore[arg-type]
     run = runs.Run.create(folder, data, TOKENIZER, "demo", config, BLOCK, train_documents)
-    trainer = run.trainer(train_documents, "cpu")
+    trainer = run.trainer(train_documents, "cpu", lock)
     model, tokenizer = trainer.model, run.tokenizer
     print(
         f"{run.model_config.num_parameters / 1e6:.1f} million parameters, {model.config.n_layers} layers of "
@@ -69,7 +77,10 @@ def demo(out: Path, data: str | None = None, seconds: float | None = None) -> in
         complete = trainer.run(ProgressBar(), should_stop=lambda: stop.number != 0)
     run.export(model)
     if not complete:
-        print(f"\nillada: interrupted, saved; go on with: illada train --resume --out {folder}", file=sys.stderr)
+        print(
+            f"\nillada: interrupted, saved; go on with: illada train --resume --out {shlex.quote(str(folder))}",
+            file=sys.stderr,
+        )
         return 128 + stop.number
     runs.plot_losses(trainer.losses, out / "loss.png", "demo: block diffusion on Python's sources")
 
@@ -102,7 +113,7 @@ def demo(out: Path, data: str | None = None, seconds: float | None = None) -> in
     print(
         f"\n{result['seconds']:.0f} s. Wrote {out / 'loss.png'} and {out / 'demo.json'}; the model is in {folder}, try:"
     )
-    print(f"  illada generate --model {folder} --prompt 'import ' --temperature 0.7 --live")
+    print(f"  illada generate --model {shlex.quote(str(folder))} --prompt 'import ' --temperature 0.7 --live")
     return 0
 
 

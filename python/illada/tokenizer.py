@@ -9,7 +9,7 @@ import heapq
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,8 +39,12 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Returns token ids, int64, without special ones."""
+    def encode(self, text: bytes, special: bool = False) -> np.ndarray:
+        """Returns token ids, int64, none of them mask_id, eos_id or pad_id.
+
+        special: text that spells a special token's name becomes that token, as chat templates need; otherwise it stays
+        text.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text; special ids give nothing, broken UTF-8 gives U+FFFD."""
@@ -69,37 +73,59 @@ class ByteTokenizer:
         return len(self.pieces)
 
     @classmethod
-    def learn(cls, documents: Sequence[Document], vocab_size: int, sample_bytes: int = 4_000_000) -> ByteTokenizer:
+    def learn(
+        cls,
+        documents: Sequence[Document],
+        vocab_size: int,
+        sample_bytes: int = 4_000_000,
+        progress: Callable[[float], object] = lambda done: None,
+    ) -> ByteTokenizer:
         """Learns byte-pair encoding (Sennrich et al., arXiv 1508.07909) from evenly spaced documents.
 
-        Each round joins the most frequent pair of neighbours, ties to the lower ids. Takes a few seconds for 4 MB of
-        code and 2048 ids.
+        Each round joins the most frequent pair of neighbours, ties to the lower ids, and calls `progress` with the
+        share of rounds done. Near linear in the text, whatever its words: a few seconds for 4 MB and 2048 ids.
         """
         total = sum(len(d.content) for d in documents)
         stride = max(1, round(total / sample_bytes))
         counts: Counter[bytes] = Counter()
         for document in documents[::stride]:
             counts.update(_PIECE.findall(document.content))
-        return cls(_learn_merges(counts, vocab_size - FIRST_MERGE))
+        return cls(_learn_merges(counts, vocab_size - FIRST_MERGE, progress))
 
-    def encode(self, text: bytes) -> np.ndarray:
+    def encode(self, text: bytes, special: bool = False) -> np.ndarray:
         if not self.merges:
             return np.frombuffer(text, np.uint8).astype(np.int64)
         known, ids = self._known, []
         for piece in _PIECE.findall(text):
-            if piece not in known:
-                known[piece] = self._join(piece)
-            ids += known[piece]
+            if piece in known:
+                ids += known[piece]
+                continue
+            joined = self._join(piece)
+            if len(piece) <= 64:  # longer ones hardly ever come again
+                known[piece] = joined
+            ids += joined
         return np.array(ids, dtype=np.int64)
 
     def _join(self, piece: bytes) -> list[int]:
-        ids = list(piece)
-        while len(ids) > 1:
-            best = min(pairwise(ids), key=lambda pair: self._rank.get(pair, 1 << 60))
-            if best not in self._rank:
-                break
-            ids = _replace(ids, best, self._rank[best])
-        return ids
+        """Returns the ids of a piece: of all pairs that were learned, the first learned is joined first."""
+        ids, rank = list(piece), self._rank
+        before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
+        heap = [(rank[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in rank]
+        heapq.heapify(heap)
+        while heap:
+            joined, i = heapq.heappop(heap)
+            j = after[i]
+            if j >= len(ids) or rank.get((ids[i], ids[j])) != joined:  # one of the two was joined meanwhile
+                continue
+            ids[i], ids[j], after[i] = joined, -1, after[j]
+            h, k = before[i], after[i]
+            if k < len(ids):
+                before[k] = i
+                if (joined, ids[k]) in rank:
+                    heapq.heappush(heap, (rank[joined, ids[k]], i))
+            if h >= 0 and (ids[h], joined) in rank:
+                heapq.heappush(heap, (rank[ids[h], joined], h))
+        return [i for i in ids if i >= 0]
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self.pieces[i] if 0 <= i < len(self.pieces) else b"" for i in ids).decode("utf-8", "replace")
@@ -108,52 +134,63 @@ class ByteTokenizer:
         return {"kind": "bytes", "merges": self.merges}
 
 
-def _learn_merges(counts: Counter[bytes], rounds: int) -> list[tuple[int, int]]:
-    words = [list(word) for word in counts]
-    weights = list(counts.values())
-    pairs: Counter[tuple[int, int]] = Counter()
-    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
-    for index, word in enumerate(words):
-        for pair in pairwise(word):
-            pairs[pair] += weights[index]
-            where[pair].add(index)
-    heap = [(-count, pair) for pair, count in pairs.items()]
+def _learn_merges(
+    counts: Counter[bytes], rounds: int, progress: Callable[[float], object] = lambda done: None
+) -> list[tuple[int, int]]:
+    """Returns the pairs that are joined, in order. A round costs as much as its pair has occurrences."""
+    chain = _Chain(counts)
+    heap = [(-count, pair) for pair, count in chain.pairs.items()]
     heapq.heapify(heap)
     merges: list[tuple[int, int]] = []
     while heap and len(merges) < rounds:
         count, pair = heapq.heappop(heap)
-        if pairs[pair] != -count:  # stale, because another entry holds the new count
+        if chain.pairs[pair] != -count:  # stale, because another entry holds the new count
             continue
         if -count < 2:
             break
-        changed: set[tuple[int, int]] = set()
-        for index in where.pop(pair):
-            old, weight = words[index], weights[index]
-            new = words[index] = _replace(old, pair, FIRST_MERGE + len(merges))
-            for p in pairwise(old):
-                pairs[p] -= weight
-                changed.add(p)
-            for p in pairwise(new):
-                pairs[p] += weight
-                where[p].add(index)
-                changed.add(p)
-        for p in changed:
-            if pairs[p] > 0:
-                heapq.heappush(heap, (-pairs[p], p))
+        for changed in chain.join(pair, FIRST_MERGE + len(merges)):
+            if chain.pairs[changed] > 0:
+                heapq.heappush(heap, (-chain.pairs[changed], changed))
         merges.append(pair)
+        progress(len(merges) / rounds)
     return merges
 
 
-def _replace(ids: list[int], pair: tuple[int, int], joined: int) -> list[int]:
-    out, i, last = [], 0, len(ids) - 1
-    while i <= last:
-        if i < last and ids[i] == pair[0] and ids[i + 1] == pair[1]:
-            out.append(joined)
-            i += 2
-        else:
-            out.append(ids[i])
-            i += 1
-    return out
+class _Chain:
+    """All words as one doubly linked list of ids, with the counts and places of all pairs of neighbours."""
+
+    def __init__(self, counts: Counter[bytes]) -> None:
+        self.ids, self.weights = [-1], [0]  # -1 stands between words
+        for word, weight in counts.items():
+            self.ids += [*word, -1]
+            self.weights += [weight] * (len(word) + 1)
+        self.before, self.after = list(range(-1, len(self.ids) - 1)), list(range(1, len(self.ids) + 1))
+        self.pairs: Counter[tuple[int, int]] = Counter()
+        self.places: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, pair in enumerate(pairwise(self.ids)):
+            self._count(pair, i, self.weights[i])
+
+    def _count(self, pair: tuple[int, int], place: int, weight: int) -> None:
+        if min(pair) >= 0:
+            self.pairs[pair] += weight
+            if weight > 0:
+                self.places[pair].append(place)
+
+    def join(self, pair: tuple[int, int], joined: int) -> set[tuple[int, int]]:
+        """Replaces the pair by the id `joined`, from the left; returns the pairs whose counts have changed."""
+        ids, before, after, changed = self.ids, self.before, self.after, set()
+        for i in sorted(self.places.pop(pair)):
+            j = after[i]
+            if (ids[i], ids[j]) != pair:  # overlapped with the one before
+                continue
+            h, k, weight = before[i], after[j], self.weights[i]
+            for old, new, place in (((ids[h], ids[i]), (ids[h], joined), h), ((ids[j], ids[k]), (joined, ids[k]), i)):
+                self._count(old, place, -weight)
+                self._count(new, place, weight)
+                changed |= {old, new}
+            ids[i], ids[j], after[i], before[k] = joined, -2, k, i
+        del self.pairs[pair]
+        return changed
 
 
 class JsonTokenizer:
@@ -174,6 +211,8 @@ class JsonTokenizer:
             self.inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises plain Exception
             raise DataError(f"not a tokenizers JSON file ({error})") from None
+        self.inner.no_truncation()  # transformers saves these two along, and they would change texts silently
+        self.inner.no_padding()
         self.text = text
         size = self.inner.get_vocab_size(with_added_tokens=True)
         given = (mask_id, eos_id, pad_id)
@@ -196,8 +235,19 @@ class JsonTokenizer:
     def vocab_size(self) -> int:
         return self._size
 
-    def encode(self, text: bytes) -> np.ndarray:
-        return np.array(self.inner.encode(text.decode("utf-8"), add_special_tokens=False).ids, dtype=np.int64)
+    def encode(self, text: bytes, special: bool = False) -> np.ndarray:
+        """Returns token ids; raises DataError for text that spells the mask, end-of-text or padding token."""
+        try:
+            decoded = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"expected UTF-8 text, got byte {text[error.start]:#04x} at {error.start}") from None
+        self.inner.encode_special_tokens = not special
+        ids = np.array(self.inner.encode(decoded, add_special_tokens=False).ids, dtype=np.int64)
+        for name in ("mask_id",) if special else ("mask_id", "eos_id", "pad_id"):
+            if (ids == getattr(self, name)).any():
+                token = self.inner.id_to_token(getattr(self, name))
+                raise DataError(f"the text spells {token}, the token of {name}; take it out, or mark it as special")
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         special = (self.mask_id, self.eos_id, self.pad_id)
@@ -225,11 +275,16 @@ def stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
     """Returns all documents' tokens end to end, int64, each followed by the end-of-text id."""
     pieces = []
     for document in documents:
-        pieces += [tokenizer.encode(document.content), np.array([tokenizer.eos_id])]
+        try:
+            pieces += [tokenizer.encode(document.content), np.array([tokenizer.eos_id])]
+        except DataError as error:
+            raise DataError(f"{document.name}: {error}") from None
     return np.concatenate(pieces)
 
 
-def make_tokenizer(spec: str, documents: Sequence[Document]) -> Tokenizer:
+def make_tokenizer(
+    spec: str, documents: Sequence[Document], progress: Callable[[float], object] = lambda done: None
+) -> Tokenizer:
     """Returns the tokenizer that `spec` names.
 
     spec is "bytes", "bpe:N" (byte pairs learned from `documents`, N ids in all), or the path of a tokenizers JSON file.
@@ -241,7 +296,7 @@ def make_tokenizer(spec: str, documents: Sequence[Document]) -> Tokenizer:
         size = int(spec[4:]) if spec[4:].isdecimal() else 0
         if size <= FIRST_MERGE:
             raise DataError(f"tokenizer: expected bpe:N with N above {FIRST_MERGE}, got {spec!r}")
-        return ByteTokenizer.learn(documents, size)
+        return ByteTokenizer.learn(documents, size, progress=progress)
     return JsonTokenizer(_read(Path(spec), "bytes, bpe:N or the path of a tokenizers JSON file"))
 
 

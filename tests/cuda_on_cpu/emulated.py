@@ -1,7 +1,7 @@
 """Stands in for `illada_kernels._gpu.launch`, so that the Python around a CUDA kernel runs with it on the CPU.
 
 kernels = CudaRows(Emulated("csrc/cuda/masked_loss_rows.cu", "csrc/cuda/masked_loss_compact.cu", seed=3))
-loss, kept = gpu.rows_forward(kernels, ...)           # CPU tensors; KernelFault as from Kernels.run
+loss, *kept = gpu.forward(kernels, problem)            # CPU tensors; KernelFault as from Kernels.run
 """
 
 from __future__ import annotations

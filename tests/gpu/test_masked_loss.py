@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from illada_kernels import masked_loss
-from illada_kernels.ops.masked_loss import cases, gpu, op, reference
+from illada_kernels.ops.masked_loss import cases, gpu, op
 from illada_kernels.testing import assert_close, masked_loss_rounding
+from tests.helpers import masked_loss_reference as reference
+from tests.helpers.masked_loss_calls import wanted
 
-GPU_BACKENDS = [b for b in op.BACKENDS if b.name in op.GPU]
+GPU_BACKENDS = [b for b in op.BACKENDS if b.name in ("cuda", "triton")]
 REASONS = {b.name: "no CUDA GPU" if not torch.cuda.is_available() else b.available() for b in GPU_BACKENDS}
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
@@ -98,7 +100,7 @@ def test_modes_agree_with_one_another_under_all_options(reduction: str, backend:
     results, seen = [], set()
     for mode, budget in budgets(args, torch.bfloat16).items():
         needs = (True, True, False)
-        seen.add(gpu.plan(args[0], args[1], args[3], reduction, None, budget, needs).mode)
+        seen.add(gpu.plan(wanted(args[0], args[1], args[3], reduction, budget, needs)).mode)
         for capacity in (None, 6144):
             got = run(args, backend, reduction=reduction, memory_budget=budget, max_masked=capacity, **ALL)
             results.append((mode, capacity, got))
@@ -128,7 +130,7 @@ def test_a_half_precision_mean_keeps_small_gradients(mode: str, backend: str) ->
     hidden, head, targets, masked, _ = inputs(32768, 64, 16384, 1.0, torch.float16)
     ones = torch.ones(32768, device="cuda")
     budget = budgets((hidden, head, targets, masked, ones), torch.float16)[mode]
-    assert gpu.plan(hidden, head, masked, "mean", None, budget, (True, True, False)).mode == mode
+    assert gpu.plan(wanted(hidden, head, masked, "mean", budget, (True, True, False))).mode == mode
 
     def scaled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
         return lambda h, c: 2.0**16 * function(h, c, targets, masked, reduction="mean", **options)

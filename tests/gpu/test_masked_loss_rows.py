@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from illada_kernels import masked_loss_from_logits
-from illada_kernels.ops.masked_loss import op, reference
+from illada_kernels.ops.masked_loss import op
 from illada_kernels.testing import assert_close, masked_loss_rounding
+from tests.helpers import masked_loss_reference as reference
 
-REASONS = {b.name: b.available() for b in op.FROM_LOGITS_BACKENDS if b.name in op.GPU}
+REASONS = {b.name: b.available() for b in op.BACKENDS if b.name in ("cuda", "triton")}
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
     for name, reason in REASONS.items()

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from illada_kernels import masked_loss
-from illada_kernels._dispatch import extension_reason
-from illada_kernels.ops.masked_loss import cases, head, reference
+from illada_kernels._extension import extension_reason
+from illada_kernels.ops.masked_loss import cases, cpu
+from illada_kernels.ops.masked_loss.problem import Problem
 from illada_kernels.testing import assert_close, masked_loss_rounding
+from tests.helpers import masked_loss_reference as reference
 
 needs_extension = pytest.mark.skipif(extension_reason() is not None, reason=str(extension_reason()))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
@@ -41,6 +43,20 @@ def gradients(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], upstr
     return (loss.detach(), *torch.autograd.grad((loss * upstream).sum(), leaves))
 
 
+def wanted(
+    hidden: Tensor,
+    head_weight: Tensor,
+    masked: Tensor,
+    reduction: str,
+    budget: int | None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    max_masked: int | None = None,
+) -> Problem:
+    """What decides on the mode of a call."""
+    options = {"reduction": reduction, "max_masked": max_masked, "memory_budget": budget, "needs": needs}
+    return Problem(hidden, head_weight, masked.long(), masked, **options)
+
+
 def check_against_float64(args: tuple[Tensor, ...], bias: Tensor | None, backend: str = "cpu", **options: Any) -> None:
     """Loss and gradients under the numerics bar; the loss through the error of PyTorch's own logits, because the
     cross-entropy of a row moves by at most 2 max|dz|."""
@@ -58,7 +74,7 @@ def check_against_float64(args: tuple[Tensor, ...], bias: Tensor | None, backend
     z_error = (z - torch.nn.functional.linear(up[0][masked], up[1], *up[2:])).abs().amax(1)
     most = 2 * (2 * z_error * w[masked]).sum() + torch.finfo(torch.float32).eps * exact[0].abs()
     assert (ours[0] - exact[0]).abs() <= most
-    slices = -(-len(weight) // head.LEAST_SLICE) if options["memory_budget"] == TINY else 1
+    slices = -(-len(weight) // cpu.LEAST_SLICE) if options["memory_budget"] == TINY else 1
     added = slices**0.5 * torch.finfo(torch.float32).eps / 2  # a rounding per slice of the vocabulary, at random
     kept = torch.float32 if backend == "cpu" else weight.dtype
     extra = masked_loss_rounding(exact[0], w[masked], float(z.abs().max()), hidden, weight, kept)

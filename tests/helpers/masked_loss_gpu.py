@@ -9,10 +9,13 @@ from torch import Tensor
 
 from illada_kernels.ops.masked_loss import gpu
 from illada_kernels.ops.masked_loss.cuda import CudaRows
-from illada_kernels.ops.masked_loss.rows import RowKernels
+from illada_kernels.ops.masked_loss.problem import Problem
+from illada_kernels.ops.masked_loss.row_kernels import RowKernels
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import missing
 from tests.helpers import masked_loss_contract as contract
+from tests.helpers.masked_loss_calls import wanted
+from tests.helpers.masked_loss_reference import Options
 
 MODES = ("one_chunk", "row_chunks", "slices")
 
@@ -36,9 +39,21 @@ def budget_for(mode: str, hidden: Tensor, head_weight: Tensor, rows: int) -> int
     return None if mode == "one_chunk" else 1
 
 
+def from_logits(
+    kernels: RowKernels, args: tuple[Tensor, ...], options: Options, upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss and the gradient of the logits."""
+    logits, targets, masked, weight = args
+    problem = Problem(logits, None, targets, masked, weight, None, *options)
+    loss, *kept = gpu.forward(kernels, problem)
+    gradient = gpu.backward(kernels, problem, upstream, (kept[0], kept[1], kept[2]), (True, False, False))[0]
+    assert gradient is not None
+    return loss, gradient
+
+
 def mode_of(args: tuple[Tensor, ...], budget: int | None, reduction: str = "sum") -> str:
     hidden, head_weight, _, masked, _ = args
-    return gpu.plan(hidden, head_weight, masked, reduction, None, budget, (True, True, True)).mode
+    return gpu.plan(wanted(hidden, head_weight, masked, reduction, budget)).mode
 
 
 SEMANTICS: dict[str, Callable[..., None]] = {

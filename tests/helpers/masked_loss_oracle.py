@@ -1,12 +1,12 @@
-"""The row operations of masked_loss (rows.py) in plain torch: what the CUDA and Triton kernels are compared with, and
-what runs the orchestration of gpu.py on a CPU."""
+"""The row operations of masked_loss (row_kernels.py) in plain torch: what the CUDA and Triton kernels are compared
+with, and what runs the orchestration of gpu.py on a CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from illada_kernels.ops.masked_loss.rows import SCALE_OVER_POWER, SCALE_TIMES_GRAD, Formula, Rows, rows_of
+from illada_kernels.ops.masked_loss.row_kernels import SCALE_OVER_POWER, SCALE_TIMES_GRAD, Formula, Rows, rows_of
 
 
 def live(rows: Rows) -> Tensor:
@@ -167,6 +167,6 @@ class TorchRows:
 
 
 def product_on_cpu(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """products.product where torch has no product of half-precision matrices with a float32 result."""
+    """_matmul.product where torch has no product of half-precision matrices with a float32 result."""
     result = a.float() @ b.float()
     out.copy_(out.float() + result if accumulate else result)

@@ -52,8 +52,8 @@ class OnCpu(Emulated):
         self.last = {}  # the emulator may be gone before a cached instance is
 
 
-def product(x: Tensor, w: Tensor, out: Tensor) -> None:
-    torch.mm(x.float(), w.float().T, out=out)
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.mm(a.float(), b.float(), out=out)
 
 
 class Backend:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,16 @@ import pytest
 import torch
 from illada import bench
 from illada import demo as demo_module
+from illada.checkpoint import read_config
 from illada.cli import main
 from illada.config import ModelConfig
 from illada.decoding.fill import fill_hole
 from illada.errors import PromptError
 from illada.live import LiveText, ProgressBar, duration
 from illada.model import Model
-from illada.tokenizer import ByteTokenizer
+from illada.tokenizer import ByteTokenizer, from_json
+from illada.training.data import read_corpus
+from illada.training.state import FolderLock
 from illada.training.trainer import Progress
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +106,7 @@ def test_eval_prints_the_bound_beside_the_ngrams(run, corpus, capsys):
 def test_a_full_sequence_run_and_a_fine_tuning_run(corpus, tmp_path):
     full = tmp_path / "full"
     assert main(["train", "--out", str(full), "--data", str(corpus), "--steps", "3", *FAST]) == 0
-    assert json.loads((full / "config.json").read_text())["causal_block"] == 0
+    assert read_config(full).causal_block == 0
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "1 + 1 = ", "response": "2"}\n{"prompt": "2 + 3 = ", "response": "5"}\n')
     command = ["train", "--out", str(tmp_path / "sft"), "--data", str(pairs), "--objective", "sft", "--steps", "3"]
@@ -350,3 +356,98 @@ def test_a_hole_needs_room_and_a_block_model():
         fill_hole(tiny(4), [1], 0, [1])
     with pytest.raises(PromptError, match="block-causal model"):
         fill_hole(tiny(0), [1], 2, [1])
+
+
+# ---- runs in odd moments -------------------------------------------------------------------------------------------
+
+
+def test_a_run_inside_its_data_can_be_resumed_from_anywhere(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("hello world\n" * 300)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", ".", "--out", "run", "--steps", "2", *FAST]) == 0
+    monkeypatch.chdir("/")
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert {d.name for d in read_corpus(".")} == {"a.txt"}  # eval's held-out text is the one that training left out
+    capsys.readouterr()
+    assert "out: expected a folder other than --data" in fails(capsys, "train", "--data", ".", "--out", ".", *FAST)
+
+
+def test_a_lower_rate_works_as_the_message_says(tmp_path, corpus, capsys):
+    command = ["train", "--data", corpus, "--out", tmp_path / "run", "--steps", "6", "--save-every", "1", *FAST]
+    said = fails(capsys, *command, "--lr", "1e30")
+    assert "not saved; resume with a lower --lr, or check the data" in said
+    assert not (tmp_path / "run" / "state.pt").exists()
+    again = ["train", "--resume", "--out", str(tmp_path / "run"), "--quiet"]
+    assert main([*again, "--lr", "0.001"]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["train"]["lr"] == 0.001
+    assert main(again) == 0
+    capsys.readouterr()
+    assert "of which --lr alone may change: leave out --seed 3" in fails(capsys, *again, "--seed", "3")
+
+
+def test_weights_of_nan_are_not_exported(tmp_path, corpus, capsys):
+    command = ("train", "--data", corpus, "--out", tmp_path / "run", "--steps", "2", "--optimizer", "adamw", *FAST)
+    assert "has become NaN or inf, and was not saved" in fails(capsys, *command, "--lr", "1e30")
+    assert "lr: expected a positive number that float32 holds" in fails(
+        capsys, *command, "--out", tmp_path / "b", "--lr", "1e39"
+    )
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "a.safetensors.index.json"])
+def test_a_folder_with_a_checkpoint_is_refused_before_training(tmp_path, corpus, capsys, name):
+    (tmp_path / name).write_text("{}")
+    assert f"holds {name} already; choose another folder" in fails(
+        capsys, "train", "--data", corpus, "--out", tmp_path, "--steps", "2", *FAST
+    )
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_a_model_that_could_not_be_replaced_is_found_before_training(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
+    before = (copy / "log.jsonl").read_bytes()
+    assert "model of another shape" in fails(capsys, "train", "--resume", "--out", copy, "--quiet")
+    assert (copy / "log.jsonl").read_bytes() == before
+
+
+def test_two_runs_in_one_folder_are_refused(run, corpus, tmp_path, capsys):
+    with FolderLock(run):
+        assert "in use by another training run" in fails(capsys, "train", "--resume", "--out", run, "--quiet")
+    with FolderLock(tmp_path / "new"):
+        assert "in use by another" in fails(capsys, "train", "--out", tmp_path / "new", "--data", corpus, *FAST)
+    assert not (tmp_path / "new").exists()  # an empty folder that was made for nothing
+
+
+def test_the_demo_may_be_run_again_with_other_data_but_not_in_a_run(run, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_module, "TOKENIZER", "bpe:300")
+    monkeypatch.setattr(demo_module, "table", lambda *a, **k: "")
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{chr(97 + i % 23) * 3} {chr(98 + i % 5)}\n" for i in range(300)))
+    for data in (corpus, other):
+        assert main(["demo", "--seconds", "0.5", "--out", str(tmp_path / "demo"), "--data", str(data)]) == 0
+    folder = tmp_path / "demo" / "runs" / "demo"
+    saved = json.loads((folder / "illada_tokenizer.json").read_text())
+    assert from_json(saved).vocab_size == read_config(folder).vocab_size
+    capsys.readouterr()
+    assert "is the folder of a training run" in fails(capsys, "demo", "--out", run)
+
+
+def test_folders_and_prompts_of_any_name_work_with_any_encoding_of_the_output(corpus, tmp_path):
+    """A folder with a line's worth of odd signs, one of them not UTF-8, and an output that knows ASCII alone."""
+    folder = os.fsencode(tmp_path) + b"/it's $x^2 \xff \xe2\x9c\x93"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "PYTHONIOENCODING": "ascii"}
+
+    def illada(*command):
+        return subprocess.run([sys.executable, "-m", "illada", *command], env=env, capture_output=True)
+
+    done = illada("train", "--data", str(corpus), "--out", folder, "--steps", "2", *FAST)
+    assert done.returncode == 0, done.stderr
+    for prompt in ("def é", b"\xff\xfe"):
+        done = illada("generate", "--model", folder, "--prompt", prompt, "--max-new-tokens", "4", "--live")
+        assert done.returncode == 0, done.stderr
+    done = illada("eval", "--model", folder, "--data", str(corpus), "--length", "32")
+    assert done.returncode == 0 and b"bits per byte" in done.stdout, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from itertools import pairwise
@@ -13,9 +14,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from illada.errors import DataError
-from illada.tokenizer import FILE, ByteTokenizer, JsonTokenizer, from_json, load_tokenizer, make_tokenizer, stream
+from illada.tokenizer import (
+    FILE,
+    ByteTokenizer,
+    JsonTokenizer,
+    _Chain,
+    from_json,
+    load_tokenizer,
+    make_tokenizer,
+    stream,
+)
 from illada.training.data import Document, Pairs, Windows, ngram_bits, read_corpus, split
-from illada.training.evaluate import first_bytes
+from illada.training.evaluate import bound, first_bytes
+
+from tests.helpers.models import make, tiny
 
 TEXT = "def f(x):\n    return x + 1\n\n\ndef g(x):\n    return f(x) * 2\n" * 20
 
@@ -247,3 +259,142 @@ def test_a_bad_pair_is_named(line, message):
 def test_negative_seeds_are_seeds_of_their_own():
     batches = [Windows(np.arange(900), 8, 4, seed).batch(0).tolist() for seed in (-1, -2, 0)]
     assert batches[0] != batches[1] != batches[2] != batches[0]
+
+
+# ---- text is never changed silently --------------------------------------------------------------------------------
+
+
+def json_tokenizer(special=("<|endoftext|>", "<|mdm_mask|>"), change=lambda t: None) -> JsonTokenizer:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = tokenizers.pre_tokenizers.ByteLevel
+    made.pre_tokenizer, made.decoder = level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    alphabet = level.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=[*special], initial_alphabet=alphabet)
+    made.train_from_iterator(["abc"], trainer)
+    change(made)
+    return JsonTokenizer(made.to_str())
+
+
+def test_truncation_and_padding_saved_in_a_file_are_off():
+    text = b"hello world, this is a long document. " * 200
+    for change in (lambda t: t.enable_truncation(16), lambda t: t.enable_padding(length=64, pad_id=0, pad_token="!")):
+        tokenizer = json_tokenizer(change=change)
+        for one in (text, b"hi"):
+            assert tokenizer.decode(tokenizer.encode(one).tolist()).encode() == one
+        assert len(stream([Document("a", text)], tokenizer)) == len(tokenizer.encode(text)) + 1
+
+
+def test_text_that_spells_a_special_token_stays_text():
+    tokenizer = json_tokenizer()
+    text = b"a <|mdm_mask|> b <|endoftext|>"
+    ids = tokenizer.encode(text).tolist()
+    assert not {tokenizer.mask_id, tokenizer.eos_id} & {*ids}
+    assert tokenizer.decode(ids).encode() == text
+    with_end = tokenizer.encode(b"a<|endoftext|>", special=True).tolist()
+    assert with_end[-1] == tokenizer.eos_id  # what a prompt's chat template spells is meant
+    with pytest.raises(DataError, match=r"the text spells <\|mdm_mask\|>, the token of mask_id"):
+        tokenizer.encode(text, special=True)
+
+
+def test_text_that_cannot_but_give_a_special_token_is_refused_with_its_name():
+    tokenizer = json_tokenizer(("<|endoftext|>",), change=lambda t: t.add_tokens(["<mask>"]))  # not marked as special
+    with pytest.raises(DataError, match=r"b\.txt: the text spells <mask>, the token of mask_id; take it out"):
+        stream([Document("a.txt", b"fine"), Document("b.txt", b"a <mask> b")], tokenizer)
+    line = json.dumps({"prompt": "a", "response": "<mask>"})
+    with pytest.raises(DataError, match=r"x\.jsonl, line 1: the text spells <mask>"):
+        Pairs([Document("x.jsonl", line.encode())], tokenizer, 32, 1, 0)
+    with pytest.raises(DataError, match="expected UTF-8 text, got byte 0xff at 1"):
+        tokenizer.encode(b"a\xff")
+
+
+def test_json_lines_end_at_newlines_alone():
+    pairs = [{"prompt": "a", "response": f"b{char}c"} for char in "\u2028\u2029\x85\x0b\x0c\x1c\r"]
+    lines = "\r\n".join(json.dumps(pair, ensure_ascii=False) for pair in pairs)
+    rows = Pairs([Document("x.jsonl", b"\xef\xbb\xbf" + lines.encode())], ByteTokenizer(), 32, 1, 0).rows
+    assert [ByteTokenizer().decode(row.tolist()) for row, _ in rows] == ["a" + p["response"] for p in pairs]
+
+
+def test_a_tokenizer_that_loses_text_has_no_bits_per_byte():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "</s>": 1, "[MASK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    lower = json_tokenizer(change=lambda t: setattr(t, "normalizer", tokenizers.normalizers.Lowercase()))
+    for tokenizer, message in (
+        (JsonTokenizer(words.to_str()), r"a: .* from character 0 on: 'Some text' became '\[UNK\] \[UNK\]'"),
+        (lower, "a: the tokenizer does not give the text back, from character 0 on: 'Some text' became 'some text'"),
+    ):
+        ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": -1}
+        model = make(tiny(vocab_size=tokenizer.vocab_size, **ids))
+        with pytest.raises(DataError, match=message):
+            bound(model, [Document("a", b"Some text")], tokenizer, length=8)
+
+
+def quadratic_merges(words: Counter[bytes], rounds: int) -> list[tuple[int, int]]:
+    """Byte-pair encoding by its definition: count all pairs anew in each round."""
+    texts = {word: list(word) for word in words}
+    merges: list[tuple[int, int]] = []
+    while len(merges) < rounds:
+        pairs: Counter[tuple[int, int]] = Counter()
+        for word, ids in texts.items():
+            for pair in pairwise(ids):
+                pairs[pair] += words[word]
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        for word, ids in texts.items():
+            joined, i = [], 0
+            while i < len(ids):
+                hit = tuple(ids[i : i + 2]) == best
+                joined.append(259 + len(merges) if hit else ids[i])
+                i += 2 if hit else 1
+            texts[word] = joined
+        merges.append(best)
+    return merges
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text("ab ", max_size=30), max_size=8))
+def test_the_merges_are_those_of_the_definition(texts):
+    documents = [Document("a", text.encode()) for text in texts]
+    words = Counter(piece for d in documents for piece in re.findall(rb" ?[a-z]+|\s+", d.content))
+    tokenizer = ByteTokenizer.learn(documents, 259 + 20)
+    assert tokenizer.merges == quadratic_merges(words, 20)
+    for document in documents:
+        assert tokenizer.decode(tokenizer.encode(document.content).tolist()).encode() == document.content
+
+
+@pytest.mark.parametrize("alphabet", ["0123456789abcdef", "的一是不了人我在有他", "a"])
+def test_learning_does_not_depend_on_how_long_words_are(alphabet):
+    """The work is counted, not timed: places that are looked at, summed over all rounds, at most 20 per byte."""
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice([*alphabet], 6000)).encode()
+    looked, join = 0, _Chain.join
+
+    def counting(self, pair, joined):
+        nonlocal looked
+        looked += len(self.places[pair])
+        return join(self, pair, joined)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Chain, "join", counting)
+        seen: list[float] = []
+        tokenizer = ByteTokenizer.learn([Document("a", text)], 1024, progress=seen.append)
+    assert 0 < looked <= 20 * len(text)
+    assert seen == sorted(seen) and len(seen) == len(tokenizer.merges) and 0 < seen[-1] <= 1
+    assert tokenizer.decode(tokenizer.encode(text).tolist()).encode() == text
+
+
+def test_the_folders_of_runs_and_names_of_any_bytes(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for folder in ("run", "out"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "log.txt").write_text("not text to train on")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path)  # a circle
+    odd = tmp_path / os.fsdecode(b"\xff.txt")
+    odd.write_text("odd")
+    documents = read_corpus(tmp_path, leave_out=tmp_path / "out")
+    assert {d.name for d in documents} == {"a.txt", odd.name}
+    split([*documents, *(Document(f"{i}", b"x\n" * 9) for i in range(99))])
+    assert len(read_corpus(tmp_path / "run")) == 2  # a folder that is named itself is read

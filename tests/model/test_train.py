@@ -185,8 +185,8 @@ def test_a_damaged_or_foreign_state_is_refused_with_what_to_do(tmp_path, damage)
 def test_a_state_of_another_run_is_refused(tmp_path):
     run = trainer(tmp_path)
     run.run(should_stop=lambda: run.step >= 2)
-    with pytest.raises(CheckpointError, match=r"other settings: lr 0.02 instead of 0.5"):
-        trainer(tmp_path, lr=0.5)
+    with pytest.raises(CheckpointError, match=r"other settings: seed 0 instead of 5"):
+        trainer(tmp_path, seed=5)
     with pytest.raises(CheckpointError, match="other data or another model"):
         trainer(tmp_path, identity="other")
 
@@ -215,6 +215,64 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_pa
     with pytest.raises(ArithmeticError, match="step 2: the loss is nan"):
         run.run()
     assert (tmp_path / "state.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_weights_that_give_no_finite_loss_never_replace_a_good_state(tmp_path, optimizer):
+    """The last update ruins the weights: they are finite or not, but the run is not complete with them."""
+    run = trainer(tmp_path, optimizer=optimizer, steps=4)
+    run.run(should_stop=lambda: run.step >= 2)
+    before = (tmp_path / "state.pt").read_bytes()
+    run = trainer(tmp_path, optimizer=optimizer, steps=4, lr=1e30)  # a rate may change when a run is resumed
+    with pytest.raises(ArithmeticError, match=r"step [34]: .*resume with a lower --lr"):
+        run.run()
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert trainer(tmp_path, optimizer=optimizer, steps=4, lr=0.001).run()
+    ruined = trainer(None, optimizer=optimizer, steps=1)
+    one_step = ruined.one_step
+
+    def last_step():
+        loss = one_step()
+        ruined.model.norm.weight.data[0] = float("nan")
+        return loss
+
+    ruined.one_step = last_step
+    with pytest.raises(ArithmeticError, match=r"step 1: norm\.weight has become NaN or inf"):
+        ruined.run()
+
+
+def test_a_second_trainer_is_refused_while_the_first_one_runs(tmp_path):
+    refused = []
+
+    def someone_else(progress):
+        try:
+            trainer(tmp_path)
+        except CheckpointError as error:
+            refused.append(str(error))
+
+    run = trainer(tmp_path)
+    run.run(someone_else, save_every=2)
+    assert len(refused) == 12 and "is in use by another training run; wait until it ends" in refused[0]
+    assert trainer(tmp_path).run()
+
+
+def test_a_trainer_does_not_go_on_from_a_state_that_another_replaced(tmp_path):
+    first = trainer(tmp_path)
+    first.run(should_stop=lambda: first.step >= 2)
+    second = trainer(tmp_path)
+    second.run(should_stop=lambda: second.step >= 4)
+    with pytest.raises(CheckpointError, match=r"state\.pt was replaced meanwhile; make a new Trainer"):
+        first.run()
+    assert second.run()
+
+
+def test_what_killed_saves_left_is_swept_when_a_run_goes_on(tmp_path):
+    run = trainer(tmp_path)
+    run.run(should_stop=lambda: run.step >= 2)
+    for name in (".state.pt.0123abcd", ".run.json.0123abcd", ".keep.0123abcd"):
+        (tmp_path / name).write_text("half")
+    trainer(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".keep.0123abcd", "log.jsonl", "state.pt"]
 
 
 # ---- learning ------------------------------------------------------------------------------------------------------

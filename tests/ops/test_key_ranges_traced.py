@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 
 from illada_kernels import KeyRanges, attention
@@ -112,16 +113,20 @@ def test_dynamic_sizes_need_one_graph(how):
     assert len(graphs) == 1
 
 
-def test_all_uses_export_with_dynamic_sizes_and_lower_to_an_ahead_of_time_graph():
-    torch._dynamo.reset()
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [True, False])
+def test_all_uses_export_with_dynamic_sizes(strict):
     module, shapes = Use(*USES), ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
-    programs = [torch.compile(module, fullgraph=True, backend="aot_eager")]
-    for strict in (True, False):
-        program = torch.export.export(module, given(*SIZES[0]), dynamic_shapes=shapes, strict=strict)
-        programs.append(program.module())
+    program = torch.export.export(module, given(*SIZES[0]), dynamic_shapes=shapes, strict=strict).module()
     for size in SIZES:
-        for program in programs:
-            assert same(program(*given(*size)), module(*given(*size)))
+        assert same(program(*given(*size)), module(*given(*size)))
+
+
+def test_all_uses_lower_to_an_ahead_of_time_graph():
+    torch._dynamo.reset()
+    module = Use(*USES)
+    lowered = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert same(lowered(*given(*SIZES[0])), module(*given(*SIZES[0])))
 
 
 @torch._dynamo.config.patch(capture_scalar_outputs=True)
@@ -132,11 +137,11 @@ def test_lengths_that_only_data_decide_trace_too(name):
     def build(length):
         size = length.item()
         torch._check(size >= 4)  # so that "cached" has room
-        return USES[name](torch.zeros(3, 1, 3).expand(3, size, 3), torch.tensor([1, 2, 3])).bounds
+        return Use(name)(torch.zeros(3, 1, 3).expand(3, size, 3), torch.tensor([1, 2, 3]))
 
     compiled = torch.compile(build, fullgraph=True, backend="eager")
     for length in (torch.tensor(9), torch.tensor(12)):
-        assert torch.equal(compiled(length), build(length))
+        assert same(compiled(length), build(length))
 
 
 def test_what_does_not_fit_still_raises_where_nothing_can_be_read():
@@ -171,6 +176,24 @@ def test_numpy_numbers_are_sizes():
         assert torch.equal(
             KeyRanges.window(4, integer(1), None, integer(6)).bounds, KeyRanges.window(4, 1, None, 6).bounds
         )
+
+
+@pytest.mark.parametrize("integer", [np.int32, np.int64])
+def test_numpy_numbers_are_sizes_in_a_trace_too(integer):
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(lambda n: KeyRanges.window(n, 1, 2).dense(), fullgraph=True, backend=counting(graphs))
+    for n in (4, 5, 6):
+        assert torch.equal(compiled(integer(n)), KeyRanges.window(n, 1, 2).dense())
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["from padding", "from dense", "and"])
+def test_what_reads_masks_traces_with_proxies_and_fake_tensors(name):
+    x, n = given(3, 13)
+    traced = make_fx(lambda x, n: USES[name](x, n).bounds, tracing_mode="symbolic")(x, n)
+    for size in SIZES:
+        assert torch.equal(traced(*given(*size)), USES[name](*given(*size)).bounds)
 
 
 # ---- arguments and results of programs -------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import illada_kernels as ik
 from illada_kernels import _gpu, _nvrtc
 from illada_kernels.ops.masked_loss import nvrtc as masked_loss
 from illada_kernels.ops.masked_loss.cuda import CudaRows
-from illada_kernels.ops.masked_loss.rows import Formula
+from illada_kernels.ops.masked_loss.row_kernels import Formula
 from illada_kernels.ops.unmask import nvrtc as unmask
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import ROOT, Kernels, compile_kernels, missing

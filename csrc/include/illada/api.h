@@ -87,10 +87,10 @@ ILLADA_CPU(illada_masked_loss_stats_cpu, const void* logits, int dtype, int64_t 
 ILLADA_CPU(illada_masked_loss_dlogits_cpu, const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype,
            int64_t rows, const int64_t* row_index, int64_t first, int64_t count, const float* bias, float softcap,
            const int64_t* targets, const int64_t* forbid, int64_t n_forbid, const float* coefficients, int threads)
-// CUDA; illada_kernels/ops/masked_loss/rows.py says what each does. Masked rows are compacted: index, targets and scale
-// hold `held` or `capacity` of them from place `start` on; slot (rows) is each row's place or -1; info is {number of
-// masked rows, first row whose target is not an id or -1}. Row r of x or logits starts at r / inner * outer_stride + r
-// % inner * stride.
+// CUDA; illada_kernels/ops/masked_loss/row_kernels.py says what each does. Masked rows are compacted: index, targets and
+// scale hold `held` or `capacity` of them from place `start` on; slot (rows) is each row's place or -1; info is {number
+// of masked rows, first row whose target is not an id or -1}. Row r of x or logits starts at r / inner * outer_stride +
+// r % inner * stride.
 extern "C" int illada_masked_loss_compact_cuda(const uint8_t* masked, const int64_t* targets, const float* weight,
                                                int64_t rows, int64_t vocab, int64_t capacity, int mean, int32_t* index,
                                                int64_t* row_targets, float* scale, int32_t* slot, int32_t* info,

@@ -89,13 +89,15 @@ def scaled_dot_product_attention(
     q, k, v = (_four_dimensions(x, enable_gqa) for x in (query, key, value))
     if not enable_gqa and not known(q.shape[1] == k.shape[1]):
         raise ValueError(f"key: expected {q.shape[1]} heads like query, got {k.shape[1]}; or pass enable_gqa=True")
+    ranges: KeyRanges | None
     if is_causal:
         ranges = _causal(q.shape[2], k.shape[2], q.device)
     elif isinstance(attn_mask, Tensor):
         ranges = _remembered(attn_mask, shape, enable_gqa)
     else:
         ranges = attn_mask  # attention checks its type
-    out = attention(*(x.transpose(1, 2) for x in (q, k, v)), ranges, scale=scale, backend=backend).transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = attention(q, k, v, ranges, scale=scale, backend=backend).transpose(1, 2)
     return out if query.dim() == 4 else out.reshape(*query.shape[:-1], value.shape[-1])
 
 

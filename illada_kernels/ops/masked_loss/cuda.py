@@ -1,4 +1,4 @@
-"""The row operations of masked_loss (rows.py) in CUDA: csrc/cuda/masked_loss_rows.cu and masked_loss_compact.cu.
+"""The row operations of masked_loss (row_kernels.py) in CUDA: csrc/cuda/masked_loss_rows.cu and masked_loss_compact.cu.
 
 `CudaRows` needs only something that launches an entry point by name, with tensors for pointers: the extension
 (_gpu.launch), or the same sources compiled otherwise.
@@ -6,17 +6,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._gpu import launch
-from .native import dtype_code
-from .rows import Formula, Rows, row_strides, rows_of
+from ..._extension import DTYPES, extension_reason
+from ..._gpu import cuda_reason, launch, rows_reason
+from . import gpu
+from .problem import Problem, Results, no_float64
+from .row_kernels import Formula, Rows, row_strides, rows_of
 
 Launch = Callable[..., None]  # (entry point, device, *arguments)
+
+
+def available() -> str | None:
+    if (reason := rows_reason()) is not None:
+        return reason
+    return extension_reason("masked_loss_compact_cuda") if cuda_reason() is None else None
+
+
+supports, kept = no_float64, gpu.kept
 
 
 def shared_memory(device: torch.device) -> int:
@@ -58,7 +69,7 @@ class CudaRows:
             "masked_loss_gather_cuda",
             x.device,
             x,
-            dtype_code(x),
+            DTYPES[x.dtype],
             inner,
             outer_stride,
             stride,
@@ -69,7 +80,7 @@ class CudaRows:
             out.shape[1],
             factors,
             out,
-            dtype_code(out),
+            DTYPES[out.dtype],
         )
 
     def scatter(self, dx: Tensor, rows: Rows, out: Tensor, factors: Tensor | None = None) -> None:
@@ -85,7 +96,7 @@ class CudaRows:
             out.shape[1],
             factors,
             out,
-            dtype_code(out),
+            DTYPES[out.dtype],
         )
 
     def factors(self, rows: Rows, what: int, grad_loss: Tensor | None, out: Tensor) -> None:
@@ -114,7 +125,7 @@ class CudaRows:
             "masked_loss_rows_stats_cuda",
             logits.device,
             logits,
-            dtype_code(logits),
+            DTYPES[logits.dtype],
             *strides,
             *_which(rows, by_slot),
             first,
@@ -141,7 +152,7 @@ class CudaRows:
             "masked_loss_rows_dlogits_cuda",
             logits.device,
             logits,
-            dtype_code(logits),
+            DTYPES[logits.dtype],
             *strides,
             out,
             out.stride(0),
@@ -160,7 +171,7 @@ class CudaRows:
             "masked_loss_rows_gradients_cuda",
             logits.device,
             logits,
-            dtype_code(logits),
+            DTYPES[logits.dtype],
             logits.stride(0),
             rows.info,
             rows.start,
@@ -216,3 +227,18 @@ def _terms(formula: Formula) -> tuple[Any, ...]:
 
 
 KERNELS = CudaRows()
+
+
+def forward(problem: Problem) -> Results:
+    return gpu.forward(KERNELS, problem)
+
+
+def direct(problem: Problem) -> Results:
+    """As forward, but keeps only as much as the rows need that are masked now."""
+    return gpu.forward(KERNELS, problem, trim=True)
+
+
+def backward(
+    problem: Problem, grad_loss: Tensor, *kept: Tensor, needs: Sequence[bool] = (True, True, True)
+) -> Sequence[Tensor | None]:
+    return gpu.backward(KERNELS, problem, grad_loss, (kept[0], kept[1], kept[2]), needs)

@@ -1,6 +1,7 @@
-"""masked_loss on a GPU: the large products by cuBLAS through torch.mm, the rest by a backend's row kernels (rows.py).
+"""masked_loss on a GPU: the large products by cuBLAS through torch.mm, the rest by a backend's row kernels
+(row_kernels.py).
 
-A call runs in one of four modes (`plan`). In all of them only masked rows are computed, products accumulate in float32,
+A call runs in one of five modes (`plan`). In all of them only masked rows are computed, products accumulate in float32,
 and each gradient is rounded once:
 
     one_chunk   logits of all masked rows; they become their gradients in place, which are kept for the backward, where
@@ -10,6 +11,7 @@ and each gradient is rounded once:
     slices      slices of the vocabulary; the backward computes the logits again, writes each slice of the head's
                 gradient once, and adds up hidden's. Keeps four numbers a row. 4 products.
     loss        no gradients: slices, forward only. 1 product.
+    logits      masked_loss_from_logits: one pass, and one in the backward. Keeps four numbers a row.
 
 Nothing is read back from the device, except by a forward without max_masked: the number of masked rows, and whether
 their targets are ids, in one synchronisation.
@@ -18,15 +20,15 @@ their targets are ids, in one synchronisation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .native import Options
-from .products import float32_sums, product
-from .rows import POWER_TIMES_GRAD, SCALE_OVER_POWER, SCALE_TIMES_GRAD, Formula, RowKernels, Rows
+from ..._matmul import float32_sums, product
+from .problem import Problem, Results, bad_target, empty_grads
+from .row_kernels import POWER_TIMES_GRAD, SCALE_OVER_POWER, SCALE_TIMES_GRAD, Formula, RowKernels, Rows
 
 DEFAULT_BUDGET = 256 << 20
 LEAST_CHUNK = (
@@ -37,7 +39,6 @@ SLICE_BYTES = 32 << 20  # of logits: they stay in the second-level cache (50 MB 
 ROW_BYTES = 64  # of indices, states and factors
 TILE = 128  # rows of a chunk and ids of a slice are multiples of it
 
-Needs = tuple[bool, bool, bool]  # gradients of hidden, head_weight, head_bias
 Kept = tuple[Tensor, Tensor, Tensor]
 
 
@@ -47,43 +48,34 @@ Kept = tuple[Tensor, Tensor, Tensor]
 class Plan(NamedTuple):
     mode: str
     rows: int  # masked rows there can be
-    step: int  # row_chunks: rows of a chunk at most
-    ids: int  # slices, loss: ids of a slice
+    step: int = 0  # row_chunks: rows of a chunk at most
+    ids: int = 0  # slices, loss: ids of a slice
 
 
-def plan(
-    hidden: Tensor,
-    head_weight: Tensor,
-    masked: Tensor,
-    reduction: str,
-    max_masked: int | None,
-    budget: int | None,
-    needs: Needs,
-) -> Plan:
-    """The mode, from shapes and options alone.
+def plan(problem: Problem) -> Plan:
+    """Returns the mode, from shapes and options alone.
 
     By default the budget is 8 bytes for each element of the head: as long as N < 4 D, the N x V half-precision logits
     of one chunk take less than a float32 head gradient and a chunk of 2 D rows together, and one chunk is fastest.
     """
+    rows, head_weight, needs = problem.capacity, problem.head_weight, problem.needs
+    if head_weight is None:
+        return Plan("logits", rows)
     vocab, width = head_weight.shape
-    rows = masked.numel() if max_masked is None else min(max_masked, masked.numel())
     size = head_weight.element_size()
+    budget = problem.memory_budget
     if budget is None:
         budget = max(DEFAULT_BUDGET, 8 * vocab * width)
     left = budget - rows * (ROW_BYTES + (4 * width if needs[0] else 0))  # hidden's gradient, compact, in float32
     row = size * (vocab + width)  # a row of logits and of hidden
+    if any(needs) and rows * row <= left:
+        return Plan("one_chunk", rows)
     step = (left - (4 * vocab * width if needs[1] else 0)) // row
+    if any(needs) and problem.reduction != "none" and step >= LEAST_CHUNK:
+        return Plan("row_chunks", rows, step)
     ids = min(SLICE_BYTES, left - rows * size * width) // max(size * rows, 1)
     ids = min(max(ids // TILE * TILE, LEAST_SLICE), vocab)
-    if not any(needs):
-        mode = "loss"
-    elif rows * row <= left:
-        mode = "one_chunk"
-    elif reduction != "none" and step >= LEAST_CHUNK:
-        mode = "row_chunks"
-    else:
-        mode = "slices"
-    return Plan(mode, rows, max(step, 1), ids)
+    return Plan("slices" if any(needs) else "loss", rows, ids=ids)
 
 
 def chunk_rows(count: int, step: int) -> int:
@@ -92,85 +84,72 @@ def chunk_rows(count: int, step: int) -> int:
     return min(-(-share // TILE) * TILE, max(step, 1))
 
 
-def kept_like(p: Plan, head_weight: Tensor, needs: Needs, rows: int | None = None) -> Kept:
-    """The three tensors that a forward keeps, uninitialised; for `rows` masked rows if given, else for the capacity."""
-    vocab, width = head_weight.shape
-    rows = p.rows if rows is None else rows
-    empty = functools.partial(torch.empty, device=head_weight.device)
-    none = empty(0, dtype=torch.float32)
-    if p.mode == "one_chunk":
-        return empty(rows, vocab, dtype=head_weight.dtype), none, none.clone()
-    if p.mode == "row_chunks":
-        shapes: tuple[tuple[int, ...], ...] = ((rows, width), (vocab, width), (vocab,))
-        d_hidden, d_weight, d_bias = (
-            empty(shape if need else (0,), dtype=torch.float32) for shape, need in zip(shapes, needs)
-        )
-        return d_hidden, d_weight, d_bias
-    return empty((rows, 4) if p.mode == "slices" else (0,), dtype=torch.float32), none, none.clone()
+def kept(problem: Problem) -> Kept:
+    """Returns the three tensors that `forward` keeps, uninitialised."""
+    return _kept(problem, plan(problem))
+
+
+def _kept(problem: Problem, p: Plan) -> Kept:
+    hidden, head_weight, rows = problem.hidden, problem.head_weight, p.rows
+    shapes: list[tuple[int, ...]] = [(0,), (0,), (0,)]
+    if head_weight is None or p.mode == "slices":
+        shapes[0] = (rows, 4)
+    elif p.mode == "one_chunk":
+        shapes[0] = (rows, problem.vocab)
+    elif p.mode == "row_chunks":
+        of = ((rows, hidden.shape[-1]), head_weight.shape, (problem.vocab,))
+        shapes = [tuple(shape) if need else (0,) for shape, need in zip(of, problem.needs)]
+    dtype = head_weight.dtype if head_weight is not None and p.mode == "one_chunk" else torch.float32
+    first, *rest = (hidden.new_empty(shape, dtype=d) for shape, d in zip(shapes, (dtype, torch.float32, torch.float32)))
+    return first, rest[0], rest[1]
 
 
 # ---- what every mode needs ------------------------------------------------------------------------------------------
 
 
-def masked_rows(
-    kernels: RowKernels,
-    targets: Tensor,
-    masked: Tensor,
-    weight: Tensor | None,
-    vocab: int,
-    options: Options,
-    check: bool,
-) -> Rows:
-    """The masked rows, compacted: as many as max_masked, or as all rows. With `check` and without max_masked just as
-    many as there are, after the one synchronisation; raises ValueError if a target is no id."""
-    total = masked.numel()
-    capacity = total if options.max_masked is None else min(options.max_masked, total)
-    rows = kernels.compact(masked, targets, weight, vocab, options.reduction == "mean", capacity)
-    if not check or options.max_masked is not None:
+def masked_rows(kernels: RowKernels, problem: Problem, check: bool) -> Rows:
+    """Returns the masked rows, compacted: as many as max_masked, or as all rows. With `check` and without max_masked
+    just as many as there are, after the one synchronisation; raises ValueError if a target is not an id."""
+    mean = problem.reduction == "mean"
+    masked, targets = problem.masked, problem.targets
+    rows = kernels.compact(masked, targets, problem.weight, problem.vocab, mean, problem.capacity)
+    if not check or problem.max_masked is not None:
         return rows
     count, bad = rows.info.tolist()
     if bad >= 0:
-        got = int(targets.reshape(-1)[bad])
-        raise ValueError(f"targets: expected ids in [0, {vocab}) at masked rows, got {got} at row {bad} of {total}")
+        raise bad_target(int(targets.reshape(-1)[bad]), bad, problem)
     return rows.chunk(0, count)
 
 
 @functools.cache
 def _forbid_on(device: torch.device, forbid: tuple[int, ...]) -> Tensor:
-    """Uploaded once: a copy from the host at each call would synchronise and could not be captured in a graph. Kept for
-    good, a few bytes each: a captured graph reads the list at its address, whatever other lists have come since."""
+    """Uploads the ids once: a copy from the host at each call would synchronise and could not be captured in a graph.
+    They are kept for good, a few bytes each: a captured graph reads the list at its address, whatever other lists have
+    come since."""
     return torch.tensor(forbid, dtype=torch.int64, device=device)
 
 
-def formula(options: Options, vocab: int, bias: Tensor | None, device: torch.device) -> Formula:
+def formula(problem: Problem) -> Formula:
+    bias, forbid = problem.head_bias, problem.forbidden()
     return Formula(
-        vocab,
+        problem.vocab,
         None if bias is None else bias.float().contiguous(),
-        options.softcap or 0.0,
-        options.label_smoothing,
-        options.z_loss,
-        _forbid_on(device, tuple(options.forbid)) if options.forbid else None,
+        problem.softcap or 0.0,
+        problem.label_smoothing,
+        problem.z_loss,
+        _forbid_on(problem.hidden.device, forbid) if forbid else None,
     )
 
 
 class Head:
-    """One call: its rows, its head, the row kernels."""
+    """One call of masked_loss: its rows, its head, the row kernels."""
 
-    def __init__(
-        self,
-        kernels: RowKernels,
-        hidden: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-        rows: Rows,
-        options: Options,
-        p: Plan,
-        needs: Needs,
-    ) -> None:
-        self.kernels, self.hidden, self.weight, self.rows = kernels, hidden, head_weight, rows
+    def __init__(self, kernels: RowKernels, problem: Problem, rows: Rows, p: Plan, needs: Sequence[bool]) -> None:
+        assert problem.head_weight is not None
+        self.kernels, self.hidden, self.weight, self.rows = kernels, problem.hidden, problem.head_weight, rows
         self.plan, self.needs, self.count = p, needs, len(rows.index)
-        self.vocab, self.width = head_weight.shape
-        self.formula = formula(options, self.vocab, head_bias, hidden.device)
+        self.vocab, self.width = problem.head_weight.shape
+        self.formula = formula(problem)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.hidden.device)
@@ -204,40 +183,33 @@ def _largest(factors: Tensor) -> Tensor:
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(
-    kernels: RowKernels,
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    masked: Tensor,
-    weight: Tensor | None,
-    head_bias: Tensor | None,
-    options: Options,
-    budget: int | None,
-    needs: Needs,
-    trim: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss and what is kept; with `trim`, kept for as many rows as are masked rather than for the capacity."""
-    p = plan(hidden, head_weight, masked, options.reduction, options.max_masked, budget, needs)
-    rows = masked_rows(kernels, targets, masked, weight, head_weight.shape[0], options, check=True)
-    head = Head(kernels, hidden, head_weight, head_bias, rows, options, p, needs)
-    kept = kept_like(p, head_weight, needs, head.count if trim else None)
-    if p.mode == "slices":
+def forward(kernels: RowKernels, problem: Problem, trim: bool = False) -> Results:
+    """Returns the loss and what is kept. trim: keeps as many rows as are masked now, not the full capacity."""
+    p, rows = plan(problem), masked_rows(kernels, problem, check=True)
+    count, none = len(rows.index), problem.reduction == "none"
+    kept = _kept(problem, p._replace(rows=count) if trim else p)
+    if p.mode in ("slices", "logits"):
         kept[0].zero_()  # fillers too
-    elif not trim and (p.mode == "one_chunk" or needs[0]):
-        kept[0][head.count :].zero_()
-    state = kept[0][: head.count] if p.mode == "slices" else head.empty(head.count, 4)
-    with float32_sums():
-        if p.mode == "one_chunk":
-            _one_chunk(head, kept[0][: head.count], state)
-        elif p.mode == "row_chunks":
-            _row_chunks(head, kept, state)
-        else:
-            for ids, _, logits in head.slices(head.gather(rows)):
-                kernels.stats(logits, ids.start, rows, state, head.formula)
-    loss = head.empty(*((masked.numel(),) if options.reduction == "none" else ()))
-    kernels.losses(state, rows, head.formula, loss)
-    return loss.view(masked.shape) if options.reduction == "none" else loss, *kept
+    elif not trim and (p.mode == "one_chunk" or problem.needs[0]):
+        kept[0][count:].zero_()
+    state = kept[0][:count] if p.mode in ("slices", "logits") else rows.scale.new_empty(count, 4)
+    if p.mode == "logits":
+        terms = formula(problem)
+        kernels.stats(problem.hidden, 0, rows, state, terms, by_slot=True)
+    else:
+        head = Head(kernels, problem, rows, p, problem.needs)
+        terms = head.formula
+        with float32_sums():
+            if p.mode == "one_chunk":
+                _one_chunk(head, kept[0][:count], state)
+            elif p.mode == "row_chunks":
+                _row_chunks(head, kept, state)
+            else:
+                for ids, _, logits in head.slices(head.gather(rows)):
+                    kernels.stats(logits, ids.start, rows, state, terms)
+    loss = state.new_empty((problem.masked.numel(),) if none else ())
+    kernels.losses(state, rows, terms, loss)
+    return loss.view(problem.masked.shape) if none else loss, *kept
 
 
 def _one_chunk(head: Head, d: Tensor, state: Tensor) -> None:
@@ -275,66 +247,58 @@ def _row_chunks(head: Head, kept: Kept, state: Tensor) -> None:
 
 
 def backward(
-    kernels: RowKernels,
-    grad_loss: Tensor,
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    masked: Tensor,
-    weight: Tensor | None,
-    head_bias: Tensor | None,
-    kept: Kept,
-    options: Options,
-    p: Plan,
-    needs: Needs,
-) -> Kept:
-    """Gradients of hidden, head_weight and head_bias in their dtypes; empty where not needed. No synchronisation: it
-    computes as many rows as were kept, fillers included."""
-    of = (hidden, head_weight, head_bias)
-    grads = [
-        torch.empty(
-            x.shape if need and x is not None else (0,), dtype=(hidden if x is None else x).dtype, device=hidden.device
-        )
-        for x, need in zip(of, needs)
-    ]
-    rows = masked_rows(kernels, targets, masked, weight, head_weight.shape[0], options, check=False)
+    kernels: RowKernels, problem: Problem, grad_loss: Tensor, kept: Kept, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Returns the gradients of hidden, head_weight and head_bias in their dtypes, None where not needed. No
+    synchronisation: computes as many rows as were kept, fillers included."""
+    p, rows = plan(problem), masked_rows(kernels, problem, check=False)
+    grads = empty_grads(problem, needs)
+    if p.mode == "logits":
+        _logits_backward(kernels, problem, grad_loss, rows, kept[0], grads[0])
+        return grads
     if p.mode != "row_chunks":
         rows = rows.chunk(0, len(kept[0]))
-    head = Head(kernels, hidden, head_weight, head_bias, rows, options, p, needs)
+    head = Head(kernels, problem, rows, p, needs)
     with float32_sums():
         if p.mode == "one_chunk":
-            _one_chunk_backward(head, grad_loss, kept[0], grads)
+            _one_chunk_backward(head, grad_loss, kept[0], *grads)
         elif p.mode == "row_chunks":
-            _row_chunks_backward(head, grad_loss, kept, grads)
+            _row_chunks_backward(head, grad_loss, kept, *grads)
         else:
-            _slices_backward(head, grad_loss, kept[0], grads)
-    if options.max_masked is not None and p.rows == 0:  # no row that could carry the NaN of an overflow
+            _slices_backward(head, grad_loss, kept[0], *grads)
+    if problem.max_masked is not None and p.rows == 0:  # no row that could carry the NaN of an overflow
         for g in grads[1:]:
-            g.copy_(torch.where(rows.info[0] > 0, torch.nan, 0.0))
-    return grads[0], grads[1], grads[2]
+            if g is not None:
+                g.copy_(torch.where(rows.info[0] > 0, torch.nan, 0.0))
+    return grads
 
 
 def _scatter(head: Head, dx: Tensor, out: Tensor, factors: Tensor | None = None) -> None:
     head.kernels.scatter(dx, head.rows, out.view(len(head.rows.slot), head.width), factors)
 
 
-def _one_chunk_backward(head: Head, grad_loss: Tensor, d: Tensor, grads: list[Tensor]) -> None:
+def _one_chunk_backward(
+    head: Head, grad_loss: Tensor, d: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None
+) -> None:
     """d is d(loss) / d(logits) of each row, but for the factors of the rows."""
     factors = head.factors(POWER_TIMES_GRAD, grad_loss)
-    if head.needs[0]:
+    if d_hidden is not None:
         dx = head.empty(head.count, head.width)
         product(d, head.weight, dx)
-        _scatter(head, dx, grads[0], factors)
+        _scatter(head, dx, d_hidden, factors)
         del dx
-    if head.needs[1]:
-        product(d.T, head.gather(head.rows, factors), grads[1])
-    if head.needs[2]:
-        grads[2].copy_(_weighted_sum(head, d, factors))
+    if d_weight is not None:
+        product(d.T, head.gather(head.rows, factors), d_weight)
+    if d_bias is not None:
+        d_bias.copy_(_weighted_sum(head, d, factors))
 
 
 def _weighted_sum(head: Head, d: Tensor, factors: Tensor) -> Tensor:
-    """(V,) float32: the rows of d, (N, V), times factors. Two columns hold each factor in half precision: one would
-    round the upstream gradient the same way in all rows. They are relative to the largest, so that fp16 holds them."""
+    """Returns the sum of the rows of d (N, V) times factors, (V,) float32.
+
+    Two columns hold each factor in half precision: one would round the upstream gradient the same way in all rows.
+    They are relative to the largest, so that float16 holds them.
+    """
     if head.count == 0:
         return head.empty(head.vocab).zero_()
     largest = _largest(factors)
@@ -345,72 +309,48 @@ def _weighted_sum(head: Head, d: Tensor, factors: Tensor) -> Tensor:
     return sums.sum(1) * largest
 
 
-def _row_chunks_backward(head: Head, grad_loss: Tensor, kept: Kept, grads: list[Tensor]) -> None:
-    if head.needs[0]:
-        _scatter(head, kept[0], grads[0], head.factors(POWER_TIMES_GRAD, grad_loss)[: len(kept[0])])
+def _row_chunks_backward(
+    head: Head, grad_loss: Tensor, kept: Kept, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None
+) -> None:
+    if d_hidden is not None:
+        _scatter(head, kept[0], d_hidden, head.factors(POWER_TIMES_GRAD, grad_loss)[: len(kept[0])])
     factor = _largest(head.factors(POWER_TIMES_GRAD)) * grad_loss
-    for g, k, need in zip(grads[1:], kept[1:], head.needs[1:]):
-        if need:
+    for g, k in ((d_weight, kept[1]), (d_bias, kept[2])):
+        if g is not None:
             torch.mul(k, factor, out=g)
 
 
-def _slices_backward(head: Head, grad_loss: Tensor, state: Tensor, grads: list[Tensor]) -> None:
+def _slices_backward(
+    head: Head,
+    grad_loss: Tensor,
+    state: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
     x, scale = head.gather(head.rows), head.factors(SCALE_TIMES_GRAD, grad_loss)
-    dx = head.empty(head.count if head.needs[0] else 0, head.width)
-    d_bias = head.empty(head.vocab if head.needs[2] else 0, 1)
+    dx = head.empty(head.count if d_hidden is not None else 0, head.width)
+    sums = head.empty(head.vocab if d_bias is not None else 0, 1)
     ones = x.new_ones(head.count, 1)
     for ids, w, d in head.slices(x):
         head.kernels.dlogits(d, d, ids.start, head.rows, state, scale, head.formula)
-        if head.needs[0]:
+        if d_hidden is not None:
             product(d, w, dx, accumulate=ids.start > 0)
-        if head.needs[1]:
-            product(d.T, x, grads[1][ids])
-        if head.needs[2]:
-            product(d.T, ones, d_bias[ids])
-    if head.needs[0]:
-        _scatter(head, dx, grads[0])
-    if head.needs[2]:
-        grads[2].copy_(d_bias[:, 0])
+        if d_weight is not None:
+            product(d.T, x, d_weight[ids])
+        if d_bias is not None:
+            product(d.T, ones, sums[ids])
+    if d_hidden is not None:
+        _scatter(head, dx, d_hidden)
+    if d_bias is not None:
+        d_bias.copy_(sums[:, 0])
 
 
-# ---- masked_loss_from_logits -----------------------------------------------------------------------------------------
-
-
-def rows_kept(masked: Tensor, max_masked: int | None) -> Tensor:
-    """The state of each masked row there can be."""
-    rows = masked.numel() if max_masked is None else min(max_masked, masked.numel())
-    return torch.zeros(rows, 4, dtype=torch.float32, device=masked.device)
-
-
-def rows_forward(
-    kernels: RowKernels, logits: Tensor, targets: Tensor, masked: Tensor, weight: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
-    """(loss, the state of the masked rows)."""
-    vocab, state = logits.shape[-1], rows_kept(masked, options.max_masked)
-    rows = masked_rows(kernels, targets, masked, weight, vocab, options, check=True)
-    terms = formula(options, vocab, None, logits.device)
-    kernels.stats(logits, 0, rows, state[: len(rows.index)], terms, by_slot=True)
-    none = options.reduction == "none"
-    loss = torch.empty((masked.numel(),) if none else (), dtype=torch.float32, device=logits.device)
-    kernels.losses(state[: len(rows.index)], rows, terms, loss)
-    return loss.view(masked.shape) if none else loss, state
-
-
-def rows_backward(
-    kernels: RowKernels,
-    grad_loss: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    masked: Tensor,
-    weight: Tensor | None,
-    state: Tensor,
-    options: Options,
-) -> Tensor:
-    vocab = logits.shape[-1]
-    rows = masked_rows(kernels, targets, masked, weight, vocab, options, check=False)
+def _logits_backward(
+    kernels: RowKernels, problem: Problem, grad_loss: Tensor, rows: Rows, state: Tensor, d_logits: Tensor | None
+) -> None:
+    assert d_logits is not None
     scale = torch.empty_like(rows.scale)
     kernels.factors(rows, SCALE_TIMES_GRAD, grad_loss, scale)
-    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    out = d_logits.view(masked.numel(), vocab)
-    kernels.dlogits(logits, out, 0, rows, state, scale, formula(options, vocab, None, logits.device), by_slot=True)
-    return d_logits
+    out = d_logits.view(problem.masked.numel(), problem.vocab)
+    kernels.dlogits(problem.hidden, out, 0, rows, state, scale, formula(problem), by_slot=True)

@@ -1,8 +1,12 @@
-"""The specification of masked_loss in plain PyTorch; the oracle of the tests.
+"""masked_loss and masked_loss_from_logits in plain PyTorch: the specification of all other backends.
 
-masked_loss and masked_loss_from_logits are differentiable by autograd; the two functions ending in _backward are their
-gradients written out, which the operator needs (autograd does not run inside one). Half-precision inputs are taken as
-they are and everything is computed in float32; float64 inputs are computed in float64.
+    z      = softcap tanh((hidden @ head_weight.T + head_bias) / softcap), -inf at forbidden ids;  lse = log sum exp z
+    loss   = lse - (1 - e) z_target - e mean(z) + z_loss lse^2, times the row's weight
+    dlogit = weight ((1 + 2 z_loss lse) exp(z - lse) - e / allowed - [target] (1 - e)) dz/dlogit
+
+e is the label smoothing; means and `allowed` are over the ids that are not forbidden. Computes in float32, in float64
+for float64 inputs, and stores the logits of all masked rows. `forward` is differentiable by autograd; `backward` is its
+gradient written out, because autograd does not run inside an operator.
 """
 
 from __future__ import annotations
@@ -12,121 +16,68 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def masked_loss(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    masked: Tensor,
-    weight: Tensor | None = None,
-    *,
-    reduction: str = "sum",
-    head_bias: Tensor | None = None,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    forbid: Sequence[int] = (),
-    max_masked: int | None = None,
-) -> Tensor:
-    """The loss of `masked_loss`, by computing the logits of the masked rows."""
-    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    poison = overflow_poison(masked, max_masked, compute)
-    hidden, head_weight = hidden.to(compute), head_weight.to(compute)
-    if max_masked is not None:  # a factor of NaN reaches every element of every gradient
-        hidden, head_weight = hidden * poison, head_weight * poison
-    rows, live = masked_rows(masked, max_masked)
-    x = hidden.reshape(masked.numel(), hidden.shape[-1])[rows]  # (rows, D)
-    x = torch.where(live[:, None], x, 0)
-    logits = x @ head_weight.T  # (rows, V)
-    if head_bias is not None:
-        logits = logits + head_bias.to(compute) * poison
-    losses = row_losses(logits, targets.reshape(-1)[rows], live, softcap, label_smoothing, z_loss, forbid)
-    return reduce(losses * poison, rows, live, masked, weight, reduction) * poison
+from .problem import Problem, Results, bad_target
 
 
-def masked_loss_from_logits(
-    logits: Tensor,
-    targets: Tensor,
-    masked: Tensor,
-    weight: Tensor | None = None,
-    *,
-    reduction: str = "sum",
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    forbid: Sequence[int] = (),
-    max_masked: int | None = None,
-) -> Tensor:
-    """The loss of `masked_loss_from_logits`."""
-    compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    poison = overflow_poison(masked, max_masked, compute)
-    logits = logits.to(compute)
-    if max_masked is not None:
-        logits = logits * poison
-    rows, live = masked_rows(masked, max_masked)
-    z = torch.where(live[:, None], logits.reshape(masked.numel(), logits.shape[-1])[rows], 0)  # (rows, V)
-    losses = row_losses(z, targets.reshape(-1)[rows], live, softcap, label_smoothing, z_loss, forbid)
-    return reduce(losses * poison, rows, live, masked, weight, reduction) * poison
+def available() -> str | None:
+    return None
 
 
-def masked_loss_backward(
-    grad_loss: Tensor,
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    masked: Tensor,
-    weight: Tensor | None = None,
-    *,
-    reduction: str = "sum",
-    head_bias: Tensor | None = None,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    forbid: Sequence[int] = (),
-    max_masked: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, head_weight and head_bias (the last one also without a bias), float32 or float64."""
-    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    poison = overflow_poison(masked, max_masked, compute)
-    rows, live = masked_rows(masked, max_masked)
-    flat, w = hidden.reshape(masked.numel(), hidden.shape[-1]), head_weight.to(compute)
-    x = torch.where(live[:, None], flat[rows].to(compute), 0)  # (rows, D)
-    logits = x @ w.T if head_bias is None else x @ w.T + head_bias.to(compute)
-    scale = row_scale(grad_loss, rows, live, masked, weight, reduction).to(compute)
-    d = scale[:, None] * row_gradients(
-        logits, targets.reshape(-1)[rows], live, softcap, label_smoothing, z_loss, forbid
-    )
-    d_hidden = torch.zeros(flat.shape, dtype=compute, device=x.device).index_copy(0, rows, d @ w).view(hidden.shape)
-    return d_hidden * poison, d.T @ x * poison, d.sum(0) * poison
+def supports(problem: Problem) -> str | None:
+    return None
 
 
-def masked_loss_from_logits_backward(
-    grad_loss: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    masked: Tensor,
-    weight: Tensor | None = None,
-    *,
-    reduction: str = "sum",
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    forbid: Sequence[int] = (),
-    max_masked: int | None = None,
-) -> Tensor:
-    """Gradient of the logits, float32 or float64."""
-    compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    rows, live = masked_rows(masked, max_masked)
-    flat = logits.reshape(masked.numel(), logits.shape[-1])
-    z = torch.where(live[:, None], flat[rows].to(compute), 0)
-    scale = row_scale(grad_loss, rows, live, masked, weight, reduction).to(compute)
-    d = scale[:, None] * row_gradients(z, targets.reshape(-1)[rows], live, softcap, label_smoothing, z_loss, forbid)
-    d_logits = torch.zeros(flat.shape, dtype=compute, device=z.device).index_copy(0, rows, d).view(logits.shape)
-    return d_logits * overflow_poison(masked, max_masked, compute)
+def kept(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the three tensors that `forward` keeps: nothing."""
+    new = problem.hidden.new_empty
+    return new(0, dtype=torch.float32), new(0, dtype=torch.float32), new(0, dtype=torch.float32)
+
+
+def forward(problem: Problem) -> Results:
+    """Returns the loss, float32 or float64, and `kept`.
+
+    Raises ValueError if the target of a masked row is not an id; on a GPU with max_masked its loss is NaN instead.
+    """
+    masked = problem.masked
+    with torch.autocast(masked.device.type, enabled=False):
+        rows, live = masked_rows(masked, problem.max_masked)
+        if masked.device.type == "cpu" or problem.max_masked is None:
+            _check_targets(problem)
+        losses = row_losses(logits(problem, rows, live), problem, rows, live)  # (rows,)
+        weighted = losses.double() * row_scale(problem, rows, live)
+        if problem.reduction == "none":
+            loss = weighted.new_zeros(masked.numel()).index_copy(0, rows, weighted).view(masked.shape)
+        else:
+            loss = weighted.sum()
+        return (loss * overflow_poison(problem)).to(losses.dtype), *kept(problem)
+
+
+def backward(
+    problem: Problem, grad_loss: Tensor, *kept: Tensor, needs: Sequence[bool] = (True, True, True)
+) -> Sequence[Tensor | None]:
+    """Returns the gradients of hidden, head_weight and head_bias in their dtypes, None where not needed. Reads nothing
+    of what was kept."""
+    hidden, head_weight, masked = problem.hidden, problem.head_weight, problem.masked
+    with torch.autocast(masked.device.type, enabled=False):
+        rows, live = masked_rows(masked, problem.max_masked)
+        z = logits(problem, rows, live)
+        upstream = grad_loss.reshape(-1)[rows] if problem.reduction == "none" else grad_loss
+        scale = torch.where(live, row_scale(problem, rows, live) * upstream.double(), 0).to(z.dtype)
+        d = scale[:, None] * row_gradients(z, problem, rows, live)  # (rows, V)
+        poison = overflow_poison(problem).to(z.dtype)
+        of_rows = d if head_weight is None else d @ head_weight.to(z.dtype)
+        flat = of_rows.new_zeros(masked.numel(), hidden.shape[-1]).index_copy(0, rows, of_rows)
+        d_hidden = (flat.view(hidden.shape) * poison).to(hidden.dtype)
+        if head_weight is None:
+            return d_hidden, None, None
+        d_weight = (d.T @ gather(problem, rows, live) * poison).to(head_weight.dtype) if needs[1] else None
+        bias = problem.head_bias if needs[2] else None
+        return d_hidden, d_weight, None if bias is None else (d.sum(0) * poison).to(bias.dtype)
 
 
 def masked_rows(masked: Tensor, max_masked: int | None) -> tuple[Tensor, Tensor]:
-    """Indices of the masked rows in order, and which of the entries are meant: with a capacity the rest are fillers."""
+    """Returns the indices of the masked rows in order, and which entries are meant: with a capacity the rest are
+    fillers."""
     flat = masked.reshape(-1)
     if max_masked is None:
         rows = flat.nonzero().squeeze(1)
@@ -135,86 +86,88 @@ def masked_rows(masked: Tensor, max_masked: int | None) -> tuple[Tensor, Tensor]
     return rows, flat[rows]
 
 
-def overflow_poison(masked: Tensor, max_masked: int | None, dtype: torch.dtype) -> Tensor:
-    """1, or NaN where more rows are masked than the capacity allows."""
-    one = torch.ones((), dtype=dtype, device=masked.device)
-    return one if max_masked is None else torch.where(masked.sum() > max_masked, torch.nan, one)
+def overflow_poison(problem: Problem) -> Tensor:
+    """Returns 1, or NaN where more rows are masked than the capacity allows; float64."""
+    one = torch.ones((), dtype=torch.float64, device=problem.masked.device)
+    if problem.max_masked is None:
+        return one
+    return torch.where(problem.masked.sum() > problem.max_masked, torch.nan, one)
 
 
-def row_losses(
-    logits: Tensor,
-    targets: Tensor,
-    live: Tensor,
-    softcap: float | None,
-    label_smoothing: float,
-    z_loss: float,
-    forbid: Sequence[int],
-) -> Tensor:
-    """Cross-entropy, smoothing and z-loss of each row of logits (rows, V), unweighted; NaN where a target is no id."""
-    vocab = logits.shape[-1]
-    bad = live & ((targets < 0) | (targets >= vocab))
-    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    allowed = torch.ones(vocab, dtype=torch.bool, device=z.device)
-    if forbid:
-        allowed[list(forbid)] = False
-        z = z.masked_fill(~allowed, -torch.inf)
+def _check_targets(problem: Problem) -> None:
+    targets = problem.targets
+    bad = (problem.masked & ((targets < 0) | (targets >= problem.vocab))).reshape(-1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise bad_target(int(targets.reshape(-1)[row]), row, problem)
+
+
+def gather(problem: Problem, rows: Tensor, live: Tensor) -> Tensor:
+    """Returns the rows of hidden (rows, D) in the working precision, zeros for fillers."""
+    hidden = problem.hidden
+    x = hidden.reshape(problem.masked.numel(), hidden.shape[-1])[rows]
+    return torch.where(live[:, None], x, 0).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def logits(problem: Problem, rows: Tensor, live: Tensor) -> Tensor:
+    """Returns the logits (rows, V), not yet capped."""
+    x = gather(problem, rows, live)
+    if problem.head_weight is None:
+        return x
+    z = x @ problem.head_weight.to(x.dtype).T
+    return z if problem.head_bias is None else z + problem.head_bias.to(x.dtype)
+
+
+def row_scale(problem: Problem, rows: Tensor, live: Tensor) -> Tensor:
+    """Returns d(loss) / d(unweighted loss of a row), float64; 0 for fillers."""
+    weight = problem.weight
+    w = live.double() if weight is None else torch.where(live, weight.reshape(-1)[rows].double(), 0)
+    if problem.reduction != "mean":
+        return w
+    return w / torch.where(live.any(), w.sum(), 1)
+
+
+def row_losses(logits: Tensor, problem: Problem, rows: Tensor, live: Tensor) -> Tensor:
+    """Returns cross-entropy, smoothing and z-loss of each row of logits (rows, V), unweighted; 0 for fillers, NaN where
+    a target is not an id."""
+    at_target, bad = _targets(problem, rows, live)
+    z, allowed = _capped(logits, problem)
+    z, smoothing = z.masked_fill(~allowed, -torch.inf), problem.label_smoothing
     log_p = z.log_softmax(-1)
-    at_target = log_p.gather(1, targets.clamp(0, vocab - 1)[:, None]).squeeze(1)
-    losses = -(1 - label_smoothing) * at_target
-    if label_smoothing:
-        losses = losses - label_smoothing * log_p.masked_fill(~allowed, 0).sum(-1) / (vocab - len(set(forbid)))
-    if z_loss:
-        losses = losses + z_loss * z.logsumexp(-1) ** 2
-    return losses * torch.ones_like(losses).masked_fill(bad, torch.nan)
+    losses = -(1 - smoothing) * log_p.gather(1, at_target[:, None]).squeeze(1)
+    if smoothing:
+        losses = losses - smoothing * log_p.masked_fill(~allowed, 0).sum(-1) / (
+            problem.vocab - len(problem.forbidden())
+        )
+    if problem.z_loss:
+        losses = losses + problem.z_loss * z.logsumexp(-1) ** 2
+    return torch.where(live, losses, 0) * torch.ones_like(losses).masked_fill(bad, torch.nan)
 
 
-def reduce(losses: Tensor, rows: Tensor, live: Tensor, masked: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Weighs the rows and brings them to the output of the reduction, float32 (float64 for float64 losses)."""
-    w = torch.ones_like(losses) if weight is None else weight.reshape(-1)[rows].to(losses.dtype)
-    weighted = torch.where(live, losses * w, 0)
-    if reduction == "none":
-        return weighted.new_zeros(masked.numel()).index_copy(0, rows, weighted).view(masked.shape)
-    total = weighted.sum()
-    if reduction == "sum":
-        return total
-    denominator = torch.where(live, w, 0).sum()
-    return torch.where(live.any(), total / torch.where(live.any(), denominator, 1), total)
-
-
-def row_scale(
-    grad_loss: Tensor, rows: Tensor, live: Tensor, masked: Tensor, weight: Tensor | None, reduction: str
-) -> Tensor:
-    """d(loss) / d(unweighted loss of a row), times the upstream gradient; 0 for fillers."""
-    one = torch.ones(rows.shape, dtype=grad_loss.dtype, device=rows.device)
-    w = torch.where(live, one if weight is None else weight.reshape(-1)[rows].to(one.dtype), 0)
-    if reduction == "none":
-        return torch.where(live, w * grad_loss.reshape(-1)[rows], 0)
-    if reduction == "mean":
-        grad_loss = grad_loss / torch.where(live.any(), w.sum(), 1)
-    return torch.where(live, w * grad_loss, 0)
-
-
-def row_gradients(
-    logits: Tensor,
-    targets: Tensor,
-    live: Tensor,
-    softcap: float | None,
-    label_smoothing: float,
-    z_loss: float,
-    forbid: Sequence[int],
-) -> Tensor:
-    """d(row_losses) / d(logits), (rows, V)."""
-    vocab = logits.shape[-1]
-    bad = live & ((targets < 0) | (targets >= vocab))
-    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    allowed = torch.ones(vocab, dtype=torch.bool, device=logits.device)
-    if forbid:
-        allowed[list(forbid)] = False
-    z = capped.masked_fill(~allowed, -torch.inf)
-    d = z.softmax(-1) * (1 + 2 * z_loss * z.logsumexp(-1, keepdim=True))
-    d = d - label_smoothing / (vocab - len(set(forbid)))
-    at_target = targets.clamp(0, vocab - 1)[:, None]
-    d = d.scatter_add(1, at_target, torch.full_like(at_target, -(1 - label_smoothing), dtype=d.dtype))
-    if softcap is not None:
-        d = d * (1 - (capped / softcap) ** 2)
+def row_gradients(logits: Tensor, problem: Problem, rows: Tensor, live: Tensor) -> Tensor:
+    """Returns d(row_losses) / d(logits), (rows, V)."""
+    at_target, bad = _targets(problem, rows, live)
+    capped, allowed = _capped(logits, problem)
+    z, smoothing = capped.masked_fill(~allowed, -torch.inf), problem.label_smoothing
+    d = z.softmax(-1) * (1 + 2 * problem.z_loss * z.logsumexp(-1, keepdim=True)) - smoothing / (
+        problem.vocab - len(problem.forbidden())
+    )
+    d = d.scatter_add(1, at_target[:, None], torch.full_like(d[:, :1], -(1 - smoothing)))
+    if problem.softcap is not None:
+        d = d * (1 - (capped / problem.softcap) ** 2)
     return d.masked_fill(~allowed, 0).masked_fill(bad[:, None], torch.nan)
+
+
+def _targets(problem: Problem, rows: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the targets of the rows, 0 <= target < V, and which were not ids."""
+    targets = problem.targets.reshape(-1)[rows]
+    clamped = targets.clamp(0, problem.vocab - 1)
+    return clamped, live & (targets != clamped)
+
+
+def _capped(logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Returns softcap tanh(logits / softcap), and which ids are allowed (V,)."""
+    allowed = torch.ones(problem.vocab, dtype=torch.bool, device=logits.device)
+    allowed[list(problem.forbid)] = False
+    cap = problem.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap), allowed

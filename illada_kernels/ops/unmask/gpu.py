@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import rules
+from ..._matmul import product
 from .problem import Problem
 
 # Up to this many candidate rows one kernel reads the head once; beyond, products by slices of the vocab. The head
@@ -91,14 +92,6 @@ def product_ids(at_once: int) -> int:
     return SLICE * max(1, 1024 // at_once)
 
 
-def product(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """out = x w^T, accumulated and kept in float32. x and w: float32, or both bfloat16 or float16."""
-    if x.dtype == torch.float32:
-        torch.mm(x, w.T, out=out)
-    else:
-        torch.mm(x, w.T, out_dtype=torch.float32, out=out)
-
-
 def head_products(problem: Problem, visit: Callable[[Tensor, int, int, int], None]) -> None:
     """Calls visit(logits, first row, rows, first id): logits (>= rows, ids) float32 of rows of (B * K) and a multiple
     of SLICE ids, or the last ones, without head_bias; they are overwritten after. All rows are multiplied, also those
@@ -118,5 +111,5 @@ def head_products(problem: Problem, visit: Callable[[Tensor, int, int, int], Non
         out = logits[: at_once * w.shape[0]].view(at_once, w.shape[0])
         for first_row in range(0, rows, at_once):
             here = min(at_once, rows - first_row)
-            product(x[first_row : first_row + at_once] if here == at_once else last, w, out)
+            product(x[first_row : first_row + at_once] if here == at_once else last, w.T, out)
             visit(out, first_row, here, first_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
+RUN = "run.json"  # what marks the folder of a training run
+
+
 @dataclass(frozen=True)
 class Document:
     """A text and its name: the file's path in the corpus, with "/" between folders."""
@@ -30,11 +33,12 @@ class Document:
     content: bytes
 
 
-def read_corpus(path: str | Path | None = None) -> list[Document]:
+def read_corpus(path: str | Path | None = None, leave_out: Path | None = None) -> list[Document]:
     """Returns the documents of a file, or of every UTF-8 file in a folder sorted by name.
 
-    None stands for the sources of Python's standard library. In a folder, binary, empty and hidden files are skipped.
-    Raises DataError if nothing is left.
+    None stands for the sources of Python's standard library. In a folder, binary, empty and hidden files are skipped,
+    and so are `leave_out` and the folders of training runs, because a run writes text into its own. Raises DataError if
+    nothing is left.
     """
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -52,14 +56,23 @@ def read_corpus(path: str | Path | None = None) -> list[Document]:
         return [Document(root.name, content)]
     if not root.exists():
         raise DataError(f"{root} does not exist: give a file or folder of UTF-8 text")
-    files = [
-        f for f in root.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(root).parts)
-    ]
+    files = list(_files(root, leave_out.resolve() if leave_out else None))
     return _documents(
         root,
         files,
         f"{root} holds no UTF-8 text ({len(files)} files, all empty or binary): give another file or folder",
     )
+
+
+def _files(folder: Path, leave_out: Path | None) -> Iterator[Path]:
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            if not (entry / RUN).is_file() and entry.resolve() != leave_out:
+                yield from _files(entry, leave_out)
+        elif entry.is_file():
+            yield entry
 
 
 def _documents(root: Path, files: list[Path], nothing: str) -> list[Document]:
@@ -90,7 +103,8 @@ def split(documents: Sequence[Document], held_out: float = 0.05) -> tuple[list[D
     """
     sides: tuple[list[Document], list[Document]] = ([], [])
     for document in documents:
-        share = int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:4], "big") / 2**32
+        name = document.name.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+        share = int.from_bytes(hashlib.sha256(name).digest()[:4], "big") / 2**32
         sides[share < held_out].append(document)
     if all(sides):
         return sides
@@ -168,14 +182,15 @@ class Pairs:
     """Fine-tuning batches from JSON lines {"prompt": text, "response": text}.
 
     A row is prompt, response, then end-of-text ids up to `length`; all but the prompt are learned. A prompt that leaves
-    no room for one token raises DataError naming its line; a longer response is cut.
+    no room for one token raises DataError naming its line; a longer response is cut. Names of special tokens in them
+    become these tokens, as chat templates need; the mask's is refused.
     """
 
     def __init__(self, lines: list[Document], tokenizer: Tokenizer, length: int, batch_size: int, seed: int):
         self.batch_size, self.seed = batch_size, seed
         self.rows: list[tuple[np.ndarray, int]] = []
         for document in lines:
-            for number, line in enumerate(document.content.decode("utf-8").splitlines(), 1):
+            for number, line in enumerate(document.content.decode("utf-8-sig").split("\n"), 1):
                 if line.strip():
                     self.rows.append(self._row(line, f"{document.name}, line {number}", tokenizer, length))
         if not self.rows:
@@ -185,9 +200,13 @@ class Pairs:
     def _row(line: str, where: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, int]:
         try:
             pair = json.loads(line)
-            prompt, response = (tokenizer.encode(pair[key].encode()) for key in ("prompt", "response"))
+            prompt, response = (pair[key].encode() for key in ("prompt", "response"))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f'{where}: expected {{"prompt": "...", "response": "..."}}, got {line[:60]!r}') from None
+        try:
+            prompt, response = (tokenizer.encode(text, special=True) for text in (prompt, response))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
         if len(prompt) >= length:
             raise DataError(f"{where}: the prompt has {len(prompt)} tokens, which leaves no room in --length {length}")
         row = np.full(length, tokenizer.eos_id)

@@ -81,7 +81,8 @@ def bound(
     Raises
     ------
     DataError
-        If there is no text.
+        If there is no text, or the tokenizer does not give it back, because tokens of a text that has lost something
+        bound nothing.
     ValueError
         For a length or a number of draws that is too small.
 
@@ -104,6 +105,7 @@ def bound(
     size = sum(len(d.content) for d in documents)
     if not size:
         raise DataError("there is no text to evaluate on")
+    _check_lossless(documents, tokenizer)
     ids = stream(documents, tokenizer)
     windows = _windows(ids, length, scored, tokenizer.eos_id)
     nats = np.zeros(len(windows[0]))
@@ -119,6 +121,18 @@ def bound(
     error = bits.std(ddof=1) * math.sqrt(len(bits)) / size if len(bits) > 1 else float("nan")
     what = f"block diffusion, blocks of {block}" if block else f"full-sequence masked diffusion, windows of {length}"
     return Bound(float(bits.sum() / size), float(error), what, len(ids), size)
+
+
+def _check_lossless(documents: Sequence[Document], tokenizer: Tokenizer) -> None:
+    for document in documents:
+        text = document.content.decode("utf-8")
+        back = tokenizer.decode(stream([document], tokenizer)[:-1].tolist())
+        if back != text:
+            at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
+            raise DataError(
+                f"{document.name}: the tokenizer does not give the text back, from character {at} on: "
+                f"{text[at : at + 20]!r} became {back[at : at + 20]!r}; bits per byte need a tokenizer without loss"
+            )
 
 
 def _windows(ids: np.ndarray, length: int, scored: int, eos_id: int) -> tuple[Tensor, Tensor]:

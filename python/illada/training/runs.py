@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, DataError
 from ..model import Model
 from ..tokenizer import FILE, Tokenizer, from_json, load_tokenizer, make_tokenizer, stream
-from .data import Document, Pairs, Windows, read_corpus, split
-from .state import replace_file
+from .data import RUN, Document, Pairs, Windows, read_corpus, split
+from .state import FolderLock, make_folder, replace_file
 from .trainer import Source, TrainConfig, Trainer
 
 
@@ -48,9 +49,17 @@ class Run:
         config: TrainConfig,
         block: int,
         train_documents: list[Document],
+        progress: Callable[[float], object] = lambda done: None,
     ) -> Run:
-        """Makes a run's folder. The model is the preset with the tokenizer's vocab and ids and causal_block `block`."""
-        tokenizer = make_tokenizer(tokenizer_spec, train_documents)
+        """Makes a run's folder. The model is the preset with the tokenizer's vocab and ids and causal_block `block`.
+
+        Raises CheckpointError for a folder with another run or a checkpoint, which would be overwritten or shadowed.
+        """
+        if there := [file.name for file in _run_files(folder)]:
+            raise CheckpointError(
+                f"{folder} holds {', '.join(there)} already; choose another folder, or empty it first"
+            )
+        tokenizer = make_tokenizer(tokenizer_spec, train_documents, progress)
         ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "pad_id")}
         model_config = ModelConfig.preset(preset, causal_block=block, **ids)
         if config.length > model_config.max_seq_len:
@@ -58,14 +67,18 @@ class Run:
                 f"length: expected at most the preset's max_seq_len = {model_config.max_seq_len}, got {config.length}"
             )
         run = cls(folder, data, tokenizer, model_config, config)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         replace_file(folder / FILE, json.dumps(tokenizer.to_json()).encode())
-        replace_file(folder / "run.json", (json.dumps(run.to_json(), indent=2) + "\n").encode())
+        run.write()
         return run
+
+    def write(self) -> None:
+        """Replaces run.json."""
+        replace_file(self.folder / RUN, (json.dumps(self.to_json(), indent=2) + "\n").encode())
 
     def forget(self) -> None:
         """Removes what `create` wrote, otherwise a run that could not begin would be in the way of the next attempt."""
-        for name in ("run.json", FILE):
+        for name in (RUN, FILE):
             (self.folder / name).unlink(missing_ok=True)
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +92,7 @@ class Run:
     @classmethod
     def open(cls, folder: Path) -> Run:
         """Reads a run's folder; raises CheckpointError if it holds none."""
-        file = folder / "run.json"
+        file = folder / RUN
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             tokenizer = from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
@@ -93,12 +106,16 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); start again in another folder") from None
 
-    def trainer(self, train_documents: list[Document], device: str) -> Trainer:
-        """Returns a trainer with fresh weights from the seed, or where the saved state left off."""
+    def trainer(self, train_documents: list[Document], device: str, lock: FolderLock | None = None) -> Trainer:
+        """Returns a trainer with fresh weights from the seed, or where the saved state left off.
+
+        Raises CheckpointError if the folder holds a model that could not be replaced by the trained one.
+        """
+        checkpoint.check_target(self.folder, self.model_config)
         torch.manual_seed(self.train_config.seed)
         model = Model(self.model_config).to(device)
         source, identity = self.source(train_documents)
-        return Trainer(model, source, self.train_config, self.folder, identity)
+        return Trainer(model, source, self.train_config, self.folder, identity, lock)
 
     def source(self, train_documents: list[Document]) -> tuple[Source, str]:
         """Returns the batches and a digest of their tokens, by which a resumed run knows its data."""
@@ -119,9 +136,23 @@ def digest(ids: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()
 
 
-def documents(data: str | None) -> tuple[list[Document], list[Document]]:
+def documents(data: str | None, leave_out: Path | None = None) -> tuple[list[Document], list[Document]]:
     """Returns (training, held out) documents of a corpus."""
-    return split(read_corpus(data))
+    return split(read_corpus(data, leave_out))
+
+
+def _run_files(folder: Path) -> list[Path]:
+    """Returns the files of a run or of a checkpoint in a folder."""
+    names = {RUN, FILE, "state.pt", "log.jsonl", "loss.png", "config.json", "tokenizer.json"}
+    weights = (".safetensors", ".safetensors.index.json")
+    return sorted(f for f in folder.glob("*") if f.name in names or f.name.endswith(weights))
+
+
+def remove_run(folder: Path) -> None:
+    """Removes a run's files from its folder, and nothing from a folder that holds no run."""
+    if (folder / RUN).exists():
+        for file in _run_files(folder):
+            file.unlink()
 
 
 class StopSignals:
@@ -171,6 +202,7 @@ def plot_losses(losses: np.ndarray, file: Path, title: str) -> None:
     if len(losses) >= window:
         mean = np.convolve(losses, np.ones(window) / window, "valid")
         axes.plot(steps[window - 1 :], mean, color="#1f4e79", linewidth=1.6, label=f"mean of {window}")
+    title = title.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")  # any folder's name, no formula
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     if len(losses) > 1:
         axes.set_ylim(float(np.quantile(losses, 0.001)) * 0.9, float(np.quantile(losses, 0.98)) * 1.1)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
+import re
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,16 +20,79 @@ from ..errors import CheckpointError, CheckpointIOError
 _FORMAT = "illada training state 1"
 
 
+class FolderLock:
+    """Keeps other trainers out of a run's folder, those of other processes too, inside a `with` or until `release`.
+
+    Raises CheckpointError if the folder is in use, CheckpointIOError if it cannot be made. A folder that it made and
+    that is empty in the end is removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.descriptor, self.made = folder, -1, not folder.exists()
+
+    def __enter__(self) -> FolderLock:
+        make_folder(self.folder)
+        self.descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                self.release()
+                raise CheckpointError(
+                    f"{self.folder} is in use by another training run; wait until it ends, or choose another folder"
+                ) from None
+            warnings.warn(f"{self.folder} cannot be locked ({error.strerror}): start one run a folder", stacklevel=3)
+        return self
+
+    def release(self) -> None:
+        """Lets others in. Does nothing where the lock is not held."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+            if self.made and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its parents; raises CheckpointIOError if it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointIOError(f"{folder} cannot be made: {error.strerror}; choose another folder") from None
+
+
+# A run may be resumed with other values of these, for a rate that was too high is seen only in training.
+CHANGEABLE = ("lr", "adamw_lr")
+
+
 class RunState:
     """Reads and writes folder/state.pt and folder/log.jsonl of a run with these settings and this identity of data."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], identity: str):
         self.file, self.log = folder / "state.pt", folder / "log.jsonl"
         self.settings, self.identity = settings, identity
+        make_folder(folder)
+
+    def version(self) -> tuple[int, int] | None:
+        """Returns what tells one saved state from another, None where there is none."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointIOError(f"{folder} cannot be made: {error.strerror}; choose another folder") from None
+            found = self.file.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_mtime_ns, found.st_ino
+
+    def sweep(self) -> None:
+        """Removes what killed saves left. Only for the one who holds the folder's lock."""
+        for file in self.file.parent.iterdir():
+            if re.fullmatch(r"\.(state\.pt|run\.json|log\.jsonl|illada_tokenizer\.json)\.[0-9a-f]{8}", file.name):
+                file.unlink(missing_ok=True)
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """Returns what was saved, or None where nothing was.
@@ -51,7 +118,7 @@ class RunState:
         other = [
             f"{k} {saved['settings'].get(k)!r} instead of {v!r}"
             for k, v in settings.items()
-            if saved["settings"].get(k) != v
+            if saved["settings"].get(k) != v and k not in CHANGEABLE
         ]
         if other:
             raise CheckpointError(
@@ -98,7 +165,7 @@ def append_line(stream: TextIO, line: str) -> None:
 def cut_log(file: Path, steps: int) -> list[dict[str, Any]]:
     """Cuts the log back to its first `steps` lines, those that the state knows; returns their entries."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
+        lines = [line + "\n" for line in file.read_text(encoding="utf-8").split("\n")[:-1]][:steps]
     except FileNotFoundError:
         lines = []
     if len(lines) < steps:

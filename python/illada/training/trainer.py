@@ -6,25 +6,29 @@ So the state is the weights, the optimizers' moments, the step and the seconds s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ..errors import CheckpointError
 from ..model import Model
 from .objectives import Example, block_diffusion, full_sequence, hole_order, sft
 from .optim import optimizers
-from .state import RunState, append_line, cut_log
+from .state import FolderLock, RunState, append_line, cut_log
 
 OBJECTIVES = ("full", "block", "sft")
+_ADVICE = "resume with a lower --lr, or check the data"
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ class TrainConfig:
             raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
         for name in ("steps", "seconds", "length", "batch_size", "lr", "adamw_lr", "clip"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+            if value is not None and not 0 < value <= torch.finfo(torch.float32).max:
+                raise ValueError(f"{name}: expected a positive number that float32 holds, got {value}")
         if not 0 <= self.hole_fraction <= 1:
             raise ValueError(f"hole_fraction: expected a number from 0 to 1, got {self.hole_fraction}")
 
@@ -139,17 +143,25 @@ class Trainer:
         state found there is where the run goes on.
     identity : str
         Names the data; a state of other data is refused.
+    lock : FolderLock, optional
+        The folder's lock, if the caller holds it. None: held from here to the end of `run`.
 
     Raises
     ------
     ValueError
         For a length that the model's blocks do not divide.
     CheckpointError
-        For a state in the folder that is damaged or of another run.
+        For a folder in use, or a state in it that is damaged or of another run.
     """
 
     def __init__(
-        self, model: Model, source: Source, config: TrainConfig, folder: Path | None = None, identity: str = ""
+        self,
+        model: Model,
+        source: Source,
+        config: TrainConfig,
+        folder: Path | None = None,
+        identity: str = "",
+        lock: FolderLock | None = None,
     ):
         if config.objective == "block" and (model.config.causal_block < 1 or config.length % model.config.causal_block):
             raise ValueError(
@@ -162,8 +174,11 @@ class Trainer:
         self.step, self.seconds, self.losses = 0, 0.0, np.zeros(0)
         self.log: Any = None
         self.state = RunState(folder, dataclasses.asdict(config), identity) if folder else None
+        self.lock = FolderLock(folder).__enter__() if folder and lock is None else None
         if self.state is not None:
+            self.state.sweep()
             self._resume()
+            self.version = self.state.version()
 
     def _resume(self) -> None:
         assert self.state is not None
@@ -177,7 +192,12 @@ class Trainer:
         self.log = open(self.state.log, "a", encoding="utf-8")
 
     def save(self) -> None:
-        """Replaces folder/state.pt. Raises CheckpointIOError if it cannot be written; the previous one then stays."""
+        """Replaces folder/state.pt.
+
+        Raises ArithmeticError for weights that are not finite or whose loss is not, CheckpointIOError if it cannot be
+        written. The previous state then stays.
+        """
+        self._check_weights()
         if self.state is None:
             return
         self.log.flush()
@@ -190,6 +210,16 @@ class Trainer:
                 "seconds": self.seconds,
             }
         )
+        self.version = self.state.version()
+
+    def _check_weights(self) -> None:
+        bad = next((name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())), None)
+        if bad is not None:
+            raise ArithmeticError(f"step {self.step}: {bad} has become NaN or inf, and was not saved; {_ADVICE}")
+        with torch.no_grad():
+            loss = self._loss().item()
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"step {self.step}: the loss is {loss}, and the weights were not saved; {_ADVICE}")
 
     @property
     def done(self) -> float:
@@ -224,10 +254,36 @@ class Trainer:
         Raises
         ------
         ArithmeticError
-            When the loss is not finite; the last state stays on disk.
+            When the loss or a weight is not finite; the last good state stays on disk.
         """
         if save_every is not None and save_every < 1:
             raise ValueError(f"save_every: expected at least 1 step, got {save_every}; leave it out to save by time")
+        with self._locked():
+            return self._run(callback, save_every, save_seconds, should_stop)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the lock, if it is this trainer's, and lets it go in the end."""
+        if self.lock is None:
+            yield
+            return
+        assert self.state is not None
+        if self.lock.descriptor < 0:
+            self.lock.__enter__()
+        try:
+            if self.state.version() != self.version:
+                raise CheckpointError(f"{self.state.file} was replaced meanwhile; make a new Trainer to go on from it")
+            yield
+        finally:
+            self.lock.release()
+
+    def _run(
+        self,
+        callback: Callable[[Progress], object] | None,
+        save_every: int | None,
+        save_seconds: float,
+        should_stop: Callable[[], bool],
+    ) -> bool:
         self.model.train()
         last_save = time.monotonic()
         begun = time.monotonic() - self.seconds
@@ -235,9 +291,7 @@ class Trainer:
         while self.done < 1 and not should_stop():
             loss = self.one_step()
             if not math.isfinite(loss):
-                raise ArithmeticError(
-                    f"step {self.step}: the loss is {loss}; resume with a lower --lr, or check the data"
-                )
+                raise ArithmeticError(f"step {self.step}: the loss is {loss}; {_ADVICE}")
             losses.append(loss)
             self._write_log(loss)
             self.step += 1
@@ -259,9 +313,7 @@ class Trainer:
         for optimizer, rates in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
-        batch = example(self.config, self.model, self.source.batch(self.step), self.step).to(self.model.device)
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            loss = batch.loss(self.model)
+        loss = self._loss()
         loss.backward()
         adamw = self.optimizers[-1]
         torch.nn.utils.clip_grad_norm_(adamw.param_groups[0]["params"], self.config.clip)
@@ -269,6 +321,11 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
+    def _loss(self) -> Tensor:
+        batch = example(self.config, self.model, self.source.batch(self.step), self.step).to(self.model.device)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return batch.loss(self.model)
 
     def _write_log(self, loss: float) -> None:
         if self.log is None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from illada_kernels import masked_loss, masked_loss_from_logits
-from illada_kernels.ops.masked_loss import reference
-from illada_kernels.ops.masked_loss.op import from_logits_op, masked_loss_op
+from illada_kernels.ops.masked_loss.op import OPERATOR
 from tests.helpers import masked_loss_contract as contract
+from tests.helpers import masked_loss_reference as reference
 from tests.helpers.masked_loss_calls import BACKENDS, TINY, gradients, inputs, needs_extension
 from tests.helpers.masked_loss_contract import MODES, run
 
@@ -121,7 +121,8 @@ def test_strided_inputs_give_what_contiguous_ones_give(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("vocab", [1, 7, 515])
 def test_row_kernels_touch_nothing_outside_their_rows(dtype: torch.dtype, vocab: int) -> None:
     """Rows of an odd-aligned view, poison around the logits and a sentinel around the gradient."""
-    from illada_kernels.ops.masked_loss.native import Options, RowMath
+    from illada_kernels.ops.masked_loss.cpu_rows import Rows
+    from illada_kernels.ops.masked_loss.problem import Problem
 
     rows, stride, guard = 3, vocab + 5, 64
     room = torch.full((guard + rows * stride + guard + 1,), torch.nan, dtype=dtype)
@@ -130,11 +131,12 @@ def test_row_kernels_touch_nothing_outside_their_rows(dtype: torch.dtype, vocab:
     out_view = out[guard + 1 :].as_strided((rows, vocab), (stride, 1))
     view.copy_(torch.randn(rows, vocab))
     targets = torch.tensor([0, vocab - 1, vocab // 2])
-    math = RowMath(Options("sum", 3.0, 0.1, 0.01, (), None), vocab, None)
-    state = math.state(rows)
-    math.stats(view, 0, targets, state)
+    masked = torch.ones(rows, dtype=torch.bool)
+    math = Rows(Problem(view, None, targets, masked, None, None, "sum", 3.0, 0.1, 0.01))
+    state = math.state()
+    math.stats(view, 0, state)
     assert state.isfinite().all()
-    math.dlogits(view, out_view, 0, targets, math.coefficients(state[:, 0], state[:, 1], torch.ones(rows)))
+    math.dlogits(view, out_view, 0, math.coefficients(state))
     assert out_view.isfinite().all() and (out_view != 77).all()
     touched = torch.zeros_like(out, dtype=torch.bool)
     touched[guard + 1 :].as_strided((rows, vocab), (stride, 1)).fill_(True)
@@ -178,23 +180,29 @@ def test_autocast_casts_hidden_head_and_bias_but_not_logits(backend: str) -> Non
 H, C = torch.zeros(4, 6), torch.zeros(9, 6)
 T, M, W = torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.bool), torch.ones(4)
 BAD = {
-    "hidden list": ((TypeError, "hidden: expected a tensor, got list"), {"hidden": [1.0]}),
-    "hidden int": ((TypeError, "hidden: expected torch.bfloat16 or .*, got torch.int64"), {"hidden": H.long()}),
-    "hidden scalar": ((ValueError, r"hidden: expected shape \(..., D\), got a scalar"), {"hidden": torch.zeros(())}),
+    "hidden list": ((TypeError, "hidden: expected a tensor of torch.float32 or .*, got list"), {"hidden": [1.0]}),
+    "hidden int": (
+        (TypeError, "hidden: expected torch.float32 or .*, got torch.int64; convert it"),
+        {"hidden": H.long()},
+    ),
+    "hidden scalar": ((ValueError, r"hidden: expected shape \(..., D\), got \(\)"), {"hidden": torch.zeros(())}),
     "hidden stride": (
-        (ValueError, r"hidden: expected the last dimension contiguous, got strides \(1, 4\)"),
+        (ValueError, r"hidden: expected a contiguous last dimension, got strides \(1, 4\); use .contiguous\(\)"),
         {"hidden": torch.zeros(6, 4).T},
     ),
     "head dtype": ((TypeError, "head_weight: expected torch.float32, got torch.float16"), {"head_weight": C.half()}),
-    "head shape": ((ValueError, r"head_weight: expected shape \(V, 6\), got \(9, 5\)"), {"head_weight": C[:, :5]}),
+    "head shape": (
+        (ValueError, r"head_weight: expected shape \(V, 6\) to match hidden, got \(9, 5\)"),
+        {"head_weight": C[:, :5]},
+    ),
     "head device": (
-        (ValueError, "head_weight: expected to be on cpu as the first argument, got meta"),
+        (ValueError, "head_weight: expected device cpu like hidden, got meta; move it"),
         {"head_weight": C.to("meta")},
     ),
     "head empty": ((ValueError, "a vocabulary of at least one id, got V = 0"), {"head_weight": C[:0]}),
     "targets dtype": ((TypeError, "targets: expected torch.int64, got torch.int32"), {"targets": T.int()}),
     "targets shape": (
-        (ValueError, r"targets: expected shape \(4,\), as hidden's first dimensions, got \(3,\)"),
+        (ValueError, r"targets: expected shape \(4,\) to match the rows of hidden, got \(3,\)"),
         {"targets": T[:3]},
     ),
     "masked dtype": ((TypeError, "masked: expected torch.bool, got torch.float32"), {"masked": W}),
@@ -203,15 +211,21 @@ BAD = {
         (ValueError, r"weight: expected requires_grad=False .* pass weight.detach\(\)"),
         {"weight": W.clone().requires_grad_()},
     ),
-    "bias shape": ((ValueError, r"head_bias: expected shape \(9,\), got \(4,\)"), {"head_bias": W}),
-    "reduction": ((ValueError, "reduction: expected 'sum', 'mean' or 'none', got 'avg'"), {"reduction": "avg"}),
-    "softcap": ((ValueError, "softcap: expected a positive number or None, got 0"), {"softcap": 0}),
-    "smoothing": ((ValueError, r"label_smoothing: expected a number in \[0, 1\), got 1"), {"label_smoothing": 1}),
-    "z_loss": ((ValueError, "z_loss: expected a number >= 0, got -0.1"), {"z_loss": -0.1}),
+    "bias shape": (
+        (ValueError, r"head_bias: expected shape \(9,\) to match head_weight, got \(4,\)"),
+        {"head_bias": W},
+    ),
+    "reduction": ((ValueError, "reduction: expected one of 'sum', 'mean', 'none', got 'avg'"), {"reduction": "avg"}),
+    "softcap": (
+        (ValueError, "softcap: expected a finite number of at least 1.1.*e-38 and of at most 3.4.*, got 0"),
+        {"softcap": 0},
+    ),
+    "smoothing": ((ValueError, "label_smoothing: expected a number below 1, got 1"), {"label_smoothing": 1}),
+    "z_loss": ((ValueError, "z_loss: expected a finite number of at least 0 .*, got -0.1"), {"z_loss": -0.1}),
     "forbid": ((ValueError, r"forbid: expected ids in \[0, 9\), got 9"), {"forbid": (3, 9)}),
     "forbid all": ((ValueError, "forbid: expected at least one of the 9 ids"), {"forbid": range(9)}),
-    "max_masked": ((ValueError, "max_masked: expected an int >= 0 or None, got -1"), {"max_masked": -1}),
-    "budget": ((ValueError, "memory_budget: expected a positive number of bytes or None, got 0"), {"memory_budget": 0}),
+    "max_masked": ((ValueError, "max_masked: expected an int of at least 0, got -1"), {"max_masked": -1}),
+    "budget": ((ValueError, "memory_budget: expected an int of at least 1, got 0"), {"memory_budget": 0}),
     "backend": ((ValueError, "backend: .*cpu, reference for masked_loss, got 'gpu'"), {"backend": "gpu"}),
     "target": (
         (ValueError, r"targets: expected ids in \[0, 9\) at masked rows, got 9 at row 2 of 4"),
@@ -257,10 +271,11 @@ def test_operators_pass_opcheck(backend: str, budget: int | None, reduction: str
     options = (reduction, 3.0, 0.1, 0.01, [1], max_masked)
     targets[targets == 1] = 0
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    args = (*leaves, targets, masked, w, torch.randn(300), *options, budget, True, True, False, backend)
-    torch.library.opcheck(masked_loss_op.op, args)
+    args = (*leaves, targets, masked, w, torch.randn(300), *options, budget, [True, True, False], backend)
+    torch.library.opcheck(OPERATOR.op, args)
     logits = (hidden @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(from_logits_op.op, (logits, targets, masked, w, *options, backend))
+    args = (logits, None, targets, masked, w, None, *options, None, [True, False, False], backend)
+    torch.library.opcheck(OPERATOR.op, args)
 
 
 @needs_extension
@@ -280,11 +295,11 @@ def test_compiles_without_a_graph_break_and_gives_the_same(max_masked: int | Non
 
 ISA_CHECK = """
 import torch
-from illada_kernels import _dispatch, masked_loss_from_logits
-from illada_kernels.ops.masked_loss import reference
+from illada_kernels import _extension, masked_loss_from_logits
+from tests.helpers import masked_loss_reference as reference
 from illada_kernels.testing import tolerance
 wanted = {isa!r}
-assert _dispatch.native().cpu_isa == wanted, _dispatch.native().cpu_isa
+assert _extension.native().cpu_isa == wanted, _extension.native().cpu_isa
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     x = (torch.randn(40, 1003) * 20).to(dtype)
@@ -305,10 +320,10 @@ print("ok")
 @needs_extension
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_every_instruction_set_meets_the_bar(isa: str, python: Any) -> None:
-    from illada_kernels import _dispatch
+    from illada_kernels import _extension
 
     names = ["scalar", "avx2", "avx512"]
-    if names.index(_dispatch.native().cpu_isa) < names.index(isa):
+    if names.index(_extension.native().cpu_isa) < names.index(isa):
         pytest.skip(f"this processor has no {isa}")
     done = python("-c", ISA_CHECK.format(isa=isa), ILLADA_CPU_ISA=isa)
     assert done.stdout.strip() == "ok", done.stderr

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from benchmarks.measure import peak_memory
 from illada_kernels import masked_loss, masked_loss_from_logits
-from illada_kernels.ops.masked_loss import cases, head, reference
+from illada_kernels.ops.masked_loss import cases, cpu
 from illada_kernels.testing import tolerance
+from tests.helpers import masked_loss_reference as reference
 from tests.helpers.masked_loss_calls import (
     ALL,
     TINY,
@@ -20,6 +21,7 @@ from tests.helpers.masked_loss_calls import (
     gradients,
     inputs,
     needs_extension,
+    wanted,
 )
 
 # ---- the reference --------------------------------------------------------------------------------------------------
@@ -118,11 +120,11 @@ def test_all_modes_agree_with_the_reference_under_any_upstream_gradient(
     upstream = torch.randn(60) if reduction == "none" else torch.tensor(-1.7)
     some_rows = (110 if kind == "bfloat16" else 74) * 1024  # a half-precision head also needs room to be converted
     modes = set()
-    whole_rows, parts_twice = (some_rows, 0), (some_rows, head.CHUNK_COST)  # two chunks, or one that holds half
+    whole_rows, parts_twice = (some_rows, 0), (some_rows, cpu.CHUNK_COST)  # two chunks, or one that holds half
     for (budget, cost), z_loss, smoothing in itertools.product(
         ((None, 0), whole_rows, parts_twice, (TINY, 0)), (0.0, 0.01), (0.0, 0.1)
     ):
-        monkeypatch.setattr(head, "CHUNK_COST", cost)
+        monkeypatch.setattr(cpu, "CHUNK_COST", cost)
         options = {
             "reduction": reduction,
             "softcap": 3.0,
@@ -130,7 +132,7 @@ def test_all_modes_agree_with_the_reference_under_any_upstream_gradient(
             "z_loss": z_loss,
             "label_smoothing": smoothing,
         }
-        modes.add(head.plan(hidden, weight, masked, reduction, None, budget, (True, True, True)).mode)
+        modes.add(cpu.plan(wanted(hidden, weight, masked, reduction, budget)).mode)
 
         def ours(h: Tensor, c: Tensor, b: Tensor, budget: Any = budget, options: Any = options) -> Tensor:
             return masked_loss(h, c, targets, masked, w, head_bias=b, memory_budget=budget, backend="cpu", **options)
@@ -150,8 +152,8 @@ def test_all_modes_agree_with_the_reference_under_any_upstream_gradient(
 def test_bf16_head_gradient_is_one_rounding_of_the_float32_sum_over_chunks() -> None:
     hidden, weight, targets, masked, w = inputs(400, 16, 64, 1.0, torch.bfloat16)
     budget = 4 * 64 * 16 + 400 * 256 + 40 * (4 * 64 + 8 * 16)  # chunks of 40 rows at most
-    room = head.plan(hidden, weight, masked, "sum", None, budget, (True, True, False)).room
-    assert head.row_chunks(400, room, 64, 16)[0] < 100
+    room = cpu.plan(wanted(hidden, weight, masked, "sum", budget, (True, True, False))).room
+    assert cpu.row_chunks(400, room, 64, 16)[0] < 100
     exact = gradients(
         lambda h, c: reference.masked_loss(h, c, targets, masked, w.double()), (hidden.double(), weight.double())
     )
@@ -199,18 +201,18 @@ def test_frozen_parts_skip_their_products(mode: str, monkeypatch: pytest.MonkeyP
     budget = {"one_chunk": None, "row_chunks": room + 160 * 256, "slices": TINY}[mode]
     again = 0.0
     if mode == "row_chunks":
-        rows, held = head.row_chunks(160, room, 2048, 8)
+        rows, held = cpu.row_chunks(160, room, 2048, 8)
         assert 2 <= -(-160 // rows) < 4 and held < 2048
         again = 1 - held / 2048
     whole = {"one_chunk": 3, "row_chunks": 3 + again, "slices": 4}[mode]
     work: list[int] = []
-    product = head.product
+    product = cpu.product
 
     def counted(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> None:
         work.append(a.shape[0] * a.shape[1] * b.shape[1])
         product(a, b, *rest, **options)
 
-    monkeypatch.setattr(head, "product", counted)
+    monkeypatch.setattr(cpu, "product", counted)
 
     def products(hidden_grad: bool, weight_grad: bool) -> float:
         work.clear()
@@ -234,7 +236,7 @@ def test_chunks_of_rows_fit_their_room_and_compute_at_most_half_twice(count: int
     width = 64
     for rows_that_fit in (32, 48, 100, 511):
         room = rows_that_fit * (4 * vocab + 8 * width)
-        rows, held = head.row_chunks(count, room, vocab, width)
+        rows, held = cpu.row_chunks(count, room, vocab, width)
         assert 1 <= rows <= count and vocab <= 2 * held <= 2 * vocab
         assert rows * (4 * held + 8 * width) <= room
         assert held == vocab if count <= rows_that_fit else True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from illada_kernels.ops.masked_loss.cuda import CudaRows
-from illada_kernels.ops.masked_loss.rows import Formula, Rows
+from illada_kernels.ops.masked_loss.row_kernels import Formula, Rows
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import KernelFault, compile_kernels, missing, plant
 from tests.helpers.masked_loss_oracle import TorchRows, allowed_ids, bad, live

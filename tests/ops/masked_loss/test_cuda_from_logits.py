@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from illada_kernels.ops.masked_loss import gpu, reference
 from illada_kernels.ops.masked_loss.cuda import CudaRows
-from illada_kernels.ops.masked_loss.native import Options
 from illada_kernels.testing import assert_close, masked_loss_rounding
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import missing
+from tests.helpers import masked_loss_reference as reference
+from tests.helpers.masked_loss_gpu import from_logits
+from tests.helpers.masked_loss_reference import Options
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 ALL = Options("sum", 3.0, 0.1, 0.01, (1, 4, 30), None)
@@ -32,8 +33,7 @@ def inputs(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 def both(args: tuple[Tensor, ...], options: Options, upstream: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(loss, gradient of the logits)."""
     kernels = CudaRows(Emulated("csrc/cuda/masked_loss_rows.cu", "csrc/cuda/masked_loss_compact.cu", seed=seed))
-    loss, state = gpu.rows_forward(kernels, *args, options)
-    return loss, gpu.rows_backward(kernels, upstream, *args, state, options)
+    return from_logits(kernels, args, options, upstream)
 
 
 def assert_right(got: tuple[Tensor, Tensor], args: tuple[Tensor, ...], options: Options, upstream: Tensor) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada_kernels import masked_loss
-from illada_kernels.ops.masked_loss import cases, gpu, op, reference
-from illada_kernels.ops.masked_loss.native import Options
-from illada_kernels.ops.masked_loss.products import float32_sums
-from illada_kernels.ops.masked_loss.rows import rows_of
+from illada_kernels._matmul import float32_sums
+from illada_kernels.ops.masked_loss import cases, gpu, op
+from illada_kernels.ops.masked_loss.problem import Problem
+from illada_kernels.ops.masked_loss.row_kernels import rows_of
 from tests.cuda_on_cpu.library import missing
 from tests.helpers import masked_loss_contract as contract
+from tests.helpers import masked_loss_reference as reference
 from tests.helpers.masked_loss_calls import ALL, check_against_float64, gradients, inputs
 from tests.helpers.masked_loss_gpu import (
     MODES,
@@ -284,10 +285,11 @@ def test_operators_pass_opcheck_and_compile(mode: str, max_masked: int | None, u
     options = ("mean", 3.0, 0.1, 0.01, [1], max_masked)
     targets[targets == 1] = 0
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    args = (*leaves, targets, masked, w, torch.randn(50), *options, budget, True, True, False, "cuda")
-    torch.library.opcheck(op.masked_loss_op.op, args)
+    args = (*leaves, targets, masked, w, torch.randn(50), *options, budget, [True, True, False], "cuda")
+    torch.library.opcheck(op.OPERATOR.op, args)
     logits = (hidden @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(op.from_logits_op.op, (logits, targets, masked, w, *options, "cuda"))
+    args = (logits, None, targets, masked, w, None, *options, None, [True, False, False], "cuda")
+    torch.library.opcheck(op.OPERATOR.op, args)
 
     def train(h: Tensor, c: Tensor) -> Tensor:
         return masked_loss(h * 2, c, targets, masked, w, max_masked=max_masked, memory_budget=budget, backend="cuda")
@@ -299,8 +301,8 @@ def test_operators_pass_opcheck_and_compile(mode: str, max_masked: int | None, u
 
 def test_forbidden_ids_stay_where_a_captured_graph_reads_them() -> None:
     def ids(last: int) -> Tensor | None:
-        options = Options("sum", None, 0.0, 0.0, (1, last), None)
-        return gpu.formula(options, 2000, None, torch.device("cpu")).forbid
+        rows = torch.zeros(1, dtype=torch.int64)
+        return gpu.formula(Problem(torch.zeros(1, 2000), None, rows, rows == 0, forbid=(last, 1))).forbid
 
     first = ids(2)
     for last in range(3, 503):
@@ -379,7 +381,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     def step(
         case: cases.Case,
         budget: int | None,
-        needs: gpu.Needs = (True, True, False),
+        needs: tuple[bool, bool, bool] = (True, True, False),
         max_masked: int | None = None,
         reduction: str = "sum",
     ) -> tuple[float, float, int]:
@@ -388,18 +390,16 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
         hidden, head = empty(8, case.rows // 8, case.dim), empty(case.vocab, case.dim)
         beside = [empty(8, case.rows // 8, dtype=d) for d in (torch.int64, torch.bool, torch.float32)]
-        options = Options(reduction, None, 0.0, 0.0, (3,), max_masked)
         grad = empty(*(beside[0].shape if reduction == "none" else ()), dtype=torch.float32)
-        gpu.formula(options, case.vocab, None, hidden.device)  # what is uploaded once
+        options = {"reduction": reduction, "forbid": (3,), "max_masked": max_masked}
+        problem = Problem(hidden, head, *beside, memory_budget=budget, needs=needs, **options)
+        gpu.formula(problem)  # what is uploaded once
         kernels: Any = NoKernels(case.masked)
         with Costs(hidden, head, *beside, grad) as costs:
             monkeypatch.setattr(gpu, "product", costs.product)
-            p = gpu.plan(hidden, head, beside[1], reduction, max_masked, budget, needs)
-            loss, *kept = gpu.forward(kernels, hidden, head, *beside, None, options, budget, needs, trim=True)
-            grads: tuple[Tensor, ...] = ()
-            if any(needs):
-                grads = gpu.backward(kernels, grad, hidden, head, *beside, None, tuple(kept), options, p, needs)
-        size = sum(g.numel() * g.element_size() for g in (*grads, loss))
+            loss, *kept = gpu.forward(kernels, problem, trim=True)
+            grads = list(gpu.backward(kernels, problem, grad, tuple(kept), needs)) if any(needs) else []
+        size = sum(g.numel() * g.element_size() for g in (*filter(torch.is_tensor, grads), loss))
         computed = case.masked if max_masked is None else max_masked
         return costs.most - size, costs.flops / (2.0 * computed * case.dim * case.vocab), kernels.info.reads
 
@@ -455,9 +455,9 @@ def test_from_logits_reads_once_and_with_a_capacity_never() -> None:
     )
     for max_masked, reads in ((None, 1), (5, 0)):
         kernels: Any = NoKernels(4)
-        options = Options("mean", 3.0, 0.1, 0.01, (1,), max_masked)
-        loss, state = gpu.rows_forward(kernels, logits, targets, masked, None, options)
-        gpu.rows_backward(kernels, loss, logits, targets, masked, None, state, options)
+        problem = Problem(logits, None, targets, masked, None, None, "mean", 3.0, 0.1, 0.01, (1,), max_masked)
+        loss, *kept = gpu.forward(kernels, problem)
+        gpu.backward(kernels, problem, loss, tuple(kept), (True, False, False))
         assert kernels.info.reads == reads
 
 

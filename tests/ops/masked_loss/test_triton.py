@@ -9,7 +9,6 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,19 +19,23 @@ triton = pytest.importorskip("triton", reason="no triton")
 tl = pytest.importorskip("triton.language")
 
 from illada_kernels import masked_loss  # noqa: E402
-from illada_kernels._dispatch import Backend  # noqa: E402
-from illada_kernels.ops.masked_loss import gpu, op, reference, triton_compact, triton_rows  # noqa: E402
-from illada_kernels.ops.masked_loss import triton as room  # noqa: E402
-from illada_kernels.ops.masked_loss.native import Options  # noqa: E402
-from illada_kernels.ops.masked_loss.rows import Formula, Rows  # noqa: E402
-from illada_kernels.ops.masked_loss.triton import TritonRows  # noqa: E402
+from illada_kernels.ops.masked_loss import op, reference  # noqa: E402
+from illada_kernels.ops.masked_loss import triton as backend  # noqa: E402
+from illada_kernels.ops.masked_loss.problem import Problem  # noqa: E402
+from illada_kernels.ops.masked_loss.row_kernels import Formula, Rows  # noqa: E402
+from illada_kernels.ops.masked_loss.triton import compact  # noqa: E402
+from illada_kernels.ops.masked_loss.triton import row_kernels as room  # noqa: E402
+from illada_kernels.ops.masked_loss.triton import rows as rows_file  # noqa: E402
+from illada_kernels.ops.masked_loss.triton.row_kernels import TritonRows  # noqa: E402
 from illada_kernels.testing import assert_close, masked_loss_rounding  # noqa: E402
 from tests.helpers import masked_loss_calls as calls  # noqa: E402
 from tests.helpers import masked_loss_gpu as through_the_op  # noqa: E402
+from tests.helpers import masked_loss_reference as specification  # noqa: E402
+from tests.helpers.masked_loss_gpu import from_logits  # noqa: E402
 from tests.helpers.masked_loss_oracle import TorchRows  # noqa: E402
+from tests.helpers.masked_loss_reference import Options  # noqa: E402
 from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
 
-HERE = SimpleNamespace(__name__="here", BACKENDS=(Backend("triton", ("cuda",), lambda: "no GPU", lambda _: None),))
 HALVES = (torch.float32, torch.float16, torch.bfloat16)
 PLAIN = Options("sum", None, 0.0, 0.0, (), None)
 ALL = Options("sum", 3.0, 0.1, 0.01, (1, 4, 5, 30), None)
@@ -43,7 +46,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small tiles, so that small shapes have several."""
     small = {"compact": 16, "copy": 32, "factors": 16}
     monkeypatch.setattr(room, "TILES", {name: (small.get(name, 128), warps) for name, (_, warps) in room.TILES.items()})
-    with interpreted(HERE):
+    with interpreted(op):
         yield
 
 
@@ -167,8 +170,7 @@ def inputs(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 
 def both(args: tuple[Tensor, ...], options: Options, upstream: Tensor) -> tuple[Tensor, Tensor]:
     """masked_loss_from_logits and its gradient."""
-    loss, state = gpu.rows_forward(TritonRows(), *args, options)
-    return loss, gpu.rows_backward(TritonRows(), upstream, *args, state, options)
+    return from_logits(TritonRows(), args, options, upstream)
 
 
 def assert_right(got: tuple[Tensor, Tensor], args: tuple[Tensor, ...], options: Options, upstream: Tensor) -> None:
@@ -177,7 +179,7 @@ def assert_right(got: tuple[Tensor, Tensor], args: tuple[Tensor, ...], options: 
     results = []
     for x, weight in ((logits.double(), w.double()), (logits, w)):
         leaf = x.detach().requires_grad_()
-        loss = reference.masked_loss_from_logits(leaf, targets, masked, weight, **options._asdict())
+        loss = specification.masked_loss_from_logits(leaf, targets, masked, weight, **options._asdict())
         results.append((loss.detach(), torch.autograd.grad((loss * upstream).sum(), leaf)[0]))
     scale = (w * upstream)[masked] / (w[masked].sum() if options.reduction == "mean" else 1)
     extra = masked_loss_rounding(results[0][0], scale, options.softcap or float(logits.nan_to_num().abs().max()))
@@ -260,7 +262,7 @@ def formula_in(
     """(scaled losses, scaled gradients) of the reference."""
     x = logits.to(dtype) if bias is None else logits.to(dtype) + bias.to(dtype)
     live = torch.ones(len(x), dtype=torch.bool)
-    terms = (rows.targets, live, options.softcap, options.label_smoothing, options.z_loss, options.forbid)
+    terms = (Problem(x, None, rows.targets, live, None, None, *options), torch.arange(len(x)), live)
     scale = rows.scale.to(dtype)
     return scale * reference.row_losses(x, *terms), scale[:, None] * reference.row_gradients(x, *terms)
 
@@ -326,10 +328,12 @@ def test_a_forbidden_target_has_infinite_loss_and_the_gradient_of_the_other_term
 
 
 def test_the_op_finds_these_kernels() -> None:
-    assert op.row_kernels("triton") is room.KERNELS
-    for backends in (op.BACKENDS, op.FROM_LOGITS_BACKENDS):
-        (backend,) = [b for b in backends if b.name == "triton"]
-        assert backend.devices == ("cuda",) and backend.opt_in and backend.supports(torch.ones(2).double()) is not None
+    (triton,) = [b for b in op.BACKENDS if b.name == "triton"]
+    assert triton.devices == ("cuda",) and triton.opt_in and triton.module() is backend
+    assert backend.kernels() is room.KERNELS
+    ones = torch.ones(2, 3)
+    for dtype, reason in ((torch.float64, "float64 runs on the reference only"), (torch.float16, None)):
+        assert backend.supports(Problem(ones.to(dtype), None, ones[:, 0].long(), ones[:, 0] > 0)) == reason
 
 
 @pytest.mark.parametrize("mode", through_the_op.MODES)
@@ -347,7 +351,7 @@ def test_the_op_agrees_with_float64_in_every_mode(mode: str, use: through_the_op
         return masked_loss(h, c, targets, masked, w, head_bias=b, backend="cuda", **options, **keywords)
 
     def exact(h: Tensor, c: Tensor, b: Tensor) -> Tensor:
-        return reference.masked_loss(h, c, targets, masked, w.double(), head_bias=b, reduction="mean", **options)
+        return specification.masked_loss(h, c, targets, masked, w.double(), head_bias=b, reduction="mean", **options)
 
     leaves, upstream = (hidden, weight, bias), torch.tensor(-1.7)
     right = calls.gradients(exact, tuple(x.double() for x in leaves), upstream.double())
@@ -367,7 +371,7 @@ def test_too_many_rows_make_the_op_nan(use: through_the_op.Use) -> None:
 @triton.jit
 def tanh_kernel(x, out, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
-    tl.store(out + i, triton_rows.tanh(tl.load(x + i)))
+    tl.store(out + i, rows_file.tanh(tl.load(x + i)))
 
 
 def test_tanh_is_good_to_three_ulp_everywhere() -> None:
@@ -386,16 +390,16 @@ def test_tanh_is_good_to_three_ulp_everywhere() -> None:
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[Any, str, str, type[Exception]]] = {
-    "no rescaling of the sum": (triton_rows, "sums * e + 1.0", "sums + 1.0", AssertionError),
-    "reads past the row": (triton_rows, "keep = column < width\n", "keep = column <= width\n", KernelFault),
-    "writes past the row": (triton_rows, "inside = column < width", "inside = column <= width", KernelFault),
-    "a tile's last id is never forbidden": (triton_rows, "forbidden < stop:", "forbidden < stop - 1:", AssertionError),
-    "a slice forgets those before": (triton_rows, "later = first > 0", "later = first < 0", AssertionError),
-    "the target's place in a slice": (triton_rows, "row + (target - first)", "row + target", AssertionError),
-    "a tile counts itself": (triton_compact, "other < tile,", "other <= tile,", AssertionError),
-    "no capacity": (triton_compact, "keep = is_masked & (place < capacity)", "keep = is_masked", KernelFault),
-    "fillers are read": (triton_compact, "mask=inside & live,", "mask=inside,", AssertionError),
-    "beyond those held": (triton_compact, "(place >= 0) & (place < held)\n    x", "(place >= 0)\n    x", KernelFault),
+    "no rescaling of the sum": (rows_file, "sums * e + 1.0", "sums + 1.0", AssertionError),
+    "reads past the row": (rows_file, "keep = column < width\n", "keep = column <= width\n", KernelFault),
+    "writes past the row": (rows_file, "inside = column < width", "inside = column <= width", KernelFault),
+    "a tile's last id is never forbidden": (rows_file, "forbidden < stop:", "forbidden < stop - 1:", AssertionError),
+    "a slice forgets those before": (rows_file, "later = first > 0", "later = first < 0", AssertionError),
+    "the target's place in a slice": (rows_file, "row + (target - first)", "row + target", AssertionError),
+    "a tile counts itself": (compact, "other < tile,", "other <= tile,", AssertionError),
+    "no capacity": (compact, "keep = is_masked & (place < capacity)", "keep = is_masked", KernelFault),
+    "fillers are read": (compact, "mask=inside & live,", "mask=inside,", AssertionError),
+    "beyond those held": (compact, "(place >= 0) & (place < held)\n    x", "(place >= 0)\n    x", KernelFault),
 }
 
 
@@ -403,7 +407,7 @@ def planted(module: Any, old: str, new: str, folder: Path) -> Any:
     """A copy of the module with a fault."""
     text = inspect.getsource(module)
     assert text.count(old) == 1, f"{module.__name__} holds {text.count(old)} times: {old}"
-    text = text.replace(old, new).replace("from .triton_rows", f"from {triton_rows.__name__}")
+    text = text.replace(old, new).replace("from .rows import", f"from {rows_file.__name__} import")
     path = folder / "planted.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(f"planted_{abs(hash(text))}", path)
@@ -417,10 +421,10 @@ def planted(module: Any, old: str, new: str, folder: Path) -> Any:
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, old, new, error = FAULTS[name]
-    place = "rows_kernels" if module is triton_rows else "compact"
+    place = "rows_kernels" if module is rows_file else "compact"
     monkeypatch.setattr(room, place, planted(module, old, new, tmp_path))
     with pytest.raises(error):
-        if module is triton_rows:
+        if module is rows_file:
             args, options = inputs(3, 300, torch.float32), ALL._replace(forbid=(1, 4, 127, 255))
             args[1][args[1] == 127] = 0
             assert_right(both(args, options, torch.tensor(-0.7)), args, options, torch.tensor(-0.7))

@@ -1,7 +1,8 @@
 """What a GPU backend of masked_loss implements: the row operations between the large products (gpu.py).
 
 All of them enqueue on the current stream, never synchronise, read no device value on the host, and give equal bits for
-equal inputs. Offsets are 64-bit. `cuda.py` implements them in CUDA, tests/masked_loss_oracle.py in plain torch.
+equal inputs. Offsets are 64-bit. `cuda.py` implements them in CUDA, triton/row_kernels.py in Triton, and the tests'
+helpers in plain torch.
 
 A row is *live* if its place among the masked rows is below their number on the device, info[0]. Rows behind that number
 are fillers: no operation reads their data, those that write rows write zeros there.

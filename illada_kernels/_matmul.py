@@ -1,4 +1,7 @@
-"""The large products of masked_loss on a GPU: torch.mm by cuBLAS, summed in float32."""
+"""The large products of masked_loss and unmask: torch.mm, summed in float32.
+
+Every product writes to a given `out`, which autocast leaves alone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b, summed in float32; out has their dtype or float32."""
+    """Computes out = a @ b, or out += a @ b, summed in float32. out has their dtype or float32."""
     if out.dtype == a.dtype:
         if accumulate:
             out.addmm_(a, b)
@@ -22,7 +25,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     elif _adds_to_float32(a.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:  # in pieces that stay in the second-level cache
+    else:  # in pieces that stay in the L2 cache
         for start in range(0, len(out), 1024):
             out[start : start + 1024] += torch.mm(a[start : start + 1024], b, out_dtype=out.dtype)
 

@@ -1,4 +1,4 @@
-"""The row operations of masked_loss (rows.py) in Triton: launches what is in triton_rows.py and triton_compact.py."""
+"""The row operations of masked_loss (../row_kernels.py) in Triton: launches the kernels of rows.py and compact.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_compact as compact
-from . import triton_rows as rows_kernels
-from .rows import POWER_TIMES_GRAD, SCALE_OVER_POWER, Formula, Rows, row_strides, rows_of
+from ..row_kernels import POWER_TIMES_GRAD, SCALE_OVER_POWER, Formula, Rows, row_strides, rows_of
+from . import compact
+from . import rows as rows_kernels
 
 # (elements a program handles at a time, warps): 16 bytes of half precision a thread, or two such loads. A program of
 # `gradients` should find its row in the L2 cache again, so few rows are to be in flight: where registers allow, 1024

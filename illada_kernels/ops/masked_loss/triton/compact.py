@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import row_of
+from .rows import row_of
 
 NONE = tl.constexpr(0x7FFFFFFF)
 

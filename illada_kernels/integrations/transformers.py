@@ -1,0 +1,229 @@
+"""attention as an `attn_implementation` of Hugging Face transformers (4.57 and 5.x).
+
+    from illada_kernels.integrations import transformers as illada
+    illada.register()
+    model = AutoModel.from_pretrained(folder, attn_implementation="illada")
+
+Masks of models are built as the bounds of KeyRanges, from the arguments where they are causal, bidirectional, sliding
+windows, packed or padded, else from the mask's function evaluated once. They travel as an int32 tensor (B or 1, 1, Sq,
+4), since transformers hands on four-dimensional tensors untouched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._bounds import runs
+from ..key_ranges import KeyRanges
+from ..ops.attention import scaled_dot_product_attention
+
+MaskFunction = Callable[..., Any]  # (batch, head, query, key) indices -> bool
+
+
+def register(name: str = "illada") -> None:
+    """Makes attn_implementation=`name` known to transformers: its attention function and its mask function.
+
+    Parameters
+    ----------
+    name : str
+        May be registered again.
+
+    Raises
+    ------
+    ImportError
+        If transformers is missing or older than 4.57.
+
+    Examples
+    --------
+    >>> from illada_kernels.integrations import transformers as illada  # doctest: +SKIP
+    >>> illada.register()  # doctest: +SKIP
+    >>> model.set_attn_implementation("illada")  # doctest: +SKIP
+    """
+    try:
+        masking = importlib.import_module("transformers.masking_utils")
+        modeling = importlib.import_module("transformers.modeling_utils")
+        masking.AttentionMaskInterface.register(name, mask_bounds)
+        modeling.AttentionInterface.register(name, attention_forward)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"register: expected transformers >= 4.57 ({error}); pip install -U transformers") from None
+    _names.add(name)
+
+
+_names: set[str] = set()
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **unsupported: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that `register` registers.
+
+    Parameters
+    ----------
+    query : (B, Hq, Sq, D)
+    key, value : (B, Hkv, Sk, D)
+    attention_mask : Tensor or None
+        What `mask_bounds` built, or a 4-D mask, bool or additive, that the user gave. None: is_causal decides.
+    scaling, dropout, is_causal
+        As transformers gives them. A dropout other than 0 raises.
+
+    Returns
+    -------
+    tuple
+        (out (B, Sq, Hq, D), None): there are no attention weights.
+
+    Raises
+    ------
+    ValueError
+        For a dropout, and for what changes scores: softcap, sinks, position biases, head masks.
+    """
+    for argument in ("softcap", "s_aux", "position_bias", "head_mask", "alibi"):
+        if unsupported.get(argument) is not None:
+            came = type(unsupported[argument]).__name__
+            raise ValueError(f'{argument}: expected None, as nothing is added to scores here, got {came}; use "eager"')
+    if unsupported.get("output_attentions"):
+        raise ValueError('output_attentions: expected False, attention weights are never stored; use "eager"')
+    config = getattr(module, "config", None)
+    used = getattr(config, "_attn_implementation", None)
+    if attention_mask is None and used is not None and used not in _names:
+        raise ValueError(
+            f"attention_mask: got None from attn_implementation={used!r}, for which no mask function is registered, so "
+            f"that padding would be lost; use illada_kernels.integrations.transformers.register({used!r})"
+        )
+    if attention_mask is None:
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        is_causal = bool(is_causal) and query.shape[2] > 1  # one query is the last: it sees all keys
+    else:
+        is_causal = False
+    mask: Tensor | KeyRanges | None = attention_mask
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        mask = KeyRanges(attention_mask[:, 0], key.shape[2])
+    elif attention_mask is not None:
+        mask = attention_mask[..., : key.shape[2]]
+    out = scaled_dot_product_attention(
+        query, key, value, mask, dropout_p=dropout, is_causal=is_causal, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+def mask_bounds(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction | None = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    cache_position: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """The mask function that `register` registers: the bounds of KeyRanges over kv_length keys, (B or 1, 1, Sq, 4).
+
+    Parameters
+    ----------
+    q_length, kv_length, q_offset, kv_offset
+        Queries stand at q_offset + i, keys at kv_offset + j. transformers 4.57 gives cache_position (Sq,) instead of
+        q_length and q_offset.
+    mask_function
+        transformers' closure over index tensors; None is causal.
+    attention_mask : (B, kv_offset + kv_length or less) bool, optional
+        True where a token is real; missing ones at the end are padding.
+
+    Notes
+    -----
+    Synchronises once where there is padding, or where the closure is not one that is known; else never.
+    """
+    masking = importlib.import_module("transformers.masking_utils")
+    if cache_position is not None:
+        queries = cache_position
+        device = queries.device
+    else:
+        queries = torch.arange(q_length, device=device) + q_offset  # type: ignore[arg-type]
+    keys = torch.arange(kv_length, device=device) + kv_offset
+    function = masking.causal_mask_function if mask_function is None else mask_function
+    padding = _padding(attention_mask, kv_length, kv_offset)
+    parts = _parts(function, masking)
+    bounds = None if parts is None else _bounds(parts, queries, keys, padding, kv_offset)
+    if bounds is not None:
+        return bounds[:, None]
+    index = (
+        torch.arange(batch_size, device=device)[:, None, None, None],
+        torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device),
+        queries[None, None, :, None],
+        keys[None, None, None, :],
+    )
+    allowed = function(*index).expand(batch_size, -1, len(queries), kv_length)
+    return KeyRanges.from_dense(allowed if padding is None else allowed & padding[:, None, None]).bounds[:, None]
+
+
+def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """The real keys, bool (B, kv_length)."""
+    if attention_mask is None:
+        return None
+    missing = kv_offset + kv_length - attention_mask.shape[-1]
+    whole = torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
+    return whole[:, kv_offset : kv_offset + kv_length].bool()
+
+
+def _parts(function: MaskFunction, masking: Any) -> list[tuple[str, Any]] | None:
+    """What a mask function is the intersection of: (kind, its number or tensor) each; None if a part is not known."""
+    if function is masking.causal_mask_function:
+        return [("causal", None)]
+    if function is getattr(masking, "bidirectional_mask_function", None):
+        return []
+    if getattr(function, "__module__", None) != masking.__name__:
+        return None
+    maker = function.__qualname__.partition(".")[0]
+    cells = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
+    if maker == "and_masks":
+        parts = [_parts(part, masking) for part in cells["mask_functions"]]
+        return None if None in parts else [one for part in parts for one in part or ()]
+    kinds = {
+        "sliding_window_overlay": ("window", "sliding_window"),
+        "sliding_window_bidirectional_overlay": ("both sides", "sliding_window"),
+        "packed_sequence_mask_function": ("packed", "packed_sequence_mask"),
+    }
+    if maker not in kinds or kinds[maker][1] not in cells:
+        return None
+    return [(kinds[maker][0], cells[kinds[maker][1]])]
+
+
+def _bounds(
+    parts: list[tuple[str, Any]], queries: Tensor, keys: Tensor, padding: Tensor | None, kv_offset: int
+) -> Tensor | None:
+    """Bounds (B or 1, Sq, 4) of one range a row: the intersection of all parts. None if the real keys have gaps."""
+    position = queries[None] - kv_offset  # (1, Sq), in keys
+    low, high = torch.zeros_like(position), torch.full_like(position, len(keys))
+    for kind, value in parts:
+        if kind == "causal":
+            high = torch.minimum(high, position + 1)
+        elif kind == "window":
+            low = torch.maximum(low, position - value + 1)
+        elif kind == "both sides":
+            low, high = torch.maximum(low, position - value), torch.minimum(high, position + value + 1)
+        else:  # ids (B, S) that rise from document to document; queries and keys are the same tokens
+            ids = value.contiguous()
+            low = torch.maximum(low, torch.searchsorted(ids, ids))
+            high = torch.minimum(high, torch.searchsorted(ids, ids, right=True))
+    if padding is not None:
+        real, count = runs(padding[:, None])  # (B, 1, 4)
+        if bool((count > 1).any()):
+            return None
+        low, high = torch.maximum(low, real[..., 0]), torch.minimum(high, real[..., 1])
+    low = low.clamp(0, len(keys))
+    high = torch.maximum(high.clamp(0, len(keys)), low)
+    return torch.stack(torch.broadcast_tensors(low, high, high, high), -1).to(torch.int32)

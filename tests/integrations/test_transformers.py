@@ -1,0 +1,244 @@
+"""attn_implementation="illada" gives what "sdpa" gives, in transformers 4.57 and 5."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="no transformers")
+
+from transformers import masking_utils  # noqa: E402
+
+from illada_kernels import KeyRanges  # noqa: E402
+from illada_kernels.integrations import transformers as illada  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+OLDER = ROOT / "build" / "transformers-4.57"
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+V5 = int(transformers.__version__.partition(".")[0]) >= 5
+DECODERS = {
+    "Llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES)),
+    "Qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**SIZES, head_dim=16)),
+    "Mistral, window of 5": (transformers.MistralForCausalLM, transformers.MistralConfig(**SIZES, sliding_window=5)),
+}
+ENCODERS = {
+    "ModernBert": (
+        transformers.ModernBertModel,
+        transformers.ModernBertConfig(
+            **SIZES, local_attention=6, global_attn_every_n_layers=2, reference_compile=False
+        ),
+    ),
+    "Bert": (
+        transformers.BertModel,
+        transformers.BertConfig(**SIZES, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
+    ),
+}
+if not V5:
+    ENCODERS = {}  # in 4.57 they do not ask the interface
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    illada.register()
+
+
+def padding(side):
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, :4] = 0
+    return mask if side == "left" else mask.flip(1)
+
+
+def run(model, implementation, **inputs):
+    """Outputs at real tokens and the gradients of a loss on them."""
+    model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
+    model.zero_grad()
+    output = model(**inputs)
+    states = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    real = inputs.get("attention_mask")
+    states = states if real is None or real.dim() != 2 else states[real.bool()]
+    states.square().sum().backward()
+    return states.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def assert_as_sdpa(model, **inputs):
+    (right, gradients), (ours, our_gradients) = (run(model, name, **inputs) for name in ("sdpa", "illada"))
+    torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
+    scale = max(g.abs().max() for g in gradients)
+    for a, b in zip(our_gradients, gradients, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * scale
+
+
+def build(models, name):
+    torch.manual_seed(0)
+    kind, config = models[name]
+    return kind(config).eval(), torch.randint(3, 99, (2, 12))
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_outputs_and_gradients(name, side):
+    model, ids = build(DECODERS | ENCODERS, name)
+    assert_as_sdpa(model, input_ids=ids, **({} if side is None else {"attention_mask": padding(side)}))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_documents_by_their_position_ids(name):
+    model, ids = build(DECODERS, name)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].repeat(2, 1)
+    assert_as_sdpa(model, input_ids=ids, position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_mask_of_the_users_own(additive):
+    model, ids = build(DECODERS, "Llama")
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool)
+    mask[0, :, :, 3:6] = False
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert_as_sdpa(model, input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_with_padding_and_a_cache(name, cache):
+    model, ids = build(DECODERS, name)
+    tokens = []
+    for implementation in ("sdpa", "illada"):
+        model.set_attn_implementation(implementation)
+        options = {"cache_implementation": "static"} if cache == "static" else {}
+        tokens.append(
+            model.generate(input_ids=ids, attention_mask=padding("left"), max_new_tokens=10, do_sample=False, **options)
+        )
+    assert torch.equal(*tokens)
+
+
+def test_training_with_gradient_checkpointing():
+    model, ids = build(DECODERS, "Llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    assert_as_sdpa(model, input_ids=ids, attention_mask=padding("left"), labels=ids, use_cache=False)
+
+
+def test_compiles_with_the_model():
+    model, ids = build(DECODERS, "Llama")
+    model.set_attn_implementation("illada")
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+left_padding = torch.tensor([0, 3])
+FUNCTIONS = {
+    "causal": masking_utils.causal_mask_function,
+    "window": masking_utils.sliding_window_causal_mask_function(4),
+    "packed": masking_utils.and_masks(
+        masking_utils.causal_mask_function,
+        masking_utils.packed_sequence_mask_function(torch.tensor([[0] * 5 + [1] * 7, [0] * 3 + [1] * 3 + [2] * 6])),
+    ),
+    "chunked": masking_utils.chunked_causal_mask_function(5, left_padding),
+    "a user's": lambda b, h, q, k: (k <= q) | (k >= 10),
+}
+if V5:
+    FUNCTIONS |= {
+        "bidirectional": masking_utils.bidirectional_mask_function,
+        "window on both sides": masking_utils.sliding_window_bidirectional_mask_function(2),
+    }
+
+
+def bounds_of(function, queries, offset, mask, kv_offset=0, kv_length=12):
+    if V5:
+        where = {"q_length": queries, "q_offset": offset}
+    else:
+        where = {"cache_position": torch.arange(queries) + offset}
+    common = {"batch_size": 2, "kv_length": kv_length, "kv_offset": kv_offset, "mask_function": function}
+    common |= {"attention_mask": mask, "allow_is_causal_skip": False, **where}
+    right = masking_utils.sdpa_mask(**common)
+    ours = KeyRanges(illada.mask_bounds(**common)[:, 0], kv_length).dense()
+    return ours.expand(2, queries, kv_length), right.expand(2, 1, queries, kv_length)[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["none", "left", "right", "gaps", "short"])
+@pytest.mark.parametrize("queries, offset", [(12, 0), (3, 9), (1, 6)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_masks_are_those_of_sdpa(name, queries, offset, kind):
+    mask = None if kind == "none" else padding("right" if kind == "right" else "left").bool()
+    if kind == "gaps":
+        mask[0, 2] = False
+    if kind == "short":
+        mask = mask[:, :9]
+    if name == "packed" and queries < 12:
+        pytest.skip("documents are packed without a cache")
+    if kind == "gaps" and name in ("a user's",):
+        pytest.skip("needs three ranges")
+    ours, right = bounds_of(FUNCTIONS[name], queries, offset, mask)
+    assert torch.equal(ours, right)
+
+
+def test_a_cache_of_the_last_keys_of_a_window():
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1, :10] = False
+    ours, right = bounds_of(FUNCTIONS["window"], 2, 18, mask, kv_offset=8, kv_length=12)
+    assert torch.equal(ours, right)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("chunked", "a user's")])
+def test_known_masks_are_never_made_dense(name, monkeypatch):
+    monkeypatch.setattr(KeyRanges, "from_dense", lambda mask: pytest.fail("a dense mask"))
+    for mask in (None, padding("left").bool()):
+        bounds_of(FUNCTIONS[name], 12, 0, mask)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_and_changed_scores_are_refused():
+    module, x = torch.nn.Module(), torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="dropout_p: expected 0"):
+        illada.attention_forward(module, x, x, x, None, dropout=0.1)
+    with pytest.raises(ValueError, match="softcap: expected None"):
+        illada.attention_forward(module, x, x, x, None, softcap=30.0)
+    with pytest.raises(ValueError, match="s_aux: expected None"):
+        illada.attention_forward(module, x, x, x, None, s_aux=torch.zeros(2))
+
+
+def test_an_attention_function_without_its_mask_function_is_refused():
+    """Else padding would vanish: transformers then gives no mask."""
+    model, ids = build(DECODERS, "Llama")
+    transformers.AttentionInterface.register("half", illada.attention_forward)
+    model.set_attn_implementation("half")
+    with pytest.raises(ValueError, match=r"attention_mask: got None from attn_implementation='half'"):
+        model(ids, attention_mask=padding("left"))
+    illada.register("half")
+    assert_same = torch.testing.assert_close
+    model.set_attn_implementation("illada")
+    right = model(ids, attention_mask=padding("left")).logits
+    model.set_attn_implementation("half")
+    assert_same(model(ids, attention_mask=padding("left")).logits, right)
+
+
+# ---- both versions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not V5, reason="this is the older version")
+@pytest.mark.skipif(not OLDER.exists(), reason="make test installs transformers 4.57 into build/")
+def test_the_same_in_4_57():
+    path = os.pathsep.join([str(OLDER), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
