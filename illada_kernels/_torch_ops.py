@@ -87,6 +87,15 @@ def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def _is_differentiated() -> bool:
+    """True under torch.func's transforms that differentiate. Dynamo runs this while it traces."""
+    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+_is_differentiated._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class Derivative(NamedTuple):
     """How an operator is differentiated, once.
 
@@ -163,6 +172,11 @@ class Operator:
 
     def _watched(self, problem: Any) -> Any:
         if torch.compiler.is_compiling():  # the operator itself reads ILLADA_BACKEND, when it runs
+            if _is_differentiated():  # torch drops the tangents of a custom operator without a word
+                raise NotImplementedError(
+                    f"{self.name}: torch.func.grad and jvp cannot be traced through a custom operator; apply them "
+                    "outside of the compiled function, or compile without fullgraph, which leaves this to eager mode"
+                )
             return self.op(*problem)
         _tell_flop_counter()
         problem = self._with_backend(problem, problem.backend or _dispatch.environment())

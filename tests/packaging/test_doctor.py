@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,14 +254,12 @@ def card(monkeypatch, tmp_path):
 
 
 def chosen(device: str) -> str:
-    def can(*_):
-        return None
-
+    module = SimpleNamespace(available=lambda: None, supports=lambda problem: None)
     order = (
-        _dispatch.Backend("cuda", ("cuda",), can, can, opt_in="not yet run on a GPU"),
-        _dispatch.Backend("reference", None, can, can),
+        _dispatch.Backend("cuda", ("cuda",), lambda: module, opt_in="not yet run on a GPU"),
+        _dispatch.Backend("reference", None, lambda: module),
     )
-    return _dispatch.choose("attention", order, device, None)
+    return _dispatch.choose("attention", order, device, None).name
 
 
 def test_a_kernel_enters_the_default_order_when_its_selftest_has_passed_on_this_gpu(card):

@@ -187,6 +187,7 @@ def forward(kernels: RowKernels, problem: Problem, trim: bool = False) -> Result
     """Returns the loss and what is kept. trim: keeps as many rows as are masked now, not the full capacity."""
     p, rows = plan(problem), masked_rows(kernels, problem, check=True)
     count, none = len(rows.index), problem.reduction == "none"
+    trim = trim and p.mode != "logits"  # whose state is 16 bytes a row, and read by slot
     kept = _kept(problem, p._replace(rows=count) if trim else p)
     if p.mode in ("slices", "logits"):
         kept[0].zero_()  # fillers too

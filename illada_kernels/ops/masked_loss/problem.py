@@ -43,6 +43,11 @@ class Problem(NamedTuple):
         rows = self.masked.numel()
         return rows if self.max_masked is None else min(self.max_masked, rows)
 
+    @property
+    def allowed(self) -> int:
+        """The number of ids that are not forbidden."""
+        return self.vocab - len(set(self.forbid))
+
     def forbidden(self) -> tuple[int, ...]:
         """Returns the forbidden ids, ascending and without repetition."""
         return tuple(sorted(set(self.forbid)))

@@ -136,9 +136,7 @@ def row_losses(logits: Tensor, problem: Problem, rows: Tensor, live: Tensor) -> 
     log_p = z.log_softmax(-1)
     losses = -(1 - smoothing) * log_p.gather(1, at_target[:, None]).squeeze(1)
     if smoothing:
-        losses = losses - smoothing * log_p.masked_fill(~allowed, 0).sum(-1) / (
-            problem.vocab - len(problem.forbidden())
-        )
+        losses = losses - smoothing * log_p.masked_fill(~allowed, 0).sum(-1) / problem.allowed
     if problem.z_loss:
         losses = losses + problem.z_loss * z.logsumexp(-1) ** 2
     return torch.where(live, losses, 0) * torch.ones_like(losses).masked_fill(bad, torch.nan)
@@ -149,9 +147,7 @@ def row_gradients(logits: Tensor, problem: Problem, rows: Tensor, live: Tensor) 
     at_target, bad = _targets(problem, rows, live)
     capped, allowed = _capped(logits, problem)
     z, smoothing = capped.masked_fill(~allowed, -torch.inf), problem.label_smoothing
-    d = z.softmax(-1) * (1 + 2 * problem.z_loss * z.logsumexp(-1, keepdim=True)) - smoothing / (
-        problem.vocab - len(problem.forbidden())
-    )
+    d = z.softmax(-1) * (1 + 2 * problem.z_loss * z.logsumexp(-1, keepdim=True)) - smoothing / problem.allowed
     d = d.scatter_add(1, at_target[:, None], torch.full_like(d[:, :1], -(1 - smoothing)))
     if problem.softcap is not None:
         d = d * (1 - (capped / problem.softcap) ** 2)

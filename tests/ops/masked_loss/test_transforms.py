@@ -176,6 +176,19 @@ def test_batched_gradients_in_every_mode(budget: int | None, reduction: str) -> 
             near(batch[i], want)
 
 
+@needs_extension
+def test_transforms_inside_of_torch_compile_are_left_to_eager_mode_or_refused() -> None:
+    h, w, _ = draw()
+    loss = lambda x: masked_loss(x, w, TARGETS, MASKED)  # noqa: E731
+    tangent = lambda x: jvp(loss, (x,), (x,))[1]  # noqa: E731
+    for transform, given in ((grad(loss), h), (tangent, h), (vmap(grad(loss)), torch.stack([h, -h]))):
+        torch._dynamo.reset()
+        near(torch.compile(transform, backend="aot_eager")(given), transform(given))
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="grad and jvp cannot be traced through"):
+            torch.compile(transform, fullgraph=True, backend="aot_eager")(given)
+
+
 # ---- lifetimes -------------------------------------------------------------------------------------------------------
 
 
