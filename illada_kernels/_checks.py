@@ -111,9 +111,11 @@ def expect_number(
     if not is_number(value):
         what = "a number or a floating-point tensor" if tensor else "a number"
         raise TypeError(f"{name}: expected {what}, got {_kind(value)}; use float(...) on the host")
-    # compared with finite numbers: a comparison with inf would make a graph for each value of a traced float
-    least, most = max(low, -sys.float_info.max), min(high, sys.float_info.max)
-    if not (holds(value >= least) and holds(value <= most)):  # type: ignore[operator]
+    number: Any = plain(value)
+    # A comparison of a traced number with inf would make a graph for each value, one with the largest float a guard.
+    traced = torch.compiler.is_compiling() or isinstance(number, (torch.SymInt, torch.SymFloat))
+    above = (traced and low == -math.inf) or holds(number >= max(low, -sys.float_info.max))
+    if not (above and ((traced and high == math.inf) or holds(number <= min(high, sys.float_info.max)))):
         limits = [f" of at least {low:g}"] * (low > -math.inf) + [f" of at most {high:g}"] * (high < math.inf)
         raise ValueError(f"{name}: expected a finite number{' and'.join(limits)}, got {shown(value)}")
 
@@ -184,6 +186,53 @@ def expect_per_sequence(name: str, value: object, batch: int, device: torch.devi
         if value.dim() > 0:
             expect_shape(name, value, batch)
         expect_device(name, value, device)
+
+
+def expect_layout(
+    name: str,
+    value: object,
+    dtypes: Sequence[torch.dtype],
+    *sizes: Size,
+    device: torch.device | None = None,
+    like: str = "",
+    contiguous: bool = False,
+) -> None:
+    """A tensor of one of the dtypes and of this shape, on this device, that of `like`."""
+    expect_tensor(name, value, *dtypes)
+    assert isinstance(value, Tensor)
+    expect_shape(name, value, *sizes, like=f"to match {like}" if like else "")
+    if contiguous:
+        expect_contiguous(name, value)
+    if device is not None:
+        expect_device(name, value, device, like)
+
+
+def split_parameters(batch: int, device: torch.device, *parameters: tuple[str, Any, float, float]) -> list[Any]:
+    """Checks numbers that may be tensors of shape () or (batch,), and returns (number, tensor) of each in one list: the
+    tensor is None, or the number 0.
+
+    A parameter is (name, value, low, high). It is an integer where low and high are.
+    """
+    split: list[Any] = []
+    for name, value, low, high in parameters:
+        whole = isinstance(low, int) and isinstance(high, int)
+        given, value = value, plain(value, torch.int64 if whole else torch.float64)
+        if isinstance(value, Tensor) and value is not given:  # a NumPy scalar, under Dynamo
+            value = value.to(device)
+        if isinstance(low, int) and isinstance(high, int):
+            expect_integer(name, value, low, high, tensor=True)
+        else:
+            expect_number(name, value, low, high, tensor=True)
+        if isinstance(value, Tensor):
+            expect_per_sequence(name, value, batch, device)
+            split += [0, value] if whole else [0.0, value.detach()]
+        elif whole:
+            split += [torch.sym_int(value), None]
+        elif torch.compiler.is_compiling() and holds(value != 0.0):  # as a number it would make a graph for each value
+            split += [0.0, torch.ones((), device=device) * value]
+        else:
+            split += [torch.sym_float(value), None]
+    return split
 
 
 def cast_for_autocast(device: torch.device, *values: Any) -> list[Any]:

@@ -11,7 +11,6 @@ options `order`, `rank_temperature` and `defer` of `unmask` change the ranks, no
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +29,7 @@ CONFIDENCES = ("probability", "margin", "neg_entropy", "random", "sampled")
 BY_CONFIDENCE, FROM_LEFT = range(2)  # places in ORDERS
 ORDERS = ("confidence", "left")
 
+LARGEST = torch.finfo(torch.float32).max
 MOST = 2**62  # of counts: far above any number of candidates, and sums of two fit 64 bits
 
 
@@ -134,35 +134,36 @@ class Remask:
 Revision = Edit | Remask
 
 
-def flatten_rule(rule: Rule) -> tuple[int, tuple[str, Number], tuple[str, Integer]]:
-    """Returns (kind, number, least), the latter two with their names. The first `least` ranks are committed whatever
-    the number says."""
-    one = ("rule", 1)
+Parameter = tuple[str, Number, float, float]  # name, value, low, high
+UNUSED: tuple[Parameter, Parameter] = (("number", 0.0, 0.0, 0.0), ("count", 0, 0, 0))
+
+
+def flatten_rule(rule: Rule, confidence: str) -> tuple[int, Parameter, Parameter]:
+    """Returns (kind, number, least). The first `least` ranks are committed whatever the number says."""
+    one: Parameter = ("least", 1, 1, 1)
     if isinstance(rule, TopK):
-        return TOP_K, ("rule", 0.0), ("TopK.k", rule.k)
+        return TOP_K, UNUSED[0], ("TopK.k", rule.k, 0, MOST)
     if isinstance(rule, Threshold):
-        return THRESHOLD, ("Threshold.tau", rule.tau), ("Threshold.at_least", rule.at_least)
+        low, high = (-LARGEST, 0.0) if confidence == "neg_entropy" else (0.0, 1.0)
+        tau: Parameter = (f'Threshold.tau with confidence="{confidence}"', rule.tau, low, high)
+        return THRESHOLD, tau, ("Threshold.at_least", rule.at_least, 0, MOST)
     if isinstance(rule, Factor):
-        return FACTOR, ("Factor.f", rule.f), one
+        return FACTOR, ("Factor.f", rule.f, 0.0, LARGEST), one
     if isinstance(rule, EntropyBound):
         kind = ENTROPY_BOUND_INCLUSIVE if rule.inclusive else ENTROPY_BOUND
-        return kind, ("EntropyBound.gamma", rule.gamma), one
+        return kind, ("EntropyBound.gamma", rule.gamma, 0.0, LARGEST), one
     raise TypeError(
         f"rule: expected TopK, Threshold, Factor or EntropyBound, got {type(rule).__name__}; for k tokens use TopK(k)"
     )
 
 
-def flatten_revision(revise: Revision | None) -> tuple[int, str, Number, Integer, Tensor | None]:
-    """Returns (kind, the parameter's name, number, count, scores)."""
+def flatten_revision(revise: Revision | None) -> tuple[int, Parameter, Parameter, Tensor | None]:
+    """Returns (kind, number, count, scores)."""
     if revise is None:
-        return NO_REVISION, "revise", 0.0, 0, None
+        return NO_REVISION, *UNUSED, None
     if isinstance(revise, Edit):
-        return EDIT, "Edit.tau", revise.tau, 0, None
+        return EDIT, ("Edit.tau", revise.tau, 0.0, 1.0), UNUSED[1], None
     if isinstance(revise, Remask):
-        return REMASK if revise.scores is None else REMASK_BY_SCORES, "Remask.n", 0.0, revise.n, revise.scores
+        kind = REMASK if revise.scores is None else REMASK_BY_SCORES
+        return kind, UNUSED[0], ("Remask.n", revise.n, 0, MOST), revise.scores
     raise TypeError(f"revise: expected Edit, Remask or None, got {type(revise).__name__}; use Edit(tau) or Remask(n)")
-
-
-def range_of(confidence: str) -> tuple[float, float]:
-    """Returns the least and the largest confidence of this kind."""
-    return (-math.inf, 0.0) if confidence == "neg_entropy" else (0.0, 1.0)

@@ -12,21 +12,18 @@ from ..._checks import (
     FLOATS,
     cast_for_autocast,
     expect_choice,
-    expect_contiguous,
-    expect_device,
     expect_integer,
-    expect_number,
-    expect_per_sequence,
-    expect_shape,
-    expect_tensor,
+    expect_layout,
     holds,
     known,
-    plain,
+    split_parameters,
 )
-from ...rules import CONFIDENCES, MOST, ORDERS, THRESHOLD, Edit, Remask, Rule, flatten_revision, flatten_rule, range_of
+from ...rules import CONFIDENCES, ORDERS, Edit, Remask, Rule, flatten_revision, flatten_rule
 from .op import OPERATOR
 from .problem import FLOAT32_MAX, Problem
 
+INTEGERS = (torch.int64,)
+INT64 = (-(2**63), 2**63 - 1)
 LogitBias = tuple[Tensor | Sequence[int], Tensor | Sequence[float]]
 
 
@@ -169,7 +166,7 @@ def unmask(
     >>> tokens  # the surer of the two was committed
     tensor([[0, 4, 2]])
     """
-    _check_source("hidden", hidden, "D")
+    expect_layout("hidden", hidden, FLOATS, "B", "K", "D", contiguous=True)
     hidden, head_weight, head_bias = cast_for_autocast(hidden.device, hidden, head_weight, head_bias)
     _check_head(hidden, head_weight, head_bias)
     options = Options(
@@ -236,7 +233,7 @@ def unmask_from_logits(
     >>> unmask_from_logits(logits, tokens, torch.tensor([[1, 2]]), Threshold(0.8), mask_id=4).remaining
     tensor([0], dtype=torch.int32)
     """
-    _check_source("logits", logits, "V")
+    expect_layout("logits", logits, FLOATS, "B", "K", "V", contiguous=True)
     options = Options(
         mask_id,
         confidence,
@@ -289,68 +286,46 @@ def _run(
 ) -> Unmasked:
     (batch, count, _), device = source.shape, source.device
     expect_choice("confidence", o.confidence, CONFIDENCES)
-    expect_integer("mask_id", o.mask_id, -(2**63), 2**63 - 1)
     expect_choice("order", o.order, ORDERS)
-    kind, number, least = flatten_rule(rule)
-    revision, revision_label, edit_tau, remasked, scores = flatten_revision(o.revise)
-    if kind == THRESHOLD:
-        low, high = range_of(o.confidence)
-        label = f'Threshold.tau with confidence="{o.confidence}"'
-        expect_number(label, plain(number[1], torch.float64), low, high, tensor=True)
-    _check_tokens(name, batch, device, tokens)
-    _check_like("positions", positions, torch.int64, device, batch, count)
-    _check_like("noise_positions", o.noise_positions, torch.int64, device, batch, count)
-    _check_like("frozen", o.frozen, torch.bool, device, *tokens.shape)
-    _check_like("Remask.scores", scores, torch.float32, device, batch, count)
-
-    def real(label: str, value: Any, low: float = -FLOAT32_MAX) -> tuple[Any, Tensor | None]:
-        given, value = value, plain(value, torch.float64)
-        if isinstance(value, Tensor) and value is not given:  # a NumPy scalar, to a compiler
-            value = value.to(device)
-        expect_number(label, value, low, FLOAT32_MAX, tensor=True)
-        if isinstance(value, Tensor):
-            expect_per_sequence(label, value, batch, device)
-            return 0.0, value.detach()
-        if torch.compiler.is_compiling() and holds(value != 0.0):  # as a number it would make a graph for each value
-            return 0.0, torch.ones((), device=device) * value
-        return torch.sym_float(value), None
-
-    def whole(label: str, value: Any, low: int, high: int) -> tuple[Any, Tensor | None]:
-        given, value = value, plain(value)
-        if isinstance(value, Tensor) and value is not given:
-            value = value.to(device)
-        expect_integer(label, value, low, high, tensor=True)
-        if isinstance(value, Tensor):
-            expect_per_sequence(label, value, batch, device)
-            return 0, value
-        return torch.sym_int(value), None
-
-    def detached(x: Tensor | None) -> Tensor | None:
-        return x.detach() if x is not None and x.requires_grad else x
-
+    expect_integer("mask_id", o.mask_id, *INT64)
+    kind, number, least = flatten_rule(rule, o.confidence)
+    revision, tau, remasked, scores = flatten_revision(o.revise)
+    expect_layout("tokens", tokens, INTEGERS, batch, "L", device=device, like=name, contiguous=True)
+    _check_rows_apart(tokens)
+    expect_layout("positions", positions, INTEGERS, batch, count, device=device, like=name)
+    if o.noise_positions is not None:
+        expect_layout("noise_positions", o.noise_positions, INTEGERS, batch, count, device=device, like=name)
+    if o.frozen is not None:
+        expect_layout("frozen", o.frozen, (torch.bool,), *tokens.shape, device=device, like="tokens")
+    if scores is not None:
+        expect_layout("Remask.scores", scores, (torch.float32,), batch, count, device=device, like=name)
+    parameters = split_parameters(
+        batch,
+        device,
+        number,
+        least,
+        tau,
+        remasked,
+        ("rank_temperature", o.rank_temperature, 0.0, FLOAT32_MAX),
+        ("temperature", o.temperature, 0.0, FLOAT32_MAX),
+        ("confidence_temperature", o.confidence_temperature, 0.0, FLOAT32_MAX),
+        ("seed", o.seed, *INT64),
+        ("step", o.step, 0, 2**32 - 1),
+    )
+    mask_id = torch.sym_int(o.mask_id)
     fields: list[Any] = [
-        detached(source),
-        detached(head_weight),
-        detached(head_bias),
+        *(x.detach() if x is not None and x.requires_grad else x for x in (source, head_weight, head_bias)),
         tokens,
         positions,
-        torch.sym_int(o.mask_id),
+        mask_id,
         CONFIDENCES.index(o.confidence),
         kind,
-        *real(*number),
-        *whole(*least, 0, MOST),
+        revision,
         ORDERS.index(o.order),
-        *real("rank_temperature", o.rank_temperature, 0.0),
-        *real("temperature", o.temperature, 0.0),
-        *real("confidence_temperature", o.confidence_temperature, 0.0),
-        *whole("seed", o.seed, -(2**63), 2**63 - 1),
-        *whole("step", o.step, 0, 2**32 - 1),
-        [torch.sym_int(o.mask_id)] if o.forbid is None else _ids("forbid", o.forbid, vocab),
+        *parameters,
+        [mask_id] if o.forbid is None else _ids("forbid", o.forbid, vocab),
         _ids("defer", o.defer, vocab),
         *_split_bias(o.logit_bias, vocab, device),
-        revision,
-        *real(revision_label, edit_tau),
-        *whole(revision_label, remasked, 0, MOST),
         scores,
         o.frozen,
         o.noise_positions,
@@ -362,44 +337,25 @@ def _run(
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_source(name: str, source: Tensor, last: str) -> None:
-    expect_tensor(name, source, *FLOATS)
-    expect_shape(name, source, "B", "K", last)
-    expect_contiguous(name, source)
-
-
 def _check_head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
-    dtype, device = hidden.dtype, hidden.device
-    expect_tensor("head_weight", head_weight, dtype, torch.float32)
-    expect_shape("head_weight", head_weight, "V", hidden.shape[2], like="to match hidden")
-    expect_contiguous("head_weight", head_weight)
-    expect_device("head_weight", head_weight, device, "hidden")
+    dtypes, device = (hidden.dtype, torch.float32), hidden.device
+    expect_layout(
+        "head_weight", head_weight, dtypes, "V", hidden.shape[2], device=device, like="hidden", contiguous=True
+    )
     if head_bias is not None:
-        expect_tensor("head_bias", head_bias, dtype, torch.float32)
-        expect_shape("head_bias", head_bias, head_weight.shape[0], like="to match head_weight")
-        expect_device("head_bias", head_bias, device, "hidden")
+        expect_layout("head_bias", head_bias, dtypes, head_weight.shape[0], device=device, like="head_weight")
 
 
-def _check_tokens(name: str, batch: int, device: torch.device, tokens: Tensor) -> None:
-    expect_tensor("tokens", tokens, torch.int64)
-    expect_shape("tokens", tokens, batch, "L", like=f"to match {name}")
-    expect_contiguous("tokens", tokens)
-    expect_device("tokens", tokens, device, name)
-    length = tokens.shape[1]
-    if known(length >= 2**31):
+def _check_rows_apart(tokens: Tensor) -> None:
+    (batch, length), stride = tokens.shape, tokens.stride(0)
+    traced = torch.compiler.is_compiling()  # sizes and strides may then be symbolic
+    if known(length >= 2**31) if traced else length >= 2**31:
         raise ValueError(f"tokens: expected fewer than 2**31 columns, got {length}; split the sequences")
-    if not known(batch < 2) and not holds(tokens.stride(0) >= length):
+    if not (known(batch < 2) or holds(stride >= length)) if traced else batch > 1 and stride < length:
         raise ValueError(
             "tokens: expected rows that do not overlap, because they are written in place, got strides "
             f"{tuple(tokens.stride())}; use .clone()"
         )
-
-
-def _check_like(name: str, value: Tensor | None, dtype: torch.dtype, device: torch.device, *shape: int) -> None:
-    if value is not None:
-        expect_tensor(name, value, dtype)
-        expect_shape(name, value, *shape)
-        expect_device(name, value, device)
 
 
 def _ids(name: str, ids: Sequence[int], vocab: int) -> list[Any]:
@@ -423,7 +379,6 @@ def _split_bias(logit_bias: LogitBias | None, vocab: int, device: torch.device) 
         ids = torch.tensor(list(ids), dtype=torch.int64, device=device)
     if not isinstance(values, Tensor):
         values = torch.tensor(list(values), dtype=torch.float32, device=device)
-    expect_shape("logit_bias ids", ids, "n")
-    _check_like("logit_bias ids", ids, torch.int64, device, *ids.shape)
-    _check_like("logit_bias values", values, torch.float32, device, *ids.shape)
+    expect_layout("logit_bias ids", ids, INTEGERS, "n", device=device)
+    expect_layout("logit_bias values", values, (torch.float32,), *ids.shape, device=device, like="logit_bias ids")
     return ids.detach(), values.detach()

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..._extension import DTYPES, check, extension_reason, native, pointer
+from ..._extension import DTYPES, check, extension_reason, native
 from .problem import HIGHEST_CONFIDENCE_TEMPERATURE, HIGHEST_TEMPERATURE, Outputs, Problem
 
 # A matmul takes at most ROWS_AT_ONCE rows and a slice of the head. The slice depends on D and dtypes alone, so that
@@ -32,37 +32,42 @@ def supports(problem: Problem) -> str | None:
 def forward(problem: Problem) -> Outputs:
     """Returns (proposal, confidence, committed, remaining); writes into problem.tokens. Memory: 48 bytes per row and
     2048 ids, and what SLICE_BYTES allows."""
-    if problem.is_empty():
+    tokens, positions, vocab = problem.tokens, problem.positions.contiguous(), problem.vocab
+    (batch, count), length = positions.shape, tokens.shape[1]
+    if batch * count * length == 0:
         return problem.nothing()
     outputs = problem.new_outputs()
     module = native()
     threads = torch.get_num_threads()
-    tokens, positions = problem.tokens, problem.positions.contiguous()
-    (batch, count), length = positions.shape, tokens.shape[1]
     noise_positions, scores, frozen = map(contiguous, (problem.noise_positions, problem.scores, problem.frozen))
     integers, numbers = parameters(problem, batch)
     rows = torch.empty(batch * count, module.unmask_row_bytes, dtype=torch.uint8)
     row_count = torch.zeros(1, dtype=torch.int64)
-    where = (pointer(tokens), tokens.stride(0), batch, length, pointer(positions), count, pointer(frozen), length)
-    values = (pointer(integers), pointer(numbers))
-    what = (pointer(noise_positions), problem.mask_id, problem.revise, *values, pointer(rows), pointer(row_count))
+    where = (tokens.data_ptr(), tokens.stride(0), batch, length, positions.data_ptr(), count, address(frozen), length)
+    values = (integers.data_ptr(), numbers.data_ptr())
+    what = (address(noise_positions), problem.mask_id, problem.revise, *values, rows.data_ptr(), row_count.data_ptr())
     check("unmask", module.unmask_plan_cpu(*where, *what))
     rows = rows[: int(row_count)]
-    segments = -(-problem.vocab // module.unmask_segment)
+    segments = -(-vocab // module.unmask_segment)
     partials = torch.empty(rows.shape[0], segments, module.unmask_partial_bytes, dtype=torch.uint8)
-    if rows.shape[0] and problem.vocab:
-        scan = Scan(module, problem, rows, partials, threads)
+    if rows.shape[0] and vocab:
+        scan = Scan(module, problem, vocab, rows, partials, threads)
         if problem.head_weight is None:
             source = problem.source
-            scan.run(source, source.stride(0), source.stride(1), count, 0, problem.vocab)
+            scan.run(source, source.stride(0), source.stride(1), count, 0, vocab)
         else:
             from_hidden(scan, problem)
     defer = torch.tensor(problem.defer, dtype=torch.int64)
     kinds = (problem.mask_id, problem.rule, problem.confidence, problem.revise, problem.order)
-    ids = (pointer(defer), len(problem.defer), pointer(scores))
-    data = (pointer(rows), rows.shape[0], pointer(partials), segments)
-    check("unmask", module.unmask_select_cpu(*where, *kinds, *ids, *values, *data, *map(pointer, outputs), threads))
+    ids = (defer.data_ptr(), len(problem.defer), address(scores))
+    data = (rows.data_ptr(), rows.shape[0], partials.data_ptr(), segments)
+    results = [output.data_ptr() for output in outputs]
+    check("unmask", module.unmask_select_cpu(*where, *kinds, *ids, *values, *data, *results, threads))
     return outputs
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -103,12 +108,12 @@ def wrapped(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-def edits(problem: Problem) -> tuple[Tensor, Tensor]:
+def edits(problem: Problem, vocab: int) -> tuple[Tensor, Tensor]:
     """Returns rising ids and what is added to their logits: the sum of their biases, or -inf where forbidden."""
-    forbidden = sorted({i for i in problem.forbid if 0 <= i < problem.vocab})
+    forbidden = sorted({i for i in problem.forbid if 0 <= i < vocab})
     if problem.bias_ids is None or problem.bias_values is None:
         return torch.tensor(forbidden, dtype=torch.int64), torch.full((len(forbidden),), -torch.inf)
-    known = (problem.bias_ids >= 0) & (problem.bias_ids < problem.vocab)
+    known = (problem.bias_ids >= 0) & (problem.bias_ids < vocab)
     barred = torch.tensor(forbidden, dtype=torch.int64)
     ids, inverse = torch.cat([problem.bias_ids[known], barred]).unique(return_inverse=True)
     biases = int(known.sum())
@@ -120,19 +125,21 @@ def edits(problem: Problem) -> tuple[Tensor, Tensor]:
 class Scan:
     """Feeds logits of rows to the row kernel, some ids at a time."""
 
-    def __init__(self, module: ModuleType, problem: Problem, rows: Tensor, partials: Tensor, threads: int) -> None:
+    def __init__(
+        self, module: ModuleType, problem: Problem, vocab: int, rows: Tensor, partials: Tensor, threads: int
+    ) -> None:
         self.module, self.rows, self.partials, self.threads = module, rows, partials, threads
-        self.ids, self.values = edits(problem)
+        self.ids, self.values = edits(problem, vocab)
         self.needs = problem.needs()
 
     def run(
         self, logits: Tensor, stride_b: int, stride_k: int, count: int, first: int, ids: int, some: slice = slice(None)
     ) -> None:
         rows, partials = self.rows[some], self.partials[some]
-        source = (pointer(logits), DTYPES[logits.dtype], stride_b, stride_k, count)
-        which = (pointer(rows), rows.shape[0], first, ids, partials.shape[1])
-        changes = (pointer(self.ids), pointer(self.values), self.ids.shape[0])
-        code = self.module.unmask_rows_cpu(*source, *which, *changes, self.needs, pointer(partials), self.threads)
+        source = (logits.data_ptr(), DTYPES[logits.dtype], stride_b, stride_k, count)
+        which = (rows.data_ptr(), rows.shape[0], first, ids, partials.shape[1])
+        changes = (self.ids.data_ptr(), self.values.data_ptr(), self.ids.shape[0])
+        code = self.module.unmask_rows_cpu(*source, *which, *changes, self.needs, partials.data_ptr(), self.threads)
         check("unmask", code)
 
 

@@ -30,13 +30,18 @@ class Problem(NamedTuple):
     tokens: Tensor  # (B, L) int64, written in place
     positions: Tensor  # (B, K) int64
     mask_id: int
-    confidence: int  # a kind of rules.py, as rule and revise
+    confidence: int  # a kind of rules.py, as rule, revise and order
     rule: int
+    revise: int
+    order: int
     number: float  # of the rule
     number_tensor: Tensor | None
     least: int  # ranks that the rule always commits
     least_tensor: Tensor | None
-    order: int  # a kind of rules.py
+    tau: float  # of Edit
+    tau_tensor: Tensor | None
+    remasked: int  # n of Remask
+    remasked_tensor: Tensor | None
     rank_temperature: float
     rank_temperature_tensor: Tensor | None
     temperature: float
@@ -51,11 +56,6 @@ class Problem(NamedTuple):
     defer: Sequence[int]
     bias_ids: Tensor | None
     bias_values: Tensor | None
-    revise: int
-    tau: float  # of Edit
-    tau_tensor: Tensor | None
-    remasked: int  # n of Remask
-    remasked_tensor: Tensor | None
     scores: Tensor | None  # (B, K) float32, of Remask
     frozen: Tensor | None  # (B, L) bool
     noise_positions: Tensor | None  # (B, K) int64
