@@ -312,7 +312,7 @@ def _run(
             expect_per_sequence(label, value, batch, device)
             return 0.0, value.detach()
         if torch.compiler.is_compiling() and holds(value != 0.0):  # as a number it would make a graph for each value
-            return 0.0, torch.ones((), device=device) * value
+            return 0.0, torch.ones((), dtype=torch.float32, device=device) * value
         return torch.sym_float(value), None
 
     def whole(label: str, value: Any, low: int, high: int) -> tuple[Any, Tensor | None]:
