@@ -98,9 +98,10 @@ class Run:
             tokenizer = from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
             return cls(folder, saved["data"], tokenizer, ModelConfig(**saved["model"]), TrainConfig(**saved["train"]))
         except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{error.filename} is missing: {folder} holds no run to resume; start one without --resume"
-            ) from None
+            hint = f"{folder} holds no run to resume; start one without --resume"
+            if _run_files(folder):
+                hint = "put it back, or start again in another folder"
+            raise CheckpointError(f"{error.filename} is missing: {hint}") from None
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError) as error:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..model import Model
-from .objectives import Example, block_diffusion, full_sequence, hole_order, sft
+from ..model import Model, named_weights
+from .objectives import WEIGHTINGS, Example, block_diffusion, full_sequence, hole_order, sft
 from .optim import optimizers
 from .state import FolderLock, RunState, append_line, cut_log
 
@@ -83,10 +83,20 @@ class TrainConfig:
             raise ValueError(f"steps, seconds: expected one of them, got {self.steps} and {self.seconds}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        for name in ("steps", "length", "batch_size", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
         for name in ("steps", "seconds", "length", "batch_size", "lr", "adamw_lr", "clip"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= torch.finfo(torch.float32).max:
-                raise ValueError(f"{name}: expected a positive number that float32 holds, got {value}")
+            if value is not None and not 0 < value <= 3.4e38:  # float32's largest
+                raise ValueError(f"{name}: expected a positive number up to 3.4e38, got {value}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: expected a number from 0 to below 1, got {self.warmup}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
         if not 0 <= self.hole_fraction <= 1:
             raise ValueError(f"hole_fraction: expected a number from 0 to 1, got {self.hole_fraction}")
 
@@ -103,12 +113,17 @@ class Source(Protocol):
 
 
 def example(config: TrainConfig, model: Model, batch: Any, step: int) -> Example:
-    """Returns the corrupted batch of a step, from a generator of its own."""
+    """Returns the corrupted batch of a step, from a generator of its own.
+
+    Raises ValueError for a batch with ids that the model does not have, or with its mask, which is not text.
+    """
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
     mask_id = model.config.mask_id
     if config.objective == "sft":
         tokens, prompt_lengths = batch
+        _check_ids(tokens, model, step)
         return sft(torch.from_numpy(tokens), torch.from_numpy(prompt_lengths), mask_id, generator)
+    _check_ids(batch, model, step)
     tokens = torch.from_numpy(batch)
     if config.objective == "full":
         return full_sequence(tokens, mask_id, generator, weighting=config.weighting, complementary=config.complementary)
@@ -116,6 +131,15 @@ def example(config: TrainConfig, model: Model, batch: Any, step: int) -> Example
     if config.hole_fraction > 0:
         order = hole_order(tokens.shape[0], tokens.shape[1], config.hole_fraction, generator)
     return block_diffusion(tokens, mask_id, generator, block=model.config.causal_block, order=order)
+
+
+def _check_ids(tokens: np.ndarray, model: Model, step: int) -> None:
+    wrong = tokens[(tokens < 0) | (tokens >= model.config.vocab_size) | (tokens == model.config.mask_id)]
+    if len(wrong):
+        raise ValueError(
+            f"source: expected ids in [0, {model.config.vocab_size}) other than mask_id = {model.config.mask_id}, "
+            f"got {wrong[0]} in the batch of step {step}"
+        )
 
 
 @dataclass
@@ -184,7 +208,9 @@ class Trainer:
         assert self.state is not None
         saved = self.state.load(self.model.device)
         if saved is not None:
-            self.model.load_state_dict(saved["model"])
+            with torch.no_grad():
+                for name, weight in named_weights(self.model).items():
+                    weight.copy_(saved["model"][name])
             for optimizer, part in zip(self.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(part)
             self.step, self.seconds = saved["step"], saved["seconds"]
@@ -204,7 +230,7 @@ class Trainer:
         os.fsync(self.log.fileno())
         self.state.save(
             {
-                "model": self.model.state_dict(),
+                "model": {name: weight.detach() for name, weight in named_weights(self.model).items()},
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "step": self.step,
                 "seconds": self.seconds,
