@@ -18,10 +18,11 @@ import torch
 from illada.config import ModelConfig
 from illada.errors import CheckpointError, CheckpointIOError
 from illada.model import Model
+from illada.training.config import TrainConfig
 from illada.training.data import Windows
 from illada.training.optim import optimizers, orthogonalize
 from illada.training.state import RunState, replace_file
-from illada.training.trainer import TrainConfig, Trainer
+from illada.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 STREAM = np.frombuffer(("def f(x):\n    return x + 1\n" * 40).encode(), np.uint8).astype(np.int64)

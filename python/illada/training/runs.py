@@ -24,9 +24,10 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, DataError
 from ..model import Model
 from ..tokenizer import FILE, Tokenizer, from_json, load_tokenizer, make_tokenizer, stream
+from .config import TrainConfig
 from .data import RUN, Document, Pairs, Windows, read_corpus, split
 from .state import FolderLock, make_folder, replace_file
-from .trainer import Source, TrainConfig, Trainer
+from .trainer import Source, Trainer
 
 
 @dataclass
