@@ -1,46 +1,54 @@
 """What a run is doing, line by line in a file, so that who watches it knows what hung or died, and can go on after it.
 
-A kernel that waits for ever, or faults and takes its CUDA context with it, ends the process that launched it. The
-process therefore writes what it begins; `supervise` kills it when that takes too long, notes what is to be avoided, and
-starts it again. Standard library only.
+A kernel that waits for ever, or faults and takes its CUDA context with it, ends the process that launched it. So each
+process writes what it begins, and how that ended with all that is to be kept of it; who watches kills it when something
+takes too long, and starts it again. A file that is cut off at any moment lacks at most what was under way. Several
+processes may write one file: each line is one write, and says by whom. Standard library only.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 AGAIN = 77  # the exit status with which a process whose GPU context is lost asks to be started again
 
 
 class Journal:
-    """Lines {"begin": what, "limit": s}, {"end": what, ...facts}, {"avoid": what, "reason": text}."""
+    """Lines {"begin": what, "limit": s}, {"end": what, ...facts}, {"avoid": what, "reason": text}, each with "by"."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, by: str = "") -> None:
+        self.path, self.by = path, by
 
-    def _write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def write(self, line: dict[str, Any]) -> None:
+        data = json.dumps({**line, "by": self.by}).encode() + b"\n"
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, data)
+        finally:
+            os.close(file)
 
     def begin(self, what: str, limit: float) -> None:
-        self._write({"begin": what, "limit": limit, "at": time.time()})
+        self.write({"begin": what, "limit": limit})
 
     def end(self, what: str, **facts: Any) -> None:
-        self._write({"end": what, **facts})
+        self.write({"end": what, **facts})
 
     def avoid(self, what: str, reason: str) -> None:
-        self._write({"avoid": what, "reason": reason})
+        self.write({"avoid": what, "reason": reason})
+
+    def mend(self) -> None:
+        """Ends a line that was cut off, so that the next one is whole."""
+        if self.path.exists() and self.path.stat().st_size:
+            with self.path.open("rb+") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        return parsed(self.path.read_bytes()) if self.path.exists() else []
 
     def ended(self) -> dict[str, dict[str, Any]]:
         return {line["end"]: line for line in self.lines() if "end" in line}
@@ -49,76 +57,42 @@ class Journal:
         return {line["avoid"]: line["reason"] for line in self.lines() if "avoid" in line}
 
     def current(self) -> dict[str, Any] | None:
-        """What has begun and neither ended nor is avoided: the last line, if that is a beginning."""
-        if not self.path.exists():
-            return None
-        with self.path.open("rb") as file:
-            file.seek(max(0, self.path.stat().st_size - 4096))
-            last = file.read().splitlines()[-1:]
+        """What this process has begun and neither ended nor avoided."""
+        return Tail(self).news().get(self.by)
+
+
+def parsed(data: bytes) -> list[dict[str, Any]]:
+    """The lines that are whole; a line that was cut off counts as none."""
+    found = []
+    for text in data.splitlines():
         try:
-            line = json.loads(last[0]) if last else {}
-        except ValueError:  # being written
-            return None
-        return line if "begin" in line else None
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            found.append(line)
+    return found
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Kills the process and its children; waits at most 10 s for a process that a GPU holds."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        pass
+class Tail:
+    """Follows a journal that grows: what each process has under way."""
 
+    def __init__(self, journal: Journal) -> None:
+        self.path, self.at = journal.path, 0
+        self.running: dict[str, dict[str, Any] | None] = {}
+        self.heard: dict[str, int] = {}  # lines so far, by process
 
-def run(command: Sequence[str], deadline: float, log: IO[bytes], env: dict[str, str]) -> str | None:
-    """Runs a command to its end, output into `log`. None, or why it did not end with 0."""
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-    try:
-        code = process.wait(max(0.1, deadline - time.time()))
-    except subprocess.TimeoutExpired:
-        stop(process)
-        return "out of time"
-    return None if code == 0 else ended_with(code)
-
-
-def ended_with(code: int) -> str:
-    return f"died of {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-
-
-def watch(process: subprocess.Popen[bytes], journal: Journal, deadline: float, poll: float = 0.2) -> str | None:
-    """Waits for the end. None if it ended by itself with 0 or 1 (something failed, and it says what), else why not."""
-    while process.poll() is None:
-        now, current = time.time(), journal.current()
-        if now > deadline:
-            stop(process)
-            return "out of time"
-        if current is not None and now > current["at"] + current["limit"]:
-            stop(process)
-            return f"no end within {current['limit']:g} s"
-        time.sleep(poll)
-    return None if process.returncode in (0, 1) else ended_with(process.returncode)
-
-
-def supervise(
-    command: Sequence[str], journal: Journal, deadline: float, log: IO[bytes], env: dict[str, str], restarts: int = 12
-) -> tuple[str | None, int]:
-    """(None, exit status) once the command has ended by itself, else (why it was given up, status). Whatever it was at
-    when it hung or died is avoided from then on."""
-    for _ in range(restarts + 1):
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-        reason = watch(process, journal, deadline)
-        if reason is None:
-            return None, process.returncode or 0
-        if reason == "out of time":
-            return reason, 1
-        current = journal.current()
-        if current is not None:
-            print(f"  {current['begin']}: {reason}; going on without it", file=sys.stderr, flush=True)
-            journal.avoid(current["begin"], reason)
-        elif process.returncode != AGAIN:
-            return reason, 1
-    return f"given up after {restarts} restarts", 1
+    def news(self) -> dict[str, dict[str, Any] | None]:
+        """{by: the line that began what is under way, or None}, after the whole lines written since."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self.at)
+                data = file.read()
+            whole = data.rfind(b"\n") + 1
+            self.at += whole
+            for line in parsed(data[:whole]):
+                by = str(line.get("by", ""))
+                self.heard[by] = self.heard.get(by, 0) + 1
+                if "begin" in line or "end" in line or "avoid" in line:
+                    self.running[by] = line if "begin" in line else None
+        return self.running

@@ -23,8 +23,8 @@ __all__ = ["commit", "count_calls", "device_name", "peak_memory", "processor", "
 
 Job = Callable[[], Any]
 SAMPLE_MS = 2.0  # a shorter job is called repeatedly within one sample: the clock and its call cost about 1 us
-CALL_LIMIT = 60.0  # seconds in which a contender's first call must end, compilation included, and any sample
-COMPILE_LIMIT = 240.0  # for those that compile or tune at length
+CALL_LIMIT = 60.0  # seconds in which a contender's first call must end, and any sample
+COMPILING = 4  # times as long for those that compile or tune at length
 WRONG = 0.02  # a relative error that no rounding of bfloat16 explains: the time of such a row means nothing
 SLOW_STARTERS = ("compiled", "triton", "Liger", "cut-cross", "quack", "FlashInfer")
 
@@ -180,8 +180,8 @@ def reason_of(error: Exception, device: str) -> str:
 class Watched:
     """Contenders of a case under way: each begun in the journal, and why those that cannot run cannot."""
 
-    def __init__(self, device: str, key: str = "", journal: Journal | None = None) -> None:
-        self.device, self.key, self.journal = device, key, journal
+    def __init__(self, device: str, key: str = "", journal: Journal | None = None, limit: float = CALL_LIMIT) -> None:
+        self.device, self.key, self.journal, self.limit = device, key, journal, limit
         self.avoided = journal.avoided() if journal else {}
         self.failed: dict[str, str] = {}
         self.notes: dict[str, str] = {}
@@ -190,7 +190,7 @@ class Watched:
     def begin(self, name: str) -> None:
         if self.journal:
             slow = any(word in name for word in SLOW_STARTERS)
-            self.journal.begin(f"{self.key}|{name}", COMPILE_LIMIT if slow else CALL_LIMIT)
+            self.journal.begin(f"{self.key}|{name}", self.limit * (COMPILING if slow else 1))
 
     def attempt(self, name: str, function: Callable[..., Any], *arguments: Any) -> None:
         self.begin(name)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .counts import gpu_profile, peak_memory
 from .floor import floor_ms
 from .journal import Journal
 from .machine import commit, device_name, versions
-from .measure import COMPILE_LIMIT, Case, Job, Watched, interleaved
+from .measure import CALL_LIMIT, COMPILING, Case, Job, Watched, interleaved
 
 
 def run_case(
@@ -20,23 +20,30 @@ def run_case(
     seconds: float = 20.0,
     ours: Sequence[str] | None = None,
     journal: Journal | None = None,
+    left_out: Callable[[str], str | None] = lambda name: None,
+    limit: float = CALL_LIMIT,
 ) -> list[dict[str, Any]]:
     """One row per backend of ours that ran (of those named in `ours`), or one with `backend` None if none did; all
-    contenders measured interleaved in this one run.
+    contenders measured interleaved in this one run. `left_out` says of a backend of ours why it is not to be run;
+    `limit`: seconds that the journal gives a call.
 
     floor_ms is the time that the case's flops or bytes take at the measured rates, or that a `limit` function took;
     floor_ratio = floor_ms / p50, ratio = best peer's p50 / p50. `failed` says of every contender that did not run why.
     """
     key = f"{case.op}|{case.name}|{case.dtype}"
     if journal:
-        journal.begin(f"{key}|inputs", COMPILE_LIMIT)
+        journal.begin(f"{key}|inputs", COMPILING * limit)
     work = case.build()
     if ours is not None:
-        work.ours = {name: job for name, job in work.ours.items() if name in ours}
+        work.ours = {name: job for name, job in work.ours.items() if name.split()[0] in ours}
+    for name in list(work.ours):
+        if reason := left_out(name):
+            work.absent[name] = reason
+            del work.ours[name]
     groups = (work.ours, work.peers, work.limit, work.beside)
     if len(set().union(*groups)) != sum(map(len, groups)):
         raise ValueError(f"{case.op} {case.name}: two contenders have the same name")
-    watched = Watched(device, key, journal)
+    watched = Watched(device, key, journal, limit)
     times = interleaved(watched.ready(work), rounds, seconds, device, watched)
     errors: dict[str, float] = {}
     for name in work.ours if work.check else ():

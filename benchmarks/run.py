@@ -2,11 +2,12 @@
 
     python -m benchmarks.run --op masked_loss                         into benchmarks/results/<device>/masked_loss.json
     python -m benchmarks.run --op unmask --case topk --json out.json  only cases whose name contains "topk", elsewhere
+    python -m benchmarks.run --op unmask --cases a,b --journal file   these two in this order, their rows into a journal
     python -m benchmarks.run --op unmask --ours none                  ceilings and peers alone
 
 A case that is measured again replaces its rows in the file; the others stay. Columns: ours, the share of the floor
 reached (1 is the limit of the hardware), the fastest peer, and how many times faster we are than it. A contender that
-raises is recorded with its reason; with --journal, one that hangs or dies too (on_gpu.py restarts what it ended).
+raises is recorded with its reason; with --journal, one that hangs or dies too (on_gpu restarts what it ended).
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from . import measure, peers
 from .floor import ceilings
 from .journal import AGAIN, Journal
 from .measure import Case
+from .on_gpu.smoke import failures, left_out
 from .rows import run_case
 
 RESULTS = Path(__file__).parent / "results"
+Keep = Callable[[Case, list[dict[str, Any]]], None]
 FILES = {
     "attention_fwd": "attention",
     "attention_bwd": "attention",
@@ -44,9 +47,26 @@ def exists(op: str) -> bool:
     return importlib.util.find_spec(f"benchmarks.suites.{FILES[op]}") is not None
 
 
-def collect(op: str, device: str, pattern: str = "") -> list[Case]:
-    cases: Callable[[str], Iterable[Case]] = importlib.import_module(f"benchmarks.suites.{FILES[op]}").cases
-    return [case for case in cases(device) if case.op == op and pattern in case.name]
+def collect(op: str, device: str, quick: bool = False) -> list[Case]:
+    """`quick`: with the peers that are fast and hardly compile, instead of all."""
+    cases: Callable[..., Iterable[Case]] = importlib.import_module(f"benchmarks.suites.{FILES[op]}").cases
+    return [case for case in cases(device, quick) if case.op == op]
+
+
+def select(known: list[Case], names: str, text: str) -> list[Case]:
+    """The cases of exactly these comma-separated names, in their order; without names those that contain `text`.
+
+    Raises ValueError, which lists what there is, for a name that there is not or a text that none contains."""
+    if names:
+        wanted = [name.strip() for name in names.split(",") if name.strip()]
+        found = [case for name in wanted for case in known if case.name == name]
+        wrong = [name for name in wanted if name not in {case.name for case in found}]
+    else:
+        found, wrong = [case for case in known if text in case.name], []
+    if wrong or not found:
+        asked = f"no case is named {', '.join(wrong)}" if wrong else f"no case contains {text!r}"
+        raise ValueError("\n".join([f"{asked}; there are:", *(f"  {case.op}: {case.name}" for case in known)]))
+    return found
 
 
 def merge(rows: list[dict[str, Any]], old: list[dict[str, Any]], known: list[Case]) -> list[dict[str, Any]]:
@@ -58,9 +78,12 @@ def merge(rows: list[dict[str, Any]], old: list[dict[str, Any]], known: list[Cas
 
 
 def write(path: Path, rows: list[dict[str, Any]], known: list[Case]) -> None:
+    """Replaces the file at once: whoever is killed here leaves the old one."""
     old = json.loads(path.read_text()) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(merge(rows, old, known), indent=1) + "\n")
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(merge(rows, old, known), indent=1) + "\n")
+    fresh.replace(path)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -85,38 +108,52 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def measure_all(
-    cases: list[Case], options: argparse.Namespace, known: list[Case], path: Path, journal: Journal | None
-) -> int:
-    """The exit status: 0, 1 if a case failed, AGAIN if the GPU's context is lost."""
+def measure_all(cases: list[Case], options: argparse.Namespace, keep: Keep, journal: Journal | None) -> int:
+    """The exit status: 0, 1 if a case failed, AGAIN if the GPU's context is lost. `keep` gets the rows of a case."""
     ours = None if options.ours == "all" else [name for name in options.ours.split(",") if name != "none"]
     ended = journal.ended() if journal else {}
+    failed = failures(journal) if journal else {}
     rates: dict[str, dict[str, float]] = {}
-    failures = 0
+    failures_here = 0
     for case in cases:
-        key = f"{case.op}|{case.name}|{case.dtype}"
+        key = ended_key(case, options.ours)
         if key in ended:
             continue
         try:
             if case.dtype not in rates:
                 rates[case.dtype] = ceilings(options.device, case.dtype)
-            rows = run_case(case, options.device, rates[case.dtype], options.rounds, options.seconds, ours, journal)
+            rows = run_case(
+                case,
+                options.device,
+                rates[case.dtype],
+                options.rounds,
+                options.seconds,
+                ours,
+                journal,
+                lambda name, case=case: left_out(case, name, failed),
+                options.limit,
+            )
         except Exception as error:
             print(f"{case.name} {case.dtype}: {measure.why(error)}", flush=True)
             if lost(error, options.device):
                 if journal and (current := journal.current()):
                     journal.avoid(current["begin"], measure.why(error))
                 return AGAIN if journal else 1
-            failures += 1
+            failures_here += 1
             if journal:
                 journal.end(key, error=measure.why(error))
         else:
             print("\n".join(line(row) for row in rows), flush=True)
-            write(path, rows, known)
+            keep(case, rows)
             if journal:
-                journal.end(key)
+                journal.end(key, rows=rows)
         free(options.device)
-    return int(failures > 0)
+    return int(failures_here > 0)
+
+
+def ended_key(case: Case, ours: str) -> str:
+    """A case in the journal, measured with these backends."""
+    return f"{case.op}|{case.name}|{case.dtype}" + ("" if ours == "all" else f" [{ours}]")
 
 
 def lost(error: Exception, device: str) -> bool:
@@ -132,30 +169,43 @@ def lost(error: Exception, device: str) -> bool:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--op", required=True, choices=FILES)
+    parser.add_argument("--op", required=True, help=f"of {', '.join(FILES)}; several with commas")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--cases", default="", metavar="A,B", help="the cases of exactly these names, in this order")
     parser.add_argument("--json", type=Path, help="the file to write (default: under benchmarks/results/)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=15, help="samples per contender (15)")
     parser.add_argument("--seconds", type=float, default=20.0, help="start no new round of a case after this (20)")
+    parser.add_argument("--limit", type=float, default=measure.CALL_LIMIT, help="seconds a call, with --journal (60)")
     parser.add_argument("--ours", default="all", metavar="NAMES", help="backends of ours: cuda,triton or none (all)")
-    parser.add_argument("--journal", type=Path, help="what began and ended; a case ended there is not run again")
+    parser.add_argument("--peers", choices=("all", "quick"), default="all", help="quick: those that hardly compile")
+    parser.add_argument("--journal", type=Path, help="rows go there; a case that ended there is not run again")
+    parser.add_argument("--by", default="", help="the name of this process in the journal")
     options = parser.parse_args(argv)
-    if not exists(options.op):
-        print(f"{options.op}: no benchmark here (benchmarks/suites/{FILES[options.op]}.py)", file=sys.stderr)
-        return 1
-    known = collect(options.op, options.device)
-    cases = [case for case in known if options.case in case.name]
-    if not cases:
-        print(f"no case of {options.op} contains {options.case!r}; there are:", file=sys.stderr)
-        print("\n".join(f"  {case.name}" for case in known), file=sys.stderr)
+    ops = [op.strip() for op in options.op.split(",")]
+    if unknown := [op for op in ops if op not in FILES]:
+        parser.error(f"--op: expected some of {', '.join(FILES)}, got {', '.join(unknown)}")
+    for op in ops:
+        if not exists(op):
+            print(f"{op}: no benchmark here (benchmarks/suites/{FILES[op]}.py)", file=sys.stderr)
+            return 1
+    known = {op: collect(op, options.device, options.peers == "quick") for op in ops}
+    try:
+        cases = select([case for op in ops for case in known[op]], options.cases, options.case)
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 1
     name = measure.device_name(options.device)
-    path = options.json or RESULTS / measure.slug(name) / f"{options.op}.json"
+    folder = RESULTS / measure.slug(name)
+
+    def keep(case: Case, rows: list[dict[str, Any]]) -> None:
+        if options.json or not options.journal:
+            write(options.json or folder / f"{case.op}.json", rows, known[case.op])
+
     print(f"{options.op} on {name}; peers that cannot be measured here: {', '.join(peers.absent()) or 'none'}")
     print(f"{'case':<64} {'ours ms':>10} {'floor':>7}  best peer")
-    status = measure_all(cases, options, known, path, options.journal and Journal(options.journal))
-    print(f"written to {path}")
+    status = measure_all(cases, options, keep, options.journal and Journal(options.journal, options.by))
+    print(f"written to {options.json or options.journal or folder}")
     return status
 
 

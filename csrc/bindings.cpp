@@ -2,9 +2,13 @@
 // includes Python.
 #include <pybind11/pybind11.h>
 
+#include <pthread.h>
+
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 
+#include "cpu/float_mode.h"
 #include "illada/api.h"
 
 namespace py = pybind11;
@@ -42,28 +46,47 @@ template <class T> struct Arg<T*> {
   static T* get(std::uintptr_t v) { return reinterpret_cast<T*>(v); }
 };
 
-template <class... A>
-void bind(py::module_& m, const char* name, int (*scalar)(A...), int (*avx2)(A...), int (*avx512)(A...)) {
-  int (*const function)(A...) = isa == kAvx512 ? avx512 : isa == kAvx2 ? avx2 : scalar;
+// In a child of fork, OpenMP waits for threads that only the parent has, and a first parallel region would never end (torch's own
+// operations hang so). OpenMP keeps them by calling thread, so that there a call runs on a thread of its own, with new ones.
+bool forked = false;
+
+template <class Call> int on_cpu(const Call& call) {
+  const FloatMode mode;
+  if (!forked) return call();
+  int code = 0;
+  std::thread([&] { code = call(); }).join();
+  return code;
+}
+
+template <class... A> void bind(py::module_& m, const char* name, int (*function)(A...)) {
   m.def(
       name, [function](typename Arg<A>::type... args) { return function(Arg<A>::get(args)...); },
       py::call_guard<py::gil_scoped_release>());
 }
-template <class... A> void bind(py::module_& m, const char* name, int (*function)(A...)) {
-  bind(m, name, function, function, function);
+template <class... A>
+void bind_cpu(py::module_& m, const char* name, int (*scalar)(A...), int (*avx2)(A...), int (*avx512)(A...)) {
+  int (*const function)(A...) = isa == kAvx512 ? avx512 : isa == kAvx2 ? avx2 : scalar;
+  m.def(
+      name,
+      [function](typename Arg<A>::type... args) { return on_cpu([&] { return function(Arg<A>::get(args)...); }); },
+      py::call_guard<py::gil_scoped_release>());
+}
+template <class... A> void bind_cpu(py::module_& m, const char* name, int (*function)(A...)) {
+  bind_cpu(m, name, function, function, function);
 }
 
 }  // namespace
 
 #if defined(__x86_64__) && !defined(ILLADA_SCALAR_ONLY)
-#define BIND_CPU(name) bind(m, #name, illada_##name##_scalar, illada_##name##_avx2, illada_##name##_avx512)
+#define BIND_CPU(name) bind_cpu(m, #name, illada_##name##_scalar, illada_##name##_avx2, illada_##name##_avx512)
 #else
-#define BIND_CPU(name) bind(m, #name, illada_##name##_scalar)
+#define BIND_CPU(name) bind_cpu(m, #name, illada_##name##_scalar)
 #endif
 #define BIND_CUDA(name) bind(m, #name, illada_##name)
 
 PYBIND11_MODULE(_C, m) {
   m.attr("cpu_isa") = kIsaNames[isa];
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
   // attention
   BIND_CPU(attention_fwd_cpu);

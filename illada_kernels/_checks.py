@@ -229,7 +229,7 @@ def split_parameters(batch: int, device: torch.device, *parameters: tuple[str, A
         elif whole:
             split += [torch.sym_int(value), None]
         elif torch.compiler.is_compiling() and holds(value != 0.0):  # as a number it would make a graph for each value
-            split += [0.0, torch.ones((), device=device) * value]
+            split += [0.0, torch.ones((), dtype=torch.float32, device=device) * value]
         else:
             split += [torch.sym_float(value), None]
     return split

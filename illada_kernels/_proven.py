@@ -1,4 +1,5 @@
-"""Which GPU kernels have passed `python -m illada_kernels doctor --selftest` here: those enter the default order.
+"""Which GPU kernels have passed `python -m illada_kernels doctor --selftest` here: those enter the default order, and
+those that a committed result has let in (_committed.json, by `python -m benchmarks.on_gpu --adopt`).
 
 Remembered in $XDG_CACHE_HOME (or ~/.cache)/illada_kernels/selftest.json, under the GPU's name and driver, with a
 fingerprint of the kernel: another GPU, driver, torch, triton or kernel source asks for a new selftest.
@@ -6,14 +7,17 @@ fingerprint of the kernel: another GPU, driver, torch, triton or kernel source a
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import json
 import os
 import platform
+import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 
 def cache_file() -> Path:
@@ -27,10 +31,11 @@ def driver() -> str:
         words = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split()
         return next(word for word in words if word[0].isdigit() and "." in word)
     except (OSError, IndexError, StopIteration):
-        import torch
-
-        native: Any = torch._C
-        return f"CUDA {native._cuda_getDriverVersion()}"
+        version = ctypes.c_int()
+        code = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))  # which torch has loaded too
+        if code:
+            raise RuntimeError(f"cuDriverGetVersion failed: error {code}") from None
+        return f"CUDA {version.value}"
 
 
 def machine() -> str:
@@ -72,25 +77,48 @@ def _read() -> dict[str, dict[str, str]]:
     return {gpu: passed for gpu, passed in known.items() if isinstance(passed, dict)}
 
 
+def committed(op: str, backend: str) -> bool:
+    """True if a committed result shows this kernel right and fast on a GPU of this compute capability."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability()
+    let_in = json.loads(Path(__file__).with_name("_committed.json").read_text())
+    return f"{op}/{backend}" in let_in.get(f"{major}.{minor}", ())
+
+
 @functools.cache
 def proven(op: str, backend: str) -> bool:
-    """True if this kernel, as it is now, has passed the selftest on this GPU and driver. The file is read once."""
+    """True if this kernel, as it is now, has passed the selftest on this GPU and driver, or a committed result lets it
+    in and it has not failed here. The files are read once."""
     try:
-        return _read().get(machine(), {}).get(f"{op}/{backend}") == kernel(op, backend)
+        remembered, now = _read().get(machine(), {}).get(f"{op}/{backend}"), kernel(op, backend)
+        return remembered == now or (remembered != f"failed {now}" and committed(op, backend))
     except Exception:  # whatever is broken there, nothing is proven
         return False
 
 
 def remember(op: str, backend: str, passed: bool) -> Path:
-    """Writes the outcome of a selftest; a failure takes an earlier pass back."""
-    path, known = cache_file(), _read()
-    entry = known.setdefault(machine(), {})
-    entry.pop(f"{op}/{backend}", None)
-    if passed:
-        entry[f"{op}/{backend}"] = kernel(op, backend)
+    """Writes the outcome of a selftest; a failure takes an earlier pass back, and what a committed result lets in."""
+    path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    fresh.replace(path)
+    with locked(path.with_suffix(".lock")):  # selftests may run side by side
+        known = _read()
+        entry = known.setdefault(machine(), {})
+        entry[f"{op}/{backend}"] = kernel(op, backend) if passed else f"failed {kernel(op, backend)}"
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        fresh.replace(path)
     proven.cache_clear()
     return path
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -35,9 +35,25 @@ MOST = 2**62  # of counts: far above any number of candidates, and sums of two f
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """Commits the k most confident; all of them where fewer are left. LLaDA's schedule (generate.py).
+    """Commits the k most confident candidates; all of them where fewer are left.
 
-    k: int >= 0, or an integer tensor () or (B,), where a negative value counts as 0.
+    Parameters
+    ----------
+    k : int, or integer Tensor () or (B,)
+        At least 0; a negative value in a tensor counts as 0.
+
+    Notes
+    -----
+    Source: LLaDA's schedule (ML-GSAI/LLaDA, generate.py).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import TopK, unmask_from_logits
+    >>> logits = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])  # p of the best ids: 0.95, 0.73, 0.5
+    >>> tokens, positions = torch.full((1, 3), 9), torch.arange(3)[None]
+    >>> unmask_from_logits(logits, tokens, positions, TopK(2), mask_id=9).committed
+    tensor([[ True,  True, False]])
     """
 
     k: Integer
@@ -48,12 +64,26 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class Threshold:
-    """Commits the longest prefix of ranks with c >= tau (compared in float32), and always the first `at_least`.
-    Fast-dLLM; SDAR's dynamic sampler has an `at_least` that follows a schedule.
+    """Commits every candidate with confidence c >= tau, compared in float32, and always the most confident.
 
-    tau: within the range of the confidence: 0 to 1, or at most 0 for "neg_entropy". A NaN in a tensor commits the first
-    `at_least` alone.
-    at_least: int >= 0, or an integer tensor () or (B,), where a negative value counts as 0.
+    Parameters
+    ----------
+    tau : float, or floating-point Tensor () or (B,)
+        Within the range of the confidence: 0 to 1, or at most 0 for "neg_entropy". A NaN in a tensor commits the most
+        confident alone.
+
+    Notes
+    -----
+    Source: Fast-dLLM (arXiv 2505.22618).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import Threshold, unmask_from_logits
+    >>> logits = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])  # p of the best ids: 0.95, 0.73, 0.5
+    >>> tokens, positions = torch.full((1, 3), 9), torch.arange(3)[None]
+    >>> unmask_from_logits(logits, tokens, positions, Threshold(0.9), mask_id=9).committed
+    tensor([[ True, False, False]])
     """
 
     tau: Number
@@ -68,7 +98,23 @@ class Threshold:
 class Factor:
     """Commits the longest prefix of ranks with c_r >= 1 - f / (r + 1), computed in float32; rank 1 always.
 
-    f: at least 0. A NaN in a tensor commits rank 1 alone. Fast-dLLM (arXiv 2505.22618), algorithm "factor".
+    Parameters
+    ----------
+    f : float, or floating-point Tensor () or (B,)
+        At least 0. A NaN in a tensor commits rank 1 alone.
+
+    Notes
+    -----
+    Source: Fast-dLLM (arXiv 2505.22618), algorithm "factor".
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import Factor, unmask_from_logits
+    >>> logits = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])  # p of the best ids: 0.95, 0.73, 0.5
+    >>> tokens, positions = torch.full((1, 3), 9), torch.arange(3)[None]
+    >>> unmask_from_logits(logits, tokens, positions, Factor(1.0), mask_id=9).committed
+    tensor([[ True,  True, False]])
     """
 
     f: Number
@@ -79,11 +125,29 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class EntropyBound:
-    """Ranks by rising entropy, whatever the confidence, and commits while the sum of the entropies (nats) of the
-    earlier ranks is <= gamma; rank 1 always. Ben-Hamu et al., arXiv 2505.24857.
+    """Commits by rising entropy while the entropies of the earlier ranks sum to at most gamma; rank 1 always.
 
-    gamma: at least 0. A NaN or a negative value in a tensor commits rank 1 alone.
-    inclusive: the sum counts the candidate's own entropy too (SDAR).
+    Ranks by entropy whatever the confidence.
+
+    Parameters
+    ----------
+    gamma : float, or floating-point Tensor () or (B,)
+        At least 0, in nats. A NaN or a negative value in a tensor commits rank 1 alone.
+    inclusive : bool
+        The sum counts the candidate's own entropy too (SDAR).
+
+    Notes
+    -----
+    Source: Ben-Hamu et al. (arXiv 2505.24857).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import EntropyBound, unmask_from_logits
+    >>> logits = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])  # p of the best ids: 0.95, 0.73, 0.5
+    >>> tokens, positions = torch.full((1, 3), 9), torch.arange(3)[None]
+    >>> unmask_from_logits(logits, tokens, positions, EntropyBound(0.5), mask_id=9).committed
+    tensor([[ True,  True, False]])
     """
 
     gamma: Number
@@ -98,9 +162,30 @@ Rule = TopK | Threshold | Factor | EntropyBound
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """Replaces the token of a candidate that already holds one by the most probable token (no noise), where the two
-    differ and that token's probability under softmax(l / confidence_temperature) is >= tau. Edits do not count against
-    the rule. LLaDA2.1."""
+    """Replaces the token of a candidate that already holds one by the most probable token, if that is clear enough.
+
+    That token, found without noise, must differ, and have a probability of at least tau under softmax(l /
+    confidence_temperature). Edits do not count against the rule.
+
+    Parameters
+    ----------
+    tau : float, or floating-point Tensor () or (B,)
+        0 to 1.
+
+    Notes
+    -----
+    Source: LLaDA2.1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import Edit, TopK, unmask_from_logits
+    >>> logits = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])  # p of the best ids: 0.95, 0.73
+    >>> tokens, positions = torch.tensor([[1, 0]]), torch.arange(2)[None]
+    >>> _ = unmask_from_logits(logits, tokens, positions, TopK(0), mask_id=9, revise=Edit(0.9))
+    >>> tokens
+    tensor([[0, 0]])
+    """
 
     tau: Number
 
@@ -110,13 +195,32 @@ class Edit:
 
 @dataclass(frozen=True, eq=False)
 class Remask:
-    """Returns to mask_id the n candidates of lowest score among those that held a token when the call began, ties to
-    the lowest position. ReMDM (arXiv 2503.00307).
+    """Returns to mask_id the n candidates of lowest score among those that held a token when the call began.
 
-    n: int >= 0, or an integer tensor () or (B,).
-    scores: (B, K) float32, one per candidate, for example its confidence when it was committed; a NaN never returns.
-    None: the probability that the model now gives the held token under softmax(l / confidence_temperature), 0 for a
-    token outside the vocab.
+    Ties go to the lowest position.
+
+    Parameters
+    ----------
+    n : int, or integer Tensor () or (B,)
+        At least 0.
+    scores : Tensor, float32, (B, K), optional
+        One per candidate, for example its confidence when it was committed; a NaN never returns. None: the probability
+        that the model now gives the held token under softmax(l / confidence_temperature), 0 for a token outside the
+        vocab.
+
+    Notes
+    -----
+    Source: ReMDM (arXiv 2503.00307).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import Remask, TopK, unmask_from_logits
+    >>> logits = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])
+    >>> tokens, positions = torch.tensor([[0, 0]]), torch.arange(2)[None]
+    >>> _ = unmask_from_logits(logits, tokens, positions, TopK(0), mask_id=9, revise=Remask(1))
+    >>> tokens
+    tensor([[0, 9]])
     """
 
     n: Integer = 1

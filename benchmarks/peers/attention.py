@@ -64,13 +64,13 @@ def tokens_only(x: Tensor) -> Tensor:
     return x[0]
 
 
-def find(case: GpuCase, inputs: tuple[Tensor, ...]) -> Peers:
-    """All peers of a case on the device of `inputs` (q, k, v, dout)."""
+def find(case: GpuCase, inputs: tuple[Tensor, ...], quick: bool = False) -> Peers:
+    """The peers of a case on the device of `inputs` (q, k, v, dout); `quick`: the fast ones that hardly compile."""
     found = Peers()
-    sdpa_backends(found, case, inputs)
+    sdpa_backends(found, case, inputs, ("cudnn", "flash") if quick else ("cudnn", "flash", "efficient", "math"))
     if case.kind == "packed":
         torch_varlen(found, case, inputs[0].device)
-    if case.flex:
+    if case.flex and not quick:
         flex(found, case, inputs[0].device)
     else:
         found.absent["flex, compiled"] = (
@@ -101,13 +101,13 @@ def additive_mask(case: GpuCase, dtype: torch.dtype, device: torch.device) -> Te
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -torch.inf)
 
 
-def sdpa_backends(found: Peers, case: GpuCase, inputs: tuple[Tensor, ...]) -> None:
+def sdpa_backends(found: Peers, case: GpuCase, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> None:
     from torch.nn.attention import SDPBackend
 
     q, k, v, _ = inputs
     mask = additive_mask(case, q.dtype, q.device)
     masked = "" if mask is None else ", dense mask"
-    for name in ("cudnn", "flash", "efficient", "math"):
+    for name in names:
         backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION" if name != "math" else "MATH")
         if mask is not None and name == "flash":
             found.absent["flash, dense mask"] = "takes no mask"
@@ -211,16 +211,53 @@ FLASH_PACKAGES = {
 
 def flash_packages(found: Peers, case: GpuCase, device: torch.device) -> None:
     for name, module_name in FLASH_PACKAGES.items():
-        if case.kind == "block_diffusion":
+        if case.kind == "block_diffusion" and module_name != "flash_attn.cute":
             found.absent[name] = "has no such mask"
             continue
         try:
+            if case.kind == "block_diffusion":
+                found.calls[name] = as_it_is, flash_4_block_diffusion(case, device)
+                continue
             module = importlib.import_module(module_name)
             function = getattr(module, "flash_attn_varlen_func" if case.kind == "packed" else "flash_attn_func")
         except Exception as error:  # a package built for another torch may raise anything at import
             found.absent[name] = why(error)
             continue
         found.calls[name] = flash_call(function, case, device)
+
+
+def flash_4_block_diffusion(case: GpuCase, device: torch.device) -> Attend:
+    """FlashAttention-4's CuTe kernels with the mask as a function of indices, and tables of blocks of 128 x 128 for
+    both directions, made outside the timing by FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    function = importlib.import_module("flash_attn.cute").flash_attn_func
+    Tables = importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch
+    half, block = case.keys // 2, case.block
+
+    @importlib.import_module("cutlass.cute").jit  # type: ignore[untyped-decorator]
+    def mask(batch: Any, head: Any, q: Any, k: Any, lengths: Any, tensors: Any) -> Any:
+        block_q, block_k = q % half // block, k % half // block
+        own = (q < half) & (k < half) & (block_q == block_k)
+        earlier = (k >= half) & ((block_k < block_q) | ((q >= half) & (block_k == block_q)))
+        return own | earlier
+
+    made = create_block_mask(
+        mask_mod(case, device), 1, 1, case.queries, case.keys, device=str(device), BLOCK_SIZE=(128, 128)
+    )
+    forward = Tables(
+        made.kv_num_blocks, made.kv_indices, made.full_kv_num_blocks, made.full_kv_indices, block_size=(128, 128)
+    )
+    backward = Tables(
+        made.q_num_blocks, made.q_indices, made.full_q_num_blocks, made.full_q_indices, block_size=(128, 128)
+    )
+    options = {"mask_mod": mask, "block_sparse_tensors": forward, "block_sparse_tensors_bwd": backward}
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = function(q, k, v, **options)
+        return result[0] if isinstance(result, tuple) else result
+
+    return run
 
 
 def flash_call(function: Callable[..., Any], case: GpuCase, device: torch.device) -> tuple[Layout, Attend]:

@@ -128,10 +128,10 @@ def attention_masks(folder: Path) -> list[Panel]:
 
 
 def masked_loss(folder: Path) -> list[Panel]:
-    rows = select(folder, "masked_loss", vocab=155136, products=3, minimum=False, capacity=False)
+    rows = select(folder, "masked_loss", vocab=126464, products=3, minimum=False, capacity=False)
     ratio, across = fact("ratio"), "share of tokens masked"
-    times = Panel("time, V = 155136", across, "ms", points(rows, ratio, milliseconds), floor(rows, ratio))
-    return [times, Panel("peak memory, V = 155136", across, "GiB", memory(rows))]
+    times = Panel("time, V = 126464", across, "ms", points(rows, ratio, milliseconds), floor(rows, ratio))
+    return [times, Panel("peak memory, V = 126464", across, "GiB", memory(rows))]
 
 
 def unmask(folder: Path) -> list[Panel]:

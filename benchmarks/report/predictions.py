@@ -8,6 +8,7 @@ them, not as its datasheet says. Predictions were made before anything ran, from
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..floor import floor_ms as least_ms
 PAGE = Path(__file__).parents[2] / "docs" / "measurements" / "first_gpu_run.md"
 BEGIN, END = "<!-- floors: written by python -m benchmarks.report.predictions -->", "<!-- /floors -->"
 RATES = {"gemm": 780e12, "copy": 4.3e12}  # H200: an 8192-cubed bfloat16 product of random matrices, a large copy
+OPS = ("attention_fwd", "attention_bwd", "masked_loss", "unmask")
 Range = tuple[float, float]
 
 # Attention: TFLOP/s of attended pairs at 8192 tokens, by head_dim; what shorter sequences and masks leave of that.
@@ -70,7 +72,56 @@ def attention_prediction(facts: dict[str, Any], backend: str) -> str:
     return between(facts["flops"] * 1e-9 / (rate * left) for rate in rates)
 
 
-def attention(named: dict[str, dict[str, Any]]) -> list[str]:
+def loss_prediction(facts: dict[str, Any]) -> str:
+    kind = "minimum" if facts["minimum"] else "three products" if facts["products"] == 3 else "one product"
+    return between(floor_ms(facts) * times for times in LOSS[kind])
+
+
+def unmask_prediction(facts: dict[str, Any]) -> str:
+    if facts["kind"] == "selection":
+        return "0.008-0.012"
+    kind = f"step {facts['temperature']:g}" if facts["kind"] == "step" else facts["kind"]
+    over = ONE_WAVE if 128 < facts["rows"] <= 512 else UNMASK[kind]
+    return between(floor_ms(facts) * times for times in over)
+
+
+def prediction(op: str, facts: dict[str, Any], backend: str) -> str:
+    """The milliseconds that were predicted for a case and backend of ours, "" if none were."""
+    if op.startswith("attention"):
+        return attention_prediction(facts, backend) if facts["direction"] != "forward+backward" else ""
+    if op == "masked_loss":
+        return loss_prediction(facts)
+    return unmask_prediction(facts) if backend == "cuda" else ""
+
+
+def ranges() -> dict[tuple[str, str, str], str]:
+    """{(op, case, backend): predicted} of all that were predicted."""
+    cases = [case for op in OPS for case in run.collect(op, "cuda")]
+    found = {(c.op, c.name, b): prediction(c.op, c.facts, b) for c in cases for b in ("cuda", "triton")}
+    return {key: guess for key, guess in found.items() if guess}
+
+
+# ---- outcomes beside them -------------------------------------------------------------------------------------------
+Outcomes = dict[tuple[str, str, str], float]
+
+
+def outcomes(results: Path) -> Outcomes:
+    """{(op, case, backend): ms} of the committed rows of GPUs."""
+    found: Outcomes = {}
+    for path in sorted(path for op in OPS for path in results.glob(f"*/{op}.json")):
+        for row in json.loads(path.read_text()) if not path.parent.name.startswith("cpu") else []:
+            if row["backend"] is not None:
+                found[row["op"], row["case"], row["backend"]] = row["ms"]["p50"]
+    return found
+
+
+def beside(guess: str, op: str, case: str, backend: str, measured: Outcomes) -> str:
+    """'3.19-3.55, was 3.4'."""
+    ms = measured.get((op, case, backend))
+    return guess if ms is None else f"{guess}, was {digits(ms)}".removeprefix(", ")
+
+
+def attention(named: dict[str, dict[str, Any]], measured: Outcomes) -> list[str]:
     lines = [
         "| attention | bound by | forward, ms | cuda | triton | backward alone, ms | cuda | triton |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -80,51 +131,56 @@ def attention(named: dict[str, dict[str, Any]]) -> list[str]:
         if facts["direction"] != "forward":
             continue
         cells = [name, bound(facts), digits(floor_ms(facts))]
-        cells += [attention_prediction(facts, backend) for backend in ("cuda", "triton")]
-        back = named.get(f"{name} backward")
+        for backend in ("cuda", "triton"):
+            cells.append(beside(attention_prediction(facts, backend), "attention_fwd", name, backend, measured))
+        back_name = f"{name} backward"
+        back = named.get(back_name)
         cells += [digits(floor_ms(back))] if back else [""]
-        cells += [attention_prediction(back, backend) if back else "" for backend in ("cuda", "triton")]
+        for backend in ("cuda", "triton"):
+            guess = attention_prediction(back, backend) if back else ""
+            cells.append(beside(guess, "attention_bwd", back_name, backend, measured))
         found.setdefault((name.split("_kv")[0], *cells[1:]), []).append(name)
     for (_, *cells), names in found.items():  # often the same with 8 and with 32 key heads
         lines.append(f"| {', '.join([names[0], *(name.split('_')[-1] for name in names[1:])])} | {' | '.join(cells)} |")
     return lines
 
 
-def loss(named: dict[str, dict[str, Any]]) -> list[str]:
+def loss(named: dict[str, dict[str, Any]], measured: Outcomes) -> list[str]:
     lines = ["| masked_loss | matmuls | floor, ms | cuda, triton |", "|---|---:|---:|---:|"]
     for name, facts in named.items():
-        kind = "minimum" if facts["minimum"] else "three products" if facts["products"] == 3 else "one product"
-        guess = between(floor_ms(facts) * times for times in LOSS[kind])
-        lines.append(
-            f"| {name} | {4 if facts['minimum'] else facts['products']} | {digits(floor_ms(facts))} | {guess} |"
-        )
+        products = 4 if facts["minimum"] else facts["products"]
+        guess = loss_prediction(facts)
+        for backend in ("cuda", "triton"):
+            guess += beside("", "masked_loss", name, backend, measured).replace("was", f"; {backend} was")
+        lines.append(f"| {name} | {products} | {digits(floor_ms(facts))} | {guess} |")
     return lines
 
 
-def unmask(named: dict[str, dict[str, Any]]) -> list[str]:
+def unmask(named: dict[str, dict[str, Any]], measured: Outcomes) -> list[str]:
     lines = ["| unmask | bound by | floor, ms | cuda |", "|---|---|---:|---:|"]
     for name, facts in named.items():
-        if facts["kind"] == "selection":
-            lines.append(f"| {name} | memory, then latency | {digits(floor_ms(facts))} | 0.008-0.012 |")
-            continue
-        kind = f"step {facts['temperature']:g}" if facts["kind"] == "step" else facts["kind"]
-        over = ONE_WAVE if 128 < facts["rows"] <= 512 else UNMASK[kind]
-        guess = between(floor_ms(facts) * times for times in over)
-        lines.append(f"| {name} | {bound(facts)} | {digits(floor_ms(facts))} | {guess} |")
+        limit = "memory, then latency" if facts["kind"] == "selection" else bound(facts)
+        guess = beside(unmask_prediction(facts), "unmask", name, "cuda", measured)
+        lines.append(f"| {name} | {limit} | {digits(floor_ms(facts))} | {guess} |")
     return lines
 
 
-def table() -> str:
+def table(results: Path = run.RESULTS) -> str:
     def named(*ops: str) -> dict[str, dict[str, Any]]:
         return {case.name: case.facts for op in ops for case in run.collect(op, "cuda")}
 
-    parts = attention(named("attention_fwd", "attention_bwd")), loss(named("masked_loss")), unmask(named("unmask"))
+    measured = outcomes(results)
+    parts = (
+        attention(named("attention_fwd", "attention_bwd"), measured),
+        loss(named("masked_loss"), measured),
+        unmask(named("unmask"), measured),
+    )
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def updated(text: str) -> str:
+def updated(text: str, results: Path = run.RESULTS) -> str:
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ HEADLINES = {
     ("attention_fwd", "full_16k_kv8", "bfloat16"),
     ("attention_fwd", "block_diffusion_4k_b32_kv8", "bfloat16"),
     ("attention_fwd", "cached_16k_q32_b16_kv8", "bfloat16"),
-    ("attention_bwd", "full_16k_kv8 forward+backward", "bfloat16"),
-    ("attention_bwd", "block_diffusion_4k_b32_kv8 forward+backward", "bfloat16"),
-    ("masked_loss", "0.5 of 8192, V 155136", "bfloat16"),
-    ("masked_loss", "0.5 of 8192, V 155136, minimum memory", "bfloat16"),
+    ("attention_bwd", "full_8k_kv8 backward", "bfloat16"),
+    ("attention_bwd", "block_diffusion_4k_b32_kv8 backward", "bfloat16"),
+    ("masked_loss", "half_v126k", "bfloat16"),
+    ("masked_loss", "half_v126k_minimum", "bfloat16"),
     ("unmask", "entropy_1x32_v126k_t1", "bfloat16"),
     ("unmask", "hidden_8x32_v126k_t0", "bfloat16"),
     ("unmask", "hidden_64x32_v126k_t1", "bfloat16"),
@@ -91,12 +91,12 @@ def digits(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def updated(text: str) -> str:
+def updated(text: str, results: Path = RESULTS) -> str:
     """Replaces what stands between `<!-- measured: OPS or headlines -->` and `<!-- /measured -->`."""
 
     def fill(match: re.Match[str]) -> str:
         begin, names, end = match.groups()
-        chosen = table(only=HEADLINES) if names == "headlines" else table(ops=names.split())
+        chosen = table(results, only=HEADLINES) if names == "headlines" else table(results, names.split())
         return f"{begin}{chosen}\n{end}"
 
     return MARKED.sub(fill, text)

@@ -153,14 +153,14 @@ def job_of(direction: str, forward: Callable[..., Any], sets: list[tuple[Tensor,
     return rotating(forward if direction == "forward" else with_gradients(forward), sets)
 
 
-def build_on_gpu(shape: GpuCase, direction: str, dtype: torch.dtype, device: str) -> Work:
+def build_on_gpu(shape: GpuCase, direction: str, dtype: torch.dtype, device: str, quick: bool = False) -> Work:
     flops, moved = cost(shape, direction, dtype)
     count = sets_beyond_cache(moved, device)
     sets = [shape.inputs(dtype, device, seed) for seed in range(count)]
     ranges = shape.key_ranges(device)
     if direction == "backward":  # FlexAttention compiles for long: once with gradients is enough
         shape = dataclasses.replace(shape, flex=False)
-    found = attention_peers.find(shape, sets[0])
+    found = attention_peers.find(shape, sets[0], quick)
 
     @functools.cache  # peers of one layout share their inputs
     def laid_out(layout: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, ...]]:
@@ -213,7 +213,7 @@ def cost(shape: GpuCase, direction: str, dtype: torch.dtype) -> tuple[float, flo
     return flops, sum(shapes.bytes(shape, dtype, each) for each in DIRECTIONS[direction])
 
 
-def gpu_case(shape: GpuCase, direction: str) -> Case:
+def gpu_case(shape: GpuCase, direction: str, quick: bool = False) -> Case:
     op = "attention_fwd" if direction == "forward" else "attention_bwd"
     flops, moved = cost(shape, direction, torch.bfloat16)
     density = shape.pairs() / (shape.batch * shape.queries * shape.keys)
@@ -223,18 +223,18 @@ def gpu_case(shape: GpuCase, direction: str) -> Case:
     shown = shape.kind in ("block_diffusion", "packed") or shape.keys == 16384 or shape.keys == 4096 == shape.queries
     facts["headline"] = shape.kv_heads == 8 and direction != "backward" and shown
     name = shape.name if direction == "forward" else f"{shape.name} {direction}"
-    return Case(op, name, "bfloat16", lambda: build_on_gpu(shape, direction, torch.bfloat16, "cuda"), facts)
+    return Case(op, name, "bfloat16", lambda: build_on_gpu(shape, direction, torch.bfloat16, "cuda", quick), facts)
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, quick: bool = False) -> Iterator[Case]:
     """attention_bwd is forward and backward together, as a training step runs them; on a GPU the backward alone too."""
     if device == "cuda":
         training, cached = gpu_shapes()
         for shape in (*training, *cached):
-            yield gpu_case(shape, "forward")
+            yield gpu_case(shape, "forward", quick)
         for shape in training:
             for direction in ("backward", "forward+backward"):
-                yield gpu_case(shape, direction)
+                yield gpu_case(shape, direction, quick)
         return
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 

@@ -25,7 +25,7 @@ from ..measure import Case, Work
 PER_PASS = 2
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, quick: bool = False) -> Iterator[Case]:
     """preset, sequences, prompt, new tokens, block, cache (dual is approximate, the others change nothing)."""
     exact, dual, blocks = "none", "dual", "block_causal"
     if device == "cuda":

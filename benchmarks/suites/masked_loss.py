@@ -45,25 +45,26 @@ class GpuCase(shapes.Case):
 def gpu_cases() -> list[GpuCase]:
     found = []
     for vocab in (155136, 126464):
-        for ratio in (0.5, 0.1, 0.9):
-            shape = (f"{ratio} of 8192, V {vocab}", TOKENS, round(ratio * TOKENS), DIM, vocab)
-            found.append(GpuCase(*shape))
+        for share, ratio in (("half", 0.5), ("tenth", 0.1), ("most", 0.9)):
+            name, *rest = (f"{share}_v{vocab // 1000}k", TOKENS, round(ratio * TOKENS), DIM, vocab)
+            found.append(GpuCase(name, *rest))
             if ratio == 0.5:
-                name, *rest = shape
-                found.append(GpuCase(f"{name}, no_grad", *rest, gradients=False))
-                found.append(GpuCase(f"{name}, max_masked", *rest, capacity=True))
-                found.append(GpuCase(f"{name}, minimum memory", *rest, minimum=True))
+                found.append(GpuCase(f"{name}_no_grad", *rest, gradients=False))
+                found.append(GpuCase(f"{name}_max_masked", *rest, capacity=True))
+                found.append(GpuCase(f"{name}_minimum", *rest, minimum=True))
     return found
 
 
-def cases(device: str) -> Iterable[Case]:
+def cases(device: str, quick: bool = False) -> Iterable[Case]:
     if device == "cuda":
         for case in gpu_cases():
             facts = {"ratio": case.masked / case.rows, "masked": case.masked, "vocab": case.vocab}
             facts |= {"products": case.products, "minimum": case.minimum, "capacity": case.capacity}
             facts |= {"headline": case.masked == case.rows // 2 and not case.capacity}
             facts |= {"flops": case.products / 3 * shapes.flops(case), "bytes": moved(case, torch.bfloat16)}
-            yield Case("masked_loss", case.name, "bfloat16", lambda c=case: build_on_gpu(c, torch.bfloat16), facts)
+            yield Case(
+                "masked_loss", case.name, "bfloat16", lambda c=case: build_on_gpu(c, torch.bfloat16, quick=quick), facts
+            )
         return
     for case in shapes.CPU_CASES:
         yield Case("masked_loss", case.name, "float32", lambda c=case: build(c, torch.float32, device))
@@ -107,7 +108,7 @@ def build(case: shapes.Case, dtype: torch.dtype, device: str) -> Work:
 
 
 # ---- a GPU ----------------------------------------------------------------------------------------------------------
-def build_on_gpu(case: GpuCase, dtype: torch.dtype, device: str = "cuda") -> Work:
+def build_on_gpu(case: GpuCase, dtype: torch.dtype, device: str = "cuda", quick: bool = False) -> Work:
     hidden, head, targets, masked, weight = case.inputs(dtype, device)
     leaves = hidden.requires_grad_(), head.requires_grad_()
     options: dict[str, Any] = {"memory_budget": case.memory_budget}
@@ -128,7 +129,8 @@ def build_on_gpu(case: GpuCase, dtype: torch.dtype, device: str = "cuda") -> Wor
     # a case that is special to us has the peers that come near; the plain one has all
     near = ("F.cross_entropy", "F.linear_cross_entropy, chunked", "Liger", "cut-cross-entropy")
     only = near if case.capacity or case.minimum else tuple(masked_loss_peers.MAKERS)
-    peers, missing = masked_loss_peers.find(compacted, everything, case.gradients, only)
+    only = masked_loss_peers.QUICK if quick else only
+    peers, missing = masked_loss_peers.find(compacted, None if quick else everything, case.gradients, only)
     names, absent = ours_on(BACKENDS, device)
     share = case.products / 3
     work = Work({name: ours(name) for name in names}, peers, share * shapes.flops(case), moved(case, dtype))

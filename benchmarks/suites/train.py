@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..measure import Case, Work
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, quick: bool = False) -> Iterator[Case]:
     """name: objective, sequences, tokens, shape."""
     if device == "cuda":
         sizes = {"dim": 2048, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4, "head_dim": 128, "ffn_dim": 7168}

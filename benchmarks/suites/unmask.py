@@ -97,7 +97,7 @@ def gpu_shape(batch: int, count: int, vocabulary: int) -> shapes.Shape:
     return shapes.Shape(f"{batch}x{count}_v{vocabulary // 1000}k", batch, count, vocabulary, DIM, vocabulary - 1)
 
 
-def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cuda") -> Work:
+def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cuda", quick: bool = False) -> Work:
     """kind: "step" (the top-k rule and probabilities), "entropy" (the rule that needs most, for few rows), "loop"
     (LLaDA's own shape, peers in as many parts as fit)."""
     weight = torch.randn(shape.vocabulary, shape.dim, device=device, dtype=torch.bfloat16)
@@ -128,7 +128,8 @@ def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cu
 
         return run
 
-    steps, missing = unmask_peers.find(temperature, compiled=kind != "loop" and shape.rows in (64, 256))
+    compiled = not quick and kind != "loop" and shape.rows in (64, 256)
+    steps, missing = unmask_peers.find(temperature, compiled, quick)
     names, absent = ours_on(BACKENDS, device)
     product = {"cuBLAS product alone": rotating(lambda hidden: hidden @ weight.T, sets)}
     work = Work(
@@ -191,12 +192,12 @@ def selection(batch: int, count: int, device: str = "cuda") -> Work:
     )
 
 
-def gpu_cases() -> Iterator[Case]:
+def gpu_cases(quick: bool = False) -> Iterator[Case]:
     def case(name: str, shape: shapes.Shape, temperature: float, kind: str) -> Case:
         facts = {"kind": kind, "rows": shape.rows, "vocab": shape.vocabulary, "temperature": temperature}
         facts |= {"flops": shapes.flops(shape), "bytes": shapes.head_bytes(shape, 2)}
         facts["headline"] = kind == "loop" or (shape.vocabulary == 126464 and shape.rows in (1, 32, 256, 2048))
-        return Case("unmask", name, "bfloat16", lambda: on_gpu(shape, temperature, kind), facts)
+        return Case("unmask", name, "bfloat16", lambda: on_gpu(shape, temperature, kind, quick=quick), facts)
 
     for vocabulary in (126464, 155136):
         for batch, count in ((1, 1), (1, 8), (1, 32), (2, 32)):
@@ -212,9 +213,9 @@ def gpu_cases() -> Iterator[Case]:
     yield case(f"llada_loop_{shape.name}_t1", shape, 1.0, "loop")
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, quick: bool = False) -> Iterator[Case]:
     if device == "cuda":
-        yield from gpu_cases()
+        yield from gpu_cases(quick)
         return
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
     single = torch.float32

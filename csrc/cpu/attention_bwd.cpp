@@ -12,6 +12,7 @@
 
 #include "illada/api.h"
 #include "attention_tiles.h"
+#include "float_mode.h"
 #include "isa.h"
 
 namespace {
@@ -217,6 +218,7 @@ template <class T> int backward(const Problem& p, const Gradients& grads) {
   int64_t next = 0;
 #pragma omp parallel num_threads(p.threads)
   {
+    const FloatMode mode;
     row_deltas<T>(p, grads, deltas.as<float>());  // ends with a barrier
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
     BackwardScratch scratch(p, cut);

@@ -12,6 +12,7 @@
 
 #include "illada/api.h"
 #include "attention_tiles.h"
+#include "float_mode.h"
 #include "isa.h"
 
 namespace {
@@ -171,6 +172,7 @@ template <class T> int forward(const Problem& p, T* out, float* lse) {
   int64_t next = 0;
 #pragma omp parallel num_threads(p.threads)
   {
+    const FloatMode mode;
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
     ForwardScratch scratch(p, unit_tiles * unit_heads, cut);
     std::memset(scratch.scores, 0,

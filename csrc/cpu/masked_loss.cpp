@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "illada/api.h"
+#include "float_mode.h"
 #include "isa.h"
 #include "vec.h"
 
@@ -125,18 +126,26 @@ void row_dlogits(const T* logits, T* out, const Columns& c, int64_t target, cons
 template <class T>
 void stats(const T* logits, int64_t rows, int64_t stride, const int64_t* row_index, const Columns& c,
            const int64_t* targets, bool want_total, double* state, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && float(rows) * c.count > kTinyWork)
-  for (int64_t r = 0; r < rows; ++r)
-    row_stats(logits + (row_index ? row_index[r] : r) * stride, c, targets[r], want_total, state + 4 * r);
+#pragma omp parallel num_threads(threads) if (threads > 1 && float(rows) * c.count > kTinyWork)
+  {
+    const FloatMode mode;
+#pragma omp for
+    for (int64_t r = 0; r < rows; ++r)
+      row_stats(logits + (row_index ? row_index[r] : r) * stride, c, targets[r], want_total, state + 4 * r);
+  }
 }
 
 template <class T>
 void dlogits(const T* logits, int64_t stride, T* out, int64_t out_stride, int64_t rows, const int64_t* row_index,
              const Columns& c, const int64_t* targets, const float* coefficients, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && float(rows) * c.count > kTinyWork)
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t row = row_index ? row_index[r] : r;
-    row_dlogits(logits + row * stride, out + row * out_stride, c, targets[r], coefficients + 4 * r);
+#pragma omp parallel num_threads(threads) if (threads > 1 && float(rows) * c.count > kTinyWork)
+  {
+    const FloatMode mode;
+#pragma omp for
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = row_index ? row_index[r] : r;
+      row_dlogits(logits + row * stride, out + row * out_stride, c, targets[r], coefficients + 4 * r);
+    }
   }
 }
 

@@ -19,6 +19,7 @@
 #include <new>
 
 #include "illada/api.h"
+#include "float_mode.h"
 #include "isa.h"
 #include "unmask_select.h"
 
@@ -86,15 +87,23 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_select_cpu)(
   int64_t* starts = new (std::nothrow) int64_t[batch + 1];
   const bool ok = results && room && starts;
   if (ok) {
-#pragma omp parallel for num_threads(threads) if (row_count * segments > 256)
-    for (int64_t r = 0; r < row_count; ++r)
-      results[r] = finish(all_rows[r], static_cast<const Partial*>(partials) + r * segments, segments, confidence);
+#pragma omp parallel num_threads(threads) if (row_count * segments > 256)
+    {
+      const FloatMode mode;
+#pragma omp for
+      for (int64_t r = 0; r < row_count; ++r)
+        results[r] = finish(all_rows[r], static_cast<const Partial*>(partials) + r * segments, segments, confidence);
+    }
     for (int64_t b = 0, r = 0; b <= batch; starts[b++] = r)
       while (b > 0 && r < row_count && all_rows[r].index < b * count) ++r;
-#pragma omp parallel for num_threads(threads) if (batch * count > 4096)
-    for (int64_t b = 0; b < batch; ++b)
-      select_sequence(call, b, all_rows + starts[b], results + starts[b], starts[b + 1] - starts[b],
-                      room + 2 * b * count, room + (2 * b + 1) * count);
+#pragma omp parallel num_threads(threads) if (batch * count > 4096)
+    {
+      const FloatMode mode;
+#pragma omp for
+      for (int64_t b = 0; b < batch; ++b)
+        select_sequence(call, b, all_rows + starts[b], results + starts[b], starts[b + 1] - starts[b],
+                        room + 2 * b * count, room + (2 * b + 1) * count);
+    }
   }
   delete[] starts;
   delete[] room;

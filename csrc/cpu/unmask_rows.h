@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "illada/api.h"
+#include "float_mode.h"
 #include "unmask_noise.h"
 
 namespace {
@@ -240,20 +241,24 @@ void run_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, Par
   // bit.
   const int64_t spans =
       rows >= 4 * threads ? 1 : std::min<int64_t>(here, (4 * threads + rows - 1) / std::max<int64_t>(rows, 1));
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t item = 0; item < rows * spans; ++item) {
-    const int64_t r = item / spans, span = item % spans;
-    const Row& row = in.rows[r];
-    const T* p = static_cast<const T*>(in.data) + in.offset(r);
-    const RowNoise noise(row.seed, row.position, row.step);
-    Partial* out = partials + r * in.segments + first_segment;
-    Best best{-kInf, -kInf, -1};
-    if (span == 0)
-      for (const Partial* q = out - first_segment; q != out; ++q)
-        if (q->best_score > best.score) best = Best{q->best_score, q->best_logit, q->best_id};
-    for (int64_t s = here * span / spans; s < here * (span + 1) / spans; ++s) {
-      const int n = int(std::min<int64_t>(kSegment, in.ids - s * kSegment));
-      run_segment(p + s * kSegment, n, in.first + s * kSegment, edits, row, noise, needs, best, out[s]);
+#pragma omp parallel num_threads(threads)
+  {
+    const FloatMode mode;
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < rows * spans; ++item) {
+      const int64_t r = item / spans, span = item % spans;
+      const Row& row = in.rows[r];
+      const T* p = static_cast<const T*>(in.data) + in.offset(r);
+      const RowNoise noise(row.seed, row.position, row.step);
+      Partial* out = partials + r * in.segments + first_segment;
+      Best best{-kInf, -kInf, -1};
+      if (span == 0)
+        for (const Partial* q = out - first_segment; q != out; ++q)
+          if (q->best_score > best.score) best = Best{q->best_score, q->best_logit, q->best_id};
+      for (int64_t s = here * span / spans; s < here * (span + 1) / spans; ++s) {
+        const int n = int(std::min<int64_t>(kSegment, in.ids - s * kSegment));
+        run_segment(p + s * kSegment, n, in.first + s * kSegment, edits, row, noise, needs, best, out[s]);
+      }
     }
   }
 }

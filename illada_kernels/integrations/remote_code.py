@@ -202,8 +202,9 @@ def _module(module: types.ModuleType, wanted: tuple[tuple[Any, Any], ...]) -> ty
     copy = types.ModuleType(module.__name__)
     vars(copy).update(vars(module))
     for theirs, ours in wanted:
-        if vars(module).get(theirs.__name__) is theirs:
-            setattr(copy, theirs.__name__, ours)
+        name = theirs.__name__
+        if vars(module).get(name) is theirs:
+            setattr(copy, name, ours)
     for name in ("nn", "functional"):
         inner = vars(module).get(name)
         if isinstance(inner, types.ModuleType):

@@ -40,9 +40,8 @@ def register(name: str = "illada") -> None:
 
     Examples
     --------
-    >>> from illada_kernels.integrations import transformers as illada  # doctest: +SKIP
-    >>> illada.register()  # doctest: +SKIP
-    >>> model.set_attn_implementation("illada")  # doctest: +SKIP
+    >>> from illada_kernels.integrations import transformers as illada
+    >>> illada.register()  # then AutoModel.from_pretrained(folder, attn_implementation="illada")
     """
     try:
         masking = importlib.import_module("transformers.masking_utils")

@@ -12,8 +12,7 @@ import os
 import re
 import struct
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,97 +22,11 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import CheckpointError, CheckpointIOError, ConfigError
 from .hf_config import all_eos_ids
-from .model import Model
+from .model import Model, named_weights
+from .tensor_names import Entry, entries, head_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a checkpoint: rows start .. stop of one of the model's parameters."""
-
-    name: str
-    parameter: str
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-
-
-# ---- names -------------------------------------------------------------------------------------------------------
-
-_LLAMA = {
-    "embed": "model.embed_tokens",
-    "norm": "model.norm",
-    "head": "lm_head",
-    "layer": "model.layers.{}.",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_LLADA = {  # ff_proj is the gate; a block's ff_out is the down projection, the top one the head
-    "embed": "model.transformer.wte",
-    "norm": "model.transformer.ln_f",
-    "head": "model.transformer.ff_out",
-    "layer": "model.transformer.blocks.{}.",
-    "attn_norm": "attn_norm",
-    "ffn_norm": "ff_norm",
-    "q": "q_proj",
-    "k": "k_proj",
-    "v": "v_proj",
-    "o": "attn_out",
-    "q_norm": "q_norm",
-    "k_norm": "k_norm",
-    "gate": "ff_proj",
-    "up": "up_proj",
-    "down": "ff_out",
-}
-
-
-def entries(config: ModelConfig) -> Iterator[Entry]:
-    """Yields the tensors that a checkpoint of this configuration holds; they cover every parameter once."""
-    names = _LLADA if config.family == "llada" else _LLAMA
-
-    def rows(key: str, parameter: str, start: int, count: int, *rest: int, suffix: str = "weight") -> Entry:
-        return Entry(f"{names[key]}.{suffix}", f"{parameter}.{suffix}", start, start + count, (count, *rest))
-
-    def in_layer(index: int, entry: Entry) -> Entry:
-        name = names["layer"].format(index) + entry.name
-        return Entry(name, f"layers.{index}.{entry.parameter}", entry.start, entry.stop, entry.shape)
-
-    yield rows("embed", "embed", 0, config.vocab_size, config.dim)
-    for index in range(config.n_layers):
-        for entry in _layer_entries(config, rows):
-            yield in_layer(index, entry)
-    yield rows("norm", "norm", 0, config.dim)
-    if not config.tie_embeddings:
-        yield rows("head", "lm_head", 0, config.vocab_size, config.dim)
-
-
-def _layer_entries(config: ModelConfig, rows: Callable[..., Entry]) -> Iterator[Entry]:
-    dim, ffn, queries = config.dim, config.ffn_dim, config.n_heads * config.head_dim
-    keys = config.n_kv_heads * config.head_dim
-    yield rows("attn_norm", "attn_norm", 0, dim)
-    for key, start, count in (("q", 0, queries), ("k", queries, keys), ("v", queries + keys, keys)):
-        yield rows(key, "qkv_proj", start, count, dim)
-        if config.qkv_bias:
-            yield rows(key, "qkv_proj", start, count, suffix="bias")
-    if config.qk_norm:
-        yield rows("q_norm", "q_norm", 0, config.head_dim)
-        yield rows("k_norm", "k_norm", 0, config.head_dim)
-    yield rows("o", "o_proj", 0, dim, queries)
-    yield rows("ffn_norm", "ffn_norm", 0, dim)
-    yield rows("gate", "gate_up_proj", 0, ffn, dim)
-    yield rows("up", "gate_up_proj", ffn, ffn, dim)
-    yield rows("down", "down_proj", 0, dim, ffn)
 
 
 # ---- load --------------------------------------------------------------------------------------------------------
@@ -148,24 +61,34 @@ def load(
     -----
     Memory: the model and one tensor.
     """
+    _check_dtype(dtype)
     folder = Path(path)
     config = read_config(folder)
     headers = {file: _header(file) for file in _weight_files(folder)}
     found = {name: (file, info) for file, infos in headers.items() for name, info in infos.items()}
     expected = {entry.name: entry for entry in entries(config)}
     tied = _tied_head(config)
-    _compare(folder, expected, found, also_allowed={tied} if tied else set())
     embed = next(iter(expected.values()))
+    if tied in found and embed.name not in found:  # of two names for one tensor some tools store the other
+        embed = dataclasses.replace(embed, name=tied)
+        expected = {tied: embed, **dict(list(expected.items())[1:])}
+    _compare(folder, expected, found, also_allowed={tied} if tied else set())
     stored = _DTYPES[found[embed.name][1]["dtype"]]
     model = Model(config, device="meta").to(dtype or stored).to_empty(device=device)
     parameters = dict(model.named_parameters())
     for file in headers:
         _fill(file, expected, parameters)
-    if tied in found and not _same_as(found[tied][0], tied, parameters["embed.weight"]):
+    if tied in found and tied != embed.name and not _same_as(found[tied][0], tied, parameters["embed.weight"]):
         raise CheckpointError(
             f"{folder}: {tied} differs from {embed.name} although {CONFIG} ties them; set tie_word_embeddings to false"
         )
     return model.eval()
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None and dtype not in _DTYPES.values():
+        names = ", ".join(map(str, _DTYPES.values()))
+        raise TypeError(f"dtype: expected None or one of {names}, got {dtype!r}")
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -186,7 +109,10 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 def _read_json(file: Path) -> Any:
     if not file.parent.is_dir():
-        raise CheckpointIOError(f"{file.parent} is no folder; expected one with {CONFIG} and *.safetensors")
+        raise CheckpointIOError(
+            f"{file.parent} is not a folder on this machine; expected one with {CONFIG} and *.safetensors; "
+            "download a model of a hub first"
+        )
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -230,7 +156,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 <= length <= size - 8:
-                raise CheckpointError(f"{file} is no safetensors file, or cut short at {size} bytes; get it again")
+                raise CheckpointError(f"{file} is not a safetensors file, or cut short at {size} bytes; get it again")
             text = stream.read(length)
     except OSError as error:
         raise CheckpointIOError(f"{file} cannot be read: {error.strerror or error}") from None
@@ -251,7 +177,7 @@ def _tied_head(config: ModelConfig) -> str:
     """Returns the name under which a tied checkpoint may hold the head as well, or "" where it is not tied."""
     if not config.tie_embeddings:
         return ""
-    return (_LLADA if config.family == "llada" else _LLAMA)["head"] + ".weight"
+    return head_name(config)
 
 
 def _compare(folder: Path, expected: dict[str, Entry], found: dict[str, Any], also_allowed: set[str]) -> None:
@@ -263,6 +189,13 @@ def _compare(folder: Path, expected: dict[str, Entry], found: dict[str, Any], al
         for name, entry in expected.items()
         if name in found and tuple(found[name][1]["shape"]) != entry.shape
     ]
+    if missing and unexpected:
+        for prefix in ("_orig_mod.", "module.", "base_model.model.", "model."):
+            if {name.removeprefix(prefix) for name in found} >= set(expected):
+                raise CheckpointError(
+                    f"{folder}: the names of its tensors begin with {prefix!r}, which a wrapper of the model added; "
+                    "save the model inside it"
+                )
     if missing or unexpected or wrong:
         kinds = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong))
         parts = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds if names]
@@ -340,6 +273,7 @@ def save(
     single file; with several files the rename of the index, or the removal of a single file that was there.
     Memory: one shard on the host.
     """
+    _check_dtype(dtype)
     folder = Path(path)
     written: list[Path] = []
     try:
@@ -371,7 +305,11 @@ def check_target(folder: Path, config: ModelConfig) -> None:
 def _write(folder: Path, model: Model, dtype: torch.dtype | None, limit: int, written: list[Path]) -> None:
     """Writes all files and makes them the checkpoint. `written` names those that are not part of it yet."""
     shards = list(_shards(model.config, dtype or model.dtype, limit))
-    unique, parameters = uuid.uuid4().hex[:8], dict(model.named_parameters())
+    unique, parameters = uuid.uuid4().hex[:8], named_weights(model)
+    if strange := [e.parameter for shard in shards for e in shard if e.parameter not in parameters]:
+        raise CheckpointError(
+            f"model: expected the parameters of a Model, got none named {strange[0]}; unwrap it first"
+        )
     names = [f"model-{unique}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     config = folder / f"config-{unique}.json"
     written.append(config)

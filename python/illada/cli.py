@@ -257,13 +257,13 @@ def _documents(data: str | None, objective: str, folder: Path) -> tuple[list[Any
 
 
 def _train_fields() -> tuple[Any, ...]:
-    from .training.trainer import TrainConfig
+    from .training.config import TrainConfig
 
     return dataclasses.fields(TrainConfig)
 
 
 def _train_config(said: dict[str, Any]) -> Any:
-    from .training.trainer import TrainConfig
+    from .training.config import TrainConfig
 
     values = {k: v for k, v in said.items() if k not in _RUN}
     values.setdefault("objective", "full")

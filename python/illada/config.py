@@ -106,7 +106,7 @@ class ModelConfig:
         for name, default in ((f.name, f.default) for f in dataclasses.fields(self)):
             if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!r}")
-        if not isinstance(self.causal_block, int) or self.causal_block < 0:
+        if not isinstance(self.causal_block, int) or isinstance(self.causal_block, bool) or self.causal_block < 0:
             raise ConfigError(f"causal_block: expected 0 (full) or a block length, got {self.causal_block!r}")
         if self.family not in FAMILIES:
             raise ConfigError(f"family: expected one of {', '.join(FAMILIES)}, got {self.family!r}")

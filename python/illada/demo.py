@@ -18,10 +18,10 @@ from .live import LiveText, ProgressBar
 from .model import Model
 from .tokenizer import Tokenizer
 from .training import runs
+from .training.config import TrainConfig
 from .training.data import RUN, ngram_bits
 from .training.evaluate import bound
 from .training.state import FolderLock, replace_file
-from .training.trainer import TrainConfig
 
 # Chosen by measurement: docs/measurements/model.md, "Demo training".
 SECONDS = 170.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -228,6 +229,11 @@ class Model(nn.Module):
         if self.config.causal_block == 0:
             return None
         return KeyRanges.block_causal(tokens.shape[1], self.config.causal_block, device=tokens.device)
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns parameters by the names of `Model`, without the prefixes that torch.compile and data parallelism add."""
+    return {re.sub(r"\b(_orig_mod|module)\.", "", name): p for name, p in model.named_parameters()}
 
 
 def _shift(h: Tensor, positions: Tensor) -> Tensor:

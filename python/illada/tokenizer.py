@@ -5,17 +5,16 @@ Ids of the first two: 0 .. 255 bytes, 256 the mask, 257 the end of a text, 258 p
 
 from __future__ import annotations
 
-import heapq
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .byte_pairs import join, learn_merges
 from .errors import DataError
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class ByteTokenizer:
         counts: Counter[bytes] = Counter()
         for document in documents[::stride]:
             counts.update(_PIECE.findall(document.content))
-        return cls(_learn_merges(counts, vocab_size - FIRST_MERGE, progress))
+        return cls(learn_merges(counts, FIRST_MERGE, vocab_size - FIRST_MERGE, progress))
 
     def encode(self, text: bytes, special: bool = False) -> np.ndarray:
         if not self.merges:
@@ -100,97 +99,17 @@ class ByteTokenizer:
             if piece in known:
                 ids += known[piece]
                 continue
-            joined = self._join(piece)
+            joined = join(piece, self._rank)
             if len(piece) <= 64:  # longer ones hardly ever come again
                 known[piece] = joined
             ids += joined
         return np.array(ids, dtype=np.int64)
-
-    def _join(self, piece: bytes) -> list[int]:
-        """Returns the ids of a piece: of all pairs that were learned, the first learned is joined first."""
-        ids, rank = list(piece), self._rank
-        before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
-        heap = [(rank[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in rank]
-        heapq.heapify(heap)
-        while heap:
-            joined, i = heapq.heappop(heap)
-            j = after[i]
-            if j >= len(ids) or rank.get((ids[i], ids[j])) != joined:  # one of the two was joined meanwhile
-                continue
-            ids[i], ids[j], after[i] = joined, -1, after[j]
-            h, k = before[i], after[i]
-            if k < len(ids):
-                before[k] = i
-                if (joined, ids[k]) in rank:
-                    heapq.heappush(heap, (rank[joined, ids[k]], i))
-            if h >= 0 and (ids[h], joined) in rank:
-                heapq.heappush(heap, (rank[ids[h], joined], h))
-        return [i for i in ids if i >= 0]
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self.pieces[i] if 0 <= i < len(self.pieces) else b"" for i in ids).decode("utf-8", "replace")
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "bytes", "merges": self.merges}
-
-
-def _learn_merges(
-    counts: Counter[bytes], rounds: int, progress: Callable[[float], object] = lambda done: None
-) -> list[tuple[int, int]]:
-    """Returns the pairs that are joined, in order. A round costs as much as its pair has occurrences."""
-    chain = _Chain(counts)
-    heap = [(-count, pair) for pair, count in chain.pairs.items()]
-    heapq.heapify(heap)
-    merges: list[tuple[int, int]] = []
-    while heap and len(merges) < rounds:
-        count, pair = heapq.heappop(heap)
-        if chain.pairs[pair] != -count:  # stale, because another entry holds the new count
-            continue
-        if -count < 2:
-            break
-        for changed in chain.join(pair, FIRST_MERGE + len(merges)):
-            if chain.pairs[changed] > 0:
-                heapq.heappush(heap, (-chain.pairs[changed], changed))
-        merges.append(pair)
-        progress(len(merges) / rounds)
-    return merges
-
-
-class _Chain:
-    """All words as one doubly linked list of ids, with the counts and places of all pairs of neighbours."""
-
-    def __init__(self, counts: Counter[bytes]) -> None:
-        self.ids, self.weights = [-1], [0]  # -1 stands between words
-        for word, weight in counts.items():
-            self.ids += [*word, -1]
-            self.weights += [weight] * (len(word) + 1)
-        self.before, self.after = list(range(-1, len(self.ids) - 1)), list(range(1, len(self.ids) + 1))
-        self.pairs: Counter[tuple[int, int]] = Counter()
-        self.places: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, pair in enumerate(pairwise(self.ids)):
-            self._count(pair, i, self.weights[i])
-
-    def _count(self, pair: tuple[int, int], place: int, weight: int) -> None:
-        if min(pair) >= 0:
-            self.pairs[pair] += weight
-            if weight > 0:
-                self.places[pair].append(place)
-
-    def join(self, pair: tuple[int, int], joined: int) -> set[tuple[int, int]]:
-        """Replaces the pair by the id `joined`, from the left; returns the pairs whose counts have changed."""
-        ids, before, after, changed = self.ids, self.before, self.after, set()
-        for i in sorted(self.places.pop(pair)):
-            j = after[i]
-            if (ids[i], ids[j]) != pair:  # overlapped with the one before
-                continue
-            h, k, weight = before[i], after[j], self.weights[i]
-            for old, new, place in (((ids[h], ids[i]), (ids[h], joined), h), ((ids[j], ids[k]), (joined, ids[k]), i)):
-                self._count(old, place, -weight)
-                self._count(new, place, weight)
-                changed |= {old, new}
-            ids[i], ids[j], after[i], before[k] = joined, -2, k, i
-        del self.pairs[pair]
-        return changed
 
 
 class JsonTokenizer:

@@ -1,298 +1,224 @@
-"""What measures on a GPU, tested without one: cases, peers, figures, and going on after what fails, hangs or dies."""
+"""The run on a GPU, without one: on a stand-in clock with stand-in processes every stage gets its seconds whatever the
+others do, a run that is killed is taken up from its files, and a made-up run is turned into results."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
+import re
+import shutil
 import sys
 import textwrap
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
-import torch
-from torch.nn.attention import SDPBackend
 
-import illada_kernels as ik
-from benchmarks import journal, measure, on_gpu, run
-from benchmarks.journal import AGAIN, Journal
-from benchmarks.measure import Case, Work
-from benchmarks.peers import attention as attention_peers
-from benchmarks.peers import masked_loss as masked_loss_peers
-from benchmarks.peers import unmask as unmask_peers
-from benchmarks.peers.attention import DOCUMENTS, GpuCase
-from benchmarks.report import plot, plot_lines, predictions, readme
-from benchmarks.rows import run_case
-from benchmarks.suites import attention as attention_suite
-from benchmarks.suites import masked_loss as masked_loss_suite
-from benchmarks.suites import unmask as unmask_suite
-from illada_kernels.ops.unmask.cases import Shape
+from benchmarks import machine, run
+from benchmarks.journal import AGAIN, Journal, Tail
+from benchmarks.on_gpu import __main__ as command
+from benchmarks.on_gpu import adopt, plan, processes, session, smoke, summary
+from benchmarks.report import predictions, readme
+from tests.helpers import stand_in_machine as stand_in
 
-RATES = {"gemm": 1e12, "copy": 1e11}
-
-
-# ---- cases ----------------------------------------------------------------------------------------------------------
-def test_cases_of_a_gpu_are_listed_without_one():
-    for op in ("attention_fwd", "attention_bwd", "masked_loss", "unmask"):
-        cases = run.collect(op, "cuda")
-        assert len({(case.name, case.dtype) for case in cases}) == len(cases) > 10
-        assert all(case.facts["bytes"] > 0 for case in cases)
-        assert any(case.facts.get("headline") for case in cases)
+CARD = {"name": "NVIDIA H200", "capability": "9.0", "driver": "580.1"}
+UPSETS = {
+    "hangs": stand_in.works("x", upset="hangs"),
+    "dies": stand_in.works("x", upset="dies"),
+    "loses the GPU": stand_in.works("x", upset="loses the GPU"),
+    "fails": stand_in.works("x", upset="fails"),
+    "hangs while it starts": stand_in.never_starts,
+    "cannot be imported": stand_in.cannot_import,
+    "is not there": stand_in.missing,
+    "hangs at every item": lambda journal: stand_in.works("x", items=99, upset="hangs", each=1e9)(journal),
+}
 
 
-def test_attention_is_measured_at_16384_tokens_and_counts_the_pairs_that_are_attended():
-    training, cached = attention_suite.gpu_shapes()
-    assert sum(DOCUMENTS) == 16384 and min(DOCUMENTS) == 256 and max(DOCUMENTS) == 2048
-    assert {shape.batch * shape.keys for shape in training} == {16384}
-    facts = {case.name: case.facts for case in run.collect("attention_fwd", "cuda")}
-    half, block = 4096, 32
-    assert facts["block_diffusion_4k_b32_kv8"]["density"] == pytest.approx((half**2 + half * block) / (2 * half) ** 2)
-    assert facts["packed_16k_kv32"]["density"] == pytest.approx(sum(n * n for n in DOCUMENTS) / 16384**2)
-    assert facts["full_4k_kv8"]["flops"] == pytest.approx(4 * 4 * 4096**2 * 32 * 128)
-    asked = {(s.batch, s.queries, s.keys, s.kv_heads) for s in cached}
-    assert asked == {(b, q, k, h) for b in (1, 16) for q in (32, 64) for k in (1024, 4096, 16384) for h in (8, 32)}
+@pytest.fixture(autouse=True)
+def built(monkeypatch):
+    monkeypatch.setattr(session, "POLL", 0.5)
+    monkeypatch.setattr(session, "build_info", lambda: {"cuda": True, "cuda_archs": "90a", "seconds": 30})
 
 
-@pytest.mark.parametrize(("kind", "block"), [("block_diffusion", 4), ("block_diffusion", 16), ("packed", 0)])
-def test_flex_attention_is_given_the_mask_that_we_have(kind, block, monkeypatch):
-    monkeypatch.setattr(attention_peers, "DOCUMENTS", (16, 40, 8))
-    case = GpuCase("x", 1, 64, 64, 2, 2, 16, attention_suite._gpu_mask, kind=kind, block=block)
-    mod = attention_peers.mask_mod(case, "cpu")
-    row = torch.arange(64)
-    assert torch.equal(mod(0, 0, row[:, None], row[None, :]), case.key_ranges("cpu").dense()[0])
-    additive = attention_peers.additive_mask(case, torch.float32, torch.device("cpu"))
-    assert torch.equal(additive[0, 0] == 0, case.key_ranges("cpu").dense()[0])
+def scripts(stages: list[plan.Stage]) -> dict:
+    """Every process takes nearly all the seconds of its stage."""
+    found = {}
+    for stage in stages:
+        for worker in stage.workers:
+            if worker.journaled:
+                found[worker.name] = stand_in.works(stage.name, items=5, each=(stage.seconds - 6) / 5)
+            else:
+                found[worker.name] = stand_in.builds(stage.seconds - 3)
+    return found
 
 
-# ---- peers do the same job ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["full", "block_diffusion", "packed", "cached"])
-@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
-def test_peers_of_attention_give_what_ours_gives(kind, direction, monkeypatch):
-    monkeypatch.setattr(attention_peers, "DOCUMENTS", (16, 40, 8))
-    rows = 8 if kind == "cached" else 64
-    case = GpuCase("x", 1, rows, 64, 4, 2, 16, attention_suite._gpu_mask, kind=kind, block=4)
-    work = attention_suite.build_on_gpu(case, direction, torch.float32, "cpu")
-    name = "math" if kind in ("full", "cached") else "math, dense mask"
-    ours, theirs = next(iter(work.ours.values()))(), work.peers[name]()
-    pairs = [(ours, theirs)] if direction == "forward" else list(zip(ours, theirs))
-    for mine, other in pairs:  # theirs has its heads first
-        torch.testing.assert_close(mine, other.transpose(1, 2), rtol=1e-4, atol=1e-5)
-    with pytest.raises(RuntimeError, match="No viable backend"):
-        work.peers[name.replace("math", "cudnn")]()
+def go(out: Path, told: dict, stages: list[plan.Stage], seconds: float = 525, **options) -> tuple[list[dict], float]:
+    here = stand_in.StandIn(told, **options)
+    outcomes = session.Session(out, here, {}, {"gpu": CARD, "commit": "abc", "folder": "h200"}).run(stages, seconds)
+    return outcomes, here.clock
 
 
-@pytest.mark.parametrize("kind", ["full", "block_diffusion", "packed", "cached"])
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def test_a_kernel_that_is_wrong_at_the_size_measured_is_told(kind, direction, monkeypatch):
-    monkeypatch.setattr(attention_peers, "DOCUMENTS", (80, 100, 20))
-    case = GpuCase("x", 2, 8 if kind == "cached" else 200, 200, 4, 2, 16, attention_suite._gpu_mask, kind=kind, block=4)
-    case = dataclasses.replace(case, batch=1) if kind == "packed" else case
-    work = attention_suite.build_on_gpu(case, direction, torch.float32, "cpu")
-    name = next(iter(work.ours))
-    assert 0 < work.check(name) < 1e-5
-    right = ik.attention
-
-    for factor in (2, torch.nan):  # in the last row
-
-        def off(*arguments, factor=factor, **options):
-            out = right(*arguments, **options)
-            return torch.cat([out[:, :-1], factor * out[:, -1:]], dim=1)
-
-        monkeypatch.setattr(ik, "attention", off)
-        assert not work.check(name) <= measure.WRONG
-    assert "WRONG" in run.wrong({"error": 0.3}) and "WRONG" in run.wrong({"error": float("nan")})
-    assert not run.wrong({"error": 0.004}) and not run.wrong({})
-
-
-@pytest.mark.parametrize("kind", ["full", "block_diffusion"])
-def test_flex_attention_is_called_as_it_wants_to_be(kind, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    case = GpuCase("x", 1, 256, 256, 4, 2, 16, attention_suite._gpu_mask, kind=kind, block=4, flex=True)
-    work = attention_suite.build_on_gpu(case, "forward", torch.float32, "cpu")
-    assert "block mask" in work.notes["flex, compiled"]
-    theirs = work.peers["flex, compiled"]().transpose(1, 2)
-    torch.testing.assert_close(next(iter(work.ours.values()))(), theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_key_heads_are_repeated_for_a_backend_that_takes_no_groups():
-    found, x = attention_peers.Peers(), torch.randn(1, 8, 4, 16)
-    layout, _ = attention_peers.with_groups(
-        found, "efficient", SDPBackend.EFFICIENT_ATTENTION, None, x, x[:, :, :2], x[:, :, :2]
+# ---- time -----------------------------------------------------------------------------------------------------------
+def test_the_plan_fits_into_nine_minutes_and_its_cases_exist(tmp_path):
+    stages = plan.plan(tmp_path)
+    assert sum(stage.seconds for stage in stages) <= 525 - session.KEPT
+    names = {op: {case.name for case in run.collect(op, "cuda")} for op in plan.MEASURED}
+    for op, cases in zip(plan.MEASURED, (plan.FORWARD, plan.BACKWARD, plan.LOSS, plan.UNMASK)):
+        assert set(cases.split(",")) <= names[op]
+    assert set(plan.TRITON.split(",")) <= set.union(*names.values())
+    assert len({worker.name for stage in stages for worker in stage.workers}) == sum(len(s.workers) for s in stages)
+    kernels = re.findall(r"__global__.*?(\w+)\(const|__global__.*?\b(\w+)\(", sources(), flags=re.S)
+    assert {*plan.PROFILED.split("|")} <= {name for pair in kernels for name in pair} or all(
+        re.search(rf"__global__[^;{{]*\b{name}\(", sources()) for name in plan.PROFILED.split("|")
     )
-    assert layout(x[:, :, :2]).shape == (1, 4, 8, 16) and "repeated" in found.notes["efficient"]
 
 
-@pytest.mark.parametrize("gradients", [True, False])
-def test_peers_of_masked_loss_give_what_ours_gives(gradients, monkeypatch):
-    monkeypatch.delitem(masked_loss_peers.MAKERS, "F.cross_entropy, compiled")
-    case = masked_loss_suite.GpuCase("x", 48, 20, 16, 129, gradients=gradients)
-    work = masked_loss_suite.build_on_gpu(case, torch.float32, "cpu")
-    ours = next(iter(work.ours.values()))()
-    weighted = {name: job for name, job in work.peers.items() if "unweighted" not in name}
-    assert len(weighted) >= 3
-    for name, job in weighted.items():
-        mine, theirs = (ours[1], job()[1]) if gradients else (ours, job())
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3, msg=name)
-        if gradients and "all rows" in name:
-            torch.testing.assert_close(ours[0], job()[0], rtol=1e-4, atol=1e-3, msg=name)
+def sources() -> str:
+    return "\n".join(path.read_text() for path in (plan.ROOT / "csrc" / "cuda").glob("*.cu*"))
 
 
-@pytest.mark.parametrize("gradients", [True, False])
-def test_a_loss_that_is_wrong_is_told(gradients, monkeypatch):
-    monkeypatch.setattr(masked_loss_peers, "MAKERS", {})
-    case = masked_loss_suite.GpuCase("x", 90, 40, 16, 129, gradients=gradients)
-    work = masked_loss_suite.build_on_gpu(case, torch.float32, "cpu")
-    name, right = next(iter(work.ours)), masked_loss_suite.masked_loss
-    assert work.check(name) < 1e-4
-    monkeypatch.setattr(masked_loss_suite, "masked_loss", lambda *a, **options: 1.1 * right(*a, **options))
-    assert work.check(name) == pytest.approx(0.1, rel=0.01)
-
-    def leaks(hidden, *a, **options):
-        return right(hidden, *a, **options) + (hidden.sum() if gradients else torch.nan)
-
-    monkeypatch.setattr(masked_loss_suite, "masked_loss", leaks)
-    assert not work.check(name) <= measure.WRONG
+def test_a_run_in_which_all_is_well_ends_in_time_with_every_stage_complete(tmp_path):
+    stages = plan.plan(tmp_path)
+    outcomes, took = go(tmp_path, scripts(stages), stages)
+    assert [o["stage"] for o in outcomes] == [stage.name for stage in stages] and took <= 525
+    assert all(o["ok"] and o["complete"] for o in outcomes), outcomes
+    assert len(list(tmp_path.iterdir())) <= 8 - 2  # with profile.csv and summary.md
 
 
-def test_a_proposal_that_is_wrong_is_told():
-    work = unmask_suite.on_gpu(Shape("s", 3, 5, 33, 16, 32), 0.0, "step", "cpu")
-    assert work.check(next(iter(work.ours))) < 1e-5
-    hidden, weight = torch.randn(2, 3, 8), torch.randn(20, 8)
-    best = (hidden @ weight.T)[..., :19].argmax(-1)
-    assert unmask_suite.error_of(best, hidden, weight, 19) < 1e-5
-    assert unmask_suite.error_of((best + 1) % 19, hidden, weight, 19) > 0.1
-    best[1, 1] = -1
-    assert unmask_suite.error_of(best, hidden, weight, 19) == float("inf")
+@pytest.mark.parametrize("upset", UPSETS)
+@pytest.mark.parametrize("stage", [stage.name for stage in plan.plan(Path("."))])
+def test_whatever_a_stage_does_the_others_get_their_seconds(stage, upset, tmp_path):
+    stages = plan.plan(tmp_path)
+    told = scripts(stages)
+    told |= {worker.name: UPSETS[upset] for s in stages if s.name == stage for worker in s.workers}
+    outcomes, took = go(tmp_path, told, stages)
+    assert took <= 525
+    by = {o["stage"]: o for o in outcomes}
+    assert not by[stage]["ok"], by[stage]
+    assert all(o["ok"] and o["complete"] for name, o in by.items() if name != stage), (stage, upset, outcomes)
 
 
-def test_rows_that_pad_a_peer_change_nothing():
-    hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
-    rows = masked_loss_peers.Rows(hidden, head, torch.arange(5), torch.rand(5))
-    padded = rows.padded(8)
-    assert padded.hidden.shape == (8, 8) and padded.hidden.is_leaf
-    torch.testing.assert_close(masked_loss_peers.plain(padded), masked_loss_peers.plain(rows))
+@pytest.mark.parametrize("upset", UPSETS)
+def test_where_everything_goes_wrong_the_run_ends_in_time_and_says_so(upset, tmp_path, capsys):
+    stages = plan.plan(tmp_path)
+    outcomes, took = go(tmp_path, {worker.name: UPSETS[upset] for s in stages for worker in s.workers}, stages)
+    assert took <= 525 and len(outcomes) == len(stages) and not any(o["ok"] for o in outcomes)
+    text = summary.summary(Journal(tmp_path / "journal.jsonl"))
+    assert text.count("FAILED") == len(stages)
 
 
-def test_steps_of_peers_commit_the_same_tokens():
-    logits = torch.randn(3, 6, 40)
-    written = []
-    for step in (unmask_peers.llada_step, unmask_peers.float32_step, unmask_peers.device_step):
-        tokens = torch.full((3, 6), 39)
-        tokens[1, 2] = 7
-        written.append(step(logits, tokens, 2, 39, 0.0))
-    assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
-    assert int((written[0] != 39).sum()) == 7 and written[0][1, 2] == 7
+def test_what_a_stage_leaves_over_goes_to_the_next(tmp_path):
+    stages = plan.plan(tmp_path)
+    told = scripts(stages) | {"build": stand_in.builds(5), "smoke": stand_in.works("smoke", items=7, each=10)}
+    outcomes, took = go(tmp_path, told, stages)
+    assert all(o["complete"] for o in outcomes) and outcomes[1]["seconds"] > stages[1].seconds and took <= 525
 
 
-@pytest.mark.parametrize("kind", ["step", "entropy", "loop"])
-def test_every_kind_of_unmask_case_runs(kind, monkeypatch):
-    monkeypatch.setattr(unmask_peers, "gpu_limits", lambda: {"memory": 2 * 2 * 40 * 5 * 33, "l2": 0})
-    work = unmask_suite.on_gpu(Shape("s", 3, 5, 33, 16, 32), 1.0, kind, "cpu")
-    for job in {**work.ours, **work.peers}.values():
-        job()
-    assert kind != "loop" or "2 sequences at a time" in work.notes["LLaDA's loop"]
-    job = next(iter(unmask_suite.selection(2, 9, "cpu").ours.values()))
-    assert job().committed.sum(-1).tolist() == [4, 4]
+def test_less_time_is_shared_by_all(tmp_path):
+    stages = plan.plan(tmp_path)
+    until = plan.deadlines(stages, 260)
+    assert until == pytest.approx([sum(s.seconds for s in stages[: i + 1]) / 2 for i in range(len(stages))])
+    assert plan.deadlines(stages, 1000)[-1] == 1000 and plan.deadlines(stages, 1000)[0] == 1000 - 520 + 60
+    _, took = go(tmp_path, scripts(stages), stages, 200)
+    assert took <= 200
 
 
-# ---- contenders that fail -------------------------------------------------------------------------------------------
-def fails():
-    raise RuntimeError("no kernel image\nis available")
+# ---- items ----------------------------------------------------------------------------------------------------------
+def one(out: Path, script, seconds: float = 60.0, **worker) -> dict:
+    (outcome,), _ = go(
+        out, {"w": script}, [plan.Stage("s", seconds, "", (plan.Worker("w", ("x",), **worker),))], seconds + 5
+    )
+    return outcome
 
 
-def test_a_contender_that_raises_is_recorded_and_the_others_are_measured():
-    work = Work({"cuda": fails, "triton": lambda: None}, {"bad": fails, "good": lambda: time.sleep(1e-4)})
-    work.absent, work.notes = {"cpu": "made for CPUs"}, {"good": "as it is", "bad": "never told"}
-    (row,) = run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=3)
-    assert row["backend"] == "triton" and list(row["peers"]) == ["good"] and row["notes"] == {"good": "as it is"}
-    reason = "RuntimeError: no kernel image"
-    assert row["failed"] == {"cpu": "made for CPUs", "bad": reason, "cuda": reason}
+def test_what_hangs_or_dies_is_recorded_and_the_rest_goes_on(tmp_path):
+    for upset, reason in (("hangs", "no end within 10 s"), ("dies", "died of SIGSEGV"), ("loses the GPU", "illegal")):
+        outcome = one(tmp_path / upset, stand_in.works("i", upset=upset))
+        assert not outcome["ok"] and outcome["complete"] and outcome["said"] == "5 passed; 1 hung or died"
+        ((name, why),) = outcome["hung_or_died"].items()
+        assert name == "i|w 2" and reason in why
+    failed = one(tmp_path / "fails", stand_in.works("i", upset="fails"))
+    assert failed["said"] == "5 passed; 1 failed" and failed["failed"] == {"i|w 2": "AssertionError: off"}
 
 
-@pytest.mark.parametrize("calls_that_work", [1, 2, 3, 5])
-def test_a_contender_that_raises_late_is_left_out_of_the_rounds(calls_that_work, monkeypatch):
-    monkeypatch.setattr(measure, "SAMPLE_MS", 0.0)  # one call a sample
-    left, called = [calls_that_work], []
+def test_what_hangs_at_the_start_or_again_and_again_is_given_up(tmp_path):
+    outcome = one(tmp_path / "a", stand_in.never_starts, idle=20.0)
+    assert "no end within 20 s of nothing that it named" in outcome["said"] and outcome["seconds"] < 25
 
-    def breaks():
-        left[0] -= 1
-        if left[0] < 0:
-            raise RuntimeError("out of memory")
+    def hangs_at_every_item(journal):
+        for i in range(99):
+            if f"i|{i}" not in journal.avoided():
+                yield 1.0, lambda j, i=i: j.begin(f"i|{i}", 1.0)
+                yield 1e9, None
 
-    work = Work({"cuda": lambda: called.append(1)}, {"breaks": breaks})
-    (row,) = run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=4)
-    assert row["failed"] == {"breaks": "RuntimeError: out of memory"} and row["peers"] == {}
-    assert len(called) >= 1 + 2 + 4
+    outcome = one(tmp_path / "b", hangs_at_every_item, restarts=3)
+    assert "given up after 4 starts" in outcome["said"] and len(outcome["hung_or_died"]) == 4
 
 
-def peers_only_row() -> dict:
-    work = Work({"cuda": fails}, {"good": lambda: time.sleep(1e-4)}, flops=1e6)
-    case = Case("masked_loss", "c", "float32", lambda: work, {"vocab": 155136})
-    (row,) = run_case(case, "cpu", RATES, rounds=3)
-    return row
+def test_a_program_that_is_not_there_fails_its_stage_at_once(tmp_path):
+    outcome = one(tmp_path, stand_in.missing)
+    assert "no such program" in outcome["said"] and outcome["seconds"] == 0 and not outcome["ok"]
 
 
-def test_peers_and_ceilings_are_measured_when_none_of_ours_runs(tmp_path):
-    row = peers_only_row()
-    assert row["backend"] is None and row["ms"] is None and row["best_peer"] == "good" and row["floor_ms"] > 0
-    assert json.dumps(row) and "none of ours" in run.line(row)
-    folder = tmp_path / "h200"
-    folder.mkdir()
-    (folder / "masked_loss.json").write_text(json.dumps([row]))
-    assert plot.rows_of(folder) == []
-    assert readme.table(tmp_path).splitlines()[-1].startswith("| masked_loss | c | float32 | absent | good ")
-    work = Work({"cuda": lambda: None}, {"good": lambda: None})
-    (asked,) = run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=3, ours=[])
-    assert asked["backend"] is None
+def test_an_import_error_shows_its_last_words(tmp_path):
+    outcome = one(tmp_path, stand_in.cannot_import)
+    assert outcome["said"].startswith("exit status 1: ==== w") and not outcome["ok"]
 
 
-def test_what_the_journal_says_hung_or_ended_is_not_run_again(tmp_path, monkeypatch, capsys):
-    record = Journal(tmp_path / "journal")
-    record.avoid("unmask|two|float32|hangs", "no end within 60 s")
-    record.end("unmask|one|float32")
-    called = []
-
-    def case(name: str) -> Case:
-        work = Work({"ours": lambda: called.append(name)}, {"hangs": lambda: called.append("hangs")})
-        return Case("unmask", name, "float32", lambda: work)
-
-    known = [case("one"), case("two")]
-    monkeypatch.setattr(run, "exists", lambda op: True)
-    monkeypatch.setattr(run, "collect", lambda op, device, pattern="": known)
-    monkeypatch.setattr(run, "ceilings", lambda device, dtype: RATES)
-    path = tmp_path / "rows.json"
-    arguments = ["--op", "unmask", "--json", str(path), "--device", "cpu", "--rounds", "3"]
-    assert run.main([*arguments, "--journal", str(record.path)]) == 0
-    assert set(called) == {"two"} and record.current() is None and "unmask|two|float32" in record.ended()
-    assert json.loads(path.read_text())[0]["failed"] == {"hangs": "no end within 60 s"}
-
-
-def test_what_hung_twice_is_left_out_of_every_case():
-    avoided = {f"unmask|{case}|float32|cuda": "no end within 60 s" for case in ("a", "b")}
-    assert "left out after a" in measure.twice(avoided, "unmask", "cuda")
-    assert measure.twice(avoided, "unmask", "triton") is None and measure.twice(avoided, "masked_loss", "cuda") is None
+# ---- taking up a run ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("second", range(7, 520, 37))
+def test_a_run_killed_at_any_second_is_taken_up_without_doing_anything_again(second, tmp_path):
+    stages = plan.plan(tmp_path)
+    here = stand_in.StandIn(scripts(stages), dies_at=second)
+    facts = {"gpu": CARD, "commit": "abc", "folder": "h200"}
+    with pytest.raises(stand_in.Killed):
+        session.Session(tmp_path, here, {}, facts).run(stages, 525)
+    journal = Journal(tmp_path / "journal.jsonl")
+    before, complete = set(journal.ended()), session.done(journal)
+    with journal.path.open("ab") as file:
+        file.write(b'{"end": "cut o')
+    rest = plan.chosen("rest", stages, [], complete.__contains__)
+    assert [s.name for s in rest] == ["build", *(s.name for s in stages[1:] if s.name not in complete)]
+    outcomes, _ = go(tmp_path, scripts(stages), rest, 525)
+    assert all(o["ok"] and o["complete"] for o in outcomes)
+    ends = [line["end"] for line in journal.lines() if "end" in line]
+    assert len(ends) == len(set(ends)) and before < set(ends)
 
 
-def test_a_case_that_cannot_be_built_fails_and_the_next_is_measured(tmp_path, monkeypatch, capsys):
-    known = [Case("unmask", "bad", "float32", fails), Case("unmask", "good", "float32", lambda: Work({"x": fails}, {}))]
-    monkeypatch.setattr(run, "exists", lambda op: True)
-    monkeypatch.setattr(run, "collect", lambda op, device, pattern="": known)
-    monkeypatch.setattr(run, "ceilings", lambda device, dtype: RATES)
-    path = tmp_path / "rows.json"
-    assert run.main(["--op", "unmask", "--json", str(path), "--device", "cpu", "--rounds", "3"]) == 1
-    assert [row["case"] for row in json.loads(path.read_text())] == ["good"]
-    assert "bad float32: RuntimeError: no kernel image" in capsys.readouterr().out
+def test_a_journal_that_is_cut_anywhere_loses_at_most_what_was_under_way(tmp_path):
+    journal = Journal(tmp_path / "journal", "p")
+    for i in range(4):
+        journal.begin(f"{i}", 5)
+        journal.end(f"{i}", rows=[{"case": "µ" * i}])
+    whole = journal.path.read_bytes()
+    for at in range(len(whole)):
+        cut = Journal(tmp_path / "cut", "p")
+        cut.path.write_bytes(whole[:at])
+        found = len(cut.ended())
+        assert found >= whole[:at].count(b'"end"') - 1
+        cut.mend()
+        cut.end("more")
+        assert len(cut.ended()) == found + 1
 
 
-# ---- processes that hang or die -------------------------------------------------------------------------------------
+def test_processes_that_share_a_journal_are_told_apart(tmp_path):
+    a, b = (Journal(tmp_path / "journal", by) for by in "ab")
+    tail = Tail(a)
+    a.begin("one", 1)
+    b.begin("two", 2)
+    assert {by: line["begin"] for by, line in tail.news().items()} == {"a": "one", "b": "two"}
+    a.end("one")
+    assert tail.news()["a"] is None and b.current()["begin"] == "two" and a.current() is None
+    assert tail.heard == {"a": 2, "b": 1}
+
+
+# ---- real processes -------------------------------------------------------------------------------------------------
 CHILD = """
 import os, sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 from benchmarks.journal import AGAIN, Journal
-journal = Journal(Path(sys.argv[1]))
-for what in ("fine", "hangs", "dies", "loses the device", "fails"):
+journal = Journal(Path(os.environ["ILLADA_JOURNAL"]), os.environ["ILLADA_BY"])
+print("x" * 5_000_000)
+for what in ("fine", "hangs", "dies", "loses the device"):
     if what in journal.ended() or what in journal.avoided():
         continue
     journal.begin(what, 0.3 if what == "hangs" else 60)
@@ -304,242 +230,244 @@ for what in ("fine", "hangs", "dies", "loses the device", "fails"):
         journal.avoid(what, "illegal address")
         os._exit(AGAIN)
     journal.end(what)
-sys.exit(1)
 """
 
 
-def test_a_child_is_started_again_without_what_hung_or_died(tmp_path, root, capsys):
-    record = Journal(tmp_path / "journal")
-    command = [sys.executable, "-c", CHILD, str(record.path), str(root)]
-    with open(tmp_path / "log", "wb") as log:
-        error, status = journal.supervise(command, record, time.time() + 60, log, {})
-    assert (error, status) == (None, 1) and list(record.ended()) == ["fine", "fails"]
+def test_real_processes_are_watched_killed_and_started_again_and_their_output_is_bounded(tmp_path):
+    worker = plan.Worker("child", (sys.executable, "-c", CHILD))
+    here = session.Session(tmp_path, processes.Here(), session.environment(None), {})
+    (outcome,) = here.run([plan.Stage("s", 100, "", (worker,))], 105)
     expected = {"hangs": "no end within 0.3 s", "dies": "died of SIGABRT", "loses the device": "illegal address"}
-    assert record.avoided() == expected
+    assert outcome["hung_or_died"] == expected and outcome["said"] == "1 passed; 3 hung or died"
+    assert processes.PER_PROCESS < (tmp_path / "log.txt").stat().st_size < 5 * processes.PER_PROCESS
+    assert len(here.journal.ended()) == 1 and AGAIN not in (0, 1)
 
 
-def test_a_child_is_not_started_for_ever_and_ends_when_time_is_up(tmp_path):
-    record = Journal(tmp_path / "journal")
-    again = [sys.executable, "-c", f"import sys; sys.exit({AGAIN})"]
-    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with open(tmp_path / "log", "wb") as log:
-        assert "given up after 1" in journal.supervise(again, record, time.time() + 60, log, {}, restarts=1)[0]
-        assert journal.supervise(sleeps, record, time.time() + 0.3, log, {}) == ("out of time", 1)
-        assert journal.run(sleeps, time.time() + 0.3, log, {}) == "out of time"
-        assert (
-            journal.run([sys.executable, "-c", "import sys; sys.exit(3)"], time.time() + 60, log, {}) == "exit status 3"
-        )
-
-
-def test_tests_on_a_gpu_go_on_after_one_that_hangs(tmp_path, root, monkeypatch):
+def test_tests_run_side_by_side_and_go_on_after_one_that_hangs(tmp_path):
     file = tmp_path / "test_it.py"
     file.write_text(
         textwrap.dedent("""
         import time, pytest
-        def test_a(): pass
+        @pytest.mark.parametrize("i", range(6))
+        def test_a(i): pass
         def test_hangs(): time.sleep(60)
         def test_wrong(): assert 1 + 1 == 3, "off by one"
         @pytest.mark.skip(reason="needs 2 GPUs")
         def test_skipped(): pass
     """)
     )
-    monkeypatch.setitem(on_gpu.TESTS, "tests", str(file))
-    monkeypatch.setenv("ILLADA_TEST_LIMIT", "5")
-    with open(tmp_path / "log", "wb") as log:
-        session = on_gpu.Session(None, tmp_path, tmp_path, log, time.time() + 300, on_gpu.environment(None))
-        good, said = on_gpu.tests("tests", session)
-    assert not good and said == "1 passed, 1 failed, 1 skipped, 1 hung or died", (tmp_path / "log").read_text()
-    assert [*session.facts["hung_or_died"].values()] == ["no end within 5 s"]
-    assert [*session.facts["failed"].values()] == ["AssertionError: off by one"]
+    workers = plan.tests("tests", str(file), 2, limit=6.0)
+    here = session.Session(tmp_path / "out", processes.Here(), session.environment(None), {})
+    begin = time.monotonic()
+    (outcome,) = here.run([plan.Stage("tests", 200, "", workers)], 205)
+    assert outcome["said"] == "6 passed; 1 failed; 1 skipped; 1 hung or died", (tmp_path / "out/log.txt").read_text()
+    assert [*outcome["hung_or_died"].values()] == ["no end within 6 s"] and time.monotonic() - begin < 150
+    assert [*outcome["failed"].values()] == ["AssertionError: off by one"]
+    (again,) = here.run([plan.Stage("tests", 200, "", workers)], 205)  # nothing is left: nothing runs again
+    assert again["said"] == outcome["said"] and again["complete"]
+
+
+def test_smoke_passes_with_right_kernels_and_says_what_a_wrong_one_leaves_out(tmp_path, monkeypatch):
+    path = tmp_path / "journal"
+    assert smoke.main(["--journal", str(path), "--backend", "reference", "--device", "cpu"]) == 0
+    assert len(Journal(path).ended()) == 1 + 33 + 4 + 3 + 4 and smoke.failures(Journal(path)) == {}
+    right = smoke.ik.attention
+    monkeypatch.setattr(smoke.ik, "attention", lambda q, *a, **k: right(q, *a, **k) * (1 if q.shape[3] != 96 else 1.1))
+    some = [
+        item for item in smoke.items("reference", "cpu", smoke.torch.float32) if re.search(r" (64|96): full", item[0])
+    ]
+    monkeypatch.setattr(smoke, "items", lambda *arguments: some)
+    broken = tmp_path / "broken"
+    assert smoke.main(["--journal", str(broken), "--backend", "reference", "--device", "cpu"]) == 1
+    failed = smoke.failures(Journal(broken))
+    cases = {case.name: case for op in plan.MEASURED for case in run.collect(op, "cuda")}
+    assert len(failed) == 3 and "smoke|attention forward 96: full" in failed
+    assert "relative error 0.1" in smoke.left_out(cases["full_8k_d96"], "cuda", failed)
+    for name, contender in (("full_8k_d64", "cuda"), ("full_8k_d96", "triton"), ("half_v126k", "cuda")):
+        assert smoke.left_out(cases[name], contender, failed) is None
+
+
+@pytest.mark.parametrize(
+    "name, contender, needed",
+    [
+        ("full_8k_d96 backward", "cuda deterministic=False", ["attention forward 96", "attention fused 96"]),
+        ("full_8k_kv8 backward", "cuda", ["attention forward 128", "attention backward 128"]),
+        ("entropy_1x8_v126k_t1", "cuda", ["unmask head 16", "unmask commit"]),
+        ("hidden_4x32_v126k_t0", "cuda", ["unmask head 128", "unmask commit"]),
+        ("hidden_8x32_v126k_t0", "cuda", ["unmask spans", "unmask commit"]),
+        ("half_v126k_minimum", "cuda", ["masked_loss gradients", "masked_loss minimum"]),
+        ("half_v126k_no_grad", "cuda", ["masked_loss no_grad"]),
+        ("half_v126k", "triton", []),
+    ],
+)
+def test_what_a_case_needs_is_what_smoke_runs(name, contender, needed):
+    (case,) = [case for op in plan.MEASURED for case in run.collect(op, "cuda") if case.name == name]
+    assert smoke.needs(case, contender) == needed
+    assert set(needed) <= {item.split(":")[0] for item, _ in smoke.items()}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 def test_a_dry_run_says_what_would_run(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(on_gpu, "gpu", lambda: None)
-    assert on_gpu.main(["--dry-run", "--out", str(tmp_path / "new")]) == 0
+    monkeypatch.setattr(command, "gpu", lambda: None)
+    assert command.main(["--dry-run", "--out", str(tmp_path / "new")]) == 0
     said = capsys.readouterr().out
     for text in (
         "illada_kernels._build",
         "test_hardware.py",
         "tests/gpu",
-        "--selftest",
+        "selftest attention cuda",
         "--op masked_loss",
     ):
         assert text in said
-    assert "block_diffusion_4k_b4_kv8" in said and "llada_loop" in said and "peers:" not in said
+    assert "--cases full_8k_kv8,block_diffusion_4k_b32_kv8," in said and "--peers quick --limit 15" in said
     assert not (tmp_path / "new").exists()
+    command.main(["--dry-run", "--stage", "forward", "--cases", "full_2k_kv8,full_1k_kv8", "--all-peers"])
+    assert "--cases full_2k_kv8,full_1k_kv8 " in (said := capsys.readouterr().out) and "--peers all --limit 60" in said
 
 
-def test_without_a_gpu_nothing_runs_and_an_unknown_stage_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(on_gpu, "gpu", lambda: None)
-    assert on_gpu.main([]) == 2
+def test_without_a_gpu_nothing_runs_and_an_unknown_stage_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "gpu", lambda: None)
+    assert command.main(["--out", str(tmp_path / "new")]) == 2 and not (tmp_path / "new").exists()
     with pytest.raises(SystemExit, match="2"):
-        on_gpu.main(["--stage", "build,burn"])
+        command.main(["--stage", "build,burn"])
     assert "got burn" in capsys.readouterr().err
 
 
-def test_a_stage_that_fails_stops_no_other_and_shows_in_the_exit_status(tmp_path, monkeypatch, capsys):
-    def bench(session):
-        (session.out / "masked_loss.json").write_text(json.dumps([peers_only_row()]))
-        return True, "1 case"
+def test_the_command_ends_with_a_table_and_its_status_says_whether_a_stage_failed(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "gpu", lambda: CARD)
+    stages = plan.plan(tmp_path)
+    rows = made_up("attention_fwd", "full_8k_kv8", "cuda", 3.4, {"cudnn": 4.0})
 
-    monkeypatch.setattr(on_gpu, "gpu", lambda: {"name": "NVIDIA H200", "capability": "9.0", "driver": "580"})
-    monkeypatch.setattr(on_gpu, "stages", lambda: {"build": lambda session: fails(), "loss": bench})
-    assert on_gpu.main(["--stage", "loss,build", "--out", str(tmp_path)]) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert said[-3].startswith("build      FAILED") and said[-2].startswith("loss       ok") and "good" in said[-4]
-    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
-    assert stages["build"]["said"] == "RuntimeError: no kernel image" and stages["loss"]["ok"]
-    assert on_gpu.main(["--stage", "loss", "--out", str(tmp_path)]) == 0
-    assert on_gpu.main(["--stage", "loss", "--out", str(tmp_path), "--seconds", "0"]) == 1
+    def measures(journal):
+        yield 1.0, lambda j: j.end("attention_fwd|full_8k_kv8|bfloat16 [cuda]", rows=[rows])
+        yield 0.0, 0
+
+    here = stand_in.StandIn(scripts(stages) | {"forward": measures})
+    assert command.main(["--out", str(tmp_path)], here) == 0
+    said = capsys.readouterr().out
+    assert said.strip().splitlines()[-1].startswith("| attention_fwd | full_8k_kv8 | cuda | 3.4 | 3.19-3.55 | 0.83 |")
+    assert {path.name for path in tmp_path.iterdir()} == {"journal.jsonl", "log.txt", "summary.md"}
+    worse = stand_in.StandIn(scripts(stages) | {"loss": stand_in.cannot_import})
+    assert command.main(["--out", str(tmp_path / "b"), "--stage", "build,loss"], worse) == 1
+    assert worse.started == ["build", "loss"]
 
 
-def test_a_stage_leaves_time_to_those_after_it():
-    assert on_gpu.time_for("build", 1e6, 3) == on_gpu.LIMITS["build"]
-    assert on_gpu.time_for("tests", 300, 1) == 300 - on_gpu.KEPT
-    assert on_gpu.time_for("tests", 60, 1) == 30 and on_gpu.time_for("tests", 60, 0) == 60
+def test_another_nvcc_may_spill_without_failing_the_build_and_the_summary_says_so(tmp_path, monkeypatch):
+    info = {"cuda": True, "cuda_archs": "90a", "seconds": 30, "notes": ["attend (sm_90a): 8 bytes spill stores"]}
+    monkeypatch.setattr(session, "build_info", lambda: info)
+    stages = plan.plan(tmp_path)[:1]
+    (outcome,), _ = go(tmp_path, {"build": stand_in.builds(9)}, stages)
+    assert outcome["ok"] and "warning: attend (sm_90a): 8 bytes spill" in outcome["said"]
+    monkeypatch.setattr(session, "build_info", lambda: {"cuda": False, "cuda_reason": "no nvcc"})
+    (outcome,), _ = go(tmp_path, {"build": stand_in.builds(9)}, stages)
+    assert not outcome["ok"] and "no CUDA: no nvcc" in outcome["said"]
 
 
 def test_hopper_is_built_for_with_its_own_instructions():
-    assert [on_gpu.architecture(c) for c in ("9.0", "8.9", "10.0")] == ["90a", "89", "100"]
+    assert [session.architecture(c) for c in ("9.0", "8.9", "10.0")] == ["90a", "89", "100"]
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
-def test_figures_are_drawn_from_rows_of_a_gpu(tmp_path):
-    assert plot_lines.draw(tmp_path) == []
-    for op in ("attention_fwd", "attention_bwd", "masked_loss", "unmask"):
-        rows = []
-        for at, case in enumerate(run.collect(op, "cuda")):
-            row = {"op": op, "case": case.name, "facts": case.facts, "backend": ("cuda", None)[at % 2], "floor_ms": 1.0}
-            row |= {"ms": {"p50": 2.0 + at}, "peak_memory": 2**30, "peers": {"cudnn": 3.0}, "beside": {}}
-            rows.append(row | {"peer_memory": {"cudnn": 2**31}})
-        (tmp_path / f"{op}.json").write_text(json.dumps(rows))
-    drawn = plot_lines.draw(tmp_path)
-    assert drawn == ["attention.png", "attention_masks.png", "masked_loss.png", "unmask.png"]
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
+def test_a_copy_without_git_takes_the_commit_from_the_environment(tmp_path, monkeypatch, python):
+    shutil.copytree(plan.ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
+    code = "from benchmarks.machine import commit; print(commit())"
+    done = python("-c", code, path=(tmp_path, plan.ROOT), cwd=tmp_path, ILLADA_COMMIT="fedcba9")
+    assert done.stdout == "fedcba9\n", done.stderr
+    assert machine.commit() != "fedcba9"
 
 
-def test_points_are_what_was_measured():
-    facts = {"length": 4096, "flops": 8e12}
-    row = {"facts": facts, "backend": "cuda", "ms": {"p50": 10.0}, "peers": {"cudnn": 20.0, "flash": 40.0}}
-    got = plot_lines.points([row], plot_lines.fact("length"), plot_lines.tflops)
-    assert got == {"cudnn": [(4096, 400.0)], "flash": [(4096, 200.0)], "cuda (ours)": [(4096, 800.0)]}
-    assert plot_lines.against_dense(row, 10.0) == 2.0
-    assert plot_lines.against_dense({**row, "beside": {"cudnn, no mask": 30.0}}, 10.0) == 3.0
-
-
-def test_the_readme_shows_headlines_of_a_gpu_and_says_that_there_are_more(tmp_path):
-    folder = tmp_path / "h200"
-    folder.mkdir()
-    row = {"op": "unmask", "case": "a", "dtype": "bfloat16", "device": "NVIDIA H200", "versions": {"torch": "2.13"}}
-    row |= {"backend": "cuda", "ms": {"p50": 2.0}, "peers": {"x": 6.0}, "best_peer": "x", "ratio": 3.0}
-    row |= {"floor_ratio": 0.5, "peak_memory": 2**20, "facts": {"headline": True}}
-    (folder / "unmask.json").write_text(json.dumps([row, {**row, "case": "b", "facts": {"headline": False}}]))
-    lines = readme.table(tmp_path).splitlines()
-    assert lines[-3] == "| unmask | a | bfloat16 | 2 (cuda) | x 6 | 3.00 | 0.50 | 1.0 |"
-    assert lines[-1].startswith("1 more cases")
-
-
-def test_the_page_of_floors_is_that_of_the_cases():
-    text = predictions.PAGE.read_text()
-    assert predictions.updated(text) == text, "run: python -m benchmarks.report.predictions"
-    full = {"flops": 780e9, "bytes": 4.3e9, "kind": "full", "direction": "forward", "head_dim": 128, "length": 8192}
-    assert predictions.floor_ms(full) == pytest.approx(1.0)
-    assert predictions.attention_prediction(full, "cuda") == "1.13-1.26"
-    assert predictions.bound({**full, "bytes": 5e9}) == "memory"
-    assert predictions.floor_ms({**full, "bytes": 8.6e9}) == 2.0
-
-
-# ---- the code that only a GPU reaches, on a stand-in ----------------------------------------------------------------
-class FakeGraph:
-    capturing: FakeGraph | None = None
-
-    def __init__(self):
-        self.jobs, self.replays = 0, 0
-
-    def replay(self):
-        self.replays += 1
-
-
-@contextlib.contextmanager
-def fake_capture(graph):
-    FakeGraph.capturing = graph
-    try:
-        yield
-    finally:
-        FakeGraph.capturing = None
-
-
-class FakeEvent:
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = time.perf_counter()
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, end):
-        return (end.at - self.at) * 1e3
+# ---- adoption -------------------------------------------------------------------------------------------------------
+def made_up(op: str, case: str, backend: str | None, ms: float, peers: dict[str, float]) -> dict:
+    (known,) = [each for each in run.collect(op, "cuda") if each.name == case]
+    best = min(peers, key=peers.get)
+    row = {"op": op, "case": case, "dtype": known.dtype, "backend": backend, "facts": known.facts, "error": 0.001}
+    row |= {"ms": {"p20": ms, "p50": ms, "p80": ms}, "floor_ms": 0.83 * ms, "floor_ratio": 0.83, "peers": peers}
+    row |= {"best_peer": best, "ratio": peers[best] / ms, "tflops": 600.0, "gbps": 100.0, "peak_memory": 2**30}
+    row |= {"beside": {}, "limits": {}, "peer_memory": dict.fromkeys(peers, 2**30), "launches": 1, "host_syncs": 0}
+    return row | {"device": "NVIDIA H200", "versions": {"torch": "2.11.0+cu130"}, "commit": "abc", "rates": {}}
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch):
-    nothing = SimpleNamespace(wait_stream=lambda stream: None)
-    stand_ins = {
-        "Event": FakeEvent,
-        "CUDAGraph": FakeGraph,
-        "graph": fake_capture,
-        "Stream": lambda: nothing,
-        "current_stream": lambda: nothing,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 100,
-        "max_memory_allocated": lambda: 164,
-        "get_device_name": lambda: "NVIDIA H200",
-    }
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(measure, "capture_something", lambda: None)
+def a_run(tmp_path) -> Path:
+    """The files of a run: attention right and fast, masked_loss slower than its peer, unmask wrong in one test."""
+    out = tmp_path / "run"
+    stages = plan.plan(out)
+    go(out, scripts(stages), stages)
+    journal = Journal(out / "journal.jsonl", "forward")
+    rows = [
+        made_up("attention_fwd", "full_8k_kv8", "cuda", 3.4, {"cudnn": 4.0, "flash": 5.0}),
+        made_up("attention_fwd", "block_diffusion_4k_b32_kv8", "cuda", 0.95, {"cudnn, dense mask": 9.0}),
+        made_up("attention_bwd", "full_8k_kv8 backward", "cuda", 12.0, {"cudnn": 11.0}),
+        made_up("masked_loss", "half_v126k", "cuda", 18.0, {"Liger, scaled": 17.0}),
+        made_up("unmask", "hidden_8x32_v126k_t0", "cuda", 0.4, {"float32": 2.0}),
+        made_up("unmask", "selection_32x1024", "triton", 0.01, {"float32": 0.1}),
+    ]
+    for row in rows:
+        journal.end(f"{row['op']}|{row['case']}|{row['dtype']}", rows=[row])
+    for op in plan.OPS:
+        for backend in ("cuda", "triton"):
+            good = (op, backend) != ("attention", "triton")
+            facts = {"outcome": "passed" if good else "failed", "message": "" if good else "case 3: off"}
+            journal.end(f"selftest|{op}/{backend}", **facts)
+    journal.end("tests|tests/gpu/test_unmask.py::test_x[triton]", outcome="failed", message="wrong")
+    journal.end("tests|tests/gpu/test_unmask.py::test_y[cuda]", outcome="passed", message="")
+    return out
 
 
-def test_rows_of_a_gpu_say_how_they_were_timed_and_what_ran_beside(fake_gpu):
-    called = []
+def test_a_run_becomes_results_figures_tables_outcomes_and_an_order(a_run, tmp_path):
+    results, order = tmp_path / "results", tmp_path / "_committed.json"
+    pages = []
+    for page in (readme.ROOT / "README.md", readme.ROOT / "docs/measurements/attention.md", predictions.PAGE):
+        pages.append(Path(shutil.copy(page, tmp_path / page.name)))
+    order.write_text('{"8.0": ["unmask/cuda"]}')
+    said = "\n".join(adopt.adopt(a_run, results, pages[:2], pages[2], order))
+    folder = results / "h200"
+    unmask = [row["case"] for row in json.loads((folder / "unmask.json").read_text())]
+    assert unmask == ["hidden_8x32_v126k_t0", "selection_32x1024"]
+    checks = json.loads((folder / "checks.json").read_text())
+    assert checks["commit"] == "abc" and checks["selftests"]["attention/triton"]["message"] == "case 3: off"
+    drawn = {path.name for path in folder.glob("*.png")}
+    assert drawn == {"cases.png", "attention.png", "attention_masks.png", "masked_loss.png", "unmask.png"}
+    assert "| attention_fwd | block_diffusion_4k_b32_kv8 | bfloat16 | 0.95 (cuda) |" in pages[0].read_text()
+    assert "NVIDIA H200, torch 2.11.0+cu130" in pages[1].read_text()
+    text = pages[2].read_text()
+    assert re.search(r"\| full_8k_kv8 \| \w+ \| 2.82 \| 3.19-3.55, was 3.4 \|", text) and "11.7-12.5, was 12 |" in text
+    assert re.search(r"\| half_v126k \| 3 \| 16.3 \| 17-17.6; cuda was 18 \|", text)
+    assert re.search(r"\| hidden_8x32_v126k_t0 \| \w+ \| 0.34 \| [\d.-]+, was 0.4 \|", text)
+    let_in = ["attention/cuda", "unmask/cuda", "unmask_from_logits/cuda"]
+    assert json.loads(order.read_text()) == {"8.0": ["unmask/cuda"], "9.0": let_in}
+    for line in (
+        "let into the default order: attention/cuda, 2.17 times as fast as the fastest peer, in the mean of 3 rows",
+        "kept out of it: attention/triton: selftest: case 3: off",
+        "kept out of it: masked_loss/cuda: 0.94 times as fast",
+        "kept out of it: masked_loss/triton: not measured beside a peer",
+        "kept out of it: unmask/triton: 1 failures, first tests|tests/gpu/test_unmask.py::test_x[triton]",
+    ):
+        assert line in said, said
+    assert adopt.adopt(a_run, results, pages[:2], pages[2], order) and pages[2].read_text() == text  # twice is once
 
-    def only_eager():
-        if FakeGraph.capturing is not None:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        time.sleep(1e-4)
 
-    work = Work({"cuda": lambda: called.append(1)}, {"eager": only_eager}, bytes=1e3, replayed=4)
-    work.limit, work.beside = {"product": lambda: time.sleep(1e-4)}, {"dense": lambda: time.sleep(1e-4)}
-    (row,) = run_case(Case("unmask", "c", "bfloat16", lambda: work, {"rows": 1}), "cuda", RATES, rounds=3)
-    assert (
-        row["timing"] == "graph of 4 calls" and list(row["limits"]) == ["product"] and list(row["beside"]) == ["dense"]
-    )
-    assert "not captured" in row["notes"]["eager"] and row["best_peer"] == "eager" and row["device"] == "NVIDIA H200"
-    assert row["peak_memory"] == 64 and row["peer_memory"] == {"eager": 64} and row["facts"] == {"rows": 1}
-    assert row["launches"] == 0 and isinstance(row["kernels"], dict) and json.dumps(row)
-    assert len(called) == 1 + 1 + 4 + 1 + 1  # first, before the capture, in it; memory, profile: all else is replayed
+def test_what_is_no_run_or_of_other_cases_is_refused(a_run, tmp_path):
+    with pytest.raises(ValueError, match="found no run"):
+        adopt.adopt(tmp_path / "nothing", tmp_path / "results", [], predictions.PAGE, tmp_path / "order")
+    row = made_up("unmask", "selection_32x1024", "cuda", 1.0, {"x": 1.0}) | {"case": "of long ago"}
+    Journal(a_run / "journal.jsonl").end("unmask|of long ago|float32", rows=[row])
+    with pytest.raises(ValueError, match="no suite has the cases of long ago"):
+        adopt.adopt(a_run, tmp_path / "results", [], predictions.PAGE, tmp_path / "order")
 
 
-def test_a_lost_context_ends_the_process_and_names_the_contender(fake_gpu, monkeypatch, tmp_path):
-    def gone():
-        raise RuntimeError("an illegal memory access was encountered")
-
-    def break_it():
-        monkeypatch.setattr(torch.cuda, "synchronize", gone)
-        gone()
-
-    known = [Case("unmask", "c", "bfloat16", lambda: Work({"cuda": break_it}, {"peer": lambda: None}))]
-    monkeypatch.setattr(run, "exists", lambda op: True)
-    monkeypatch.setattr(run, "collect", lambda op, device, pattern="": known)
-    monkeypatch.setattr(run, "ceilings", lambda device, dtype: RATES)
-    record = Journal(tmp_path / "journal")
-    arguments = ["--op", "unmask", "--json", str(tmp_path / "rows"), "--device", "cuda", "--journal", str(record.path)]
-    assert run.main(arguments) == AGAIN
-    ((what, reason),) = record.avoided().items()
-    assert what == "unmask|c|bfloat16|cuda" and "illegal memory access" in reason and record.current() is None
+@pytest.mark.parametrize(
+    "what, room, backend, against",
+    [
+        ("smoke|attention forward 96: full", "attention", "cuda", True),
+        ("smoke|attention forward 96: full", "attention", "triton", False),
+        ("tests|tests/gpu/test_attention_cuda_fwd.py::test_sizes[7]", "attention", "cuda", True),
+        ("tests|tests/gpu/test_attention_cuda_fwd.py::test_sizes[7]", "attention", "triton", False),
+        ("tests|tests/gpu/test_masked_loss.py::test_z", "masked_loss", "triton", True),
+        ("large|tests/gpu/test_attention.py::test_named[triton-full_8k]", "attention", "cuda", False),
+        ("attention_fwd|full_8k_kv8|bfloat16|cuda deterministic=False", "attention", "cuda", True),
+        ("attention_fwd|full_8k_kv8|bfloat16|cudnn", "attention", "cuda", False),
+        ("compare|tests/cuda_on_cpu/test_hardware.py::test_x", "unmask", "cuda", True),
+    ],
+)
+def test_a_failure_speaks_against_the_kernels_that_it_is_about(what, room, backend, against):
+    assert adopt.concerns(what, room, backend) is against

@@ -141,7 +141,7 @@ def test_a_case_measured_again_replaces_its_rows_and_cases_gone_are_dropped(tmp_
 
 
 def test_runner_measures_the_cases_that_are_asked_for_and_prints_and_writes_them(monkeypatch, tmp_path, capsys):
-    def cases(device):
+    def cases(device, quick):
         for name in ("one", "other"):
             yield Case("unmask", name, "float32", lambda: Work({"cpu": pause(1)}, {"plain": pause(3)}, bytes=1e3))
 
@@ -153,7 +153,14 @@ def test_runner_measures_the_cases_that_are_asked_for_and_prints_and_writes_them
     (only,) = json.loads(path.read_text())
     assert only["case"] == "other" and "plain" in capsys.readouterr().out
     assert run.main(["--op", "unmask", "--case", "nothing", "--json", str(path), "--device", "cpu"]) == 1
-    assert "one\n  other" in capsys.readouterr().err
+    assert "no case contains 'nothing'; there are:\n  unmask: one\n  unmask: other" in capsys.readouterr().err
+    exact = ["--op", "unmask", "--cases", "other,one", "--journal", str(tmp_path / "j"), "--by", "p", "--device", "cpu"]
+    assert run.main([*exact, "--rounds", "3"]) == 0  # exactly these, in this order, their rows in the journal
+    ended = measure.Journal(tmp_path / "j").ended()
+    assert list(ended) == ["unmask|other|float32", "unmask|one|float32"]
+    assert all(line["rows"][0]["best_peer"] == "plain" and line["by"] == "p" for line in ended.values())
+    assert run.main(["--op", "unmask", "--cases", "other,on", "--device", "cpu"]) == 1
+    assert "no case is named on;" in capsys.readouterr().err
 
 
 def test_an_absent_suite_is_told_not_raised(monkeypatch, capsys):

@@ -77,7 +77,7 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(path), f"{name}: {link} has no such heading"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", NAMES)
 def test_files_that_a_page_names_exist(name):
     """Inline code that looks like a path from the root; <op> and the like stand for any name, {a,b} for each."""
     for code in re.findall(
@@ -248,6 +248,10 @@ def test_the_examples_of_docstrings_run(name):
     assert runner.tries > 0 and runner.failures == 0, "".join(said)
 
 
-@pytest.mark.parametrize("name", ["masked_loss", "masked_loss_from_logits", "unmask", "unmask_from_logits"])
+FUNCTIONS = ["attention", "scaled_dot_product_attention"]
+FUNCTIONS += ["masked_loss", "masked_loss_from_logits", "unmask", "unmask_from_logits"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_public_functions_have_an_example(name):
     assert "\n    Examples\n" in inspect.getsource(getattr(illada_kernels, name))

@@ -46,8 +46,12 @@ def same_bits(a: Result, b: Result):
         assert torch.equal(x, getattr(b, name)), name
 
 
+BIG = [case.queries * case.keys * case.batch >= 2 * 8192**2 for case in cases.GPU_CASES]
+SHAPES = [pytest.param(case, marks=[pytest.mark.large] * big) for case, big in zip(cases.GPU_CASES, BIG)]
+
+
 @dtypes
-@pytest.mark.parametrize("case", cases.GPU_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
 def test_named_shapes_meet_the_numerics_bar(variant, case, dtype):
     """All of it runs; the last batch entry and key head, which depend on nothing else, are compared."""
     q, k, v, dout = case.inputs(dtype, "cuda")
@@ -179,6 +183,7 @@ def test_no_synchronisation(variant):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.large
 def test_more_than_2_to_31_elements(backend):
     """q and out of 2**31 elements and more; the last rows are compared with a run of their own."""
     batch, rows, heads, dim = 9, 65536, 32, 128

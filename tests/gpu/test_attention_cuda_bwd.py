@@ -104,6 +104,7 @@ def test_a_graph_replays_on_new_data() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.large
 def test_offsets_beyond_2_to_31() -> None:
     """Heads so far apart that the last lies 2**32 elements from the first."""
     if torch.cuda.mem_get_info()[0] < 40 << 30:

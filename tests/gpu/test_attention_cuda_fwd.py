@@ -110,6 +110,7 @@ def test_same_bits_run_after_run_and_on_another_stream() -> None:
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 
 
+@pytest.mark.large
 def test_more_than_2_to_31_elements() -> None:
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of GPU memory")

@@ -213,6 +213,7 @@ def test_bad_targets_raise_or_with_a_capacity_make_nan(backend: str) -> None:
     assert masked_loss(*args, max_masked=300, backend=backend).isnan()
 
 
+@pytest.mark.large
 def test_rows_times_vocabulary_beyond_2_to_31(backend: str) -> None:
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of GPU memory")
@@ -224,6 +225,7 @@ def test_rows_times_vocabulary_beyond_2_to_31(backend: str) -> None:
     assert all(x.isfinite().all() for x in whole)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 def test_least_memory_is_a_tenth_of_the_logits_of_all_rows(ratio: float, backend: str) -> None:
     if torch.cuda.mem_get_info()[0] < 16 << 30:

@@ -86,6 +86,7 @@ def test_a_graph_with_a_capacity_replays_on_new_data(backend: str) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.large
 def test_more_than_2_to_31_elements(backend: str) -> None:
     rows, vocab = 14000, 157184
     if torch.cuda.mem_get_info()[0] < 12 << 30:

@@ -192,6 +192,7 @@ def test_two_launches(path: str) -> None:
     assert len(ours) == 2, names
 
 
+@pytest.mark.large
 @backends
 def test_long_sequences_and_logits_beyond_two_to_the_31(backend: str) -> None:
     if torch.cuda.mem_get_info()[0] < 12 << 30:
@@ -206,6 +207,7 @@ def test_long_sequences_and_logits_beyond_two_to_the_31(backend: str) -> None:
     assert after[0, -1] == vocabulary - 1 and after[0, 5] == 126336 and got.remaining.item() == 1
 
 
+@pytest.mark.large
 @backends
 def test_the_whole_of_llada_s_loop_fits_64_mib(backend: str) -> None:
     """32 sequences of 1024 candidates: full logits would be 8 GiB in bf16, with noise in float64 32 GiB four times."""

@@ -131,3 +131,21 @@ def test_an_empty_prompt_does_not_depend_on_the_batch(changes):
         assert generate(model, [[]], config).tokens[0] == generate(model, [[1, 2, 3, 4], []], config).tokens[1]
         alone = fill(model, [[49] * 4], GenerationConfig()).tokens[0]
         assert fill(model, [[1, 2, 3, 4, 49, 5], [49] * 4], GenerationConfig()).tokens[1] == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torch_s_default_device_and_dtype_change_nothing(dtype):
+    blocks = make(tiny("SDAR-8B"))
+    calls = (
+        lambda: tokens(logit_bias={3: 1.0}, seed=5),
+        lambda: fill(MODEL, [[1, 49, 2], [49]]).tokens,
+        lambda: fill_hole(blocks, [1, 2], 3, [4]),
+        lambda: generate(blocks, [[1]], GenerationConfig(max_new_tokens=8)).tokens,
+    )
+    wanted = [call() for call in calls]
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert [call() for call in calls] == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -170,7 +170,7 @@ def test_damaged_files_are_one_clear_error(saved):
 
 def test_what_is_not_a_checkpoint_says_what_one_is(saved, tmp_path):
     _, folder = saved
-    with pytest.raises(CheckpointIOError, match=r"nowhere is no folder; expected one with config\.json"):
+    with pytest.raises(CheckpointIOError, match=r"nowhere is not a folder on this machine; expected one with"):
         load(tmp_path / "nowhere")
     with pytest.raises(OSError, match=r"config\.json is missing; a checkpoint folder holds"):
         load(tmp_path)
@@ -348,3 +348,40 @@ def test_weights_of_another_format_are_named(saved):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointIOError, match=r"pytorch_model\.bin is of another format, convert it to safetensors"):
         load(folder)
+
+
+def test_a_tied_head_may_be_stored_instead_of_the_embedding(saved):
+    model, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors")
+    assert_same(load(folder), model)
+
+
+def test_a_compiled_model_is_saved_as_the_model_that_it_wraps(saved, tmp_path):
+    model, folder = saved
+    save(torch.compile(model, backend="eager"), tmp_path / "whole")
+    assert_same(load(tmp_path / "whole"), model)
+    config = (tmp_path / "whole" / "config.json").read_text()
+    model.layers[1] = torch.compile(model.layers[1], backend="eager")
+    save(model, tmp_path / "part")
+    assert (tmp_path / "part" / "config.json").read_text() == config
+    assert_same(load(tmp_path / "part"), load(folder))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_with_a_wrapper_s_prefix_are_one_short_error(saved, prefix):
+    _, folder = saved
+    tensors = {prefix + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"begin with '{prefix}', which a wrapper of the model added") as caught:
+        load(folder)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, int])
+def test_a_dtype_that_weights_cannot_have_is_named(saved, dtype):
+    model, folder = saved
+    for call in (lambda: load(folder, dtype=dtype), lambda: save(model, folder, dtype=dtype)):
+        with pytest.raises(TypeError, match=r"dtype: expected None or one of torch\.float64, .*, got"):
+            call()

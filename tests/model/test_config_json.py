@@ -39,6 +39,7 @@ PER_LAYER_TYPE = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
         ({**BASE, "num_attention_heads": "28"}, "num_attention_heads: expected a number, got '28'"),
         ({**BASE, "rope_theta": [1e6]}, "rope_theta: expected a number"),
         ({**BASE, "tie_word_embeddings": "false"}, "tie_embeddings: expected true or false, got 'false'"),
+        ({**BASE, "causal_block": True}, r"causal_block: expected 0 \(full\) or a block length, got True"),
         ({**BASE, "eos_token_id": "</s>"}, "eos_token_id: expected an id or a list of ids, got '</s>'"),
         ({**BASE, "eos_token_id": [1, 10**9]}, "more_eos_ids: expected an id below 152064"),
         ({**BASE, "architectures": "Qwen2ForCausalLM"}, "architectures: expected a list"),

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from illada.byte_pairs import Chain
 from illada.errors import DataError
 from illada.tokenizer import (
     FILE,
     ByteTokenizer,
     JsonTokenizer,
-    _Chain,
     from_json,
     load_tokenizer,
     make_tokenizer,
@@ -369,7 +369,7 @@ def test_learning_does_not_depend_on_how_long_words_are(alphabet):
     """The work is counted, not timed: places that are looked at, summed over all rounds, at most 20 per byte."""
     rng = np.random.default_rng(0)
     text = "".join(rng.choice([*alphabet], 6000)).encode()
-    looked, join = 0, _Chain.join
+    looked, join = 0, Chain.join
 
     def counting(self, pair, joined):
         nonlocal looked
@@ -377,7 +377,7 @@ def test_learning_does_not_depend_on_how_long_words_are(alphabet):
         return join(self, pair, joined)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Chain, "join", counting)
+        patch.setattr(Chain, "join", counting)
         seen: list[float] = []
         tokenizer = ByteTokenizer.learn([Document("a", text)], 1024, progress=seen.append)
     assert 0 < looked <= 20 * len(text)

@@ -106,7 +106,7 @@ def test_complementary_masks_cover_every_token_once():
 
 
 def test_an_unknown_weighting_is_refused():
-    with pytest.raises(ValueError, match="weighting: expected 'llada', 'mdlm' or 'cart'"):
+    with pytest.raises(ValueError, match="weighting: expected one of llada, mdlm, cart, got 'none'"):
         objectives.full_sequence(torch.zeros(1, 4).long(), MASK, generator(), weighting="none")
 
 

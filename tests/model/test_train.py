@@ -18,10 +18,11 @@ import torch
 from illada.config import ModelConfig
 from illada.errors import CheckpointError, CheckpointIOError
 from illada.model import Model
+from illada.training.config import TrainConfig
 from illada.training.data import Windows
 from illada.training.optim import optimizers, orthogonalize
 from illada.training.state import RunState, replace_file
-from illada.training.trainer import TrainConfig, Trainer
+from illada.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 STREAM = np.frombuffer(("def f(x):\n    return x + 1\n" * 40).encode(), np.uint8).astype(np.int64)
@@ -273,6 +274,57 @@ def test_what_killed_saves_left_is_swept_when_a_run_goes_on(tmp_path):
         (tmp_path / name).write_text("half")
     trainer(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".keep.0123abcd", "log.jsonl", "state.pt"]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"warmup": 1.0}, "warmup: expected a number from 0 to below 1, got 1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected a finite number of at least 0, got nan"),
+        ({"steps": 0}, r"steps: expected a positive number up to 3\.4e38, got 0"),
+        ({"steps": 2.5}, "steps: expected an integer, got 2.5"),
+        ({"length": 16.0}, "length: expected an integer, got 16.0"),
+        ({"batch_size": "8"}, "batch_size: expected an integer, got '8'"),
+        ({"weighting": "x"}, "weighting: expected one of llada, mdlm, cart, got 'x'"),
+        ({"lr": 1e39}, r"lr: expected a positive number up to 3\.4e38, got 1e\+39"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_before_training(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{"steps": 2, **wrong})
+
+
+@pytest.mark.parametrize("bad", [-1, 259, 256])
+def test_data_that_the_model_cannot_have_is_named(bad):
+    run = trainer(objective="full")
+    run.source.stream = np.full(len(run.source.stream), bad)
+    message = rf"expected ids in \[0, 259\) other than mask_id = 256, got {bad} in the batch"
+    with pytest.raises(ValueError, match=message):
+        run.run()
+
+
+@pytest.mark.parametrize("objective", ["full", "block"])
+def test_torch_s_default_device_and_dtype_change_nothing(objective):
+    wanted = trainer(objective=objective, steps=3, hole_fraction=0.5)
+    wanted.run()
+    for dtype in (torch.bfloat16, torch.float64):
+        run = trainer(objective=objective, steps=3, hole_fraction=0.5)
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                run.run()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert run.losses.tolist() == wanted.losses.tolist()
+
+
+def test_a_compiled_model_is_trained_by_the_same_optimizers():
+    model = trainer().model
+    kinds = [
+        [p.shape for group in o.param_groups for p in group["params"]] for o in optimizers(model, "muon", 1.0, 1.0)
+    ]
+    compiled = optimizers(torch.compile(model, backend="eager"), "muon", 1.0, 1.0)
+    assert [[p.shape for group in o.param_groups for p in group["params"]] for o in compiled] == kinds
 
 
 # ---- learning ------------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_an_argument_of_unmask_that_is_no_tensor_is_named(argument):
         "head_bias": torch.randn(9),
         "tokens": torch.full((1, 2), MASK),
     }
-    with pytest.raises(TypeError, match=f"{argument}: expected a tensor, got list"):
+    with pytest.raises(TypeError, match=f"{argument}: expected a tensor of .*, got list"):
         unmask(**{**call, argument: [1]}, positions=torch.tensor([[0, 1]]), rule=TopK(1), mask_id=MASK)
 
 

@@ -277,10 +277,40 @@ def test_another_driver_or_kernel_source_asks_for_a_new_selftest(card, change):
     assert chosen("cuda") == "reference"
 
 
+def test_selftests_side_by_side_lose_no_outcome(card):
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = [(op, backend) for op in OPS for backend in ("cuda", "triton")]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: _proven.remember(*name, passed=True), names))
+    assert all(_proven.proven(*name) for name in names)
+
+
 def test_a_failed_selftest_takes_an_earlier_pass_back(card):
     _proven.remember("attention", "cuda", passed=True)
     _proven.remember("attention", "cuda", passed=False)
     assert chosen("cuda") == "reference"
+
+
+def test_a_committed_result_lets_a_kernel_in_on_gpus_of_its_capability_until_a_selftest_fails(
+    card, monkeypatch, tmp_path
+):
+    installed = tmp_path / "illada_kernels"
+    installed.mkdir()
+    (installed / "_committed.json").write_text('{"9.0": ["attention/cuda"]}')
+    monkeypatch.setattr(_proven, "__file__", str(installed / "_proven.py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert chosen("cuda") == "cuda" and not _proven.proven("unmask", "cuda")
+    _proven.remember("attention", "cuda", passed=False)
+    assert chosen("cuda") == "reference"
+    card["kernel"] = "k2"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    _proven.proven.cache_clear()
+    assert chosen("cuda") == "reference"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    _proven.proven.cache_clear()
+    assert chosen("cuda") == "cuda"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"H200, driver 1": 3}'])
@@ -303,3 +333,21 @@ def test_the_fingerprint_of_a_kernel_follows_torch_and_the_build_record(installe
     monkeypatch.setattr(torch, "__version__", "9.9")
     seen.add(_proven.kernel.__wrapped__("masked_loss_from_logits", "cuda"))
     assert len(seen) == 3
+
+
+def test_where_the_system_does_not_tell_the_driver_it_is_asked_itself(monkeypatch, tmp_path):
+    def read_text(self):
+        raise FileNotFoundError(self)
+
+    def version(at):
+        at._obj.value = 13000
+        return 0
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(
+        _proven.ctypes, "CDLL", lambda name: type(name, (), {"cuDriverGetVersion": staticmethod(version)})
+    )
+    assert _proven.driver() == "CUDA 13000"
+    monkeypatch.setattr(_proven.ctypes, "CDLL", lambda name: type(name, (), {"cuDriverGetVersion": lambda at: 999}))
+    with pytest.raises(RuntimeError, match="cuDriverGetVersion failed: error 999"):
+        _proven.driver()

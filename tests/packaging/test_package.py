@@ -55,7 +55,8 @@ def test_wheel_holds_both_packages_the_extension_and_nothing_else(distributions,
     folders = [root / "csrc" / name for name in ("cuda", "include/illada", "nvrtc")]  # for NVRTC
     sources = {p for folder in folders for p in folder.iterdir() if not p.name.endswith("_sm90a.cu")}
     shipped = {f"illada_kernels/_csrc/{p.relative_to(root / 'csrc')}" for p in sources}
-    others = {"illada_kernels/py.typed", "illada/py.typed", "illada_kernels/_build_info.json"}
+    others = {"illada_kernels/py.typed", "illada/py.typed"}
+    others |= {f"illada_kernels/{name}.json" for name in ("_build_info", "_committed")}
     assert extra - compiled == shipped | others
 
 

@@ -112,7 +112,8 @@ def edits(problem: Problem, vocab: int) -> tuple[Tensor, Tensor]:
     """Returns rising ids and what is added to their logits: the sum of their biases, or -inf where forbidden."""
     forbidden = sorted({i for i in problem.forbid if 0 <= i < vocab})
     if problem.bias_ids is None or problem.bias_values is None:
-        return torch.tensor(forbidden, dtype=torch.int64), torch.full((len(forbidden),), -torch.inf)
+        values = torch.full((len(forbidden),), -torch.inf, dtype=torch.float32)
+        return torch.tensor(forbidden, dtype=torch.int64), values
     known = (problem.bias_ids >= 0) & (problem.bias_ids < vocab)
     barred = torch.tensor(forbidden, dtype=torch.int64)
     ids, inverse = torch.cat([problem.bias_ids[known], barred]).unique(return_inverse=True)

@@ -75,13 +75,13 @@ class Decoder:
         self.model, self.config, self.sampling, self.callback = model, model.config, sampling, callback
         self.tokens, self.frozen, self.first_columns = tokens, frozen, list(starts)
         self.blank, self.device = blank, tokens.device
-        self.starts = torch.tensor(self.first_columns, dtype=torch.int64).to(self.device)
-        self.seeds = torch.tensor(sampling.seeds, dtype=torch.int64).to(self.device)
+        self.starts = torch.tensor(self.first_columns, dtype=torch.int64, device=self.device)
+        self.seeds = torch.tensor(sampling.seeds, dtype=torch.int64, device=self.device)
         self.unmask_options = dict(sampling.unmask)
         if (bias := sampling.unmask["logit_bias"]) is not None:  # tensors, not copied in each pass
             kinds = (torch.int64, torch.float32)
             self.unmask_options["logit_bias"] = tuple(
-                torch.as_tensor(x, dtype=kind).to(self.device) for x, kind in zip(bias, kinds)
+                torch.as_tensor(x, dtype=kind, device=self.device) for x, kind in zip(bias, kinds)
             )
         self.guided = sampling.guidance != 0
         self.forward_passes = 0
@@ -137,7 +137,7 @@ class Decoder:
         """Fills the block's masks. A sequence takes part until none is left, with Edit until nothing changes."""
         if max(block.masks, default=0) == 0:
             return
-        left = masked = torch.tensor(block.masks, dtype=torch.int64).to(self.device, non_blocking=True)
+        left = masked = torch.tensor(block.masks, dtype=torch.int64, device=self.device)
         full_passes = torch.zeros_like(masked)  # that a sequence made without a mask
         active, (adaptive, limit) = masked > 0, self.num_passes(block.masks)
         for step in range(limit):
@@ -223,7 +223,7 @@ def left_padded(rows: list[list[int]], model: Model, starts: list[int], columns:
     """Returns (B, columns) on the model's device: row b from column starts[b] on, padding before, masks behind."""
     padding, mask = max(model.config.pad_id, 0), model.config.mask_id
     table = [[padding] * s + row + [mask] * (columns - s - len(row)) for s, row in zip(starts, rows)]
-    return torch.tensor(table, dtype=torch.int64).to(model.device)
+    return torch.tensor(table, dtype=torch.int64, device=model.device)
 
 
 def check_filled(rows: list[list[int]], config: ModelConfig) -> None:

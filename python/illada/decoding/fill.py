@@ -84,7 +84,7 @@ def fill(
     for index in range(-(-max(map(len, holes)) // at_once)):
         part = [[start + i for i in h[index * at_once : (index + 1) * at_once]] for h, start in zip(holes, starts)]
         width = max(map(len, part))
-        positions = torch.tensor([p + [-1] * (width - len(p)) for p in part], dtype=torch.int64).to(model.device)
+        positions = torch.tensor([p + [-1] * (width - len(p)) for p in part], dtype=torch.int64, device=model.device)
         decoder.run_block(Block(index, positions, list(map(len, part)), (0, length), length, scattered=True))
     done = [row[start:] for row, start in zip(tokens.tolist(), starts)]
     check_filled(done, model.config)
@@ -143,14 +143,14 @@ def fill_hole(
             f"fill_hole: expected a hole and at most {c.max_seq_len} tokens, got {hole_length} and {total}"
         )
     start = len(before) + len(after)  # of the hole, in the order in which tokens are seen
-    tokens = torch.tensor([[*before, *after, *[c.mask_id] * hole_length]]).to(model.device)
+    tokens = torch.tensor([[*before, *after, *[c.mask_id] * hole_length]], device=model.device)
     place = [
         *range(len(before)),
         *range(len(before) + hole_length, total),
         *range(len(before), len(before) + hole_length),
     ]
-    places = torch.tensor(place).to(model.device)
-    seeds = torch.tensor(seeds_of(seed, 1)).to(model.device)
+    places = torch.tensor(place, device=model.device)
+    seeds = torch.tensor(seeds_of(seed, 1), device=model.device)
     for first in range(start // block * block, total, block):
         end = min(first + block, total)
         candidates = torch.arange(first, end, device=model.device)[None]

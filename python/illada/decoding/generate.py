@@ -136,12 +136,12 @@ class _Continuation:
             return Generation([], [], [], [], 0)
         model, columns = self.model, self.first + self.blocks * self.block_length
         tokens = left_padded(self.rows, model, self.starts, columns)
-        column = torch.arange(columns).to(model.device)
-        prompt_ends, ends = (torch.tensor(e).to(model.device)[:, None] for e in (self.prompt_ends, self.ends))
+        column = torch.arange(columns, device=model.device)
+        prompt_ends, ends = (torch.tensor(e, device=model.device)[:, None] for e in (self.prompt_ends, self.ends))
         blank = not all(self.rows)
         decoder = Decoder(model, tokens, self.starts, column < prompt_ends, sampling, callback, blank)
         open_columns = (column >= prompt_ends) & (column < ends)  # (B, columns): True where a token may be generated
-        stops = torch.tensor(self.stop_ids, dtype=torch.int64).to(model.device)
+        stops = torch.tensor(self.stop_ids, dtype=torch.int64, device=model.device)
         running = [True] * len(self.rows)
         for index in range(self.blocks):
             begin = self.first + index * self.block_length

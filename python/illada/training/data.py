@@ -156,6 +156,8 @@ class Windows:
     """
 
     def __init__(self, stream: np.ndarray, length: int, batch_size: int, seed: int):
+        if not len(stream):
+            raise DataError("stream: expected at least one token, got none")
         if len(stream) < 2 * length:
             stream = np.tile(stream, -(-2 * length // len(stream)))
         self.stream, self.length, self.batch_size, self.seed = stream, length, batch_size, seed

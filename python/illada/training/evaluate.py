@@ -142,7 +142,7 @@ def _windows(ids: np.ndarray, length: int, scored: int, eos_id: int) -> tuple[Te
     filler = np.resize(ids, count * scored - len(ids))
     padded = np.concatenate([np.full(context, eos_id), ids, filler])
     tokens = np.stack([padded[i * scored : i * scored + length] for i in range(count)])
-    return torch.from_numpy(tokens), (torch.arange(count * scored) < len(ids)).view(count, scored)
+    return torch.from_numpy(tokens), (torch.arange(count * scored, device="cpu") < len(ids)).view(count, scored)
 
 
 def _examples(
@@ -153,12 +153,14 @@ def _examples(
     level = stratified(len(tokens) * (scored // block), generator)
     number = (level * block).long().clamp(max=block - 1) + 1  # masks in each block of each window
     masked = mask_count(number, block, generator).view(len(tokens), scored)
-    weight = (block / number).repeat_interleave(block).view(len(tokens), scored)
+    weight = (block / number.float()).repeat_interleave(block).view(len(tokens), scored)
     masked_targets, clean = tokens[:, length - scored :], tokens
     noisy = masked_targets.masked_fill(masked, model.config.mask_id)
     key_ranges = positions = previous = None
     if model.config.causal_block:
-        positions = torch.cat([torch.arange(length - scored, length), torch.arange(length)])[None]
+        positions = torch.cat(
+            [torch.arange(length - scored, length, device="cpu"), torch.arange(length, device="cpu")]
+        )[None]
         key_ranges = noisy_tail(length, scored, block)
         previous = previous_rows(scored, block, clean=length)  # context, then the scored tokens
     batch = max(1, rows_per_pass // (scored + (length if key_ranges is not None else 0)))
@@ -174,10 +176,10 @@ def noisy_tail(length: int, scored: int, block: int) -> KeyRanges:
 
     A noisy row sees its own noisy block and the clean blocks before it; a clean row the clean blocks up to its own.
     """
-    row = torch.arange(scored) // block * block
+    row = torch.arange(scored, device="cpu") // block * block
     context = length - scored
     noisy = torch.stack([row, row + block, torch.full_like(row, scored), scored + context + row], dim=-1)
-    clean_end = scored + KeyRanges.block_causal(length, block).bounds[0, :, 1]
+    clean_end = scored + KeyRanges.block_causal(length, block, device="cpu").bounds[0, :, 1]
     start = torch.full_like(clean_end, scored)
     clean = torch.stack([start, clean_end, clean_end, clean_end], dim=-1)
     return KeyRanges(torch.cat([noisy.to(torch.int32), clean])[None], scored + length)

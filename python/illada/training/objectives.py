@@ -8,6 +8,7 @@ given CPU generator, so a batch is the same on every device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from torch import Tensor
 from illada_kernels import KeyRanges, masked_loss
 
 from ..model import Model
+
+WEIGHTINGS = ("llada", "mdlm", "cart")
+# Whatever torch's default device and dtype are, a batch is the same.
+_CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -59,18 +64,19 @@ def stratified(count: int, generator: torch.Generator, low: float = 0.0, high: f
     u_i = (u + i / count) mod 1 (Kingma et al., arXiv 2107.00630, appendix I.1). Each level is uniform and their mean
     hardly varies, so most of the level's noise leaves the loss.
     """
-    u = (torch.rand((), generator=generator) + torch.arange(count) / max(count, 1)) % 1
-    return low + (high - low) * u[torch.randperm(count, generator=generator)]
+    slices = torch.arange(count, **_CPU) / max(count, 1)
+    u = (torch.rand((), generator=generator, **_CPU) + slices) % 1
+    return low + (high - low) * u[torch.randperm(count, generator=generator, device="cpu")]
 
 
 def mask_independently(shape: tuple[int, int], p: Tensor, generator: torch.Generator) -> Tensor:
     """Returns (B, S) bool, each True with probability p (B, 1)."""
-    return torch.rand(shape, generator=generator) < p
+    return torch.rand(shape, generator=generator, **_CPU) < p
 
 
 def mask_count(counts: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """Returns (N, length) bool with exactly counts[i] True in row i, all such subsets equally likely."""
-    rank = torch.rand(len(counts), length, generator=generator).argsort(1).argsort(1)
+    rank = torch.rand(len(counts), length, generator=generator, **_CPU).argsort(1).argsort(1)
     return rank < counts[:, None]
 
 
@@ -126,8 +132,8 @@ def full_sequence(
     -----
     With "llada" and "mdlm" the loss's expectation is an upper bound of -log p(x) / S; with "cart" it is not a bound.
     """
-    if weighting not in ("llada", "mdlm", "cart"):
-        raise ValueError(f"weighting: expected 'llada', 'mdlm' or 'cart', got {weighting!r}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     batch, length = tokens.shape
     u = stratified(batch, generator)[:, None]  # (B, 1)
     p = u.clamp(min=1 / length) if weighting == "mdlm" else (1 - eps) * u + eps
@@ -170,7 +176,9 @@ def sft(
     if bool((answer < 1).any()):
         raise ValueError(f"prompt_lengths: expected at most {length - 1}, so that something is left to learn from")
     p = (1 - eps) * stratified(batch, generator)[:, None] + eps
-    masked = mask_independently((batch, length), p, generator) & (torch.arange(length) >= prompt_lengths[:, None])
+    masked = mask_independently((batch, length), p, generator) & (
+        torch.arange(length, device="cpu") >= prompt_lengths[:, None]
+    )
     weight = (1 / (p * answer * batch)).expand_as(tokens)
     return Example(tokens.masked_fill(masked, mask_id), tokens, masked, weight)
 
@@ -209,19 +217,19 @@ def block_diffusion(
     batch, length = tokens.shape
     if block < 1 or length % block:
         raise ValueError(f"block: expected a divisor of the sequence length {length}, got {block}")
-    positions = torch.arange(length)[None] if order is None else order
+    positions = torch.arange(length, device="cpu")[None] if order is None else order
     if order is not None:
         tokens = tokens.gather(1, order)
     level = stratified(batch * (length // block), generator)
     count = (level * block).long().clamp(max=block - 1) + 1  # (B * S / b,)
     masked = mask_count(count, block, generator).view(batch, length)
-    weight = (block / count).repeat_interleave(block).view(batch, length) / tokens.numel()
+    weight = (block / count.float()).repeat_interleave(block).view(batch, length) / tokens.numel()
     return Example(
         torch.cat([tokens.masked_fill(masked, mask_id), tokens], dim=1),
         tokens,
         masked,
         weight,
-        KeyRanges.block_diffusion(length, block),
+        KeyRanges.block_diffusion(length, block, device="cpu"),
         positions.repeat(1, 2),
         previous_rows(length, block, clean=length),
     )
@@ -233,7 +241,7 @@ def previous_rows(scored: int, block: int, clean: int) -> Tensor:
     As in decoding, a block's first token is predicted by the clean token before it, the others by the noisy one before
     them. The clean copy of the first noisy token stands in column `clean`; if no token precedes it, its own row counts.
     """
-    i = torch.arange(scored)
+    i = torch.arange(scored, device="cpu")
     return torch.where(i % block == 0, clean + i - 1, i - 1).where((i > 0) | (clean > scored), 0)
 
 
@@ -242,8 +250,8 @@ def hole_order(batch: int, length: int, fraction: float, generator: torch.Genera
 
     Fill-in-the-middle (arXiv 2207.14255) without sentinel tokens, because positions say where the piece belongs.
     """
-    order = torch.arange(length).repeat(batch, 1)
-    for row in torch.nonzero(torch.rand(batch, generator=generator) < fraction).flatten().tolist():
-        start, stop = torch.randint(1, length, (2,), generator=generator).sort().values.tolist()
+    order = torch.arange(length, device="cpu").repeat(batch, 1)
+    for row in torch.nonzero(torch.rand(batch, generator=generator, **_CPU) < fraction).flatten().tolist():
+        start, stop = torch.randint(1, length, (2,), generator=generator, device="cpu").sort().values.tolist()
         order[row] = torch.cat([order[row, :start], order[row, stop:], order[row, start:stop]])
     return order

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import Model
+from ..model import Model, named_weights
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic Newton-Schulz step, chosen for a steep slope at zero
 
@@ -82,7 +82,7 @@ def optimizers(
     }
     groups: dict[str, list[Tensor]] = {"": [], **{kind: [] for kind in stacked}}
     rest = []
-    for path, parameter in model.named_parameters():
+    for path, parameter in named_weights(model).items():
         kind = next((k for k in stacked if k in path), "")
         if path.startswith("layers.") and parameter.dim() == 2:
             groups[kind].append(parameter)

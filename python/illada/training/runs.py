@@ -24,9 +24,10 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, DataError
 from ..model import Model
 from ..tokenizer import FILE, Tokenizer, from_json, load_tokenizer, make_tokenizer, stream
+from .config import TrainConfig
 from .data import RUN, Document, Pairs, Windows, read_corpus, split
 from .state import FolderLock, make_folder, replace_file
-from .trainer import Source, TrainConfig, Trainer
+from .trainer import Source, Trainer
 
 
 @dataclass
@@ -98,9 +99,10 @@ class Run:
             tokenizer = from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
             return cls(folder, saved["data"], tokenizer, ModelConfig(**saved["model"]), TrainConfig(**saved["train"]))
         except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{error.filename} is missing: {folder} holds no run to resume; start one without --resume"
-            ) from None
+            hint = f"{folder} holds no run to resume; start one without --resume"
+            if _run_files(folder):
+                hint = "put it back, or start again in another folder"
+            raise CheckpointError(f"{error.filename} is missing: {hint}") from None
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError) as error:

@@ -22,77 +22,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..model import Model
+from ..model import Model, named_weights
+from .config import TrainConfig
 from .objectives import Example, block_diffusion, full_sequence, hole_order, sft
 from .optim import optimizers
 from .state import FolderLock, RunState, append_line, cut_log
 
-OBJECTIVES = ("full", "block", "sft")
 _ADVICE = "resume with a lower --lr, or check the data"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Raises ValueError for settings that contradict each other.
-
-    Parameters
-    ----------
-    objective : str
-        "full" (LLaDA), "block" (BD3-LM, whose block length is the model's causal_block) or "sft".
-    steps, seconds : int, float
-        Length of the run and of its learning-rate schedule; exactly one of them.
-    length, batch_size : int
-        Tokens in a window, windows in a step.
-    weighting, complementary
-        Of objective "full", as in `objectives.full_sequence`.
-    hole_fraction : float
-        Of objective "block": share of windows whose middle comes last (`objectives.hole_order`).
-    optimizer : str
-        "muon": lr for matrices, adamw_lr for the rest. "adamw": lr for all.
-    lr, adamw_lr, weight_decay : float
-    warmup : float
-        Share of the run in which the learning rate rises linearly; then it falls linearly to zero.
-    clip : float
-        Largest norm of the gradient of the parameters that AdamW updates.
-    dtype : str
-        "float32", or "bfloat16" to compute under autocast; weights stay float32.
-    seed : int
-    """
-
-    objective: str = "full"
-    steps: int | None = None
-    seconds: float | None = None
-    length: int = 128
-    batch_size: int = 8
-    weighting: str = "llada"
-    complementary: bool = False
-    hole_fraction: float = 0.0
-    optimizer: str = "muon"
-    lr: float = 0.02
-    adamw_lr: float = 0.004
-    weight_decay: float = 0.0
-    warmup: float = 0.03
-    clip: float = 1.0
-    dtype: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
-        if (self.steps is None) == (self.seconds is None):
-            raise ValueError(f"steps, seconds: expected one of them, got {self.steps} and {self.seconds}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
-        for name in ("steps", "seconds", "length", "batch_size", "lr", "adamw_lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= torch.finfo(torch.float32).max:
-                raise ValueError(f"{name}: expected a positive number that float32 holds, got {value}")
-        if not 0 <= self.hole_fraction <= 1:
-            raise ValueError(f"hole_fraction: expected a number from 0 to 1, got {self.hole_fraction}")
-
-    def rate(self, done: float) -> float:
-        """Returns the factor on the learning rates when `done` (0 .. 1) of the run is over."""
-        return min(1.0, done / self.warmup if self.warmup > 0 else 1.0, max(0.0, (1 - done) / (1 - self.warmup)))
 
 
 class Source(Protocol):
@@ -103,12 +39,17 @@ class Source(Protocol):
 
 
 def example(config: TrainConfig, model: Model, batch: Any, step: int) -> Example:
-    """Returns the corrupted batch of a step, from a generator of its own."""
+    """Returns the corrupted batch of a step, from a generator of its own.
+
+    Raises ValueError for a batch with ids that the model does not have, or with its mask, which is not text.
+    """
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
     mask_id = model.config.mask_id
     if config.objective == "sft":
         tokens, prompt_lengths = batch
+        _check_ids(tokens, model, step)
         return sft(torch.from_numpy(tokens), torch.from_numpy(prompt_lengths), mask_id, generator)
+    _check_ids(batch, model, step)
     tokens = torch.from_numpy(batch)
     if config.objective == "full":
         return full_sequence(tokens, mask_id, generator, weighting=config.weighting, complementary=config.complementary)
@@ -116,6 +57,15 @@ def example(config: TrainConfig, model: Model, batch: Any, step: int) -> Example
     if config.hole_fraction > 0:
         order = hole_order(tokens.shape[0], tokens.shape[1], config.hole_fraction, generator)
     return block_diffusion(tokens, mask_id, generator, block=model.config.causal_block, order=order)
+
+
+def _check_ids(tokens: np.ndarray, model: Model, step: int) -> None:
+    wrong = tokens[(tokens < 0) | (tokens >= model.config.vocab_size) | (tokens == model.config.mask_id)]
+    if len(wrong):
+        raise ValueError(
+            f"source: expected ids in [0, {model.config.vocab_size}) other than mask_id = {model.config.mask_id}, "
+            f"got {wrong[0]} in the batch of step {step}"
+        )
 
 
 @dataclass
@@ -184,7 +134,9 @@ class Trainer:
         assert self.state is not None
         saved = self.state.load(self.model.device)
         if saved is not None:
-            self.model.load_state_dict(saved["model"])
+            with torch.no_grad():
+                for name, weight in named_weights(self.model).items():
+                    weight.copy_(saved["model"][name])
             for optimizer, part in zip(self.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(part)
             self.step, self.seconds = saved["step"], saved["seconds"]
@@ -204,7 +156,7 @@ class Trainer:
         os.fsync(self.log.fileno())
         self.state.save(
             {
-                "model": self.model.state_dict(),
+                "model": {name: weight.detach() for name, weight in named_weights(self.model).items()},
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "step": self.step,
                 "seconds": self.seconds,

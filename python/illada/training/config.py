@@ -1,0 +1,83 @@
+"""TrainConfig: how to train, and its checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .objectives import WEIGHTINGS
+
+OBJECTIVES = ("full", "block", "sft")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Raises ValueError for settings that contradict each other.
+
+    Parameters
+    ----------
+    objective : str
+        "full" (LLaDA), "block" (BD3-LM, whose block length is the model's causal_block) or "sft".
+    steps, seconds : int, float
+        Length of the run and of its learning-rate schedule; exactly one of them.
+    length, batch_size : int
+        Tokens in a window, windows in a step.
+    weighting, complementary
+        Of objective "full", as in `objectives.full_sequence`.
+    hole_fraction : float
+        Of objective "block": share of windows whose middle comes last (`objectives.hole_order`).
+    optimizer : str
+        "muon": lr for matrices, adamw_lr for the rest. "adamw": lr for all.
+    lr, adamw_lr, weight_decay : float
+    warmup : float
+        Share of the run in which the learning rate rises linearly; then it falls linearly to zero.
+    clip : float
+        Largest norm of the gradient of the parameters that AdamW updates.
+    dtype : str
+        "float32", or "bfloat16" to compute under autocast; weights stay float32.
+    seed : int
+    """
+
+    objective: str = "full"
+    steps: int | None = None
+    seconds: float | None = None
+    length: int = 128
+    batch_size: int = 8
+    weighting: str = "llada"
+    complementary: bool = False
+    hole_fraction: float = 0.0
+    optimizer: str = "muon"
+    lr: float = 0.02
+    adamw_lr: float = 0.004
+    weight_decay: float = 0.0
+    warmup: float = 0.03
+    clip: float = 1.0
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(f"steps, seconds: expected one of them, got {self.steps} and {self.seconds}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        for name in ("steps", "length", "batch_size", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
+        for name in ("steps", "seconds", "length", "batch_size", "lr", "adamw_lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 3.4e38:  # float32's largest
+                raise ValueError(f"{name}: expected a positive number up to 3.4e38, got {value}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: expected a number from 0 to below 1, got {self.warmup}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
+        if not 0 <= self.hole_fraction <= 1:
+            raise ValueError(f"hole_fraction: expected a number from 0 to 1, got {self.hole_fraction}")
+
+    def rate(self, done: float) -> float:
+        """Returns the factor on the learning rates when `done` (0 .. 1) of the run is over."""
+        return min(1.0, done / self.warmup if self.warmup > 0 else 1.0, max(0.0, (1 - done) / (1 - self.warmup)))

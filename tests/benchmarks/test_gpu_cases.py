@@ -1,0 +1,281 @@
+"""Cases and peers of a GPU, tested without one; and contenders that fail, hang or die."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+import illada_kernels as ik
+from benchmarks import measure, run
+from benchmarks.journal import Journal
+from benchmarks.measure import Case, Work
+from benchmarks.peers import attention as attention_peers
+from benchmarks.peers import masked_loss as masked_loss_peers
+from benchmarks.peers import unmask as unmask_peers
+from benchmarks.peers.attention import DOCUMENTS, GpuCase
+from benchmarks.report import plot, readme
+from benchmarks.rows import run_case
+from benchmarks.suites import attention as attention_suite
+from benchmarks.suites import masked_loss as masked_loss_suite
+from benchmarks.suites import unmask as unmask_suite
+from illada_kernels.ops.unmask.cases import Shape
+
+RATES = {"gemm": 1e12, "copy": 1e11}
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------------
+def test_cases_of_a_gpu_are_listed_without_one():
+    for op in ("attention_fwd", "attention_bwd", "masked_loss", "unmask"):
+        cases = run.collect(op, "cuda")
+        assert len({(case.name, case.dtype) for case in cases}) == len(cases) > 10
+        assert all(case.facts["bytes"] > 0 for case in cases)
+        assert any(case.facts.get("headline") for case in cases)
+
+
+def test_attention_is_measured_at_16384_tokens_and_counts_the_pairs_that_are_attended():
+    training, cached = attention_suite.gpu_shapes()
+    assert sum(DOCUMENTS) == 16384 and min(DOCUMENTS) == 256 and max(DOCUMENTS) == 2048
+    assert {shape.batch * shape.keys for shape in training} == {16384}
+    facts = {case.name: case.facts for case in run.collect("attention_fwd", "cuda")}
+    half, block = 4096, 32
+    assert facts["block_diffusion_4k_b32_kv8"]["density"] == pytest.approx((half**2 + half * block) / (2 * half) ** 2)
+    assert facts["packed_16k_kv32"]["density"] == pytest.approx(sum(n * n for n in DOCUMENTS) / 16384**2)
+    assert facts["full_4k_kv8"]["flops"] == pytest.approx(4 * 4 * 4096**2 * 32 * 128)
+    asked = {(s.batch, s.queries, s.keys, s.kv_heads) for s in cached}
+    assert asked == {(b, q, k, h) for b in (1, 16) for q in (32, 64) for k in (1024, 4096, 16384) for h in (8, 32)}
+
+
+@pytest.mark.parametrize(("kind", "block"), [("block_diffusion", 4), ("block_diffusion", 16), ("packed", 0)])
+def test_flex_attention_is_given_the_mask_that_we_have(kind, block, monkeypatch):
+    monkeypatch.setattr(attention_peers, "DOCUMENTS", (16, 40, 8))
+    case = GpuCase("x", 1, 64, 64, 2, 2, 16, attention_suite._gpu_mask, kind=kind, block=block)
+    mod = attention_peers.mask_mod(case, "cpu")
+    row = torch.arange(64)
+    assert torch.equal(mod(0, 0, row[:, None], row[None, :]), case.key_ranges("cpu").dense()[0])
+    additive = attention_peers.additive_mask(case, torch.float32, torch.device("cpu"))
+    assert torch.equal(additive[0, 0] == 0, case.key_ranges("cpu").dense()[0])
+
+
+# ---- peers do the same job ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["full", "block_diffusion", "packed", "cached"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
+def test_peers_of_attention_give_what_ours_gives(kind, direction, monkeypatch):
+    monkeypatch.setattr(attention_peers, "DOCUMENTS", (16, 40, 8))
+    rows = 8 if kind == "cached" else 64
+    case = GpuCase("x", 1, rows, 64, 4, 2, 16, attention_suite._gpu_mask, kind=kind, block=4)
+    work = attention_suite.build_on_gpu(case, direction, torch.float32, "cpu")
+    name = "math" if kind in ("full", "cached") else "math, dense mask"
+    ours, theirs = next(iter(work.ours.values()))(), work.peers[name]()
+    pairs = [(ours, theirs)] if direction == "forward" else list(zip(ours, theirs))
+    for mine, other in pairs:  # theirs has its heads first
+        torch.testing.assert_close(mine, other.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="No viable backend"):
+        work.peers[name.replace("math", "cudnn")]()
+
+
+@pytest.mark.parametrize("kind", ["full", "block_diffusion", "packed", "cached"])
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_a_kernel_that_is_wrong_at_the_size_measured_is_told(kind, direction, monkeypatch):
+    monkeypatch.setattr(attention_peers, "DOCUMENTS", (80, 100, 20))
+    case = GpuCase("x", 2, 8 if kind == "cached" else 200, 200, 4, 2, 16, attention_suite._gpu_mask, kind=kind, block=4)
+    case = dataclasses.replace(case, batch=1) if kind == "packed" else case
+    work = attention_suite.build_on_gpu(case, direction, torch.float32, "cpu")
+    name = next(iter(work.ours))
+    assert 0 < work.check(name) < 1e-5
+    right = ik.attention
+
+    for factor in (2, torch.nan):  # in the last row
+
+        def off(*arguments, factor=factor, **options):
+            out = right(*arguments, **options)
+            return torch.cat([out[:, :-1], factor * out[:, -1:]], dim=1)
+
+        monkeypatch.setattr(ik, "attention", off)
+        assert not work.check(name) <= measure.WRONG
+    assert "WRONG" in run.wrong({"error": 0.3}) and "WRONG" in run.wrong({"error": float("nan")})
+    assert not run.wrong({"error": 0.004}) and not run.wrong({})
+
+
+@pytest.mark.parametrize("kind", ["full", "block_diffusion"])
+def test_flex_attention_is_called_as_it_wants_to_be(kind, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = GpuCase("x", 1, 256, 256, 4, 2, 16, attention_suite._gpu_mask, kind=kind, block=4, flex=True)
+    work = attention_suite.build_on_gpu(case, "forward", torch.float32, "cpu")
+    assert "block mask" in work.notes["flex, compiled"]
+    theirs = work.peers["flex, compiled"]().transpose(1, 2)
+    torch.testing.assert_close(next(iter(work.ours.values()))(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_key_heads_are_repeated_for_a_backend_that_takes_no_groups():
+    found, x = attention_peers.Peers(), torch.randn(1, 8, 4, 16)
+    layout, _ = attention_peers.with_groups(
+        found, "efficient", SDPBackend.EFFICIENT_ATTENTION, None, x, x[:, :, :2], x[:, :, :2]
+    )
+    assert layout(x[:, :, :2]).shape == (1, 4, 8, 16) and "repeated" in found.notes["efficient"]
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_peers_of_masked_loss_give_what_ours_gives(gradients, monkeypatch):
+    monkeypatch.delitem(masked_loss_peers.MAKERS, "F.cross_entropy, compiled")
+    case = masked_loss_suite.GpuCase("x", 48, 20, 16, 129, gradients=gradients)
+    work = masked_loss_suite.build_on_gpu(case, torch.float32, "cpu")
+    ours = next(iter(work.ours.values()))()
+    weighted = {name: job for name, job in work.peers.items() if "unweighted" not in name}
+    assert len(weighted) >= 3
+    for name, job in weighted.items():
+        mine, theirs = (ours[1], job()[1]) if gradients else (ours, job())
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3, msg=name)
+        if gradients and "all rows" in name:
+            torch.testing.assert_close(ours[0], job()[0], rtol=1e-4, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_loss_that_is_wrong_is_told(gradients, monkeypatch):
+    monkeypatch.setattr(masked_loss_peers, "MAKERS", {})
+    case = masked_loss_suite.GpuCase("x", 90, 40, 16, 129, gradients=gradients)
+    work = masked_loss_suite.build_on_gpu(case, torch.float32, "cpu")
+    name, right = next(iter(work.ours)), masked_loss_suite.masked_loss
+    assert work.check(name) < 1e-4
+    monkeypatch.setattr(masked_loss_suite, "masked_loss", lambda *a, **options: 1.1 * right(*a, **options))
+    assert work.check(name) == pytest.approx(0.1, rel=0.01)
+
+    def leaks(hidden, *a, **options):
+        return right(hidden, *a, **options) + (hidden.sum() if gradients else torch.nan)
+
+    monkeypatch.setattr(masked_loss_suite, "masked_loss", leaks)
+    assert not work.check(name) <= measure.WRONG
+
+
+def test_a_proposal_that_is_wrong_is_told():
+    work = unmask_suite.on_gpu(Shape("s", 3, 5, 33, 16, 32), 0.0, "step", "cpu")
+    assert work.check(next(iter(work.ours))) < 1e-5
+    hidden, weight = torch.randn(2, 3, 8), torch.randn(20, 8)
+    best = (hidden @ weight.T)[..., :19].argmax(-1)
+    assert unmask_suite.error_of(best, hidden, weight, 19) < 1e-5
+    assert unmask_suite.error_of((best + 1) % 19, hidden, weight, 19) > 0.1
+    best[1, 1] = -1
+    assert unmask_suite.error_of(best, hidden, weight, 19) == float("inf")
+
+
+def test_rows_that_pad_a_peer_change_nothing():
+    hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
+    rows = masked_loss_peers.Rows(hidden, head, torch.arange(5), torch.rand(5))
+    padded = rows.padded(8)
+    assert padded.hidden.shape == (8, 8) and padded.hidden.is_leaf
+    torch.testing.assert_close(masked_loss_peers.plain(padded), masked_loss_peers.plain(rows))
+
+
+def test_steps_of_peers_commit_the_same_tokens():
+    logits = torch.randn(3, 6, 40)
+    written = []
+    for step in (unmask_peers.llada_step, unmask_peers.float32_step, unmask_peers.device_step):
+        tokens = torch.full((3, 6), 39)
+        tokens[1, 2] = 7
+        written.append(step(logits, tokens, 2, 39, 0.0))
+    assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
+    assert int((written[0] != 39).sum()) == 7 and written[0][1, 2] == 7
+
+
+@pytest.mark.parametrize("kind", ["step", "entropy", "loop"])
+def test_every_kind_of_unmask_case_runs(kind, monkeypatch):
+    monkeypatch.setattr(unmask_peers, "gpu_limits", lambda: {"memory": 2 * 2 * 40 * 5 * 33, "l2": 0})
+    work = unmask_suite.on_gpu(Shape("s", 3, 5, 33, 16, 32), 1.0, kind, "cpu")
+    for job in {**work.ours, **work.peers}.values():
+        job()
+    assert kind != "loop" or "2 sequences at a time" in work.notes["LLaDA's loop"]
+    job = next(iter(unmask_suite.selection(2, 9, "cpu").ours.values()))
+    assert job().committed.sum(-1).tolist() == [4, 4]
+
+
+# ---- contenders that fail -------------------------------------------------------------------------------------------
+def fails():
+    raise RuntimeError("no kernel image\nis available")
+
+
+def test_a_contender_that_raises_is_recorded_and_the_others_are_measured():
+    work = Work({"cuda": fails, "triton": lambda: None}, {"bad": fails, "good": lambda: time.sleep(1e-4)})
+    work.absent, work.notes = {"cpu": "made for CPUs"}, {"good": "as it is", "bad": "never told"}
+    (row,) = run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=3)
+    assert row["backend"] == "triton" and list(row["peers"]) == ["good"] and row["notes"] == {"good": "as it is"}
+    reason = "RuntimeError: no kernel image"
+    assert row["failed"] == {"cpu": "made for CPUs", "bad": reason, "cuda": reason}
+
+
+@pytest.mark.parametrize("calls_that_work", [1, 2, 3, 5])
+def test_a_contender_that_raises_late_is_left_out_of_the_rounds(calls_that_work, monkeypatch):
+    monkeypatch.setattr(measure, "SAMPLE_MS", 0.0)  # one call a sample
+    left, called = [calls_that_work], []
+
+    def breaks():
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("out of memory")
+
+    work = Work({"cuda": lambda: called.append(1)}, {"breaks": breaks})
+    (row,) = run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=4)
+    assert row["failed"] == {"breaks": "RuntimeError: out of memory"} and row["peers"] == {}
+    assert len(called) >= 1 + 2 + 4
+
+
+def peers_only_row() -> dict:
+    work = Work({"cuda": fails}, {"good": lambda: time.sleep(1e-4)}, flops=1e6)
+    case = Case("masked_loss", "c", "float32", lambda: work, {"vocab": 155136})
+    (row,) = run_case(case, "cpu", RATES, rounds=3)
+    return row
+
+
+def test_peers_and_ceilings_are_measured_when_none_of_ours_runs(tmp_path):
+    row = peers_only_row()
+    assert row["backend"] is None and row["ms"] is None and row["best_peer"] == "good" and row["floor_ms"] > 0
+    assert json.dumps(row) and "none of ours" in run.line(row)
+    folder = tmp_path / "h200"
+    folder.mkdir()
+    (folder / "masked_loss.json").write_text(json.dumps([row]))
+    assert plot.rows_of(folder) == []
+    assert readme.table(tmp_path).splitlines()[-1].startswith("| masked_loss | c | float32 | absent | good ")
+    work = Work({"cuda": lambda: None}, {"good": lambda: None})
+    (asked,) = run_case(Case("unmask", "c", "float32", lambda: work), "cpu", RATES, rounds=3, ours=[])
+    assert asked["backend"] is None
+
+
+def test_what_the_journal_says_hung_or_ended_is_not_run_again(tmp_path, monkeypatch, capsys):
+    record = Journal(tmp_path / "journal")
+    record.avoid("unmask|two|float32|hangs", "no end within 60 s")
+    record.end("unmask|one|float32")
+    called = []
+
+    def case(name: str) -> Case:
+        work = Work({"ours": lambda: called.append(name)}, {"hangs": lambda: called.append("hangs")})
+        return Case("unmask", name, "float32", lambda: work)
+
+    known = [case("one"), case("two")]
+    monkeypatch.setattr(run, "exists", lambda op: True)
+    monkeypatch.setattr(run, "collect", lambda op, device, pattern="": known)
+    monkeypatch.setattr(run, "ceilings", lambda device, dtype: RATES)
+    path = tmp_path / "rows.json"
+    arguments = ["--op", "unmask", "--json", str(path), "--device", "cpu", "--rounds", "3"]
+    assert run.main([*arguments, "--journal", str(record.path)]) == 0
+    assert set(called) == {"two"} and record.current() is None and "unmask|two|float32" in record.ended()
+    assert json.loads(path.read_text())[0]["failed"] == {"hangs": "no end within 60 s"}
+
+
+def test_what_hung_twice_is_left_out_of_every_case():
+    avoided = {f"unmask|{case}|float32|cuda": "no end within 60 s" for case in ("a", "b")}
+    assert "left out after a" in measure.twice(avoided, "unmask", "cuda")
+    assert measure.twice(avoided, "unmask", "triton") is None and measure.twice(avoided, "masked_loss", "cuda") is None
+
+
+def test_a_case_that_cannot_be_built_fails_and_the_next_is_measured(tmp_path, monkeypatch, capsys):
+    known = [Case("unmask", "bad", "float32", fails), Case("unmask", "good", "float32", lambda: Work({"x": fails}, {}))]
+    monkeypatch.setattr(run, "exists", lambda op: True)
+    monkeypatch.setattr(run, "collect", lambda op, device, pattern="": known)
+    monkeypatch.setattr(run, "ceilings", lambda device, dtype: RATES)
+    path = tmp_path / "rows.json"
+    assert run.main(["--op", "unmask", "--json", str(path), "--device", "cpu", "--rounds", "3"]) == 1
+    assert [row["case"] for row in json.loads(path.read_text())] == ["good"]
+    assert "bad float32: RuntimeError: no kernel image" in capsys.readouterr().out
