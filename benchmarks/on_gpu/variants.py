@@ -26,7 +26,7 @@ FOLDER = ROOT / "build" / "variants"
 
 @dataclass(frozen=True)
 class Variant:
-    macro: str
+    macro: str  # without ILLADA_, as is the next but one
     source: str  # of csrc/cuda
     arguments: str  # the macro of api.h that holds the entry point's parameters
     cases: tuple[str, ...]  # attention forward cases in which it is measured
@@ -34,9 +34,9 @@ class Variant:
 
 VARIANTS = {
     "rotation": Variant(
-        "ILLADA_ATTENTION_FWD_ROTATION",
+        "ATTENTION_FWD_ROTATION",
         "attention_fwd_bf16_sm90a.cu",
-        "ILLADA_ATTENTION_FWD_ARGUMENTS",
+        "ATTENTION_FWD_ARGUMENTS",
         ("full_8k_kv8", "block_diffusion_4k_b32_kv8"),
     )
 }
@@ -54,7 +54,7 @@ def measured(case: str) -> list[str]:
 def command(name: str, nvcc: str, target: Path) -> list[str]:
     variant, csrc = VARIANTS[name], ROOT / "csrc"
     places = ["-I", str(csrc / "include"), "-I", str(csrc / "cuda")]
-    arch = ["-gencode", "arch=compute_90a,code=sm_90a", f"-D{variant.macro}"]
+    arch = ["-gencode", "arch=compute_90a,code=sm_90a", f"-DILLADA_{variant.macro}"]
     flags = [*_build.NVCC_FLAGS.replace(",-fvisibility=hidden", "").split(), *arch, *places]
     return [nvcc, *flags, "-shared", "-o", str(target), str(csrc / "cuda" / variant.source)]
 
@@ -62,7 +62,7 @@ def command(name: str, nvcc: str, target: Path) -> list[str]:
 def parameters(name: str) -> list[type]:
     """The ctypes of a variant's entry point, as api.h declares them."""
     text = (ROOT / "csrc" / "include" / "illada" / "api.h").read_text().replace("\\\n", " ")
-    (declared,) = re.findall(rf"#define {name}\s+(.+)", text)
+    (declared,) = re.findall(rf"#define ILLADA_{name}\s+(.+)", text)
     kinds = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "int": ctypes.c_int}
 
     def kind(parameter: str) -> type:

@@ -18,15 +18,15 @@ def test_a_variant_is_a_macro_of_its_source_and_its_cases_exist(name, tmp_path):
 
     variant = variants.VARIANTS[name]
     folder = variants.ROOT / "csrc" / "cuda"
-    assert any(f"#ifdef {variant.macro}\n" in path.read_text() for path in folder.glob("*.cuh"))
+    assert any(f"#ifdef ILLADA_{variant.macro}\n" in path.read_text() for path in folder.glob("*.cuh"))
     assert set(variant.cases) <= {case.name for case in run.collect("attention_fwd", "cuda")}
     command = variants.command(name, "nvcc", tmp_path / "x.so")
-    assert f"-D{variant.macro}" in command and (folder / variant.source).exists()
+    assert f"-DILLADA_{variant.macro}" in command and (folder / variant.source).exists()
     assert "hidden" not in " ".join(command)
 
 
 def test_parameters_are_those_of_the_header():
-    found = variants.parameters("ILLADA_ATTENTION_FWD_ARGUMENTS")
+    found = variants.parameters("ATTENTION_FWD_ARGUMENTS")
     pointer, wide = ctypes.c_void_p, ctypes.c_int64
     tail = [pointer, ctypes.c_float, ctypes.c_int, ctypes.c_int, pointer, pointer, ctypes.c_int, pointer]
     assert found == [*[pointer] * 6, *[wide] * 6, *tail]
