@@ -14,6 +14,7 @@ profile.csv. The exit status is 1 if a stage failed. In a checkout without git, 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def main(argv: list[str], machine: Machine | None = None) -> int:
         print("nvidia-smi lists no GPU here; --dry-run says what would run", file=sys.stderr)
         return 2
     facts = {"gpu": card, "commit": commit(), "folder": slug(card["name"])}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes end with the run
     session = Session(out, machine or Here(), environment(card), facts)
     outcomes = session.run(stages, options.seconds)
     text = summary(session.journal)

@@ -74,8 +74,9 @@ def python(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", *arguments)
 
 
-def build() -> Worker:
-    return Worker("build", python("illada_kernels._build"), journaled=False)
+def builds() -> tuple[Worker, ...]:
+    modules = {"build": "illada_kernels._build", "variants": "benchmarks.on_gpu.variants"}
+    return tuple(Worker(name, python(module), journaled=False) for name, module in modules.items())
 
 
 def benchmark(name: str, ops: Iterable[str], cases: str, out: Path, settings: Settings, ours: str) -> Worker:
@@ -124,7 +125,7 @@ def plan(out: Path, settings: Settings | None = None) -> list[Stage]:
         return Stage(name, seconds, about, (benchmark(name, ops, cases, out, settings, ours),))
 
     return [
-        Stage("build", 60, "the extension, for this GPU alone", (build(),)),
+        Stage("build", 60, "the extension, for this GPU alone; variants that are only measured", builds()),
         Stage("smoke", 30, "every kernel once; the emulator of CUDA against the GPU", (smoke, *compare)),
         Stage("tests", 90, "tests/gpu but the large; the doctor's selftests of CUDA", (*selftests("cuda"), *small)),
         measured("forward", 65, "attention forward", ["attention_fwd"], FORWARD),

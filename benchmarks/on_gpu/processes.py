@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
-PER_PROCESS = 256 << 10  # bytes of a process's output that are kept, so that the log stays small whatever is printed
+PER_PROCESS, PER_LOG = 256 << 10, 12 << 20  # bytes of output that are kept, of a process and in all
 
 
 class Process(Protocol):
@@ -39,8 +39,8 @@ class Child:
         self.reader.start()
 
     def keep(self, output: IO[bytes]) -> None:
-        left = PER_PROCESS
         with output, self.log.open("ab") as log:
+            left = max(0, min(PER_PROCESS, PER_LOG - log.tell()))
             while data := os.read(output.fileno(), 1 << 16):
                 log.write(data[:left])
                 log.flush()
@@ -53,14 +53,10 @@ class Child:
         return code
 
     def kill(self) -> None:
-        """The process and its children; waits at most 5 s for one that a GPU holds."""
+        """The process and its children, without waiting for their end, which a GPU may hold up."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            pass
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
             pass
 
 

@@ -19,7 +19,7 @@ from ..run import wrong
 from .plan import ROOT, Stage, Worker, deadlines
 from .processes import Machine, Process, ended_with
 
-POLL, KEPT = 0.2, 5.0  # seconds between looks; kept of the whole for the summary
+POLL, DYING, KEPT = 0.2, 2.0, 5.0  # seconds between looks; for killed processes to end; of the whole for the summary
 
 
 def architecture(capability: str) -> str:
@@ -43,7 +43,8 @@ class Watch:
     process: Process
     since: float  # when it was started, or began what it is at
     at: str | None = None  # what it is at
-    lines: int = 0  # of the journal at its start
+    lines: int = 0  # of its own in the journal
+    before: int = 0  # how many of these there were at its first start
     starts: int = 1
     said: str | None = None  # why it was given up; "" if it ended well
     unfinished: bool = False
@@ -101,7 +102,7 @@ class Session:
                     self.journal.write({"avoid": f"{stage.name}|{worker.name}", "reason": str(error)})
                     watches.append(Watch(worker, Dead(), 0.0, said=str(error)))
                     continue
-                watches.append(Watch(worker, process, self.machine.now(), lines=heard))
+                watches.append(Watch(worker, process, self.machine.now(), lines=heard, before=heard))
             while any(watch.said is None for watch in watches):
                 if self.machine.now() >= deadline:
                     break
@@ -112,16 +113,24 @@ class Session:
                 if any(watch.said is None for watch in watches):
                     self.machine.sleep(POLL)
         finally:
-            for watch in watches:
-                if watch.said is None:
-                    watch.said, watch.unfinished = "out of time", True
-                    watch.process.kill()
+            late = [watch for watch in watches if watch.said is None]
+            for watch in late:
+                watch.said, watch.unfinished = "out of time", True
+            self.kill([watch.process for watch in late])
         started = {watch.worker.name for watch in watches}
         return watches + [
             Watch(worker, Dead(), 0.0, said="no time was left for it", unfinished=True)
             for worker in stage.workers
             if worker.name not in started
         ]
+
+    def kill(self, processes: list[Process]) -> None:
+        """Waits a little for their end: they may hold memory of the GPU that the next process needs."""
+        for process in processes:
+            process.kill()
+        until = self.machine.now() + DYING
+        while any(process.poll() is None for process in processes) and self.machine.now() < until:
+            self.machine.sleep(POLL)
 
     def look(self, watch: Watch, claims: str) -> None:
         """Ends a watch, or starts its process again without what it hung or died at."""
@@ -139,7 +148,7 @@ class Session:
                 return
             reason = ended_with(code)
         elif worker.journaled and now - watch.since > (running["limit"] if running else worker.idle):
-            watch.process.kill()
+            self.kill([watch.process])
             reason = f"no end within {running['limit'] if running else worker.idle:g} s"
             if not running:
                 watch.said = f"{reason} of nothing that it named"
@@ -161,7 +170,7 @@ class Session:
 
     def why_nothing(self, watch: Watch) -> str:
         """Status 1: something failed, which the journal names; if it names nothing, the log's last line does."""
-        if watch.worker.journaled and watch.lines:
+        if watch.worker.journaled and watch.lines > watch.before:
             return ""
         path = self.out / "log.txt"
         lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []

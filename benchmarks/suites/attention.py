@@ -24,6 +24,7 @@ from illada_kernels.ops.attention import cases as shapes
 from illada_kernels.ops.attention.op import BACKENDS
 
 from ..measure import Case, Job, Work, rotating, sets_beyond_cache
+from ..on_gpu import variants
 from ..peers import attention as attention_peers
 from ..peers import ours_on
 from ..peers.attention import DOCUMENTS, GpuCase, heads_first
@@ -93,9 +94,10 @@ def sdpa_forward(mask: Tensor | None) -> Callable[..., Any]:
 
 
 def our_forward(ranges: KeyRanges | None, contender: str) -> Callable[..., Any]:
-    backend = contender.removesuffix(FASTER)
-    exact = backend == contender
-    return lambda q, k, v, dout: ik.attention(q, k, v, ranges, deterministic=exact, backend=backend)
+    backend, exact = contender.split()[0], FASTER not in contender
+    return variants.call(
+        contender, lambda q, k, v, dout: ik.attention(q, k, v, ranges, deterministic=exact, backend=backend)
+    )
 
 
 def with_gradients(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,6 +174,8 @@ def build_on_gpu(shape: GpuCase, direction: str, dtype: torch.dtype, device: str
     names, absent = ours_on(BACKENDS, device)
     if direction != "forward" and "cuda" in names and shape.head_dim <= 128:  # beyond it is the same path
         names.insert(names.index("cuda") + 1, "cuda" + FASTER)
+    if direction == "forward" and "cuda" in names:
+        names += variants.measured(shape.name)
     check = None if direction == "backward" else lambda name: error_of(name, ranges, sets[-1], direction)
     return Work(
         check=check,

@@ -65,6 +65,16 @@ ILLADA_DEVICE void release(uint64_t* empty) {
   if (threadIdx.x % 32 == 0) mbar_arrive(empty);
 }
 
+#ifdef ILLADA_ATTENTION_FWD_ROTATION
+// A variant that is only measured (benchmarks/on_gpu/variants.py): warpgroups issue S in turn, so that the exponentials
+// of one run beside the MMAs of another.
+ILLADA_DEVICE void await_turn(int wg) { bar_sync(4 + wg, 256); }
+template <int D> ILLADA_DEVICE void pass_turn(int wg) { bar_arrive(4 + (wg + 1) % Tile<D>::warpgroups, 256); }
+#else
+ILLADA_DEVICE void await_turn(int) {}
+template <int D> ILLADA_DEVICE void pass_turn(int) {}
+#endif
+
 template <bool MASKED, class T, int D>
 ILLADA_DEVICE void step(Shared<T, D>& shared, const Problem& problem, const Plan<D>& plan, int wg, int n, int use,
                         Rows<D>& rows) {
@@ -72,7 +82,9 @@ ILLADA_DEVICE void step(Shared<T, D>& shared, const Problem& problem, const Plan
   float s[Tile<D>::keys / 2];
   uint32_t p[Tile<D>::keys / 16][4];
   mbar_wait(&shared.k_full[stage], phase);
+  await_turn(wg);
   multiply_transposed<D, kRows>(s, shared.q[wg], shared.k[stage]);
+  pass_turn<D>(wg);
   uint32_t attended[2];
   if constexpr (MASKED) {  // while the MMA runs
 #pragma unroll
@@ -104,6 +116,8 @@ template <class T, int D> ILLADA_DEVICE void skip(Shared<T, D>& shared, const Pl
   const int stage = use % kStages, phase = use / kStages % 2;
   mbar_wait(&shared.k_full[stage], phase);
   __syncwarp();  // because a lane that still waits could miss a phase
+  await_turn(wg);
+  pass_turn<D>(wg);
   release(&shared.k_empty[stage]);
   mbar_wait(&shared.v_full[stage], phase);
   __syncwarp();
@@ -182,6 +196,7 @@ template <class T, int D> ILLADA_DEVICE void consume(Shared<T, D>& shared, const
   int use = 0;  // stages of the rings used so far
   fill_spare_rows<T, D>(shared.q[wg], p);
   bar_sync(1 + wg, 128);
+  if (wg == Tile<D>::warpgroups - 1) pass_turn<D>(wg);  // the first turn is warpgroup 0's
   for_each_item<D>(shared, [&](int i, const Plan<D>& plan) {
     Rows<D> rows{{}, {-infinity(), -infinity()}, {}};
     const auto cover = [&](int n) {
@@ -199,6 +214,7 @@ template <class T, int D> ILLADA_DEVICE void consume(Shared<T, D>& shared, const
     }
     finish_rows<T, D>(p, plan, wg, rows);
   });
+  if (wg == 0) await_turn(wg);  // takes the turn that is left
 }
 
 // ---- kernels -------------------------------------------------------------------------------------------------------

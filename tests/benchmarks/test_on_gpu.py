@@ -108,7 +108,11 @@ def test_where_everything_goes_wrong_the_run_ends_in_time_and_says_so(upset, tmp
 
 def test_what_a_stage_leaves_over_goes_to_the_next(tmp_path):
     stages = plan.plan(tmp_path)
-    told = scripts(stages) | {"build": stand_in.builds(5), "smoke": stand_in.works("smoke", items=7, each=10)}
+    told = scripts(stages) | {
+        "build": stand_in.builds(5),
+        "variants": stand_in.builds(5),
+        "smoke": stand_in.works("smoke", items=7, each=10),
+    }
     outcomes, took = go(tmp_path, told, stages)
     assert all(o["complete"] for o in outcomes) and outcomes[1]["seconds"] > stages[1].seconds and took <= 525
 
@@ -184,6 +188,32 @@ def test_a_run_killed_at_any_second_is_taken_up_without_doing_anything_again(sec
     assert len(ends) == len(set(ends)) and before < set(ends)
 
 
+def test_a_run_that_is_taken_up_is_not_good_because_the_one_before_was(tmp_path):
+    stages = [plan.Stage("s", 60, "", (plan.Worker("w", ("x",)),))]
+    (first,), _ = go(tmp_path, {"w": stand_in.works("i", items=40, each=3.0)}, stages, 60)
+    (second,), _ = go(tmp_path, {"w": stand_in.cannot_import}, stages, 60)
+    assert not first["complete"] and not second["ok"] and "exit status 1" in second["said"]
+
+
+def test_processes_that_a_gpu_holds_cost_a_stage_little(tmp_path):
+    class Held(stand_in.StandInProcess):
+        def kill(self):
+            pass
+
+    here = stand_in.StandIn({"w": stand_in.never_starts})
+    right, here.start = here.start, lambda *arguments: held(right(*arguments))
+
+    def held(process):
+        process.__class__ = Held
+        return process
+
+    workers = tuple(plan.Worker(f"w{i}", ("x",), idle=999.0) for i in range(10))
+    run_here = session.Session(tmp_path, here, {}, {})
+    (outcome,) = run_here.run([plan.Stage("s", 20, "", workers)], 20 + session.KEPT)
+    assert outcome["said"] == "out of time" and not outcome["ok"]
+    assert here.clock <= 20 + session.DYING + 2
+
+
 def test_a_journal_that_is_cut_anywhere_loses_at_most_what_was_under_way(tmp_path):
     journal = Journal(tmp_path / "journal", "p")
     for i in range(4):
@@ -240,6 +270,7 @@ def test_real_processes_are_watched_killed_and_started_again_and_their_output_is
     expected = {"hangs": "no end within 0.3 s", "dies": "died of SIGABRT", "loses the device": "illegal address"}
     assert outcome["hung_or_died"] == expected and outcome["said"] == "1 passed; 3 hung or died"
     assert processes.PER_PROCESS < (tmp_path / "log.txt").stat().st_size < 5 * processes.PER_PROCESS
+    assert processes.PER_LOG + processes.PER_PROCESS < 16 << 20
     assert len(here.journal.ended()) == 1 and AGAIN not in (0, 1)
 
 
@@ -349,17 +380,17 @@ def test_the_command_ends_with_a_table_and_its_status_says_whether_a_stage_faile
     assert {path.name for path in tmp_path.iterdir()} == {"journal.jsonl", "log.txt", "summary.md"}
     worse = stand_in.StandIn(scripts(stages) | {"loss": stand_in.cannot_import})
     assert command.main(["--out", str(tmp_path / "b"), "--stage", "build,loss"], worse) == 1
-    assert worse.started == ["build", "loss"]
+    assert worse.started == ["build", "variants", "loss"]
 
 
 def test_another_nvcc_may_spill_without_failing_the_build_and_the_summary_says_so(tmp_path, monkeypatch):
     info = {"cuda": True, "cuda_archs": "90a", "seconds": 30, "notes": ["attend (sm_90a): 8 bytes spill stores"]}
     monkeypatch.setattr(session, "build_info", lambda: info)
     stages = plan.plan(tmp_path)[:1]
-    (outcome,), _ = go(tmp_path, {"build": stand_in.builds(9)}, stages)
+    (outcome,), _ = go(tmp_path, {"build": stand_in.builds(9), "variants": stand_in.builds(9)}, stages)
     assert outcome["ok"] and "warning: attend (sm_90a): 8 bytes spill" in outcome["said"]
     monkeypatch.setattr(session, "build_info", lambda: {"cuda": False, "cuda_reason": "no nvcc"})
-    (outcome,), _ = go(tmp_path, {"build": stand_in.builds(9)}, stages)
+    (outcome,), _ = go(tmp_path, {"build": stand_in.builds(9), "variants": stand_in.builds(9)}, stages)
     assert not outcome["ok"] and "no CUDA: no nvcc" in outcome["said"]
 
 
