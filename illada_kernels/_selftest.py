@@ -233,6 +233,9 @@ def unmask(backend: str, device: str, from_logits: bool = False) -> Iterator[Cas
         "threshold": (Threshold(0.5), {}),
         "factor": (Factor(1.0), {"confidence_temperature": 0.5}),
         "entropy bound": (EntropyBound(0.3), {}),
+        "at least 2, sampled confidence": (Threshold(0.5, 2), {"confidence": "sampled", "temperature": 1.0, "seed": 4}),
+        "top 3, perturbed ranks, deferred ids": (TopK(3), {"rank_temperature": 0.5, "defer": tuple(range(0, 516, 3))}),
+        "from the left": (Threshold(0.3), {"order": "left"}),
     }
     for dtype in halves(device):
         for name, (rule, options) in cases.items():

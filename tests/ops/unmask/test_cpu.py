@@ -224,6 +224,22 @@ def test_sampled_confidence_is_the_likeness_to_the_best_token(backend):
     assert (gap < 0).any() and (got.confidence == got.confidence.clamp(max=1)).all()
 
 
+@pytest.mark.skipif("cpu" not in available(), reason="the compiled extension is missing")
+def test_numbers_up_to_the_largest_float_agree_with_the_reference():
+    """Differences of logits overflow, products with 1 / Tc and T * g too: all backends clamp alike."""
+    for scale in (1e-30, 1.0, 3e38):
+        logits = torch.randint(-4, 5, (2, 4, 300), generator=torch.Generator().manual_seed(8)) / 4 * scale
+        for t in (1e-38, 1.0, 3.4e38):
+            for tc in (1e-38, 3.4e38):
+                for confidence in ("sampled", "neg_entropy"):
+                    options = {"confidence": confidence, "temperature": t, "confidence_temperature": tc}
+                    options["rank_temperature"] = t
+                    args = (logits, [[MASK] * 4] * 2, None, ik.Threshold(0.0 if confidence == "sampled" else -1.0))
+                    (got, tokens), (want, want_tokens) = (step(*args, b, **options) for b in ("cpu", "reference"))
+                    assert torch.equal(got.proposal, want.proposal) and torch.equal(tokens, want_tokens)
+                    torch.testing.assert_close(got.confidence, want.confidence, rtol=1e-5, atol=1e-6)
+
+
 # ---- bad rows and odd calls -----------------------------------------------------------------------------------------
 def test_bad_rows_propose_nothing_and_are_never_written(backend):
     logits = torch.randn(1, 6, 50)

@@ -254,6 +254,22 @@ def test_infinite_logits_that_are_forbidden_do_no_harm_and_certain_rows_have_no_
     assert got.confidence.eq(0.0).all() and got.committed.all() and got.proposal.eq(4500).all()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 3e38])
+@pytest.mark.parametrize("t, tc", [(1e-38, 3.4e38), (3.4e38, 1e-38)])
+def test_numbers_up_to_the_largest_float_agree_with_the_reference(
+    on_cpu: Backend, scale: float, t: float, tc: float
+) -> None:
+    logits = torch.randint(-4, 5, (2, 4, 300), generator=torch.Generator().manual_seed(8)) / 4 * scale
+    options: dict[str, Any] = {"temperature": t, "confidence_temperature": tc, "rank_temperature": t, "mask_id": MASK}
+    for confidence in ("sampled", "neg_entropy"):
+        rule = ik.Threshold(0.0 if confidence == "sampled" else -1.0)
+        got, want = (
+            unmask(b, logits, None, *where((2, 4), 4), rule, confidence=confidence, **options)
+            for b in ("cuda", "reference")
+        )
+        assert_same(got, want, 300, confidence == "neg_entropy")
+
+
 def test_odd_strides_of_everything(on_cpu: Backend) -> None:
     torch.manual_seed(3)
     wide = torch.randn(3, 10, 2, 103)

@@ -277,6 +277,20 @@ def test_many_rows_go_through_products_by_slices(monkeypatch: pytest.MonkeyPatch
     assert got.proposal[1, 1] == -1
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 3e38])
+@pytest.mark.parametrize("t, tc", [(1e-38, 3.4e38), (3.4e38, 1e-38)])
+def test_numbers_up_to_the_largest_float_agree_with_the_reference(scale: float, t: float, tc: float) -> None:
+    logits = torch.randint(-4, 5, (2, 4, 300), generator=torch.Generator().manual_seed(8)) / 4 * scale
+    options = {"temperature": t, "confidence_temperature": tc, "rank_temperature": t}
+    for confidence in ("sampled", "neg_entropy"):
+        rule = ik.Threshold(0.0 if confidence == "sampled" else -1.0)
+        args = (logits, [[MASK] * 4] * 2, None, rule)
+        (got, tokens), (want, want_tokens) = (
+            step(*args, b, confidence=confidence, **options) for b in ("triton", "reference")
+        )
+        same(got, want, tokens, want_tokens, 300, confidence == "neg_entropy")
+
+
 def test_strided_inputs_and_guard_zones() -> None:
     torch.manual_seed(3)
     wide = torch.randn(3, 6, 2, 100)
