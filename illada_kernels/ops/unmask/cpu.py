@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..._extension import DTYPES, check, extension_reason, native
+from ..._extension import DTYPES, check, extension_reason, native, pointer
 from .problem import HIGHEST_CONFIDENCE_TEMPERATURE, HIGHEST_TEMPERATURE, Outputs, Problem
 
 # A matmul takes at most ROWS_AT_ONCE rows and a slice of the head. The slice depends on D and dtypes alone, so that
@@ -43,9 +43,9 @@ def forward(problem: Problem) -> Outputs:
     integers, numbers = parameters(problem, batch)
     rows = torch.empty(batch * count, module.unmask_row_bytes, dtype=torch.uint8)
     row_count = torch.zeros(1, dtype=torch.int64)
-    where = (tokens.data_ptr(), tokens.stride(0), batch, length, positions.data_ptr(), count, address(frozen), length)
+    where = (tokens.data_ptr(), tokens.stride(0), batch, length, positions.data_ptr(), count, pointer(frozen), length)
     values = (integers.data_ptr(), numbers.data_ptr())
-    what = (address(noise_positions), problem.mask_id, problem.revise, *values, rows.data_ptr(), row_count.data_ptr())
+    what = (pointer(noise_positions), problem.mask_id, problem.revise, *values, rows.data_ptr(), row_count.data_ptr())
     check("unmask", module.unmask_plan_cpu(*where, *what))
     rows = rows[: int(row_count)]
     segments = -(-vocab // module.unmask_segment)
@@ -59,15 +59,11 @@ def forward(problem: Problem) -> Outputs:
             from_hidden(scan, problem)
     defer = torch.tensor(problem.defer, dtype=torch.int64)
     kinds = (problem.mask_id, problem.rule, problem.confidence, problem.revise, problem.order)
-    ids = (defer.data_ptr(), len(problem.defer), address(scores))
+    ids = (defer.data_ptr(), len(problem.defer), pointer(scores))
     data = (rows.data_ptr(), rows.shape[0], partials.data_ptr(), segments)
     results = [output.data_ptr() for output in outputs]
     check("unmask", module.unmask_select_cpu(*where, *kinds, *ids, *values, *data, *results, threads))
     return outputs
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
