@@ -371,7 +371,7 @@ def _register(
     parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=k) for n, k in kinds.items()]
     returned = Tensor if outputs == 1 else tuple.__class_getitem__((Tensor,) * outputs)
     implementation.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
-    op = torch.library.custom_op(f"illada_kernels::{name}", implementation, mutates_args=mutates)
+    op = torch.library.custom_op(f"{__package__}::{name}", implementation, mutates_args=mutates)
     op.register_fake(fake)
     return op
 
@@ -388,7 +388,7 @@ def _tell_flop_counter() -> None:
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None or not _FLOPS:
         return
-    formulas = {getattr(torch.ops.illada_kernels, name): formula for name, formula in _FLOPS.items()}
+    formulas = {getattr(getattr(torch.ops, str(__package__)), name): formula for name, formula in _FLOPS.items()}
     counter.flop_registry.update(formulas)
     for mode in _get_current_dispatch_mode_stack():  # each has copied the registry
         registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
