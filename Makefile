@@ -43,7 +43,7 @@ build: setup
 	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 1,$(HAS_NVCC)),1,0)} $(BIN)/python -m illada_kernels._build
 
 # one thread per worker; the tests that are about threads set their own number
-test: build build/transformers-4.57
+test: build build/transformers-4.57 build/antiberty
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # the other version that tests/integrations runs with
@@ -51,6 +51,11 @@ build/transformers-4.57: pyproject.toml
 	rm -rf $@ $@.part
 	$(BIN)/python -m pip install --quiet --target $@.part "transformers==4.57.*" "numpy<2.4"
 	mv $@.part $@
+
+# a pretrained masked language model, for examples/antibodies.py; skipped where the package index lacks it
+build/antiberty:
+	rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part antiberty==0.1.3 && mv $@.part $@ || echo "no antiberty here"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ CONVERSATIONS = [  # prompt, response; bytes are the tokens here, a real checkpo
     ("Two plus two? ", "Four."),
     ("The opposite of hot? ", "Cold."),
 ]
-rows = [[*prompt.encode(), *response.encode(), eos_id] for prompt, response in CONVERSATIONS] * 8
+rows = [[*prompt.encode(), *response.encode(), eos_id] for prompt, response in CONVERSATIONS] * 4
 clean = torch.tensor([[token for row in rows for token in row]])  # (1, tokens), end to end
 lengths = torch.tensor([len(row) for row in rows])
 cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
