@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..ops.masked_loss import masked_loss, masked_loss_from_logits
 
+__all__ = ["MaskedDiffusion", "MaskingCollator", "compute_loss"]
+
 IGNORED = -100  # of labels, as everywhere in transformers
 KEYS = ("input_ids", "labels", "attention_mask", "token_type_ids")
 
