@@ -4,6 +4,7 @@
 # make lint     ruff, clang-format and mypy      make format   rewrite the sources as lint wants them
 # make docs     the site, into build/site; a broken link fails
 # make bench    measure every op on this machine into benchmarks/results/
+# make hub      the tree that Hugging Face's `kernels` package loads, into build/hub
 # make build    compile the extension in place      make clean    remove what was built
 #
 # PYTHON chooses the interpreter of a new .venv, TORCH what is installed as torch: make setup PYTHON=python3.11 TORCH='torch>=2.10'
@@ -22,7 +23,7 @@ HAS_NVCC := $(shell { test -n "$$NVCC" || command -v nvcc || test -x "$${CUDA_HO
 
 CXX_SOURCES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
 
-.PHONY: setup demo test lint format docs bench build clean
+.PHONY: setup demo test lint format docs bench hub build clean
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py
@@ -42,7 +43,7 @@ build: setup
 	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 1,$(HAS_NVCC)),1,0)} $(BIN)/python -m illada_kernels._build
 
 # one thread per worker; the tests that are about threads set their own number
-test: build build/transformers-4.57
+test: build build/transformers-4.57 build/antiberty
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # the other version that tests/integrations runs with
@@ -50,6 +51,11 @@ build/transformers-4.57: pyproject.toml
 	rm -rf $@ $@.part
 	$(BIN)/python -m pip install --quiet --target $@.part "transformers==4.57.*" "numpy<2.4"
 	mv $@.part $@
+
+# a pretrained masked language model, for examples/antibodies.py; skipped where the package index lacks it
+build/antiberty:
+	rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part antiberty==0.1.3 && mv $@.part $@ || echo "no antiberty here"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -71,6 +77,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.quality.accuracy
 	$(BIN)/python -m benchmarks.report.plot
 	$(BIN)/python -m benchmarks.report.readme
+
+hub: build
+	$(BIN)/python -m release.hub
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache illada_kernels/_C*.so illada_kernels/_build_info.json

@@ -22,7 +22,7 @@ def extension() -> tuple[ModuleType | None, str | None]:
     Raises ValueError if ILLADA_CPU_ISA names an instruction set that does not exist, or that this processor lacks.
     """
     try:
-        module = importlib.import_module("illada_kernels._C")
+        module = importlib.import_module("._C", __package__)
     except ImportError as error:
         return None, f"the compiled extension is missing ({error}); `python -m illada_kernels doctor` says why"
     wanted = os.environ.get("ILLADA_CPU_ISA")

@@ -120,7 +120,7 @@ def kernel(source: str, name: str) -> Any:
 def launch(entry: str, device: torch.device, *arguments: Any) -> None:
     """What the extension's entry point would do, on the current stream of `device`; pointers come as integers."""
     op = next(room for room in OPS.values() if entry.startswith(room))
-    how: Launch = getattr(importlib.import_module(f"illada_kernels.ops.{op}.nvrtc"), entry)(*arguments)
+    how: Launch = getattr(importlib.import_module(f".ops.{op}.nvrtc", __package__), entry)(*arguments)
     if 0 in how.grid:
         return  # CuPy would launch one block
     cupy = importlib.import_module("cupy")

@@ -21,10 +21,10 @@ def register() -> None:
     """Imports what registers itself. Warns instead of raising: this may run inside the user's `import torch`."""
     for name in ("key_ranges", *(f"ops.{room}" for room in dict.fromkeys(OPS.values()))):
         try:
-            importlib.import_module(f"illada_kernels.{name}")
+            importlib.import_module(f".{name}", __package__)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"illada_kernels.{name} is not registered with torch: {reason}", stacklevel=2)
+            warnings.warn(f"{__package__}.{name} is not registered with torch: {reason}", stacklevel=2)
 
 
 def register_with_torch() -> None:
@@ -64,5 +64,5 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
 
 def _is_half_imported(name: str) -> bool:
     """Whether a module of this package is what imports torch: then the first use of a public name registers."""
-    spec = getattr(sys.modules[name], "__spec__", None) if name.startswith("illada_kernels.") else None
+    spec = getattr(sys.modules[name], "__spec__", None) if name.startswith(f"{__package__}.") else None
     return getattr(spec, "_initializing", False)

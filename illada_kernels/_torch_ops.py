@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,21 +27,28 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import _dispatch
 
-_PLAIN_KEYS: set[int] = set()  # dispatch keys of plain strided tensors, as integers
-_PLAIN_STATES: set[int] = set()  # dispatch keys that the thread adds where nothing watches
+_PLAIN_KEYS: dict[str, set[int]] = {"meta": set()}  # device type -> dispatch keys of plain tensors; meta: none is plain
+_PLAIN_STATES: set[int] = set()  # dispatch keys that a thread adds where nothing watches
 
 
-def _learn_plain_keys(device: str) -> None:
-    """Adds the keys of ordinary and of inference tensors of a device type."""
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            _PLAIN_KEYS.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
-            _PLAIN_STATES.add(torch._C._dispatch_tls_local_include_set().raw_repr())
+def _learn_plain_keys(device: torch.device) -> None:
+    """Learns the keys of ordinary and of inference tensors, in a thread of its own: modes and transforms that may be
+    active here do not reach it."""
+
+    def learn() -> None:
+        keys = set()
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                keys.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+                _PLAIN_STATES.add(torch._C._dispatch_tls_local_include_set().raw_repr())
+        _PLAIN_KEYS[device.type] = keys
+
+    thread = threading.Thread(target=learn)
+    thread.start()
+    thread.join()
 
 
-_learn_plain_keys("cpu")
-if torch.cuda.is_available():
-    _learn_plain_keys("cuda")
+_learn_plain_keys(torch.device("cpu"))  # other devices when a tensor of theirs comes, so that importing starts no GPU
 
 
 def is_watched() -> bool:
@@ -66,7 +74,11 @@ def is_plain(values: Sequence[Any]) -> bool:
     """
     for x in values:
         if isinstance(x, Tensor):
-            if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._dispatch_keys(x).raw_repr() not in _PLAIN_KEYS:
+            if type(x) not in (Tensor, torch.nn.Parameter):
+                return False
+            if (device := x.device.type) not in _PLAIN_KEYS:
+                _learn_plain_keys(x.device)
+            if torch._C._dispatch_keys(x).raw_repr() not in _PLAIN_KEYS[device]:
                 return False
             if x.untyped_storage().nbytes() == 0:
                 _check_storage([x])
@@ -371,7 +383,7 @@ def _register(
     parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=k) for n, k in kinds.items()]
     returned = Tensor if outputs == 1 else tuple.__class_getitem__((Tensor,) * outputs)
     implementation.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
-    op = torch.library.custom_op(f"illada_kernels::{name}", implementation, mutates_args=mutates)
+    op = torch.library.custom_op(f"{__package__}::{name}", implementation, mutates_args=mutates)
     op.register_fake(fake)
     return op
 
@@ -388,7 +400,7 @@ def _tell_flop_counter() -> None:
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None or not _FLOPS:
         return
-    formulas = {getattr(torch.ops.illada_kernels, name): formula for name, formula in _FLOPS.items()}
+    formulas = {getattr(getattr(torch.ops, str(__package__)), name): formula for name, formula in _FLOPS.items()}
     counter.flop_registry.update(formulas)
     for mode in _get_current_dispatch_mode_stack():  # each has copied the registry
         registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)

@@ -617,7 +617,7 @@ torch.utils._pytree.register_pytree_node(
     KeyRanges,
     _flatten,
     _unflatten,
-    serialized_type_name="illada_kernels.KeyRanges",
+    serialized_type_name=f"{__package__}.KeyRanges",
     flatten_with_keys_fn=_flatten_with_keys,
 )
 torch.serialization.add_safe_globals([KeyRanges])  # for torch.load(..., weights_only=True)

@@ -22,6 +22,8 @@ from .._bounds import runs
 from ..key_ranges import KeyRanges
 from ..ops.attention import scaled_dot_product_attention
 
+__all__ = ["attention_forward", "mask_bounds", "register"]
+
 MaskFunction = Callable[..., Any]  # (batch, head, query, key) indices -> bool
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("illada_kernels", "python", "csrc", "benchmarks", "tests", "docs", ".ci", ".github")
+SOURCES = ("illada_kernels", "python", "csrc", "benchmarks", "tests", "docs", "examples", "release", ".ci", ".github")
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "mkdocs.yml", "LICENSE", "CITATION.cff")
 FILES += ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 

@@ -197,6 +197,25 @@ class Watching(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_modes_and_transforms_around_the_import_leave_no_trace():
+    """What is plain is learned once; a fake tensor must not be taken for one because it was there at the import."""
+    script = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+mode = FakeTensorMode()
+with mode, torch.inference_mode():
+    from illada_kernels import attention
+    x = torch.ones(1, 2, 1, 8)
+    assert attention(x, x, x).shape == (1, 2, 1, 8)
+from illada_kernels._torch_ops import is_plain, is_watched
+assert not is_plain((x,)) and is_plain((torch.ones(1),)) and not is_watched()
+with mode:
+    assert is_watched()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_freed_storage_is_an_error(doubled, watched):
     freed = torch.ones(3)

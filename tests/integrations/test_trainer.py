@@ -1,0 +1,200 @@
+"""The loss in transformers' Trainer and in plain loops: LLaDA's formula on any model with an LM head."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+transformers = pytest.importorskip("transformers", reason="no transformers")
+
+from illada_kernels.integrations import trainer as ours  # noqa: E402
+from illada_kernels.integrations.trainer import MaskedDiffusion, MaskingCollator, compute_loss  # noqa: E402
+
+MASK, PAD, VOCAB = 98, 0, 99
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES |= {"vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": PAD}
+NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+KINDS = {
+    "Llama, no bias": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+    "Bert, bias, tied": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, **NO_DROPOUT)),
+    "Gemma2, softcap": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SIZES, head_dim=8, num_key_value_heads=2, final_logit_softcapping=0.5)
+    ),
+}
+
+
+def features(lengths=(7, 3, 12)):
+    drawn = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(1, MASK, (n,), generator=drawn).tolist()} for n in lengths]
+
+
+def batch_of(*arguments, **options):
+    return MaskingCollator(MASK, PAD, generator=torch.Generator().manual_seed(2), **options)(features(*arguments))
+
+
+# ---- the collator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_is_masked_is_what_has_a_weight_and_padding_never_is(side):
+    batch = batch_of(padding_side=side)
+    real = batch["attention_mask"].bool()
+    assert real.sum(1).tolist() == [7, 3, 12] and bool(real[:, 0 if side == "right" else -1].all())
+    masked = batch["input_ids"] == MASK
+    assert torch.equal(masked, batch["loss_weight"] > 0) and masked.any() and not (masked & ~real).any()
+    assert torch.equal(batch["labels"] != ours.IGNORED, real)
+    kept = real & ~masked
+    assert torch.equal(batch["input_ids"][kept], batch["labels"][kept])
+
+
+def test_prompts_are_never_masked():
+    rows = [{"input_ids": [5] * 40, "labels": [-100] * 20 + [5] * 20} for _ in range(8)]
+    batch = MaskingCollator(MASK, PAD)(rows)
+    assert (batch["input_ids"][:, :20] == 5).all() and (batch["labels"][:, :20] == -100).all()
+    assert (batch["input_ids"][:, 20:] == MASK).any()
+
+
+def test_the_weight_is_one_over_the_rate_so_that_its_mean_is_one():
+    batch = MaskingCollator(MASK, PAD, eps=0.05)([{"input_ids": [5] * 4000}] * 64)
+    rate = (batch["input_ids"] == MASK).float().mean(1)
+    assert rate.min() < 0.2 and rate.max() > 0.8
+    # a row's mean weight has variance (1 - p) / (4000 p) <= 1 / 200
+    assert (batch["loss_weight"].mean(1) - 1).abs().max() < 5 * 200**-0.5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"mask_id": 3, "pad_id": 3}, "pad_id: expected an id other than mask_id"),
+        ({"mask_id": 3, "pad_id": 0, "eps": 0.0}, "eps: expected a number in"),
+        ({"mask_id": 3, "pad_id": 0, "padding_side": "top"}, "padding_side: expected"),
+    ],
+)
+def test_settings_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MaskingCollator(**arguments)
+
+
+def test_columns_that_would_be_lost_are_refused():
+    with pytest.raises(ValueError, match="got 'prompt_length'"):
+        MaskingCollator(MASK, PAD)([{"input_ids": [1], "prompt_length": 1}])
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+def plain(model, batch, shifted=False):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    labels, weight = batch["labels"], batch["loss_weight"]
+    if shifted:
+        logits, labels, weight = logits[:, :-1], labels[:, 1:], weight[:, 1:]
+    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return (each * weight).sum() / (batch["labels"] != -100).sum()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_those_of_the_formula(kind, shifted):
+    model, batch = KINDS[kind]().eval(), batch_of()
+    losses, gradients = [], []
+    for loss in (plain(model, batch, shifted), compute_loss(model, batch, shifted=shifted)):
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    loss, outputs = compute_loss(model, batch, return_outputs=True, shifted=shifted)
+    torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=0)
+    assert outputs.logits.shape == (*batch["input_ids"].shape, VOCAB)
+
+
+def test_options_reach_the_loss_and_the_head_is_as_it_was():
+    model, batch = KINDS["Llama, no bias"](), batch_of()
+    assert compute_loss(model, batch, forbid=(MASK,)) < compute_loss(model, batch)
+    with pytest.raises(ValueError, match="label_smoothing: expected"):
+        compute_loss(model, batch, label_smoothing=2.0)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_wrapped_model_gives_the_same():
+    class Wrapper(torch.nn.Module):  # as DistributedDataParallel
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs):
+            return self.module(**inputs)
+
+    model, batch = KINDS["Llama, no bias"](), batch_of()
+    assert torch.equal(compute_loss(Wrapper(model), batch), compute_loss(model, batch))
+
+
+def test_what_cannot_be_fused_is_named():
+    batch = batch_of()
+    with pytest.raises(TypeError, match=r"Linear\.get_output_embeddings\(\) to give the LM head"):
+        compute_loss(torch.nn.Linear(3, 3), batch)
+    with pytest.raises(ValueError, match=r"expected 'loss_weight'.*MaskingCollator"):
+        compute_loss(torch.nn.Linear(3, 3), {"labels": batch["labels"]})
+
+    class NeverCalled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(4, VOCAB)
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def forward(self, **inputs):
+            return inputs
+
+    with pytest.raises(ValueError, match="NeverCalled's forward to call its head once, it called it 0 times"):
+        compute_loss(NeverCalled(), batch)
+
+
+# ---- transformers' Trainer ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+
+    class DiffusionTrainer(MaskedDiffusion, transformers.Trainer):
+        pass
+
+    def make(model, data, **options):
+        collator = options.pop("data_collator", MaskingCollator(MASK, PAD))
+        fixed = {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "seed": 0}
+        arguments = transformers.TrainingArguments(str(tmp_path), **fixed, **options)
+        return DiffusionTrainer(model, arguments, train_dataset=data, eval_dataset=data, data_collator=collator)
+
+    return make
+
+
+def test_trainer_learns_and_evaluates(trainer):
+    model = KINDS["Bert, bias, tied"]()
+    data = [{"input_ids": [5, 6, 7, 8, 9, 10]}, {"input_ids": [20, 21, 22, 23]}] * 16
+    options = {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "logging_steps": 60}
+    run = trainer(model, data, **options)
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < before / 3
+
+
+def test_the_denominator_is_that_of_the_whole_step_however_it_is_split(trainer):
+    batch = batch_of((12, 3, 7, 9))
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]  # masked already, of unequal lengths
+    start, after = KINDS["Llama, no bias"](), []
+    for size, steps in ((4, 1), (1, 4), (2, 2)):
+        model = copy.deepcopy(start)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        options |= {"data_collator": transformers.default_data_collator, "remove_unused_columns": False}
+        run = trainer(model, rows, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **options)
+        run.train()
+        after.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    moved = (after[0] - torch.cat([p.detach().flatten() for p in start.parameters()])).abs().max()
+    for other in after[1:]:
+        assert (other - after[0]).abs().max() < 1e-5 * moved
