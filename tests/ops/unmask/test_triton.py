@@ -620,3 +620,7 @@ def test_launches_compile_with_the_arguments_that_they_are_called_with(path: str
         options |= {"confidence": "margin", "revise": ik.Edit(torch.rand(2))}
         ik.unmask_from_logits(hidden @ weight.T, tokens, positions, ik.EntropyBound(torch.rand(2)), **options)
         assert [name for name, *_ in compiled] == ["rows_kernel", "select_kernel"]
+        options |= {"confidence": "sampled", "defer": (1, 2), "rank_temperature": torch.rand(2), "revise": None}
+        for rule in (ik.TopK(1), ik.Threshold(0.5, 2), ik.Factor(1.0), ik.EntropyBound(0.5, inclusive=True)):
+            ik.unmask_from_logits(hidden @ weight.T, tokens, positions, rule, order="left", **options)
+        assert len(compiled) == 10
