@@ -1,4 +1,4 @@
-"""The loop behind `generate` and `fill`: forward passes over windows of columns, one `unmask` a pass.
+"""The loop behind `generate`, `fill` and `Decoder`: forward passes over windows of columns, one `unmask` a pass.
 
 A batch is a rectangle of columns. Sequences are padded on the left, so that a block has the same columns in all of
 them. Sequence b begins in column starts[b] and counts its positions from there. Columns that a pass computes:
@@ -11,12 +11,17 @@ them. Sequence b begins in column starts[b] and counts its positions from there.
 
 A block's last pass commits its last tokens, so its keys are final only after the next block's first pass, which covers
 both. With shifted logits a window begins one column earlier, because that row predicts the block's first token.
+
+A pass never waits for the device. Its state lives in tensors that are allocated once, schedules compute on them, and
+whether a block is done comes to the host one pass late (`LateFlag`). So later passes of a block, whose shapes are
+equal, are captured as a CUDA graph (`Replay`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +32,18 @@ from illada_kernels import Edit, KeyRanges, Remask, TopK
 from ..config import ModelConfig
 from ..model import Model
 from .cache import Cache
-from .config import Rule, Sampling
+from .config import Sampling
+from .replay import LateFlag, Replay
+from .schedules import Always, Choose, Evenly, Pass
+
+
+class Unmasked(NamedTuple):
+    """As `illada_kernels.unmask` returns it, what a `Choose` committed included."""
+
+    proposal: Tensor  # (B, K) int64
+    confidence: Tensor  # (B, K) float32
+    committed: Tensor  # (B, K) bool
+    remaining: Tensor  # (B,)
 
 
 @dataclass(frozen=True)
@@ -56,8 +72,8 @@ class Block:
     scattered: bool = False
 
 
-class Decoder:
-    """Holds one call's tokens and cache. Only `run_block` changes tokens.
+class BlockLoop:
+    """Holds the tokens, cache and state of a batch. Only `passes_of` and `run_block` change tokens.
 
     `blank`: some sequences begin as masks alone.
     """
@@ -75,22 +91,39 @@ class Decoder:
         self.model, self.config, self.sampling, self.callback = model, model.config, sampling, callback
         self.tokens, self.frozen, self.first_columns = tokens, frozen, list(starts)
         self.blank, self.device = blank, tokens.device
+        batch = len(self.first_columns)
         self.starts = torch.tensor(self.first_columns, dtype=torch.int64, device=self.device)
         self.seeds = torch.tensor(sampling.seeds, dtype=torch.int64, device=self.device)
         self.unmask_options = dict(sampling.unmask)
-        if (bias := sampling.unmask["logit_bias"]) is not None:  # tensors, not copied in each pass
-            kinds = (torch.int64, torch.float32)
-            self.unmask_options["logit_bias"] = tuple(
-                torch.as_tensor(x, dtype=kind, device=self.device) for x, kind in zip(bias, kinds)
-            )
+        self.growth: Tensor | None = None  # of the logit bias, for each token generated
+        self._bias_tensors()
         self.guided = sampling.guidance != 0
         self.forward_passes = 0
-        self.passes = torch.zeros(len(self.first_columns), dtype=torch.int64, device=self.device)
         self.final = 0  # columns before this one have final keys in the cache
         self.cache: Cache | None = None
         if sampling.cache != "none":
-            batch = len(self.first_columns) * (2 if self.guided else 1)
-            self.cache = Cache(self.config, batch, tokens.shape[1], device=self.device, dtype=model.dtype)
+            rows = batch * (2 if self.guided else 1)
+            self.cache = Cache(self.config, rows, tokens.shape[1], device=self.device, dtype=model.dtype)
+        # The state of a pass, written in place. (B,) unless said; "block" is the one that is being filled.
+        counts = torch.zeros(6, batch, dtype=torch.int64, device=self.device)
+        self.passes, self.masked, self.left, self.full_passes, self.noise_step, self.joined = counts
+        self.step = torch.zeros((), dtype=torch.int64, device=self.device)  # () passes made in the block
+        self.active = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        self.finished = torch.zeros((), dtype=torch.bool, device=self.device)  # () no sequence is active
+        self.done = LateFlag(self.device)
+
+    def _bias_tensors(self) -> None:
+        """Puts logit_bias and the bias that grows on the device once."""
+        bias, growing = self.sampling.unmask["logit_bias"], self.sampling.growing_bias
+        if bias is None and growing is None:
+            return
+        ids, values = map(list, bias or ((), ()))
+        more_ids, rates = map(list, growing or ((), ()))
+        self.fixed_bias = torch.tensor([*values, *[0.0] * len(rates)], dtype=torch.float32, device=self.device)
+        every = torch.tensor([*ids, *more_ids], dtype=torch.int64, device=self.device)
+        self.unmask_options["logit_bias"] = (every, self.fixed_bias.clone())
+        if growing is not None:
+            self.growth = torch.tensor([0.0] * len(values) + rates, dtype=torch.float32, device=self.device)
 
     # ---- hidden rows ----------------------------------------------------------------------------------------------
 
@@ -116,7 +149,6 @@ class Decoder:
         positions = (column - starts[:, None]).clamp(min=0)
         cache = None if self.cache is None else self.cache.at(first, end)
         h = self.model(tokens, self.ranges(column, starts, end), positions, cache)
-        self.forward_passes += 1
         if not self.guided:
             return h
         with_prompt, without = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2)
@@ -135,49 +167,105 @@ class Decoder:
 
     def run_block(self, block: Block) -> None:
         """Fills the block's masks. A sequence takes part until none is left, with Edit until nothing changes."""
-        if max(block.masks, default=0) == 0:
+        for _ in self.passes_of(block):
+            pass
+
+    def passes_of(self, block: Block) -> Iterator[None]:
+        """Fills the block's masks, one pass an iteration."""
+        most = max(block.masks, default=0)
+        if most == 0:
             return
-        left = masked = torch.tensor(block.masks, dtype=torch.int64, device=self.device)
-        full_passes = torch.zeros_like(masked)  # that a sequence made without a mask
-        active, (adaptive, limit) = masked > 0, self.num_passes(block.masks)
+        self.begin(block)
+        (adaptive, limit), every = self.num_passes(most), self.sampling.refresh_every
+        later = Replay(lambda remasking: self.one_pass(block, False, remasking), self.device)
         for step in range(limit):
-            candidates = torch.where(active[:, None], block.positions, -1)
-            revise = self.revision(step)
-            out = illada_kernels.unmask(
-                self.candidate_rows(block, step),
-                self.model.head_weight,
-                self.tokens,
-                candidates,
-                self.rule(step, masked),
-                mask_id=self.config.mask_id,
-                seed=self.seeds,
-                step=block.index * self.sampling.max_passes + step,
-                revise=revise,
-                frozen=self.frozen,
-                noise_positions=candidates - self.starts[:, None],
-                **self.unmask_options,
-            )
-            self.passes += active
-            full_passes += active & (left == 0)
-            if not isinstance(revise, Remask):  # Remask may take tokens of a full sequence back in the next pass
-                left = out.remaining
-                active = left > 0
-                if isinstance(revise, Edit):
-                    active |= out.committed.any(1) & (full_passes < self.sampling.revise_steps)
+            refresh = step == 0 or (every > 0 and step % every == 0)
+            remasking = step < self.sampling.remask_steps
+            candidates, out = self.one_pass(block, True, remasking) if refresh else later(remasking)
+            self.done.write(self.finished)
+            self.forward_passes += 1
+            if refresh:
+                self.final = block.columns[0]
             if self.callback is not None:
                 where = (self.tokens, self.first_columns, block.index, step, candidates)
                 self.callback(Step(*where, out.committed, out.confidence, self.forward_passes))
-            if adaptive and step + 1 < limit and not bool(active.any()):  # the one synchronisation of a pass
+            yield
+            if adaptive and step + 1 < limit and self.done.read():
                 return
 
-    def candidate_rows(self, block: Block, step: int) -> Tensor:
+    def begin(self, block: Block) -> None:
+        """Sets the state to what it is before the block's first pass."""
+        self.masked.copy_(torch.tensor(block.masks, dtype=torch.int64, device="cpu"), non_blocking=True)
+        self.left.copy_(self.masked)
+        torch.gt(self.masked, 0, out=self.active)
+        self.full_passes.zero_()
+        self.step.zero_()
+        torch.sub(block.index, self.joined, out=self.noise_step).mul_(self.sampling.max_passes)
+        self.done.reset()
+        if self.growth is not None:
+            generated = block.index * self.sampling.block_length
+            torch.add(self.fixed_bias, self.growth, alpha=generated, out=self.unmask_options["logit_bias"][1])
+
+    def one_pass(self, block: Block, refresh: bool, remasking: bool) -> tuple[Tensor, Unmasked]:
+        """Runs the model, commits, and brings the state up to date, without the host.
+
+        Returns the candidates (B, K) and what became of them.
+        """
+        candidates = torch.where(self.active[:, None], block.positions, -1)
+        places = candidates - self.starts[:, None]
+        now = Pass(
+            self.step,
+            self.masked,
+            self.left,
+            places,
+            self.seeds,
+            self.noise_step,
+            lambda: self.tokens.gather(1, candidates.clamp(min=0)),
+            self.config.mask_id,
+        )
+        revise = self.revision(now, remasking)
+        out = self.commit(self.candidate_rows(block, refresh), candidates, now, revise)
+        self.passes += self.active
+        self.full_passes += self.active & (self.left == 0)
+        self.left.copy_(out.remaining)
+        if not remasking:  # Remask may take tokens of a full sequence back in the next pass
+            torch.gt(self.left, 0, out=self.active)
+            if isinstance(revise, Edit):
+                self.active |= out.committed.any(1) & (self.full_passes < self.sampling.revise_steps)
+        self.step += 1
+        self.noise_step += 1
+        torch.logical_not(self.active.any(), out=self.finished)
+        return candidates, out
+
+    def commit(self, rows: Tensor, candidates: Tensor, now: Pass, revise: Edit | Remask | None) -> Unmasked:
+        """Proposes tokens at the candidates and writes those that the schedule picks."""
+        rule = self.sampling.schedule(now)
+        out = illada_kernels.unmask(
+            rows,
+            self.model.head_weight,
+            self.tokens,
+            candidates,
+            TopK(0) if isinstance(rule, Choose) else rule,
+            mask_id=self.config.mask_id,
+            seed=self.seeds,
+            step=self.noise_step,
+            revise=revise,
+            frozen=self.frozen,
+            noise_positions=now.candidates,
+            **self.unmask_options,
+        )
+        if not isinstance(rule, Choose):
+            return Unmasked(*out)
+        chosen = now.is_masked & (out.proposal >= 0) & rule.where(out.proposal, out.confidence)
+        # Adding what differs leaves the column alone that stands in for those that are no candidates.
+        change = torch.where(chosen, out.proposal - self.config.mask_id, 0)
+        self.tokens.scatter_add_(1, candidates.clamp(min=0), change)
+        return Unmasked(out.proposal, out.confidence, out.committed | chosen, out.remaining - chosen.sum(1))
+
+    def candidate_rows(self, block: Block, refresh: bool) -> Tensor:
         """Runs one forward pass; returns its rows at the block's positions (B, K, dim), the only ones for the head."""
-        every = self.sampling.refresh_every
-        refresh = step == 0 or (every > 0 and step % every == 0)
         window = self.window(block, refresh)
         hidden = self.hidden(window, block.end)
-        if refresh:
-            self.final = block.columns[0]
         if block.scattered:
             row = torch.arange(block.positions.shape[0], device=self.device)[:, None]
             rows = hidden[row, (block.positions - window[0]).clamp(min=0)]
@@ -195,28 +283,24 @@ class Decoder:
         blank = ((self.tokens[:, :end] == self.config.mask_id) | (column < self.starts[:, None])).all(1)
         return torch.where(blank[:, None, None], rows[:, :1], rows)
 
-    def num_passes(self, masks: Sequence[int]) -> tuple[bool, int]:
-        """Returns (whether the number of passes depends on the data, the upper bound of it)."""
-        most, rule = max(masks), self.sampling.rule
+    def num_passes(self, most: int) -> tuple[bool, int]:
+        """Returns (whether the number of passes depends on the data, the upper bound of it) for `most` masks."""
+        schedule, declared = self.sampling.schedule, getattr(self.sampling.schedule, "passes", None)
         if self.sampling.revise is not None:
-            return True, most + self.sampling.revise_steps
-        if rule is None:
-            return False, min(self.sampling.steps_per_block, most)
+            return True, max(most, declared or 0) + self.sampling.revise_steps
+        if isinstance(schedule, Evenly):
+            return False, min(schedule.passes, most)
+        rule = schedule.rule if isinstance(schedule, Always) else None
         if isinstance(rule, TopK) and not isinstance(rule.k, Tensor):
             return False, -(-most // rule.k)
-        return True, most
+        return True, declared or most
 
-    def rule(self, step: int, masked: Tensor) -> Rule:
-        """Returns the pass's rule. LLaDA's schedule spreads masks evenly; the first passes take the remainder."""
-        if self.sampling.rule is not None:
-            return self.sampling.rule
-        passes = masked.clamp(1, self.sampling.steps_per_block)
-        return TopK(masked // passes + (step % passes < masked % passes))
-
-    def revision(self, step: int) -> Edit | Remask | None:
+    def revision(self, now: Pass, remasking: bool) -> Edit | Remask | None:
         """Returns the pass's revision. Remask ends after `revise_steps`, otherwise the block could not fill up."""
         revise = self.sampling.revise
-        return None if isinstance(revise, Remask) and step >= self.sampling.revise_steps else revise
+        if isinstance(revise, Edit):
+            return revise
+        return (revise(now) if callable(revise) else revise) if remasking else None
 
 
 def left_padded(rows: list[list[int]], model: Model, starts: list[int], columns: int) -> Tensor:
