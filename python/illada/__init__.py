@@ -13,6 +13,7 @@ _HOMES = {
     "ModelConfig": "config",
     "load": "checkpoint",
     "save": "checkpoint",
+    "Decoder": "decoding.decoder",
     "GenerationConfig": "decoding.config",
     "Generation": "decoding.generate",
     "fill": "decoding.fill",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .checkpoint import save as save
     from .config import ModelConfig as ModelConfig
     from .decoding.config import GenerationConfig as GenerationConfig
+    from .decoding.decoder import Decoder as Decoder
     from .decoding.fill import fill as fill
     from .decoding.generate import Generation as Generation
     from .decoding.generate import generate as generate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -147,7 +148,7 @@ def plain_dream(model: Model, prompt: list[int], steps: int, algorithm: str, see
         share = 1 - t[i + 1] / t[i]
         if algorithm == "origin":
             u = uniform(seed, where, i)
-            chosen = [j for j in where if i == steps - 1 or u[j] < float(share)]
+            chosen = [j for j in where if i == steps - 1 or u[j] >= float(1 - share)]
         else:
             two = p.topk(2, -1).values
             kinds = {"maskgit_plus": two[:, 0], "topk_margin": two[:, 0] - two[:, 1], "entropy": neg_entropy(p)}
@@ -306,7 +307,7 @@ def plain_remdm(model: Model, prompt: list[int], steps: int, eta: float, seed: i
         down, up = uniform(seed, held, i), uniform(seed, held, i + 2**31)
         before = list(x)
         for j in held:
-            if before[j] == mask and (down[j] < fall or i == steps - 1):
+            if before[j] == mask and (down[j] >= 1 - fall or i == steps - 1):
                 x[j] = int(best[j])
             elif before[j] != mask and i < steps - 1 and up[j] < sigma:
                 x[j] = mask
@@ -320,7 +321,7 @@ def test_remdm_takes_tokens_back_with_its_probabilities(prompt, steps, eta):
     model = model_of("demo")
     states = ours(model, prompt, sampler="remdm", steps=steps, sampler_options={"eta": eta}, seed=4)
     assert states == plain_remdm(model, prompt, steps, eta, seed=4)
-    back = sum(a != 49 == b for before, after in zip(states, states[1:]) for a, b in zip(before, after))
+    back = sum(a != 49 == b for before, after in itertools.pairwise(states) for a, b in zip(before, after))
     assert back > 0 or steps == 1 or eta == 0.1
 
 
@@ -385,7 +386,10 @@ def test_a_rule_may_be_a_callable_a_choice_or_counts_of_each_pass():
     "settings, message",
     [
         ({"sampler": "dream"}, "sampler: expected one of llada, illada, dream-origin"),
-        ({"sampler": "dream-entropy", "confidence": "margin"}, "confidence: expected none with sampler 'dream-entropy'"),
+        (
+            {"sampler": "dream-entropy", "confidence": "margin"},
+            "confidence: expected none with sampler 'dream-entropy'",
+        ),
         ({"sampler": "llada", "rule": TopK(1), "steps": 4}, "steps: expected None with a rule"),
         ({"sampler": "fast-dllm-factor", "rule": TopK(1)}, "rule: expected none with sampler 'fast-dllm-factor'"),
         ({"sampler": "llada", "sampler_options": {"tau": 1}}, "sampler_options: expected none for llada, got 'tau'"),

@@ -43,7 +43,7 @@ class GenerationConfig:
         pass of a block; the last pass commits what is left. A callable is a schedule: see `illada.decoding.schedules`.
         None: LLaDA's schedule, which spreads a block's masks evenly over `steps_per_block` passes (None: one token a
         pass).
-    confidence, temperature, confidence_temperature
+    confidence, order, rank_temperature, temperature, confidence_temperature, defer
         As in `illada_kernels.unmask`.
     forbid : collection of int, optional
         Ids that are never proposed, beside mask_id, which never is.
@@ -79,6 +79,8 @@ class GenerationConfig:
     rule: Rule | Choose | Tensor | Schedule | None = None
     steps_per_block: int | None = None
     confidence: str = "probability"
+    order: str = "confidence"
+    rank_temperature: float = 0.0
     temperature: float = 0.0
     confidence_temperature: float = 1.0
     seed: int | Sequence[int] = 0
@@ -90,6 +92,7 @@ class GenerationConfig:
     variable_length: bool = True
     guidance: float = 0.0
     forbid: int | Iterable[int] | None = None
+    defer: int | Iterable[int] = ()
     logit_bias: Mapping[int, float] | tuple[Any, Any] | None = None
     growing_bias: Mapping[int, float] | tuple[Any, Any] | None = None
 
@@ -131,7 +134,7 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
     counts = {"max_new_tokens": 1, "block_length": 1, "steps": 1, "steps_per_block": 1, "revise_steps": 0}
     counts["refresh_every"] = 0
     plain: dict[str, Any] = {name: _count(config, name, least) for name, least in counts.items()}
-    for name in ("temperature", "confidence_temperature", "guidance"):
+    for name in ("temperature", "confidence_temperature", "rank_temperature", "guidance"):
         plain[name] = _number(name, getattr(config, name))
     for name, kinds in (("rule", Rule), ("revise", Edit | Remask)):
         value = getattr(config, name)
@@ -140,7 +143,7 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
         if not isinstance(value, kinds):
             names = ", ".join(kind.__name__ for kind in get_args(kinds))
             raise PromptError(f"{name}: expected None or one of {names}, got {value!r}")
-    for name in ("stop_ids", "forbid"):
+    for name in ("stop_ids", "forbid", "defer"):
         value = getattr(config, name)
         plain[name] = None if value is None else tuple(_ids(name, value, model.vocab_size))
     if plain["forbid"] is not None and model.mask_id not in plain["forbid"]:
@@ -169,9 +172,12 @@ def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_leng
         guidance=config.guidance,
         seeds=seeds_of(config.seed, batch),
         max_passes=max(block_length, getattr(schedule, "passes", 0)) + config.revise_steps,
-        growing_bias=config.growing_bias,
+        growing_bias=config.growing_bias,  # type: ignore[arg-type]  # a pair, says `checked`
         unmask={
             "confidence": config.confidence,
+            "order": config.order,
+            "rank_temperature": config.rank_temperature,
+            "defer": config.defer,
             "temperature": config.temperature,
             "confidence_temperature": config.confidence_temperature,
             "forbid": config.forbid,

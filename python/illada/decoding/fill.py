@@ -81,12 +81,13 @@ def fill(
     starts = [length - len(row) for row in rows]
     tokens = left_padded(rows, model, starts, length)
     blank = any(len(row) == len(hole) for row, hole in zip(rows, holes))
-    loop = BlockLoop(model, tokens, starts, tokens != model.config.mask_id, sampling, callback, blank)
+    loop = BlockLoop(model, tokens, starts, tokens != model.config.mask_id, sampling, callback)
     for index in range(blocks):
         part = [[start + i for i in h[index * at_once : (index + 1) * at_once]] for h, start in zip(holes, starts)]
         width = max(map(len, part))
         positions = torch.tensor([p + [-1] * (width - len(p)) for p in part], dtype=torch.int64, device=model.device)
-        loop.run_block(Block(index, positions, list(map(len, part)), (0, length), length, scattered=True))
+        counts, first = list(map(len, part)), blank and index == 0
+        loop.run_block(Block(index, positions, counts, (0, length), length, scattered=True, blank=first))
     done = [row[start:] for row, start in zip(tokens.tolist(), starts)]
     check_filled(done, model.config)
     return Generation(done, [False] * len(rows), loop.passes.tolist(), list(map(len, holes)), loop.forward_passes)

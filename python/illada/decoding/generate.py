@@ -142,7 +142,7 @@ class _Continuation:
         column = torch.arange(columns, device=model.device)
         prompt_ends, ends = (torch.tensor(e, device=model.device)[:, None] for e in (self.prompt_ends, self.ends))
         blank = not all(self.rows)
-        loop = BlockLoop(model, tokens, self.starts, column < prompt_ends, sampling, callback, blank)
+        loop = BlockLoop(model, tokens, self.starts, column < prompt_ends, sampling, callback)
         open_columns = (column >= prompt_ends) & (column < ends)  # (B, columns): True where a token may be generated
         stops = torch.tensor(self.stop_ids, dtype=torch.int64, device=model.device)
         running = [True] * len(self.rows)
@@ -153,7 +153,7 @@ class _Continuation:
             self.filled = [f + m for f, m in zip(self.filled, masks)]
             positions = torch.where(open_columns[:, block], column[block], -1)
             end = block.stop if self.variable_length else columns
-            loop.run_block(Block(index, positions, masks, (block.start, block.stop), end))
+            loop.run_block(Block(index, positions, masks, (block.start, block.stop), end, blank=blank and index == 0))
             if self.stop_ids and index + 1 < self.blocks:
                 ended = torch.isin(tokens[:, block], stops) & open_columns[:, block]
                 open_columns &= ~ended.any(1, keepdim=True)

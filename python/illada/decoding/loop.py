@@ -70,13 +70,11 @@ class Block:
     columns: tuple[int, int]  # first and end column of the positions
     end: int  # columns from here on do not exist yet
     scattered: bool = False
+    blank: bool = False  # some sequences are masks alone
 
 
 class BlockLoop:
-    """Holds the tokens, cache and state of a batch. Only `passes_of` and `run_block` change tokens.
-
-    `blank`: some sequences begin as masks alone.
-    """
+    """Holds the tokens, cache and state of a batch. Only `passes_of` and `run_block` change tokens."""
 
     def __init__(
         self,
@@ -86,11 +84,10 @@ class BlockLoop:
         frozen: Tensor,
         sampling: Sampling,
         callback: Callable[[Step], object] | None,
-        blank: bool = False,
     ) -> None:
         self.model, self.config, self.sampling, self.callback = model, model.config, sampling, callback
         self.tokens, self.frozen, self.first_columns = tokens, frozen, list(starts)
-        self.blank, self.device = blank, tokens.device
+        self.device = tokens.device
         batch = len(self.first_columns)
         self.starts = torch.tensor(self.first_columns, dtype=torch.int64, device=self.device)
         self.seeds = torch.tensor(sampling.seeds, dtype=torch.int64, device=self.device)
@@ -99,6 +96,7 @@ class BlockLoop:
         self._bias_tensors()
         self.guided = sampling.guidance != 0
         self.forward_passes = 0
+        self.limits: Tensor | None = None  # (B,) the column where each sequence ends, if they differ
         self.final = 0  # columns before this one have final keys in the cache
         self.cache: Cache | None = None
         if sampling.cache != "none":
@@ -157,11 +155,22 @@ class BlockLoop:
     def ranges(self, column: Tensor, starts: Tensor, end: int) -> KeyRanges:
         """Returns the key ranges over the first `end` columns: neither padding nor, with blocks, later blocks."""
         block = self.config.causal_block
-        if not block:
+        if not block and self.limits is None:
             return KeyRanges.padding(end - starts, end, side="left")
+        if self.limits is not None and not block:
+            high = torch.maximum(self.limits.clamp(max=end), starts)
+            return KeyRanges(torch.stack([starts, high, high, high], dim=-1)[:, None].to(torch.int32), end)
         low = starts[:, None].expand(-1, column.shape[0])
         high = torch.maximum(((column // block + 1) * block).clamp(max=end), low)  # starts are multiples of the block
         return KeyRanges(torch.stack([low, high, high, high], dim=-1).to(torch.int32), end)
+
+    def read_prompt(self, b: int, end: int) -> None:
+        """Writes the keys of sequence b's columns before `end` into the cache."""
+        assert self.cache is not None
+        column, starts = torch.arange(end, device=self.device), self.starts[b : b + 1]
+        positions = (column - starts[:, None]).clamp(min=0)
+        window = self.cache.rows(b, b + 1).at(0, end)
+        self.model(self.tokens[b : b + 1, :end], self.ranges(column, starts, end), positions, window)
 
     # ---- one block ------------------------------------------------------------------------------------------------
 
@@ -271,7 +280,7 @@ class BlockLoop:
             rows = hidden[row, (block.positions - window[0]).clamp(min=0)]
         else:
             rows = hidden[:, block.columns[0] - window[0] : block.columns[1] - window[0]]
-        return self.equal_if_blank(rows, block.end) if self.blank and block.index == 0 else rows
+        return self.equal_if_blank(rows, block.end) if block.blank else rows
 
     def equal_if_blank(self, rows: Tensor, end: int) -> Tensor:
         """Gives all rows of a sequence of masks alone the value of its first.
@@ -310,11 +319,12 @@ def left_padded(rows: list[list[int]], model: Model, starts: list[int], columns:
     return torch.tensor(table, dtype=torch.int64, device=model.device)
 
 
-def check_filled(rows: list[list[int]], config: ModelConfig) -> None:
+def check_filled(rows: list[list[int]], config: ModelConfig, name: str | None = None) -> None:
     """Raises RuntimeError if a mask is left in rows."""
     left = [(b, row.count(config.mask_id)) for b, row in enumerate(rows) if config.mask_id in row]
     if left:
+        name = name or f"sequence {left[0][0]}"
         raise RuntimeError(
-            f"sequence {left[0][0]}: {left[0][1]} positions stayed masked; the model's hidden rows are NaN or inf "
-            "(wrong dtype or damaged weights?), or forbid leaves no token"
+            f"{name}: {left[0][1]} positions stayed masked; the model's hidden rows are NaN or inf (wrong dtype or "
+            "damaged weights?), or the rule or forbid leaves no token"
         )

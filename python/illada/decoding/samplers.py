@@ -20,7 +20,7 @@ from illada_kernels import Edit, EntropyBound, Factor, Remask, Threshold, TopK
 from ..config import ModelConfig
 from ..errors import PromptError
 from .config import GenerationConfig
-from .schedules import Choose, OpenBlocks, Pass, Table, best, earliest
+from .schedules import OpenBlocks, Pass, Table
 
 Settings = dict[str, Any]
 
@@ -40,7 +40,9 @@ def apply(config: GenerationConfig, model: ModelConfig) -> GenerationConfig:
     settings = SAMPLERS[name](config, model, **config.sampler_options)
     for key, value in settings.items():
         given, default = getattr(config, key), getattr(GenerationConfig, key)
-        if key != "steps" and given is not default and given != default and given != value:
+        if key in ("steps", "steps_per_block"):  # it has gone into the rule
+            continue
+        if given is not default and given != default and given != value:
             raise PromptError(f"{key}: expected none with sampler {name!r}, which sets it to {value!r}; leave out one")
     return dataclasses.replace(config, sampler=None, sampler_options={}, **settings)
 
@@ -75,7 +77,7 @@ class DreamCounts:
 
 @dataclass(frozen=True, eq=False)
 class DreamOrigin:
-    """Each mask falls with probability 1 - s / t."""
+    """Each mask falls with probability 1 - s / t, in the last pass with 1."""
 
     share: Table
 
@@ -83,9 +85,13 @@ class DreamOrigin:
     def passes(self) -> int:
         return len(self.share)
 
-    def __call__(self, now: Pass) -> Choose:
-        share = self.share.at(now)
-        return Choose(lambda proposal, random: (random < share) | (now.step + 1 == self.passes))
+    def __call__(self, now: Pass) -> Threshold:
+        return falls(now, self.share, self.passes)
+
+
+def falls(now: Pass, share: Table, passes: int) -> Threshold:
+    """Commits each candidate with probability `share`, under confidence="random"; all in the last pass."""
+    return Threshold(torch.where(now.step + 1 < passes, 1 - share.at(now), 0.0), at_least=0)
 
 
 def _dream(config: GenerationConfig, eps: float, confidence: str, schedule: Callable[[Table], Any]) -> Settings:
@@ -147,7 +153,7 @@ class Scheduled:
 
 def sdar_sequential(config: GenerationConfig, model: ModelConfig) -> Settings:
     """SDAR's remasking_strategy="sequential": from the left."""
-    return _sdar(config, model, earliest)
+    return {**_sdar(config, model, lambda now, k: TopK(k)), "order": "left"}
 
 
 def sdar_static(config: GenerationConfig, model: ModelConfig) -> Settings:
@@ -157,11 +163,7 @@ def sdar_static(config: GenerationConfig, model: ModelConfig) -> Settings:
 
 def sdar_dynamic(config: GenerationConfig, model: ModelConfig, tau: float = 0.85) -> Settings:
     """SDAR's "low_confidence_dynamic": all above tau, and by count if those are fewer."""
-
-    def surest(now: Pass, k: Tensor) -> Choose:
-        return Choose(lambda proposal, c: (c > tau) | best(c, k, now.candidates))
-
-    return _sdar(config, model, surest)
+    return _sdar(config, model, lambda now, k: Threshold(tau, at_least=k))
 
 
 def sdar_entropy_bounded(config: GenerationConfig, model: ModelConfig, bound: float = 0.35) -> Settings:
@@ -202,16 +204,12 @@ def remdm(config: GenerationConfig, model: ModelConfig, eta: float = 0.02) -> Se
     back = Table(sigma.float())
     fall = Table(((a[1:] - (1 - sigma) * a[:-1]) / (1 - a[:-1])).float())
 
-    def masks_fall(now: Pass) -> Choose:
-        share = fall.at(now)
-        return Choose(lambda proposal, random: (random < share) | (now.step + 1 == steps))
-
     def tokens_go_back(now: Pass) -> Remask:
         scores = torch.where(now.uniform() < back.at(now), 0.0, torch.nan)
         return Remask(now.candidates.shape[1], scores)
 
     return {
-        "rule": Scheduled(steps, masks_fall),
+        "rule": Scheduled(steps, lambda now: falls(now, fall, steps)),
         "revise": tokens_go_back,
         "revise_steps": steps - 1,
         "confidence": "random",

@@ -127,17 +127,10 @@ class Counts:
         return TopK(torch.where(now.step + 1 < self.passes, self.counts.at(now), now.left))
 
 
-def earliest(now: Pass, count: Tensor) -> Choose:
-    """Commits the leftmost masks, `count` () or (B,) of them."""
-    order = torch.where(now.is_masked, now.candidates, torch.iinfo(torch.int64).max)
-    rank = order.argsort(1).argsort(1)
-    return Choose(lambda proposal, confidence: rank < count.reshape(-1, 1))
-
-
 def best(confidence: Tensor, count: Tensor, candidates: Tensor) -> Tensor:
     """Returns where the most confident are, `count` () or (B,) of them; ties go to the lowest position."""
-    order = candidates.argsort(1, stable=True)
-    order = order.gather(1, confidence.gather(1, order).argsort(1, descending=True, stable=True))
+    order = candidates.argsort(dim=1, stable=True)
+    order = order.gather(1, confidence.gather(1, order).argsort(dim=1, descending=True, stable=True))
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )

@@ -1,0 +1,234 @@
+"""Decoder: sequences come and go while others are decoded (continuous batching)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import PromptError
+from ..model import Model
+from .config import GenerationConfig, checked, resolve, resolve_block_length, seeds_of, token_lists
+from .loop import Block, BlockLoop, check_filled
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A sequence that `Decoder.collect` returns."""
+
+    ticket: int  # what `submit` returned
+    tokens: list[int]  # what was generated, up to the stop token
+    stopped: bool  # whether a stop token was generated
+    passes: int  # forward passes in which it had masks
+    filled: int  # masks that were filled
+
+
+@dataclass
+class _Sequence:
+    ticket: int
+    prompt: list[int]
+    seed: int
+    before: int  # columns from its start to the block that is next
+    text: list[int] = dataclasses.field(default_factory=list)  # prompt tokens within its first block included
+    filled: int = 0
+
+
+class Decoder:
+    """Decodes sequences in `slots` rows; one joins where another ended, when a block ends.
+
+    Parameters
+    ----------
+    model : Model
+    config : GenerationConfig, optional
+        Settings of all sequences. `seed` s gives the sequence with ticket n the seed s + n.
+    slots : int
+        Sequences that are decoded at a time.
+    max_length : int, optional
+        Room for a prompt and its new tokens. None: the model's max_seq_len.
+
+    Raises
+    ------
+    PromptError
+        For settings that contradict each other or the model, and for those that need all sequences to begin together:
+        variable_length=False for a model that sees everything, guidance, growing_bias.
+
+    Notes
+    -----
+    A sequence's tokens do not depend on the others, nor on when it joins. Synchronises once a block. Memory: the cache
+    for slots * max_length tokens, where `config.cache` asks for one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada import Decoder, GenerationConfig, Model, ModelConfig
+    >>> _ = torch.manual_seed(0)
+    >>> model = Model(ModelConfig.preset("demo", n_layers=1)).eval()
+    >>> decoder = Decoder(model, GenerationConfig(max_new_tokens=4, stop_ids=()), slots=2)
+    >>> tickets = [decoder.submit(prompt) for prompt in ([72, 105], [72], [33])]
+    >>> while decoder.step():
+    ...     pass
+    >>> sorted((done.ticket, len(done.tokens)) for done in decoder.collect())
+    [(0, 4), (1, 4), (2, 4)]
+    """
+
+    def __init__(
+        self, model: Model, config: GenerationConfig | None = None, slots: int = 8, max_length: int | None = None
+    ) -> None:
+        c, config = model.config, checked(config, model.config)
+        length = c.max_seq_len if max_length is None else max_length
+        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+            raise PromptError(f"slots: expected an int of at least 1, got {slots!r}")
+        if not config.max_new_tokens <= length <= c.max_seq_len:
+            raise PromptError(
+                f"max_length: expected {config.max_new_tokens} (max_new_tokens) to {c.max_seq_len} (max_seq_len), "
+                f"got {length}"
+            )
+        if not config.variable_length and not c.causal_block:
+            raise PromptError("variable_length: expected True, because sequences of a Decoder begin at different times")
+        if config.guidance or config.growing_bias is not None:
+            name = "guidance" if config.guidance else "growing_bias"
+            raise PromptError(f"{name}: expected none in a Decoder; generate() takes it")
+        self.model, self.settings, self.length = model, config, length
+        self.block_length = resolve_block_length(config, c)
+        self.whole = c.causal_block or 1  # a prompt's whole blocks lie before the first block that is decoded
+        self.base_seed = seeds_of(config.seed, 1)[0]
+        blocks = -(-config.max_new_tokens // self.block_length)
+        sampling = resolve(dataclasses.replace(config, seed=[0] * slots), c, slots, self.block_length, blocks)
+        self.stop_ids = set(c.eos_ids if config.stop_ids is None else config.stop_ids)  # type: ignore[arg-type]
+        # Every sequence may end within a block, and one begins in column 0 whenever the rectangle has moved.
+        columns = -(-length // self.block_length) * self.block_length + self.block_length
+        tokens = torch.full((slots, columns), c.mask_id, dtype=torch.int64, device=model.device)
+        self.loop = BlockLoop(model, tokens, [0] * slots, torch.zeros_like(tokens, dtype=torch.bool), sampling, None)
+        self.loop.limits = torch.full((slots,), columns, dtype=torch.int64, device=model.device)
+        self.rows: list[_Sequence | None] = [None] * slots
+        self.waiting: deque[_Sequence] = deque()
+        self.finished: list[Finished] = []
+        self.at = 0  # the column where the next block begins
+        self.blocks = self.tickets = 0
+        self.running: Iterator[None] | None = None
+
+    def submit(self, prompt: Sequence[int] | Tensor, seed: int | None = None) -> int:
+        """Queues a prompt; returns its ticket.
+
+        Raises PromptError for a prompt that does not fit max_length together with max_new_tokens, or holds a mask.
+        """
+        ticket = self.tickets
+        row = token_lists([prompt], self.model.config)[0]
+        if self.model.config.mask_id in row:
+            raise PromptError(f"prompt: expected no mask_id ({self.model.config.mask_id}); fill() fills holes")
+        if len(row) + self.settings.max_new_tokens > self.length:
+            raise PromptError(
+                f"prompt: {len(row)} tokens and max_new_tokens = {self.settings.max_new_tokens} exceed max_length = "
+                f"{self.length}; shorten the prompt, generate less or make a Decoder with more room"
+            )
+        seeds = seeds_of(self.base_seed + ticket if seed is None else seed, 1)
+        whole = len(row) // self.whole * self.whole
+        self.waiting.append(_Sequence(ticket, row, seeds[0], whole, row[whole:]))
+        self.tickets += 1
+        return ticket
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Makes one forward pass; returns False if there was nothing to do.
+
+        Raises RuntimeError if positions of a sequence stay masked, because hidden rows are NaN.
+        """
+        while True:
+            if self.running is None and not self._begin():
+                return False
+            assert self.running is not None
+            if next(self.running, self) is not self:
+                return True
+            self._end()
+
+    def collect(self) -> list[Finished]:
+        """Returns the sequences that have ended since the last call, in the order in which they ended."""
+        finished, self.finished = self.finished, []
+        return finished
+
+    # ---- at the border of two blocks --------------------------------------------------------------------------------
+
+    def _begin(self) -> bool:
+        """Lets waiting sequences join and begins a block; returns False if there is no sequence."""
+        joiners = [b for b, row in enumerate(self.rows) if row is None][: len(self.waiting)]
+        for b in joiners:
+            self.rows[b] = self.waiting.popleft()
+        live = [(b, row) for b, row in enumerate(self.rows) if row is not None]
+        if not live:
+            return False
+        if joiners:
+            self._move(max(row.before for _, row in live) - self.at)
+            if len(joiners) == len(live):  # the first pass covers all columns
+                self.loop.final = 0
+            for b in joiners:
+                self._join(b, alone=len(joiners) < len(live))
+        loop, stop = self.loop, self.at + self.block_length
+        masks, ends = [0] * len(self.rows), [self.at] * len(self.rows)
+        for b, row in live:
+            start = self.at - row.before
+            ends[b] = start + len(row.prompt) + self.settings.max_new_tokens
+            masks[b] = min(stop, ends[b]) - max(self.at, start + len(row.prompt))
+            row.filled += masks[b]
+        column = torch.arange(self.at, stop, device=loop.device)
+        open_until = torch.tensor(ends, dtype=torch.int64, device="cpu").to(loop.device, non_blocking=True)
+        positions = torch.where((column < open_until[:, None]) & ~loop.frozen[:, self.at : stop], column, -1)
+        assert loop.limits is not None
+        loop.limits.copy_(open_until)
+        blank = any(not row.prompt and not row.before for _, row in live)
+        self.running = loop.passes_of(Block(self.blocks, positions, masks, (self.at, stop), stop, blank=blank))
+        return True
+
+    def _move(self, by: int) -> None:
+        """Moves the whole rectangle by columns. Keys do not change, for they know their positions, not columns."""
+        if by:
+            loop = self.loop
+            for table in (loop.tokens, loop.frozen):
+                table.copy_(table.roll(by, 1))
+            if loop.cache is not None:
+                for keys in (loop.cache.keys, loop.cache.values):
+                    keys.copy_(keys.roll(by, 2))
+            loop.starts.add_(by).clamp_(min=0)  # of rows that are free
+            self.at += by
+            loop.final = max(loop.final + by, 0)
+
+    def _join(self, b: int, alone: bool) -> None:
+        """Writes a sequence's prompt so that its first block begins in the next one's column.
+
+        alone: other sequences are running, so the next pass does not cover the prompt.
+        """
+        row, loop = self.rows[b], self.loop
+        assert row is not None
+        start, padding = self.at - row.before, max(self.model.config.pad_id, 0)
+        text = [*[padding] * start, *row.prompt]
+        columns = loop.tokens.shape[1]
+        line = torch.tensor(text + [self.model.config.mask_id] * (columns - len(text)), dtype=torch.int64, device="cpu")
+        loop.tokens[b].copy_(line)
+        loop.frozen[b, : len(text)], loop.frozen[b, len(text) :] = True, False
+        loop.first_columns[b] = start
+        loop.starts[b], loop.seeds[b], loop.joined[b], loop.passes[b] = start, row.seed, self.blocks, 0
+        if alone and loop.sampling.cache == "block_causal" and row.before:
+            loop.read_prompt(b, self.at)
+
+    def _end(self) -> None:
+        """Takes out the sequences that have ended. Reads the block's tokens, the one synchronisation of a block."""
+        self.running, block = None, slice(self.at, self.at + self.block_length)
+        found, passes = self.loop.tokens[:, block].tolist(), self.loop.passes.tolist()
+        self.at += self.block_length
+        self.blocks += 1
+        for b, row in enumerate(self.rows):
+            if row is None:
+                continue
+            row.before += self.block_length
+            row.text += found[b][len(row.text) % self.block_length :]
+            inside = len(row.prompt) % self.whole  # prompt tokens in `text`
+            text = row.text[inside:][: self.settings.max_new_tokens]
+            end = next((i for i, token in enumerate(text) if token in self.stop_ids), None)
+            if end is None and len(text) < self.settings.max_new_tokens:
+                continue
+            self.rows[b] = None
+            check_filled([text[:end]], self.model.config, f"ticket {row.ticket}")
+            self.finished.append(Finished(row.ticket, text[:end], end is not None, passes[b], row.filled))
