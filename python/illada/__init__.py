@@ -20,6 +20,7 @@ _HOMES = {
     "generate": "decoding.generate",
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "DecodingError": "errors",
     "PromptError": "errors",
 }
 __all__ = sorted(_HOMES)
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .decoding.generate import generate as generate
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
+    from .errors import DecodingError as DecodingError
     from .errors import PromptError as PromptError
     from .model import Model as Model
 

@@ -135,7 +135,7 @@ class Decoder:
     def step(self) -> bool:
         """Makes one forward pass; returns False if there was nothing to do.
 
-        Raises RuntimeError if positions of a sequence stay masked, because hidden rows are NaN.
+        Raises DecodingError if positions of a sequence stay masked, because hidden rows are NaN.
         """
         while True:
             if self.running is None and not self._begin():

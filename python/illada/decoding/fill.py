@@ -45,7 +45,7 @@ def fill(
     ------
     PromptError
         As `generate`; for a cache; and for a model that does not see what comes later.
-    RuntimeError
+    DecodingError
         As `generate`.
 
     Notes
@@ -130,7 +130,7 @@ def fill_hole(
     ------
     PromptError
         If the text does not fit the model or holds mask_id, or the model sees everything anyway (then use `fill`).
-    RuntimeError
+    DecodingError
         If positions stay masked because hidden rows are NaN.
     """
     c, block = model.config, model.config.causal_block

@@ -70,7 +70,7 @@ def generate(
     PromptError
         For a prompt that does not fit max_seq_len together with max_new_tokens, that holds ids outside the vocab or
         mask_id (`fill` takes those), and for settings that contradict each other or the model.
-    RuntimeError
+    DecodingError
         If positions stay masked because hidden rows are NaN, or `forbid` leaves no token.
 
     Notes

@@ -30,6 +30,7 @@ import illada_kernels
 from illada_kernels import Edit, KeyRanges, Remask, TopK
 
 from ..config import ModelConfig
+from ..errors import DecodingError
 from ..model import Model
 from .cache import Cache
 from .config import Sampling
@@ -320,11 +321,11 @@ def left_padded(rows: list[list[int]], model: Model, starts: list[int], columns:
 
 
 def check_filled(rows: list[list[int]], config: ModelConfig, name: str | None = None) -> None:
-    """Raises RuntimeError if a mask is left in rows."""
+    """Raises DecodingError if a mask is left in rows."""
     left = [(b, row.count(config.mask_id)) for b, row in enumerate(rows) if config.mask_id in row]
     if left:
         name = name or f"sequence {left[0][0]}"
-        raise RuntimeError(
+        raise DecodingError(
             f"{name}: {left[0][1]} positions stayed masked; the model's hidden rows are NaN or inf (wrong dtype or "
             "damaged weights?), or the rule or forbid leaves no token"
         )
