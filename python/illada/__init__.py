@@ -22,6 +22,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DecodingError": "errors",
     "PromptError": "errors",
+    "Recorder": "replay",
 }
 __all__ = sorted(_HOMES)
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .errors import DecodingError as DecodingError
     from .errors import PromptError as PromptError
     from .model import Model as Model
+    from .replay import Recorder as Recorder
 
 
 def __getattr__(name: str) -> Any:

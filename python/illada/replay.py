@@ -21,8 +21,7 @@ class Recorder:
     Examples
     --------
     >>> import torch
-    >>> from illada import GenerationConfig, Model, ModelConfig, generate
-    >>> from illada.replay import Recorder
+    >>> from illada import GenerationConfig, Model, ModelConfig, Recorder, generate
     >>> from illada.tokenizer import ByteTokenizer
     >>> model = Model(ModelConfig.preset("demo", n_layers=1)).eval()
     >>> recorder = Recorder(ByteTokenizer(), [[72, 105]])
