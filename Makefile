@@ -4,6 +4,7 @@
 # make lint     ruff, clang-format and mypy      make format   rewrite the sources as lint wants them
 # make docs     the site, into build/site; a broken link fails
 # make bench    measure every op on this machine into benchmarks/results/
+# make wheel    a manylinux wheel into dist/, checked and tried in a new environment; CUDA=0 and 1 say whether with CUDA
 # make hub      the tree that Hugging Face's `kernels` package loads, into build/hub
 # make build    compile the extension in place      make clean    remove what was built
 #
@@ -23,7 +24,7 @@ HAS_NVCC := $(shell { test -n "$$NVCC" || command -v nvcc || test -x "$${CUDA_HO
 
 CXX_SOURCES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
 
-.PHONY: setup demo test lint format docs bench hub build clean
+.PHONY: setup demo test lint format docs bench wheel hub build clean
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py
@@ -32,7 +33,7 @@ $(INSTALLED): pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet $(foreach package,$(TRITON),"$(package)")
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" "ninja>=1.11" wheel
-	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 0,$(HAS_GPU)),0,)} $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[model,tokenizers,test,bench,lint,docs]"
+	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 0,$(HAS_GPU)),0,)} $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[model,tokenizers,test,bench,lint,docs,release]"
 	touch $@
 
 demo: setup
@@ -77,6 +78,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.quality.accuracy
 	$(BIN)/python -m benchmarks.report.plot
 	$(BIN)/python -m benchmarks.report.readme
+
+wheel: setup
+	$(BIN)/python -m release.wheel --cuda $(or $(CUDA),$(HAS_NVCC))
 
 hub: build
 	$(BIN)/python -m release.hub

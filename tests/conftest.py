@@ -17,6 +17,12 @@ pytest.register_assert_rewrite("tests.helpers")
 from tests.helpers.checkout import ROOT, build, copy_checkout, locked  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, together: none of them is what the last process is waited for, and none of their fixtures
+    (a trained model, a wheel) is made by two processes."""
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") or "distributions" in item.fixturenames))
+
+
 @pytest.fixture(autouse=True)
 def _same_draws_every_time() -> None:
     """A test that draws without a generator of its own gives what it gave before."""

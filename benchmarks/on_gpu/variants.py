@@ -26,7 +26,9 @@ FOLDER = ROOT / "build" / "variants"
 
 @dataclass(frozen=True)
 class Variant:
-    macro: str  # without ILLADA_, as is the next but one
+    """Macros are named without the ILLADA_ that they begin with."""
+
+    macro: str
     source: str  # of csrc/cuda
     arguments: str  # the macro of api.h that holds the entry point's parameters
     cases: tuple[str, ...]  # attention forward cases in which it is measured

@@ -46,10 +46,7 @@ class _Op(torch.nn.Module):
 class Attention(_Op):
     """Runs `illada_kernels.attention` as a module.
 
-    Parameters
-    ----------
-    scale, deterministic, backend
-        Keyword arguments of `attention`.
+    Options, by keyword, are those of `attention`: scale, deterministic, backend.
 
     Examples
     --------
@@ -72,10 +69,8 @@ class Attention(_Op):
 class ScaledDotProductAttention(_Op):
     """Runs `illada_kernels.scaled_dot_product_attention`, torch's signature, as a module.
 
-    Parameters
-    ----------
-    dropout_p, is_causal, scale, enable_gqa, backend
-        Keyword arguments of `scaled_dot_product_attention`.
+    Options, by keyword, are those of `scaled_dot_product_attention`: dropout_p, is_causal, scale, enable_gqa,
+    backend.
 
     Examples
     --------
@@ -96,10 +91,8 @@ class ScaledDotProductAttention(_Op):
 class MaskedLoss(_Op):
     """Runs `illada_kernels.masked_loss` as a module.
 
-    Parameters
-    ----------
-    reduction, softcap, label_smoothing, z_loss, forbid, max_masked, memory_budget, backend
-        Keyword arguments of `masked_loss`.
+    Options, by keyword, are those of `masked_loss`: reduction, softcap, label_smoothing, z_loss, forbid,
+    max_masked, memory_budget, backend.
 
     Examples
     --------
@@ -138,10 +131,8 @@ class MaskedLoss(_Op):
 class MaskedLossFromLogits(_Op):
     """Runs `illada_kernels.masked_loss_from_logits` as a module.
 
-    Parameters
-    ----------
-    reduction, softcap, label_smoothing, z_loss, forbid, max_masked, backend
-        Keyword arguments of `masked_loss_from_logits`.
+    Options, by keyword, are those of `masked_loss_from_logits`: reduction, softcap, label_smoothing, z_loss,
+    forbid, max_masked, backend.
 
     Examples
     --------
@@ -165,8 +156,11 @@ class Unmask(_Op):
     ----------
     rule : TopK, Threshold, Factor or EntropyBound
     mask_id : int
-    confidence, temperature, confidence_temperature, seed, forbid, logit_bias, revise, backend
-        Keyword arguments of `unmask`.
+
+    Notes
+    -----
+    Options, by keyword, are those of `unmask`: confidence, temperature, confidence_temperature, seed, forbid,
+    logit_bias, revise, backend.
 
     Examples
     --------

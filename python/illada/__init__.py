@@ -13,13 +13,16 @@ _HOMES = {
     "ModelConfig": "config",
     "load": "checkpoint",
     "save": "checkpoint",
+    "Decoder": "decoding.decoder",
     "GenerationConfig": "decoding.config",
     "Generation": "decoding.generate",
     "fill": "decoding.fill",
     "generate": "decoding.generate",
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "DecodingError": "errors",
     "PromptError": "errors",
+    "Recorder": "replay",
 }
 __all__ = sorted(_HOMES)
 
@@ -28,13 +31,16 @@ if TYPE_CHECKING:
     from .checkpoint import save as save
     from .config import ModelConfig as ModelConfig
     from .decoding.config import GenerationConfig as GenerationConfig
+    from .decoding.decoder import Decoder as Decoder
     from .decoding.fill import fill as fill
     from .decoding.generate import Generation as Generation
     from .decoding.generate import generate as generate
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
+    from .errors import DecodingError as DecodingError
     from .errors import PromptError as PromptError
     from .model import Model as Model
+    from .replay import Recorder as Recorder
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, ConfigError, PromptError
+from .errors import CheckpointError, ConfigError, DecodingError, PromptError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,10 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `illada generate | head`
         sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the flush at exit fails again
         return 141
     except (
         CheckpointError,
         ConfigError,
+        DecodingError,
         PromptError,
         ValueError,
         ArithmeticError,
@@ -306,46 +308,63 @@ def _resumed(run: Any, said: dict[str, Any]) -> Any:
 
 def _generate_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, help="a run's folder, or one of Hugging Face")
-    p.add_argument("--prompt", required=True)
-    p.add_argument("--max-new-tokens", type=int, default=64)
-    p.add_argument("--block-length", type=int, default=None)
-    p.add_argument(
-        "--threshold", type=float, default=None, help="commit what is at least this sure (default: one token a pass)"
+    where = p.add_mutually_exclusive_group(required=True)
+    where.add_argument("--prompt", action="append", help="may be given several times")
+    where.add_argument(
+        "--prompts", metavar="FILE", help='JSON lines {"prompt": "..."}, from a file or - (standard input)'
     )
-    p.add_argument("--temperature", type=float, default=0.0)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", metavar="FILE", help="write JSON lines there, one as soon as a prompt is done")
+    p.add_argument("--html", metavar="FILE", help="write a page that replays the denoising of --prompt")
     p.add_argument("--live", action="store_true", help="show masks turning into text")
     p.add_argument("--device", help=_DEVICE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    p.add_argument("--batch-size", type=int, default=8, help="prompts of --prompts decoded at a time (default 8)")
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--seed", type=int, default=0)
+    how = p.add_argument_group("how to decode, as in illada.GenerationConfig").add_argument
+    says: dict[str, Any] = {"default": argparse.SUPPRESS}
+    how("--sampler", help="a published one: llada, dream-entropy, sdar-dynamic, d3llm ...", **says)
+    how("--sampler-option", action="append", metavar="NAME=NUMBER", help="of the sampler, for example tau=0.95", **says)
+    how("--steps", type=int, help="passes in all", **says)
+    how("--steps-per-block", type=int, **says)
+    how("--block-length", type=int, **says)
+    how("--threshold", type=float, help="commit what is at least this sure (default: one token a pass)", **says)
+    how("--temperature", type=float, help="default 0", **says)
+    how("--confidence", choices=("probability", "margin", "neg_entropy", "random", "sampled"), **says)
+    how("--confidence-temperature", type=float, **says)
+    how("--rank-temperature", type=float, **says)
+    how("--order", choices=("confidence", "left"), **says)
+    how(
+        "--edit",
+        type=float,
+        metavar="TAU",
+        help="replace tokens by others that are at least this sure",
+        **says,
+    )
+    how("--remask", type=int, metavar="N", help="take N tokens back in each pass", **says)
+    how("--revise-steps", type=int, help="passes that do so (default 16)", **says)
+    how("--cache", choices=("none", "prefix", "dual", "block_causal"), **says)
+    how("--refresh-every", type=int, **says)
+    how("--stop-ids", type=int, nargs="*", help="default: the model's", **says)
+    how("--forbid", type=int, nargs="*", metavar="ID", help="never propose these", **says)
+    how("--defer", type=int, nargs="*", metavar="ID", help="commit these last", **says)
+    how("--logit-bias", action="append", metavar="ID=NUMBER", **says)
+    how("--growing-bias", action="append", metavar="ID=NUMBER", help="times the tokens of the blocks before", **says)
+    how("--guidance", type=float, help="classifier-free guidance", **says)
+    how(
+        "--all-masks",
+        dest="variable_length",
+        action="store_false",
+        help="show all masks at once (LLaDA)",
+        **says,
+    )
     p.set_defaults(run=_generate)
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from illada_kernels import Threshold
+    from .prompts import run
 
-    from .decoding.generate import GenerationConfig, generate
-    from .live import LiveText
-    from .training import runs
-
-    if not options.prompt:
-        raise PromptError("prompt: it is empty; give at least one character, for example --prompt 'def '")
-    model, tokenizer = runs.open_model(options.model, options.device, options.dtype)
-    prompt = [int(i) for i in tokenizer.encode(os.fsencode(options.prompt), special=True)]
-    config = GenerationConfig(
-        max_new_tokens=options.max_new_tokens,
-        block_length=options.block_length,
-        rule=None if options.threshold is None else Threshold(options.threshold),
-        temperature=options.temperature,
-        seed=options.seed,
-    )
-    live = LiveText(tokenizer, len(prompt)) if options.live else None
-    done = generate(model, [prompt], config, live)
-    if live is not None:
-        live.finish([*prompt, *done.tokens[0]])
-    else:
-        print(options.prompt + tokenizer.decode(done.tokens[0]))
-    print(f"{sum(done.filled)} tokens in {done.forward_passes} passes", file=sys.stderr)
-    return 0
+    return run(options)
 
 
 def _eval_parser(p: argparse.ArgumentParser) -> None:

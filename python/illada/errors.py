@@ -1,4 +1,4 @@
-"""The package's errors. Each is a ValueError or OSError too; its message says what was expected and what came."""
+"""The package's errors, each also a ValueError, OSError or RuntimeError. A message says what was expected and came."""
 
 from __future__ import annotations
 
@@ -21,3 +21,7 @@ class DataError(ValueError):
 
 class PromptError(ValueError):
     """Raised for a prompt or a generation setting that cannot be run with this model."""
+
+
+class DecodingError(RuntimeError):
+    """Raised when positions stay masked: hidden rows are NaN or inf, or the settings leave no token."""

@@ -290,7 +290,7 @@ def test_each_pass_and_block_draws_new_noise():
     original = illada_kernels.unmask
 
     def recording(*args, **kwargs):
-        steps.append(kwargs["step"])
+        steps.append(int(kwargs["step"]))
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -437,11 +437,12 @@ class Synchronisations(TorchDispatchMode):
         ({"rule": TopK(1)}, 0),
         ({"steps_per_block": 2}, 0),
         ({"rule": TopK(1), "cache": "dual"}, 0),
-        # a check after each of at most 4 passes in each of 2 blocks, the last of which needs none
-        ({"rule": Threshold(1.0)}, 6),
+        ({"rule": Threshold(1.0)}, 0),
+        ({"rule": Threshold(0.3), "revise": Edit(0.3)}, 0),
+        ({"rule": EntropyBound(2.5), "revise": Remask(1)}, 0),
     ],
 )
-def test_passes_synchronise_with_the_host_only_where_the_rule_needs_it(how, expected):
+def test_no_pass_synchronises_with_the_host(how, expected):
     model = model_of("demo")
     with Synchronisations() as seen:
         generate(model, PROMPTS, settings(model, **how))
@@ -477,7 +478,10 @@ def test_callbacks_see_every_pass_and_the_text_grow():
         ([[1, 49]], {}, r"prompt 0: expected no mask_id \(49\); fill"),
         ([[1] * 57], {}, "prompt 0: 57 tokens and max_new_tokens = 8 exceed max_seq_len = 64; shorten the prompt"),
         ([torch.zeros(2, 2)], {}, "prompt 0: expected integers"),
-        ([[1]], {"block_length": 3}, "max_new_tokens: expected a positive multiple of block_length = 3, got 8"),
+        ([[1]], {"steps": 3}, "steps: expected a multiple of the 2 blocks of 4 tokens, got 3"),
+        ([[1]], {"steps": 4, "rule": TopK(1)}, "steps: expected None with a rule"),
+        ([[1]], {"steps": 4, "steps_per_block": 2}, "steps: expected None with steps_per_block"),
+        ([[1]], {"rule": torch.ones(2)}, r"rule: expected integers \(passes,\) or \(passes, B\), got torch.float32"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
         ([[1]], {"rule": TopK(0)}, "rule: expected TopK of at least 1"),
         ([[1]], {"rule": TopK(1), "steps_per_block": 2}, "steps_per_block: expected None with a rule"),

@@ -73,6 +73,7 @@ def wait_for(condition, process: subprocess.Popen, tries: int = 60_000) -> None:
 # ---- kills ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_has_the_very_same_log(tmp_path):
     """SIGKILL after the first save, while steps that no state knows are in the log; the log's bytes are compared."""
     (tmp_path / "text").write_text("def f(x):\n    return x + 1\n" * 60)

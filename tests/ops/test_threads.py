@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from illada_kernels import _dispatch
+from illada_kernels import _extension
 
-pytestmark = pytest.mark.skipif(_dispatch.extension_reason() is not None, reason="the compiled extension is missing")
+pytestmark = pytest.mark.skipif(_extension.extension_reason() is not None, reason="the compiled extension is missing")
 
 CALLS = """
 import os, signal, sys, time
@@ -110,7 +110,7 @@ def test_flush_denormal_changes_no_bit_and_stays_as_the_caller_set_it(early, pyt
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_every_instruction_set_keeps_subnormals(isa, python):
     names = ["scalar", "avx2", "avx512"]
-    if names.index(_dispatch.native().cpu_isa) < names.index(isa):
+    if names.index(_extension.native().cpu_isa) < names.index(isa):
         pytest.skip(f"this processor has no {isa}")
     assert run(python, FLUSH.format(early=False), ILLADA_CPU_ISA=isa) == "same"
 

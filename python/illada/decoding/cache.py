@@ -40,6 +40,12 @@ class Cache:
         """Slots per sequence."""
         return self.keys.shape[2]
 
+    def rows(self, first: int, last: int) -> Cache:
+        """Returns the cache of sequences first .. last - 1, which shares this one's memory."""
+        part = object.__new__(Cache)
+        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
+        return part
+
     def at(self, start: int | Tensor, num_keys: int | None = None) -> CacheWindow:
         """Returns the window whose first token has slot `start`, an int or int64 (B,).
 

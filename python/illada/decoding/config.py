@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from illada_kernels import Edit, EntropyBound, Factor, Remask, Threshold, TopK
+from illada_kernels import Edit, Remask, TopK
 
 from ..config import ModelConfig
 from ..errors import PromptError
+from .schedules import Always, Choose, Counts, Evenly, Pass, Rule, Schedule, Table
 
-Rule = TopK | Threshold | Factor | EntropyBound
 Prompts = Sequence[Sequence[int] | Tensor] | Tensor
 
 
@@ -28,13 +28,22 @@ class GenerationConfig:
     Parameters
     ----------
     max_new_tokens : int
-        Tokens to generate per sequence, a multiple of `block_length`.
+        Tokens to generate per sequence. The last block is shorter where it is not a multiple of `block_length`.
     block_length : int, optional
         Tokens that are unmasked together. None: `causal_block` for block-causal models, else 32.
-    rule : TopK, Threshold, Factor or EntropyBound, optional
-        Which proposals a pass commits. None: LLaDA's schedule, which spreads a block's masks evenly over
-        `steps_per_block` passes (None: one token a pass).
-    confidence, temperature, confidence_temperature
+    sampler : str, optional
+        A published sampler by its name, one of `illada.decoding.samplers.SAMPLERS`. It sets the fields that make it;
+        setting one of these too is an error.
+    sampler_options : dict, optional
+        Numbers of the sampler, for example {"tau": 0.95}.
+    steps : int, optional
+        Passes in all, a multiple of the number of blocks. None: as `steps_per_block` says.
+    rule : TopK, Threshold, Factor, EntropyBound, tensor or callable, optional
+        Which proposals a pass commits. An integer tensor (passes,) or (passes, B) gives the number of tokens for each
+        pass of a block; the last pass commits what is left. A callable is a schedule: see `illada.decoding.schedules`.
+        None: LLaDA's schedule, which spreads a block's masks evenly over `steps_per_block` passes (None: one token a
+        pass).
+    confidence, order, rank_temperature, temperature, confidence_temperature, defer
         As in `illada_kernels.unmask`.
     forbid : collection of int, optional
         Ids that are never proposed, beside mask_id, which never is.
@@ -42,9 +51,13 @@ class GenerationConfig:
         Finite numbers added to the logits of these ids.
     seed : int or sequence of int
         An int s gives sequence b the seed s + b; a sequence gives one seed to each.
-    revise : Edit or Remask, optional
+    growing_bias : dict, optional
+        {id: number}: added to the id's logit for each token of the blocks that are done (iLLaDA raises that of a token
+        which ends a train of thought).
+    revise : Edit, Remask or callable, optional
         Edit replaces committed tokens of the block until nothing changes, for at most `revise_steps` passes after the
-        block is full. Remask takes tokens back during the first `revise_steps` passes of a block.
+        block is full. Remask takes tokens back during the first `revise_steps` passes of a block. A callable takes a
+        `Pass` and returns a Remask.
     cache : str, optional
         "none", "block_causal" (exact, the default for block-causal models), "prefix" or "dual". The last two are
         approximations for models that see everything: keys outside the block are recomputed when a block begins and
@@ -60,13 +73,18 @@ class GenerationConfig:
 
     max_new_tokens: int = 128
     block_length: int | None = None
-    rule: Rule | None = None
+    sampler: str | None = None
+    sampler_options: Mapping[str, float] = field(default_factory=dict)
+    steps: int | None = None
+    rule: Rule | Choose | Tensor | Schedule | None = None
     steps_per_block: int | None = None
     confidence: str = "probability"
+    order: str = "confidence"
+    rank_temperature: float = 0.0
     temperature: float = 0.0
     confidence_temperature: float = 1.0
     seed: int | Sequence[int] = 0
-    revise: Edit | Remask | None = None
+    revise: Edit | Remask | Callable[[Pass], Remask] | None = None
     revise_steps: int = 16
     cache: str | None = None
     refresh_every: int = 0
@@ -74,23 +92,31 @@ class GenerationConfig:
     variable_length: bool = True
     guidance: float = 0.0
     forbid: int | Iterable[int] | None = None
+    defer: int | Iterable[int] = ()
     logit_bias: Mapping[int, float] | tuple[Any, Any] | None = None
+    growing_bias: Mapping[int, float] | tuple[Any, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
     """A `GenerationConfig` that was checked and resolved for one model."""
 
-    rule: Rule | None  # None: the schedule
-    steps_per_block: int
-    revise: Edit | Remask | None
+    schedule: Schedule
+    block_length: int
+    revise: Edit | Remask | Callable[[Pass], Remask] | None
     revise_steps: int
     cache: str
     refresh_every: int
     guidance: float
     seeds: list[int]
     max_passes: int  # upper bound of the passes in a block, independent of the batch: it numbers the noise
+    growing_bias: tuple[Any, Any] | None
     unmask: dict[str, Any]  # passed on to `illada_kernels.unmask`
+
+    @property
+    def remask_steps(self) -> int:
+        """Passes of a block in which tokens may be taken back."""
+        return 0 if self.revise is None or isinstance(self.revise, Edit) else self.revise_steps
 
 
 def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationConfig:
@@ -99,42 +125,59 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
     Integers may come as any integer type (numpy, 0-d tensors), ids as any collection of them, logit_bias as a dict.
     """
     config = config or GenerationConfig()
-    counts = {"max_new_tokens": 1, "block_length": 1, "steps_per_block": 1, "revise_steps": 0, "refresh_every": 0}
+    if config.sampler is not None:
+        from .samplers import apply  # which imports this module
+
+        config = apply(config, model)
+    elif config.sampler_options:
+        raise PromptError("sampler_options: expected none without a sampler")
+    counts = {"max_new_tokens": 1, "block_length": 1, "steps": 1, "steps_per_block": 1, "revise_steps": 0}
+    counts["refresh_every"] = 0
     plain: dict[str, Any] = {name: _count(config, name, least) for name, least in counts.items()}
-    for name in ("temperature", "confidence_temperature", "guidance"):
+    for name in ("temperature", "confidence_temperature", "rank_temperature", "guidance"):
         plain[name] = _number(name, getattr(config, name))
     for name, kinds in (("rule", Rule), ("revise", Edit | Remask)):
         value = getattr(config, name)
-        if value is not None and not isinstance(value, kinds):
+        if value is None or callable(value) or (name == "rule" and isinstance(value, Tensor | Choose)):
+            continue
+        if not isinstance(value, kinds):
             names = ", ".join(kind.__name__ for kind in get_args(kinds))
             raise PromptError(f"{name}: expected None or one of {names}, got {value!r}")
-    for name in ("stop_ids", "forbid"):
+    for name in ("stop_ids", "forbid", "defer"):
         value = getattr(config, name)
         plain[name] = None if value is None else tuple(_ids(name, value, model.vocab_size))
     if plain["forbid"] is not None and model.mask_id not in plain["forbid"]:
         plain["forbid"] = (*plain["forbid"], model.mask_id)  # a mask that is proposed would never be filled
-    plain["logit_bias"] = None if config.logit_bias is None else _logit_bias(config.logit_bias, model.vocab_size)
+    for name in ("logit_bias", "growing_bias"):
+        value = getattr(config, name)
+        plain[name] = None if value is None else _logit_bias(name, value, model.vocab_size)
     return dataclasses.replace(config, **plain)
 
 
-def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_length: int) -> Sampling:
+def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_length: int, blocks: int) -> Sampling:
     """Resolves settings that `checked` returned; raises PromptError if they contradict each other or the model."""
-    if config.rule is not None and config.steps_per_block is not None:
-        raise PromptError("steps_per_block: expected None with a rule, for it is the schedule used without one")
-    if isinstance(config.rule, TopK) and not isinstance(config.rule.k, Tensor) and config.rule.k == 0:
-        raise PromptError("rule: expected TopK of at least 1, got 0, which never commits a token")
+    if config.steps is not None and config.steps % blocks:
+        raise PromptError(
+            f"steps: expected a multiple of the {blocks} blocks of {block_length} tokens, got {config.steps}; choose "
+            "another number of steps, or another block_length"
+        )
+    schedule = _schedule(config, block_length, config.steps and config.steps // blocks)
     return Sampling(
-        rule=config.rule,
-        steps_per_block=config.steps_per_block or block_length,
+        schedule=schedule,
+        block_length=block_length,
         revise=config.revise,
         revise_steps=config.revise_steps if config.revise is not None else 0,
         cache=_cache_mode(config, model),
         refresh_every=config.refresh_every,
         guidance=config.guidance,
         seeds=seeds_of(config.seed, batch),
-        max_passes=block_length + config.revise_steps,
+        max_passes=max(block_length, getattr(schedule, "passes", 0)) + config.revise_steps,
+        growing_bias=config.growing_bias,  # type: ignore[arg-type]  # a pair, says `checked`
         unmask={
             "confidence": config.confidence,
+            "order": config.order,
+            "rank_temperature": config.rank_temperature,
+            "defer": config.defer,
             "temperature": config.temperature,
             "confidence_temperature": config.confidence_temperature,
             "forbid": config.forbid,
@@ -143,13 +186,30 @@ def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_leng
     )
 
 
+def _schedule(config: GenerationConfig, block_length: int, steps: int | None) -> Schedule:
+    """Returns the rule of each pass; `steps` is the number of passes of a block that `config.steps` asks for."""
+    rule = config.rule
+    if steps is not None and config.steps_per_block is not None:
+        raise PromptError("steps: expected None with steps_per_block; one of them is the number of passes")
+    if rule is not None and (steps or config.steps_per_block) is not None:
+        name = "steps" if steps else "steps_per_block"
+        raise PromptError(f"{name}: expected None with a rule, for it is the schedule used without one")
+    if rule is None:
+        return Evenly(steps or config.steps_per_block or block_length)
+    if isinstance(rule, Tensor):
+        if rule.dim() not in (1, 2) or not _is_integral(rule) or rule.shape[0] < 1:
+            raise PromptError(f"rule: expected integers (passes,) or (passes, B), got {rule.dtype} {tuple(rule.shape)}")
+        return Counts(Table(rule.detach()))
+    if callable(rule):
+        return rule
+    if isinstance(rule, TopK) and not isinstance(rule.k, Tensor) and rule.k == 0:
+        raise PromptError("rule: expected TopK of at least 1, got 0, which never commits a token")
+    return Always(rule)
+
+
 def resolve_block_length(config: GenerationConfig, model: ModelConfig) -> int:
-    """Returns the block length of `generate`; raises PromptError if it does not fit the model or max_new_tokens."""
+    """Returns the block length of `generate`; raises PromptError if it does not fit the model."""
     length = config.block_length or model.causal_block or min(32, config.max_new_tokens)
-    if config.max_new_tokens % length:
-        raise PromptError(
-            f"max_new_tokens: expected a positive multiple of block_length = {length}, got {config.max_new_tokens}"
-        )
     if model.causal_block and length != model.causal_block:
         raise PromptError(f"block_length: expected {model.causal_block}, the model's own blocks, got {length}")
     return length
@@ -231,17 +291,17 @@ def _number(name: str, value: Any) -> Any:
     return number
 
 
-def _logit_bias(bias: Any, vocab_size: int) -> tuple[Any, Any]:
+def _logit_bias(name: str, bias: Any, vocab_size: int) -> tuple[Any, Any]:
     """Returns (ids, values) of a dict or a pair."""
     if isinstance(bias, Mapping):
         bias = (list(bias), list(bias.values()))
     if not isinstance(bias, (tuple, list)) or len(bias) != 2:
-        raise PromptError(f"logit_bias: expected {{id: value}} or (ids, values), got {bias!r}")
-    ids = _ids("logit_bias", bias[0], vocab_size)
+        raise PromptError(f"{name}: expected {{id: value}} or (ids, values), got {bias!r}")
+    ids = _ids(name, bias[0], vocab_size)
     values = bias[1].tolist() if hasattr(bias[1], "tolist") else bias[1]
-    values = [_number("logit_bias", v) for v in (values if isinstance(values, Iterable) else [values])]
+    values = [_number(name, v) for v in (values if isinstance(values, Iterable) else [values])]
     if len(ids) != len(values):
-        raise PromptError(f"logit_bias: expected a value for each id, got {len(ids)} ids and {len(values)} values")
+        raise PromptError(f"{name}: expected a value for each id, got {len(ids)} ids and {len(values)} values")
     return ids, values
 
 

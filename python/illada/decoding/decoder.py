@@ -1,236 +1,234 @@
-"""The loop behind `generate` and `fill`: forward passes over windows of columns, one `unmask` a pass.
-
-A batch is a rectangle of columns. Sequences are padded on the left, so that a block has the same columns in all of
-them. Sequence b begins in column starts[b] and counts its positions from there. Columns that a pass computes:
-
-    cache           first pass of a block                  later passes
-    none            all columns up to `end`                the same
-    prefix          all, and all keys are written          from the block on; keys before it are as old as the block
-    dual            all, and all keys are written          the block alone; keys behind it are as old too
-    block_causal    from the last block that is not final  the block alone; exact, as final blocks never change
-
-A block's last pass commits its last tokens, so its keys are final only after the next block's first pass, which covers
-both. With shifted logits a window begins one column earlier, because that row predicts the block's first token.
-"""
+"""Decoder: sequences come and go while others are decoded (continuous batching)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-import illada_kernels
-from illada_kernels import Edit, KeyRanges, Remask, TopK
-
-from ..config import ModelConfig
+from ..errors import PromptError
 from ..model import Model
-from .cache import Cache
-from .config import Rule, Sampling
+from .config import GenerationConfig, checked, resolve, resolve_block_length, seeds_of, token_lists
+from .loop import Block, BlockLoop, check_filled
 
 
 @dataclass(frozen=True)
-class Step:
-    """A pass, as a callback sees it. Tensors live on the model's device; `tokens` is the buffer being written."""
+class Finished:
+    """A sequence that `Decoder.collect` returns."""
 
-    tokens: Tensor  # (B, columns) int64
-    starts: list[int]  # the column where each sequence begins; padding lies before it
-    block: int
-    step: int  # within the block
-    positions: Tensor  # (B, K) int64, the columns that were candidates, -1 for none
-    committed: Tensor  # (B, K) bool
-    confidence: Tensor  # (B, K) float32
-    forward_passes: int
+    ticket: int  # what `submit` returned
+    tokens: list[int]  # what was generated, up to the stop token
+    stopped: bool  # whether a stop token was generated
+    passes: int  # forward passes in which it had masks
+    filled: int  # masks that were filled
 
 
-@dataclass(frozen=True)
-class Block:
-    """Candidates that are filled together. Unless `scattered`, candidate i stands in column columns[0] + i."""
-
-    index: int
-    positions: Tensor  # (B, K) int64: columns, -1 for no candidate
-    masks: list[int]  # masked candidates of each sequence, a number the host knows
-    columns: tuple[int, int]  # first and end column of the positions
-    end: int  # columns from here on do not exist yet
-    scattered: bool = False
+@dataclass
+class _Sequence:
+    ticket: int
+    prompt: list[int]
+    seed: int
+    before: int  # columns from its start to the block that is next
+    text: list[int] = dataclasses.field(default_factory=list)  # prompt tokens within its first block included
+    filled: int = 0
 
 
 class Decoder:
-    """Holds one call's tokens and cache. Only `run_block` changes tokens.
+    """Decodes sequences in `slots` rows; one joins where another ended, when a block ends.
 
-    `blank`: some sequences begin as masks alone.
+    Parameters
+    ----------
+    model : Model
+    config : GenerationConfig, optional
+        Settings of all sequences. `seed` s gives the sequence with ticket n the seed s + n.
+    slots : int
+        Sequences that are decoded at a time.
+    max_length : int, optional
+        Room for a prompt and its new tokens. None: the model's max_seq_len.
+
+    Raises
+    ------
+    PromptError
+        For settings that contradict each other or the model, and for those that need all sequences to begin together:
+        variable_length=False for a model that sees everything, guidance, growing_bias.
+
+    Notes
+    -----
+    A sequence's tokens do not depend on the others, nor on when it joins. Synchronises once a block. Memory: the cache
+    for slots * max_length tokens, where `config.cache` asks for one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada import Decoder, GenerationConfig, Model, ModelConfig
+    >>> _ = torch.manual_seed(0)
+    >>> model = Model(ModelConfig.preset("demo", n_layers=1)).eval()
+    >>> decoder = Decoder(model, GenerationConfig(max_new_tokens=4, stop_ids=()), slots=2)
+    >>> tickets = [decoder.submit(prompt) for prompt in ([72, 105], [72], [33])]
+    >>> while decoder.step():
+    ...     pass
+    >>> sorted((done.ticket, len(done.tokens)) for done in decoder.collect())
+    [(0, 4), (1, 4), (2, 4)]
     """
 
     def __init__(
-        self,
-        model: Model,
-        tokens: Tensor,
-        starts: Sequence[int],
-        frozen: Tensor,
-        sampling: Sampling,
-        callback: Callable[[Step], object] | None,
-        blank: bool = False,
+        self, model: Model, config: GenerationConfig | None = None, slots: int = 8, max_length: int | None = None
     ) -> None:
-        self.model, self.config, self.sampling, self.callback = model, model.config, sampling, callback
-        self.tokens, self.frozen, self.first_columns = tokens, frozen, list(starts)
-        self.blank, self.device = blank, tokens.device
-        self.starts = torch.tensor(self.first_columns, dtype=torch.int64, device=self.device)
-        self.seeds = torch.tensor(sampling.seeds, dtype=torch.int64, device=self.device)
-        self.unmask_options = dict(sampling.unmask)
-        if (bias := sampling.unmask["logit_bias"]) is not None:  # tensors, not copied in each pass
-            kinds = (torch.int64, torch.float32)
-            self.unmask_options["logit_bias"] = tuple(
-                torch.as_tensor(x, dtype=kind, device=self.device) for x, kind in zip(bias, kinds)
+        c, config = model.config, checked(config, model.config)
+        length = c.max_seq_len if max_length is None else max_length
+        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+            raise PromptError(f"slots: expected an int of at least 1, got {slots!r}")
+        if not config.max_new_tokens <= length <= c.max_seq_len:
+            raise PromptError(
+                f"max_length: expected {config.max_new_tokens} (max_new_tokens) to {c.max_seq_len} (max_seq_len), "
+                f"got {length}"
             )
-        self.guided = sampling.guidance != 0
-        self.forward_passes = 0
-        self.passes = torch.zeros(len(self.first_columns), dtype=torch.int64, device=self.device)
-        self.final = 0  # columns before this one have final keys in the cache
-        self.cache: Cache | None = None
-        if sampling.cache != "none":
-            batch = len(self.first_columns) * (2 if self.guided else 1)
-            self.cache = Cache(self.config, batch, tokens.shape[1], device=self.device, dtype=model.dtype)
+        if not config.variable_length and not c.causal_block:
+            raise PromptError("variable_length: expected True, because sequences of a Decoder begin at different times")
+        if config.guidance or config.growing_bias is not None:
+            name = "guidance" if config.guidance else "growing_bias"
+            raise PromptError(f"{name}: expected none in a Decoder; generate() takes it")
+        self.model, self.settings, self.length = model, config, length
+        self.block_length = resolve_block_length(config, c)
+        self.whole = c.causal_block or 1  # a prompt's whole blocks lie before the first block that is decoded
+        self.base_seed = seeds_of(config.seed, 1)[0]
+        blocks = -(-config.max_new_tokens // self.block_length)
+        sampling = resolve(dataclasses.replace(config, seed=[0] * slots), c, slots, self.block_length, blocks)
+        self.stop_ids = set(c.eos_ids if config.stop_ids is None else config.stop_ids)  # type: ignore[arg-type]
+        # Every sequence may end within a block, and one begins in column 0 whenever the rectangle has moved.
+        columns = -(-length // self.block_length) * self.block_length + self.block_length
+        tokens = torch.full((slots, columns), c.mask_id, dtype=torch.int64, device=model.device)
+        self.loop = BlockLoop(model, tokens, [0] * slots, torch.zeros_like(tokens, dtype=torch.bool), sampling, None)
+        self.loop.limits = torch.full((slots,), columns, dtype=torch.int64, device=model.device)
+        self.rows: list[_Sequence | None] = [None] * slots
+        self.waiting: deque[_Sequence] = deque()
+        self.finished: list[Finished] = []
+        self.at = 0  # the column where the next block begins
+        self.blocks = self.tickets = 0
+        self.running: Iterator[None] | None = None
 
-    # ---- hidden rows ----------------------------------------------------------------------------------------------
+    def submit(self, prompt: Sequence[int] | Tensor, seed: int | None = None) -> int:
+        """Queues a prompt; returns its ticket.
 
-    def window(self, block: Block, refresh: bool) -> tuple[int, int]:
-        """Returns the columns of the next forward pass."""
-        first, last = block.columns
-        if self.sampling.cache == "block_causal":
-            first = self.final if refresh else first
-        elif refresh or self.sampling.cache == "none":
-            first, last = 0, block.end
-        elif self.sampling.cache == "prefix":
-            last = block.end
-        return max(first - 1, 0) if self.config.shifted_logits else first, last
-
-    def hidden(self, window: tuple[int, int], end: int) -> Tensor:
-        """Returns hidden rows (B, window, dim); with guidance w, u + (w + 1) (c - u), since the head is linear."""
-        first, last = window
-        tokens, starts = self.tokens[:, first:last], self.starts
-        if self.guided:
-            hidden_prompt = torch.where(self.frozen[:, first:last], self.config.mask_id, tokens)
-            tokens, starts = torch.cat([tokens, hidden_prompt]), torch.cat([starts, starts])
-        column = torch.arange(first, last, device=self.device)
-        positions = (column - starts[:, None]).clamp(min=0)
-        cache = None if self.cache is None else self.cache.at(first, end)
-        h = self.model(tokens, self.ranges(column, starts, end), positions, cache)
-        self.forward_passes += 1
-        if not self.guided:
-            return h
-        with_prompt, without = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2)
-        return (without + (self.sampling.guidance + 1) * (with_prompt - without)).to(h.dtype)
-
-    def ranges(self, column: Tensor, starts: Tensor, end: int) -> KeyRanges:
-        """Returns the key ranges over the first `end` columns: neither padding nor, with blocks, later blocks."""
-        block = self.config.causal_block
-        if not block:
-            return KeyRanges.padding(end - starts, end, side="left")
-        low = starts[:, None].expand(-1, column.shape[0])
-        high = torch.maximum(((column // block + 1) * block).clamp(max=end), low)  # starts are multiples of the block
-        return KeyRanges(torch.stack([low, high, high, high], dim=-1).to(torch.int32), end)
-
-    # ---- one block ------------------------------------------------------------------------------------------------
-
-    def run_block(self, block: Block) -> None:
-        """Fills the block's masks. A sequence takes part until none is left, with Edit until nothing changes."""
-        if max(block.masks, default=0) == 0:
-            return
-        left = masked = torch.tensor(block.masks, dtype=torch.int64, device=self.device)
-        full_passes = torch.zeros_like(masked)  # that a sequence made without a mask
-        active, (adaptive, limit) = masked > 0, self.num_passes(block.masks)
-        for step in range(limit):
-            candidates = torch.where(active[:, None], block.positions, -1)
-            revise = self.revision(step)
-            out = illada_kernels.unmask(
-                self.candidate_rows(block, step),
-                self.model.head_weight,
-                self.tokens,
-                candidates,
-                self.rule(step, masked),
-                mask_id=self.config.mask_id,
-                seed=self.seeds,
-                step=block.index * self.sampling.max_passes + step,
-                revise=revise,
-                frozen=self.frozen,
-                noise_positions=candidates - self.starts[:, None],
-                **self.unmask_options,
-            )
-            self.passes += active
-            full_passes += active & (left == 0)
-            if not isinstance(revise, Remask):  # Remask may take tokens of a full sequence back in the next pass
-                left = out.remaining
-                active = left > 0
-                if isinstance(revise, Edit):
-                    active |= out.committed.any(1) & (full_passes < self.sampling.revise_steps)
-            if self.callback is not None:
-                where = (self.tokens, self.first_columns, block.index, step, candidates)
-                self.callback(Step(*where, out.committed, out.confidence, self.forward_passes))
-            if adaptive and step + 1 < limit and not bool(active.any()):  # the one synchronisation of a pass
-                return
-
-    def candidate_rows(self, block: Block, step: int) -> Tensor:
-        """Runs one forward pass; returns its rows at the block's positions (B, K, dim), the only ones for the head."""
-        every = self.sampling.refresh_every
-        refresh = step == 0 or (every > 0 and step % every == 0)
-        window = self.window(block, refresh)
-        hidden = self.hidden(window, block.end)
-        if refresh:
-            self.final = block.columns[0]
-        if block.scattered:
-            row = torch.arange(block.positions.shape[0], device=self.device)[:, None]
-            rows = hidden[row, (block.positions - window[0]).clamp(min=0)]
-        else:
-            rows = hidden[:, block.columns[0] - window[0] : block.columns[1] - window[0]]
-        return self.equal_if_blank(rows, block.end) if self.blank and block.index == 0 else rows
-
-    def equal_if_blank(self, rows: Tensor, end: int) -> Tensor:
-        """Gives all rows of a sequence of masks alone the value of its first.
-
-        They are equal but for rounding, because attention then averages equal values. Without this the rounding, and
-        with it the batch, would decide which position is the most confident.
+        Raises PromptError for a prompt that does not fit max_length together with max_new_tokens, or holds a mask.
         """
-        column = torch.arange(end, device=self.device)
-        blank = ((self.tokens[:, :end] == self.config.mask_id) | (column < self.starts[:, None])).all(1)
-        return torch.where(blank[:, None, None], rows[:, :1], rows)
+        ticket = self.tickets
+        row = token_lists([prompt], self.model.config)[0]
+        if self.model.config.mask_id in row:
+            raise PromptError(f"prompt: expected no mask_id ({self.model.config.mask_id}); fill() fills holes")
+        if len(row) + self.settings.max_new_tokens > self.length:
+            raise PromptError(
+                f"prompt: {len(row)} tokens and max_new_tokens = {self.settings.max_new_tokens} exceed max_length = "
+                f"{self.length}; shorten the prompt, generate less or make a Decoder with more room"
+            )
+        seeds = seeds_of(self.base_seed + ticket if seed is None else seed, 1)
+        whole = len(row) // self.whole * self.whole
+        self.waiting.append(_Sequence(ticket, row, seeds[0], whole, row[whole:]))
+        self.tickets += 1
+        return ticket
 
-    def num_passes(self, masks: Sequence[int]) -> tuple[bool, int]:
-        """Returns (whether the number of passes depends on the data, the upper bound of it)."""
-        most, rule = max(masks), self.sampling.rule
-        if self.sampling.revise is not None:
-            return True, most + self.sampling.revise_steps
-        if rule is None:
-            return False, min(self.sampling.steps_per_block, most)
-        if isinstance(rule, TopK) and not isinstance(rule.k, Tensor):
-            return False, -(-most // rule.k)
-        return True, most
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Makes one forward pass; returns False if there was nothing to do.
 
-    def rule(self, step: int, masked: Tensor) -> Rule:
-        """Returns the pass's rule. LLaDA's schedule spreads masks evenly; the first passes take the remainder."""
-        if self.sampling.rule is not None:
-            return self.sampling.rule
-        passes = masked.clamp(1, self.sampling.steps_per_block)
-        return TopK(masked // passes + (step % passes < masked % passes))
+        Raises DecodingError if positions of a sequence stay masked, because hidden rows are NaN.
+        """
+        while True:
+            if self.running is None and not self._begin():
+                return False
+            assert self.running is not None
+            if next(self.running, self) is not self:
+                return True
+            self._end()
 
-    def revision(self, step: int) -> Edit | Remask | None:
-        """Returns the pass's revision. Remask ends after `revise_steps`, otherwise the block could not fill up."""
-        revise = self.sampling.revise
-        return None if isinstance(revise, Remask) and step >= self.sampling.revise_steps else revise
+    def collect(self) -> list[Finished]:
+        """Returns the sequences that have ended since the last call, in the order in which they ended."""
+        finished, self.finished = self.finished, []
+        return finished
 
+    # ---- at the border of two blocks --------------------------------------------------------------------------------
 
-def left_padded(rows: list[list[int]], model: Model, starts: list[int], columns: int) -> Tensor:
-    """Returns (B, columns) on the model's device: row b from column starts[b] on, padding before, masks behind."""
-    padding, mask = max(model.config.pad_id, 0), model.config.mask_id
-    table = [[padding] * s + row + [mask] * (columns - s - len(row)) for s, row in zip(starts, rows)]
-    return torch.tensor(table, dtype=torch.int64, device=model.device)
+    def _begin(self) -> bool:
+        """Lets waiting sequences join and begins a block; returns False if there is no sequence."""
+        joiners = [b for b, row in enumerate(self.rows) if row is None][: len(self.waiting)]
+        for b in joiners:
+            self.rows[b] = self.waiting.popleft()
+        live = [(b, row) for b, row in enumerate(self.rows) if row is not None]
+        if not live:
+            return False
+        if joiners:
+            self._move(max(row.before for _, row in live) - self.at)
+            if len(joiners) == len(live):  # the first pass covers all columns
+                self.loop.final = 0
+            for b in joiners:
+                self._join(b, alone=len(joiners) < len(live))
+        loop, stop = self.loop, self.at + self.block_length
+        masks, ends = [0] * len(self.rows), [self.at] * len(self.rows)
+        for b, row in live:
+            start = self.at - row.before
+            ends[b] = start + len(row.prompt) + self.settings.max_new_tokens
+            masks[b] = min(stop, ends[b]) - max(self.at, start + len(row.prompt))
+            row.filled += masks[b]
+        column = torch.arange(self.at, stop, device=loop.device)
+        open_until = torch.tensor(ends, dtype=torch.int64, device="cpu").to(loop.device, non_blocking=True)
+        positions = torch.where((column < open_until[:, None]) & ~loop.frozen[:, self.at : stop], column, -1)
+        assert loop.limits is not None
+        loop.limits.copy_(open_until)
+        blank = any(not row.prompt and not row.before for _, row in live)
+        self.running = loop.passes_of(Block(self.blocks, positions, masks, (self.at, stop), stop, blank=blank))
+        return True
 
+    def _move(self, by: int) -> None:
+        """Moves the whole rectangle by columns. Keys do not change, for they know their positions, not columns."""
+        if by:
+            loop = self.loop
+            for table in (loop.tokens, loop.frozen):
+                table.copy_(table.roll(by, 1))
+            if loop.cache is not None:
+                for keys in (loop.cache.keys, loop.cache.values):
+                    keys.copy_(keys.roll(by, 2))
+            loop.starts.add_(by).clamp_(min=0)  # of rows that are free
+            self.at += by
+            loop.final = max(loop.final + by, 0)
 
-def check_filled(rows: list[list[int]], config: ModelConfig) -> None:
-    """Raises RuntimeError if a mask is left in rows."""
-    left = [(b, row.count(config.mask_id)) for b, row in enumerate(rows) if config.mask_id in row]
-    if left:
-        raise RuntimeError(
-            f"sequence {left[0][0]}: {left[0][1]} positions stayed masked; the model's hidden rows are NaN or inf "
-            "(wrong dtype or damaged weights?), or forbid leaves no token"
-        )
+    def _join(self, b: int, alone: bool) -> None:
+        """Writes a sequence's prompt so that its first block begins in the next one's column.
+
+        alone: other sequences are running, so the next pass does not cover the prompt.
+        """
+        row, loop = self.rows[b], self.loop
+        assert row is not None
+        start, padding = self.at - row.before, max(self.model.config.pad_id, 0)
+        text = [*[padding] * start, *row.prompt]
+        columns = loop.tokens.shape[1]
+        line = torch.tensor(text + [self.model.config.mask_id] * (columns - len(text)), dtype=torch.int64, device="cpu")
+        loop.tokens[b].copy_(line)
+        loop.frozen[b, : len(text)], loop.frozen[b, len(text) :] = True, False
+        loop.first_columns[b] = start
+        loop.starts[b], loop.seeds[b], loop.joined[b], loop.passes[b] = start, row.seed, self.blocks, 0
+        if alone and loop.sampling.cache == "block_causal" and row.before:
+            loop.read_prompt(b, self.at)
+
+    def _end(self) -> None:
+        """Takes out the sequences that have ended. Reads the block's tokens, the one synchronisation of a block."""
+        self.running, block = None, slice(self.at, self.at + self.block_length)
+        found, passes = self.loop.tokens[:, block].tolist(), self.loop.passes.tolist()
+        self.at += self.block_length
+        self.blocks += 1
+        for b, row in enumerate(self.rows):
+            if row is None:
+                continue
+            row.before += self.block_length
+            row.text += found[b][len(row.text) % self.block_length :]
+            inside = len(row.prompt) % self.whole  # prompt tokens in `text`
+            text = row.text[inside:][: self.settings.max_new_tokens]
+            end = next((i for i, token in enumerate(text) if token in self.stop_ids), None)
+            if end is None and len(text) < self.settings.max_new_tokens:
+                continue
+            self.rows[b] = None
+            check_filled([text[:end]], self.model.config, f"ticket {row.ticket}")
+            self.finished.append(Finished(row.ticket, text[:end], end is not None, passes[b], row.filled))

@@ -11,8 +11,8 @@ from illada_kernels import KeyRanges, TopK, unmask
 from ..errors import PromptError
 from ..model import Model
 from .config import GenerationConfig, Prompts, checked, resolve, seeds_of, token_lists
-from .decoder import Block, Decoder, Step, check_filled, left_padded
 from .generate import Generation
+from .loop import Block, BlockLoop, Step, check_filled, left_padded
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def fill(
     ------
     PromptError
         As `generate`; for a cache; and for a model that does not see what comes later.
-    RuntimeError
+    DecodingError
         As `generate`.
 
     Notes
@@ -73,22 +73,24 @@ def fill(
             raise PromptError(f"sequence {b}: {len(row)} tokens exceed max_seq_len = {model.config.max_seq_len}")
     holes = [[i for i, token in enumerate(row) if token == model.config.mask_id] for row in rows]
     at_once = config.block_length or max([1, *map(len, holes)])
-    sampling = resolve(config, model.config, len(rows), at_once)
+    blocks = -(-max(map(len, holes), default=0) // at_once)
+    sampling = resolve(config, model.config, len(rows), at_once, max(blocks, 1))
     if not any(holes):
         return Generation(rows, [False] * len(rows), [0] * len(rows), [0] * len(rows), 0)
     length = max(map(len, rows))
     starts = [length - len(row) for row in rows]
     tokens = left_padded(rows, model, starts, length)
     blank = any(len(row) == len(hole) for row, hole in zip(rows, holes))
-    decoder = Decoder(model, tokens, starts, tokens != model.config.mask_id, sampling, callback, blank)
-    for index in range(-(-max(map(len, holes)) // at_once)):
+    loop = BlockLoop(model, tokens, starts, tokens != model.config.mask_id, sampling, callback)
+    for index in range(blocks):
         part = [[start + i for i in h[index * at_once : (index + 1) * at_once]] for h, start in zip(holes, starts)]
         width = max(map(len, part))
         positions = torch.tensor([p + [-1] * (width - len(p)) for p in part], dtype=torch.int64, device=model.device)
-        decoder.run_block(Block(index, positions, list(map(len, part)), (0, length), length, scattered=True))
+        counts, first = list(map(len, part)), blank and index == 0
+        loop.run_block(Block(index, positions, counts, (0, length), length, scattered=True, blank=first))
     done = [row[start:] for row, start in zip(tokens.tolist(), starts)]
     check_filled(done, model.config)
-    return Generation(done, [False] * len(rows), decoder.passes.tolist(), list(map(len, holes)), decoder.forward_passes)
+    return Generation(done, [False] * len(rows), loop.passes.tolist(), list(map(len, holes)), loop.forward_passes)
 
 
 @torch.no_grad()
@@ -128,7 +130,7 @@ def fill_hole(
     ------
     PromptError
         If the text does not fit the model or holds mask_id, or the model sees everything anyway (then use `fill`).
-    RuntimeError
+    DecodingError
         If positions stay masked because hidden rows are NaN.
     """
     c, block = model.config, model.config.causal_block

@@ -10,7 +10,7 @@ import torch
 from ..errors import PromptError
 from ..model import Model
 from .config import GenerationConfig, Prompts, Sampling, checked, resolve, resolve_block_length, token_lists
-from .decoder import Block, Decoder, Step, check_filled, left_padded
+from .loop import Block, BlockLoop, Step, check_filled, left_padded
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ def generate(
     PromptError
         For a prompt that does not fit max_seq_len together with max_new_tokens, that holds ids outside the vocab or
         mask_id (`fill` takes those), and for settings that contradict each other or the model.
-    RuntimeError
+    DecodingError
         If positions stay masked because hidden rows are NaN, or `forbid` leaves no token.
 
     Notes
     -----
-    Synchronisation: once per block, to see whether all sequences have stopped (not with stop_ids=()); and once per
-    pass where the number of passes depends on the data (every rule but the schedule and TopK with a number, and every
-    revision). Memory: the hidden rows of one window; logits are never stored.
+    Synchronisation: once per block, to see whether all sequences have stopped (not with stop_ids=()). Never in a pass:
+    where the number of passes depends on the data, it is read one pass late, so that on a GPU such a block makes one
+    pass too many, which changes nothing. Memory: the hidden rows of one window; logits are never stored.
 
     Examples
     --------
@@ -100,7 +100,7 @@ def generate(
                 f"prompt {b}: {len(row)} tokens and max_new_tokens = {config.max_new_tokens} exceed max_seq_len = "
                 f"{model.config.max_seq_len}; shorten the prompt or generate less"
             )
-    sampling = resolve(config, model.config, len(rows), block_length)
+    sampling = resolve(config, model.config, len(rows), block_length, -(-config.max_new_tokens // block_length))
     stop_ids = model.config.eos_ids if config.stop_ids is None else tuple(config.stop_ids)  # type: ignore[arg-type]
     return _Continuation(model, rows, config, block_length, stop_ids).run(sampling, callback)
 
@@ -128,41 +128,44 @@ class _Continuation:
         self.prompt_ends = [start + len(row) for start, row in zip(self.starts, rows)]
         self.ends = [end + config.max_new_tokens for end in self.prompt_ends]
         self.blocks = -(-(max(self.ends, default=0) - self.first) // block_length)
+        self.columns = self.first + self.blocks * block_length
+        if not model.config.causal_block:  # whose blocks are whole
+            self.columns = max(self.ends, default=0)
         self.variable_length = config.variable_length or model.config.causal_block > 0
         self.filled = [0] * len(rows)
 
     def run(self, sampling: Sampling, callback: Callable[[Step], object] | None) -> Generation:
         if not self.rows:
             return Generation([], [], [], [], 0)
-        model, columns = self.model, self.first + self.blocks * self.block_length
+        model, columns = self.model, self.columns
         tokens = left_padded(self.rows, model, self.starts, columns)
         column = torch.arange(columns, device=model.device)
         prompt_ends, ends = (torch.tensor(e, device=model.device)[:, None] for e in (self.prompt_ends, self.ends))
         blank = not all(self.rows)
-        decoder = Decoder(model, tokens, self.starts, column < prompt_ends, sampling, callback, blank)
+        loop = BlockLoop(model, tokens, self.starts, column < prompt_ends, sampling, callback)
         open_columns = (column >= prompt_ends) & (column < ends)  # (B, columns): True where a token may be generated
         stops = torch.tensor(self.stop_ids, dtype=torch.int64, device=model.device)
         running = [True] * len(self.rows)
         for index in range(self.blocks):
             begin = self.first + index * self.block_length
-            block = slice(begin, begin + self.block_length)
+            block = slice(begin, min(begin + self.block_length, columns))
             masks = [self.masks_of(b, block) if on else 0 for b, on in enumerate(running)]
             self.filled = [f + m for f, m in zip(self.filled, masks)]
             positions = torch.where(open_columns[:, block], column[block], -1)
             end = block.stop if self.variable_length else columns
-            decoder.run_block(Block(index, positions, masks, (block.start, block.stop), end))
+            loop.run_block(Block(index, positions, masks, (block.start, block.stop), end, blank=blank and index == 0))
             if self.stop_ids and index + 1 < self.blocks:
                 ended = torch.isin(tokens[:, block], stops) & open_columns[:, block]
                 open_columns &= ~ended.any(1, keepdim=True)
                 running = open_columns.any(1).tolist()  # the one synchronisation of a block
                 if not any(running):
                     break
-        return self.result(tokens.tolist(), decoder)
+        return self.result(tokens.tolist(), loop)
 
     def masks_of(self, b: int, block: slice) -> int:
         return max(0, min(block.stop, self.ends[b]) - max(block.start, self.prompt_ends[b]))
 
-    def result(self, table: list[list[int]], decoder: Decoder) -> Generation:
+    def result(self, table: list[list[int]], loop: BlockLoop) -> Generation:
         texts, stopped = [], []
         for row, begin, end in zip(table, self.prompt_ends, self.ends):
             text = row[begin:end]
@@ -170,4 +173,4 @@ class _Continuation:
             texts.append(text[:stop])
             stopped.append(stop is not None)
         check_filled(texts, self.model.config)
-        return Generation(texts, stopped, decoder.passes.tolist(), self.filled, decoder.forward_passes)
+        return Generation(texts, stopped, loop.passes.tolist(), self.filled, loop.forward_passes)

@@ -1,0 +1,169 @@
+"""Rules that change from pass to pass: what a schedule sees, LLaDA's schedule, counts, choices, open blocks.
+
+A schedule is a callable that takes a `Pass` and returns a rule of `illada_kernels` or a `Choose`. It computes on
+tensors alone, so that nothing waits for the device. Its attribute `passes`, where it has one, bounds the passes of a
+block; without one each pass is expected to commit at least a token.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import illada_kernels
+from illada_kernels import EntropyBound, Factor, Threshold, TopK
+
+Rule = TopK | Threshold | Factor | EntropyBound
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What is known when a pass begins. All tensors live on the device; reading one on the host would wait for it."""
+
+    step: Tensor  # () int64: passes made in this block
+    masked: Tensor  # (B,) int64: masks when the block began
+    left: Tensor  # (B,) int64: masks now
+    candidates: Tensor  # (B, K) int64: positions from each sequence's start, negative where there is no candidate
+    seeds: Tensor  # (B,) int64
+    noise_step: Tensor  # (B,) int64: counts passes over all blocks
+    held: Callable[[], Tensor]  # the candidates' tokens
+    mask_id: int
+
+    @functools.cached_property
+    def is_masked(self) -> Tensor:
+        """Candidates that hold a mask, bool (B, K)."""
+        return (self.candidates >= 0) & (self.held() == self.mask_id)
+
+    def uniform(self) -> Tensor:
+        """Returns numbers in [0, 1), float32 (B, K), independent of those of `confidence="random"`.
+
+        They are a function of seed, pass and position, on every device.
+        """
+        batch, count = self.candidates.shape
+        nothing = torch.zeros(batch, count, 1, device=self.candidates.device)
+        tokens = torch.zeros(batch, count, dtype=torch.int64, device=self.candidates.device)
+        at = torch.arange(count, device=self.candidates.device).expand(batch, count)
+        out = illada_kernels.unmask_from_logits(
+            nothing,
+            tokens,
+            at,
+            TopK(0),
+            mask_id=0,
+            forbid=(),
+            confidence="random",
+            seed=self.seeds,
+            step=self.noise_step + 2**31,  # beyond the passes
+            noise_positions=self.candidates.clamp(min=0),
+        )
+        return out.confidence
+
+
+class Table:
+    """Numbers per pass, (passes,) or (passes, B). They go to the device once, when first used."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def at(self, now: Pass) -> Tensor:
+        """Returns the entry of this pass, () or (B,); the last one from then on."""
+        if self.values.device != now.step.device:
+            self.values = self.values.to(now.step.device)
+        return self.values.index_select(0, now.step.clamp(max=len(self) - 1).view(1))[0]
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Commits the proposals where `where(proposal, confidence)`, bool (B, K), is true.
+
+    For rules that are none of `illada_kernels`'. Rows without a proposal have confidence -inf and are never committed.
+    """
+
+    where: Callable[[Tensor, Tensor], Tensor]
+
+
+Schedule = Callable[[Pass], Rule | Choose]
+
+
+@dataclass(frozen=True)
+class Always:
+    """Gives every pass the same rule."""
+
+    rule: Rule | Choose
+
+    def __call__(self, now: Pass) -> Rule | Choose:
+        return self.rule
+
+
+@dataclass(frozen=True)
+class Evenly:
+    """Spreads a block's masks evenly over `passes`; the first passes take the remainder. LLaDA's generate.py."""
+
+    passes: int
+
+    def __call__(self, now: Pass) -> TopK:
+        passes = now.masked.clamp(1, self.passes)
+        return TopK(now.masked // passes + (now.step % passes < now.masked % passes))
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Commits counts[step] tokens, (passes,) or (passes, B); what is left in the last pass."""
+
+    counts: Table
+
+    @property
+    def passes(self) -> int:
+        return len(self.counts)
+
+    def __call__(self, now: Pass) -> TopK:
+        return TopK(torch.where(now.step + 1 < self.passes, self.counts.at(now), now.left))
+
+
+def best(confidence: Tensor, count: Tensor, candidates: Tensor) -> Tensor:
+    """Returns where the most confident are, `count` () or (B,) of them; ties go to the lowest position."""
+    order = candidates.argsort(dim=1, stable=True)
+    order = order.gather(1, confidence.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    return rank < count[:, None]
+
+
+@dataclass(frozen=True)
+class OpenBlocks:
+    """Decodes several blocks at once, after d3LLM: see `illada.decoding.samplers.d3llm`.
+
+    Block j is open once `open_at` of block j - 1 is decoded. Commits what is at least `least` confident in open blocks,
+    and always the most confident of the first block that is not full.
+    """
+
+    length: int
+    open_at: float
+    least: float
+
+    def __call__(self, now: Pass) -> Choose:
+        batch, count = now.candidates.shape
+        pad = -count % self.length
+        kinds = (now.is_masked.long(), (now.candidates >= 0).long())
+        masks, sizes = (F.pad(x, (0, pad)).view(batch, -1, self.length).sum(-1) for x in kinds)  # (B, blocks)
+        decoded = (sizes - masks).double() >= self.open_at * sizes.double()
+        is_open = torch.cat([torch.ones_like(decoded[:, :1]), decoded[:, :-1]], 1).cumprod(1).bool()
+        first = (masks > 0) & ((masks > 0).cumsum(1) == 1)  # the first block that is not full
+
+        def where(proposal: Tensor, confidence: Tensor) -> Tensor:
+            in_open, in_first = (
+                x.repeat_interleave(self.length, 1, output_size=count + pad)[:, :count] for x in (is_open, first)
+            )
+            surest = torch.where(in_first, confidence, -torch.inf)
+            most = best(surest, torch.ones_like(now.left), now.candidates) & in_first
+            return (in_open & (confidence >= self.least)) | most
+
+        return Choose(where)

@@ -1,0 +1,77 @@
+"""Example: a corrupted batch and its loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from illada_kernels import KeyRanges, masked_loss
+
+from ...model import Model
+
+
+@dataclass(frozen=True)
+class Example:
+    """A corrupted batch: S of the model's T rows are scored against the targets where masked.
+
+    `rows` and `previous` say which rows of `Model.unshifted` these are: `rows` in a model whose row i predicts token i,
+    `previous` in one with shifted logits. None stands for the first S rows of `Model.forward`.
+    """
+
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (B, S) int64
+    masked: Tensor  # (B, S) bool
+    weight: Tensor  # (B, S) float32
+    key_ranges: KeyRanges | None = None
+    positions: Tensor | None = None  # (1 or B, T) int64
+    previous: Tensor | None = None  # (S,) or (B, S) int64
+    rows: Tensor | None = None  # (S,) or (B, S) int64
+
+    def to(self, device: torch.device | str) -> Example:
+        """Returns the batch on a device."""
+        return Example(*(None if x is None else x.to(device) for x in self._parts()))  # type: ignore[arg-type]
+
+    def split(self, parts: int) -> list[Example]:
+        """Returns micro-batches of consecutive sequences, views, whose losses and gradients sum to this batch's.
+
+        Raises ValueError unless 1 <= parts <= B.
+        """
+        batch = len(self.tokens)
+        if not 1 <= parts <= batch:
+            raise ValueError(f"parts: expected 1 to {batch}, the number of sequences, got {parts}")
+        edges = [batch * i // parts for i in range(parts + 1)]
+        return [self[low:high] for low, high in itertools.pairwise(edges)]
+
+    def __getitem__(self, sequences: slice) -> Example:
+        """Views some sequences; what all of them share stays as it is."""
+
+        def part(x: Tensor | KeyRanges | None) -> Tensor | KeyRanges | None:
+            if isinstance(x, Tensor):
+                return x[sequences] if x.dim() == 2 and len(x) == len(self.tokens) else x
+            return None if x is None else x[sequences]
+
+        return Example(*(part(x) for x in self._parts()))  # type: ignore[arg-type]
+
+    def _parts(self) -> tuple[Tensor | KeyRanges | None, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def loss(self, model: Model, reduction: str = "sum", forbid_mask: bool | None = None) -> Tensor:
+        """Returns the weighted sum, a float32 scalar; with reduction "none" the weighted losses (B, S).
+
+        forbid_mask: whether the mask's logit is -inf; None is what the model's configuration says.
+        """
+        c = model.config
+        rows = self.previous if c.shifted_logits else self.rows
+        if rows is None:
+            hidden = model(self.tokens, self.key_ranges, self.positions)[:, : self.targets.shape[1]]
+        else:
+            hidden = model.unshifted(self.tokens, self.key_ranges, self.positions)
+            hidden = hidden[:, rows] if rows.dim() == 1 else hidden.take_along_dim(rows[..., None], 1)
+        forbid = (c.mask_id,) if (c.forbid_mask if forbid_mask is None else forbid_mask) and c.mask_id >= 0 else ()
+        return masked_loss(
+            hidden, model.head_weight, self.targets, self.masked, self.weight, reduction=reduction, forbid=forbid
+        )

@@ -1,0 +1,245 @@
+"""Decoder: sequences that come and go give what `generate` gives each of them; what a pass waits for and allocates."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+from illada import Decoder, GenerationConfig, PromptError, generate
+from illada.decoding.replay import LateFlag, Replay
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from illada_kernels import Edit, EntropyBound, Factor, Threshold, TopK
+from tests.helpers.models import make, tiny
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8, 9], [2, 7], [1, 8, 2, 8, 1, 8, 2, 8, 4], [40, 30, 20], [], [11]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model_of(preset: str):
+    model = make(tiny(preset))
+    with torch.no_grad():
+        model.head_weight.mul_(3.0 if model.config.tie_embeddings else 1.5)
+    return model
+
+
+def settings(model, **changes) -> GenerationConfig:
+    block = model.config.causal_block or 4
+    return GenerationConfig(**{"max_new_tokens": 10, "block_length": block, "stop_ids": (), "seed": 5, **changes})
+
+
+HOW = {
+    "threshold": {"rule": Threshold(0.3)},
+    "sampled": {"rule": Factor(1.0), "temperature": 1.0},
+    "edit": {"rule": Threshold(0.1), "revise": Edit(0.1), "revise_steps": 3},
+    "stop": {"rule": TopK(2), "stop_ids": tuple(range(12))},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "preset, cache",
+    [("demo", "none"), ("demo", "dual"), ("demo", "prefix"), ("Dream-7B", "dual")]
+    + [("SDAR-8B", "none"), ("SDAR-8B", "block_causal"), ("Qwen2.5-7B", "block_causal")],
+)
+def test_a_sequence_gives_what_it_gives_alone_whenever_it_joins(preset, cache, how):
+    model = model_of(preset)
+    config = settings(model, cache=cache, **HOW[how])
+    decoder = Decoder(model, config, slots=3, max_length=24)
+    done = {}
+    for prompt in PROMPTS[:4]:
+        decoder.submit(prompt)
+    for _ in range(3):  # others come while these are decoded
+        assert decoder.step()
+    for prompt in PROMPTS[4:]:
+        decoder.submit(prompt)
+    while decoder.step():
+        for finished in decoder.collect():
+            assert finished.ticket not in done
+            done[finished.ticket] = finished
+    done.update({finished.ticket: finished for finished in decoder.collect()})
+    assert sorted(done) == list(range(len(PROMPTS)))
+    for ticket, prompt in enumerate(PROMPTS):
+        alone = generate(model, [prompt], settings(model, cache=cache, **{**HOW[how], "seed": 5 + ticket}))
+        got = done[ticket]
+        assert (got.tokens, got.stopped, got.passes) == (alone.tokens[0], alone.stopped[0], alone.passes[0])
+        assert got.filled == alone.filled[0]
+    assert not decoder.step() and decoder.collect() == []
+
+
+def test_a_sequence_joins_where_another_ends_and_not_after_the_last():
+    model = model_of("demo")
+    decoder = Decoder(model, settings(model, max_new_tokens=4, rule=TopK(4)), slots=2, max_length=16)
+    for prompt in PROMPTS[1:5]:
+        decoder.submit(prompt)
+    passes = 0
+    while decoder.step():
+        passes += 1
+    assert passes == 2  # four sequences of one pass each, two at a time
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"slots": 0}, "slots: expected an int of at least 1, got 0"),
+        ({"max_length": 3}, r"max_length: expected 10 \(max_new_tokens\) to 64 \(max_seq_len\), got 3"),
+        ({"max_length": 65}, "max_length: expected 10 .* got 65"),
+    ],
+)
+def test_rooms_that_do_not_fit_are_refused(changes, message):
+    model = model_of("demo")
+    with pytest.raises(PromptError, match=message):
+        Decoder(model, settings(model), **changes)
+
+
+def test_settings_and_prompts_that_do_not_fit_are_refused():
+    model = model_of("demo")
+    for changes, message in (
+        ({"variable_length": False}, "variable_length: expected True"),
+        ({"guidance": 1.0}, "guidance: expected none in a Decoder"),
+        ({"growing_bias": {3: 1.0}}, "growing_bias: expected none in a Decoder"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            Decoder(model, settings(model, **changes))
+    decoder = Decoder(model, settings(model), max_length=16)
+    with pytest.raises(PromptError, match="7 tokens and max_new_tokens = 10 exceed max_length = 16; shorten"):
+        decoder.submit([1] * 7)
+    with pytest.raises(PromptError, match=r"expected no mask_id \(49\)"):
+        decoder.submit([49])
+    assert decoder.submit([1] * 6) == 0  # what was refused took no ticket
+
+
+def test_a_model_of_nan_names_the_ticket():
+    model = model_of("demo")
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    decoder = Decoder(model, settings(model, rule=TopK(1)))
+    decoder.submit([1])
+    with pytest.raises(RuntimeError, match="ticket 0: 10 positions stayed masked"):
+        while decoder.step():
+            pass
+
+
+# ---- what a pass costs ---------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Counts operators that read a value on the host or bring one from there."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
+    FROM_HOST = ("lift_fresh",)  # torch.tensor(...)
+
+    def __init__(self):
+        super().__init__()
+        self.reads = self.copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.reads += name in self.READS
+        self.copies += name in self.FROM_HOST
+        return func(*args, **(kwargs or {}))
+
+
+def living() -> int:
+    gc.collect()
+    return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+
+RULES = {
+    "schedule": {"steps_per_block": 6},
+    "threshold": {"rule": Threshold(1.0)},
+    "factor": {"rule": Factor(0.0)},
+    "entropy": {"rule": EntropyBound(0.0)},
+    "edit": {"rule": Threshold(1.0), "revise": Edit(0.2)},
+    "counts": {"rule": torch.tensor([1, 1, 2, 1, 1, 2])},
+    "sdar": {"sampler": "sdar-dynamic", "sampler_options": {"tau": 1.0}, "steps_per_block": 6},
+    "biased": {"rule": Threshold(1.0), "logit_bias": {3: 1.0}},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_no_pass_reads_a_value_copies_one_from_the_host_or_leaves_a_tensor_behind(rule, cache):
+    model = model_of("demo")
+    changes = {"block_length": 8, "max_new_tokens": 8, "cache": cache, **RULES[rule]}
+    decoder = Decoder(model, settings(model, **changes), slots=2, max_length=24)
+    decoder.submit([1, 2, 3])
+    decoder.submit([4])
+    for _ in range(2):
+        decoder.step()
+    before, addresses = living(), [t.data_ptr() for t in vars(decoder.loop).values() if isinstance(t, torch.Tensor)]
+    for _ in range(3):
+        with Watch() as seen:
+            assert decoder.step()
+        assert (seen.reads, seen.copies) == (0, 0)
+        assert living() == before
+    after = [t.data_ptr() for t in vars(decoder.loop).values() if isinstance(t, torch.Tensor)]
+    assert after == addresses  # the state stays where a captured graph would look for it
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_late_flag_brings_what_was_written_before_the_last(lag):
+    flag = LateFlag(torch.device("cpu"), lag)
+    assert not flag.read()
+    for value, expected in zip([True, False, False, True, True], [True, False, False, True, True]):
+        flag.write(torch.tensor(value))
+        last = flag.read()
+        assert lag or last == expected
+    written = [True, False, True, True]
+    flag.reset()
+    seen = []
+    for value in written:
+        flag.write(torch.tensor(value))
+        seen.append(flag.read())
+    assert seen == [*[False] * lag, *written][: len(written)]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_stop_that_comes_late_costs_passes_and_changes_nothing_else(how, monkeypatch):
+    model = model_of("demo")
+    config = settings(model, **HOW[how])
+    at_once = generate(model, PROMPTS, config)
+    original = LateFlag.__init__
+    monkeypatch.setattr(LateFlag, "__init__", lambda self, device: original(self, device, lag=1))
+    late = generate(model, PROMPTS, config)
+    assert (late.tokens, late.passes, late.stopped) == (at_once.tokens, at_once.passes, at_once.stopped)
+    assert at_once.forward_passes <= late.forward_passes <= at_once.forward_passes + 3  # one a block
+
+
+def test_a_pass_is_captured_at_its_second_call_and_replayed_from_the_third(monkeypatch):
+    """A stand-in for CUDA graphs: capturing records the function, replaying runs it again."""
+    log = []
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    class Capture:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            log.append("capture")
+
+        def __exit__(self, *error):
+            log.append("captured")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    calls = []
+    replay = Replay(lambda key: calls.append(key) or key, torch.device("cuda"))
+    assert [replay(key) for key in ("a", "a", "a", "b", "a", "b")] == ["a", "a", "a", "b", "a", "b"]
+    assert calls == ["a", "a", "b", "b"]  # of each kind one eager and one that is captured
+    assert log == ["capture", "captured", "replay", "replay", "replay", "capture", "captured", "replay"]
+    on_cpu = Replay(lambda: calls.append("cpu"), torch.device("cpu"))
+    on_cpu(), on_cpu(), on_cpu()
+    assert calls[4:] == ["cpu"] * 3

@@ -1,0 +1,287 @@
+"""illada generate: prompts from arguments, files and pipes, settings, the page that replays, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from illada import GenerationConfig, Model, ModelConfig, generate, load, save
+from illada.cli import main
+from illada.replay import Recorder
+from illada.tokenizer import ByteTokenizer
+
+from illada_kernels import Remask, Threshold, TopK
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model of bytes with drawn weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("models") / "bytes"
+    save(
+        Model(ModelConfig.preset("demo", n_layers=1, dim=32, vocab_size=259, mask_id=256, eos_id=257, pad_id=258)), path
+    )
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("def a", "x = ", "é", "# ", "import")))
+    return path
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return ["generate", "--model", str(folder), "--max-new-tokens", "8", "--block-length", "4", *map(str, more)]
+
+
+def fails(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("illada: ") and error.count("\n") == 1
+    return error
+
+
+def test_a_file_of_prompts_gives_a_line_for_each_the_same_as_alone(folder, prompts, capsys, tmp_path):
+    out = tmp_path / "out.jsonl"
+    more = ("--prompts", prompts, "--out", out, "--batch-size", "2", "--stop-ids", "--temperature", "1")
+    assert main(command(folder, *more)) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "" and "40 tokens in " in shown.err and "tokens/s" in shown.err
+    done = {row["index"]: row for row in lines(out.read_text())}
+    model, tokenizer = load(folder), ByteTokenizer()
+    for index, text in enumerate(("def a", "x = ", "é", "# ", "import")):
+        config = GenerationConfig(max_new_tokens=8, block_length=4, stop_ids=(), temperature=1.0, seed=index)
+        alone = generate(model, [list(text.encode())], config)
+        row = done[index]
+        assert (row["prompt"], row["text"]) == (text, tokenizer.decode(alone.tokens[0]))
+        assert (row["tokens"], row["passes"]) == (8, alone.passes[0])
+
+
+def test_standard_input_is_read_as_it_comes(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "illada", *command(folder, "--prompts", "-", "--batch-size", "1")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    for text in ("one", "two"):  # the second is written when the first has been answered
+        process.stdin.write(json.dumps({"prompt": text}) + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["prompt"] == text
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+def test_blocks_are_written_when_they_are_full(folder, monkeypatch):
+    """What stands on standard output after each pass, for a prompt on the command line."""
+    from illada.prompts import BlockStream
+
+    written: list[str] = []
+
+    class Out:
+        def write(self, text):
+            written.append(text)
+
+        def flush(self):
+            pass
+
+    model, tokenizer = load(folder), ByteTokenizer()
+    stream = BlockStream(tokenizer, "ab", 2, Out())  # type: ignore[arg-type]
+    after: list[str] = []
+
+    def watch(step):
+        stream(step)
+        after.append("".join(written))
+
+    bias = dict.fromkeys(b"xyz", 50.0)
+    config = GenerationConfig(max_new_tokens=8, block_length=4, rule=TopK(2), stop_ids=(), logit_bias=bias)
+    text = tokenizer.decode(generate(model, [[97, 98]], config, watch).tokens[0])
+    stream.finish(text)
+    assert after == ["ab", "ab", "ab" + text[:4], "ab" + text[:4]]
+    assert "".join(written) == "ab" + text + "\n"
+
+
+def test_every_setting_reaches_the_decoder(folder, monkeypatch):
+    import illada.prompts
+
+    seen: list[GenerationConfig] = []
+    original = illada.prompts.generate
+    monkeypatch.setattr(illada.prompts, "generate", lambda m, p, c, w: seen.append(c) or original(m, p, c, w))
+    more = "--threshold 0.5 --remask 2 --revise-steps 3 --cache dual --refresh-every 2 --guidance 0.5 --forbid 1 2"
+    more += " --defer 3 --logit-bias 5=1.5 --growing-bias 6=0.1 --temperature 0.5 --confidence sampled --all-masks"
+    more += " --rank-temperature 0.1 --order confidence --confidence-temperature 0.7 --stop-ids 7 8 --seed 9"
+    assert main(command(folder, "--prompt", "a", *more.split())) == 0
+    c = seen[0]
+    assert isinstance(c.rule, Threshold) and c.rule.tau == 0.5 and isinstance(c.revise, Remask) and c.revise.n == 2
+    got = (c.revise_steps, c.cache, c.refresh_every, c.guidance, c.forbid, c.defer, c.stop_ids, c.seed)
+    assert got == (3, "dual", 2, 0.5, [1, 2], [3], [7, 8], 9)
+    got = (c.logit_bias, c.growing_bias, c.temperature, c.confidence, c.variable_length, c.confidence_temperature)
+    assert got == ({5: 1.5}, {6: 0.1}, 0.5, "sampled", False, 0.7)
+    assert (
+        main(
+            ["generate", "--model", str(folder), "--prompt", "a", "--sampler", "d3llm", "--sampler-option", "length=4"]
+        )
+        == 0
+    )
+    assert seen[1].sampler == "d3llm" and seen[1].sampler_options == {"length": 4.0}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--prompt", "a", "--edit", "0.5", "--remask", "1"), "edit: expected none with --remask"),
+        (("--prompt", "a", "--sampler", "best"), "sampler: expected one of llada, illada"),
+        (
+            ("--prompt", "a", "--sampler", "d3llm", "--sampler-option", "x"),
+            "sampler-option: expected NAME=NUMBER, got 'x'",
+        ),
+        (("--prompt", "a", "--logit-bias", "a=1"), "logit-bias: expected ID=NUMBER, got 'a=1'"),
+        (("--prompt", "a", "--steps", "3"), "steps: expected a multiple of the 2 blocks of 4 tokens, got 3"),
+        (("--prompts", "none.jsonl"), "none.jsonl"),
+        (("--prompts", "-", "--live"), "prompts: --html and --live show what is given by --prompt"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(folder, capsys, more, message):
+    assert message in fails(capsys, *command(folder, *more))
+
+
+@pytest.mark.parametrize("line", ["[1]", "{", '{"prompt": ""}', '{"text": "a"}', '{"prompt": 3}'])
+def test_a_line_that_is_no_prompt_is_named(folder, capsys, tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'\n{{"prompt": "a"}}\n{line}\n')
+    assert 'bad.jsonl, line 3: expected {"prompt": "..."}, got' in fails(capsys, *command(folder, "--prompts", path))
+    path.write_text(json.dumps({"prompt": "x" * 5000}))
+    assert "line 1: prompt: 5000 tokens and max_new_tokens" in fails(capsys, *command(folder, "--prompts", path))
+
+
+def test_a_model_of_nan_is_one_line(folder, prompts, capsys, monkeypatch):
+    import illada.prompts
+
+    model = load(folder)
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    monkeypatch.setattr(illada.prompts, "open_model", lambda *options: (model, ByteTokenizer()))
+    assert "8 positions stayed masked" in fails(capsys, *command(folder, "--prompt", "a"))
+    assert "ticket 0: 8 positions stayed masked" in fails(capsys, *command(folder, "--prompts", prompts))
+
+
+def test_what_is_done_stays_on_disk_when_interrupted(folder, tmp_path):
+    """The model waits for a second line that never comes."""
+    out = tmp_path / "out.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "illada", *command(folder, "--prompts", "-", "--out", out, "--batch-size", "1")],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    process.stdin.write('{"prompt": "a"}\n')
+    process.stdin.flush()
+    until = time.monotonic() + 120
+    while not (out.exists() and out.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error == "illada: interrupted\n"
+    assert lines(out.read_text())[0]["prompt"] == "a"
+
+
+def test_a_closed_pipe_ends_the_command_without_a_word(folder, prompts):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "illada", *command(folder, "--prompts", prompts)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+
+def recorded(folder: Path) -> Recorder:
+    model = load(folder)
+    recorder = Recorder(ByteTokenizer(), [[60, 47, 98], [97]])  # "</b"
+    config = GenerationConfig(
+        max_new_tokens=6, block_length=6, rule=TopK(2), stop_ids=(), revise=Remask(1), revise_steps=3, seed=3
+    )
+    generate(model, [[60, 47, 98], [97]], config, recorder)
+    return recorder
+
+
+def test_a_recording_holds_every_change(folder):
+    recorder = recorded(folder)
+    kinds = [change["kind"] for changes in recorder.passes for change in changes]
+    assert kinds.count("filled") - kinds.count("taken back") == 12 and "taken back" in kinds
+    rows = [[*prompt, *[256] * 6] for prompt in recorder.prompts]
+    for changes in recorder.passes:
+        for change in changes:
+            rows[change["row"]][change["at"]] = change["token"]
+            assert 0 <= change["sure"] <= 1
+    assert rows == recorder.before and all(256 not in row for row in rows)
+    assert recorder.page().count("</script>") == 2  # the record holds none, whatever the text
+    assert "http" not in recorder.page() and "<iframe" in recorder._repr_html_()
+
+
+def test_a_browser_plays_the_page(folder, tmp_path):
+    """Headless chromium runs the script; a second one presses the buttons first and reports what it sees."""
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    recorder = recorded(folder)
+
+    def dom(page: str) -> str:
+        path = tmp_path / "page.html"
+        path.write_text(page, encoding="utf-8")
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=10000"]
+        done = subprocess.run([browser, *options, path.as_uri()], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-500:]
+        return done.stdout
+
+    last = len(recorder.passes)
+    shown = dom(recorder.page())
+    assert f"pass {last} of {last}" in shown
+    assert shown.count('<span class="prompt"') == 4 and shown.count('class="mask"') == 0
+    script = """<script>
+      const seen = [];
+      by("seek").value = 0; by("seek").oninput(); seen.push(document.querySelectorAll(".mask").length);
+      by("next").onclick(); seen.push(document.querySelectorAll(".now").length);
+      document.querySelector(".now").onmouseenter(); seen.push(by("about").textContent);
+      by("back").onclick(); seen.push(by("count").textContent);
+      by("play").onclick();
+      setTimeout(() => { seen.push(by("count").textContent, by("play").textContent);
+                         document.title = JSON.stringify(seen); }, 8000);
+    </script></html>"""
+    played = dom(recorder.page().replace("</html>", script))
+    title = played[played.index("<title>") + 7 : played.index("</title>")]
+    masks, now, about, at, end, button = json.loads(title)
+    assert (masks, now, at, end, button) == (12, 4, f"pass 0 of {last}", f"pass {last} of {last}", "Play")
+    assert "pass 1 filled" in about and "confidence 0." in about
+
+
+def test_the_command_writes_the_page(folder, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(command(folder, "--prompt", "def ", "--html", page, "--sampler", "fast-dllm-threshold")) == 0
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert capsys.readouterr().out.startswith("def ")
+    assert "No such file" in fails(capsys, *command(folder, "--prompt", "a", "--html", tmp_path / "no" / "x.html"))

@@ -1,0 +1,404 @@
+"""Samplers by name against plain writings of the published algorithms: the same tokens after every pass."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from illada import GenerationConfig, Model, PromptError, generate
+from illada.decoding.samplers import SAMPLERS
+from illada.decoding.schedules import Choose
+from torch import Tensor
+
+from illada_kernels import Threshold, TopK
+from illada_kernels.ops.unmask.reference import philox, philox_unit
+from tests.helpers.models import make, tiny
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 30, 11], [5, 3, 5, 8, 9, 17]]
+NEW = 10  # tokens, no multiple of the blocks of 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model_of(preset: str) -> Model:
+    """A float32 model whose probabilities spread over 0.1 .. 0.9."""
+    model = make(tiny(preset), seed=3, dtype=torch.float32)
+    with torch.no_grad():
+        model.head_weight.mul_(3.0 if model.config.tie_embeddings else 1.5)
+    return model
+
+
+def logits_of(model: Model, x: list[int], seen: int) -> Tensor:
+    """(seen, V): all logits of one sequence, of which the model sees the first `seen` tokens."""
+    with torch.no_grad():
+        logits = model(torch.tensor([x[:seen]]))[0] @ model.head_weight.T
+    logits[:, model.config.mask_id] = -math.inf
+    return logits
+
+
+def ours(model: Model, prompt: list[int], **settings) -> list[list[int]]:
+    """The new tokens after each pass."""
+    states: list[list[int]] = []
+    end = len(prompt) + settings.get("max_new_tokens", NEW)
+    settings = {"max_new_tokens": NEW, "stop_ids": (), **settings}
+
+    def look(step):
+        states.append(step.tokens[0, step.starts[0] + len(prompt) : step.starts[0] + end].tolist())
+
+    done = generate(model, [prompt], GenerationConfig(**settings), look)
+    assert done.tokens[0] == states[-1] and done.passes == [len(states)]
+    return states
+
+
+def even(total: int, passes: int) -> list[int]:
+    return [total // passes + (s < total % passes) for s in range(passes)]
+
+
+def masks_in(x: list[int], mask: int, begin: int, end: int) -> list[int]:
+    return [i for i in range(begin, end) if x[i] == mask]
+
+
+def neg_entropy(p: Tensor) -> Tensor:
+    return (p * p.clamp(min=1e-30).log()).sum(-1)
+
+
+def top(where: list[int], confidence: Tensor, k: int) -> list[int]:
+    """The k of most confidence, ties to the left."""
+    return sorted(where, key=lambda i: (-float(confidence[i]), i))[:k]
+
+
+# ---- LLaDA and iLLaDA ----------------------------------------------------------------------------------------------
+
+
+def plain_llada(model: Model, prompt: list[int], steps: int, block: int, whole_canvas: bool, bias=None):
+    mask, end, states = model.config.mask_id, len(prompt) + NEW, []
+    x = prompt + [mask] * NEW
+    for begin in range(len(prompt), end, block):
+        stop = min(begin + block, end)
+        for k in even(stop - begin, min(steps, stop - begin)):
+            logits = logits_of(model, x, end if whole_canvas else stop)
+            for token, rate in (bias or {}).items():
+                logits[:, token] += rate * (begin - len(prompt))
+            confidence, best = logits.softmax(-1).max(-1)
+            for i in top(masks_in(x, mask, begin, stop), confidence, k):
+                x[i] = int(best[i])
+            states.append(x[len(prompt) :])
+    return states
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("block, steps", [(4, 6), (NEW, 5), (NEW, None)])
+def test_llada_spreads_steps_over_blocks_that_see_all_masks(prompt, block, steps):
+    model = model_of("demo")
+    per_block = steps // -(-NEW // block) if steps else block
+    wanted = plain_llada(model, prompt, per_block, block, whole_canvas=True)
+    assert ours(model, prompt, sampler="llada", steps=steps, block_length=block) == wanted
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_illada_appends_blocks_and_its_bias_grows_with_the_text(prompt):
+    model = model_of("demo")
+    common = {"sampler": "illada", "block_length": 4, "steps_per_block": 3}
+    free = plain_llada(model, prompt, 3, 4, whole_canvas=False)
+    assert ours(model, prompt, **common) == free
+    bias = {7: 0.9, 8: -0.5}
+    biased = plain_llada(model, prompt, 3, 4, whole_canvas=False, bias=bias)
+    assert ours(model, prompt, growing_bias=bias, **common) == biased
+    assert biased[:3] == free[:3] and biased != free  # the first block has no bias yet
+
+
+def test_illada_stops_at_any_of_several_ids():
+    model = model_of("demo")
+    config = {"sampler": "illada", "block_length": 4, "max_new_tokens": NEW}
+    free = generate(model, PROMPTS, GenerationConfig(stop_ids=(), **config)).tokens
+    stops = (free[0][5], free[1][2])
+    done = generate(model, PROMPTS, GenerationConfig(stop_ids=stops, **config))
+    first = [next((i for i, token in enumerate(row) if token in stops), None) for row in free]
+    assert done.tokens == [row[:at] for row, at in zip(free, first)]
+    assert done.stopped == [at is not None for at in first]
+
+
+# ---- Dream ---------------------------------------------------------------------------------------------------------
+
+
+def uniform(seed: int, positions: list[int], step: int) -> dict[int, float]:
+    """The documented draw: counter (0, position, step, 1)."""
+    at = torch.tensor(positions)
+    words = philox(torch.full_like(at, seed), torch.zeros_like(at), at, torch.full_like(at, step), 1)[:2]
+    return dict(zip(positions, philox_unit(words).tolist()))
+
+
+def plain_dream(model: Model, prompt: list[int], steps: int, algorithm: str, seed: int = 0):
+    mask, n, states = model.config.mask_id, len(prompt), []
+    x, t = prompt + [mask] * NEW, torch.linspace(1, 1e-3, steps + 1)
+    for i in range(steps):
+        where = masks_in(x, mask, n, n + NEW)
+        if not where:
+            break
+        p = logits_of(model, x, n + NEW).softmax(-1)
+        best = p.argmax(-1)
+        share = 1 - t[i + 1] / t[i]
+        if algorithm == "origin":
+            u = uniform(seed, where, i)
+            chosen = [j for j in where if i == steps - 1 or u[j] >= float(1 - share)]
+        else:
+            two = p.topk(2, -1).values
+            kinds = {"maskgit_plus": two[:, 0], "topk_margin": two[:, 0] - two[:, 1], "entropy": neg_entropy(p)}
+            k = int(torch.tensor(len(where)) * share) if i < steps - 1 else len(where)
+            chosen = top(where, kinds[algorithm], k)
+        for j in chosen:
+            x[j] = int(best[j])
+        states.append(x[n:])
+    return states
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("steps", [4, 7, 25])
+@pytest.mark.parametrize("algorithm", ["origin", "maskgit_plus", "topk_margin", "entropy"])
+def test_dream_commits_by_its_own_clock(prompt, steps, algorithm):
+    model = model_of("Dream-7B")
+    wanted = plain_dream(model, prompt, steps, algorithm, seed=5)
+    assert ours(model, prompt, sampler=f"dream-{algorithm}", steps=steps, seed=5) == wanted
+
+
+def test_dream_s_confidence_is_of_the_distribution_that_is_drawn_from():
+    model = model_of("Dream-7B")
+    config = GenerationConfig(sampler="dream-entropy", steps=5, max_new_tokens=6, temperature=0.7, stop_ids=())
+    by_hand = {"temperature": 0.7, "confidence_temperature": 0.7, "confidence": "neg_entropy", "block_length": 6}
+    counts, left = [], 6
+    t = torch.linspace(1, 1e-3, 6)
+    for i in range(5):
+        counts.append(int(torch.tensor(left) * (1 - t[i + 1] / t[i])) if i < 4 else left)
+        left -= counts[-1]
+    tensor = GenerationConfig(
+        rule=torch.tensor(counts), max_new_tokens=6, stop_ids=(), variable_length=False, **by_hand
+    )
+    assert generate(model, PROMPTS, config).tokens == generate(model, PROMPTS, tensor).tokens
+
+
+# ---- SDAR ----------------------------------------------------------------------------------------------------------
+
+
+def plain_sdar(model: Model, prompt: list[int], steps: int, algorithm: str):
+    """Blocks count from the sequence's start; what the prompt fills of its last block stays."""
+    mask, n, block, states = model.config.mask_id, len(prompt), model.config.causal_block, []
+    end, counts = n + NEW, even(block, steps)
+    x = prompt + [mask] * (-(-end // block) * block - n)
+    for begin in range(n // block * block, end, block):
+        stop = min(begin + block, end)
+        for step in range(block):
+            where = masks_in(x, mask, begin, stop)
+            if not where:
+                break
+            p = logits_of(model, x, begin + block).softmax(-1)
+            confidence, best = p.max(-1)
+            k = counts[step] if step < steps - 1 else len(where)
+            if algorithm == "sequential":
+                chosen = where[:k]
+            elif algorithm == "static":
+                chosen = top(where, confidence, k)
+            elif algorithm == "dynamic":
+                sure = [i for i in where if confidence[i] > 0.4]
+                chosen = sure if len(sure) >= k else top(where, confidence, k)
+            else:
+                entropies = sorted((-float(neg_entropy(p[i])), i) for i in where)
+                sums = torch.tensor([h for h, _ in entropies]).cumsum(0)
+                chosen = [i for _, i in entropies[: max(1, int((sums <= 3.0).sum()))]]
+            for i in chosen:
+                x[i] = int(best[i])
+            states.append(x[n:end])
+    return states
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, [1, 2, 3, 4]])
+@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("algorithm", ["sequential", "static", "dynamic"])
+def test_sdar_counts_by_the_block_and_leaves_the_prompt_alone(prompt, steps, algorithm):
+    model = model_of("SDAR-8B")
+    options = {"sampler_options": {"tau": 0.4}} if algorithm == "dynamic" else {}
+    states = ours(model, prompt, sampler=f"sdar-{algorithm}", steps_per_block=steps, **options)
+    assert states == plain_sdar(model, prompt, steps, algorithm)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_sdar_bounds_the_sum_of_entropies(prompt):
+    model = model_of("SDAR-8B")
+    states = ours(model, prompt, sampler="sdar-entropy_bounded", sampler_options={"bound": 3.0})
+    assert states == plain_sdar(model, prompt, 4, "entropy_bounded")
+
+
+# ---- Fast-dLLM, LLaDA2.1, ReMDM, d3LLM -----------------------------------------------------------------------------
+
+
+def plain_fast_dllm(model: Model, prompt: list[int], block: int, tau=None, factor=None):
+    mask, n, states = model.config.mask_id, len(prompt), []
+    x = prompt + [mask] * NEW
+    for begin in range(n, n + NEW, block):
+        stop = min(begin + block, n + NEW)
+        while where := masks_in(x, mask, begin, stop):
+            confidence, best = logits_of(model, x, n + NEW).softmax(-1).max(-1)
+            ranked = top(where, confidence, len(where))
+            chosen = ranked[:1]
+            for r, i in enumerate(ranked[1:], 2):
+                if confidence[i] < (tau if tau is not None else 1 - factor / (r + 1)):
+                    break
+                chosen.append(i)
+            for i in chosen:
+                x[i] = int(best[i])
+            states.append(x[n:])
+    return states
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("block", [4, NEW])
+def test_fast_dllm_commits_what_is_sure_and_always_one(prompt, block):
+    model = model_of("demo")
+    how = {"sampler": "fast-dllm-threshold", "sampler_options": {"tau": 0.3}, "block_length": block}
+    assert ours(model, prompt, **how) == plain_fast_dllm(model, prompt, block, tau=0.3)
+    how = {"sampler": "fast-dllm-factor", "sampler_options": {"factor": 1.6}, "block_length": block}
+    assert ours(model, prompt, **how) == plain_fast_dllm(model, prompt, block, factor=1.6)
+
+
+def plain_llada21(model: Model, prompt: list[int], block: int, tau: float, edit: float):
+    mask, n, states = model.config.mask_id, len(prompt), []
+    x = prompt + [mask] * NEW
+    for begin in range(n, n + NEW, block):
+        stop, after = min(begin + block, n + NEW), 0
+        while True:
+            p, best = logits_of(model, x, stop).softmax(-1).max(-1)
+            where = masks_in(x, mask, begin, stop)
+            full = not where
+            gamma = [i for i in where if p[i] > tau] or top(where, p, 1)
+            delta = [i for i in range(begin, stop) if x[i] != mask and x[i] != best[i] and p[i] > edit]
+            for i in gamma + delta:
+                x[i] = int(best[i])
+            states.append(x[n:])
+            after += full
+            if not masks_in(x, mask, begin, stop) and (not gamma + delta or after == 16):
+                break
+    return states
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_llada21_edits_until_nothing_changes_or_16_passes_after_the_block_is_full(prompt):
+    model = model_of("demo")
+    for edit in (0.2, 0.4):
+        how = {"sampler": "llada2.1", "sampler_options": {"tau": 0.3, "edit": edit}, "block_length": 4}
+        assert ours(model, prompt, **how) == plain_llada21(model, prompt, 4, 0.3, edit)
+
+
+def plain_remdm(model: Model, prompt: list[int], steps: int, eta: float, seed: int):
+    mask, n, states = model.config.mask_id, len(prompt), []
+    x = prompt + [mask] * NEW
+    for i in range(steps):
+        a_t, a_s = i / steps, (i + 1) / steps
+        sigma = min(eta, (1 - a_s) / a_t) if a_t else eta
+        fall = (a_s - (1 - sigma) * a_t) / (1 - a_t)
+        best = logits_of(model, x, n + NEW).argmax(-1)
+        held = list(range(n, n + NEW))
+        down, up = uniform(seed, held, i), uniform(seed, held, i + 2**31)
+        before = list(x)
+        for j in held:
+            if before[j] == mask and (down[j] >= 1 - fall or i == steps - 1):
+                x[j] = int(best[j])
+            elif before[j] != mask and i < steps - 1 and up[j] < sigma:
+                x[j] = mask
+        states.append(x[n:])
+    return states
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("steps, eta", [(8, 0.3), (12, 0.1), (1, 0.5)])
+def test_remdm_takes_tokens_back_with_its_probabilities(prompt, steps, eta):
+    model = model_of("demo")
+    states = ours(model, prompt, sampler="remdm", steps=steps, sampler_options={"eta": eta}, seed=4)
+    assert states == plain_remdm(model, prompt, steps, eta, seed=4)
+    back = sum(a != 49 == b for before, after in itertools.pairwise(states) for a, b in zip(before, after))
+    assert back > 0 or steps == 1 or eta == 0.1
+
+
+def plain_d3llm(model: Model, prompt: list[int], block: int, bound: float):
+    mask, n, states = model.config.mask_id, len(prompt), []
+    x = prompt + [mask] * NEW
+    blocks = [range(b, min(b + block, n + NEW)) for b in range(n, n + NEW, block)]
+    while mask in x:
+        p = logits_of(model, x, n + NEW).softmax(-1)
+        entropies, best = -neg_entropy(p), p.argmax(-1)
+        decoded = [sum(x[i] != mask for i in b) / len(b) for b in blocks]
+        last = 0
+        while last + 1 < len(blocks) and decoded[last] >= 0.1:
+            last += 1
+        first = next(j for j, share in enumerate(decoded) if share < 1)
+        chosen = {i for b in blocks[: last + 1] for i in b if x[i] == mask and entropies[i] <= bound}
+        chosen.add(min((float(entropies[i]), i) for i in blocks[first] if x[i] == mask)[1])
+        for i in chosen:
+            x[i] = int(best[i])
+        states.append(x[n:])
+    return states
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("block, bound", [(4, 1.5), (3, 2.2), (4, 0.4)])
+def test_d3llm_opens_blocks_before_those_ahead_are_full(prompt, block, bound):
+    model = model_of("demo")
+    options = {"length": block, "entropy": bound}
+    assert ours(model, prompt, sampler="d3llm", sampler_options=options) == plain_d3llm(model, prompt, block, bound)
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_gives_a_batch_what_it_gives_each_alone(name):
+    model = model_of("SDAR-8B" if name.startswith("sdar") else "Dream-7B" if name.startswith("dream") else "demo")
+    steps = {"steps": 6} if name.startswith(("dream", "remdm")) else {}
+    config = {"sampler": name, "max_new_tokens": 6, "stop_ids": (), **steps}
+    together = generate(model, PROMPTS, GenerationConfig(**config))
+    for b, prompt in enumerate(PROMPTS):
+        alone = generate(model, [prompt], GenerationConfig(seed=b, **config))
+        assert (together.tokens[b], together.passes[b]) == (alone.tokens[0], alone.passes[0])
+
+
+def test_a_rule_may_be_a_callable_a_choice_or_counts_of_each_pass():
+    model = model_of("demo")
+    config = {"max_new_tokens": 6, "block_length": 6}
+    by_count = ours(model, PROMPTS[0], rule=torch.tensor([1, 3, 2]), **config)
+    assert [row.count(49) for row in by_count] == [5, 2, 0]
+    assert ours(model, PROMPTS[0], rule=torch.tensor([1, 3]), **config)[-1].count(49) == 0  # the last pass takes all
+    schedule = ours(model, PROMPTS[0], rule=lambda now: TopK(now.step + 1), **config)
+    assert [row.count(49) for row in schedule] == [5, 3, 0]
+    falling = lambda now: Threshold((0.9 - 0.2 * now.step).float())  # noqa: E731
+    assert ours(model, PROMPTS[0], rule=falling, **config)
+    every_second = Choose(lambda proposal, confidence: torch.arange(6) % 2 == 0)
+    with pytest.raises(RuntimeError, match="3 positions stayed masked"):
+        generate(model, PROMPTS[:1], GenerationConfig(rule=every_second, stop_ids=(), **config))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"sampler": "dream"}, "sampler: expected one of llada, illada, dream-origin"),
+        (
+            {"sampler": "dream-entropy", "confidence": "margin"},
+            "confidence: expected none with sampler 'dream-entropy'",
+        ),
+        ({"sampler": "llada", "rule": TopK(1), "steps": 4}, "steps: expected None with a rule"),
+        ({"sampler": "fast-dllm-factor", "rule": TopK(1)}, "rule: expected none with sampler 'fast-dllm-factor'"),
+        ({"sampler": "llada", "sampler_options": {"tau": 1}}, "sampler_options: expected none for llada, got 'tau'"),
+        ({"sampler": "remdm", "sampler_options": {"t": 1}}, "sampler_options: expected among eta for remdm, got 't'"),
+        ({"sampler": "remdm", "sampler_options": {"eta": "x"}}, "sampler_options: expected a number of at least 0"),
+        ({"sampler_options": {"eta": 1}}, "sampler_options: expected none without a sampler"),
+        ({"sampler": "sdar-static", "steps": 4}, "steps: expected None with a rule"),
+    ],
+)
+def test_settings_that_contradict_a_sampler_are_named(settings, message):
+    with pytest.raises(PromptError, match=message):
+        generate(model_of("demo"), [[1]], GenerationConfig(max_new_tokens=8, **settings))
