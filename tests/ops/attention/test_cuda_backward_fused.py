@@ -163,14 +163,24 @@ def right(dim: int) -> Result:
 # name: (old, new, what is seen of it[, head_dim])
 FAULTS: dict[str, tuple[Any, ...]] = {
     "dS read before the other warpgroup wrote it": (
-        "  __syncwarp();\n  bar_sync(1, kConsumers);\n  float dq[",
-        "  float dq[",
+        "  mbar_wait(&s.ds_full[buffer], pending.number / kGradients % 2);\n",
+        "",
         ".",
+    ),
+    "dS overwritten while the other warpgroup reads it": (
+        "  mbar_wait(&s.ds_empty[buffer], mine.number / kGradients % 2 ^ 1);\n",
+        "",
+        ".",
+    ),
+    "the last dQ of an item forgotten": (
+        "    if (pending.tile >= 0) {\n      float dq",
+        "    if (false) {\n      float dq",
+        WRONG,
     ),
     "dS unfenced": ("ds_operand);\n  fence_proxy_async();\n", "ds_operand);\n", "without fence_proxy_async"),
     "dS not turned over": ("stmatrix<true>", "stmatrix<false>", WRONG),
-    "one buffer of dS": ("store_transposed(s.ds[stage]", "store_transposed(s.ds[0]", "."),
-    "dQ staged while it leaves": ("  if (threadIdx.x % 128 == 0) bulk_wait_read<0>();  //", "  //", "."),
+    "one buffer of dS": ("store_transposed(s.ds[buffer]", "store_transposed(s.ds[0]", "."),
+    "dQ staged while it leaves": ("  if (t == 0) bulk_wait_read<0>();  //", "  //", "."),
     "dQ read unfinished": ("  wgmma_wait<0>();\n  reg_fence(dq);\n", "", "."),
     "dQ copied before all staged it": (
         "  fence_proxy_async();\n  bar_sync(2 + warpgroup, 128);\n  if (t == 0) {\n    bulk_reduce",
@@ -178,9 +188,9 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         ".",
     ),
     "K overwritten by dK": ("    bar_sync(1, kConsumers);  // both", "    // both", "."),
-    "stage given up before dK": ("  wgmma_wait<1>();\n  reg_fence(dk);\n", "", "."),
-    "one tile of dQ": ("sums += int64_t(s.tile[stage]) * kTileRows * D;", "", WRONG),
-    "second half of K's columns": ("s.k + warpgroup * kAt", "s.k", WRONG, 128),
+    "stage given up before dK": ("    wgmma_wait<1>();\n    reg_fence(dk);\n", "", "."),
+    "one tile of dQ": ("sums + int64_t(pending.tile) * kTileRows * D", "sums", WRONG),
+    "second half of K's columns": ("s.k + warpgroup_of_thread() * kAt", "s.k", WRONG, 128),
     "unattended keys not cleared": ("    clear_unattended_keys(s, w, item);\n", "", WRONG),
     "searched in the first batch entry": ("w.bounds_at(item.batch, 0) * kTileRows;", "0;", WRONG),
     "whole in any batch entry": (
