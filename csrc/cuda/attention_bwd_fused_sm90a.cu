@@ -140,8 +140,8 @@ ILLADA_DEVICE void finish_dq(Shared<T, D>& s, const Pending& pending, float* sum
 // Adds one query tile's share to dk and dv (64 keys, D), and the tile before it to sums. dQ is a step late, so that no
 // warpgroup waits for the other's dS.
 template <class T, int D>
-ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[D / 2], float (&dv)[D / 2], float* sums, int stage, int key,
-                               float scale_log2, Pending& pending) {
+ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[columns_of<D> / 2], float (&dv)[columns_of<D> / 2],
+                               float* sums, int stage, int key, float scale_log2, Pending& pending) {
   const int warpgroup = warpgroup_of_thread(), rows_at = warpgroup * 64 * 64;
   const Pending mine = {pending.number + 1, s.tile[stage]};
   const int buffer = mine.number % kGradients;
@@ -199,7 +199,7 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
     const Item item = item_at<kKeys>(s.item, size);
     clear_unattended_keys(s, w, item);
     const int key = item.key + warpgroup * 64 + row_of_thread();  // and key + 8
-    float dk[D / 2] = {}, dv[D / 2] = {};
+    float dk[columns_of<D> / 2] = {}, dv[columns_of<D> / 2] = {};
     for (bool more = true; more; ++n) {
       const int stage = n % S::kStages;
       mbar_wait(&s.full[stage], n / S::kStages % 2);

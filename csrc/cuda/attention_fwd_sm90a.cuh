@@ -16,7 +16,7 @@ namespace {
 
 // ---- a step of a warpgroup -----------------------------------------------------------------------------------------
 template <int D> struct Rows {
-  float o[D / 2];  // (64, D), before the division by the sum
+  float o[columns_of<D> / 2];  // (64, D), before the division by the sum
   float top[2], sum[2];  // largest score so far; sum of exp(score - top) over this thread's columns
 };
 
@@ -141,7 +141,7 @@ ILLADA_DEVICE void transpose_quad(uint32_t (&w)[4]) {
 }
 
 // Stores row r of this thread, 8 columns of T at a time: a quad holds 32 columns as 4 words of each lane.
-template <class T, int D> ILLADA_DEVICE void store_row(T* to, const float (&o)[D / 2], int r, bool there) {
+template <class T, int D> ILLADA_DEVICE void store_row(T* to, const float (&o)[columns_of<D> / 2], int r, bool there) {
 #pragma unroll
   for (int i = 2 * r; i < D / 2; i += 16) {
     uint32_t words[4] = {pack<T>(o[i], o[i + 1]), pack<T>(o[i + 4], o[i + 5]), pack<T>(o[i + 8], o[i + 9]),

@@ -245,7 +245,8 @@ def read_table() -> tuple[str, list[Kernel]]:
     lines = TABLE.read_text().splitlines()
     rows = csv.DictReader(lines[1:])
     types = {f.name: int if f.type == "int" else str for f in fields(Kernel)}
-    return lines[0].removeprefix("# nvcc "), [Kernel(**{k: types[k](v) for k, v in row.items()}) for row in rows]
+    read = [Kernel(**{name: kind(row.get(name) or 0) for name, kind in types.items()}) for row in rows]
+    return lines[0].removeprefix("# nvcc "), read
 
 
 def write_table(kernels: list[Kernel]) -> None:

@@ -224,6 +224,16 @@ def faulty(seed: int, *edits: str) -> Emulated:
     return Emulated(SOURCES[0], text=text + entry, seed=seed)
 
 
+def test_columns_in_whole_pieces_give_the_same_bits(forward: Forward) -> None:
+    """The way out for head_dim 96: MMAs of 128 columns."""
+    variant = Emulated(SOURCES[0], defines=("ILLADA_WHOLE_PIECES",), seed=1)
+    for ranges, processors in ((KeyRanges.window(400, 130, 70)[:, 100:300], 1), (None, 4)):
+        tensors = draw(1, 200, 400, 1, 1, 96)
+        expected = forward(*tensors, ranges, processors=processors)
+        got = forward(*tensors, ranges, processors=processors, emulated=variant)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected))
+
+
 SKIPPING = KeyRanges(
     torch.tensor([[0, 30, 30, 30]] * 64 + [[0, 700, 700, 700]] * 36, dtype=torch.int32)[None], 700
 )  # the first warpgroup passes most tiles on
