@@ -1,5 +1,6 @@
 """Every CUDA kernel compiles for every architecture: no spills, no serialised products, the instructions meant."""
 
+import re
 import shutil
 
 import pytest
@@ -60,6 +61,17 @@ def test_row_kernels_load_ahead(arch: str) -> None:
         assert kernel.loads_in_flight >= (4 if plain else 2), kernel
         assert kernel.load_distance >= (80 if plain else 40), kernel
     assert kernels["loss::rows_gradients<__nv_bfloat16, true>"].loads_in_flight >= 4
+
+
+@needs_disassembler
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_one_global_load_stands_before_the_first_bulk_copy_of_the_forward(dtype: str) -> None:
+    """That of the bounds, as copies to shared memory which no register waits for; nothing else is loaded."""
+    sass = cuda_code.compile_source(f"csrc/cuda/attention_fwd_{dtype}_sm90a.cu", "90a").sass
+    bodies = [body for body in re.split(r"^\.text\.", sass, flags=re.M) if re.match(r"\S*13attention_fwdI", body)]
+    assert len(bodies) == 4
+    for body in bodies:
+        assert re.search(r"\bLDGSTS\.E", body) and not re.search(r"\bLDG\.E", body)
 
 
 LOOP = """.L_x_1:

@@ -206,15 +206,18 @@ def forward(kernels: RowKernels, problem: Problem, trim: bool = False) -> Result
                 _one_chunk(head, kept[0][:count], state)
             elif p.mode == "row_chunks":
                 _row_chunks(head, kept, state)
+            elif p.mode == "slices":  # as the backward multiplies them: their roundings must be the same
+                for ids, _, logits in head.slices(head.gather(rows)):
+                    kernels.stats(logits, ids.start, rows, state, terms)
             else:
-                _stats_of_slices(head, state)
+                _stats(head, state)
     loss = state.new_empty((problem.masked.numel(),) if none else ())
     kernels.losses(state, rows, terms, loss)
     return loss.view(problem.masked.shape) if none else loss, *kept
 
 
-def _stats_of_slices(head: Head, state: Tensor) -> None:
-    """Slices are half as wide as the backward's, because two share the room of one."""
+def _stats(head: Head, state: Tensor) -> None:
+    """Statistics alone: while one slice is read, the next is multiplied. Two share the room of one."""
     x, ids = head.gather(head.rows), -(-head.plan.ids // (2 * TILE)) * TILE
     with TwoBuffers(len(x) * min(ids, head.vocab), x.dtype, x.device) as buffers:
         for first in range(0, head.vocab, ids):

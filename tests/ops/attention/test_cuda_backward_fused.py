@@ -132,14 +132,15 @@ def test_columns_in_whole_pieces_give_the_same_bits() -> None:
     assert torch.equal(mine.dk, theirs.dk) and torch.equal(mine.dv, theirs.dv)
     assert_close(mine, *inputs, ranges)
     assert ranges is not None
-    out, lse = reference.forward(*inputs[:3], ranges.bounds, 96**-0.5)
+    problem = Problem(*inputs[:3], ranges.bounds, 96**-0.5)
+    out, lse = reference.forward(problem)
     sources = [PREPROCESS, *(f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("keys", "queries"))]
     results = []
     for d in ((), defines):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda, "launch", Emulated(*sources, defines=d))
             patch.setattr(cuda, "processors", lambda device: 3)
-            results.append(cuda.backward(inputs[3], inputs[4], *inputs[:3], out, lse, ranges.bounds, 96**-0.5))
+            results.append(cuda.backward(problem, inputs[3], inputs[4], out, lse))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 

@@ -450,7 +450,7 @@ ALL_LANES = "s.second = fmaxf(s.second, warp_second(top, second));"
 FAULTS = {  # kernel, the file that holds the fault, old, new
     "operands read before they have come": (HEAD, HEAD, "mbar_wait(&s.full[stage], phase);", ""),
     "a stage overwritten while it is read": (HEAD, HEAD, "mbar_wait(&s.empty[stage], phase ^ 1);", ""),
-    "a stage freed early": (HEAD, HEAD, "step > 0) mbar_arrive(&s.empty[(turn - 1)", "1) mbar_arrive(&s.empty[(turn)"),
+    "a stage freed early": (HEAD, HEAD, "if (step > 0) release(s, (turn - 1)", "release(s, (turn)"),
     "accumulators read before the last product": (HEAD, HEAD, "wgmma_wait<0>();", ""),
     "logits read before all are there": (HEAD, HEAD, "mbar_wait(&s.ready[buffer], phase);", ""),
     "logits handed on too early": (HEAD, HEAD, "mbar_init(&s.ready[i], kMultiplying);", "mbar_init(&s.ready[i], 128);"),
@@ -534,7 +534,6 @@ PAIR_FAULTS = {
     "a stage filled once one block gave it up": ("kMultiplying / 128 * blocks", "kMultiplying / 128"),
     "hidden loaded by both": ("else if (turn % 2 == int(cluster_rank()))", "else"),
     "a block that leaves while the other loads": ("if (z.blocks > 1) cluster_sync();  // the other", "//"),
-    "barriers used before they are there": ("if (z.blocks > 1) cluster_sync();  // the barriers", "//"),
     "a tile that one block lacks": ("tile - rank < z.tiles", "tile < z.tiles"),
 }
 
