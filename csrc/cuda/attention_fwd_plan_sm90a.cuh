@@ -73,8 +73,8 @@ template <int D> ILLADA_DEVICE void place_item(const Problem& p, int item, Plan<
   plan.batch = item / p.splits / heads / p.tiles;
 }
 
-// Plans an item with one warp, which has few registers: loops are not unrolled, and the bounds of all rows come straight
-// to shared memory at once. So one global load stands before the first bulk copy of a block, none without bounds.
+// Plans an item with one warp, which has few registers: loops are not unrolled, and the bounds of all rows come
+// straight to shared memory at once. So one global load stands before a block's first bulk copy, none without bounds.
 template <int D> ILLADA_DEVICE void fill_plan(const Problem& p, int item, Plan<D>& plan) {
   const int lane = threadIdx.x % 32;
   if (lane == 0) place_item<D>(p, item, plan);

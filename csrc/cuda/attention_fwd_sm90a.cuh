@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(Tile<D>::threads, 1)
   if (role == 3) keep_values_clean<D>(s, p);
 }
 
-// Adds up the shares of the keys in ascending order, with one warp a row. Loads shares while it waits for their weights.
+// Adds up the shares of the keys in ascending order, with one warp a row. Loads shares while their weights come.
 template <class T, int D>
 __global__ void __launch_bounds__(256)
     combine(const float* parts, T* out, float* lse, int splits, int64_t batch, int heads, int queries) {

@@ -22,9 +22,9 @@ int map_of_tiles(CUtensorMap* map, const void* x, int64_t dim, const int64_t (&s
 // ---- device: the steps of a tile ---------------------------------------------------------------------------------
 template <int D> constexpr int pieces = (D + 63) / 64;
 
-// Columns of an accumulator of D, which multiply_add gets from an operand whose rows run along k. Should MMAs of 96 such
-// columns in the 128-byte swizzle be wrong on hardware, ILLADA_WHOLE_PIECES lets head_dim 96 take 128: the columns from
-// 96 on are zeros in every tile, and no result is taken from them.
+// Columns of an accumulator of D, which multiply_add gets from an operand whose rows run along k. Should MMAs of 96
+// such columns in the 128-byte swizzle be wrong on hardware, ILLADA_WHOLE_PIECES lets head_dim 96 take 128: columns
+// from 96 on are zeros in every tile, and no result is taken from them.
 #ifdef ILLADA_WHOLE_PIECES
 constexpr bool kWholePieces = true;
 #else

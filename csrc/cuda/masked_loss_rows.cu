@@ -6,7 +6,7 @@
 // A block owns a row; 16 bytes a thread and access where the row is aligned, single elements at its ends. rows_stats
 // reads a slice of ids once and merges it into the row's state; rows_dlogits reads a slice once and writes it once.
 // rows_gradients does both to whole rows in place: it keeps what fits in shared memory and reads the rest twice, the
-// second time from L2. PLAIN: without bias, cap, smoothing and forbidden ids. About 8 flops an element: bound by memory.
+// second time from L2. PLAIN: without bias, cap, smoothing, forbidden ids. About 8 flops an element: bound by memory.
 // Accumulates in float32 in a fixed order. A NaN logit, a NaN scale, or a target that is not an id makes the row's
 // gradients NaN; rows beyond the number of masked ones become zeros.
 #include "masked_loss.cuh"
@@ -18,8 +18,8 @@ constexpr int kThreads = 256;  // rows_stats, rows_dlogits: many blocks per SM, 
 constexpr int kWideThreads = 512;  // rows_gradients: one block per SM, which takes all shared memory
 constexpr int kScratch = 128;  // bytes of shared memory for reductions, before the row
 
-// Tells the compiler which terms a PLAIN kernel's formula lacks. With all of them a body is large, so loops over rows hold
-// fewer copies of it and fewer loads.
+// Tells the compiler which terms a PLAIN kernel's formula lacks. With all of them a body is large, so loops over rows
+// hold fewer copies of it and fewer loads.
 template <bool PLAIN> ILLADA_DEVICE void drop_terms(Options& o) {
   if constexpr (PLAIN) o.bias = nullptr, o.softcap = 0.0f, o.smoothing = 0.0f, o.n_forbid = 0;
 }
@@ -72,8 +72,8 @@ template <class T> ILLADA_DEVICE int unaligned_head(const T* row, int width) {
   return head < width ? head : width;
 }
 
-// Widen a word of a row, and a vector. Loads stay opaque words until here: as 16-bit elements they would be unpacked, and
-// so waited for, where they are issued.
+// Widen a word of a row, and a vector. Loads stay opaque words until here: as 16-bit elements they would be unpacked,
+// and so waited for, where they are issued.
 ILLADA_DEVICE void widen(float, uint32_t word, float* x) { x[0] = __uint_as_float(word); }
 ILLADA_DEVICE void widen(bf16, uint32_t word, float* x) {
   x[0] = __uint_as_float(word << 16), x[1] = __uint_as_float(word & 0xffff0000u);
@@ -88,9 +88,9 @@ template <class T> ILLADA_DEVICE void widen(const uint4& bits, float (&x)[Vec16<
   for (int k = 0; k < 4; ++k) widen(T{}, words[k], x + Vec16<T>::size / 4 * k);
 }
 
-// Calls body(number, bits) for vectors from, from + THREADS, ... of `vectors`. Keeps AHEAD loads in flight: loads a slot of
-// the ring again once its body is done. Unrolled over the slots, because a move of a pending load's registers would wait
-// for the load. ONCE: the row is not read again.
+// Calls body(number, bits) for vectors from, from + THREADS, ... of `vectors`. Keeps AHEAD loads in flight: loads a slot
+// of the ring again once its body is done. Unrolled over the slots, because a move of a pending load's registers would
+// wait for the load. ONCE: the row is not read again.
 template <int THREADS, int AHEAD, bool ONCE, class Body>
 ILLADA_DEVICE void over_vectors(const uint4* row, int from, int vectors, Body body) {
   uint4 ring[AHEAD];
@@ -111,8 +111,8 @@ ILLADA_DEVICE void over_vectors(const uint4* row, int from, int vectors, Body bo
   }
 }
 
-// Calls body(column, float (&)[N]) for this thread's share of a row: aligned 16-byte vectors from number `from` on, which
-// keep(number, bits) sees first, and single elements at both ends.
+// Calls body(column, float (&)[N]) for this thread's share of a row: aligned 16-byte vectors from number `from` on,
+// which keep(number, bits) sees first, and single elements at both ends.
 template <int THREADS, int AHEAD, bool ONCE, class T, class Keep, class Body>
 ILLADA_DEVICE void over_row(const T* row, int width, int from, Keep keep, Body body) {
   constexpr int kVector = Vec16<T>::size;
