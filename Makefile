@@ -44,7 +44,7 @@ build: setup
 	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 1,$(HAS_NVCC)),1,0)} $(BIN)/python -m illada_kernels._build
 
 # one thread per worker; the tests that are about threads set their own number
-test: build build/transformers-4.57 build/antiberty
+test: build build/transformers-4.57 build/antiberty build/kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # the other version that tests/integrations runs with
@@ -57,6 +57,12 @@ build/transformers-4.57: pyproject.toml
 build/antiberty:
 	rm -rf $@.part
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part antiberty==0.1.3 && mv $@.part $@ || echo "no antiberty here"
+
+# Hugging Face's kernels, apart because transformers 4.57 would import it; what it needs to load a local tree is there
+build/kernels: pyproject.toml
+	rm -rf $@ $@.part
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part "kernels==0.17.*"
+	mv $@.part $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ using namespace illada;
 namespace {
 
 constexpr int kKeys = 128, kStageCount = 2;
+constexpr int kGradients = 3;  // buffers of dS, so that one warpgroup may be a step ahead of the other
 
 template <int D> struct Shape {
   static constexpr int kStages = kStageCount, kColumns = D == 64 ? 32 : 64;  // kColumns: of dQ, a warpgroup
@@ -26,7 +27,7 @@ template <int D> struct Shape {
 template <class T, int D> struct Shared {
   using S = Shape<D>;
   T k[S::kKeyTile], v[S::kKeyTile], q[S::kStages][S::kQueryTile], dout[S::kStages][S::kQueryTile];
-  T ds[S::kStages][kKeys * kTileRows];  // [keys / 64][64 queries][64 keys]
+  T ds[kGradients][kKeys * kTileRows];  // [keys / 64][64 queries][64 keys]
   alignas(1024) float dq[kTileRows * D];
   RowStats stats[S::kStages];
   RowSpans spans[S::kStages][kTileRows];  // of partial tiles only
@@ -34,6 +35,7 @@ template <class T, int D> struct Shared {
   int step[S::kStages], tile[S::kStages], item;  // tile: of sums
   int search[2];  // query tiles to search for rows that attend; none if equal
   uint64_t keys_full, keys_empty, full[S::kStages], empty[S::kStages];
+  uint64_t ds_full[kGradients], ds_empty[kGradients];
 };
 
 // Decides, in the producer's warp, which query tiles to search for attended keys: none if one of them attends to all
@@ -97,6 +99,8 @@ template <class T, int R> ILLADA_DEVICE void multiply_keys(float (&dq)[R], const
 template <int D, int R> ILLADA_DEVICE void add_to_sums(float* staged, float* sums, const float (&dq)[R]) {
   const int warpgroup = threadIdx.x / 128, t = threadIdx.x % 128, first = warpgroup * R / 4;
   const int count = Min{}(R / 4, D / 8 - first);  // blocks of 8 columns; D = 96 has 4 in its second half
+  if (t == 0) bulk_wait_read<0>();  // the dq before this one has left
+  bar_sync(2 + warpgroup, 128);
 #pragma unroll
   for (int i = 0; i < R / 4; ++i)
     if (i < count)
@@ -110,15 +114,40 @@ template <int D, int R> ILLADA_DEVICE void add_to_sums(float* staged, float* sum
   }
 }
 
-// Adds one query tile's share to dk and dv (64 keys, D) and to sums.
+// A dS of which dQ is not yet computed.
+struct Pending {
+  int number;  // of the block's dS
+  int tile;  // of sums; -1: none
+};
+
+// Starts dq = dS K for the pending dS, which both warpgroups stored a step ago.
 template <class T, int D>
-ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[D / 2], float (&dv)[D / 2], float* sums, int stage, int key,
-                               float scale_log2) {
+ILLADA_DEVICE void start_dq(Shared<T, D>& s, const Pending& pending, float (&dq)[Shape<D>::kColumns / 2]) {
+  constexpr int kAt = D == 64 ? 32 : kKeys * 64;  // where the second warpgroup's columns of K begin
+  const int buffer = pending.number % kGradients;
+  mbar_wait(&s.ds_full[buffer], pending.number / kGradients % 2);
+  multiply_keys(dq, s.ds[buffer], s.k + warpgroup_of_thread() * kAt);
+}
+template <class T, int D>
+ILLADA_DEVICE void finish_dq(Shared<T, D>& s, const Pending& pending, float* sums,
+                             float (&dq)[Shape<D>::kColumns / 2]) {
+  wgmma_wait<0>();
+  reg_fence(dq);
+  arrive_by_warp(&s.ds_empty[pending.number % kGradients]);
+  add_to_sums<D>(s.dq, sums + int64_t(pending.tile) * kTileRows * D, dq);
+}
+
+// Adds one query tile's share to dk and dv (64 keys, D), and the tile before it to sums. dQ is a step late, so that no
+// warpgroup waits for the other's dS.
+template <class T, int D>
+ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[columns_of<D> / 2], float (&dv)[columns_of<D> / 2],
+                               float* sums, int stage, int key, float scale_log2, Pending& pending) {
   const int warpgroup = warpgroup_of_thread(), rows_at = warpgroup * 64 * 64;
+  const Pending mine = {pending.number + 1, s.tile[stage]};
+  const int buffer = mine.number % kGradients;
   float p[kTileRows / 2], ds[kTileRows / 2];  // (64 keys, 64 queries)
   uint32_t p_operand[kTileRows / 16][4], ds_operand[kTileRows / 16][4];
   const Step step = Step(s.step[stage]);
-  sums += int64_t(s.tile[stage]) * kTileRows * D;
   if (step == kEmptyRows) clear_empty_rows<T, D>(s.q[stage], s.dout[stage], s.spans[stage]);
   multiply_transposed<D, kKeys>(p, s.k + rows_at, s.q[stage]);
   multiply_transposed<D, kKeys>(ds, s.v + rows_at, s.dout[stage]);
@@ -135,22 +164,26 @@ ILLADA_DEVICE void add_queries(Shared<T, D>& s, float (&dk)[D / 2], float (&dv)[
   reg_fence(ds);
   score_gradients(ds, p, s.stats[stage], step, bits);
   pack_operand<T>(ds_operand, ds);
-  store_transposed(s.ds[stage] + rows_at, ds_operand);
+  mbar_wait(&s.ds_empty[buffer], mine.number / kGradients % 2 ^ 1);
+  store_transposed(s.ds[buffer] + rows_at, ds_operand);
   fence_proxy_async();
+  arrive_by_warp(&s.ds_full[buffer]);
   multiply_add<T>(dk, ds_operand, s.q[stage]);
-  if (threadIdx.x % 128 == 0) bulk_wait_read<0>();  // the last step's dq has left
-  __syncwarp();
-  bar_sync(1, kConsumers);
-  float dq[Shape<D>::kColumns / 2];
-  constexpr int kAt = D == 64 ? 32 : kKeys * 64;  // where the second warpgroup's columns of K begin
-  multiply_keys(dq, s.ds[stage], s.k + warpgroup * kAt);
-  wgmma_wait<1>();
-  reg_fence(dk);
-  reg_fence(dv);
-  arrive_by_warp(&s.empty[stage]);
-  wgmma_wait<0>();
-  reg_fence(dq);
-  add_to_sums<D>(s.dq, sums, dq);
+  if (pending.tile >= 0) {
+    float dq[Shape<D>::kColumns / 2];
+    start_dq(s, pending, dq);
+    wgmma_wait<1>();
+    reg_fence(dk);
+    reg_fence(dv);
+    arrive_by_warp(&s.empty[stage]);
+    finish_dq(s, pending, sums, dq);
+  } else {
+    wgmma_wait<0>();
+    reg_fence(dk);
+    reg_fence(dv);
+    arrive_by_warp(&s.empty[stage]);
+  }
+  pending = mine;
 }
 
 template <class T, int D>
@@ -159,19 +192,26 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
   using S = Shape<D>;
   const int warpgroup = warpgroup_of_thread(), t = threadIdx.x % 128;
   int n = 0;
+  Pending pending = {-1, -1};
   for (int turn = 0;; ++turn) {
     mbar_wait(&s.keys_full, turn % 2);
     if (s.item < 0) break;
     const Item item = item_at<kKeys>(s.item, size);
     clear_unattended_keys(s, w, item);
     const int key = item.key + warpgroup * 64 + row_of_thread();  // and key + 8
-    float dk[D / 2] = {}, dv[D / 2] = {};
+    float dk[columns_of<D> / 2] = {}, dv[columns_of<D> / 2] = {};
     for (bool more = true; more; ++n) {
       const int stage = n % S::kStages;
       mbar_wait(&s.full[stage], n / S::kStages % 2);
       more = s.step[stage] != kEnd;
-      if (more) add_queries<T, D>(s, dk, dv, sums, stage, key, scale * kLog2e);
+      if (more) add_queries<T, D>(s, dk, dv, sums, stage, key, scale * kLog2e, pending);
       else arrive_by_warp(&s.empty[stage]);
+    }
+    if (pending.tile >= 0) {
+      float dq[S::kColumns / 2];
+      start_dq(s, pending, dq);
+      finish_dq(s, pending, sums, dq);
+      pending.tile = -1;
     }
     bar_sync(1, kConsumers);  // both warpgroups have read all of K
     T* const of_k = s.k + warpgroup * 64 * 64;
@@ -204,6 +244,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < Shape<D>::kStages; ++i) {
       mbar_init(&s.full[i], 1);
       mbar_init(&s.empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < kGradients; ++i) {
+      mbar_init(&s.ds_full[i], kConsumerWarps);
+      mbar_init(&s.ds_empty[i], kConsumerWarps);
     }
     mbar_init_fence();
   }

@@ -17,7 +17,7 @@ namespace {
 
 template <class T, int D> struct Shape {
   static constexpr int kSplit = D > 128 ? 2 : 1;  // warpgroups that share 64 keys
-  static constexpr int kKeys = 128 / kSplit, kColumns = D / kSplit, kStages = 2;
+  static constexpr int kKeys = 128 / kSplit, kColumns = columns_of<D> / kSplit, kStages = 2;
   static constexpr int kKeyTile = pieces<D> * kKeys * 64, kQueryTile = pieces<D> * kTileRows * 64;  // elements
 };
 

@@ -129,7 +129,8 @@ template <int R> ILLADA_DEVICE void select(float (&s)[R], const MyRows& rows, in
 
 // Adds key tile n's share to dq (64 rows, D).
 template <class T, int D>
-ILLADA_DEVICE void add_keys(Shared<T, D>& s, float (&dq)[D / 2], const MyRows& rows, int n, float scale_log2) {
+ILLADA_DEVICE void add_keys(Shared<T, D>& s, float (&dq)[columns_of<D> / 2], const MyRows& rows, int n,
+                            float scale_log2) {
   using S = Shape<T, D>;
   const int stage = n % S::kStages, value_stage = n % S::kValueStages, first_row = warpgroup_of_thread() * 64;
   float p[S::kKeys / 2], ds[S::kKeys / 2];  // (64 rows, keys)
@@ -172,7 +173,7 @@ ILLADA_DEVICE void consume(Shared<T, D>& s, const Maps& maps, const Workspace& w
     if (s.item < 0) break;
     const Item item = item_at<T, D>(s.item, items, size);
     const MyRows rows(w, size, item);
-    float dq[D / 2] = {};
+    float dq[columns_of<D> / 2] = {};
     for (bool more = true; more; ++n) {
       mbar_wait(&s.k_full[n % S::kStages], n / S::kStages % 2);
       more = s.step[n % S::kStages] != kEnd;

@@ -24,7 +24,7 @@ struct Problem {
   KeyBounds bounds;
   void* out;  // (batch, queries, heads, D)
   float *lse, *parts;  // parts: of `splits` shares of the keys, results (.., D), then log-sum-exps; or null
-  int32_t* counter;  // counts items taken up, 0 at the start; null: blocks take items in turns
+  int32_t* counter;  // counts items drawn after each block's first, 0 at the start; null: blocks take items in turns
   int64_t batch;
   int queries, heads, group, tiles, pack, splits, items;
   float scale, scale_log2;
@@ -73,20 +73,28 @@ template <int D> ILLADA_DEVICE void place_item(const Problem& p, int item, Plan<
   plan.batch = item / p.splits / heads / p.tiles;
 }
 
-// Plans an item with one warp. Loops are not unrolled, because this warp has few registers.
+// Plans an item with one warp, which has few registers: loops are not unrolled, and the bounds of all rows come
+// straight to shared memory at once. So one global load stands before a block's first bulk copy, none without bounds.
 template <int D> ILLADA_DEVICE void fill_plan(const Problem& p, int item, Plan<D>& plan) {
   const int lane = threadIdx.x % 32;
   if (lane == 0) place_item<D>(p, item, plan);
   __syncwarp();
+  const auto query_of = [&](int wg, int i) { return plan.query + wg * p.warpgroup_queries() + i; };
+  const auto holds = [&](int wg, int i) { return i < p.warpgroup_queries() && query_of(wg, i) < p.queries; };
+#pragma unroll 1
+  for (int row = lane; p.bounds.data && row < Tile<D>::warpgroups * kRows; row += 32) {
+    const int wg = row / kRows, i = row % kRows;
+    if (holds(wg, i)) copy_async(&plan.ranges[wg][i], p.bounds.at(plan.batch, query_of(wg, i)));
+  }
+  copy_async_wait();
 #pragma unroll 1
   for (int wg = 0; wg < Tile<D>::warpgroups; ++wg) {
     Hulls hulls;
 #pragma unroll 1
     for (int i = lane; i < kRows; i += 32) {
-      const int query = plan.query + wg * p.warpgroup_queries() + i;
       RowRanges r = {{0, 0}, {0, 0}};
-      if (i < p.warpgroup_queries() && query < p.queries) {
-        r = p.bounds.of_row(plan.batch, query);
+      if (holds(wg, i)) {
+        r = p.bounds.data ? p.bounds.normal(plan.ranges[wg][i]) : p.bounds.all();
         hulls.add(r);
       }
       plan.ranges[wg][i] = make_int4(r.lo[0], r.hi[0], r.lo[1], r.hi[1]);
@@ -110,8 +118,8 @@ template <int D, class S> ILLADA_DEVICE void plan_items(S& shared, const Problem
     const int slot = i % Tile<D>::plans;
     mbar_wait(&shared.plan_empty[slot], i / Tile<D>::plans % 2 ^ 1);
     int item = blockIdx.x + i * gridDim.x;
-    if (p.counter) {
-      if (lane == 0) item = atomicAdd(p.counter, 1);
+    if (p.counter && i > 0) {  // the first has the block's number, so that no load stands before it
+      if (lane == 0) item = gridDim.x + atomicAdd(p.counter, 1);
       item = __shfl_sync(~0u, item, 0);
     }
     if (item < p.items) fill_plan<D>(p, item, shared.plan[slot]);

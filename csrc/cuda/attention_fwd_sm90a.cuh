@@ -16,7 +16,7 @@ namespace {
 
 // ---- a step of a warpgroup -----------------------------------------------------------------------------------------
 template <int D> struct Rows {
-  float o[D / 2];  // (64, D), before the division by the sum
+  float o[columns_of<D> / 2];  // (64, D), before the division by the sum
   float top[2], sum[2];  // largest score so far; sum of exp(score - top) over this thread's columns
 };
 
@@ -141,7 +141,7 @@ ILLADA_DEVICE void transpose_quad(uint32_t (&w)[4]) {
 }
 
 // Stores row r of this thread, 8 columns of T at a time: a quad holds 32 columns as 4 words of each lane.
-template <class T, int D> ILLADA_DEVICE void store_row(T* to, const float (&o)[D / 2], int r, bool there) {
+template <class T, int D> ILLADA_DEVICE void store_row(T* to, const float (&o)[columns_of<D> / 2], int r, bool there) {
 #pragma unroll
   for (int i = 2 * r; i < D / 2; i += 16) {
     uint32_t words[4] = {pack<T>(o[i], o[i + 1]), pack<T>(o[i + 4], o[i + 5]), pack<T>(o[i + 8], o[i + 9]),
@@ -259,26 +259,49 @@ __global__ void __launch_bounds__(Tile<D>::threads, 1)
   if (role == 3) keep_values_clean<D>(s, p);
 }
 
-// Adds up the shares of the keys in ascending order, with one warp a row.
+// Adds up the shares of the keys in ascending order, with one warp a row. Loads shares while their weights come.
 template <class T, int D>
 __global__ void __launch_bounds__(256)
     combine(const float* parts, T* out, float* lse, int splits, int64_t batch, int heads, int queries) {
   const int64_t all = batch * heads * queries, at = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
   if (at >= all) return;
+  constexpr int kAhead = 4, kVectors = (D + 127) / 128;  // of 4 columns of a lane
   const int lane = threadIdx.x % 32;
+  const float4* const of_row = reinterpret_cast<const float4*>(parts + at * D);
+  float4 ring[kAhead][kVectors];
+  const auto load_slot = [&](float4(&slot)[kVectors], int split) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+      if (split < splits && v * 32 + lane < D / 4) slot[v] = of_row[split * all * (D / 4) + v * 32 + lane];
+  };
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) load_slot(ring[u], u);
   const float mine = lane < splits ? parts[splits * all * D + lane * all + at] : -infinity();
   const float top = warp_max(mine), shift = top == -infinity() ? 0.0f : top;
   const float weight = fast_exp2((mine - shift) * kLog2e), sum = warp_sum(weight);
   const int64_t row = at % queries, head = at / queries % heads, entry = at / queries / heads;
-  float total[D / 32] = {};
-  for (int split = 0; split < splits; ++split) {
-    const float w = __shfl_sync(~0u, weight, split);
+  float4 total[kVectors] = {};
+  for (int first = 0; first < splits; first += kAhead) {
 #pragma unroll
-    for (int i = 0; i < D / 32; ++i) total[i] += w * parts[(split * all + at) * D + i * 32 + lane];
+    for (int u = 0; u < kAhead; ++u) {
+      if (first + u >= splits) break;
+      const float w = __shfl_sync(~0u, weight, first + u);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        total[v].x += w * ring[u][v].x, total[v].y += w * ring[u][v].y;
+        total[v].z += w * ring[u][v].z, total[v].w += w * ring[u][v].w;
+      }
+      load_slot(ring[u], first + u + kAhead);
+    }
   }
+  T* const to = out + ((entry * queries + row) * heads + head) * D;
 #pragma unroll
-  for (int i = 0; i < D / 32; ++i)
-    out[((entry * queries + row) * heads + head) * D + i * 32 + lane] = from_float<T>(sum == 0 ? 0.0f : total[i] / sum);
+  for (int v = 0; v < kVectors; ++v)
+    if (v * 32 + lane < D / 4) {
+      const float4 x = sum == 0 ? float4{} : total[v];
+      const float y = sum == 0 ? 1.0f : sum;
+      reinterpret_cast<uint2*>(to)[v * 32 + lane] = make_uint2(pack<T>(x.x / y, x.y / y), pack<T>(x.z / y, x.w / y));
+    }
   if (lane == 0) lse[at] = sum == 0 ? -infinity() : top + logf(sum);
 }
 

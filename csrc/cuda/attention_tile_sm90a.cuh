@@ -22,6 +22,16 @@ int map_of_tiles(CUtensorMap* map, const void* x, int64_t dim, const int64_t (&s
 // ---- device: the steps of a tile ---------------------------------------------------------------------------------
 template <int D> constexpr int pieces = (D + 63) / 64;
 
+// Columns of an accumulator of D, which multiply_add gets from an operand whose rows run along k. Should MMAs of 96
+// such columns in the 128-byte swizzle be wrong on hardware, ILLADA_WHOLE_PIECES lets head_dim 96 take 128: columns
+// from 96 on are zeros in every tile, and no result is taken from them.
+#ifdef ILLADA_WHOLE_PIECES
+constexpr bool kWholePieces = true;
+#else
+constexpr bool kWholePieces = false;
+#endif
+template <int D> constexpr int columns_of = kWholePieces ? pieces<D> * 64 : D;
+
 // Loads ROWS rows of one head, from `row` on; elements outside the tensor load as zero.
 template <int D, int ROWS, class T>
 ILLADA_DEVICE void load_tile(T* tile, const CUtensorMap* map, uint64_t* full, int row, int head, int batch) {

@@ -126,6 +126,16 @@ template <int N> ILLADA_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wa
 ILLADA_DEVICE void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+// Copies 16 bytes from global to shared memory, by any thread. The wait is for this thread's copies; other threads see
+// them after a barrier.
+ILLADA_DEVICE void copy_async(void* dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(dst)), "l"(src) : "memory");
+}
+ILLADA_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Brings the box of a load to L2.
+ILLADA_DEVICE void tma_prefetch_tile(const CUtensorMap* map, int x, int y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
+}
 // Orders ordinary stores to shared memory before TMA or wgmma. Every thread that stored calls it, before the barrier.
 ILLADA_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

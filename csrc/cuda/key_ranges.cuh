@@ -20,9 +20,12 @@ struct KeyBounds {
   int num_keys;
 
   // Returns a row's ranges: each bound at least the one before it and at most num_keys; ranges that touch become one.
-  ILLADA_DEVICE RowRanges of_row(int64_t batch, int64_t row) const {
-    if (!data) return {{0, num_keys}, {num_keys, num_keys}};
-    const int4 b = *reinterpret_cast<const int4*>(data + batch * batch_stride + row * row_stride);
+  ILLADA_DEVICE RowRanges of_row(int64_t batch, int64_t row) const { return data ? normal(*at(batch, row)) : all(); }
+  ILLADA_DEVICE RowRanges all() const { return {{0, num_keys}, {num_keys, num_keys}}; }
+  ILLADA_DEVICE const int4* at(int64_t batch, int64_t row) const {
+    return reinterpret_cast<const int4*>(data + batch * batch_stride + row * row_stride);
+  }
+  ILLADA_DEVICE RowRanges normal(const int4& b) const {
     const int e0 = clamp(b.x, 0), e1 = clamp(b.y, e0), e2 = clamp(b.z, e1), e3 = clamp(b.w, e2);
     if (e0 < e1 && e1 == e2) return {{e0, e3}, {e3, e3}};
     return {{e0, e2}, {e1, e3}};

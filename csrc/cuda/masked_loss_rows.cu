@@ -6,9 +6,9 @@
 // A block owns a row; 16 bytes a thread and access where the row is aligned, single elements at its ends. rows_stats
 // reads a slice of ids once and merges it into the row's state; rows_dlogits reads a slice once and writes it once.
 // rows_gradients does both to whole rows in place: it keeps what fits in shared memory and reads the rest twice, the
-// second time from L2. About 8 flops an element: bound by memory. Accumulates in float32 in a fixed order. A NaN logit,
-// a NaN scale, or a target that is not an id makes the row's gradients NaN; rows beyond the number of masked ones
-// become zeros.
+// second time from L2. PLAIN: without bias, cap, smoothing, forbidden ids. About 8 flops an element: bound by memory.
+// Accumulates in float32 in a fixed order. A NaN logit, a NaN scale, or a target that is not an id makes the row's
+// gradients NaN; rows beyond the number of masked ones become zeros.
 #include "masked_loss.cuh"
 
 namespace illada {
@@ -17,6 +17,12 @@ namespace loss {
 constexpr int kThreads = 256;  // rows_stats, rows_dlogits: many blocks per SM, also for short slices
 constexpr int kWideThreads = 512;  // rows_gradients: one block per SM, which takes all shared memory
 constexpr int kScratch = 128;  // bytes of shared memory for reductions, before the row
+
+// Tells the compiler which terms a PLAIN kernel's formula lacks. With all of them a body is large, so loops over rows
+// hold fewer copies of it and fewer loads.
+template <bool PLAIN> ILLADA_DEVICE void drop_terms(Options& o) {
+  if constexpr (PLAIN) o.bias = nullptr, o.softcap = 0.0f, o.smoothing = 0.0f, o.n_forbid = 0;
+}
 
 ILLADA_DEVICE float exp_of(float x) { return fast_exp2(x * kLog2e); }
 
@@ -66,31 +72,59 @@ template <class T> ILLADA_DEVICE int unaligned_head(const T* row, int width) {
   return head < width ? head : width;
 }
 
-// Calls body(column, float (&)[N]) for this thread's share of a row: aligned 16-byte vectors, which fetch(number of the
-// vector, pointer) loads AHEAD steps before their turn, and single elements at both ends. Vectors in flight move
-// through registers instead of an unrolled loop, because the body is large.
-template <int THREADS, int AHEAD, class T, class Fetch, class Body>
-ILLADA_DEVICE void over_row(const T* row, int width, Fetch fetch, Body body) {
+// Widen a word of a row, and a vector. Loads stay opaque words until here: as 16-bit elements they would be unpacked,
+// and so waited for, where they are issued.
+ILLADA_DEVICE void widen(float, uint32_t word, float* x) { x[0] = __uint_as_float(word); }
+ILLADA_DEVICE void widen(bf16, uint32_t word, float* x) {
+  x[0] = __uint_as_float(word << 16), x[1] = __uint_as_float(word & 0xffff0000u);
+}
+ILLADA_DEVICE void widen(fp16, uint32_t word, float* x) {
+  const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  x[0] = pair.x, x[1] = pair.y;
+}
+template <class T> ILLADA_DEVICE void widen(const uint4& bits, float (&x)[Vec16<T>::size]) {
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) widen(T{}, words[k], x + Vec16<T>::size / 4 * k);
+}
+
+// Calls body(number, bits) for vectors from, from + THREADS, ... of `vectors`. Keeps AHEAD loads in flight: loads a slot
+// of the ring again once its body is done. Unrolled over the slots, because a move of a pending load's registers would
+// wait for the load. ONCE: the row is not read again.
+template <int THREADS, int AHEAD, bool ONCE, class Body>
+ILLADA_DEVICE void over_vectors(const uint4* row, int from, int vectors, Body body) {
+  uint4 ring[AHEAD];
+  const auto load_slot = [&](uint4& slot, int i) {
+    if (i < vectors) slot = ONCE ? __ldcs(row + i) : row[i];
+  };
+#pragma unroll
+  for (int u = 0; u < AHEAD; ++u) load_slot(ring[u], from + u * THREADS);
+#pragma unroll 1
+  for (;; from += AHEAD * THREADS) {
+#pragma unroll
+    for (int u = 0; u < AHEAD; ++u) {
+      const int i = from + u * THREADS;
+      if (i >= vectors) return;
+      body(i, ring[u]);
+      load_slot(ring[u], i + AHEAD * THREADS);
+    }
+  }
+}
+
+// Calls body(column, float (&)[N]) for this thread's share of a row: aligned 16-byte vectors from number `from` on,
+// which keep(number, bits) sees first, and single elements at both ends.
+template <int THREADS, int AHEAD, bool ONCE, class T, class Keep, class Body>
+ILLADA_DEVICE void over_row(const T* row, int width, int from, Keep keep, Body body) {
   constexpr int kVector = Vec16<T>::size;
   const int head = unaligned_head(row, width), vectors = (width - head) / kVector,
             tail = head + vectors * kVector + int(threadIdx.x);
-  Vec16<T> flying[AHEAD];
-#pragma unroll
-  for (int u = 0; u < AHEAD; ++u) {
-    const int i = int(threadIdx.x) + u * THREADS;
-    if (i < vectors) flying[u] = fetch(i, row + head + i * kVector);
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x; i < vectors; i += THREADS) {
-    float x[kVector];
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) x[k] = to_float(flying[0].at[k]);
-#pragma unroll
-    for (int u = 1; u < AHEAD; ++u) flying[u - 1] = flying[u];
-    const int next = i + AHEAD * THREADS;
-    if (next < vectors) flying[AHEAD - 1] = fetch(next, row + head + next * kVector);
-    body(head + i * kVector, x);
-  }
+  over_vectors<THREADS, AHEAD, ONCE>(reinterpret_cast<const uint4*>(row + head), from + int(threadIdx.x), vectors,
+                                     [&](int i, const uint4& bits) {
+                                       float x[kVector];
+                                       keep(i, bits);
+                                       widen<T>(bits, x);
+                                       body(head + i * kVector, x);
+                                     });
   float x[1];
   if (int(threadIdx.x) < head) load(row + threadIdx.x, x), body(int(threadIdx.x), x);
   if (tail < width) load(row + tail, x), body(tail, x);
@@ -163,20 +197,20 @@ ILLADA_DEVICE int64_t place_of(int64_t r, const int32_t* slot, const int32_t* in
   return start + r < info[0] ? r : -1;
 }
 
-template <class T>
+template <class T, bool PLAIN>
 __global__ void __launch_bounds__(kThreads, 4)
     rows_stats(const T* logits, int64_t inner, int64_t outer_stride, int64_t stride, const int32_t* slot,
                const int32_t* info, int64_t start, int64_t held, int first, int width, const int64_t* targets,
                Options o, float* state) {
+  drop_terms<PLAIN>(o);
   const int64_t r = blockIdx.x, place = place_of(r, slot, info, start, held);
   if (place < 0) return;
   const T* row = logits + r / inner * outer_stride + r % inner * stride;
   const int target = id_of(o, targets[place]);
   float* s = state + 4 * place;
   Online mine{-infinity(), 0.0f, 0.0f};
-  over_row<kThreads, 2>(
-      row, width, [](int, const T* p) { return load16_streaming(p); },
-      [&](int at, auto& x) { meet(o, first + at, target, x, mine, s + 2); });
+  over_row<kThreads, PLAIN ? 4 : 2, true>(
+      row, width, 0, [](int, const uint4&) {}, [&](int at, auto& x) { meet(o, first + at, target, x, mine, s + 2); });
   const Online slice = over_block<kThreads>(o, mine, reinterpret_cast<float*>(dynamic_smem()));
   if (threadIdx.x != 0) return;
   if (first == 0) {
@@ -216,11 +250,12 @@ ILLADA_DEVICE void differentiate(const Options& o, int id, int target, const Coe
   set_forbidden(o, id, 0.0f, x);
 }
 
-template <class T>
+template <class T, bool PLAIN>
 __global__ void __launch_bounds__(kThreads, 4)
     rows_dlogits(const T* logits, int64_t inner, int64_t outer_stride, int64_t stride, T* out, int64_t out_stride,
                  const int32_t* slot, const int32_t* info, int64_t start, int64_t held, int64_t capacity, int first,
                  int width, const int64_t* targets, const float* state, const float* scales, Options o) {
+  drop_terms<PLAIN>(o);
   const int64_t r = blockIdx.x, place = place_of(r, slot, info, start, held);
   T* out_row = out + r * out_stride;
   const bool overflow = slot && info[0] > capacity;
@@ -238,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     store(out_row + at, x);
   };
   if ((reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(out_row)) % 16 == 0) {
-    over_row<kThreads, 2>(row, width, [](int, const T* p) { return load16_streaming(p); }, write);
+    over_row<kThreads, PLAIN ? 4 : 2, true>(row, width, 0, [](int, const uint4&) {}, write);
   } else {
     for (int at = threadIdx.x; at < width; at += kThreads) {
       float x[1];
@@ -248,26 +283,25 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-template <class T>
+template <class T, bool PLAIN>
 __global__ void __launch_bounds__(kWideThreads, 1)
     rows_gradients(T* logits, int64_t stride, const int32_t* info, int64_t start, const int64_t* targets,
                    const float* scales, Options o, float* state, int kept) {
+  drop_terms<PLAIN>(o);
   const int64_t r = blockIdx.x;
   T* row = logits + r * stride;
-  const int vocab = int(o.vocab);
-  if (start + r >= info[0]) return fill_row<kWideThreads>(row, vocab, 0.0f);
+  const int vocab = int(o.vocab), live = info[0], target = id_of(o, targets[r]);
+  const float scale = target >= 0 ? scales[r] : not_a_number();
+  if (start + r >= live) return fill_row<kWideThreads>(row, vocab, 0.0f);
   float* scratch = reinterpret_cast<float*>(dynamic_smem());
-  auto* keep =
-      // The first `kept` vectors; each thread reads its own.
-      reinterpret_cast<Vec16<T>*>(dynamic_smem() + kScratch);
+  // The first `kept` vectors; each thread reads its own.
+  uint4* kept_vectors = reinterpret_cast<uint4*>(dynamic_smem() + kScratch);
   float* s = state + 4 * r;
-  const int target = id_of(o, targets[r]);
   Online mine{-infinity(), 0.0f, 0.0f};
-  over_row<kWideThreads, 4>(
-      row, vocab,
-      [&](int i, const T* p) {
-        if (i >= kept) return load16(p);
-        return keep[i] = load16_streaming(p);
+  over_row<kWideThreads, PLAIN ? 6 : 2, false>(
+      row, vocab, 0,
+      [&](int i, const uint4& bits) {
+        if (i < kept) kept_vectors[i] = bits;
       },
       [&](int at, auto& x) { meet(o, at, target, x, mine, s + 2); });
   const Online all = over_block<kWideThreads>(o, mine, scratch);
@@ -275,15 +309,19 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     s[0] = all.high, s[1] = all.sum, s[3] = all.total;
     if (target < 0) s[2] = -infinity();
   }
-  const float scale = target >= 0 ? scales[r] : not_a_number();
   if (scale != scale) return fill_row<kWideThreads>(row, vocab, scale);
   const Coefficients c = coefficients(o, all.high, all.sum, scale);
-  over_row<kWideThreads, 4>(
-      row, vocab, [&](int i, const T* p) { return i < kept ? keep[i] : load16_streaming(p); },
-      [&](int at, auto& x) {
-        differentiate(o, at, target, c, x);
-        store(row + at, x);
-      });
+  const auto write = [&](int at, auto& x) {
+    differentiate(o, at, target, c, x);
+    store(row + at, x);
+  };
+  over_row<kWideThreads, PLAIN ? 6 : 2, true>(row, vocab, kept, [](int, const uint4&) {}, write);
+  const int head = unaligned_head(row, vocab), vectors = (vocab - head) / Vec16<T>::size;
+  for (int i = threadIdx.x; i < kept && i < vectors; i += kWideThreads) {
+    float x[Vec16<T>::size];
+    widen<T>(kept_vectors[i], x);
+    write(head + i * Vec16<T>::size, x);
+  }
 }
 
 }  // namespace loss
@@ -291,6 +329,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
 // ---- entry points ---------------------------------------------------------------------------------------------------
 #ifndef __CUDACC_RTC__  // where NVRTC compiles, Python launches: illada_kernels/ops/masked_loss/nvrtc.py
+#include <type_traits>
+
 #include "illada/api.h"
 
 namespace {
@@ -303,12 +343,14 @@ bool sizes_fit(int64_t rows, int64_t vocab) {
   return rows >= 0 && rows <= 0x7fffffff && vocab >= 1 && vocab <= 0x7fff0000;
 }
 
-// Calls run(T{}) for the T that dtype names.
-template <class Run> int with_type(int dtype, Run run) {
+// Calls run(T{}, std::bool_constant<PLAIN>{}) for the T that dtype names.
+template <class Run> int with_kernel(int dtype, const Options& o, Run run) {
+  const bool plain = !o.bias && o.softcap <= 0.0f && o.smoothing <= 0.0f && o.n_forbid == 0;
+  const auto with_type = [&](auto t) { return plain ? run(t, std::true_type{}) : run(t, std::false_type{}); };
   switch (dtype) {
-    case ILLADA_F32: return run(float{});
-    case ILLADA_BF16: return run(bf16{});
-    case ILLADA_F16: return run(fp16{});
+    case ILLADA_F32: return with_type(float{});
+    case ILLADA_BF16: return with_type(bf16{});
+    case ILLADA_F16: return with_type(fp16{});
   }
   return int(cudaErrorInvalidValue);
 }
@@ -324,10 +366,10 @@ extern "C" int illada_masked_loss_rows_stats_cuda(const void* logits, int dtype,
   if (!sizes_fit(rows, vocab)) return int(cudaErrorInvalidValue);
   const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
   const Launch how{dim3(unsigned(rows)), dim3(kThreads), kScratch, static_cast<cudaStream_t>(stream)};
-  return with_type(dtype, [&](auto t) {
+  return with_kernel(dtype, o, [&](auto t, auto plain) {
     using T = decltype(t);
-    return launch(how, rows_stats<T>, static_cast<const T*>(logits), inner, outer_stride, stride, slot, info, start,
-                  held, int(first), int(width), targets, o, state);
+    return launch(how, rows_stats<T, plain.value>, static_cast<const T*>(logits), inner, outer_stride, stride, slot,
+                  info, start, held, int(first), int(width), targets, o, state);
   });
 }
 
@@ -342,9 +384,9 @@ extern "C" int illada_masked_loss_rows_dlogits_cuda(const void* logits, int dtyp
   if (!sizes_fit(rows, vocab)) return int(cudaErrorInvalidValue);
   const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
   const Launch how{dim3(unsigned(rows)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream)};
-  return with_type(dtype, [&](auto t) {
+  return with_kernel(dtype, o, [&](auto t, auto plain) {
     using T = decltype(t);
-    return launch(how, rows_dlogits<T>, static_cast<const T*>(logits), inner, outer_stride, stride,
+    return launch(how, rows_dlogits<T, plain.value>, static_cast<const T*>(logits), inner, outer_stride, stride,
                   static_cast<T*>(out), out_stride, slot, info, start, held, capacity, int(first), int(width), targets,
                   state, scales, o);
   });
@@ -358,14 +400,14 @@ extern "C" int illada_masked_loss_rows_gradients_cuda(void* logits, int dtype, i
                                                       int64_t shared_memory, void* stream) {
   if (!sizes_fit(rows, vocab) || shared_memory < kScratch) return int(cudaErrorInvalidValue);
   const Options o{vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid};
-  return with_type(dtype, [&](auto t) {
+  return with_kernel(dtype, o, [&](auto t, auto plain) {
     using T = decltype(t);
     const int64_t fit = (shared_memory - kScratch) / 16, vectors = vocab / Vec16<T>::size,
                   kept = vectors < fit ? vectors : fit;
     const Launch how{dim3(unsigned(rows)), dim3(kWideThreads), size_t(kScratch + 16 * kept),
                      static_cast<cudaStream_t>(stream)};
-    return launch(how, rows_gradients<T>, static_cast<T*>(logits), stride, info, start, targets, scales, o, state,
-                  int(kept));
+    return launch(how, rows_gradients<T, plain.value>, static_cast<T*>(logits), stride, info, start, targets, scales, o,
+                  state, int(kept));
   });
 }
 #endif

@@ -41,20 +41,25 @@ struct Row {
   int32_t masked, needed;  // needed: this row's logits are read
 };
 
+// Loads twice one after the other: the position and the parameters, then what the position names.
 ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
   Row row{-1, 0, 0, 0, 0, 0.0f, 0.0f, 0.0f, 0, 0};
   const int64_t position = at<int64_t>(c.positions, b, k);
+  const int64_t noise_position = c.noise_positions.data ? at<int64_t>(c.noise_positions, b, k) : position;
+  const uint64_t seed = uint64_t(integer_of(c.seed, b));
+  const uint32_t step = uint32_t(integer_of(c.step, b));
+  const float t = number_of(c.temperature, b), tc = number_of(c.confidence_temperature, b);
   if (position < 0 || position >= c.length) return row;
+  const int64_t held = c.tokens[b * c.token_stride + position];
   if (c.frozen.data && at<uint8_t>(c.frozen, b, position)) return row;
   row.position = position;
-  row.held = c.tokens[b * c.token_stride + position];
+  row.held = held;
   row.masked = row.held == c.mask_id;
   row.needed = row.masked || c.revise == ILLADA_EDIT || c.revise == ILLADA_REMASK;
   const bool own_seed = c.seed.tensor && c.seed.per_sequence;
-  row.seed = uint64_t(integer_of(c.seed, b)) + (own_seed ? 0 : uint64_t(b));
-  row.noise_position = uint32_t(c.noise_positions.data ? at<int64_t>(c.noise_positions, b, k) : position);
-  row.step = uint32_t(integer_of(c.step, b));
-  const float t = number_of(c.temperature, b), tc = number_of(c.confidence_temperature, b);
+  row.seed = seed + (own_seed ? 0 : uint64_t(b));
+  row.noise_position = uint32_t(noise_position);
+  row.step = step;
   row.temperature = row.masked && t > 0.0f ? fminf(t, kHighestT) : 0.0f;  // a NaN counts as 0
   row.scale = tc > 0.0f ? fminf(1.0f / fminf(tc, kHighestTc), kLargest) : 1.0f;
   row.scale2 = fminf(row.scale * kLog2e, kLargest);
@@ -62,10 +67,7 @@ ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
 }
 
 // ---- what is added to logits -----------------------------------------------------------------------------------
-template <int IDS> struct Edits {
-  float head_bias[IDS], bias[IDS];  // of this lane's ids; bias -inf: forbidden, or beyond the vocab
-};
-
+// Two arrays of this lane's ids: head_bias, and bias, -inf where an id is forbidden or beyond the vocab.
 ILLADA_DEVICE float load_bias(const Call& c, int64_t id) {
   switch (c.head_bias_dtype) {
     case ILLADA_F32: return static_cast<const float*>(c.head_bias)[id];
@@ -89,32 +91,37 @@ ILLADA_DEVICE void find_ids(const Call& c, const int64_t* ids, int64_t n, int64_
   }
 }
 
-template <int IDS> ILLADA_DEVICE Edits<IDS> load_edits(const Call& c, int64_t first) {
-  Edits<IDS> e;
+// Returns this lane's j-th id.
+ILLADA_DEVICE int64_t id_of(int64_t first, int j) { return first + j / 4 * 128 + threadIdx.x % 32 * 4 + j % 4; }
+
+template <int IDS> ILLADA_DEVICE void load_head_bias(const Call& c, int64_t first, float (&head_bias)[IDS]) {
 #pragma unroll
-  for (int j = 0; j < IDS; ++j) {
-    const int64_t id = first + j / 4 * 128 + threadIdx.x % 32 * 4 + j % 4;
-    e.head_bias[j] = c.head_bias && id < c.vocab ? load_bias(c, id) : 0.0f;
-    e.bias[j] = id < c.vocab ? 0.0f : -infinity();
-  }
+  for (int j = 0; j < IDS; ++j)
+    head_bias[j] = c.head_bias && id_of(first, j) < c.vocab ? load_bias(c, id_of(first, j)) : 0.0f;
+}
+
+template <int IDS> ILLADA_DEVICE void load_biases(const Call& c, int64_t first, float (&bias)[IDS]) {
+#pragma unroll
+  for (int j = 0; j < IDS; ++j) bias[j] = id_of(first, j) < c.vocab ? 0.0f : -infinity();
   find_ids<IDS>(c, c.bias_ids, c.biases, first, [&](int mine, int64_t i) {
     const float value = c.bias_values[i];
 #pragma unroll
-    for (int j = 0; j < IDS; ++j) e.bias[j] = j == mine ? e.bias[j] + value : e.bias[j];
+    for (int j = 0; j < IDS; ++j) bias[j] = j == mine ? bias[j] + value : bias[j];
   });
   find_ids<IDS>(c, c.forbid, c.forbids, first, [&](int mine, int64_t) {
 #pragma unroll
-    for (int j = 0; j < IDS; ++j) e.bias[j] = j == mine ? -infinity() : e.bias[j];
+    for (int j = 0; j < IDS; ++j) bias[j] = j == mine ? -infinity() : bias[j];
   });
-  return e;
 }
 
-template <int IDS> ILLADA_DEVICE void apply_edits(const Edits<IDS>& e, float (&l)[IDS]) {
+// Adds to logits; of two zeros the positive one. -inf stays -inf even for a NaN.
+template <int IDS> ILLADA_DEVICE void add_head_bias(const float (&head_bias)[IDS], float (&l)[IDS]) {
 #pragma unroll
-  for (int j = 0; j < IDS; ++j) {
-    l[j] = __fadd_rn(__fadd_rn(l[j], e.head_bias[j]), e.bias[j]);  // of two zeros the positive one
-    l[j] = e.bias[j] == -infinity() ? -infinity() : l[j];  // even for a NaN
-  }
+  for (int j = 0; j < IDS; ++j) l[j] = __fadd_rn(l[j], head_bias[j]);
+}
+template <int IDS> ILLADA_DEVICE void add_biases(const float (&bias)[IDS], float (&l)[IDS]) {
+#pragma unroll
+  for (int j = 0; j < IDS; ++j) l[j] = bias[j] == -infinity() ? -infinity() : __fadd_rn(l[j], bias[j]);
 }
 
 // The weight exp((x - top) / Tc) of an id or of a sum, and the exponent in units of log 2. Both are 0 where the weight is

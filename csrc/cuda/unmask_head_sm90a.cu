@@ -16,7 +16,7 @@ namespace {
 using namespace illada;
 
 constexpr int kIds = 256, kDepth = 64;
-constexpr int kMultiplying = 256, kMeeting = 128, kThreads = kMultiplying + kMeeting + 128;
+constexpr int kMultiplying = 256, kMeeting = 7 * 32, kThreads = kMultiplying + kMeeting + 32;
 constexpr int kAtOnce = kIds / 2, kPitch = kAtOnce + 4;  // of logits in shared memory; this pitch has no bank conflicts
 
 template <int N> constexpr int kStages = N <= 16 ? 6 : N <= 32 ? 5 : 3;
@@ -34,19 +34,38 @@ template <class T, int N> struct Shared {
 
 struct Sizes {
   int rows, tiles, steps;  // of the whole call; steps of kDepth columns
+  int blocks;  // of a cluster, 1 or 2
 };
 
+// Calls body(tile) for this block's tiles. The blocks of a cluster have equally many, because they load for each other:
+// one may lie beyond the vocab, where the head loads as zeros and no id is allowed.
+template <class Body> ILLADA_DEVICE void over_tiles(const Sizes& z, Body body) {
+  const int rank = blockIdx.x % z.blocks;
+  for (int tile = blockIdx.x; tile - rank < z.tiles; tile += gridDim.x) body(tile);
+}
+
+// In a cluster of two, blocks take turns to load hidden for both.
 template <class T, int N>
 ILLADA_DEVICE void produce(Shared<T, N>& s, const CUtensorMap* head, const CUtensorMap* hidden, const Sizes& z) {
   int turn = 0;
-  for (int tile = blockIdx.x; tile < z.tiles; tile += gridDim.x)
+  over_tiles(z, [&](int tile) {
     for (int step = 0; step < z.steps; ++step, ++turn) {
       const int stage = turn % kStages<N>, phase = turn / kStages<N> % 2;
       mbar_wait(&s.empty[stage], phase ^ 1);
       mbar_arrive_expect_tx(&s.full[stage], uint32_t(sizeof s.head[0]) + z.rows * kDepth * uint32_t(sizeof(T)));
       tma_load(s.head[stage], head, &s.full[stage], step * kDepth, tile * kIds);
-      tma_load(s.hidden[stage], hidden, &s.full[stage], step * kDepth, 0, 0);
+      if (z.blocks == 1) tma_load(s.hidden[stage], hidden, &s.full[stage], step * kDepth, 0, 0);
+      else if (turn % 2 == int(cluster_rank()))
+        tma_load_multicast(s.hidden[stage], hidden, &s.full[stage], 3, step * kDepth, 0, 0);
     }
+  });
+}
+
+// Gives a stage up, in every block that may load into it.
+template <class T, int N> ILLADA_DEVICE void release(Shared<T, N>& s, int stage, const Sizes& z) {
+  if (threadIdx.x % 128) return;
+  mbar_arrive(&s.empty[stage]);
+  if (z.blocks == 2) mbar_arrive_cluster(&s.empty[stage], cluster_rank() ^ 1);
 }
 
 // Stores the accumulators of 64 ids of this warpgroup to shared memory.
@@ -61,9 +80,8 @@ template <int N> ILLADA_DEVICE void put_logits(float (&logits)[N][kPitch], const
 
 template <class T, int N> ILLADA_DEVICE void multiply(Shared<T, N>& s, const Sizes& z) {
   const int warpgroup = threadIdx.x / 128;
-  const bool speaker = threadIdx.x % 128 == 0;
   int turn = 0, half = 0;
-  for (int tile = blockIdx.x; tile < z.tiles; tile += gridDim.x) {
+  over_tiles(z, [&](int) {
     float low[N / 2], high[N / 2];  // ids of the tile's first and second half
     for (int step = 0; step < z.steps; ++step, ++turn) {
       const int stage = turn % kStages<N>, phase = turn / kStages<N> % 2;
@@ -80,12 +98,12 @@ template <class T, int N> ILLADA_DEVICE void multiply(Shared<T, N>& s, const Siz
       }
       wgmma_commit();
       wgmma_wait<1>();  // the MMAs of the step before are done
-      if (speaker && step > 0) mbar_arrive(&s.empty[(turn - 1) % kStages<N>]);
+      if (step > 0) release(s, (turn - 1) % kStages<N>, z);
     }
     wgmma_wait<0>();
     reg_fence(low);
     reg_fence(high);
-    if (speaker) mbar_arrive(&s.empty[(turn - 1) % kStages<N>]);
+    release(s, (turn - 1) % kStages<N>, z);
 #pragma unroll
     for (int h = 0; h < 2; ++h, ++half) {
       const int buffer = half % kBuffers<N>, phase = half / kBuffers<N> % 2;
@@ -94,18 +112,20 @@ template <class T, int N> ILLADA_DEVICE void multiply(Shared<T, N>& s, const Siz
       else put_logits<N>(s.logits[buffer], high);
       mbar_arrive(&s.ready[buffer]);
     }
-  }
+  });
 }
 
-// Folds logits into statistics. A warp has every fourth row; no other warp touches their statistics.
+// Folds logits into statistics. A warp has every seventh row; no other warp touches their statistics.
 template <class T, int N> ILLADA_DEVICE void meet_tiles(const Call& c, Shared<T, N>& s, const Sizes& z) {
   const int lane = threadIdx.x % 32, warp = (threadIdx.x - kMultiplying) / 32;
   int half = 0;
-  for (int tile = blockIdx.x; tile < z.tiles; tile += gridDim.x)
+  over_tiles(z, [&](int tile) {
     for (int h = 0; h < 2; ++h, ++half) {
       const int64_t first = int64_t(tile) * kIds + h * kAtOnce;
       const int buffer = half % kBuffers<N>, phase = half / kBuffers<N> % 2;
-      const Edits<4> edits = load_edits<4>(c, first);
+      float head_bias[4], bias[4];
+      load_head_bias(c, first, head_bias);
+      load_biases(c, first, bias);
       mbar_wait(&s.ready[buffer], phase);
       for (int r = warp; r < z.rows; r += kMeeting / 32) {
         const Row row = s.rows[r];
@@ -113,7 +133,8 @@ template <class T, int N> ILLADA_DEVICE void meet_tiles(const Call& c, Shared<T,
         Running running = s.running[r];
         const float4 four = *reinterpret_cast<const float4*>(&s.logits[buffer][r][lane * 4]);
         float l[4] = {four.x, four.y, four.z, four.w};
-        apply_edits(edits, l);
+        add_head_bias(head_bias, l);
+        add_biases(bias, l);
         meet(l, first, row, c.needs, running);
         if (lane == 0) s.running[r] = running;
         __syncwarp();
@@ -121,8 +142,21 @@ template <class T, int N> ILLADA_DEVICE void meet_tiles(const Call& c, Shared<T,
       __syncwarp();
       if (lane == 0) mbar_arrive(&s.met[buffer]);
     }
+  });
   for (int r = warp; r < z.rows; r += kMeeting / 32)
     if (lane == 0 && s.rows[r].needed) store_partial(c, r, blockIdx.x, s.running[r]);
+}
+
+template <class T, int N> ILLADA_DEVICE void init_barriers(Shared<T, N>& s, int blocks) {
+  for (int i = 0; i < kStages<N>; ++i) {
+    mbar_init(&s.full[i], 1);
+    mbar_init(&s.empty[i], kMultiplying / 128 * blocks);
+  }
+  for (int i = 0; i < kBuffers<N>; ++i) {
+    mbar_init(&s.ready[i], kMultiplying);
+    mbar_init(&s.met[i], kMeeting / 32);
+  }
+  mbar_init_fence();
 }
 
 template <class T, int N>
@@ -130,6 +164,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     head_kernel(const __grid_constant__ Call c, const __grid_constant__ CUtensorMap head_map,
                 const __grid_constant__ CUtensorMap hidden_map, Sizes z) {
   Shared<T, N>& s = *reinterpret_cast<Shared<T, N>*>(dynamic_smem());
+  if (threadIdx.x ==
+      kMultiplying + kMeeting) {  // the first loads find their bytes in L2, whatever the rows' loads take
+    for (int step = 0; step < kStages<N> && step < z.steps; ++step)
+      tma_prefetch_tile(&head_map, step * kDepth, int(blockIdx.x) * kIds);
+    init_barriers(s, z.blocks);
+  }
   bool needed = false;
   for (int r = threadIdx.x; r < z.rows; r += blockDim.x) {
     s.rows[r] = load_row(c, r / c.count, r % c.count);
@@ -141,28 +181,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = threadIdx.x; i < kStages<N> * rest; i += blockDim.x)
     s.hidden[i / rest][loaded + i % rest] = from_float<T>(0.0f);
   fence_proxy_async();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages<N>; ++i) {
-      mbar_init(&s.full[i], 1);
-      mbar_init(&s.empty[i], kMultiplying / 128);
-    }
-    for (int i = 0; i < kBuffers<N>; ++i) {
-      mbar_init(&s.ready[i], kMultiplying);
-      mbar_init(&s.met[i], kMeeting / 32);
-    }
-    mbar_init_fence();
-  }
-  if (!__syncthreads_or(needed)) return;
+  if (!__syncthreads_or(needed)) return;  // in no block
+  if (z.blocks > 1) cluster_sync();  // the barriers of both are there
   if (threadIdx.x < kMultiplying) {
-    reg_increase<168>();
+    reg_increase<160>();
     multiply(s, z);
-  } else if (threadIdx.x < kMultiplying + kMeeting) {
-    reg_increase<144>();
-    meet_tiles(c, s, z);
   } else {
-    reg_decrease<24>();
-    if (threadIdx.x == kMultiplying + kMeeting) produce(s, &head_map, &hidden_map, z);
+    reg_decrease<96>();
+    if (threadIdx.x < kMultiplying + kMeeting) meet_tiles(c, s, z);
+    else if (threadIdx.x == kMultiplying + kMeeting) produce(s, &head_map, &hidden_map, z);
   }
+  __syncwarp();
+  if (z.blocks > 1) cluster_sync();  // the other block no longer writes here
 }
 
 struct Operands {
@@ -184,8 +214,9 @@ template <class T, int N> int run(const Call& c, const Operands& o, cudaStream_t
     e = make_tensor_map<3>(&hidden_map, static_cast<const T*>(o.hidden), {dim, count, batch}, hidden_bytes,
                            {kDepth, uint32_t(count), uint32_t(batch)}, Swizzle::bytes128);
   if (e) return e;
-  const Sizes z{int(count * batch), int((c.vocab + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth)};
-  return launch({dim3(unsigned(o.blocks)), dim3(kThreads), sizeof(Shared<T, N>), stream}, head_kernel<T, N>, c,
+  const int cluster = N > 64 && o.blocks % 2 == 0 ? 2 : 1;  // hidden's tiles are half a stage's bytes from 65 rows on
+  const Sizes z{int(count * batch), int((c.vocab + kIds - 1) / kIds), int((o.dim + kDepth - 1) / kDepth), cluster};
+  return launch({dim3(unsigned(o.blocks)), dim3(kThreads), sizeof(Shared<T, N>), stream, cluster}, head_kernel<T, N>, c,
                 head_map, hidden_map, z);
 }
 

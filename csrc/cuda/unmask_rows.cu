@@ -50,8 +50,15 @@ ILLADA_DEVICE Running merge(const Running& a, const Running& b, const Row& row) 
   return r;
 }
 
+// Blocks that share an SM. Four leave 64 registers a thread, too few on sm_80.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBlocks = 3;
+#else
+constexpr int kBlocks = 4;
+#endif
+
 template <class T>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, kBlocks)
     rows_kernel(const __grid_constant__ Call c, const T* logits, int64_t stride_b, int64_t stride_k, int64_t first_row,
                 int64_t first, int64_t ids) {
   const int64_t r = first_row + blockIdx.x, b = r / c.count, k = r % c.count;
@@ -65,7 +72,11 @@ __global__ void __launch_bounds__(kWarps * 32)
     const T* p = logits + (stride_b < 0 ? (r - first_row) * stride_k : b * stride_b + k * stride_k) + start;
     float l[kIds];
     load_logits(p, ids - start, l);
-    apply_edits(load_edits<kIds>(c, first + start), l);
+    float added[kIds];  // one array after the other, because registers decide how many blocks an SM holds
+    load_head_bias(c, first + start, added);
+    add_head_bias(added, l);
+    load_biases(c, first + start, added);
+    add_biases(added, l);
     meet(l, first + start, row, c.needs, s);
   }
   if (threadIdx.x % 32 == 0) of_warp[warp] = s;

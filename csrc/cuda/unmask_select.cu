@@ -14,6 +14,7 @@ using namespace illada;
 
 constexpr int kThreads = 512, kLanes = 8;
 constexpr uint64_t kNoKey = ~uint64_t(0);
+constexpr int32_t kNoId = 0x7fffffff;
 constexpr float kRemaskable = -1.0f;  // stands in the place of an entropy
 constexpr double kLog2 = 0.69314718055994531;
 
@@ -64,14 +65,16 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
   const int lane = threadIdx.x % kLanes;
   const int64_t parts = row.needed ? c.parts : 0;  // partials of rows that are not needed were never written
   float top = -infinity(), second = -infinity(), held = -infinity();
-  Best best{-infinity(), -infinity(), 0x7fffffff};
-  for (int64_t p = lane; p < parts; p += kLanes) {
+  Best best{-infinity(), -infinity(), kNoId};
+#pragma unroll 8
+  for (int64_t p = lane; p < parts; p += kLanes) {  // without branches, so that the loads of 8 parts fly at once
     const float t = *partial(c, kTop, r, p);
     second = fmaxf(fmaxf(second, *partial(c, kSecondTop, r, p)), fminf(t, top));
     top = fmaxf(top, t);
     held = fmaxf(held, *partial(c, kHeldLogit, r, p));
     const int32_t id = __float_as_int(*partial(c, kBestId, r, p));
-    if (id >= 0) best = Better{}(best, Best{*partial(c, kBestScore, r, p), *partial(c, kBestLogit, r, p), id});
+    // a part without an id has score -inf and loses
+    best = Better{}(best, Best{*partial(c, kBestScore, r, p), *partial(c, kBestLogit, r, p), id < 0 ? kNoId : id});
   }
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) {
@@ -82,6 +85,7 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
   held = warp_max<kLanes>(held);
   best = best_of_lanes(best);
   double sum = 0.0, sum_ez = 0.0;
+#pragma unroll 8
   for (int64_t p = lane; p < parts; p += kLanes) {
     const Weight of_part = weight_of(*partial(c, kTop, r, p), top, row);
     const float drop = of_part.z, kept = of_part.e;
@@ -93,7 +97,7 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
   sum = warp_sum<kLanes>(sum);
   if (c.needs & ILLADA_NEEDS_ENTROPY) sum_ez = warp_sum<kLanes>(sum_ez) * kLog2;
   Result result{-1, -infinity(), 0.0f, 0.0f, 0.0f};
-  if (top == infinity() || best.id == 0x7fffffff) return result;
+  if (top == infinity() || best.id == kNoId) return result;
   result.proposal = best.id;
   result.probability = float(double(expf((best.logit - top) * row.scale)) / sum);
   if (held > -infinity()) result.held_probability = float(double(expf((held - top) * row.scale)) / sum);

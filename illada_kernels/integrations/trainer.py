@@ -10,6 +10,8 @@ A loop of your own calls `compute_loss(model, batch)` on what the collator gives
 from __future__ import annotations
 
 import contextlib
+import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -150,7 +152,8 @@ def compute_loss(
     Notes
     -----
     The loss is computed inside the model's forward, in place of the head: logits of tokens that are not masked are
-    never computed. A softcap of config.final_logit_softcapping is applied.
+    never computed. A softcap of config.final_logit_softcapping is applied; other changes that the model makes to its
+    logits raise. Synchronises when a model is seen for the first time.
     """
     for key in ("labels", "loss_weight"):
         if key not in inputs:
@@ -163,9 +166,8 @@ def compute_loss(
     targets = labels, weight > 0, weight / denominator
     if return_outputs:
         outputs = model(**rest)
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         options.pop("memory_budget", None)
-        return masked_loss_from_logits(logits, *targets, **options), outputs
+        return masked_loss_from_logits(_logits(outputs), *targets, **options), outputs
     inner = _unwrapped(model)
     head = _head(inner)
     softcap = getattr(getattr(inner, "config", None), "final_logit_softcapping", None)
@@ -177,16 +179,26 @@ def compute_loss(
                 f"model: expected hidden rows {tuple(targets[0].shape)} at its head, got {tuple(hidden.shape[:-1])}"
             )
         losses.append(masked_loss(hidden, head.weight, *targets, head_bias=head.bias, softcap=softcap, **options))
-        return hidden
+        return _instead(losses[-1], torch.ones_like(losses[-1])).expand(*hidden.shape[:-1], 1)
 
     with _forward(head, fused):
-        model(**rest)
+        outputs = model(**rest)
     if len(losses) != 1:
         raise ValueError(
             f"model: expected {type(inner).__name__}'s forward to call its head once, it called it {len(losses)} "
             "times; use return_outputs=True"
         )
-    return losses[0]
+    logits = _logits(outputs)
+    if inner not in _checked:
+        one = 1.0 if softcap is None else softcap * math.tanh(1 / softcap)
+        if logits.shape[-1] != 1 or not bool(((logits - one).abs() < 1e-2).all()):  # bfloat16 rounds to 2**-8
+            raise ValueError(
+                f"model: expected logits that are what its head gives, but {type(inner).__name__} changes them (scale, "
+                "bias or the like); use return_outputs=True"
+            )
+        _checked.add(inner)
+    # gradients pass through the outputs, where DistributedDataParallel and FSDP look for them
+    return _instead(logits.float().sum(), losses[0])
 
 
 class MaskedDiffusion:
@@ -202,7 +214,8 @@ class MaskedDiffusion:
     Notes
     -----
     The denominator counts the tokens of all gradient-accumulation steps, and of all ranks with Trainer's
-    average_tokens_across_devices, as iLLaDA's loss does. Evaluation draws masks too, so its loss varies.
+    average_tokens_across_devices, as iLLaDA's loss does. Evaluation draws masks too, so its loss varies. Raises
+    ValueError where Trainer would use torch.nn.DataParallel.
     """
 
     shifted: bool = False
@@ -211,6 +224,12 @@ class MaskedDiffusion:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of the whole step
+        trainer: Any = self
+        if trainer.args.n_gpu > 1:
+            raise ValueError(
+                f"args: expected one GPU a process, got {trainer.args.n_gpu} (torch.nn.DataParallel); start it with "
+                "torchrun, or name one in CUDA_VISIBLE_DEVICES"
+            )
 
     def compute_loss(
         self,
@@ -224,8 +243,27 @@ class MaskedDiffusion:
         trainer: Any = self
         if num_items_in_batch is None or not trainer.args.average_tokens_across_devices:
             return found
-        ranks = trainer.accelerator.num_processes  # gradients are averaged over ranks, but the sum is over all of them
+        # gradients are averaged over ranks, but the sum is over all of them
+        ranks = trainer.accelerator.num_processes // getattr(trainer, "get_tp_size", lambda: 1)()
         return (found[0] * ranks, found[1]) if return_outputs else found * ranks
+
+
+_checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+def _logits(outputs: Any) -> Tensor:
+    """The logits of a model's outputs: by their name, or the first of a tuple."""
+    if isinstance(outputs, dict) and "logits" not in outputs:
+        raise ValueError(
+            f"model: expected an output named 'logits', got {', '.join(outputs)}; use masked_loss in its code"
+        )
+    logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    return logits
+
+
+def _instead(x: Tensor, value: Tensor) -> Tensor:
+    """Returns `value`, with x as another parent in autograd's graph, to which it gives zeros."""
+    return torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, value)
 
 
 def _next(x: Tensor, last: int) -> Tensor:

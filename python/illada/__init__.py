@@ -15,7 +15,7 @@ _HOMES = {
     "save": "checkpoint",
     "Decoder": "decoding.decoder",
     "GenerationConfig": "decoding.config",
-    "Generation": "decoding.generate",
+    "Generation": "decoding.generation",
     "fill": "decoding.fill",
     "generate": "decoding.generate",
     "CheckpointError": "errors",
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from .decoding.config import GenerationConfig as GenerationConfig
     from .decoding.decoder import Decoder as Decoder
     from .decoding.fill import fill as fill
-    from .decoding.generate import Generation as Generation
     from .decoding.generate import generate as generate
+    from .decoding.generation import Generation as Generation
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import DecodingError as DecodingError

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from illada_kernels import _build
 from tests.cuda_on_cpu.library import included_files
+from tests.gpu_code.sass_loads import loads_ahead
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "gpu_code"
@@ -41,6 +42,8 @@ FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Icsrc/cuda", "-Icsrc/include"]
 MEANT = {
     "wgmma<": "HGMMA",
     "tma_load(": "UTMALDG",
+    "tma_prefetch_tile(": "UTMAPF",
+    "copy_async(": "LDGSTS",
     "tma_store(": "UTMASTG",
     "tma_reduce_add(": "UTMAREDG",
     "bulk_load(": "UBLKCP",
@@ -62,6 +65,8 @@ class Kernel:
     instructions: int
     hgmma: int
     bulk_copies: int
+    load_distance: int  # sass_loads.loads_ahead: instructions from a 16-byte global load to its first use,
+    loads_in_flight: int  # and such loads pending there
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,7 @@ def _read_kernels(source: str, arch: str, log: str, sass: str) -> list[Kernel]:
                 count(r"^\s+/\*[0-9a-f]{4,}\*/"),
                 count(r"\bHGMMA\b"),
                 count(r"\b(?:UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED)\b"),
+                *loads_ahead(bodies.get(name, "")),
             )
         )
     return sorted(found, key=lambda k: k.kernel)
@@ -239,7 +245,8 @@ def read_table() -> tuple[str, list[Kernel]]:
     lines = TABLE.read_text().splitlines()
     rows = csv.DictReader(lines[1:])
     types = {f.name: int if f.type == "int" else str for f in fields(Kernel)}
-    return lines[0].removeprefix("# nvcc "), [Kernel(**{k: types[k](v) for k, v in row.items()}) for row in rows]
+    read = [Kernel(**{name: kind(row.get(name) or 0) for name, kind in types.items()}) for row in rows]
+    return lines[0].removeprefix("# nvcc "), read
 
 
 def write_table(kernels: list[Kernel]) -> None:

@@ -1,10 +1,11 @@
 """Every CUDA kernel compiles for every architecture: no spills, no serialised products, the instructions meant."""
 
+import re
 import shutil
 
 import pytest
 
-from tests.gpu_code import cuda_code
+from tests.gpu_code import cuda_code, sass_loads
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 CASES = [(s, a) for s in cuda_code.SOURCES for a in cuda_code.architectures(s)]
@@ -47,6 +48,61 @@ ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions
     assert any("C7510" in w for w in cuda_code._warnings(log))
     lost = cuda_code.missing_instructions("tests/cuda_on_cpu/kernels/gemm_sm90a.cu", "HGMMA UTMASTG")
     assert lost == ["tma_load( -> UTMALDG"]
+
+
+@needs_disassembler
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_row_kernels_load_ahead(arch: str) -> None:
+    """A use three instructions behind its load would be no prefetch: a body takes at least 40."""
+    kernels = {k.kernel: k for k in cuda_code.compile_source("csrc/cuda/masked_loss_rows.cu", arch).kernels}
+    assert len(kernels) == 18
+    for name, kernel in kernels.items():
+        plain = "true" in name
+        assert kernel.loads_in_flight >= (4 if plain else 2), kernel
+        assert kernel.load_distance >= (80 if plain else 40), kernel
+    assert kernels["loss::rows_gradients<__nv_bfloat16, true>"].loads_in_flight >= 4
+
+
+@needs_disassembler
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_one_global_load_stands_before_the_first_bulk_copy_of_the_forward(dtype: str) -> None:
+    """That of the bounds, as copies to shared memory which no register waits for; nothing else is loaded."""
+    sass = cuda_code.compile_source(f"csrc/cuda/attention_fwd_{dtype}_sm90a.cu", "90a").sass
+    bodies = [body for body in re.split(r"^\.text\.", sass, flags=re.M) if re.match(r"\S*13attention_fwdI", body)]
+    assert len(bodies) == 4
+    for body in bodies:
+        assert re.search(r"\bLDGSTS\.E", body) and not re.search(r"\bLDG\.E", body)
+
+
+LOOP = """.L_x_1:
+        /*0000*/                   {load} ;
+        /*0010*/                   STG.E.128 desc[UR4][R12.64], R8 ;
+        /*0020*/                   IADD3 R2, R2, 0x10, RZ ;
+        /*0030*/                   {move} ;
+        /*0040*/              @!P0 BRA `(.L_x_1) ;
+        /*0050*/                   FADD R3, R4, R5 ;
+        /*0060*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    "load, move, expected",
+    [
+        ("LDG.E.128 R4, desc[UR4][R2.64]", "MOV R8, R5", (3, 1)),  # the move waits for the load
+        ("LDG.E.128 R8, desc[UR4][R2.64]", "MOV R1, R0", (1, 1)),
+        ("LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R2.64+0x10]", (3, 2)),  # used in the next turn
+        ("LDG.E.128 R16, desc[UR4][R2.64]", "MOV R16, R0", (0, 0)),  # overwritten, not used
+        ("MOV R0, R1", "MOV R1, R0", (0, 0)),
+    ],
+)
+def test_distances_are_read_from_sass(load: str, move: str, expected: tuple[int, int]) -> None:
+    assert sass_loads.loads_ahead(LOOP.format(load=load, move=move)) == expected
+
+
+def test_pending_loads_are_counted_on_the_way_to_the_use() -> None:
+    loads = "".join(f"        /*0000*/  @P0 LDG.E.128 R{r}, desc[UR4][R2.64] ;\n" for r in (4, 8, 12, 16))
+    use = "        /*0000*/  FADD R0, R7, R0 ;\n        /*0000*/  EXIT ;\n"
+    assert sass_loads.loads_ahead(loads + use) == (4, 4)
 
 
 @needs_disassembler

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import functools
+import os
+import socket
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ transformers = pytest.importorskip("transformers", reason="no transformers")
 from illada_kernels.integrations import trainer as ours  # noqa: E402
 from illada_kernels.integrations.trainer import MaskedDiffusion, MaskingCollator, compute_loss  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
+OLDER = ROOT / "build" / "transformers-4.57"
 MASK, PAD, VOCAB = 98, 0, 99
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SIZES |= {"vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": PAD}
@@ -151,6 +157,10 @@ def test_what_cannot_be_fused_is_named():
         def forward(self, **inputs):
             return inputs
 
+    scaled = transformers.CohereForCausalLM(transformers.CohereConfig(**SIZES, logit_scale=0.25))
+    with pytest.raises(ValueError, match="CohereForCausalLM changes them"):
+        compute_loss(scaled, batch)
+    compute_loss(scaled, batch, return_outputs=True)[0].backward()
     with pytest.raises(ValueError, match="NeverCalled's forward to call its head once, it called it 0 times"):
         compute_loss(NeverCalled(), batch)
 
@@ -158,20 +168,32 @@ def test_what_cannot_be_fused_is_named():
 # ---- transformers' Trainer ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trainer(tmp_path):
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-
+def make_trainer(folder, model, data, **options):
     class DiffusionTrainer(MaskedDiffusion, transformers.Trainer):
         pass
 
-    def make(model, data, **options):
-        collator = options.pop("data_collator", MaskingCollator(MASK, PAD))
-        fixed = {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "seed": 0}
-        arguments = transformers.TrainingArguments(str(tmp_path), **fixed, **options)
-        return DiffusionTrainer(model, arguments, train_dataset=data, eval_dataset=data, data_collator=collator)
+    collator = options.pop("data_collator", MaskingCollator(MASK, PAD))
+    fixed = {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "seed": 0}
+    arguments = transformers.TrainingArguments(str(folder), **fixed, **options)
+    return DiffusionTrainer(model, arguments, train_dataset=data, eval_dataset=data, data_collator=collator)
 
-    return make
+
+def one_step(folder, size, steps):
+    """How one SGD step on four rows of unequal lengths, masked already, changes a model; float32 (parameters,)."""
+    torch.manual_seed(5)
+    model, batch = KINDS["Llama, no bias"](), batch_of((12, 3, 7, 9))
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]
+    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+    options |= {"data_collator": transformers.default_data_collator, "remove_unused_columns": False}
+    make_trainer(folder, model, rows, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **options).train()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    return functools.partial(make_trainer, tmp_path)
 
 
 def test_trainer_learns_and_evaluates(trainer):
@@ -184,17 +206,35 @@ def test_trainer_learns_and_evaluates(trainer):
     assert run.evaluate()["eval_loss"] < before / 3
 
 
-def test_the_denominator_is_that_of_the_whole_step_however_it_is_split(trainer):
-    batch = batch_of((12, 3, 7, 9))
-    rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]  # masked already, of unequal lengths
-    start, after = KINDS["Llama, no bias"](), []
-    for size, steps in ((4, 1), (1, 4), (2, 2)):
-        model = copy.deepcopy(start)
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
-        options |= {"data_collator": transformers.default_data_collator, "remove_unused_columns": False}
-        run = trainer(model, rows, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **options)
-        run.train()
-        after.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    moved = (after[0] - torch.cat([p.detach().flatten() for p in start.parameters()])).abs().max()
-    for other in after[1:]:
-        assert (other - after[0]).abs().max() < 1e-5 * moved
+def test_the_denominator_is_that_of_the_whole_step_however_it_is_split(trainer, tmp_path):
+    whole = one_step(tmp_path, 4, 1)
+    for size, steps in ((1, 4), (2, 2)):
+        assert (one_step(tmp_path, size, steps) - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
+def test_two_ranks_step_as_one(trainer, tmp_path, python):
+    """DistributedDataParallel, two rows a rank."""
+    command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), __file__)
+    done = python(*command, str(tmp_path), cwd=ROOT, path=(ROOT, ROOT / "python"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = one_step(tmp_path, 4, 1)
+    assert (torch.load(tmp_path / "moved.pt") - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("localhost", 0))
+        return opened.getsockname()[1]
+
+
+@pytest.mark.skipif(not OLDER.exists(), reason="make test installs transformers 4.57 into build/")
+def test_the_same_in_4_57(trainer, python):
+    chosen = "formula or whole_step or evaluates"
+    done = python("-m", "pytest", "-q", "-p", "no:xdist", __file__, "-k", chosen, path=(OLDER, ROOT), cwd=ROOT)
+    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+if __name__ == "__main__":  # a rank of test_two_ranks_step_as_one
+    moved = one_step(sys.argv[1], 2, 1)
+    if os.environ["RANK"] == "0":
+        torch.save(moved, Path(sys.argv[1]) / "moved.pt")

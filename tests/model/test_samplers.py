@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from illada import GenerationConfig, Model, PromptError, generate
+from illada import Decoder, GenerationConfig, Model, PromptError, generate
 from illada.decoding.samplers import SAMPLERS
 from illada.decoding.schedules import Choose
 from torch import Tensor
 
-from illada_kernels import Threshold, TopK
+from illada_kernels import KeyRanges, Threshold, TopK
 from illada_kernels.ops.unmask.reference import philox, philox_unit
 from tests.helpers.models import make, tiny
 
@@ -351,6 +351,64 @@ def test_d3llm_opens_blocks_before_those_ahead_are_full(prompt, block, bound):
     model = model_of("demo")
     options = {"length": block, "entropy": bound}
     assert ours(model, prompt, sampler="d3llm", sampler_options=options) == plain_d3llm(model, prompt, block, bound)
+
+
+# ---- self-speculation ----------------------------------------------------------------------------------------------
+
+
+def plain_speculation(model: Model, prompt: list[int], k: int, bias: dict[int, float]) -> tuple[list[int], int]:
+    """(tokens, passes), without a cache: known tokens are causal, the draft sees all."""
+    x, n, end, passes, shifted = list(prompt), len(prompt), len(prompt) + NEW, 0, model.config.shifted_logits
+
+    def best(tokens: list[int], high: list[int]) -> list[int]:
+        """The argmax of each row, which sees the keys before its `high`."""
+        bounds = torch.tensor([[[0, h, h, h] for h in high]], dtype=torch.int32)
+        with torch.no_grad():
+            rows = model.unshifted(torch.tensor([tokens]), KeyRanges(bounds, len(tokens)))[0]
+        logits = rows @ model.head_weight.T
+        logits[:, 49] = -math.inf
+        for token, value in bias.items():
+            logits[:, token] += value
+        return logits.argmax(-1).tolist()
+
+    while n < end:
+        high = [*range(1, n), *[n + k] * (k + 1)]
+        rows = best(x + [49] * k, high)
+        draft = rows[n - 1 : n + k - 1] if shifted else rows[n:]
+        after = best(x + draft, list(range(1, n + k + 1)))[n - 1 :]
+        accepted = next((i for i in range(k) if draft[i] != after[i]), k)
+        x = (x + after[: accepted + 1])[:end]
+        n, passes = len(x), passes + 2
+    return x[len(prompt) :], passes
+
+
+@pytest.mark.parametrize("preset", ["demo", "Qwen2.5-7B"])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_self_speculation_accepts_what_the_causal_mode_would_have_said(preset, k):
+    model, bias = model_of(preset), {5: 8.0, 11: 8.0}
+    config = {"sampler": "self-speculation", "max_new_tokens": NEW, "block_length": k, "logit_bias": bias}
+    done = generate(model, PROMPTS, GenerationConfig(stop_ids=(), **config))
+    for b, prompt in enumerate(PROMPTS):
+        assert (done.tokens[b], done.passes[b]) == plain_speculation(model, prompt, k, bias)
+    if preset == "Qwen2.5-7B":  # and that is greedy decoding
+        greedy = generate(model, PROMPTS, GenerationConfig(max_new_tokens=NEW, stop_ids=(), logit_bias=bias))
+        assert done.tokens == greedy.tokens
+    stopped = generate(model, PROMPTS, GenerationConfig(stop_ids=(11,), **config))
+    assert stopped.tokens == [row[: row.index(11)] if 11 in row else row for row in done.tokens]
+
+
+def test_self_speculation_refuses_what_is_not_greedy():
+    model = model_of("demo")
+    for changes, message in (
+        ({"temperature": 1.0}, "temperature: expected 0 with sampler 'self-speculation'"),
+        ({"rule": TopK(1)}, "rule: expected none with sampler 'self-speculation'"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            generate(model, PROMPTS, GenerationConfig(sampler="self-speculation", **changes))
+    with pytest.raises(PromptError, match="prompt 1: expected a token at least"):
+        generate(model, [[1], []], GenerationConfig(sampler="self-speculation", max_new_tokens=4))
+    with pytest.raises(PromptError, match=r"runs in generate\(\) alone"):
+        Decoder(model, GenerationConfig(sampler="self-speculation"))
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------------

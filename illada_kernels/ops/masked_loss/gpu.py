@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..._matmul import float32_sums, product
+from ..._streams import TwoBuffers
 from .problem import Problem, Results, bad_target, empty_grads
 from .row_kernels import POWER_TIMES_GRAD, SCALE_OVER_POWER, SCALE_TIMES_GRAD, Formula, RowKernels, Rows
 
@@ -205,12 +206,26 @@ def forward(kernels: RowKernels, problem: Problem, trim: bool = False) -> Result
                 _one_chunk(head, kept[0][:count], state)
             elif p.mode == "row_chunks":
                 _row_chunks(head, kept, state)
-            else:
+            elif p.mode == "slices":  # as the backward multiplies them: their roundings must be the same
                 for ids, _, logits in head.slices(head.gather(rows)):
                     kernels.stats(logits, ids.start, rows, state, terms)
+            else:
+                _stats(head, state)
     loss = state.new_empty((problem.masked.numel(),) if none else ())
     kernels.losses(state, rows, terms, loss)
     return loss.view(problem.masked.shape) if none else loss, *kept
+
+
+def _stats(head: Head, state: Tensor) -> None:
+    """Statistics alone: while one slice is read, the next is multiplied. Two share the room of one."""
+    x, ids = head.gather(head.rows), -(-head.plan.ids // (2 * TILE)) * TILE
+    with TwoBuffers(len(x) * min(ids, head.vocab), x.dtype, x.device) as buffers:
+        for first in range(0, head.vocab, ids):
+            w = head.weight[first : first + ids]
+            logits = buffers.to_fill()[: len(x) * len(w)].view(len(x), len(w))
+            product(x, w.T, logits)
+            with buffers.filled():
+                head.kernels.stats(logits, first, head.rows, state, head.formula)
 
 
 def _one_chunk(head: Head, d: Tensor, state: Tensor) -> None:

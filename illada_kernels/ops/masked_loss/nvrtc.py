@@ -12,7 +12,12 @@ ROWS, COMPACT = "masked_loss_rows.cu", "masked_loss_compact.cu"
 TYPES = ("float", "__nv_bfloat16", "__half")  # by illada_dtype
 GATHERS = [f"{t}, {t}" for t in TYPES] + [f"{t}, float" for t in TYPES[1:]]
 KERNELS = {
-    ROWS: [f"illada::loss::rows_{kernel}<{t}>" for kernel in ("stats", "dlogits", "gradients") for t in TYPES],
+    ROWS: [
+        f"illada::loss::rows_{kernel}<{t}, {plain}>"
+        for kernel in ("stats", "dlogits", "gradients")
+        for t in TYPES
+        for plain in ("false", "true")
+    ],
     COMPACT: [f"illada::loss::{name}" for name in ("compact", "factors", "sum_losses", "row_losses")]
     + [f"illada::loss::gather<{types}>" for types in GATHERS]
     + [f"illada::loss::scatter<{t}>" for t in TYPES],
@@ -38,6 +43,13 @@ def _launch(source: str, kernel: str, blocks: int, threads: int, smem: int, *arg
 def _options(values: list[Any]) -> Any:
     """struct Options, from its members."""
     return np.array(tuple(values), OPTIONS)
+
+
+def _row_kernel(kernel: str, dtype: int, options: list[Any]) -> str:
+    """The kernel of this dtype and formula, as `with_kernel` in the source chooses it."""
+    _, bias, softcap, smoothing, _, _, n_forbid = options
+    plain = not bias and softcap <= 0 and smoothing <= 0 and n_forbid == 0
+    return f"rows_{kernel}<{TYPES[dtype]}, {str(plain).lower()}>"
 
 
 def _blocks_for(rows: int) -> int:
@@ -82,7 +94,7 @@ def masked_loss_rows_stats_cuda(*a: Any) -> Launch:
     x, dtype, inner, outer_stride, stride, slot, info, start, rows, held, first, width, targets, *options, state = a
     where = (x, inner, outer_stride, stride, slot, info, start, held, np.int32(first), np.int32(width), targets)
     arguments = (*where, _options(options), state)
-    return _launch(ROWS, f"rows_stats<{TYPES[dtype]}>", rows, ROW_THREADS, ROW_SCRATCH, *arguments)
+    return _launch(ROWS, _row_kernel("stats", dtype, options), rows, ROW_THREADS, ROW_SCRATCH, *arguments)
 
 
 def masked_loss_rows_dlogits_cuda(*a: Any) -> Launch:
@@ -90,7 +102,7 @@ def masked_loss_rows_dlogits_cuda(*a: Any) -> Launch:
     capacity, first, width, targets, state, scales, *options = rest
     where = (x, inner, outer_stride, stride, out, out_stride, slot, info, start, held, capacity)
     arguments = (*where, np.int32(first), np.int32(width), targets, state, scales, _options(options))
-    return _launch(ROWS, f"rows_dlogits<{TYPES[dtype]}>", rows, ROW_THREADS, 0, *arguments)
+    return _launch(ROWS, _row_kernel("dlogits", dtype, options), rows, ROW_THREADS, 0, *arguments)
 
 
 def masked_loss_rows_gradients_cuda(*a: Any) -> Launch:
@@ -99,4 +111,4 @@ def masked_loss_rows_gradients_cuda(*a: Any) -> Launch:
     kept = min(vectors, (shared_memory - ROW_SCRATCH) // 16)
     arguments = (x, stride, info, start, targets, scales, _options(options), state, np.int32(kept))
     smem = ROW_SCRATCH + 16 * kept
-    return _launch(ROWS, f"rows_gradients<{TYPES[dtype]}>", rows, WIDE_THREADS, smem, *arguments)
+    return _launch(ROWS, _row_kernel("gradients", dtype, options), rows, WIDE_THREADS, smem, *arguments)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import rules
 from ..._matmul import product
+from ..._streams import TwoBuffers
 from .problem import Problem
 
 # Up to this many candidate rows one kernel reads the head once; beyond, products by slices of the vocab. The head
@@ -86,16 +87,17 @@ def product_rows(rows: int) -> int:
 
 
 def product_ids(at_once: int) -> int:
-    """Ids of one product: 16 MiB of logits, which stay in an H200's second-level cache (50 MiB), and enough tiles for
-    its multiprocessors. Of more than 1024 rows each chunk then finds the 32 MiB of the head (D = 4096) there too; of
-    fewer there is one chunk, and the head is read once."""
+    """Ids of one product: 16 MiB of logits, of which two stay in an H200's L2 (50 MiB), and enough tiles for its
+    multiprocessors. With more than 1024 rows, each chunk also finds part of the head there (32 MiB where D = 4096);
+    with fewer there is one chunk, and the head is read once."""
     return SLICE * max(1, 1024 // at_once)
 
 
 def head_products(problem: Problem, visit: Callable[[Tensor, int, int, int], None]) -> None:
     """Calls visit(logits, first row, rows, first id): logits (>= rows, ids) float32 of rows of (B * K) and a multiple
-    of SLICE ids, or the last ones, without head_bias; they are overwritten after. All rows are multiplied, also those
-    that take no part: which they are, only the device knows."""
+    of SLICE ids, or the last ones, without head_bias; they are overwritten after. It runs on a second stream, so that
+    the next product does not wait for it. All rows are multiplied, also those that take no part: which they are, only
+    the device knows."""
     source, head = problem.source, problem.head_weight
     assert head is not None
     rows, vocab = source.shape[0] * source.shape[1], head.shape[0]
@@ -105,11 +107,12 @@ def head_products(problem: Problem, visit: Callable[[Tensor, int, int, int], Non
     last = x.new_zeros(at_once, x.shape[1]) if rest else x
     last[:rest].copy_(x[rows - rest :])
     ids = product_ids(at_once)
-    logits = torch.empty(at_once * min(ids, vocab), dtype=torch.float32, device=source.device)
-    for first_id in range(0, vocab, ids):
-        w = head[first_id : first_id + ids]
-        out = logits[: at_once * w.shape[0]].view(at_once, w.shape[0])
-        for first_row in range(0, rows, at_once):
-            here = min(at_once, rows - first_row)
-            product(x[first_row : first_row + at_once] if here == at_once else last, w.T, out)
-            visit(out, first_row, here, first_id)
+    with TwoBuffers(at_once * min(ids, vocab), torch.float32, source.device) as buffers:
+        for first_id in range(0, vocab, ids):
+            w = head[first_id : first_id + ids]
+            for first_row in range(0, rows, at_once):
+                here = min(at_once, rows - first_row)
+                out = buffers.to_fill()[: at_once * w.shape[0]].view(at_once, w.shape[0])
+                product(x[first_row : first_row + at_once] if here == at_once else last, w.T, out)
+                with buffers.filled():
+                    visit(out, first_row, here, first_id)

@@ -11,7 +11,7 @@ from illada_kernels import KeyRanges, TopK, unmask
 from ..errors import PromptError
 from ..model import Model
 from .config import GenerationConfig, Prompts, checked, resolve, seeds_of, token_lists
-from .generate import Generation
+from .generation import Generation
 from .loop import Block, BlockLoop, Step, check_filled, left_padded
 
 

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from ..errors import PromptError
 from ..model import Model
+from . import speculation
 from .config import GenerationConfig, Prompts, Sampling, checked, resolve, resolve_block_length, token_lists
+from .generation import Generation
 from .loop import Block, BlockLoop, Step, check_filled, left_padded
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What `generate` and `fill` return, a list entry per sequence.
-
-    Parameters
-    ----------
-    tokens : list of list of int
-        What was generated, up to the stop token; for `fill` the whole sequences.
-    stopped : list of bool
-        Whether a stop token was generated.
-    passes : list of int
-        Forward passes in which the sequence had masks.
-    filled : list of int
-        Masks that were filled.
-    forward_passes : int
-        Forward passes of the whole batch.
-    """
-
-    tokens: list[list[int]]
-    stopped: list[bool]
-    passes: list[int]
-    filled: list[int]
-    forward_passes: int
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """Tokens filled per forward pass of a sequence, over all sequences."""
-        return sum(self.filled) / max(sum(self.passes), 1)
 
 
 @torch.no_grad()
@@ -89,9 +61,13 @@ def generate(
     >>> len(done.tokens[0]), done.forward_passes
     (4, 4)
     """
+    speculative = config is not None and config.sampler == "self-speculation"
+    if config is not None and speculative:
+        speculation.check(config)
+        config = dataclasses.replace(config, sampler=None)
     config = checked(config, model.config)
     rows = token_lists(prompts, model.config)
-    block_length = resolve_block_length(config, model.config)
+    block_length = 1 if speculative else resolve_block_length(config, model.config)
     for b, row in enumerate(rows):
         if model.config.mask_id in row:
             raise PromptError(f"prompt {b}: expected no mask_id ({model.config.mask_id}); fill() fills holes in a text")
@@ -100,8 +76,10 @@ def generate(
                 f"prompt {b}: {len(row)} tokens and max_new_tokens = {config.max_new_tokens} exceed max_seq_len = "
                 f"{model.config.max_seq_len}; shorten the prompt or generate less"
             )
-    sampling = resolve(config, model.config, len(rows), block_length, -(-config.max_new_tokens // block_length))
     stop_ids = model.config.eos_ids if config.stop_ids is None else tuple(config.stop_ids)  # type: ignore[arg-type]
+    if speculative:
+        return speculation.speculate(model, rows, config, stop_ids, callback)
+    sampling = resolve(config, model.config, len(rows), block_length, -(-config.max_new_tokens // block_length))
     return _Continuation(model, rows, config, block_length, stop_ids).run(sampling, callback)
 
 

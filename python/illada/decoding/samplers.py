@@ -232,6 +232,11 @@ def d3llm(
     }
 
 
+def self_speculation(config: GenerationConfig, model: ModelConfig) -> Settings:
+    """A draft by masks that the model's causal mode verifies: see `illada.decoding.speculation`."""
+    raise PromptError("sampler: 'self-speculation' runs in generate() alone, whose prompts begin together")
+
+
 SAMPLERS: dict[str, Callable[..., Settings]] = {
     "llada": llada,
     "illada": illada,
@@ -248,4 +253,5 @@ SAMPLERS: dict[str, Callable[..., Settings]] = {
     "llada2.1": llada21,
     "remdm": remdm,
     "d3llm": d3llm,
+    "self-speculation": self_speculation,
 }

@@ -65,6 +65,7 @@ struct Fiber {
   std::vector<uint64_t> group_ends;
   std::vector<std::shared_ptr<Accumulator>> accumulators;
   bool wgmma_fenced = false;
+  std::vector<std::pair<void*, const void*>> copies;  // copy_async: to and from, not yet waited for
   // bulk stores: not committed, and the groups
   std::vector<std::shared_ptr<BulkStore>> stores;
   std::vector<std::vector<std::shared_ptr<BulkStore>>> store_groups;

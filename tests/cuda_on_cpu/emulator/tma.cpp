@@ -150,6 +150,26 @@ void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
   issue({issuer_here(), dst, bar, bytes, 1u << self->block->rank, fetch});
 }
 
+// A thread's own copies: NaN until it waits for them.
+void copy_async(void* dst, const void* src) {
+  CALLED_FROM_KERNEL;
+  check_access(src, 16, 16, false);
+  check_access(dst, 16, 16, true);
+  shared_address(dst);
+  memset(dst, 0xff, 16);
+  self->copies.emplace_back(dst, src);
+  maybe_yield(cluster->chance_yield);
+}
+
+void copy_async_wait() {
+  CALLED_FROM_KERNEL;
+  for (const auto& [dst, src] : self->copies) {
+    check_access(dst, 16, 16, true);
+    memcpy(dst, src, 16);
+  }
+  self->copies.clear();
+}
+
 void finish_load(size_t i) {
   const BulkLoad load = std::move(cluster->loads[i]);
   cluster->loads[i] = std::move(cluster->loads.back());

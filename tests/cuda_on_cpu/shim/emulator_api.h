@@ -59,6 +59,8 @@ void tensor_load(uint32_t dst, const void* map, uint32_t bar, uint32_t blocks, i
 void tensor_store(const void* map, uint32_t src, int rank, const int* at, bool add);
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar);
 void bulk_store(void* dst, uint32_t src, uint32_t bytes, bool add);
+void copy_async(void* dst, const void* src);
+void copy_async_wait();
 void bulk_commit();
 void bulk_wait(int newest, bool read_only);
 void fence_proxy_async();

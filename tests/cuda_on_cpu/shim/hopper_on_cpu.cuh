@@ -57,6 +57,9 @@ EMULATED void bulk_commit() { emulator::bulk_commit(); }
 template <int N> EMULATED void bulk_wait_read() { emulator::bulk_wait(N, true); }
 template <int N> EMULATED void bulk_wait() { emulator::bulk_wait(N, false); }
 EMULATED void tma_prefetch(const CUtensorMap*) {}
+EMULATED void copy_async(void* dst, const void* src) { emulator::copy_async(dst, src); }
+EMULATED void copy_async_wait() { emulator::copy_async_wait(); }
+EMULATED void tma_prefetch_tile(const CUtensorMap*, int, int) {}
 EMULATED void fence_proxy_async() { emulator::fence_proxy_async(); }
 
 // ---- wgmma -----------------------------------------------------------------------------------------------------

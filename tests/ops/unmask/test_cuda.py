@@ -450,18 +450,18 @@ ALL_LANES = "s.second = fmaxf(s.second, warp_second(top, second));"
 FAULTS = {  # kernel, the file that holds the fault, old, new
     "operands read before they have come": (HEAD, HEAD, "mbar_wait(&s.full[stage], phase);", ""),
     "a stage overwritten while it is read": (HEAD, HEAD, "mbar_wait(&s.empty[stage], phase ^ 1);", ""),
-    "a stage freed early": (HEAD, HEAD, "step > 0) mbar_arrive(&s.empty[(turn - 1)", "1) mbar_arrive(&s.empty[(turn)"),
+    "a stage freed early": (HEAD, HEAD, "if (step > 0) release(s, (turn - 1)", "release(s, (turn)"),
     "accumulators read before the last product": (HEAD, HEAD, "wgmma_wait<0>();", ""),
     "logits read before all are there": (HEAD, HEAD, "mbar_wait(&s.ready[buffer], phase);", ""),
     "logits handed on too early": (HEAD, HEAD, "mbar_init(&s.ready[i], kMultiplying);", "mbar_init(&s.ready[i], 128);"),
     "logits overwritten while they are read": (HEAD, HEAD, "mbar_wait(&s.met[buffer], phase ^ 1);", ""),
     "halves of a tile exchanged": (HEAD, HEAD, "smem_desc(head + kAtOnce * kDepth)", "smem_desc(head + 64 * kDepth)"),
     "rows of another warp": (HEAD, HEAD, "i / 2 % 2 * 8, row", "i % 2 * 8, row"),
-    "ids beyond the vocabulary": (HEAD, SHARED, "id < c.vocab ? 0.0f : -infinity();", "0.0f;"),
+    "ids beyond the vocabulary": (HEAD, SHARED, "id_of(first, j) < c.vocab ? 0.0f : -infinity();", "0.0f;"),
     "no rescaling of the sum": (HEAD, SHARED, "s.sum = fmaf(kept, s.sum,", "s.sum = fmaf(1.0f, s.sum,"),
     "no rescaling of the entropy": (HEAD, SHARED, "fmaf(drop, s.sum, s.sum_ez)", "s.sum_ez"),
     "the second maximum forgets earlier ids": (HEAD, SHARED, "s.second = fmaxf(s.second, fminf(s.top, top));", ";"),
-    "a repeated bias counted once": (ROWS, SHARED, "e.bias[j] + value : e.bias[j]", "value : e.bias[j]"),
+    "a repeated bias counted once": (ROWS, SHARED, " bias[j] + value : bias[j]", " value : bias[j]"),
     "noise of the neighbour": (ROWS, SHARED, "odd ? w.w2 : w.w0, odd ? w.w3", "odd ? w.w0 : w.w2, odd ? w.w3"),
     "a bound on the wrong side": (ROWS, SHARED, "__clz(int(high)) + 1", "__clz(int(high)) - 1"),
     "a first bound on the wrong side": (ROWS, SHARED, "kLog2e, 32.0f)", "kLog2e, 30.0f)"),
@@ -511,6 +511,42 @@ def faulty(kernel: str, file: str, old: str, new: str) -> str:
     text = text.replace("if (dtype == ILLADA_F16) return choose<fp16>(c, o, on);", "")
     text = re.sub(r"case ILLADA_B?F16: return run<.*", "", text)
     return text.replace('#include "unmask.cuh"', header.replace("#pragma once", ""))
+
+
+PAIRS = [((4, 20), 700, 2), ((1, 65), 513, 2), ((2, 64), 1500, 4), ((1, 97), 700, 3)]  # rows, vocabulary, blocks
+
+
+def pairs_agree(backend: Backend, launch: OnCpu, seeds: int) -> None:
+    """From 65 rows on two blocks load for each other, also where one has a tile less or there is no second."""
+    for rows, vocabulary, backend.processors in PAIRS:
+        args = (*operands("head", rows, vocabulary, dim=264), *where(rows, rows[1]), ik.TopK(3))
+        want = unmask("reference", *args, mask_id=MASK)
+        for launch.seed in range(seeds):
+            assert_same(unmask("cuda", *args, mask_id=MASK), want, vocabulary)
+
+
+def test_pairs_of_blocks_load_for_each_other(on_cpu: Backend) -> None:
+    pairs_agree(on_cpu, on_cpu.launch, 2)
+
+
+PAIR_FAULTS = {
+    "a stage given up in one block alone": ("if (z.blocks == 2) mbar_arrive_cluster", "if (false) mbar_arrive_cluster"),
+    "a stage filled once one block gave it up": ("kMultiplying / 128 * blocks", "kMultiplying / 128"),
+    "hidden loaded by both": ("else if (turn % 2 == int(cluster_rank()))", "else"),
+    "a block that leaves while the other loads": ("if (z.blocks > 1) cluster_sync();  // the other", "//"),
+    "a tile that one block lacks": ("tile - rank < z.tiles", "tile < z.tiles"),
+}
+
+
+@pytest.mark.parametrize("name", PAIR_FAULTS)
+def test_faults_planted_into_pairs_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = plant(HEAD, *PAIR_FAULTS[name]).replace("if (dtype == ILLADA_F16) return choose<fp16>(c, o, on);", "")
+    for width in (16, 32, 64):
+        text = text.replace(f"if (rows <= {width}) return run<T, {width}>(c, o, stream);", "")
+    launch = OnCpu(HEAD, text=text)
+    launch.kernels += [k for k, source in zip(kernels().kernels, SOURCES) if source != HEAD]
+    with pytest.raises((KernelFault, AssertionError)):
+        pairs_agree(Backend(monkeypatch, launch), launch, 6)
 
 
 def needs_everything(backend: Backend, launch: OnCpu, path: str) -> None:
