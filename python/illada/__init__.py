@@ -12,6 +12,7 @@ _HOMES = {
     "Model": "model",
     "ModelConfig": "config",
     "load": "checkpoint",
+    "log_likelihood": "likelihood",
     "save": "checkpoint",
     "Decoder": "decoding.decoder",
     "GenerationConfig": "decoding.config",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .errors import ConfigError as ConfigError
     from .errors import DecodingError as DecodingError
     from .errors import PromptError as PromptError
+    from .likelihood import log_likelihood as log_likelihood
     from .model import Model as Model
     from .replay import Recorder as Recorder
 
