@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="command")
     _train_parser(commands.add_parser("train", help="train on a file or folder of text"))
     _generate_parser(commands.add_parser("generate", help="continue a prompt"))
-    _eval_parser(commands.add_parser("eval", help="bits per byte on held-out text"))
+    _eval_parser(commands.add_parser("eval", help="bits per byte on held-out text, or tasks"))
     bench = commands.add_parser("bench", help="each op against its PyTorch fallback on this machine")
     bench.add_argument("--device", help=_DEVICE)
     bench.set_defaults(run=_bench)
@@ -313,6 +313,7 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--prompts", metavar="FILE", help='JSON lines {"prompt": "..."}, from a file or - (standard input)'
     )
+    p.add_argument("--chat", action="store_true", help="apply the folder's chat template to each prompt")
     p.add_argument("--out", metavar="FILE", help="write JSON lines there, one as soon as a prompt is done")
     p.add_argument("--html", metavar="FILE", help="write a page that replays the denoising of --prompt")
     p.add_argument("--live", action="store_true", help="show masks turning into text")
@@ -376,10 +377,36 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help=_DEVICE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    harness = p.add_argument_group("tasks of lm-evaluation-harness, instead of bits per byte")
+    harness.add_argument("--tasks", help="names of tasks or paths of YAML files, with commas between them")
+    harness.add_argument("--include-path", help="a folder with more tasks")
+    harness.add_argument("--limit", type=float, help="examples of each task, below 1 a share of them")
+    harness.add_argument("--num-fewshot", type=int, help="examples shown before each question")
+    harness.add_argument("--chat", action="store_true", help="apply the folder's chat template")
+    harness.add_argument("--method", default="monte_carlo", help="monte_carlo, confidence or autoregressive")
+    harness.add_argument("--samples", type=int, default=128, help="masks drawn for each continuation (monte_carlo)")
     p.set_defaults(run=_eval)
 
 
+def _eval_tasks(options: argparse.Namespace) -> int:
+    from .integrations.lm_eval import IlladaLM, evaluate, make_table
+
+    scoring = {name: getattr(options, name) for name in ("device", "dtype", "method", "samples", "seed")}
+    results = evaluate(
+        IlladaLM(options.model, **scoring),
+        options.tasks.split(","),
+        options.include_path,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        apply_chat_template=options.chat,
+    )
+    print(make_table(results))
+    return 0
+
+
 def _eval(options: argparse.Namespace) -> int:
+    if options.tasks:
+        return _eval_tasks(options)
     from .training import runs
     from .training.data import ngram_bits
     from .training.evaluate import bound, first_bytes

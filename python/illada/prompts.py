@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from illada_kernels import Edit, Remask, Threshold
 
+from .chat import load_chat_template
 from .decoding.config import GenerationConfig
 from .decoding.decoder import Decoder
 from .decoding.generate import Generation, generate
@@ -88,8 +89,12 @@ def _pairs(texts: list[str], name: str, kind: Callable[[str], Any]) -> dict[Any,
     return pairs
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [int(i) for i in tokenizer.encode(os.fsencode(text), special=True)]
+def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace) -> list[int]:
+    content = os.fsencode(text)
+    if options.chat:
+        message = {"role": "user", "content": content.decode("utf-8", "replace")}
+        content = load_chat_template(Path(options.model)).render([message]).encode()
+    return [int(i) for i in tokenizer.encode(content, special=True)]
 
 
 # ---- --prompt ------------------------------------------------------------------------------------------------------
@@ -98,12 +103,13 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def _arguments(
     model: Any, tokenizer: Tokenizer, config: GenerationConfig, options: argparse.Namespace, out: TextIO | None
 ) -> Counts:
-    prompts = [_encode(tokenizer, prompt) for prompt in options.prompt]
+    prompts = [_encode(tokenizer, prompt, options) for prompt in options.prompt]
+    shown = [prompt + "\n" * options.chat for prompt in options.prompt]
     live = LiveText(tokenizer, len(prompts[0])) if options.live else None
     recorder = Recorder(tokenizer, prompts) if options.html else None
     stream = None
     if live is None and len(prompts) == 1:
-        stream = BlockStream(tokenizer, options.prompt[0], len(prompts[0]), sys.stdout)
+        stream = BlockStream(tokenizer, shown[0], len(prompts[0]), sys.stdout)
     watchers: list[Callable[[Step], object]] = [w for w in (live, recorder, stream) if w is not None]
 
     def watch(step: Step) -> None:
@@ -120,7 +126,7 @@ def _arguments(
         live.finish([*prompts[0], *done.tokens[0]])
     elif stream is not None:
         stream.finish(texts[0])
-    for prompt, text in zip(options.prompt[1 if live else 0 :], texts[1 if live else 0 :]):
+    for prompt, text in zip(shown[1 if live else 0 :], texts[1 if live else 0 :]):
         if stream is None:
             print(prompt + text)
     if out is not None:

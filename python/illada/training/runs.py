@@ -182,8 +182,11 @@ class StopSignals:
 
 
 def open_model(folder: str, device: str, dtype: str) -> tuple[Model, Tokenizer]:
-    """Returns the model and tokenizer in a checkpoint folder, a run's or one of Hugging Face."""
-    model = checkpoint.load(folder, device=device, dtype=getattr(torch, dtype))
+    """Returns the model and tokenizer in a checkpoint folder, a run's or one of Hugging Face.
+
+    dtype: a name, or "auto", that of the stored weights.
+    """
+    model = checkpoint.load(folder, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
     c = model.config
     return model, load_tokenizer(Path(folder), c.vocab_size, c.mask_id, c.eos_id, c.pad_id)
 

@@ -1,0 +1,126 @@
+"""Chat templates of a Hugging Face folder: chat_template.jinja, or the one in tokenizer_config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+
+_FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "cls_token", "sep_token")
+
+
+class ChatTemplate:
+    """A Jinja template that turns messages into the text of a prompt.
+
+    Parameters
+    ----------
+    source : str
+    tokens : mapping of str to str
+        Special tokens by the names that templates use, such as "bos_token".
+
+    Raises
+    ------
+    DataError
+        For a template that is not Jinja.
+
+    Examples
+    --------
+    >>> from illada.chat import ChatTemplate
+    >>> source = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    >>> ChatTemplate(source, {"eos_token": "</s>"}).render([{"role": "user", "content": "Hi"}])
+    '[user] Hi</s>'
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str] | None = None) -> None:
+        environment, self._error = _environment()
+        self.source, self.tokens = source, dict(tokens or {})
+        try:
+            self._template = environment.from_string(source)
+        except self._error as error:
+            raise DataError(f"chat template: not Jinja ({error})") from None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Returns the text of a conversation.
+
+        Parameters
+        ----------
+        messages : sequence of dicts with "role" and "content"
+        add_generation_prompt : bool
+            End with what opens the model's answer.
+
+        Returns
+        -------
+        str
+
+        Raises
+        ------
+        DataError
+            For messages that the template refuses.
+        """
+        values = {**self.tokens, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._template.render(values)
+        except self._error as error:
+            raise DataError(f"chat template: it does not take these messages ({error})") from None
+
+
+def load_chat_template(folder: Path, name: str = "default") -> ChatTemplate:
+    """Returns the chat template in a folder; raises DataError where there is none of that name."""
+    config: Any = {}
+    if (folder / _CONFIG).exists():
+        try:
+            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder / _CONFIG} cannot be read ({error}); download it again") from None
+        if not isinstance(config, dict):
+            raise DataError(f"{folder / _CONFIG}: expected an object, got {type(config).__name__}")
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several, each with a name
+        found = {entry["name"]: entry["template"] for entry in found}
+    sources = found if isinstance(found, dict) else {"default": found} if found else {}
+    if name == "default" and (folder / _FILE).exists():
+        sources["default"] = (folder / _FILE).read_text(encoding="utf-8")
+    if name not in sources:
+        there = f", only {', '.join(sorted(sources))}" if sources else ""
+        raise DataError(f"{folder} holds no chat template {name!r}{there}; expected it in {_FILE} or {_CONFIG}")
+    tokens = {
+        key: value["content"] if isinstance(value, dict) else value for key in _TOKENS if (value := config.get(key))
+    }
+    return ChatTemplate(sources[name], tokens)
+
+
+def _environment() -> tuple[Any, type[Exception]]:
+    """Returns Jinja's sandbox with what transformers gives to templates, and the base of Jinja's errors."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.nodes import Scope
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ModuleNotFoundError:
+        raise DataError("chat templates need jinja2: pip install 'illada-kernels[tokenizers]'") from None
+
+    class Generation(Extension):
+        """Passes over the marks around the assistant's answers, which matter to training alone."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def as_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    sandbox.filters["tojson"] = as_json
+    sandbox.globals["raise_exception"] = refuse
+    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return sandbox, TemplateError

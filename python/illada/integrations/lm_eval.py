@@ -1,0 +1,289 @@
+"""The model "illada" of lm-evaluation-harness 0.4.13 and 0.5: likelihoods and answers of a checkpoint folder.
+
+    python -m illada.integrations.lm_eval --model_args pretrained=FOLDER,method=confidence --tasks arc_easy
+
+takes every option of the harness's own command; `illada eval --tasks` is the short form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..chat import ChatTemplate, load_chat_template
+from ..decoding.config import GenerationConfig
+from ..decoding.generate import generate
+from ..likelihood import METHODS, is_greedy, log_likelihood
+from ..training.runs import open_model
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import make_table as make_table
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error.name} is missing: pip install 'lm_eval>=0.4.13'") from None
+
+_NEUTRAL = {"top_p": (None, 1), "top_k": (None, 0, -1), "num_beams": (None, 1), "repetition_penalty": (None, 1)}
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # most important first
+_SETTINGS = {field.name for field in dataclasses.fields(GenerationConfig)} - {"max_new_tokens", "stop_ids"}
+
+
+class IlladaLM(LM):
+    """A checkpoint folder as lm-evaluation-harness sees a model.
+
+    Parameters
+    ----------
+    pretrained : str
+        The folder: of Hugging Face, or a run's.
+    device, dtype : str
+        dtype "auto": that of the stored weights.
+    method, samples, guidance, seed, rows_per_pass
+        As in `illada.log_likelihood`. Generation takes guidance and seed too, and as many sequences at a time as fit
+        into rows_per_pass.
+    check_greedy : bool
+        Find out whether a continuation is the greedy one, which tasks with exact matches of continuations need. It
+        costs one more forward pass for most pairs.
+    max_gen_toks : int
+        Tokens to generate where a task does not say.
+    batch_size : int or str
+        At most so many sequences in a batch of generation. 1, the harness's default, and "auto" set no limit.
+    chat_template : str
+        Which of the folder's chat templates `--apply_chat_template` uses.
+    **settings
+        Fields of `GenerationConfig` for all tasks, such as block_length, steps_per_block or cache. The harness's
+        `--gen_kwargs` and a task's generation_kwargs come before them.
+
+    Raises
+    ------
+    ValueError
+        For settings that are not known.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        method: str = "monte_carlo",
+        samples: int = 128,
+        guidance: float = 0.0,
+        seed: int = 0,
+        rows_per_pass: int = 4096,
+        check_greedy: bool = True,
+        max_gen_toks: int = 256,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        chat_template: str = "default",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if unknown := sorted(set(settings) - _SETTINGS):
+            raise ValueError(f"model_args: {', '.join(unknown)} is not known; expected {', '.join(sorted(_SETTINGS))}")
+        if method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.coder = open_model(pretrained, device, dtype)
+        self.folder, self._device, self.check_greedy = Path(pretrained), torch.device(device), check_greedy
+        self.scoring: dict[str, Any] = {"method": method, "samples": samples, "guidance": guidance, "seed": seed}
+        self.rows_per_pass, self.max_gen_toks = rows_per_pass, max_gen_toks
+        self.settings = {"guidance": guidance, "seed": seed, **settings}
+        limit = max_batch_size if batch_size == "auto" else int(batch_size)
+        self.batch_limit = limit if limit and limit > 1 else 2**31
+        self.template_name = chat_template
+        self.template: ChatTemplate | None = None
+        # a model whose first row predicts nothing needs a token before every text
+        self.prefix = [self.model.config.eos_id] if self.model.config.shifted_logits else []
+
+    # ---- chat ------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's caches of requests know the tokenizer by."""
+        return str(self.folder.resolve()).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Returns the template's source, for the record of the results."""
+        if chat_template is False or chat_template is None:
+            return None
+        if isinstance(chat_template, str):
+            self.template_name = chat_template
+        return self._template().source
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Returns a conversation as text, whose special tokens are special from then on."""
+        return self._template().render(chat_history, add_generation_prompt)
+
+    def _template(self) -> ChatTemplate:
+        if self.template is None:
+            self.template = load_chat_template(self.folder, self.template_name)
+        return self.template
+
+    def encode(self, text: str) -> list[int]:
+        """Returns a text's ids."""
+        return [int(i) for i in self.coder.encode(text.encode(), special=self.template is not None)]
+
+    # ---- likelihood ------------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Returns (log-likelihood, is greedy) for each (context, continuation)."""
+        pairs = [self._pair(*request.args) for request in requests]
+        found = self._score(pairs, self.check_greedy, disable_tqdm)
+        for request, answer in zip(requests, found):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
+        """Returns the log-likelihood of each text, in windows of max_seq_len; with 0.5's requests (it, False)."""
+        windows = [list(self._windows(self.encode(request.args[-1]))) for request in requests]
+        found = iter(self._score([pair for text in windows for pair in text], False, disable_tqdm))
+        answers: list[Any] = []
+        for request, text in zip(requests, windows):
+            total = sum(next(found)[0] for _ in text)
+            answers.append(total if len(request.args) == 1 else (total, False))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
+        return answers
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encodes both as one text; white space at the context's end belongs to the continuation, as in the harness."""
+        bare = context.rstrip()
+        continuation = context[len(bare) :] + continuation
+        before = self.encode(bare)
+        whole = self.encode(bare + continuation)
+        ids = whole[len(before) :]
+        room = self.model.config.max_seq_len - len(ids)
+        before = before or self.prefix
+        return before[max(len(before) - room, 0) :] if room > 0 else before, ids
+
+    def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Yields (context, continuation) so that every token counts once and the last one sees all it can."""
+        length, start = self.model.config.max_seq_len, 0
+        while start < len(ids):
+            end = min(start + length - (1 if start else len(self.prefix)), len(ids))
+            yield (ids[max(end - length, 0) : start] if start else self.prefix), ids[start:end]
+            start = end
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]], greedy: bool, quiet: bool) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))  # what may not fit first
+        with tqdm(total=len(pairs), desc="log-likelihood", disable=quiet) as bar:
+            for chunk in (order[i : i + 64] for i in range(0, len(order), 64)):
+                contexts, continuations = zip(*(pairs[i] for i in chunk))
+                rows = self.rows_per_pass
+                nats = log_likelihood(self.model, contexts, continuations, rows_per_pass=rows, **self.scoring)
+                same = is_greedy(self.model, contexts, continuations, rows) if greedy else [False] * len(chunk)
+                for i, value, match in zip(chunk, nats.tolist(), same):
+                    found[i] = (value, match)
+                bar.update(len(chunk))
+        return found
+
+    # ---- generation ------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Returns the answer to each (context, settings), cut before the first of the strings in "until"."""
+        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
+        with tqdm(total=len(requests), desc="generate", disable=disable_tqdm) as bar:
+            for group in groups.values():
+                config, until, size = self._generation(requests[group[0]].args[1])
+                room = self.model.config.max_seq_len - config.max_new_tokens
+                if room < 1:
+                    raise ValueError(
+                        f"max_gen_toks: expected less than the model's max_seq_len = {self.model.config.max_seq_len}, "
+                        f"got {size}"
+                    )
+                prompts = {i: (self.encode(requests[i].args[0]) or self.prefix)[-room:] for i in group}
+                for batch in self._batches(prompts, config.max_new_tokens):
+                    seeds = [config.seed + i for i in batch]  # type: ignore[operator]
+                    one = dataclasses.replace(config, seed=seeds)  # an answer depends on its request alone
+                    done = generate(self.model, [prompts[i] for i in batch], one)
+                    for i, tokens in zip(batch, done.tokens):
+                        answers[i] = _cut(self.coder.decode(tokens[:size]), until)
+                        self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+                    bar.update(len(batch))
+        return answers
+
+    def _batches(self, prompts: Mapping[int, list[int]], new: int) -> Iterator[list[int]]:
+        """Yields requests of similar length, as many as fit into rows_per_pass."""
+        order = sorted(prompts, key=lambda i: -len(prompts[i]))
+        while order:
+            fit = max(self.rows_per_pass // (len(prompts[order[0]]) + new), 1)
+            count = min(fit, self.batch_limit)
+            yield order[:count]
+            order = order[count:]
+
+    def _generation(self, asked: Mapping[str, Any]) -> tuple[GenerationConfig, list[str], int]:
+        """Returns the settings, the strings that end an answer, and the tokens of an answer."""
+        asked = dict(asked)
+        until = asked.pop("until", None) or []
+        size = int(next((asked[n] for n in _LENGTHS if asked.get(n) is not None), self.max_gen_toks))
+        sampled = asked.pop("do_sample", None)
+        if sampled is not None:
+            asked["temperature"] = float(asked.get("temperature", 1.0)) if sampled else 0.0
+        for name, values in _NEUTRAL.items():
+            value = asked.pop(name, None)
+            if value not in values and (float(asked.get("temperature") or 0) > 0 or name not in ("top_p", "top_k")):
+                raise ValueError(f"gen_kwargs: {name} = {value!r} is not supported; expected {values[1]}")
+        settings = {**self.settings, **{name: asked[name] for name in asked if name not in _LENGTHS}}
+        if unknown := sorted(set(settings) - _SETTINGS):
+            raise ValueError(f"gen_kwargs: {', '.join(unknown)} is not known; expected {', '.join(sorted(_SETTINGS))}")
+        block = settings.get("block_length") or self.model.config.causal_block or min(32, size)
+        config = GenerationConfig(max_new_tokens=-(-size // block) * block, **{**settings, "block_length": block})
+        return config, [until] if isinstance(until, str) else [text for text in until if text], size
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
+
+
+def evaluate(model: IlladaLM, tasks: Sequence[str], include_path: str | None = None, **options: Any) -> dict[str, Any]:
+    """Runs the harness's `simple_evaluate` with a model; returns its results.
+
+    Parameters
+    ----------
+    model : IlladaLM
+    tasks : sequence of str
+        Names of tasks, or paths of YAML files.
+    include_path : str, optional
+        A folder with more tasks.
+    **options
+        Of simple_evaluate, such as limit, num_fewshot or apply_chat_template.
+
+    Returns
+    -------
+    dict
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    return lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the harness's command with "illada" as its model."""
+    from lm_eval.__main__ import cli_evaluate
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = given[:1] if given and not given[0].startswith("-") else ["run"]
+    rest = given[1:] if command == given[:1] else given
+    if command == ["run"] and not any(a.partition("=")[0] in ("--model", "-M") for a in rest):
+        rest = ["--model", "illada", *rest]
+    sys.argv = ["lm_eval", *command, *rest]
+    cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    from illada.integrations.lm_eval import main as run  # the model is registered by its importable name
+
+    raise SystemExit(run())
+register_model("illada")(IlladaLM)

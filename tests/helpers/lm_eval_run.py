@@ -1,0 +1,72 @@
+"""Runs lm-evaluation-harness on a folder of tasks, once by each of its doors, and prints what it found as JSON.
+
+python lm_eval_run.py MODEL TASKS, with lm_eval importable
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+from typing import Any
+
+from illada import cli
+from illada.integrations.lm_eval import IlladaLM, evaluate
+
+TASKS = ["local_choice", "local_answer", "local_rolling"]
+SCORING = {"method": "monte_carlo", "samples": 4, "seed": 3}
+
+
+def printed(call: Any) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        call()
+    return out.getvalue()
+
+
+def error(call: Any) -> str:
+    try:
+        call()
+    except ValueError as caught:
+        return str(caught)
+    return ""
+
+
+def samples(results: dict[str, Any]) -> dict[str, Any]:
+    """Returns arguments and responses of every request, by task and in the order of the documents."""
+    by_task = {}
+    for task, some in results["samples"].items():
+        some = sorted(some, key=lambda sample: sample["doc_id"])
+        by_task[task] = [{"arguments": s["arguments"], "resps": s["resps"]} for s in some]
+    return by_task
+
+
+def run(model: str, tasks: str) -> dict[str, Any]:
+    lm = IlladaLM(model, device="cpu", **SCORING)
+    found = evaluate(lm, TASKS, tasks, bootstrap_iters=0)
+    chat = evaluate(
+        IlladaLM(model, device="cpu", **SCORING), TASKS[:2], tasks, bootstrap_iters=0, limit=1, apply_chat_template=True
+    )
+    options = [f"{name}={value}" for name, value in SCORING.items()]
+    sys.argv = ["-", "--model_args", ",".join([f"pretrained={model}", *options]), "--tasks", TASKS[0]]
+    sys.argv += ["--include_path", tasks, "--device", "cpu"]
+    module = printed(lambda: runpy.run_module("illada.integrations.lm_eval", run_name="__main__"))
+    command = ["eval", "--model", model, "--tasks", TASKS[0], "--include-path", tasks, "--device", "cpu"]
+    command += [part for name, value in SCORING.items() for part in (f"--{name}", str(value))]
+    return {
+        "results": {task: dict(values) for task, values in found["results"].items()},
+        "samples": samples(found),
+        "chat": samples(chat),
+        "module": module,
+        "command": printed(lambda: cli.main(command)),
+        "unknown model_args": error(lambda: IlladaLM(model, device="cpu", blok_length=4)),
+        "unknown gen_kwargs": error(
+            lambda: evaluate(lm, TASKS[1:2], tasks, gen_kwargs={"typical_p": 0.5}, bootstrap_iters=0)
+        ),
+        "too long": error(lambda: evaluate(lm, TASKS[1:2], tasks, gen_kwargs={"max_gen_toks": 99}, bootstrap_iters=0)),
+    }
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(run(*sys.argv[1:]), default=str))

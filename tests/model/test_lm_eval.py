@@ -1,0 +1,159 @@
+"""The adapter for lm-evaluation-harness: what the harness gets is what our own functions give, in both of its versions.
+
+The harness runs in a process of its own, from a folder that `make test` fills; a local task file, no network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from illada import GenerationConfig, Model, ModelConfig, generate, log_likelihood, save
+from illada.likelihood import is_greedy
+from illada.tokenizer import ByteTokenizer
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = {"0.4": ["lm-eval-0.4"], "0.5": ["lm-eval-0.5", "lm-eval-0.4"]}  # 0.5 shares what 0.4 needs
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<ai>{% endif %}"
+)
+DOCUMENTS = [
+    {
+        "q": f"{i} plus {i * i} =",
+        "choices": [str(i + i * i), "no idea"],
+        "gold": i % 2,
+        "text": "on and on " * (4 * i + 1),
+    }
+    for i in range(5)
+]
+TASKS = {
+    "choice": """
+        output_type: multiple_choice
+        doc_to_text: "{{q}}"
+        doc_to_choice: "{{choices}}"
+        doc_to_target: "{{gold}}"
+        """,
+    "answer": """
+        output_type: generate_until
+        doc_to_text: "{{q}}"
+        doc_to_target: "{{choices[0]}}"
+        generation_kwargs: {until: ["\\n", "e"], max_gen_toks: 9, do_sample: false}
+        metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+        """,
+    "rolling": """
+        output_type: loglikelihood_rolling
+        doc_to_text: ""
+        doc_to_target: "{{text}}"
+        metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
+        """,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model(ModelConfig.preset("demo", n_layers=1, max_seq_len=64)).eval()
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def harness(request, model, tmp_path_factory) -> SimpleNamespace:
+    """What the harness of one version found by every door."""
+    folders = [ROOT / "build" / name for name in VERSIONS[request.param]]
+    if not all((folder / "lm_eval").is_dir() or "0.4" in folder.name for folder in folders):
+        pytest.skip(f"{folders[0]} holds no lm_eval: make test installs it where an index has it")
+    if not (folders[-1] / "datasets").is_dir():
+        pytest.skip(f"{folders[-1]} holds no datasets: make test installs it where an index has it")
+    folder = tmp_path_factory.mktemp("harness")
+    save(model, folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(document) for document in DOCUMENTS))
+    (folder / "tasks").mkdir()
+    for name, text in TASKS.items():
+        source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}}}\ntest_split: test"
+        lines = "\n".join(line.strip() for line in text.splitlines())
+        (folder / "tasks" / f"{name}.yaml").write_text(f"task: local_{name}\n{source}\n{lines}")
+    paths = [str(ROOT), str(ROOT / "python"), *map(str, folders)]
+    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    ran = subprocess.run(
+        [sys.executable, ROOT / "tests" / "helpers" / "lm_eval_run.py", folder / "model", folder / "tasks"],
+        env={**environment, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return SimpleNamespace(**json.loads(ran.stdout.splitlines()[-1]))
+
+
+def ids(text: str) -> list[int]:
+    return ByteTokenizer().encode(text.encode()).tolist()
+
+
+def likelihood(model: Model, context: list[int], continuation: list[int]) -> float:
+    return log_likelihood(model, [context], [continuation], samples=4, seed=3).item()
+
+
+def arguments(sample: dict) -> list[list]:
+    """The arguments of a sample's requests; versions log them as lists or as dicts."""
+    logged = sample["arguments"]
+    if isinstance(logged, dict):
+        logged = [list(request.values()) for request in logged.values()]
+    return [list(request) for request in logged]
+
+
+def test_likelihoods_are_those_of_log_likelihood(harness, model):
+    some = harness.samples["local_choice"]
+    assert len(some) == 5
+    for sample, document in zip(some, DOCUMENTS):
+        for (found, greedy), choice in zip((answer[0] for answer in sample["resps"]), document["choices"]):
+            pair = (ids(document["q"]), ids(f" {choice}"))
+            assert float(found) == pytest.approx(likelihood(model, *pair), rel=1e-5)
+            assert str(greedy) == str(is_greedy(model, [pair[0]], [pair[1]])[0])
+
+
+def test_answers_are_those_of_generate_cut_at_until(harness, model):
+    config = GenerationConfig(max_new_tokens=9, block_length=9)
+    for sample, document in zip(harness.samples["local_answer"], DOCUMENTS):
+        text = ByteTokenizer().decode(generate(model, [ids(document["q"])], config).tokens[0])
+        assert sample["resps"] == [[text.split("\n")[0].split("e")[0]]]
+
+
+def test_rolling_likelihood_counts_every_token_once_in_windows_of_the_context_length(harness, model):
+    total = 0.0
+    for sample, document in zip(harness.samples["local_rolling"], DOCUMENTS):
+        tokens = ids(document["text"])
+        wanted = likelihood(model, [], tokens[:64])
+        for start in range(64, len(tokens), 63):
+            end = min(start + 63, len(tokens))
+            wanted += likelihood(model, tokens[max(0, end - 64) : start], tokens[start:end])
+        found = sample["resps"][0]
+        assert float(found[0] if isinstance(found, list) else found) == pytest.approx(wanted, rel=1e-5)
+        total += wanted
+    size = sum(len(document["text"]) for document in DOCUMENTS)
+    bits = harness.results["local_rolling"]["bits_per_byte,none"]
+    assert float(bits) == pytest.approx(-total / size / torch.log(torch.tensor(2.0)).item(), rel=1e-5)
+
+
+def test_chat_templates_make_the_prompts(harness):
+    for task in ("local_choice", "local_answer"):
+        assert arguments(harness.chat[task][0])[0][0] == f"<user>{DOCUMENTS[0]['q']}<ai>"
+
+
+def test_both_commands_print_the_same_table(harness):
+    for table in (harness.module, harness.command):
+        accuracy = re.search(r"\|acc +\|↑ +\| *([0-9.]+)\|", table)
+        assert "local_choice" in table and accuracy
+        assert float(accuracy[1]) == pytest.approx(float(harness.results["local_choice"]["acc,none"]), abs=5e-5)
+
+
+def test_settings_that_are_not_known_are_named(harness):
+    found = vars(harness)
+    assert found["unknown model_args"].startswith("model_args: blok_length is not known; expected block_length, cache")
+    assert found["unknown gen_kwargs"].startswith("gen_kwargs: typical_p is not known; expected block_length, cache")
+    assert found["too long"] == "max_gen_toks: expected less than the model's max_seq_len = 64, got 99"
