@@ -33,7 +33,11 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def load(
-    path: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
 ) -> Model:
     """Returns the model in a Hugging Face folder, in evaluation mode.
 
@@ -43,6 +47,8 @@ def load(
     device : torch.device or str
     dtype : torch.dtype, optional
         None: that of the stored embedding.
+    **overrides
+        Fields of ModelConfig that replace what config.json says: `load(path, mask_id=151669, causal_block=32)`.
 
     Returns
     -------
@@ -53,17 +59,28 @@ def load(
     CheckpointIOError
         (an OSError) For files that are missing or cannot be read.
     ConfigError
-        For a config.json of a model that is not supported.
+        For a config.json of a model that is not supported, and for overrides that are no fields of ModelConfig.
     CheckpointError
         For tensors that are not exactly those of config.json.
 
     Notes
     -----
-    Memory: the model and one tensor.
+    Supported are the dense models of `illada.hf_config.FAMILIES`, by their published names of architectures and
+    tensors. Files that could run code (pickles) are refused. Memory: the model and one tensor.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from illada import Model, ModelConfig, load, save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Model(ModelConfig.preset("demo", n_layers=1)), folder)
+    ...     model = load(folder, max_seq_len=512)
+    >>> model.config.max_seq_len
+    512
     """
     _check_dtype(dtype)
     folder = Path(path)
-    config = read_config(folder)
+    config = read_config(folder, **overrides)
     headers = {file: _header(file) for file in _weight_files(folder)}
     found = {name: (file, info) for file, infos in headers.items() for name, info in infos.items()}
     expected = {entry.name: entry for entry in entries(config)}
@@ -91,11 +108,19 @@ def _check_dtype(dtype: Any) -> None:
         raise TypeError(f"dtype: expected None or one of {names}, got {dtype!r}")
 
 
-def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+def read_config(path: str | os.PathLike[str], **overrides: Any) -> ModelConfig:
     """Returns the configuration in a checkpoint folder, with all end-of-text ids of generation_config.json too.
 
-    Raises CheckpointIOError, CheckpointError or ConfigError.
+    Fields in `overrides` replace what the files say. Raises CheckpointIOError, CheckpointError or ConfigError.
     """
+    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"hf", "family"}
+    if unknown := sorted(set(overrides) - known):
+        raise ConfigError(f"load: {', '.join(unknown)}: expected fields of ModelConfig, {', '.join(sorted(known))}")
+    config = _stored_config(path)
+    return dataclasses.replace(config, **overrides) if overrides else config
+
+
+def _stored_config(path: str | os.PathLike[str]) -> ModelConfig:
     folder = Path(path)
     config = ModelConfig.from_hf(_read_json(folder / CONFIG))
     if not (folder / GENERATION).exists():

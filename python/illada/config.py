@@ -39,6 +39,11 @@ class ModelConfig:
     forbid_mask : bool
         The training loss gives the mask's logit -inf (MDLM, BD3-LM); LLaDA, iLLaDA, Dream and SDAR do not. Decoding
         and evaluation never propose the mask in any case.
+    variable_length : bool
+        Decoding appends a block of masks when it is reached (iLLaDA); False: all masks are there from the start (LLaDA,
+        Dream). The default of `GenerationConfig`.
+    rope_scaling : dict, optional
+        YaRN, in the words of config.json: {"rope_type": "yarn", "factor": 16.0, ...}.
     init_std : float
         Standard deviation of fresh weights.
     hf : dict
@@ -80,6 +85,8 @@ class ModelConfig:
     norm_in_fp32: bool = False
     more_eos_ids: tuple[int, ...] = ()
     forbid_mask: bool = False
+    variable_length: bool = True
+    rope_scaling: dict[str, Any] | None = None
     hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +115,7 @@ class ModelConfig:
                 raise ConfigError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         if not isinstance(self.causal_block, int) or isinstance(self.causal_block, bool) or self.causal_block < 0:
             raise ConfigError(f"causal_block: expected 0 (full) or a block length, got {self.causal_block!r}")
+        _check_yarn(self.rope_scaling)
         if self.family not in FAMILIES:
             raise ConfigError(f"family: expected one of {', '.join(FAMILIES)}, got {self.family!r}")
 
@@ -154,6 +162,17 @@ class ModelConfig:
         return (self.eos_id, *self.more_eos_ids) if self.eos_id >= 0 else self.more_eos_ids
 
 
+def _check_yarn(scaling: Any) -> None:
+    if scaling is None:
+        return
+    if not isinstance(scaling, dict) or scaling.get("rope_type") != "yarn":
+        raise ConfigError(f'rope_scaling: expected None or {{"rope_type": "yarn", ...}}, got {scaling!r}')
+    for name in ("factor", "original_max_position_embeddings"):
+        value = scaling.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ConfigError(f"rope_scaling: {name}: expected a positive number, got {value!r}")
+
+
 PRESETS = {
     # rope_theta and norm_eps of iLLaDA are not published apart from its config.json: `load` reads them there.
     "iLLaDA-8B": ModelConfig(
@@ -187,6 +206,7 @@ PRESETS = {
         mask_id=126336,
         eos_id=126081,
         pad_id=126081,
+        variable_length=False,
         family="llada",
     ),
     "Dream-7B": ModelConfig(
@@ -202,6 +222,7 @@ PRESETS = {
         qkv_bias=True,
         max_seq_len=2048,
         shifted_logits=True,
+        variable_length=False,
         mask_id=151666,
         eos_id=151643,
         pad_id=151643,

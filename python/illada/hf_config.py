@@ -15,16 +15,25 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from .config import ModelConfig
 
-FAMILIES = ("illada", "llada", "dream", "sdar", "qwen2", "qwen3")
+FAMILIES = (
+    *("illada", "llada", "dream", "sdar", "qwen2", "qwen3", "llama"),
+    *("stable_diffcoder", "a2d_qwen2", "a2d_qwen3", "nemotron_labs_diffusion"),
+)
 
 # Defaults of a family's published code for what its config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "illada": {"tie_embeddings": True, "mask_id": 5, "max_seq_len": 8192},
-    "llada": {"rope_in_fp32": True, "mask_id": 126336, "max_seq_len": 4096},
-    "dream": {"shifted_logits": True, "qkv_bias": True, "mask_id": 151666},
+    "llada": {"rope_in_fp32": True, "mask_id": 126336, "max_seq_len": 4096, "variable_length": False},
+    "dream": {"shifted_logits": True, "qkv_bias": True, "mask_id": 151666, "variable_length": False},
     "sdar": {"qk_norm": True, "norm_in_fp32": True, "causal_block": 4, "mask_id": 151669},
     "qwen2": {"shifted_logits": True, "qkv_bias": True, "causal_block": 1},
     "qwen3": {"shifted_logits": True, "qk_norm": True, "causal_block": 1},
+    "llama": {"shifted_logits": True, "causal_block": 1},
+    "stable_diffcoder": {"causal_block": 4, "mask_id": 5},
+    # Qwen with full attention and the token <|mask|> behind those that its tokenizer had
+    "a2d_qwen2": {"qkv_bias": True, "mask_id": 151665, "variable_length": False},
+    "a2d_qwen3": {"qk_norm": True, "mask_id": 151669, "variable_length": False},
+    "nemotron_labs_diffusion": {"mask_id": 100},
 }
 _ARCHITECTURES = {
     "illada": "ILLaDAForCausalLM",
@@ -33,9 +42,21 @@ _ARCHITECTURES = {
     "sdar": "SDARForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "stable_diffcoder": "StableDiffcoderForCausalLM",
+    "a2d_qwen2": "A2DQwen2LMHeadModel",
+    "a2d_qwen3": "A2DQwen3LMHeadModel",
+    "nemotron_labs_diffusion": "NemotronLabsDiffusionModel",
 }
+_MODEL_TYPES = {  # where they are not the family's name; an architecture is looked at first
+    "dream": "Dream",
+    "stable_diffcoder": "llama",
+    "a2d_qwen2": "a2d-qwen2",
+    "a2d_qwen3": "a2d-qwen3",
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Fields of ModelConfig that a config.json may state under their own names, because the family has no name for them.
-OWN = ("rope_in_fp32", "norm_in_fp32", "shifted_logits", "causal_block", "forbid_mask")
+OWN = ("rope_in_fp32", "norm_in_fp32", "shifted_logits", "causal_block", "forbid_mask", "variable_length")
 
 # Settings that change no number of a forward pass. Dropout matters to the published training code alone.
 _HARMLESS = frozenset(
@@ -99,6 +120,9 @@ def read(hf: Any, warn: bool = True) -> dict[str, Any]:
         fields.update(_read_ids(settings))
         if family == "sdar" and settings.get("block_size") is not None:
             fields["causal_block"] = settings["block_size"]
+        if family == "nemotron_labs_diffusion":  # the others are how it was trained
+            settings.refuse(dlm_paradigm="bidirectional")
+            settings.used |= {"block_size", "dlm_loss_weight", "ar_loss_weight", "dp_varying_mask_ratio"}
         fields.update({name: settings[name] for name in OWN if name in hf})
     except KeyError as missing:
         raise ConfigError(f"config.json: {missing} is missing, and a {family} model needs it") from None
@@ -127,16 +151,20 @@ def _family(hf: dict[str, Any]) -> str:
     architectures = hf.get("architectures") or ()
     if not isinstance(architectures, (list, tuple)):
         raise ConfigError(f"config.json: architectures: expected a list, got {architectures!r}")
-    names = [str(hf.get("model_type") or ""), *map(str, architectures)]
-    for name in names:
-        if name.lower() in FAMILIES:
-            return name.lower()
-    for name in names:  # an architecture: ILLaDAForCausalLM, LLaDAModelLM, DreamModel, SDARForCausalLM ...
-        for family in FAMILIES:
-            rest = name.lower().removeprefix(family)
-            if rest != name.lower() and rest in ("modellm", "model", "forcausallm"):
-                return family
+    names = [*map(str, architectures), str(hf.get("model_type") or "")]
     came = ", ".join(filter(None, names)) or "neither model_type nor architectures"
+    moe = re.compile(r"moe|mixtral|llada2|rnd1|diffusion_?gemma", re.IGNORECASE)
+    if any(map(moe.search, names)) or any(isinstance(hf.get(key), int) and hf[key] > 1 for key in _EXPERTS):
+        raise ConfigError(
+            f"config.json: {came} is a mixture of experts, which is not supported; expected a dense model"
+        )
+    known = {name.lower(): family for table in (_MODEL_TYPES, _ARCHITECTURES) for family, name in table.items()}
+    known.update((family, family) for family in FAMILIES)
+    for name in map(str.lower, names):
+        short = re.sub(r"(modellm|model|forcausallm)$", "", name)  # DreamModel, ILLaDAModelLM
+        for candidate in (name, short):
+            if candidate in known:
+                return known[candidate]
     raise ConfigError(f"config.json: expected one of the types {', '.join(FAMILIES)}, got {came}")
 
 
@@ -252,21 +280,27 @@ def _read_llama(hf: _Settings, family: str) -> dict[str, Any]:
         "head_dim": hf.number("head_dim", dim // max(heads, 1)),
         "ffn_dim": hf.number("intermediate_size"),
         "vocab_size": hf.number("vocab_size"),
-        "rope_theta": _rope_theta(hf),
+        **_rope(hf),
         "norm_eps": hf.number("rms_norm_eps", 1e-6),
         "tie_embeddings": hf.get("tie_word_embeddings", defaults.get("tie_embeddings", False)),
         "max_seq_len": hf.number("max_position_embeddings", defaults.get("max_seq_len", ...)),
         "init_std": hf.number("initializer_range", 0.02),
     }
+    if (fields["rope_scaling"] or {}).get("llama_4_scaling_beta"):  # scales queries from here on
+        fields["max_seq_len"] = min(fields["max_seq_len"], fields["rope_scaling"]["original_max_position_embeddings"])
     for name, key in (("qkv_bias", "attention_bias"), ("qk_norm", "qk_norm")):
         if hf.get(key) is not None:
             fields[name] = hf[key]
     return fields
 
 
-def _rope_theta(hf: _Settings) -> float:
-    """Returns the base of RoPE's angles; raises ConfigError for any scaling of them."""
-    theta = hf.number("rope_theta", None)
+_YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"}
+_YARN |= {"mscale", "mscale_all_dim", "llama_4_scaling_beta"}
+
+
+def _rope(hf: _Settings) -> dict[str, Any]:
+    """Returns the base of RoPE's angles and their scaling; raises ConfigError for any but YaRN."""
+    theta, scaling = hf.number("rope_theta", None), None
     for key in ("rope_scaling", "rope_parameters"):
         rope = hf.get(key)
         if rope is None or rope == {}:
@@ -274,13 +308,16 @@ def _rope_theta(hf: _Settings) -> float:
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
             raise ConfigError(f"config.json: {key}: expected null or one object of numbers, got {rope!r}")
         kind = rope.get("rope_type", rope.get("type", "default" if "rope_theta" in rope else None))
-        if kind != "default":
+        if kind not in ("default", "yarn"):
             raise ConfigError(f"config.json: {key} of type {kind!r} is not supported; remove it to run without")
         other = {name: v for name, v in rope.items() if name not in ("rope_type", "type", "rope_theta")}
-        if other.pop("partial_rotary_factor", 1.0) != 1.0 or other:
-            raise ConfigError(f"config.json: {key}: expected rope_theta alone, got {rope!r}")
+        partial = other.pop("partial_rotary_factor", 1.0)
+        if partial != 1.0 or (other if kind == "default" else set(other) - _YARN):
+            names = "" if kind == "default" else f" and {', '.join(sorted(_YARN))}"
+            raise ConfigError(f"config.json: {key}: expected rope_theta{names or ' alone'}, got {rope!r}")
+        scaling = {"rope_type": kind, **other} if kind == "yarn" else None
         theta = _Settings(rope).number("rope_theta", None) if theta is None else theta
-    return 10000.0 if theta is None else theta
+    return {"rope_theta": 10000.0 if theta is None else theta, "rope_scaling": scaling}
 
 
 def _write_llama(config: ModelConfig) -> dict[str, Any]:
@@ -289,7 +326,7 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
     own = {"attention_bias": config.qkv_bias, "qk_norm": config.qk_norm}
     implied = {"attention_bias": defaults.get("qkv_bias", False), "qk_norm": defaults.get("qk_norm", False)}
     return {
-        "model_type": "Dream" if config.family == "dream" else config.family,
+        "model_type": _MODEL_TYPES.get(config.family, config.family),
         "architectures": [_ARCHITECTURES[config.family]],
         "hidden_act": "silu",
         "hidden_size": config.dim,
@@ -305,5 +342,6 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "initializer_range": config.init_std,
         **{name: value for name, value in own.items() if value != implied[name]},
+        **({"rope_scaling": config.rope_scaling} if config.rope_scaling else {}),
         **block,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,43 @@ def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> R
     """Returns cos and sin of position * theta**(-2i / head_dim), (B or 1, S, 1, head_dim / 2), from float32 angles."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     pair = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact)
-    angle = positions[..., None, None].to(exact) * config.rope_theta ** (-pair / config.head_dim)
+    frequency, factor = config.rope_theta ** (-pair / config.head_dim), 1.0
+    if config.rope_scaling is not None:
+        frequency, factor = _yarn(config, config.rope_scaling, frequency)
+    angle = positions[..., None, None].to(exact) * frequency
     rotate_in = exact if config.rope_in_fp32 else dtype
-    return angle.cos().to(rotate_in), angle.sin().to(rotate_in)
+    return (angle.cos() * factor).to(rotate_in), (angle.sin() * factor).to(rotate_in)
+
+
+def _yarn(config: ModelConfig, scaling: dict[str, Any], frequency: Tensor) -> tuple[Tensor, float]:
+    """Returns YaRN's frequencies and the factor of cos and sin (arXiv 2309.00071, section 3.4).
+
+    Pairs that turn more than beta_fast times in the original context keep their frequency, those that turn less than
+    beta_slow times divide it by the factor; in between it goes over linearly.
+    """
+    factor, context = float(scaling["factor"]), scaling["original_max_position_embeddings"]
+
+    def pair_of(turns: float) -> float:
+        return config.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = pair_of(scaling.get("beta_fast") or 32.0), pair_of(scaling.get("beta_slow") or 1.0)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0.0), min(high, config.head_dim - 1.0)
+    index = torch.arange(len(frequency), device=frequency.device, dtype=frequency.dtype)
+    divided = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency * (1 - divided) + frequency / factor * divided, _yarn_attention_factor(scaling, factor)
+
+
+def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

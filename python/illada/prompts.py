@@ -197,7 +197,7 @@ def _stream(
                 break
             number, prompt = line
             try:
-                prompts[decoder.submit(_encode(tokenizer, prompt))] = prompt
+                prompts[decoder.submit(_encode(tokenizer, prompt, options))] = prompt
             except PromptError as error:
                 raise PromptError(f"{options.prompts}, line {number}: {error}") from None
         if not decoder.step():

@@ -55,6 +55,15 @@ _LLADA = {  # ff_proj is the gate; a block's ff_out is the down projection, the 
 }
 
 
+_NEMOTRON = {
+    **_LLAMA,
+    "embed": "encoder.embed_tokens",
+    "norm": "encoder.norm",
+    "head": "diffusion_head",
+    "layer": "encoder.layers.{}.",
+}
+
+
 def entries(config: ModelConfig) -> Iterator[Entry]:
     """Yields the tensors that a checkpoint of this configuration holds; they cover every parameter once."""
     names = _names(config)
@@ -99,4 +108,4 @@ def head_name(config: ModelConfig) -> str:
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
-    return _LLADA if config.family == "llada" else _LLAMA
+    return {"llada": _LLADA, "nemotron_labs_diffusion": _NEMOTRON}.get(config.family, _LLAMA)

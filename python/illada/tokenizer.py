@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from . import bpe_files
 from .byte_pairs import join, learn_merges
 from .errors import DataError
 
@@ -220,7 +221,22 @@ def make_tokenizer(
 
 
 def load_tokenizer(folder: Path, vocab_size: int, mask_id: int, eos_id: int, pad_id: int) -> Tokenizer:
-    """Returns the tokenizer beside a checkpoint: our file, else tokenizer.json, else bytes if the vocab has 259 ids."""
+    """Returns the tokenizer beside a checkpoint.
+
+    Our own file, else tokenizer.json, else vocab.json and merges.txt, else bytes if the vocab has 259 ids. Raises
+    DataError where there is none, and for one with ids that the model does not have.
+    """
+    found = _tokenizer_there(folder, vocab_size, mask_id, eos_id, pad_id)
+    largest = max(found.inner.get_vocab().values()) if isinstance(found, JsonTokenizer) else found.vocab_size - 1
+    if largest >= vocab_size:
+        raise DataError(
+            f"{folder}: the tokenizer has ids up to {largest}, the model only below {vocab_size}; they are not of the "
+            "same model"
+        )
+    return found
+
+
+def _tokenizer_there(folder: Path, vocab_size: int, mask_id: int, eos_id: int, pad_id: int) -> Tokenizer:
     if (folder / FILE).exists():
         try:
             return from_json(json.loads(_read(folder / FILE, "a tokenizer")))
@@ -230,9 +246,13 @@ def load_tokenizer(folder: Path, vocab_size: int, mask_id: int, eos_id: int, pad
             raise DataError(f"{folder / FILE} is not JSON ({error}); save the checkpoint again") from None
     if (folder / "tokenizer.json").exists():
         return JsonTokenizer(_read(folder / "tokenizer.json", "a tokenizer"), mask_id, eos_id, pad_id)
+    if (folder / bpe_files.VOCAB).exists() and (folder / bpe_files.MERGES).exists():
+        return JsonTokenizer(bpe_files.tokenizer_json(folder), mask_id, eos_id, pad_id)
     if vocab_size == FIRST_MERGE:
         return ByteTokenizer()
-    raise DataError(f"{folder} holds no tokenizer: expected {FILE} or tokenizer.json beside the weights")
+    raise DataError(
+        f"{folder} holds no tokenizer: expected {FILE}, tokenizer.json or vocab.json and merges.txt beside it"
+    )
 
 
 def _read(file: Path, expected: str) -> str:

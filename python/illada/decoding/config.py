@@ -64,9 +64,9 @@ class GenerationConfig:
         every `refresh_every` passes (0: never again; 1: every pass, which equals "none").
     stop_ids : int or collection of int, optional
         Tokens that end a sequence. None: the model's `eos_ids`; (): none.
-    variable_length : bool
+    variable_length : bool, optional
         True: a block's masks appear when the block is reached (iLLaDA). False: all `max_new_tokens` masks are visible
-        from the start (LLaDA).
+        from the start (LLaDA). None: as published for the model's family.
     guidance : float
         Classifier-free guidance w: logits u + (w + 1) (c - u), where u sees a masked prompt. Doubles the batch.
     """
@@ -89,7 +89,7 @@ class GenerationConfig:
     cache: str | None = None
     refresh_every: int = 0
     stop_ids: int | Iterable[int] | None = None
-    variable_length: bool = True
+    variable_length: bool | None = None
     guidance: float = 0.0
     forbid: int | Iterable[int] | None = None
     defer: int | Iterable[int] = ()
@@ -148,6 +148,8 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
         plain[name] = None if value is None else tuple(_ids(name, value, model.vocab_size))
     if plain["forbid"] is not None and model.mask_id not in plain["forbid"]:
         plain["forbid"] = (*plain["forbid"], model.mask_id)  # a mask that is proposed would never be filled
+    if config.variable_length is None:
+        plain["variable_length"] = model.variable_length
     for name in ("logit_bias", "growing_bias"):
         value = getattr(config, name)
         plain[name] = None if value is None else _logit_bias(name, value, model.vocab_size)
