@@ -48,12 +48,13 @@ _ARCHITECTURES = {
     "a2d_qwen3": "A2DQwen3LMHeadModel",
     "nemotron_labs_diffusion": "NemotronLabsDiffusionModel",
 }
-_MODEL_TYPES = {  # where they are not the family's name; an architecture is looked at first
+_MODEL_TYPES = {  # where they are not the family's name
     "dream": "Dream",
     "stable_diffcoder": "llama",
     "a2d_qwen2": "a2d-qwen2",
     "a2d_qwen3": "a2d-qwen3",
 }
+_MIXTURE = re.compile(r"moe|mixtral|llada2|rnd1|diffusion_?gemma", re.IGNORECASE)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Fields of ModelConfig that a config.json may state under their own names, because the family has no name for them.
 OWN = ("rope_in_fp32", "norm_in_fp32", "shifted_logits", "causal_block", "forbid_mask", "variable_length")
@@ -151,15 +152,17 @@ def _family(hf: dict[str, Any]) -> str:
     architectures = hf.get("architectures") or ()
     if not isinstance(architectures, (list, tuple)):
         raise ConfigError(f"config.json: architectures: expected a list, got {architectures!r}")
-    names = [*map(str, architectures), str(hf.get("model_type") or "")]
+    names = [str(hf.get("model_type") or ""), *map(str, architectures)]
     came = ", ".join(filter(None, names)) or "neither model_type nor architectures"
-    moe = re.compile(r"moe|mixtral|llada2|rnd1|diffusion_?gemma", re.IGNORECASE)
-    if any(map(moe.search, names)) or any(isinstance(hf.get(key), int) and hf[key] > 1 for key in _EXPERTS):
+    experts = names[:1] if any(isinstance(hf.get(key), int) and hf[key] > 1 for key in _EXPERTS) else ()
+    if named := [*filter(_MIXTURE.search, names), *experts]:
         raise ConfigError(
-            f"config.json: {came} is a mixture of experts, which is not supported; expected a dense model"
+            f"config.json: {named[0]} is a mixture of experts, which is not supported; expected a dense model"
         )
     known = {name.lower(): family for table in (_MODEL_TYPES, _ARCHITECTURES) for family, name in table.items()}
     known.update((family, family) for family in FAMILIES)
+    if names[0] == "llama":  # which Stable-DiffCoder says too
+        names = [*names[1:], names[0]]
     for name in map(str.lower, names):
         short = re.sub(r"(modellm|model|forcausallm)$", "", name)  # DreamModel, ILLaDAModelLM
         for candidate in (name, short):

@@ -186,7 +186,7 @@ def test_queries_are_scaled_only_beyond_where_nemotron_s_context_ends_here():
     "says",
     [
         {"model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"]},
-        {"model_type": "llada", "architectures": ["LLaDAMoEModel"]},
+        {"model_type": "LLaDAMoEModelLM", "architectures": ["LLaDAMoEModelLM"]},
         {"model_type": "qwen3_moe"},
         {"model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"]},
         {"model_type": "rnd1"},

@@ -132,8 +132,10 @@ def test_rolling_likelihood_counts_every_token_once_in_windows_of_the_context_le
         for start in range(64, len(tokens), 63):
             end = min(start + 63, len(tokens))
             wanted += likelihood(model, tokens[max(0, end - 64) : start], tokens[start:end])
-        found = sample["resps"][0]
-        assert float(found[0] if isinstance(found, list) else found) == pytest.approx(wanted, rel=1e-5)
+        found = sample["resps"]
+        while isinstance(found, list):  # 0.5 has a pair where 0.4 has a number
+            found = found[0]
+        assert float(found) == pytest.approx(wanted, rel=1e-5)
         total += wanted
     size = sum(len(document["text"]) for document in DOCUMENTS)
     bits = harness.results["local_rolling"]["bits_per_byte,none"]

@@ -263,7 +263,8 @@ def test_published_config_json_files_are_understood():
     "change, message",
     [
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "got gpt2, GPT2LMHeadModel"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling of type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, "rope_scaling of type 'longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "original_max_position_embeddings: expected a positive"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, expected 'silu'"),
         ({"hidden_size": "wide"}, "hidden_size: expected a number, got 'wide'"),
     ],
