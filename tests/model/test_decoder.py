@@ -34,7 +34,8 @@ def model_of(preset: str):
 
 def settings(model, **changes) -> GenerationConfig:
     block = model.config.causal_block or 4
-    return GenerationConfig(**{"max_new_tokens": 10, "block_length": block, "stop_ids": (), "seed": 5, **changes})
+    common = {"max_new_tokens": 10, "block_length": block, "stop_ids": (), "seed": 5, "variable_length": True}
+    return GenerationConfig(**{**common, **changes})
 
 
 HOW = {

@@ -78,6 +78,9 @@ class Decoder:
     def __init__(
         self, model: Model, config: GenerationConfig | None = None, slots: int = 8, max_length: int | None = None
     ) -> None:
+        config = config or GenerationConfig()
+        if config.variable_length is None and config.sampler is None:  # sequences begin at different times
+            config = dataclasses.replace(config, variable_length=True)
         c, config = model.config, checked(config, model.config)
         length = c.max_seq_len if max_length is None else max_length
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
