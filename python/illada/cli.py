@@ -137,9 +137,15 @@ def _train_parser(p: argparse.ArgumentParser) -> None:
     said("--tokenizer", help="bytes (default), bpe:N learned from the text, or a tokenizers JSON file", **says)
     said("--preset", help="shape of the model (default demo)", **says)
     said(
+        "--from",
+        metavar="FOLDER",
+        help="train the model in a checkpoint's folder on, with its tokenizer (default optimizer adamw at 2e-5)",
+        **says,
+    )
+    said(
         "--objective",
-        choices=("full", "block", "sft"),
-        help="full: LLaDA (default); block: BD3-LM; sft: prompts kept",
+        choices=("full", "packed", "block", "sft"),
+        help="full: LLaDA (default); packed: iLLaDA, windows split at random; block: BD3-LM; sft: prompts kept",
         **says,
     )
     said("--block", type=int, help="block length of --objective block (default 4)", **says)
@@ -147,6 +153,10 @@ def _train_parser(p: argparse.ArgumentParser) -> None:
     said("--seconds", type=float, help="length of the run in seconds, instead of --steps", **says)
     said("--length", type=int, help="tokens in a window (default 128)", **says)
     said("--batch-size", type=int, help="default 8", **says)
+    said("--accumulate", type=int, help="micro-batches a step, to save memory (default 1)", **says)
+    said("--checkpoint-activations", action="store_true", help="compute layers again in the backward", **says)
+    said("--split-fraction", type=float, help="of --objective packed: windows cut into two (default 0.3)", **says)
+    said("--short-fraction", type=float, help="of --objective full: batches cut short (LLaDA 0.01; default 0)", **says)
     said("--weighting", choices=("llada", "mdlm", "cart"), help="of --objective full (default llada)", **says)
     said(
         "--complementary", action="store_true", help="of --objective full: each batch with its inverse mask too", **says
@@ -164,8 +174,15 @@ def _train_parser(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run=_train)
 
 
-_RUN = ("data", "tokenizer", "preset", "block")  # settings of the run that are not TrainConfig's
-_OBJECTIVE_OF = {"block": "block", "hole_fraction": "block", "weighting": "full", "complementary": "full"}
+_RUN = ("data", "tokenizer", "preset", "from", "block")  # settings of the run that are not TrainConfig's
+_OBJECTIVE_OF = {
+    "block": "block",
+    "hole_fraction": "block",
+    "weighting": "full",
+    "complementary": "full",
+    "short_fraction": "full",
+    "split_fraction": "packed",
+}
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -176,6 +193,8 @@ def _train(options: argparse.Namespace) -> int:
     said = {k: v for k, v in vars(options).items() if k in _RUN or k in {f.name for f in _train_fields()}}
     if said.get("data") is not None:
         said["data"] = os.path.abspath(said["data"])  # so that a run can be resumed from anywhere
+    if said.get("from") is not None:
+        said["from"] = os.path.abspath(said["from"])
     if options.resume:
         Run.open(folder)  # before the lock, which would make the folder
         with FolderLock(folder) as lock:
@@ -187,10 +206,22 @@ def _train(options: argparse.Namespace) -> int:
     config = _train_config(said)
     train_documents, _ = _documents(said.get("data"), config.objective, folder)
     with FolderLock(folder) as lock:
-        block = said.get("block", 4) if config.objective == "block" else 0
         names = (said.get("tokenizer", "bytes"), said.get("preset", "demo"))
-        run = Run.create(folder, said.get("data"), *names, config, block, train_documents, _learning(options.quiet))
+        learning, block = _learning(options.quiet), _block(said, config.objective)
+        run = Run.create(
+            folder, said.get("data"), *names, config, block, train_documents, learning, start_from=said.get("from")
+        )
         return _run_training(run, train_documents, options, lock)
+
+
+def _block(said: dict[str, Any], objective: str) -> int:
+    """Returns the model's causal_block: what was said, else that of the checkpoint to begin with, else 4."""
+    from . import checkpoint
+
+    if objective != "block":
+        return 0
+    own = checkpoint.read_config(said["from"]).causal_block if said.get("from") else 0
+    return said.get("block") or own or 4
 
 
 def _learning(quiet: bool) -> Callable[[float], object]:
@@ -278,8 +309,13 @@ def _train_config(said: dict[str, Any]) -> Any:
         values["steps"] = 1000
     if values["objective"] == "block":
         values.setdefault("hole_fraction", 0.2)
+    for name in ("tokenizer", "preset"):
+        if "from" in said and name in said:
+            raise ValueError(f"{name}: it is the one in --from {said['from']}; leave out --{name}")
+    if "from" in said:
+        values.setdefault("optimizer", "adamw")
     if values.get("optimizer") == "adamw":
-        values.setdefault("lr", 0.002)
+        values.setdefault("lr", 2e-5 if "from" in said else 0.002)
     return TrainConfig(**values)
 
 

@@ -247,6 +247,7 @@ def test_pairs_are_prompt_answer_and_end_of_text_to_the_right():
         ("not json", 'expected {"prompt"'),
         ('{"prompt": "a"}', 'expected {"prompt"'),
         ('{"prompt": "abcdefgh", "response": "x"}', "no room"),
+        ('{"prompt": "a", "response": ""}', "the response is empty, so there is nothing to learn"),
         ("", "found none"),
     ],
 )

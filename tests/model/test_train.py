@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from illada import cli
 from illada.config import ModelConfig
 from illada.errors import CheckpointError, CheckpointIOError
 from illada.model import Model
@@ -287,6 +288,9 @@ def test_what_killed_saves_left_is_swept_when_a_run_goes_on(tmp_path):
         ({"length": 16.0}, "length: expected an integer, got 16.0"),
         ({"batch_size": "8"}, "batch_size: expected an integer, got '8'"),
         ({"weighting": "x"}, "weighting: expected one of llada, mdlm, cart, got 'x'"),
+        ({"accumulate": 9}, "accumulate: expected at most batch_size = 8, got 9"),
+        ({"accumulate": 0}, r"accumulate: expected a positive number up to 3\.4e38, got 0"),
+        ({"short_fraction": 2}, "short_fraction: expected a number from 0 to 1, got 2"),
         ({"lr": 1e39}, r"lr: expected a positive number up to 3\.4e38, got 1e\+39"),
     ],
 )
@@ -331,7 +335,7 @@ def test_a_compiled_model_is_trained_by_the_same_optimizers():
 # ---- learning ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["full", "block"])
+@pytest.mark.parametrize("objective", ["full", "packed", "block"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_learns_a_repeated_text(objective, dtype):
     """27 bytes over and over: from log(258) = 5.6 nats a byte to below 2.5, the entropy of its letters being 2.6."""
@@ -371,6 +375,66 @@ def test_the_rate_rises_for_the_warmup_and_falls_to_zero():
 def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         trainer(**changes)
+
+
+# ---- micro-batches, checkpointing, a checkpoint to begin with -----------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["full", "block"])
+def test_micro_batches_change_a_run_by_rounding_alone(objective):
+    whole = trainer(objective=objective, batch_size=6, steps=4, optimizer="adamw", lr=1e-3)
+    parts = trainer(objective=objective, batch_size=6, steps=4, optimizer="adamw", lr=1e-3, accumulate=4)
+    whole.run()
+    parts.run()
+    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)  # four steps of float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpointed_layers_save_less_and_change_no_bit(dtype):
+    saved = {}
+    runs = {enabled: trainer(steps=3, dtype=dtype, checkpoint_activations=enabled) for enabled in (False, True)}
+    for enabled, run in runs.items():
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            run.one_step()
+        saved[enabled] = sum(sizes)
+        run.run()
+        assert "forward" not in vars(run.model.layers[0])
+    assert saved[True] < saved[False] / 2
+    assert runs[True].losses.tolist() == runs[False].losses.tolist()
+
+
+@pytest.mark.parametrize("more", [[], ["--objective", "block"]], ids=["full", "block"])
+def test_a_run_begins_with_a_checkpoint_s_weights_and_tokenizer(tmp_path, more):
+    (tmp_path / "text").write_text("def f(x):\n    return x + 1\n" * 60)
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    data = ["--data", str(tmp_path / "text"), "--length", "32", "--batch-size", "2", "--quiet"]
+    assert cli.main(["train", "--out", str(first), "--steps", "2", "--tokenizer", "bpe:300", *data, *more]) == 0
+    begun = ["train", "--from", str(first), *data, *more]
+    assert cli.main([*begun, "--out", str(second), "--steps", "1", "--lr", "1e-30"]) == 0
+    for name in ("model.safetensors", "illada_tokenizer.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes()
+    assert cli.main([*begun, "--out", str(third), "--steps", "3"]) == 0
+    assert (third / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
+    assert json.loads((third / "run.json").read_text())["train"]["lr"] == 2e-5
+    assert cli.main(["train", "--resume", "--out", str(third), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--preset", "demo"], "preset: it is the one in --from"),
+        (["--tokenizer", "bytes"], "tokenizer: it is the one in --from"),
+        ([], "nothing"),
+    ],
+)
+def test_what_cannot_begin_is_one_line_and_leaves_nothing(tmp_path, capsys, more, message):
+    (tmp_path / "text").write_text("def f(x):\n    return x + 1\n" * 60)
+    out = tmp_path / "run"
+    command = ["train", "--out", str(out), "--data", str(tmp_path / "text"), "--from", str(tmp_path / "nothing")]
+    assert cli.main([*command, "--steps", "1", *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not out.exists()
 
 
 # ---- Muon ----------------------------------------------------------------------------------------------------------

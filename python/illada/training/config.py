@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .objectives import WEIGHTINGS
 
-OBJECTIVES = ("full", "block", "sft")
+OBJECTIVES = ("full", "packed", "block", "sft")
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,20 @@ class TrainConfig:
     Parameters
     ----------
     objective : str
-        "full" (LLaDA), "block" (BD3-LM, whose block length is the model's causal_block) or "sft".
+        "full" (LLaDA), "packed" (iLLaDA), "block" (BD3-LM, whose block length is the model's causal_block) or "sft".
     steps, seconds : int, float
         Length of the run and of its learning-rate schedule; exactly one of them.
     length, batch_size : int
         Tokens in a window, windows in a step.
+    accumulate : int
+        Micro-batches a step, at most batch_size. The loss is divided by the whole step's tokens, so this changes the
+        memory, and a sum's rounding, alone.
+    checkpoint_activations : bool
+        Keep only the layers' inputs for the backward, which computes the rest again.
+    split_fraction : float
+        Of objective "packed": share of windows that are cut into two (`objectives.split_windows`).
+    short_fraction : float
+        Of objective "full", as in `objectives.full_sequence`.
     weighting, complementary
         Of objective "full", as in `objectives.full_sequence`.
     hole_fraction : float
@@ -42,6 +51,10 @@ class TrainConfig:
     seconds: float | None = None
     length: int = 128
     batch_size: int = 8
+    accumulate: int = 1
+    checkpoint_activations: bool = False
+    short_fraction: float = 0.0
+    split_fraction: float = 0.3
     weighting: str = "llada"
     complementary: bool = False
     hole_fraction: float = 0.0
@@ -61,22 +74,25 @@ class TrainConfig:
             raise ValueError(f"steps, seconds: expected one of them, got {self.steps} and {self.seconds}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
-        for name in ("steps", "length", "batch_size", "seed"):
+        for name in ("steps", "length", "batch_size", "accumulate", "seed"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{name}: expected an integer, got {value!r}")
-        for name in ("steps", "seconds", "length", "batch_size", "lr", "adamw_lr", "clip"):
+        for name in ("steps", "seconds", "length", "batch_size", "accumulate", "lr", "adamw_lr", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 3.4e38:  # float32's largest
                 raise ValueError(f"{name}: expected a positive number up to 3.4e38, got {value}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: expected at most batch_size = {self.batch_size}, got {self.accumulate}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: expected a number from 0 to below 1, got {self.warmup}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay}")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
-        if not 0 <= self.hole_fraction <= 1:
-            raise ValueError(f"hole_fraction: expected a number from 0 to 1, got {self.hole_fraction}")
+        for name in ("hole_fraction", "short_fraction", "split_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
 
     def rate(self, done: float) -> float:
         """Returns the factor on the learning rates when `done` (0 .. 1) of the run is over."""

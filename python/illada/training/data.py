@@ -209,6 +209,8 @@ class Pairs:
             prompt, response = (tokenizer.encode(text, special=True) for text in (prompt, response))
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
+        if not len(response):
+            raise DataError(f"{where}: the response is empty, so there is nothing to learn; leave the line out")
         if len(prompt) >= length:
             raise DataError(f"{where}: the prompt has {len(prompt)} tokens, which leaves no room in --length {length}")
         row = np.full(length, tokenizer.eos_id)

@@ -8,12 +8,15 @@ the matrices that are fused in a parameter (q, k, v; gate, up) one by one.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..model import Model, named_weights
 
@@ -90,6 +93,19 @@ def optimizers(
             rest.append(parameter)
     muon = Muon([{"params": groups[k], "splits": stacked.get(k)} for k in groups], lr, weight_decay=weight_decay)
     return [muon, _adamw(rest, adamw_lr, 0.0)]
+
+
+@contextlib.contextmanager
+def checkpointed(model: Model, enabled: bool) -> Iterator[None]:
+    """Inside it a layer saves its input alone and the backward, which must be inside too, runs the layer again."""
+    layers = list(model.layers) if enabled else []
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def _adamw(parameters: Iterable[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -39,6 +39,7 @@ class Run:
     tokenizer: Tokenizer
     model_config: ModelConfig
     train_config: TrainConfig
+    start_from: str | None = None  # the checkpoint folder whose weights it begins with; None: drawn from the seed
 
     @classmethod
     def create(
@@ -51,23 +52,34 @@ class Run:
         block: int,
         train_documents: list[Document],
         progress: Callable[[float], object] = lambda done: None,
+        start_from: str | None = None,
     ) -> Run:
         """Makes a run's folder. The model is the preset with the tokenizer's vocab and ids and causal_block `block`.
 
-        Raises CheckpointError for a folder with another run or a checkpoint, which would be overwritten or shadowed.
+        With `start_from`, a checkpoint's folder, model and tokenizer are those there, with causal_block `block`.
+        Raises CheckpointError for a folder with another run or a checkpoint, which would be overwritten or shadowed,
+        and ValueError for a model without a mask or a window that it cannot hold.
         """
         if there := [file.name for file in _run_files(folder)]:
             raise CheckpointError(
                 f"{folder} holds {', '.join(there)} already; choose another folder, or empty it first"
             )
-        tokenizer = make_tokenizer(tokenizer_spec, train_documents, progress)
-        ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "pad_id")}
-        model_config = ModelConfig.preset(preset, causal_block=block, **ids)
+        if start_from is None:
+            tokenizer = make_tokenizer(tokenizer_spec, train_documents, progress)
+            ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "pad_id")}
+            model_config = ModelConfig.preset(preset, causal_block=block, **ids)
+        else:
+            c = model_config = dataclasses.replace(checkpoint.read_config(start_from), causal_block=block)
+            if c.mask_id < 0:
+                raise ValueError(
+                    f"from: expected a model with a mask token, but {start_from} has none; set mask_id in it"
+                )
+            tokenizer = load_tokenizer(Path(start_from), c.vocab_size, c.mask_id, c.eos_id, c.pad_id)
         if config.length > model_config.max_seq_len:
             raise ValueError(
-                f"length: expected at most the preset's max_seq_len = {model_config.max_seq_len}, got {config.length}"
+                f"length: expected at most the model's max_seq_len = {model_config.max_seq_len}, got {config.length}"
             )
-        run = cls(folder, data, tokenizer, model_config, config)
+        run = cls(folder, data, tokenizer, model_config, config, start_from)
         make_folder(folder)
         replace_file(folder / FILE, json.dumps(tokenizer.to_json()).encode())
         run.write()
@@ -86,6 +98,7 @@ class Run:
         """Returns the content of run.json."""
         return {
             "data": self.data,
+            "from": self.start_from,
             "model": dataclasses.asdict(self.model_config),
             "train": dataclasses.asdict(self.train_config),
         }
@@ -97,7 +110,8 @@ class Run:
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             tokenizer = from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
-            return cls(folder, saved["data"], tokenizer, ModelConfig(**saved["model"]), TrainConfig(**saved["train"]))
+            model, train = ModelConfig(**saved["model"]), TrainConfig(**saved["train"])
+            return cls(folder, saved["data"], tokenizer, model, train, saved["from"])
         except FileNotFoundError as error:
             hint = f"{folder} holds no run to resume; start one without --resume"
             if _run_files(folder):
@@ -109,13 +123,17 @@ class Run:
             raise CheckpointError(f"{file} is damaged ({error}); start again in another folder") from None
 
     def trainer(self, train_documents: list[Document], device: str, lock: FolderLock | None = None) -> Trainer:
-        """Returns a trainer with fresh weights from the seed, or where the saved state left off.
+        """Returns a trainer with the weights of `start_from`, else from the seed, or where the saved state left off.
 
         Raises CheckpointError if the folder holds a model that could not be replaced by the trained one.
         """
         checkpoint.check_target(self.folder, self.model_config)
         torch.manual_seed(self.train_config.seed)
-        model = Model(self.model_config).to(device)
+        if self.start_from is not None and not (self.folder / "state.pt").exists():
+            model = checkpoint.load(self.start_from, device=device, dtype=torch.float32)
+            model.config = self.model_config  # another causal_block
+        else:
+            model = Model(self.model_config).to(device)
         source, identity = self.source(train_documents)
         return Trainer(model, source, self.train_config, self.folder, identity, lock)
 

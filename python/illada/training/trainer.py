@@ -24,8 +24,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..model import Model, named_weights
 from .config import TrainConfig
-from .objectives import Example, block_diffusion, full_sequence, hole_order, sft
-from .optim import optimizers
+from .objectives import Example, block_diffusion, full_sequence, hole_order, packed, sft, split_windows
+from .optim import checkpointed, optimizers
 from .state import FolderLock, RunState, append_line, cut_log
 
 _ADVICE = "resume with a lower --lr, or check the data"
@@ -52,7 +52,17 @@ def example(config: TrainConfig, model: Model, batch: Any, step: int) -> Example
     _check_ids(batch, model, step)
     tokens = torch.from_numpy(batch)
     if config.objective == "full":
-        return full_sequence(tokens, mask_id, generator, weighting=config.weighting, complementary=config.complementary)
+        return full_sequence(
+            tokens,
+            mask_id,
+            generator,
+            weighting=config.weighting,
+            complementary=config.complementary,
+            short_fraction=config.short_fraction,
+        )
+    if config.objective == "packed":
+        documents = split_windows(tokens.shape[0], tokens.shape[1], config.split_fraction, generator)
+        return packed(tokens, mask_id, generator, documents=documents)
     order = None
     if config.hole_fraction > 0:
         order = hole_order(tokens.shape[0], tokens.shape[1], config.hole_fraction, generator)
@@ -169,7 +179,7 @@ class Trainer:
         if bad is not None:
             raise ArithmeticError(f"step {self.step}: {bad} has become NaN or inf, and was not saved; {_ADVICE}")
         with torch.no_grad():
-            loss = self._loss().item()
+            loss = self._loss()
         if not math.isfinite(loss):
             raise ArithmeticError(f"step {self.step}: the loss is {loss}, and the weights were not saved; {_ADVICE}")
 
@@ -265,19 +275,25 @@ class Trainer:
         for optimizer, rates in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
-        loss = self._loss()
-        loss.backward()
+        loss = self._loss(lambda part: part.backward())
         adamw = self.optimizers[-1]
         torch.nn.utils.clip_grad_norm_(adamw.param_groups[0]["params"], self.config.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss
 
-    def _loss(self) -> Tensor:
-        batch = example(self.config, self.model, self.source.batch(self.step), self.step).to(self.model.device)
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return batch.loss(self.model)
+    def _loss(self, each: Callable[[Tensor], object] = lambda part: None) -> float:
+        """Returns the step's loss; calls `each` with each micro-batch's share of it."""
+        c, device = self.config, self.model.device
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        with checkpointed(self.model, c.checkpoint_activations):
+            for part in example(c, self.model, self.source.batch(self.step), self.step).split(c.accumulate):
+                with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
+                    loss = part.to(device).loss(self.model)
+                each(loss)
+                total += loss.detach()
+        return total.item()
 
     def _write_log(self, loss: float) -> None:
         if self.log is None:
