@@ -44,7 +44,7 @@ build: setup
 	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 1,$(HAS_NVCC)),1,0)} $(BIN)/python -m illada_kernels._build
 
 # one thread per worker; the tests that are about threads set their own number
-test: build build/transformers-4.57 build/antiberty build/kernels build/lm-eval-0.4 build/lm-eval-0.5
+test: build build/transformers-4.57 build/antiberty build/kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # the other version that tests/integrations runs with

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .decoding.config import Prompts, token_lists
+from .decoding.config import Prompts
+from .decoding.settings import token_lists
 from .errors import PromptError
 from .model import Model
 from .scoring import Draw, Scorer, Text, continued

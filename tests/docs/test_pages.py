@@ -134,6 +134,9 @@ def test_commands_that_pages_name_exist():
             assert words[1] in targets, said
         elif words[0] == "illada":
             wanted = {"train": ["--out"], "generate": ["--model", "--prompt"], "eval": ["--model"]}.get(words[1], [])
+            wanted = [w for w in wanted if w != "--prompt" or "--prompts" not in words]
+            if words[-1] == "--tasks":  # named without its value
+                words = [*words, "x"]
             given = words[1:] + [w for option in wanted if option not in words for w in (option, "x")]
             if "--help" not in words:
                 parser().parse_args(given)

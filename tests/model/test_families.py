@@ -9,7 +9,7 @@ import pytest
 import torch
 from illada import GenerationConfig, ModelConfig, load, save
 from illada.checkpoint import read_config
-from illada.decoding.config import checked
+from illada.decoding.settings import checked
 from illada.errors import ConfigError, DataError
 from illada.hf_config import FAMILIES
 from illada.model import rope_angles

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import PromptError
 from ..model import Model
-from .config import GenerationConfig, checked, resolve, resolve_block_length, seeds_of, token_lists
+from .config import GenerationConfig
 from .loop import Block, BlockLoop, check_filled
+from .settings import checked, resolve, resolve_block_length, seeds_of, token_lists
 
 
 @dataclass(frozen=True)

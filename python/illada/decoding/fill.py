@@ -10,9 +10,10 @@ from illada_kernels import KeyRanges, TopK, unmask
 
 from ..errors import PromptError
 from ..model import Model
-from .config import GenerationConfig, Prompts, checked, resolve, seeds_of, token_lists
+from .config import GenerationConfig, Prompts
 from .generation import Generation
 from .loop import Block, BlockLoop, Step, check_filled, left_padded
+from .settings import checked, resolve, seeds_of, token_lists
 
 
 @torch.no_grad()

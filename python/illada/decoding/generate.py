@@ -10,9 +10,10 @@ import torch
 from ..errors import PromptError
 from ..model import Model
 from . import speculation
-from .config import GenerationConfig, Prompts, Sampling, checked, resolve, resolve_block_length, token_lists
+from .config import GenerationConfig, Prompts, Sampling
 from .generation import Generation
 from .loop import Block, BlockLoop, Step, check_filled, left_padded
+from .settings import checked, resolve, resolve_block_length, token_lists
 
 
 @torch.no_grad()

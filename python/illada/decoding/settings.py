@@ -1,0 +1,231 @@
+"""Checks a GenerationConfig and resolves it for one model into `Sampling`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from illada_kernels import Edit, Remask, TopK
+
+from ..config import ModelConfig
+from ..errors import PromptError
+from . import samplers
+from .config import GenerationConfig, Prompts, Sampling
+from .schedules import Always, Choose, Counts, Evenly, Rule, Schedule, Table
+
+
+def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationConfig:
+    """Returns the settings with plain Python numbers and tuples; raises PromptError naming one that is wrong.
+
+    Integers may come as any integer type (numpy, 0-d tensors), ids as any collection of them, logit_bias as a dict.
+    """
+    config = config or GenerationConfig()
+    if config.sampler is not None:
+        config = samplers.apply(config, model)
+    elif config.sampler_options:
+        raise PromptError("sampler_options: expected none without a sampler")
+    counts = {"max_new_tokens": 1, "block_length": 1, "steps": 1, "steps_per_block": 1, "revise_steps": 0}
+    counts["refresh_every"] = 0
+    plain: dict[str, Any] = {name: _count(config, name, least) for name, least in counts.items()}
+    for name in ("temperature", "confidence_temperature", "rank_temperature", "guidance"):
+        plain[name] = _number(name, getattr(config, name))
+    for name, kinds in (("rule", Rule), ("revise", Edit | Remask)):
+        value = getattr(config, name)
+        if value is None or callable(value) or (name == "rule" and isinstance(value, Tensor | Choose)):
+            continue
+        if not isinstance(value, kinds):
+            names = ", ".join(kind.__name__ for kind in get_args(kinds))
+            raise PromptError(f"{name}: expected None or one of {names}, got {value!r}")
+    for name in ("stop_ids", "forbid", "defer"):
+        value = getattr(config, name)
+        plain[name] = None if value is None else tuple(_ids(name, value, model.vocab_size))
+    if plain["forbid"] is not None and model.mask_id not in plain["forbid"]:
+        plain["forbid"] = (*plain["forbid"], model.mask_id)  # a mask that is proposed would never be filled
+    if config.variable_length is None:
+        plain["variable_length"] = model.variable_length
+    for name in ("logit_bias", "growing_bias"):
+        value = getattr(config, name)
+        plain[name] = None if value is None else _logit_bias(name, value, model.vocab_size)
+    return dataclasses.replace(config, **plain)
+
+
+def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_length: int, blocks: int) -> Sampling:
+    """Resolves settings that `checked` returned; raises PromptError if they contradict each other or the model."""
+    if config.steps is not None and config.steps % blocks:
+        raise PromptError(
+            f"steps: expected a multiple of the {blocks} blocks of {block_length} tokens, got {config.steps}; choose "
+            "another number of steps, or another block_length"
+        )
+    schedule = _schedule(config, block_length, config.steps and config.steps // blocks)
+    return Sampling(
+        schedule=schedule,
+        block_length=block_length,
+        revise=config.revise,
+        revise_steps=config.revise_steps if config.revise is not None else 0,
+        cache=_cache_mode(config, model),
+        refresh_every=config.refresh_every,
+        guidance=config.guidance,
+        seeds=seeds_of(config.seed, batch),
+        max_passes=max(block_length, getattr(schedule, "passes", 0)) + config.revise_steps,
+        growing_bias=config.growing_bias,  # type: ignore[arg-type]  # a pair, says `checked`
+        unmask={
+            "confidence": config.confidence,
+            "order": config.order,
+            "rank_temperature": config.rank_temperature,
+            "defer": config.defer,
+            "temperature": config.temperature,
+            "confidence_temperature": config.confidence_temperature,
+            "forbid": config.forbid,
+            "logit_bias": config.logit_bias,
+        },
+    )
+
+
+def _schedule(config: GenerationConfig, block_length: int, steps: int | None) -> Schedule:
+    """Returns the rule of each pass; `steps` is the number of passes of a block that `config.steps` asks for."""
+    rule = config.rule
+    if steps is not None and config.steps_per_block is not None:
+        raise PromptError("steps: expected None with steps_per_block; one of them is the number of passes")
+    if rule is not None and (steps or config.steps_per_block) is not None:
+        name = "steps" if steps else "steps_per_block"
+        raise PromptError(f"{name}: expected None with a rule, for it is the schedule used without one")
+    if rule is None:
+        return Evenly(steps or config.steps_per_block or block_length)
+    if isinstance(rule, Tensor):
+        if rule.dim() not in (1, 2) or not _is_integral(rule) or rule.shape[0] < 1:
+            raise PromptError(f"rule: expected integers (passes,) or (passes, B), got {rule.dtype} {tuple(rule.shape)}")
+        return Counts(Table(rule.detach()))
+    if callable(rule):
+        return rule
+    if isinstance(rule, TopK) and not isinstance(rule.k, Tensor) and rule.k == 0:
+        raise PromptError("rule: expected TopK of at least 1, got 0, which never commits a token")
+    return Always(rule)
+
+
+def resolve_block_length(config: GenerationConfig, model: ModelConfig) -> int:
+    """Returns the block length of `generate`; raises PromptError if it does not fit the model."""
+    length = config.block_length or model.causal_block or min(32, config.max_new_tokens)
+    if model.causal_block and length != model.causal_block:
+        raise PromptError(f"block_length: expected {model.causal_block}, the model's own blocks, got {length}")
+    return length
+
+
+def token_lists(prompts: Prompts, config: ModelConfig, what: str = "prompt") -> list[list[int]]:
+    """Returns prompts as lists of ids; raises PromptError naming the prompt that is not ids of the vocab."""
+    if config.mask_id < 0:
+        raise PromptError("model: expected one with a mask token, its mask_id is -1; set it in the ModelConfig")
+    if isinstance(prompts, Mapping):
+        raise PromptError(f"{what}s: expected a list of token lists, got {type(prompts).__name__}; pass its input_ids")
+    if isinstance(prompts, (str, bytes)) or not _is_list(prompts):
+        raise PromptError(f"{what}s: expected a list of token lists, got {type(prompts).__name__}; encode text first")
+    return [_token_list(prompt, config, f"{what} {b}") for b, prompt in enumerate(prompts)]
+
+
+def _token_list(prompt: Any, config: ModelConfig, what: str) -> list[int]:
+    if hasattr(prompt, "tolist"):  # a tensor or array
+        if len(prompt.shape) != 1 or not _is_integral(prompt):
+            hint = "; put the prompt in a list" if len(prompt.shape) == 0 else ""
+            raise PromptError(f"{what}: expected integers (n,), got {prompt.dtype} {tuple(prompt.shape)}{hint}")
+        prompt = prompt.tolist()
+    if isinstance(prompt, (str, bytes)) or not _is_list(prompt):
+        hint = "put the prompt in a list" if hasattr(prompt, "__index__") else "encode text first"
+        raise PromptError(f"{what}: expected token ids, got {type(prompt).__name__}; {hint}")
+    return _ids(what, prompt, config.vocab_size)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) or hasattr(value, "tolist")
+
+
+def _is_integral(array: Any) -> bool:
+    if isinstance(array, Tensor):
+        return not array.is_floating_point() and not array.is_complex() and array.dtype != torch.bool
+    return array.dtype.kind in "iu"
+
+
+def _index(name: str, value: Any, expected: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # a float tensor, a tensor of several numbers
+        raise PromptError(f"{name}: expected {expected}, got {value!r}") from None
+
+
+def _ids(name: str, value: Any, vocab_size: int) -> list[int]:
+    expected = f"ids in [0, {vocab_size})"
+    values = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        values = [values]
+    ids = [_index(name, i, expected) for i in values]
+    if bad := [i for i in ids if not 0 <= i < vocab_size]:
+        raise PromptError(f"{name}: expected {expected}, got {bad[0]}")
+    return ids
+
+
+def _count(config: GenerationConfig, name: str, least: int) -> int | None:
+    value = getattr(config, name)
+    if value is None and getattr(GenerationConfig, name) is None:
+        return None
+    count = _index(name, value, f"an integer of at least {least}")
+    if count < least:
+        raise PromptError(f"{name}: expected at least {least}, got {count}")
+    return count
+
+
+def _number(name: str, value: Any) -> Any:
+    """Returns a float, or the 0-d tensor that `unmask` takes as well."""
+    if isinstance(value, Tensor) and value.dim() == 0 and name != "guidance":
+        return value
+    try:
+        number = float(value) if not isinstance(value, str) else math.nan
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise PromptError(f"{name}: expected a finite number, got {value!r}")
+    return number
+
+
+def _logit_bias(name: str, bias: Any, vocab_size: int) -> tuple[Any, Any]:
+    """Returns (ids, values) of a dict or a pair."""
+    if isinstance(bias, Mapping):
+        bias = (list(bias), list(bias.values()))
+    if not isinstance(bias, (tuple, list)) or len(bias) != 2:
+        raise PromptError(f"{name}: expected {{id: value}} or (ids, values), got {bias!r}")
+    ids = _ids(name, bias[0], vocab_size)
+    values = bias[1].tolist() if hasattr(bias[1], "tolist") else bias[1]
+    values = [_number(name, v) for v in (values if isinstance(values, Iterable) else [values])]
+    if len(ids) != len(values):
+        raise PromptError(f"{name}: expected a value for each id, got {len(ids)} ids and {len(values)} values")
+    return ids, values
+
+
+def _cache_mode(config: GenerationConfig, model: ModelConfig) -> str:
+    cache = config.cache or ("block_causal" if model.causal_block else "none")
+    allowed = ("none", "block_causal") if model.causal_block else ("none", "prefix", "dual")
+    if cache not in allowed:
+        kind = "a block-causal model" if model.causal_block else "a model that sees everything"
+        raise PromptError(f"cache: expected one of {', '.join(allowed)} for {kind}, got {cache!r}")
+    if config.refresh_every and cache not in ("prefix", "dual"):
+        raise PromptError(f"refresh_every: expected 0 with cache {cache!r}, which has nothing to refresh")
+    return cache
+
+
+def seeds_of(seed: Any, batch: int) -> list[int]:
+    """Returns a seed for each sequence, wrapped to int64: s and s - 2**64 are the same key of the noise."""
+    expected = "an integer from -2**63 to 2**64 - 1, or one for each sequence"
+    values = seed.tolist() if hasattr(seed, "tolist") else seed
+    one = isinstance(values, (str, bytes)) or not isinstance(values, Iterable)
+    seeds = [_index("seed", s, expected) for s in ([values] if one else values)]
+    if bad := [s for s in seeds if not -(2**63) <= s < 2**64]:
+        raise PromptError(f"seed: expected {expected}, got {bad[0]}")
+    seeds = [seeds[0] + b for b in range(batch)] if one else seeds
+    if len(seeds) != batch:
+        raise PromptError(f"seed: expected an int or one for each of {batch} sequences, got {len(seeds)}")
+    return [(s + 2**63) % 2**64 - 2**63 for s in seeds]
