@@ -12,7 +12,8 @@ tl = pytest.importorskip("triton.language")
 
 from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
 
-ROOM = SimpleNamespace(__name__="room", BACKENDS=(Backend("triton", ("cuda",), lambda: "no GPU", lambda _: None),))
+TRITON = Backend("triton", ("cuda",), lambda: SimpleNamespace(available=lambda: "no GPU", supports=lambda _: None))
+ROOM = SimpleNamespace(__name__="room", OPERATOR=SimpleNamespace(backends=(TRITON,)))
 
 
 @triton.jit
@@ -73,8 +74,8 @@ def test_a_masked_load_without_other_is_not_zero() -> None:
 
 def test_the_backend_takes_cpu_tensors_within_the_block_only() -> None:
     with interpreted(ROOM):
-        assert ROOM.BACKENDS[0].reason("cpu", None) is None
-    assert ROOM.BACKENDS[0].reason("cpu", None) is not None
+        assert ROOM.OPERATOR.backends[0].reason("cpu", None) is None
+    assert ROOM.OPERATOR.backends[0].reason("cpu", None) is not None
 
 
 def test_afterwards_kernels_still_compile() -> None:

@@ -189,6 +189,7 @@ def test_what_is_done_stays_on_disk_when_interrupted(folder, tmp_path):
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert process.stdin is not None
     process.stdin.write('{"prompt": "a"}\n')

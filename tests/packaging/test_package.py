@@ -55,7 +55,7 @@ def test_wheel_holds_both_packages_the_extension_and_nothing_else(distributions,
     folders = [root / "csrc" / name for name in ("cuda", "include/illada", "nvrtc")]  # for NVRTC
     sources = {p for folder in folders for p in folder.iterdir() if not p.name.endswith("_sm90a.cu")}
     shipped = {f"illada_kernels/_csrc/{p.relative_to(root / 'csrc')}" for p in sources}
-    others = {"illada_kernels/py.typed", "illada/py.typed"}
+    others = {"illada_kernels/py.typed", "illada/py.typed", "illada/replay.html"}
     others |= {f"illada_kernels/{name}.json" for name in ("_build_info", "_committed")}
     assert extra - compiled == shipped | others
 
