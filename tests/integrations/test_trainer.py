@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -214,17 +213,11 @@ def test_the_denominator_is_that_of_the_whole_step_however_it_is_split(trainer, 
 
 def test_two_ranks_step_as_one(trainer, tmp_path, python):
     """DistributedDataParallel, two rows a rank."""
-    command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), __file__)
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__)
     done = python(*command, str(tmp_path), cwd=ROOT, path=(ROOT, ROOT / "python"))
     assert done.returncode == 0, done.stderr[-3000:]
     whole = one_step(tmp_path, 4, 1)
     assert (torch.load(tmp_path / "moved.pt") - whole).abs().max() < 1e-5 * whole.abs().max()
-
-
-def free_port():
-    with socket.socket() as opened:
-        opened.bind(("localhost", 0))
-        return opened.getsockname()[1]
 
 
 @pytest.mark.skipif(not OLDER.exists(), reason="make test installs transformers 4.57 into build/")
