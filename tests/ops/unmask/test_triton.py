@@ -7,9 +7,9 @@ import importlib.util
 import itertools
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -21,8 +21,6 @@ import illada_kernels as ik  # noqa: E402
 from illada_kernels.ops.unmask import gpu, op, reference  # noqa: E402
 from illada_kernels.ops.unmask.triton import launch as room  # noqa: E402
 from illada_kernels.ops.unmask.triton import noise as kernel_noise  # noqa: E402
-from illada_kernels.ops.unmask.triton import rows as kernel_rows  # noqa: E402
-from illada_kernels.ops.unmask.triton import select as kernel_select  # noqa: E402
 from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance  # noqa: E402
 from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
 from tests.helpers.unmask_oracle import INF, MASK, RULES, plain, step  # noqa: E402
@@ -476,58 +474,62 @@ def one_fused_step():
     return check
 
 
-ROWS, SELECT = kernel_rows, kernel_select
-FAULTS: list[tuple[ModuleType, str, str, Callable[[], None]]] = [
-    (ROWS, "barred = ids >= vocab", "barred = ids > vocab", one_fused_step()),
-    (ROWS, "mask=active[None, :] & within[:, None]", "mask=within[:, None]", one_fused_step()),
-    (ROWS, "(group + 1) * tiles // groups)", "(group + 1) * (tiles // groups))", one_fused_step()),
-    (ROWS, "there & (tile > first_tile)", "there", one_fused_step()),
-    (ROWS, "x = tl.load(source + both, mask=both < ids,", "x = tl.load(source + both, mask=both < 302,", one_step()),
-    (ROWS, "better = tile_score > score", "better = tile_score >= score", one_step()),
-    (ROWS, "best == BAD, BAD, tl.where(better, tile_best, best)", "better, tile_best, best", one_step()),
-    (ROWS, "tl.minimum(top, tile_top))", "top)", one_step(confidence="margin")),
+FAULTS: list[tuple[str, str, str, Callable[[], None]]] = [
+    ("partials", "barred = ids >= vocab", "barred = ids > vocab", one_fused_step()),
+    ("head", "mask=active[None, :] & within[:, None]", "mask=within[:, None]", one_fused_step()),
+    ("head", "(group + 1) * tiles // groups)", "(group + 1) * (tiles // groups))", one_fused_step()),
+    ("head", "there & (tile > first_tile)", "there", one_fused_step()),
+    ("rows", "x = tl.load(source + both, mask=both < ids,", "x = tl.load(source + both, mask=both < 302,", one_step()),
+    ("partials", "better = tile_score > score", "better = tile_score >= score", one_step()),
+    ("partials", "best == BAD, BAD, tl.where(better, tile_best, best)", "better, tile_best, best", one_step()),
+    ("partials", "tl.minimum(top, tile_top))", "top)", one_step(confidence="margin")),
     (
-        ROWS,
+        "partials",
         "noised(even, temperature[None, :], w0, w1)",
         "noised(even, temperature[None, :], w1, w0)",
         one_step(temperature=1.0),
     ),
-    (ROWS, "tl.where(masked & (t > 0)", "tl.where((t > 0)", one_step(temperature=9.0, revise=ik.Edit(0.0))),
-    (SELECT, "candidate if REVISE == EDIT or REVISE == REMASK else masked", "masked", one_step(revise=ik.Remask(1))),
-    (SELECT, "(rising << 31) | position", "(rising << 31)", one_step()),
+    ("noise", "tl.where(masked & (t > 0)", "tl.where((t > 0)", one_step(temperature=9.0, revise=ik.Edit(0.0))),
     (
-        SELECT,
+        "proposals",
+        "candidate if REVISE == EDIT or REVISE == REMASK else masked",
+        "masked",
+        one_step(revise=ik.Remask(1)),
+    ),
+    ("ranks", "(rising << 31) | position", "(rising << 31)", one_step()),
+    (
+        "ranks",
         "RULE == INCLUSIVE else places < bound",
         "RULE != TOP_K else places < bound",
         one_step(rule=ik.EntropyBound(7.0)),
     ),
-    (SELECT, "(rank < least) | passing(", "(rank <= least) | passing(", one_step()),
-    (SELECT, "0.0, tl.exp(z)).to", "0.0, 1.0 + 0 * z).to", one_step(confidence_temperature=0.5)),
-    (SELECT, "surprise - z * group_total", "surprise", one_step(confidence="neg_entropy")),
-    (SELECT, "z < LEAST, 0.0, tl.exp(z)).to", "z < -200.0, 0.0, tl.exp(z)).to", certain_step()),
-    (SELECT, "tl.where(deferred | (places == LAST)", "tl.where((places == LAST)", one_step(defer=(20, 250))),
-    (SELECT, "if ORDER == FROM_LEFT:", "if ORDER == 2:", one_step(order="left")),
+    ("ranks", "(rank < least) | passing(", "(rank <= least) | passing(", one_step()),
+    ("proposals", "0.0, tl.exp(z)).to", "0.0, 1.0 + 0 * z).to", one_step(confidence_temperature=0.5)),
+    ("proposals", "surprise - z * group_total", "surprise", one_step(confidence="neg_entropy")),
+    ("proposals", "z < LEAST, 0.0, tl.exp(z)).to", "z < -200.0, 0.0, tl.exp(z)).to", certain_step()),
+    ("proposals", "tl.where(deferred | (places == LAST)", "tl.where((places == LAST)", one_step(defer=(20, 250))),
+    ("proposals", "if ORDER == FROM_LEFT:", "if ORDER == 2:", one_step(order="left")),
     (
-        SELECT,
+        "proposals",
         "philox(key0, key1, zero, position, at_step, zero + 2)",
         "philox(key0, key1, zero, position, at_step, zero + 1)",
         one_step(rank_temperature=5.0),
     ),
     (
-        SELECT,
+        "ranks",
         "fails = (rank >= least)",
         "fails = (rank >= 1)",
         one_step(rule=ik.Threshold(0.9, at_least=3), order="left"),
     ),
-    (SELECT, "(rank < least) | passing(", "(rank < 1) | passing(", one_step(rule=ik.Threshold(0.9, at_least=3))),
+    ("ranks", "(rank < least) | passing(", "(rank < 1) | passing(", one_step(rule=ik.Threshold(0.9, at_least=3))),
     (
-        SELECT,
+        "proposals",
         "tl.where(noisy, tl.minimum(largest, ",
         "tl.where(noisy, tl.minimum(1.0, ",
         one_step(confidence="sampled", temperature=1.0),
     ),
     (
-        SELECT,
+        "ranks",
         "<= places[:, None] if RULE == INCLUSIVE",
         "<= places[:, None] if RULE == TOP_K",
         one_step(rule=ik.EntropyBound(8.0, inclusive=True), order="left"),
@@ -535,20 +537,28 @@ FAULTS: list[tuple[ModuleType, str, str, Callable[[], None]]] = [
 ]
 
 
+# In the order in which they import each other.
+FILES = ("noise", "partials", "head", "rows", "ranks", "proposals", "select")
+
+
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=lambda i: f"{i} {FAULTS[i][2][:30]}")
 def test_planted_faults_are_seen(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module, old, new, check = FAULTS[number]
-    source = Path(str(module.__file__)).read_text()
-    assert source.count(old) == 1, f"{module.__name__} holds {old!r} {source.count(old)} times"
-    path = tmp_path / f"planted_{number}.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"{module.__name__}_planted", path)
-    assert spec is not None and spec.loader is not None
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
-    for kernel in ("head_kernel", "rows_kernel", "select_kernel"):
-        if hasattr(planted, kernel):
-            monkeypatch.setattr(room, kernel, getattr(planted, kernel))
+    file, old, new, check = FAULTS[number]
+    package = room.__name__.rpartition(".")[0]
+    for name in FILES[FILES.index(file) :]:  # the file, and all that import from it
+        source = Path(str(importlib.import_module(f"{package}.{name}").__file__)).read_text()
+        if name == file:
+            assert source.count(old) == 1, f"{name}.py holds {old!r} {source.count(old)} times"
+            source = source.replace(old, new)
+        path = tmp_path / f"{name}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(f"{package}.{name}", path)
+        assert spec is not None and spec.loader is not None
+        planted = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, f"{package}.{name}", planted)
+        spec.loader.exec_module(planted)
+        if hasattr(planted, f"{name}_kernel"):
+            monkeypatch.setattr(room, f"{name}_kernel", getattr(planted, f"{name}_kernel"))
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory that was never written then holds NaN, not luck
     try:
         with pytest.raises((AssertionError, KernelFault)):

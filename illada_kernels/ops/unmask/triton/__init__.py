@@ -1,7 +1,8 @@
 """unmask in Triton: which calls it takes, and the way to the kernels.
 
-launch.py has the host's side, rows.py and select.py the kernels, noise.py what both call. They are imported at the
-first call: this module does without Triton.
+launch.py has the host's side; head.py or rows.py make partials (partials.py), select.py merges them into proposals
+(proposals.py), ranks these (ranks.py) and writes; noise.py is what all call. They are imported at the first call: this
+module does without Triton.
 """
 
 from __future__ import annotations

@@ -10,17 +10,16 @@ integers; the rest is elementwise in order of id, or a maximum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
 from .... import rules
 from .. import gpu
-from ..problem import NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND, Outputs, Problem
-from .rows import FIELDS, head_kernel, rows_kernel
+from ..problem import Outputs, Problem
+from .head import head_kernel
+from .partials import FIELDS
+from .rows import rows_kernel
 from .select import select_kernel
 
 PAIRS = 64  # id pairs of a tile of the head kernel: the product's M, twice
@@ -233,80 +232,3 @@ def select_options(count: int) -> dict[str, int]:
     block = min(BLOCK, max(16, triton.next_power_of_2(count)))
     groups = max(2, min(64, 1024 // block))
     return {"BLOCK": block, "BLOCK_G": groups, "ONE_BLOCK": count <= block, "num_warps": 8}
-
-
-# ---- compiled ahead of time by tests/gpu_code ------------------------------------------------------------------------
-def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """What a model with a bf16 head, and callers with logits, would launch, with numbers for parameters."""
-    absent = dict.fromkeys(
-        "head_bias frozen noise_positions temperature confidence_temperature seed step bias_ids bias_values rule "
-        "revision scores least rank_temperature defer".split()
-    )
-    types = {
-        "hidden": "*bf16:16",
-        "hidden_b": "i32:16",
-        "hidden_k": "i32:16",
-        "head": "*bf16:16",
-        "head_v": "i32:16",
-        "dim": "i32:16",
-        "logits_b": "i32:16",
-        "logits_k": "i32:16",
-        "tokens": "*i64:16",
-        "positions": "*i64:16",
-        "mask_id": "i64",
-        "temperature_number": "fp32",
-        "confidence_number": "fp32",
-        "seed_number": "i64",
-        "step_number": "i64",
-        "forbidden": "*i64:16",
-        "partials": "*fp32:16",
-        "best_ids": "*i32:16",
-        "proposals": "*i64:16",
-        "confidences": "*fp32:16",
-        "commits": "*u8:16",
-        "remaining": "*i32:16",
-        "revise_number": "fp32",
-        "rule_number": "fp32",
-        "rank_number": "fp32",
-        "position_k": "constexpr",
-        "ids": "i32:16",
-    }
-
-    def configuration(name: str, kernel: Any, options: dict[str, Any], **changes: str) -> Any:
-        constants = {key: options[key] for key in options if key.isupper()}
-        constants |= {key: None for key in kernel.arg_names if key in absent} | {"position_k": 1}
-        kinds = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}
-        rest = {key: options[key] for key in options if key.islower()} | {"enable_fp_fusion": False}
-        return name, kernel, kinds | changes, constants, rest
-
-    options: dict[str, Any]
-    entropy, everything = NEEDS_ENTROPY, NEEDS_ENTROPY | NEEDS_SECOND | NEEDS_HELD
-    sampled = {"NOISE": True, "NEEDS": entropy, "REVISES": False}
-    greedy = {"NOISE": False, "NEEDS": 0, "REVISES": False}
-    whole = {"NOISE": True, "NEEDS": everything, "REVISES": True}
-    for rows, dtype, name, needs in (
-        (16, torch.bfloat16, "sampled", sampled),
-        (64, torch.bfloat16, "sampled", sampled),
-        (64, torch.bfloat16, "greedy", greedy),
-        (128, torch.bfloat16, "all", whole),
-        (64, torch.float32, "sampled", sampled),
-    ):
-        kind = "bf16" if dtype == torch.bfloat16 else "fp32"
-        options = {"PAIRS": PAIRS, "EVEN_D": True, **head_options(rows, dtype), **needs}
-        changes = {"hidden": f"*{kind}:16", "head": f"*{kind}:16"}
-        changes["scratch"] = "*fp32:16"
-        yield configuration(f"head {kind} {rows} rows, {name}", head_kernel, options, **changes)
-    for kind, dense, name, needs in (("fp32", True, "all", whole), ("bf16", False, "greedy", greedy)):
-        options = {"SPAN": gpu.SLICE, "PAIRS": ROW_PAIRS, "DENSE": dense, **ROWS_OPTIONS, **needs}
-        yield configuration(f"rows {kind}, {name}", rows_kernel, options, logits=f"*{kind}:16")
-    for count, name, reranked in (
-        (64, "64 candidates", False),
-        (1024, "1024 candidates", False),
-        (9999, "any number", False),
-        (64, "64 candidates, reranked", True),
-        (1024, "1024 candidates, reranked", True),
-    ):
-        chosen = {"RULE": rules.ENTROPY_BOUND, "CONFIDENCE": rules.MARGIN, "REVISE": rules.REMASK, "NEEDS": everything}
-        chosen |= {"ORDER": rules.BY_CONFIDENCE, "RERANKED": reranked}
-        options = {**select_options(count), **chosen, "ONE": one(155136)}
-        yield configuration(f"select {name}, all", select_kernel, options, scratch="*i64:16", revise_number="i32")

@@ -125,3 +125,52 @@ def confidence_scale(tensor, number, stride, b, inside):
     tc = of_sequence(tensor, number, stride, b, inside, tl.float32)
     tc = tl.minimum(tl.where(tc > 0, tc, 1.0), HIGHEST_CONFIDENCE_TEMPERATURE)
     return tl.minimum(tl.div_rn(tl.full(b.shape, 1.0, tl.float32), tc), FLOAT32_MAX)
+
+
+@triton.jit
+def row_state(
+    row,
+    inside,
+    count,
+    tokens,
+    token_b,
+    length,
+    positions,
+    position_b,
+    position_k,
+    frozen,
+    frozen_b,
+    frozen_l,
+    mask_id,
+    noise_positions,
+    noise_b,
+    noise_k,
+    temperature,
+    temperature_number,
+    temperature_b,
+    confidence_temperature,
+    confidence_number,
+    confidence_b,
+    seed,
+    seed_number,
+    seed_b,
+    step,
+    step_number,
+    step_b,
+    REVISES: tl.constexpr,
+):
+    """(takes part, b, k, (held id, key0, key1, position, step, temperature, scale)) of rows b * K + k."""
+    b, k = (row // count).to(tl.int64), (row % count).to(tl.int64)
+    candidate, held, at = candidates(
+        b, k, inside, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l
+    )
+    masked = held == mask_id
+    active = candidate if REVISES else candidate & masked
+    key0, key1, position, at_step = noise_counters(
+        b, k, inside, at, noise_positions, noise_b, noise_k, seed, seed_number, seed_b, step, step_number, step_b
+    )
+    t = of_sequence(temperature, temperature_number, temperature_b, b, inside, tl.float32)
+    t = tl.where(masked & (t > 0), tl.minimum(t, HIGHEST_TEMPERATURE), 0.0)
+    scale = confidence_scale(confidence_temperature, confidence_number, confidence_b, b, inside)
+    held = tl.where((held >= 0) & (held < NO_ID), held, NO_ID).to(tl.int32)
+    return active, b, k, (held, key0, key1, position, at_step, t, scale)
