@@ -499,5 +499,6 @@ def test_limits_as_large_as_they_may_be_do_not_overflow():
 
 
 def test_every_public_constructor_and_use_has_an_example():
-    names = [name for name, value in vars(KeyRanges).items() if isinstance(value, staticmethod)]
+    members = [item for kind in KeyRanges.__mro__ for item in vars(kind).items()]
+    names = [name for name, value in members if isinstance(value, (staticmethod, classmethod))]
     assert len(names) >= 10 and all(">>> " in getattr(KeyRanges, name).__doc__ for name in names)
