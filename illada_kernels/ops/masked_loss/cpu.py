@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..._extension import extension_reason
-from ..._matmul import product
 from .cpu_rows import Rows
 from .problem import Problem, Results, empty_grads, no_float64
 
@@ -39,6 +38,7 @@ available, supports = extension_reason, no_float64
 class Plan(NamedTuple):
     mode: str
     rows: int  # masked rows there can be
+    vocab: int
     room: int = 0  # row_chunks: bytes for a chunk of rows, their logits and their gradient
     ids: int = 0  # ids whose logits are computed at a time
 
@@ -47,7 +47,7 @@ def plan(problem: Problem) -> Plan:
     """Returns the mode, from shapes and options alone."""
     rows, head_weight = problem.capacity, problem.head_weight
     if head_weight is None:
-        return Plan("logits", rows)
+        return Plan("logits", rows, problem.hidden.shape[-1])
     vocab, width = head_weight.shape
     budget = problem.memory_budget
     if budget is None:
@@ -59,13 +59,13 @@ def plan(problem: Problem) -> Plan:
     if any(problem.needs):
         per_row = 4 * vocab + 8 * width  # logits, the row in float32 and its gradient
         if rows * per_row <= left:
-            return Plan("one_chunk", rows, left, converted)
+            return Plan("one_chunk", rows, vocab, left, converted)
         if problem.reduction != "none" and left // per_row >= LEAST_CHUNK:
-            return Plan("row_chunks", rows, left, converted)
+            return Plan("row_chunks", rows, vocab, left, converted)
     per_id = 4 * rows + (4 * width if half else 0)
     ids = (budget - 8 * rows * width) // max(per_id, 1)
     ids = max(LEAST_SLICE, min(ids, max(SLICE_BYTES // max(per_id, 1), 1024)))
-    return Plan("slices" if any(problem.needs) else "loss", rows, left, min(vocab, ids))
+    return Plan("slices" if any(problem.needs) else "loss", rows, vocab, left, min(vocab, ids))
 
 
 def row_chunks(count: int, room: int, vocab: int, width: int) -> tuple[int, int]:
@@ -94,11 +94,11 @@ def kept(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def _kept(problem: Problem, p: Plan) -> tuple[Tensor, Tensor, Tensor]:
     shapes: list[tuple[int, ...]] = [(0,), (0,), (0,)]
     if p.mode == "one_chunk":
-        shapes[0] = (p.rows, problem.vocab)
+        shapes[0] = (p.rows, p.vocab)
     elif p.mode in ("slices", "logits"):
         shapes[0] = (p.rows, 2)
     elif p.mode == "row_chunks" and problem.head_weight is not None:
-        of = (problem.hidden.shape, problem.head_weight.shape, (problem.vocab,))
+        of = (problem.hidden.shape, problem.head_weight.shape, (p.vocab,))
         shapes = [tuple(shape) if need else (0,) for shape, need in zip(of, problem.needs)]
     device = problem.hidden.device
     first, second, third = (torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
@@ -109,101 +109,100 @@ def _kept(problem: Problem, p: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def forward(problem: Problem) -> Results:
-    return _forward(problem, plan(problem), Rows(problem))
+    p = plan(problem)
+    return _forward(problem, p, Rows(problem, p.vocab))
 
 
 def direct(problem: Problem) -> Results:
     """As forward, but keeps only as much as the rows need that are masked."""
-    p, rows = plan(problem), Rows(problem)
+    p = plan(problem)
+    rows = Rows(problem, p.vocab)
     return _forward(problem, p._replace(rows=rows.count), rows)
 
 
 def _forward(problem: Problem, p: Plan, rows: Rows) -> Results:
-    kept, state = _kept(problem, p), rows.state()
+    kept = _kept(problem, p)
     if rows.overflow:
         for k in kept:
             k.fill_(torch.nan)
     elif p.mode == "logits":
         logits, index = _flat(problem.hidden, rows)
-        rows.stats(logits, 0, state, index)
+        rows.stats(logits, 0, index)
     elif p.mode == "one_chunk":
         d = kept[0][: rows.count]
-        _logits(rows, rows.gather(), p.ids, d, 0, state)
-        rows.dlogits(d, d, 0, rows.coefficients(state))
+        _logits(rows, _gather(rows), p.ids, d, 0)
+        rows.dlogits(d, d, 0)
     elif p.mode == "row_chunks":
-        _row_chunks(rows, p, kept, state)
+        _row_chunks(rows, p, kept)
     else:
-        x = rows.gather()
+        x = _gather(rows)
         buffer = _floats(len(x) * p.ids)
         for first, w in _head(problem, p.ids):
             logits = buffer[: len(x) * len(w)].view(len(x), len(w))
-            product(x, w.T, logits)
-            rows.stats(logits, first, state)
+            _multiply(x, w.T, logits)
+            rows.stats(logits, first)
     if p.mode in ("slices", "logits") and not rows.overflow:
-        kept[0][: rows.count] = state[:, :2]
-    return rows.loss(state), *kept
+        kept[0][: rows.count] = rows.state[:, :2]
+    return rows.loss(), *kept
 
 
-def _row_chunks(rows: Rows, p: Plan, kept: tuple[Tensor, Tensor, Tensor], state: Tensor) -> None:
+def _row_chunks(rows: Rows, p: Plan, kept: tuple[Tensor, Tensor, Tensor]) -> None:
     """Makes kept d(loss) / d(hidden), d(head_weight) and d(head_bias)."""
     kept[0].zero_()
     if rows.count == 0:
         kept[1].zero_(), kept[2].zero_()
         return
-    vocab, width = kept[1].shape if kept[1].dim() == 2 else (rows.problem.vocab, rows.problem.hidden.shape[-1])
-    step, held = row_chunks(rows.count, p.room, vocab, width)
+    step, held = row_chunks(rows.count, p.room, p.vocab, rows.problem.hidden.shape[-1])
     buffer = _floats(step * held)
     for start in range(0, rows.count, step):
-        at = slice(start, start + step)
-        _row_chunk(rows.chunk(start, start + step), p.ids, held, buffer, kept, state[at], accumulate=start > 0)
+        _row_chunk(rows.chunk(start, start + step), p, held, buffer, kept, accumulate=start > 0)
 
 
 def _row_chunk(
     rows: Rows,
-    ids: int,
+    p: Plan,
     held: int,
     buffer: Tensor,
     kept: tuple[Tensor, Tensor, Tensor],
-    state: Tensor,
     accumulate: bool,
 ) -> None:
     """Adds the gradients of a chunk of rows to kept. The buffer holds the logits of the first `held` ids; those of the
     rest are computed twice."""
-    problem, vocab, x = rows.problem, rows.problem.vocab, rows.gather()
+    problem, x = rows.problem, _gather(rows)
     d_hidden, d_weight, d_bias = kept
-    spans = ((0, held), (held, vocab)) if held < vocab else ((0, vocab),)
+    spans = ((0, held), (held, p.vocab)) if held < p.vocab else ((0, p.vocab),)
 
     def logits(first: int, stop: int) -> Tensor:
         return buffer[: len(x) * (stop - first)].view(len(x), stop - first)
 
     for first, stop in reversed(spans):
-        _logits(rows, x, ids, logits(first, stop), first, state)
-    coefficients = rows.coefficients(state)
+        _logits(rows, x, p.ids, logits(first, stop), first)
+    coefficients = rows.coefficients(rows.state)
     dx = torch.empty_like(x) if problem.needs[0] else None
     for first, stop in spans:
         d = logits(first, stop)
         if first:
-            _logits(rows, x, ids, d, first)
+            _logits(rows, x, p.ids, d, first, again=True)
         rows.dlogits(d, d, first, coefficients)
         if problem.needs[1]:
-            product(d.T, x, d_weight[first:stop], accumulate)
+            _multiply(d.T, x, d_weight[first:stop], accumulate)
         if problem.needs[2]:
             part = d_bias[first:stop]
             part.add_(d.sum(0)) if accumulate else torch.sum(d, 0, out=part)
         if dx is not None:
-            for at, w in _head(problem, ids, first, stop):
-                product(d[:, at - first : at - first + len(w)], w, dx, accumulate=at > 0)
+            for at, w in _head(problem, p.ids, first, stop):
+                _multiply(d[:, at - first : at - first + len(w)], w, dx, accumulate=at > 0)
     if dx is not None:
         d_hidden.view(-1, x.shape[1]).index_copy_(0, rows.flat, dx)
 
 
-def _logits(rows: Rows, x: Tensor, ids: int, out: Tensor, first: int, state: Tensor | None = None) -> None:
-    """Fills out (N, n) with the logits of n ids from `first` on, and brings the state up to date if there is one."""
+def _logits(rows: Rows, x: Tensor, ids: int, out: Tensor, first: int, again: bool = False) -> None:
+    """Fills out (N, n) with the logits of n ids from `first` on; the rows' state takes them in unless it has."""
     for at, w in _head(rows.problem, ids, first, first + out.shape[1]):
         part = out[:, at - first : at - first + len(w)]
-        product(x, w.T, part)
-        if state is not None:
-            rows.stats(part, at, state)
+        _multiply(x, w.T, part)
+        if not again:
+            rows.stats(part, at)
 
 
 def backward(
@@ -213,7 +212,7 @@ def backward(
     p = plan(problem)
     if p.mode == "row_chunks":
         return _scaled(problem, grad_loss, kept, needs)
-    rows, grads = Rows(problem), empty_grads(problem, needs)
+    rows, grads = Rows(problem, p.vocab), empty_grads(problem, needs)
     if rows.overflow:
         return [g if g is None else g.fill_(torch.nan) for g in grads]
     if p.mode == "logits":
@@ -254,7 +253,7 @@ def _products(
     One chunk: kept is d(loss) / d(logits) for an upstream gradient of 1, so that of a row multiplies that row of x
     and dx.
     """
-    x, upstream = rows.gather(), rows.upstream(grad_loss)
+    x, upstream = _gather(rows), rows.upstream(grad_loss)
     count, width = x.shape
     dx = _floats(count if d_hidden is not None else 0, width)
     one_chunk = p.mode == "one_chunk"
@@ -269,13 +268,13 @@ def _products(
             d = kept[:, ids]
         else:
             d = buffer[: count * len(w)].view(count, len(w))
-            product(x, w.T, d)
+            _multiply(x, w.T, d)
             rows.dlogits(d, d, first, coefficients)
         if d_hidden is not None:
-            product(d, w, dx, accumulate=first > 0)
+            _multiply(d, w, dx, accumulate=first > 0)
         if d_weight is not None:
             out = d_weight[ids] if part is None else part[: len(w)]
-            product(d.T, x, out)
+            _multiply(d.T, x, out)
             if part is not None:
                 d_weight[ids] = out
         if d_bias is not None:
@@ -294,6 +293,17 @@ def _head(problem: Problem, ids: int, start: int = 0, stop: int | None = None) -
     for first in range(start, stop, ids):
         part = head[first : min(first + ids, stop)]
         yield first, part if buffer is None else buffer[: len(part)].copy_(part)
+
+
+def _gather(rows: Rows) -> Tensor:
+    """Returns the masked rows of hidden in float32, (N, D); a new tensor."""
+    hidden = rows.problem.hidden
+    return (hidden[None] if hidden.dim() == 1 else hidden)[rows.where].float()
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """Computes out = a @ b, or out += a @ b; given an `out`, autocast leaves it alone."""
+    out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
 
 
 def _floats(*shape: int) -> Tensor:

@@ -23,11 +23,10 @@ class Rows:
     allowed : the number of ids that are not forbidden.
     denominator : float64, the sum of all weights, under "mean"; else None.
     overflow : there are more than max_masked. Nothing else is meaningful then.
-
-    A row's state is float64 (max of z, sum of exp(z - max), z at the target, sum of z over allowed ids).
+    state : float64 (N, 4), max of z, sum of exp(z - max), z at the target, sum of z over allowed ids; of no id yet.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, vocab: int) -> None:
         """Raises ValueError if a target is not an id."""
         self.problem, self.extension, self.threads = problem, native(), torch.get_num_threads()
         lead = (1,) if problem.masked.dim() == 0 else problem.masked.shape
@@ -35,7 +34,7 @@ class Rows:
         self.where = masked.nonzero(as_tuple=True)
         self.flat = self.where[0] if masked.dim() == 1 else masked.reshape(-1).nonzero().squeeze(1)
         self.targets = targets[self.where]
-        self.count, vocab = len(self.targets), problem.vocab
+        self.count = len(self.targets)
         forbidden = problem.forbidden() if problem.forbid else ()
         if self.count and not (self.targets.amin() >= 0 and self.targets.amax() < vocab):
             wrong = int(((self.targets < 0) | (self.targets >= vocab)).nonzero()[0])
@@ -49,25 +48,18 @@ class Rows:
         self.allowed = vocab - len(forbidden)
         self.forbid = torch.tensor(forbidden, dtype=torch.int64) if forbidden else None
         self.bias = None if problem.head_bias is None else problem.head_bias.float().contiguous()
+        self.state = torch.zeros(self.count, 4, dtype=torch.float64)
+        self.state[:, 0::2] = -torch.inf
 
     def chunk(self, start: int, stop: int) -> Rows:
         part = copy.copy(self)
         part.where = tuple(i[start:stop] for i in self.where)
-        part.flat, part.targets, part.weight = (x[start:stop] for x in (self.flat, self.targets, self.weight))
+        split = (self.flat, self.targets, self.weight, self.state)
+        part.flat, part.targets, part.weight, part.state = (x[start:stop] for x in split)
         part.count = len(part.targets)
         return part
 
-    def gather(self) -> Tensor:
-        """Returns the rows of hidden in float32, (N, D); a new tensor."""
-        hidden = self.problem.hidden
-        return (hidden[None] if hidden.dim() == 1 else hidden)[self.where].float()
-
-    def state(self) -> Tensor:
-        state = torch.zeros(self.count, 4, dtype=torch.float64)
-        state[:, 0::2] = -torch.inf
-        return state
-
-    def stats(self, logits: Tensor, first: int, state: Tensor, index: Tensor | None = None) -> None:
+    def stats(self, logits: Tensor, first: int, index: Tensor | None = None) -> None:
         """Adds the columns of logits, of the ids from `first` on, to the state.
 
         logits: (N, ids); with `index` (R, ids), of which row index[i] belongs to row i.
@@ -80,7 +72,7 @@ class Rows:
             0 if index is None else index.data_ptr(),
             *self._columns(logits, first),
             int(self.problem.label_smoothing > 0),
-            state.data_ptr(),
+            self.state.data_ptr(),
             self.threads,
         )
         if code:
@@ -100,9 +92,16 @@ class Rows:
         return torch.stack((high, factor, scale * (smoothing / self.allowed), scale * (1 - smoothing)), 1).float()
 
     def dlogits(
-        self, logits: Tensor, out: Tensor, first: int, coefficients: Tensor, index: Tensor | None = None
+        self,
+        logits: Tensor,
+        out: Tensor,
+        first: int,
+        coefficients: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> None:
-        """Writes the gradient of the columns of the ids from `first` on; out may be logits."""
+        """Writes the gradient of the columns of the ids from `first` on; out may be logits. coefficients: those of the
+        state and an upstream gradient of 1 if None."""
+        coefficients = self.coefficients(self.state) if coefficients is None else coefficients
         code = self.extension.masked_loss_dlogits_cpu(
             logits.data_ptr(),
             logits.stride(0),
@@ -118,12 +117,12 @@ class Rows:
         if code:
             check("masked_loss", code)
 
-    def loss(self, state: Tensor) -> Tensor:
+    def loss(self) -> Tensor:
         """Returns the reduced loss, float32; NaN if there are too many rows."""
         masked, none = self.problem.masked, self.problem.reduction == "none"
         if self.overflow:
             return torch.full(masked.shape if none else (), torch.nan, dtype=torch.float32)
-        high, total, at_target, sum_z = state.unbind(1)
+        high, total, at_target, sum_z = self.state.unbind(1)
         smoothing, z_loss = self.problem.label_smoothing, self.problem.z_loss
         log_total = total.log()
         losses = log_total + (1 - smoothing) * (high - at_target)
