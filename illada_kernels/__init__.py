@@ -26,6 +26,7 @@ _HOMES = {
     "Threshold": "rules",
     "Factor": "rules",
     "EntropyBound": "rules",
+    "Renoise": "rules",
     "Edit": "rules",
     "Remask": "rules",
 }
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .rules import EntropyBound as EntropyBound
     from .rules import Factor as Factor
     from .rules import Remask as Remask
+    from .rules import Renoise as Renoise
     from .rules import Threshold as Threshold
     from .rules import TopK as TopK
 

@@ -1,5 +1,5 @@
-"""Which of the proposed tokens `unmask` commits (TopK, Threshold, Factor, EntropyBound), and what it revises (Edit,
-Remask).
+"""Which of the proposed tokens `unmask` commits (TopK, Threshold, Factor, EntropyBound, Renoise), and what it revises
+(Edit, Remask).
 
 Every number may instead be a tensor on the device of the call, of shape () or (B,): then nothing is read back to the
 host, a new value means no recompilation under torch.compile, and each sequence may have its own. Numbers are checked
@@ -22,7 +22,7 @@ Integer = int | Tensor
 Number = float | Tensor
 
 # Numbered as in csrc/include/illada/api.h.
-TOP_K, THRESHOLD, FACTOR, ENTROPY_BOUND, ENTROPY_BOUND_INCLUSIVE = range(5)
+TOP_K, THRESHOLD, FACTOR, ENTROPY_BOUND, ENTROPY_BOUND_INCLUSIVE, RENOISE = range(6)
 NO_REVISION, EDIT, REMASK, REMASK_BY_SCORES = range(4)
 PROBABILITY, MARGIN, NEG_ENTROPY, RANDOM, SAMPLED = range(5)  # places in CONFIDENCES
 CONFIDENCES = ("probability", "margin", "neg_entropy", "random", "sampled")
@@ -157,7 +157,44 @@ class EntropyBound:
         expect_number("EntropyBound.gamma", plain(self.gamma, torch.float64), 0, tensor=True)
 
 
-Rule = TopK | Threshold | Factor | EntropyBound
+@dataclass(frozen=True, eq=False)
+class Renoise:
+    """Writes every candidate, whatever token it holds: what `EntropyBound(gamma)` accepts, and noise at all others.
+
+    For models without a mask token, whose canvas starts as random tokens. An accepted candidate gets its proposal;
+    the others get a token drawn uniformly from [0, V). No candidate is left as it was, except bad rows, which are never
+    written. `unmask` then returns as proposal the most probable token (what the model would emit now), as committed
+    what was accepted, and as remaining the number of candidates that were not.
+
+    Parameters
+    ----------
+    gamma : float, or floating-point Tensor () or (B,)
+        At least 0, in nats. A NaN or a negative value in a tensor accepts rank 1 alone.
+
+    Notes
+    -----
+    With confidence="neg_entropy" and confidence_temperature equal to the temperature, -confidence.mean(1) is the mean
+    entropy by which DiffusionGemma stops. Takes no `revise`: it writes held tokens already.
+    Source: DiffusionGemma (transformers, generation_diffusion_gemma.py).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import Renoise, unmask_from_logits
+    >>> logits = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
+    >>> tokens, positions = torch.tensor([[2, 2]]), torch.arange(2)[None]
+    >>> out = unmask_from_logits(logits, tokens, positions, Renoise(0.0), mask_id=-1)
+    >>> out.proposal, out.committed, int(tokens[0, 0])
+    (tensor([[0, 1]]), tensor([[ True, False]]), 0)
+    """
+
+    gamma: Number
+
+    def __post_init__(self) -> None:
+        expect_number("Renoise.gamma", plain(self.gamma, torch.float64), 0, tensor=True)
+
+
+Rule = TopK | Threshold | Factor | EntropyBound | Renoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,8 +293,11 @@ def flatten_rule(rule: Rule, confidence: str) -> tuple[int, Parameter, Parameter
     if isinstance(rule, EntropyBound):
         kind = ENTROPY_BOUND_INCLUSIVE if rule.inclusive else ENTROPY_BOUND
         return kind, ("EntropyBound.gamma", rule.gamma, 0.0, LARGEST), one
+    if isinstance(rule, Renoise):
+        return RENOISE, ("Renoise.gamma", rule.gamma, 0.0, LARGEST), one
     raise TypeError(
-        f"rule: expected TopK, Threshold, Factor or EntropyBound, got {type(rule).__name__}; for k tokens use TopK(k)"
+        f"rule: expected TopK, Threshold, Factor, EntropyBound or Renoise, got {type(rule).__name__}; for k tokens use "
+        "TopK(k)"
     )
 
 

@@ -154,13 +154,13 @@ class Unmask(_Op):
 
     Parameters
     ----------
-    rule : TopK, Threshold, Factor or EntropyBound
+    rule : TopK, Threshold, Factor, EntropyBound or Renoise
     mask_id : int
 
     Notes
     -----
-    Options, by keyword, are those of `unmask`: confidence, temperature, confidence_temperature, seed, forbid,
-    logit_bias, revise, backend.
+    Options, by keyword, are those of `unmask`: confidence, order, rank_temperature, temperature,
+    confidence_temperature, seed, top_k, top_p, min_p, forbid, defer, logit_bias, revise, backend.
 
     Examples
     --------
@@ -175,10 +175,16 @@ class Unmask(_Op):
 
     accepted = (
         "confidence",
+        "order",
+        "rank_temperature",
         "temperature",
         "confidence_temperature",
         "seed",
+        "top_k",
+        "top_p",
+        "min_p",
         "forbid",
+        "defer",
         "logit_bias",
         "revise",
         "backend",

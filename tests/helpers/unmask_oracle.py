@@ -98,7 +98,35 @@ def rows_with_top(probabilities: list[float], vocabulary: int = 9) -> torch.Tens
     return torch.stack(rows)[None]
 
 
-def draw_call(draw):
+def truncated_set(row, temperature, top_k=None, top_p=None, min_p=None, forbid=()):
+    """The ids that may be drawn, in Python floats: temperature, then top_k, top_p, min_p, equal logits together."""
+    kept = {v: float(x) / temperature for v, x in enumerate(row) if v not in forbid and x > -INF}
+    top = max(kept.values())
+    if top_k is not None and top_k < len(kept):
+        kth = sorted(kept.values(), reverse=True)[top_k - 1]
+        kept = {v: s for v, s in kept.items() if s >= kth}
+    if top_p is not None and top_p < 1:
+        total = sum(math.exp(s - top) for s in kept.values())
+        before = {s: sum(math.exp(t - top) for t in kept.values() if t > s) for s in set(kept.values())}
+        kept = {v: s for v, s in kept.items() if s == top or before[s] < top_p * total}
+    if min_p is not None:
+        kept = {v: s for v, s in kept.items() if math.exp(s - top) >= min_p}
+    return set(kept)
+
+
+def draw_truncation(draw, batch: int, generator: torch.Generator):
+    """Options top_k, top_p, min_p of a drawn call."""
+    pick = lambda *options: draw(st.sampled_from(options))  # noqa: E731
+    rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    return {
+        "top_k": pick(None, 1, 3, 40, 10**6, (rand(batch) * 60).long() - 2, torch.tensor(5)),
+        "top_p": pick(None, 0.0, 0.3, 0.9, 1.0, rand(batch) * 1.5 - 0.2, torch.tensor(0.5)),
+        "min_p": pick(None, 0.0, 0.02, 0.3, 1.0, rand(batch) - 0.2, torch.tensor(0.1)),
+    }
+
+
+def draw_call(draw, truncated: bool = False):
+    """A call with every option at random; `truncated`: with top_k, top_p, min_p and `Renoise` among them."""
     pick = lambda *options: draw(st.sampled_from(options))  # noqa: E731
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
@@ -127,8 +155,11 @@ def draw_call(draw):
         ik.Factor(draw(st.floats(0, 4))),
         ik.EntropyBound(rand(()) * 9, inclusive=pick(True, False)),
     )
+    if truncated:
+        rule = pick(rule, ik.Renoise(draw(st.floats(0, 9))), ik.Renoise(rand(batch) * 9))
     scores = (rand(batch, count) * 3).round()
     revise = pick(None, None, ik.Edit(rand(batch)), ik.Remask(2), ik.Remask((rand(batch) * 4).long(), scores))
+    revise = None if isinstance(rule, ik.Renoise) else revise
     bias = ((rand(4) * (vocabulary + 4)).long() - 2, torch.randn(4, generator=generator))
     options = {
         "mask_id": mask,
@@ -146,4 +177,6 @@ def draw_call(draw):
         "frozen": pick(None, rand(batch, length) < 0.3),
         "noise_positions": pick(None, (rand(batch, count) * 2**31).long()),
     }
+    if truncated:
+        options |= draw_truncation(draw, batch, generator)
     return logits, tokens, positions, rule, options

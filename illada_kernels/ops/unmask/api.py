@@ -18,9 +18,9 @@ from ..._checks import (
     known,
     split_parameters,
 )
-from ...rules import CONFIDENCES, ORDERS, Edit, Remask, Rule, flatten_revision, flatten_rule
+from ...rules import CONFIDENCES, MOST, ORDERS, RENOISE, Edit, Remask, Rule, flatten_revision, flatten_rule
 from .op import OPERATOR
-from .problem import FLOAT32_MAX, Problem
+from .problem import BY_MIN_P, BY_TOP_K, BY_TOP_P, FLOAT32_MAX, Problem
 
 INTEGERS = (torch.int64,)
 INT64 = (-(2**63), 2**63 - 1)
@@ -39,7 +39,7 @@ class Unmasked(NamedTuple):
     committed
         (B, K) bool: written into tokens, by the rule or as an edit.
     remaining
-        (B,) int32: candidates that are masked now.
+        (B,) int32: candidates that are masked now; under `Renoise` those that were not accepted.
     """
 
     proposal: Tensor
@@ -63,6 +63,9 @@ def unmask(
     confidence_temperature: float | Tensor = 1.0,
     seed: int | Tensor = 0,
     step: int | Tensor = 0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     forbid: Sequence[int] | None = None,
     defer: Sequence[int] = (),
     logit_bias: LogitBias | None = None,
@@ -77,7 +80,7 @@ def unmask(
     Proposes a token and a confidence at every masked candidate, and commits those that `rule` picks:
 
         l_v = hidden . head_weight_v + head_bias_v + logit_bias_v    float32, -inf where v is in `forbid`
-        proposal = argmax_v l_v + temperature * g_v    g: Gumbel noise; ties to the lowest id
+        proposal = argmax_v l_v + temperature * g_v    g: Gumbel noise; ties to the lowest id; v not truncated
         p_v = softmax(l / confidence_temperature)_v    no noise
 
     docs/concepts/decoding.md describes each part: candidates, confidences, rules, revision, noise.
@@ -96,7 +99,7 @@ def unmask(
         on is no candidate. Duplicates stay in range; which of them is written is not defined.
     rule
         `TopK`, `Threshold`, `Factor` or `EntropyBound`: which masked candidates commit, ranked by falling confidence,
-        ties to the lowest position.
+        ties to the lowest position. `Renoise`: which of all candidates are accepted; the others become noise.
     mask_id
         The mask token. A candidate that holds another token takes part only under `revise`.
     confidence
@@ -113,6 +116,12 @@ def unmask(
         An int or 0-d tensor s gives sequence b the seed s + b; a (B,) int64 tensor gives each its own.
     step
         Counter of the noise, in [0, 2**32); must change from call to call.
+    top_k, top_p, min_p
+        Truncate what the noise may draw from, in this order, as Hugging Face's processors do after the temperature: the
+        top_k ids of largest l; of these the fewest of largest l whose softmax(l / temperature) sums to top_p; of these
+        the ids with softmax(l / temperature) at least min_p times its maximum. Equal logits are kept or dropped
+        together. The confidence stays that of the untruncated distribution. Each None, a number (top_k >= 1, the others
+        in [0, 1]) or a tensor () or (B,), in which top_k <= 0, top_p >= 1 and min_p <= 0 truncate nothing.
     forbid
         Ids that are never proposed and have p = 0. None: (mask_id,); (): none.
     defer
@@ -178,6 +187,9 @@ def unmask(
         confidence_temperature,
         seed,
         step,
+        top_k,
+        top_p,
+        min_p,
         forbid,
         defer,
         logit_bias,
@@ -203,6 +215,9 @@ def unmask_from_logits(
     confidence_temperature: float | Tensor = 1.0,
     seed: int | Tensor = 0,
     step: int | Tensor = 0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     forbid: Sequence[int] | None = None,
     defer: Sequence[int] = (),
     logit_bias: LogitBias | None = None,
@@ -243,6 +258,9 @@ def unmask_from_logits(
         confidence_temperature,
         seed,
         step,
+        top_k,
+        top_p,
+        min_p,
         forbid,
         defer,
         logit_bias,
@@ -264,6 +282,9 @@ class Options(NamedTuple):
     confidence_temperature: float | Tensor
     seed: int | Tensor
     step: int | Tensor
+    top_k: int | Tensor | None
+    top_p: float | Tensor | None
+    min_p: float | Tensor | None
     forbid: Sequence[int] | None
     defer: Sequence[int]
     logit_bias: LogitBias | None
@@ -299,6 +320,8 @@ def _run(
         expect_layout("frozen", o.frozen, (torch.bool,), *tokens.shape, device=device, like="tokens")
     if scores is not None:
         expect_layout("Remask.scores", scores, (torch.float32,), batch, count, device=device, like=name)
+    if kind == RENOISE and o.revise is not None:
+        raise ValueError(f"revise: expected None with Renoise, which writes every candidate, got {o.revise!r}")
     parameters = split_parameters(
         batch,
         device,
@@ -311,7 +334,12 @@ def _run(
         ("confidence_temperature", o.confidence_temperature, 0.0, FLOAT32_MAX),
         ("seed", o.seed, *INT64),
         ("step", o.step, 0, 2**32 - 1),
+        ("top_k", 0, 0, 0) if o.top_k is None else ("top_k", o.top_k, 1, MOST),
+        ("top_p", 0.0 if o.top_p is None else o.top_p, 0.0, 1.0),
+        ("min_p", 0.0 if o.min_p is None else o.min_p, 0.0, 1.0),
     )
+    given = ((BY_TOP_K, o.top_k), (BY_TOP_P, o.top_p), (BY_MIN_P, o.min_p))
+    parameters.insert(-6, sum(bit for bit, value in given if value is not None))
     mask_id = torch.sym_int(o.mask_id)
     fields: list[Any] = [
         *(x.detach() if x is not None and x.requires_grad else x for x in (source, head_weight, head_bias)),

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ... import rules
 from ..._extension import DTYPES, check, extension_reason, native, pointer
 from .problem import HIGHEST_CONFIDENCE_TEMPERATURE, HIGHEST_TEMPERATURE, Outputs, Problem
 
@@ -26,6 +27,10 @@ def available() -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
+    if problem.truncation:
+        return "does not truncate (top_k, top_p, min_p)"
+    if problem.rule == rules.RENOISE:
+        return "does not renoise"
     return None if problem.source.dtype in DTYPES else "float64 is for the reference"
 
 

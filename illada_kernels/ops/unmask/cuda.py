@@ -17,6 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ... import rules
 from ..._extension import DTYPES, STALE, native
 from ..._gpu import cuda_reason, launch, rows_reason
 from . import gpu
@@ -193,6 +194,10 @@ def available() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.source.dtype == torch.float64:
         return "float64 is for the reference"
+    if problem.truncation:
+        return "does not truncate (top_k, top_p, min_p)"
+    if problem.rule == rules.RENOISE:
+        return "does not renoise"
     if problem.vocab > 2**31 - 2**16:
         return "takes vocabularies below 2**31 - 2**16"
     return None

@@ -19,6 +19,8 @@ HIGHEST_CONFIDENCE_TEMPERATURE = 2.0**126
 LEAST_SHIFTED = -87.3
 # Bits of `needs`, as in api.h: the sums and maxima of a row that a call asks for.
 NEEDS_ENTROPY, NEEDS_SECOND, NEEDS_HELD = 1, 2, 4
+# Bits of `truncate`: the options that were given.
+BY_TOP_K, BY_TOP_P, BY_MIN_P = 1, 2, 4
 
 
 class Problem(NamedTuple):
@@ -52,6 +54,13 @@ class Problem(NamedTuple):
     seed_tensor: Tensor | None
     step: int
     step_tensor: Tensor | None
+    truncate: int  # bits BY_TOP_K, BY_TOP_P, BY_MIN_P
+    top_k: int
+    top_k_tensor: Tensor | None
+    top_p: float
+    top_p_tensor: Tensor | None
+    min_p: float
+    min_p_tensor: Tensor | None
     forbid: Sequence[int]
     defer: Sequence[int]
     bias_ids: Tensor | None
@@ -73,7 +82,7 @@ class Problem(NamedTuple):
     @property
     def by_entropy(self) -> bool:
         """Whether the rule ranks by rising entropy."""
-        return self.rule == rules.ENTROPY_BOUND or self.rule == rules.ENTROPY_BOUND_INCLUSIVE
+        return self.rule in (rules.ENTROPY_BOUND, rules.ENTROPY_BOUND_INCLUSIVE, rules.RENOISE)
 
     @property
     def is_reranked(self) -> bool:
@@ -84,6 +93,11 @@ class Problem(NamedTuple):
     @property
     def noisy(self) -> bool:
         return self.temperature_tensor is not None or self.temperature > 0
+
+    @property
+    def truncation(self) -> int:
+        """The bits of `truncate` that can change a proposal: none where no noise is drawn."""
+        return self.truncate if self.noisy else 0
 
     def needs(self) -> int:
         entropy = NEEDS_ENTROPY if self.by_entropy or self.confidence == rules.NEG_ENTROPY else 0

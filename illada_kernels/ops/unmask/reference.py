@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ... import rules
 from .problem import (
+    BY_MIN_P,
+    BY_TOP_K,
+    BY_TOP_P,
     FLOAT32_MAX,
     HIGHEST_CONFIDENCE_TEMPERATURE,
     HIGHEST_TEMPERATURE,
@@ -47,7 +50,8 @@ def without_autocast(step: Problem) -> Outputs:
     at = torch.where(valid, step.positions, 0)
     held = step.tokens.gather(1, at)
     candidate = valid if step.frozen is None else valid & ~step.frozen.gather(1, at)
-    masked, fixed = candidate & (held == step.mask_id), candidate & (held != step.mask_id)
+    masked = candidate & ((held == step.mask_id) | (step.rule == rules.RENOISE))
+    fixed = candidate & ~masked
 
     rows = all_rows(step, masked, held)
     kinds = (
@@ -63,7 +67,10 @@ def without_autocast(step: Problem) -> Outputs:
     committed = masked & takes_part & chosen_by_rule(step, masked & takes_part, confidence, rows)
     written = torch.where(committed, proposal, held)
 
-    if step.revise == rules.EDIT:
+    if step.rule == rules.RENOISE:
+        written = torch.where(takes_part & ~committed, rows.redrawn, written)
+        proposal = torch.where(takes_part, rows.best, -1)
+    elif step.revise == rules.EDIT:
         tau = per_sequence(step, step.tau_tensor, step.tau, torch.float32)
         edited = fixed & takes_part & (proposal != held) & (rows.probability >= tau)
         committed, written = committed | edited, torch.where(edited, proposal, written)
@@ -79,7 +86,8 @@ def without_autocast(step: Problem) -> Outputs:
     wide = torch.cat([step.tokens, step.tokens[:, :1]], dim=1)
     wide.scatter_(1, torch.where(written != held, at, length), written)
     step.tokens.copy_(wide[:, :length])
-    remaining = (candidate & (step.tokens.gather(1, at) == step.mask_id)).sum(1, dtype=torch.int32)
+    left = ~committed if step.rule == rules.RENOISE else step.tokens.gather(1, at) == step.mask_id
+    remaining = (candidate & left).sum(1, dtype=torch.int32)
     return proposal, confidence, committed, remaining
 
 
@@ -102,7 +110,9 @@ def seeds(step: Problem) -> Tensor:
 # ---- one row: proposal and confidences -------------------------------------------------------------------------------
 class Rows(NamedTuple):
     proposal: Tensor  # int64: argmax of l + temperature * Gumbel; without noise where the candidate holds a token
-    probability: Tensor  # of the proposal; float32, as the following
+    best: Tensor  # int64: argmax of l
+    redrawn: Tensor  # int64: uniform in [0, V)
+    probability: Tensor  # of the proposal, of the best under Renoise; float32, as the following
     margin: Tensor
     entropy: Tensor
     random: Tensor
@@ -118,7 +128,11 @@ def all_rows(step: Problem, masked: Tensor, held: Tensor) -> Rows:
     temperature = per_sequence(step, step.temperature_tensor, step.temperature, torch.float32)
     tc = per_sequence(step, step.confidence_temperature_tensor, step.confidence_temperature, torch.float32)
     seed, at_step = seeds(step), per_sequence(step, step.step_tensor, step.step, torch.int64)
+    top_k = per_sequence(step, step.top_k_tensor, step.top_k, torch.int64)
+    top_p = per_sequence(step, step.top_p_tensor, step.top_p, torch.float32)
+    min_p = per_sequence(step, step.min_p_tensor, step.min_p, torch.float32)
     per_row = [masked, held, noise_positions, seed, at_step, torch.where(masked, temperature, 0.0), tc]
+    per_row += [top_k, top_p, min_p]
     flat = [t.expand(batch, count).reshape(-1, 1) for t in per_row]
     chunk = max(1, LOGITS_AT_ONCE // max(1, step.vocab))
     parts = []
@@ -129,19 +143,22 @@ def all_rows(step: Problem, masked: Tensor, held: Tensor) -> Rows:
 
 def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
     """Rows start, start + 1, ...; per_row: all_rows' list, each (N, 1)."""
-    masked, held, position, seed, at_step, temperature, tc = per_row
+    masked, held, position, seed, at_step, temperature, tc, *truncation = per_row
     logits = row_logits(step, start, masked.shape[0])  # (N, V)
     random = philox_unit(philox(seed, torch.zeros_like(position), position, at_step, 1)[:2])
     rank_noise = gumbel_of(philox(seed, torch.zeros_like(position), position, at_step, 2)[:2])
+    redrawn = scaled(philox(seed, torch.zeros_like(position), position, at_step, 3), logits.shape[1])
     if logits.shape[1] == 0:
         zero = torch.zeros_like(random)
-        return Rows(held, zero, zero, zero, random, zero, zero, zero, torch.ones_like(masked))
+        return Rows(held, held, held, zero, zero, zero, random, zero, zero, zero, torch.ones_like(masked))
     noised = logits
     temperature = torch.where(temperature > 0, temperature, 0.0).clamp(max=HIGHEST_TEMPERATURE)  # a NaN counts as 0
     if step.noisy:
         noise = temperature * gumbel(seed, position, at_step, logits.shape[1])
         noised = torch.where(temperature > 0, (logits + noise).clamp(-FLOAT32_MAX, FLOAT32_MAX), logits)
         noised = torch.where(logits == -torch.inf, logits, noised)
+    if step.truncation:
+        noised = torch.where(logits >= lower_bound(step, logits, temperature, *truncation), noised, -torch.inf)
     proposal = noised.argmax(1, keepdim=True)  # ties to the lowest id
 
     top, best = logits.amax(1, keepdim=True), logits.argmax(1, keepdim=True)
@@ -160,11 +177,37 @@ def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
     margin = (1 - ((second - top) * scale).exp().double()) / total
     known = (held >= 0) & (held < logits.shape[1])
     held_probability = torch.where(known, e.gather(1, torch.where(known, held, 0)) / total, 0.0)
-    probability = e.gather(1, proposal) / total
-    likeness = torch.where(temperature > 0, (logits.gather(1, proposal) - top) / temperature, 0.0).exp()
+    rated = best if step.rule == rules.RENOISE else proposal
+    probability = e.gather(1, rated) / total
+    likeness = torch.where(temperature > 0, (logits.gather(1, rated) - top) / temperature, 0.0).exp()
     sampled = torch.minimum((1 / total).float(), likeness.float())
     confidences = (probability.float(), margin.float(), entropy.float(), random, sampled, rank_noise)
-    return Rows(proposal, *confidences, held_probability.float(), bad)
+    return Rows(proposal, best, redrawn, *confidences, held_probability.float(), bad)
+
+
+def lower_bound(
+    step: Problem, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """Returns the least logit that is kept in each row (N, 1): -inf where nothing is truncated.
+
+    An id is kept by top_p if the ids of larger logits, of those that top_k keeps, have less than top_p of its mass.
+    """
+    falling, vocab = logits.sort(1, descending=True).values, logits.shape[1]
+    top, nothing = falling[:, :1], torch.full_like(falling[:, :1], -torch.inf)
+    bound = nothing
+    if step.truncate & BY_TOP_K:
+        kth = falling.gather(1, (top_k - 1).clamp(0, vocab - 1))
+        bound = torch.where((top_k > 0) & (top_k < vocab), kth, nothing)
+    if step.truncate & BY_TOP_P:
+        e = torch.where(falling >= bound, ((falling - top) / temperature).exp(), 0.0).double()
+        mass = e.cumsum(1)
+        kept = (mass - e < top_p.double() * mass[:, -1:]).sum(1, keepdim=True)
+        last = falling.gather(1, (kept - 1).clamp(min=0))
+        bound = torch.maximum(bound, torch.where(top_p < 1, last, nothing))  # a NaN counts as 1
+    if step.truncate & BY_MIN_P:
+        least = top + temperature * min_p.double().log().clamp(max=0.0).float()
+        bound = torch.maximum(bound, torch.where(min_p > 0, least, nothing))  # a NaN counts as 0
+    return torch.where(temperature > 0, bound, nothing)
 
 
 def row_logits(step: Problem, start: int, rows: int) -> Tensor:
@@ -227,6 +270,11 @@ def gumbel_of(words: tuple[Tensor, ...]) -> Tensor:
 
 def gumbel_of_unit(u: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-u.clamp(min=2.0**-64)))
+
+
+def scaled(words: tuple[Tensor, ...], vocab: int) -> Tensor:
+    """floor((w0 << 32 | w1) * vocab / 2**64), uniform in [0, vocab); exact, because vocab < 2**31."""
+    return words[0] * vocab + (words[1] * vocab >> 32) >> 32
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------

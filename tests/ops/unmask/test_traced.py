@@ -35,6 +35,10 @@ NUMBERS: dict[str, tuple[Any, list[float]]] = {
     "step": (lambda x: step(step=x, temperature=1.0), [1, 2, 0, 2**32 - 1]),
     "temperature": (lambda x: step(temperature=x), [0.5, 0.7, 1.0, 0.0, 2.0]),
     "confidence_temperature": (lambda x: step(confidence_temperature=x), [0.5, 0.7, 1.0, 0.0, 2.0]),
+    "top_k": (lambda x: step(top_k=x, temperature=1.0), [2, 3, 5, 9, 2**40]),
+    "top_p": (lambda x: step(top_p=x, temperature=1.0), [0.3, 0.5, 0.9, 0.99]),
+    "min_p": (lambda x: step(min_p=x, temperature=1.0), [0.3, 0.5, 0.9, 0.01]),
+    "Renoise.gamma": (lambda x: step(ik.Renoise(x)), [0.1, 0.2, 2.5, 4.0]),
 }
 KINDS: dict[str, Any] = {
     "Python": lambda x: x,

@@ -7,6 +7,7 @@ module does without Triton.
 
 from __future__ import annotations
 
+from .... import rules
 from ...._extension import DTYPES
 from ...._gpu import triton_reason
 from ..problem import Outputs, Problem
@@ -17,6 +18,10 @@ def available() -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
+    if problem.truncation:
+        return "does not truncate (top_k, top_p, min_p)"
+    if problem.rule == rules.RENOISE:
+        return "does not renoise"
     return None if problem.source.dtype in DTYPES else "float64 is for the reference"
 
 
