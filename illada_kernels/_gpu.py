@@ -1,4 +1,4 @@
-"""What the GPU backends of every room share: why they cannot run here, and how a CUDA entry point is called."""
+"""Says why GPU backends cannot run here, and calls the extension's CUDA entry points."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def device_reason() -> str | None:
 
 
 def cuda_reason() -> str | None:
-    """None, or why the extension's CUDA kernels cannot run."""
+    """Returns None, or why the extension's CUDA kernels cannot run."""
     if (reason := extension_reason()) is not None:
         return reason
     return device_reason() if native().with_cuda else "the extension was built without CUDA"
 
 
 def hopper_reason() -> str | None:
-    """None, or why its sm_90a kernels cannot run: wgmma and its tensor maps exist on compute capability 9.0 alone."""
+    """Returns None, or why the sm_90a kernels cannot run: only compute capability 9.0 has wgmma."""
     if (reason := cuda_reason()) is not None:
         return reason
     major, minor = torch.cuda.get_device_capability()
@@ -35,7 +35,7 @@ def hopper_reason() -> str | None:
 
 
 def rows_reason() -> str | None:
-    """None, or why the row kernels, those of plain .cu files, cannot run: what nvcc did not compile, NVRTC may."""
+    """Returns None, or why the row kernels (plain .cu files) cannot run. NVRTC compiles them if nvcc did not."""
     if (reason := cuda_reason()) is None or device_reason() is not None:
         return reason
     return None if (missing := _nvrtc.reason()) is None else f"{reason}; NVRTC cannot compile them either: {missing}"
@@ -43,7 +43,7 @@ def rows_reason() -> str | None:
 
 @functools.cache
 def triton_reason() -> str | None:
-    """None, or why Triton kernels cannot run here."""
+    """Returns None, or why Triton kernels cannot run here."""
     try:
         importlib.import_module("triton")
     except Exception as error:  # a Triton built for another Python or torch may raise anything
@@ -60,9 +60,11 @@ def _plain(argument: Any) -> Any:
 
 
 def launch(function: str, device: torch.device, *arguments: Any) -> None:
-    """Runs a CUDA entry point of the extension, or what it would launch, compiled by NVRTC, on the current stream of
-    `device`; tensors and records go in as pointers, None as null. Raises RuntimeError with CUDA's words if that
-    failed."""
+    """Launches a CUDA entry point on the current stream of `device`.
+
+    Without CUDA in the extension, NVRTC compiles and launches the same kernel. Tensors and ctypes structures are passed
+    as pointers, None as null. Raises RuntimeError with CUDA's message if the launch fails.
+    """
     plain = [_plain(a) for a in arguments]
     module, _ = extension()
     if module is None or not module.with_cuda:

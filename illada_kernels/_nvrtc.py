@@ -1,8 +1,8 @@
-"""Compiles and launches the CUDA row kernels where the extension was built without nvcc: by NVRTC, through CuPy.
+"""Compiles and launches the CUDA row kernels by NVRTC, through CuPy, where the extension was built without nvcc.
 
-A kernel is compiled at its first use (about a second). CuPy keeps it on disk ($CUPY_CACHE_DIR, else ~/.cupy) under its
-text, options, architecture and NVRTC's version. Which kernel an entry point of api.h launches, and how, is written
-once more in ops/<op>/nvrtc.py: the host code beside the kernels is C++ for nvcc.
+A kernel is compiled at its first use (about a second). CuPy caches the binary on disk ($CUPY_CACHE_DIR, else ~/.cupy);
+the key is its text, options, architecture and NVRTC's version. ops/<op>/nvrtc.py repeats in Python which kernel an
+entry point of api.h launches and with what grid, because the host code beside the kernels is C++ for nvcc.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FOLDERS = ("nvrtc", "cuda", "include")  # of csrc, searched in this order: nvrtc
 
 
 class Launch(NamedTuple):
-    """What an entry point does: one kernel, named as in its source file, for one grid."""
+    """One kernel launch: what an entry point of api.h does."""
 
     source: str  # in csrc/cuda
-    kernel: str  # "rows_fwd<float>"
+    kernel: str  # the name in its source file: "rows_fwd<float>"
     grid: tuple[int, ...]
     block: int
     smem: int  # bytes of dynamic shared memory
@@ -35,7 +35,7 @@ class Launch(NamedTuple):
 
 
 def sources() -> Path:
-    """csrc: inside an installed package, beside it in a checkout."""
+    """Returns the folder csrc: inside an installed package, beside it in a checkout."""
     package = Path(__file__).parent
     inside = package / "_csrc"
     return inside if inside.is_dir() else package.parent / "csrc"
@@ -43,7 +43,7 @@ def sources() -> Path:
 
 @functools.cache
 def fingerprint() -> str:
-    """Of all that a kernel may include. CuPy's cache knows the text it is given, not what that includes."""
+    """Returns a hash of every file that a kernel may include, because CuPy's cache key leaves included files out."""
     digest = hashlib.sha256()
     files = [p for folder in FOLDERS for p in (sources() / folder).rglob("*") if p.is_file()]
     for path in sorted(p for p in files if not p.name.endswith("_sm90a.cu")):
@@ -51,11 +51,11 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-# ---- what it takes ---------------------------------------------------------------------------------------------------
+# ---- requirements ----------------------------------------------------------------------------------------------------
 
 
 def headers(major: int) -> Path | None:
-    """The folder with cuda_bf16.h of CUDA `major`: of NVIDIA's Python packages, which come with torch, or a toolkit."""
+    """Returns the folder that holds cuda_bf16.h of CUDA `major`, of NVIDIA's Python packages or a toolkit, or None."""
     spec = importlib.util.find_spec("nvidia")
     packages = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
     folders = [p / name for p in packages for name in (f"cu{major}", "cuda_runtime")]
@@ -76,7 +76,7 @@ def _major(include: Path) -> int | None:
 
 @functools.cache
 def reason() -> str | None:
-    """None, or what NVRTC lacks here."""
+    """Returns None, or what NVRTC lacks here."""
     cuda = (torch.version.cuda or "13").partition(".")[0]
     try:
         cupy = importlib.import_module("cupy")
@@ -96,7 +96,7 @@ def reason() -> str | None:
 
 
 def options(include: Path) -> tuple[str, ...]:
-    """NVRTC's, beside what CuPy adds: the architecture, -ftz=true and --device-as-default-execution-space."""
+    """Returns NVRTC's options. CuPy adds the architecture, -ftz=true and --device-as-default-execution-space."""
     return ("-std=c++17", *(f"-I{sources() / folder}" for folder in FOLDERS), f"-I{include}")
 
 
@@ -109,7 +109,7 @@ def program(source: str) -> str:
 
 @functools.cache
 def kernel(source: str, name: str) -> Any:
-    """A cupy.RawKernel, which compiles and loads itself once per device."""
+    """Returns a cupy.RawKernel, which compiles and loads itself once per device."""
     cupy = importlib.import_module("cupy")
     include = headers(cupy.cuda.nvrtc.getVersion()[0])
     assert include is not None  # or reason() would have said so
@@ -118,7 +118,7 @@ def kernel(source: str, name: str) -> Any:
 
 
 def launch(entry: str, device: torch.device, *arguments: Any) -> None:
-    """What the extension's entry point would do, on the current stream of `device`; pointers come as integers."""
+    """Launches what the extension's entry point would, on the current stream of `device`. Pointers are integers."""
     op = next(room for room in OPS.values() if entry.startswith(room))
     how: Launch = getattr(importlib.import_module(f".ops.{op}.nvrtc", __package__), entry)(*arguments)
     if 0 in how.grid:

@@ -1,8 +1,8 @@
-"""Which GPU kernels have passed `python -m illada_kernels doctor --selftest` here: those enter the default order, and
-those that a committed result has let in (_committed.json, by `python -m benchmarks.on_gpu --adopt`).
+"""Decides which GPU kernels are in the default order: those that passed `python -m illada_kernels doctor --selftest` on
+this machine, and those that a committed result lets in (_committed.json, by `python -m benchmarks.on_gpu --adopt`).
 
-Remembered in $XDG_CACHE_HOME (or ~/.cache)/illada_kernels/selftest.json, under the GPU's name and driver, with a
-fingerprint of the kernel: another GPU, driver, torch, triton or kernel source asks for a new selftest.
+Outcomes are stored in $XDG_CACHE_HOME (or ~/.cache)/illada_kernels/selftest.json under the GPU's name and driver, with
+a fingerprint of the kernel. Another GPU, driver, torch, triton or kernel source needs a new selftest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def cache_file() -> Path:
 
 
 def driver() -> str:
-    """The NVIDIA kernel module's version, or, where the system does not tell, the CUDA version the driver speaks."""
+    """Returns the version of NVIDIA's kernel module, or, if /proc does not tell, the driver's CUDA version."""
     try:
         words = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split()
         return next(word for word in words if word[0].isdigit() and "." in word)
@@ -47,7 +47,8 @@ def machine() -> str:
 
 @functools.cache
 def kernel(op: str, backend: str) -> str:
-    """Identifies the code that would run: torch, the extension's sources or the Triton version, the op's Python."""
+    """Returns a fingerprint of the code that would run: torch, the extension's sources or Triton's version, the op's
+    Python files."""
     import torch
 
     package = Path(__file__).parent
@@ -78,7 +79,7 @@ def _read() -> dict[str, dict[str, str]]:
 
 
 def committed(op: str, backend: str) -> bool:
-    """True if a committed result shows this kernel right and fast on a GPU of this compute capability."""
+    """Whether a committed result lets this kernel in on GPUs of this compute capability."""
     import torch
 
     if not torch.cuda.is_available():
@@ -90,8 +91,8 @@ def committed(op: str, backend: str) -> bool:
 
 @functools.cache
 def proven(op: str, backend: str) -> bool:
-    """True if this kernel, as it is now, has passed the selftest on this GPU and driver, or a committed result lets it
-    in and it has not failed here. The files are read once."""
+    """Whether this kernel, in its present form, has passed the selftest on this GPU and driver, or a committed result
+    lets it in and it has not failed here. Reads the files once."""
     try:
         remembered, now = _read().get(machine(), {}).get(f"{op}/{backend}"), kernel(op, backend)
         return remembered == now or (remembered != f"failed {now}" and committed(op, backend))
@@ -100,7 +101,7 @@ def proven(op: str, backend: str) -> bool:
 
 
 def remember(op: str, backend: str, passed: bool) -> Path:
-    """Writes the outcome of a selftest; a failure takes an earlier pass back, and what a committed result lets in."""
+    """Stores the outcome of a selftest. A failure overrides an earlier pass and a committed result."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):  # selftests may run side by side

@@ -1,4 +1,4 @@
-"""Attention on Hopper: csrc/cuda/attention_fwd_sm90a.cuh and attention_bwd_*_sm90a.cu, and how their work is cut up."""
+"""Runs attention on Hopper: csrc/cuda/attention_fwd_sm90a.cuh and attention_bwd_*_sm90a.cu. Cuts the work into items."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def supports(problem: Problem) -> str | None:
 
 
 def _unfit_for_tma(name: str, x: Tensor) -> str | None:
-    """Bulk tensor copies take 16-byte aligned addresses and strides."""
+    """Returns None, or why TMA cannot load x: addresses and strides must be multiples of 16 bytes."""
     if x.data_ptr() % 16:
         return f"{name} starts at an address that is not a multiple of 16 bytes; .clone() it"
     for size, stride in zip(x.shape[:3], x.stride()[:3]):
@@ -47,7 +47,7 @@ def _unfit_for_tma(name: str, x: Tensor) -> str | None:
 
 
 class Schedule(NamedTuple):
-    """How the forward is cut up; by shapes alone, so that a captured graph serves any lengths."""
+    """The grid of the forward. It depends on shapes alone, so that a captured graph serves any lengths."""
 
     pack: int  # query heads of one key head that share a tile's rows
     items: int  # (batch entry, heads, tile of rows): what one block takes up at a time
@@ -56,7 +56,7 @@ class Schedule(NamedTuple):
 
 @functools.lru_cache(1024)
 def schedule(batch: int, rows: int, keys: int, heads: int, key_heads: int, dim: int, processors: int) -> Schedule:
-    """A tile is 3 warpgroups (2 for head_dim 256) of 64 rows.
+    """Returns the grid. A tile is 3 warpgroups (2 for head_dim 256) of 64 rows.
 
     Heads that share keys share a tile if that fills at least nine tenths of its rows, or if all rows fit one tile.
     With fewer items than processors the keys are split: the number of splits minimises the steps of the busiest block,
@@ -153,8 +153,8 @@ def backward(
 def workspace(
     batch: int, rows: int, heads: int, bounds_batches: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the backward needs beside its results, by tiles of 64 rows: 8 bytes per row and head (lse, delta), 16 per
-    row of the bounds (its ranges in normal form) and 36 per tile of them (hulls), and 8. Nothing grows with keys."""
+    """Returns the backward's workspace, in tiles of 64 rows: 8 bytes per row and head (lse, delta), 16 per row of the
+    bounds (its ranges in normal form), 36 per tile of them (hulls), and 8. No part grows with the number of keys."""
     tiles = -(-rows // 64)
     return (
         torch.empty(batch, heads, tiles, 2, 64, dtype=torch.float32, device=device),
@@ -165,15 +165,18 @@ def workspace(
 
 
 def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Maxima stay maxima, and a masked score stays -inf when multiplied. Negation is exact; a scale that vanishes
-    beside float32 goes into q, where what it rounds away is far below one rounding of the log-sum-exp."""
+    """Returns (q, scale) with a positive scale, so that a maximum stays one and a masked score stays -inf.
+
+    Negation is exact. A scale near float32's smallest is multiplied into q; what that rounds away is far below one
+    rounding of the log-sum-exp.
+    """
     if abs(scale) < 1e-30:
         return (q.float() * scale).to(q.dtype), 1.0
     return (q, scale) if scale > 0 else (-q, -scale)
 
 
 def _aligned(bounds: Tensor | None) -> Tensor | None:
-    """Rows of four integers that one 16-byte access reads."""
+    """Returns bounds whose rows of four integers one aligned 16-byte load reads."""
     if bounds is None or (
         bounds.stride(2) == 1
         and bounds.data_ptr() % 16 == 0
@@ -185,5 +188,5 @@ def _aligned(bounds: Tensor | None) -> Tensor | None:
 
 
 def _fit_for_tma(x: Tensor) -> Tensor:
-    """An upstream gradient may be expanded or a view at an odd offset."""
+    """Returns x, or a copy if TMA cannot load it: an upstream gradient may be expanded, or a view at an odd offset."""
     return x if _unfit_for_tma("", x) is None else x.clone(memory_format=torch.contiguous_format)

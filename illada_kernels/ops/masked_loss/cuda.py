@@ -1,7 +1,7 @@
-"""The row operations of masked_loss (row_kernels.py) in CUDA: csrc/cuda/masked_loss_rows.cu and masked_loss_compact.cu.
+"""Implements masked_loss's row operations (row_kernels.py) by csrc/cuda/masked_loss_rows.cu and masked_loss_compact.cu.
 
-`CudaRows` needs only something that launches an entry point by name, with tensors for pointers: the extension
-(_gpu.launch), or the same sources compiled otherwise.
+`CudaRows` takes a function that launches an entry point by name, with tensors for pointers: _gpu.launch for the
+extension, another for the same sources compiled otherwise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ supports, kept = no_float64, gpu.kept
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block of `gradients` keeps its row in: all that there is, less what CUDA takes."""
+    """Returns the bytes of shared memory in which a block of `gradients` keeps its row: all that a block may have."""
     most: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     return most
 
@@ -207,13 +207,13 @@ class CudaRows:
 
 
 def _which(rows: Rows, by_slot: bool) -> tuple[Any, ...]:
-    """slot or null, info, start, rows of the grid, rows held."""
+    """Returns slot or null, info, start, rows of the grid, rows held."""
     held = len(rows.index)
     return rows.slot if by_slot else None, rows.info, rows.start, len(rows.slot) if by_slot else held, held
 
 
 def _terms(formula: Formula) -> tuple[Any, ...]:
-    """vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid."""
+    """Returns vocab, bias, softcap, label_smoothing, z_loss, forbid, n_forbid."""
     forbid = formula.forbid
     return (
         formula.vocab,
@@ -234,7 +234,7 @@ def forward(problem: Problem) -> Results:
 
 
 def direct(problem: Problem) -> Results:
-    """As forward, but keeps only as much as the rows need that are masked now."""
+    """Runs `forward`, but saves only rows that are masked now, not the full capacity."""
     return gpu.forward(KERNELS, problem, trim=True)
 
 

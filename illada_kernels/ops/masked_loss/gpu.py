@@ -1,20 +1,19 @@
-"""masked_loss on a GPU: the large products by cuBLAS through torch.mm, the rest by a backend's row kernels
-(row_kernels.py).
+"""masked_loss on a GPU: matmuls by cuBLAS through torch.mm, the rest by a backend's row kernels (row_kernels.py).
 
-A call runs in one of five modes (`plan`). In all of them only masked rows are computed, products accumulate in float32,
-and each gradient is rounded once:
+A call runs in one of five modes (`plan`). Every mode computes masked rows only, accumulates matmuls in float32 and
+rounds each gradient once:
 
-    one_chunk   logits of all masked rows; they become their gradients in place, which are kept for the backward, where
-                the upstream gradient multiplies rows of hidden and of its gradient. 3 products.
-    row_chunks  the gradients are made in the forward, chunk by chunk, in float32, and kept but for powers of two that
-                only the float32 backward multiplies by. 3 products.
-    slices      slices of the vocabulary; the backward computes the logits again, writes each slice of the head's
-                gradient once, and adds up hidden's. Keeps four numbers a row. 4 products.
-    loss        no gradients: slices, forward only. 1 product.
-    logits      masked_loss_from_logits: one pass, and one in the backward. Keeps four numbers a row.
+    one_chunk   Computes the logits of all masked rows and turns them into their gradients in place. The backward takes
+                these, and multiplies rows of hidden and of its gradient by the upstream gradient. 3 matmuls.
+    row_chunks  Computes the gradients in the forward, chunk by chunk, in float32, each divided by a power of two, which
+                the float32 backward multiplies back. 3 matmuls.
+    slices      Computes the logits by slices of the vocab. The backward computes them again, writes each slice of the
+                head's gradient once, and accumulates hidden's. Saves four numbers a row. 4 matmuls.
+    loss        Slices without gradients, forward only. 1 matmul.
+    logits      masked_loss_from_logits: one pass each way. Saves four numbers a row.
 
-Nothing is read back from the device, except by a forward without max_masked: the number of masked rows, and whether
-their targets are ids, in one synchronisation.
+Only a forward without max_masked reads from the device: the number of masked rows and whether their targets are ids, in
+one synchronisation.
 """
 
 from __future__ import annotations
@@ -32,11 +31,9 @@ from .problem import Problem, Results, bad_target, empty_grads
 from .row_kernels import POWER_TIMES_GRAD, SCALE_OVER_POWER, SCALE_TIMES_GRAD, Formula, RowKernels, Rows
 
 DEFAULT_BUDGET = 256 << 20
-LEAST_CHUNK = (
-    1024  # rows; each chunk reads and writes the float32 head gradient: for fewer, a fourth product costs less
-)
+LEAST_CHUNK = 1024  # rows; with fewer, a fourth matmul costs less than a chunk's pass over the float32 head gradient
 LEAST_SLICE = 256  # ids
-SLICE_BYTES = 32 << 20  # of logits: they stay in the second-level cache (50 MB on Hopper, 40 on Ampere)
+SLICE_BYTES = 32 << 20  # of logits; they stay in L2 (50 MB on Hopper, 40 on Ampere)
 ROW_BYTES = 64  # of indices, states and factors
 TILE = 128  # rows of a chunk and ids of a slice are multiples of it
 
@@ -56,8 +53,8 @@ class Plan(NamedTuple):
 def plan(problem: Problem) -> Plan:
     """Returns the mode, from shapes and options alone.
 
-    By default the budget is 8 bytes for each element of the head: as long as N < 4 D, the N x V half-precision logits
-    of one chunk take less than a float32 head gradient and a chunk of 2 D rows together, and one chunk is fastest.
+    The default budget is 8 bytes for each element of the head. While N < 4 D, the N x V half-precision logits of one
+    chunk take less memory than a float32 head gradient and a chunk of 2 D rows together, and one chunk is fastest.
     """
     rows, head_weight, needs = problem.capacity, problem.head_weight, problem.needs
     if head_weight is None:
@@ -80,7 +77,7 @@ def plan(problem: Problem) -> Plan:
 
 
 def chunk_rows(count: int, step: int) -> int:
-    """Rows of a chunk: equal shares of the fewest chunks, whole tiles."""
+    """Returns the rows of a chunk: whole tiles, of the fewest chunks, equally long."""
     share = -(-count // max(-(-count // step), 1))
     return min(-(-share // TILE) * TILE, max(step, 1))
 
@@ -105,12 +102,15 @@ def _kept(problem: Problem, p: Plan) -> Kept:
     return first, rest[0], rest[1]
 
 
-# ---- what every mode needs ------------------------------------------------------------------------------------------
+# ---- shared by all modes ---------------------------------------------------------------------------------------------
 
 
 def masked_rows(kernels: RowKernels, problem: Problem, check: bool) -> Rows:
-    """Returns the masked rows, compacted: as many as max_masked, or as all rows. With `check` and without max_masked
-    just as many as there are, after the one synchronisation; raises ValueError if a target is not an id."""
+    """Returns the masked rows, compacted, filled up to max_masked or else to the number of all rows.
+
+    With `check` and without max_masked the exact number, after one synchronisation; raises ValueError if a target is
+    not an id.
+    """
     mean = problem.reduction == "mean"
     masked, targets = problem.masked, problem.targets
     rows = kernels.compact(masked, targets, problem.weight, problem.vocab, mean, problem.capacity)
@@ -124,9 +124,10 @@ def masked_rows(kernels: RowKernels, problem: Problem, check: bool) -> Rows:
 
 @functools.cache
 def _forbid_on(device: torch.device, forbid: tuple[int, ...]) -> Tensor:
-    """Uploads the ids once: a copy from the host at each call would synchronise and could not be captured in a graph.
-    They are kept for good, a few bytes each: a captured graph reads the list at its address, whatever other lists have
-    come since."""
+    """Uploads the ids once, because a copy from the host at each call would synchronise and could not be captured.
+
+    The list is never freed: a captured graph reads it at its address.
+    """
     return torch.tensor(forbid, dtype=torch.int64, device=device)
 
 
@@ -166,7 +167,7 @@ class Head:
         return out
 
     def slices(self, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(ids, their rows of the head, their logits): one buffer filled in turn."""
+        """Yields (ids, their rows of the head, their logits). The logits of all slices share one buffer."""
         ids = self.plan.ids
         buffer = self.empty(len(x) * ids, dtype=x.dtype)
         for first in range(0, self.vocab, ids):
@@ -177,7 +178,7 @@ class Head:
 
 
 def _largest(factors: Tensor) -> Tensor:
-    """Their largest magnitude, on the device; not 0, as of fillers alone, so that they can be divided by it."""
+    """Returns the largest magnitude, on the device; at least the smallest normal number, because it is a divisor."""
     return factors.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -185,7 +186,8 @@ def _largest(factors: Tensor) -> Tensor:
 
 
 def forward(kernels: RowKernels, problem: Problem, trim: bool = False) -> Results:
-    """Returns the loss and what is kept. trim: keeps as many rows as are masked now, not the full capacity."""
+    """Returns the loss and the tensors saved for the backward. trim: save only rows that are masked now, not the full
+    capacity."""
     p, rows = plan(problem), masked_rows(kernels, problem, check=True)
     count, none = len(rows.index), problem.reduction == "none"
     trim = trim and p.mode != "logits"  # whose state is 16 bytes a row, and read by slot
@@ -206,7 +208,7 @@ def forward(kernels: RowKernels, problem: Problem, trim: bool = False) -> Result
                 _one_chunk(head, kept[0][:count], state)
             elif p.mode == "row_chunks":
                 _row_chunks(head, kept, state)
-            elif p.mode == "slices":  # as the backward multiplies them: their roundings must be the same
+            elif p.mode == "slices":  # the same slices as in the backward, so that the logits round alike
                 for ids, _, logits in head.slices(head.gather(rows)):
                     kernels.stats(logits, ids.start, rows, state, terms)
             else:
@@ -217,7 +219,7 @@ def forward(kernels: RowKernels, problem: Problem, trim: bool = False) -> Result
 
 
 def _stats(head: Head, state: Tensor) -> None:
-    """Statistics alone: while one slice is read, the next is multiplied. Two share the room of one."""
+    """Fills `state`. The next slice's matmul overlaps the reading of this one; both share the room of one slice."""
     x, ids = head.gather(head.rows), -(-head.plan.ids // (2 * TILE)) * TILE
     with TwoBuffers(len(x) * min(ids, head.vocab), x.dtype, x.device) as buffers:
         for first in range(0, head.vocab, ids):
@@ -229,14 +231,15 @@ def _stats(head: Head, state: Tensor) -> None:
 
 
 def _one_chunk(head: Head, d: Tensor, state: Tensor) -> None:
-    """d (N, V) becomes d(loss) / d(logits), but for a power of two of each row."""
+    """Fills d (N, V) with d(loss) / d(logits), each row divided by a power of two."""
     product(head.gather(head.rows), head.weight.T, d)
     head.kernels.gradients(d, head.rows, state, head.factors(SCALE_OVER_POWER), head.formula)
 
 
 def _row_chunks(head: Head, kept: Kept, state: Tensor) -> None:
-    """kept become d(loss) / d(hidden) of the masked rows over their powers, d(head_weight) and d(head_bias) over the
-    largest power: half precision never holds a row's scale, only how its power compares with the largest."""
+    """Fills `kept`: d(loss) / d(hidden) of the masked rows, each divided by its power of two, and d(head_weight) and
+    d(head_bias), divided by the largest power. Half precision then holds a row's power relative to the largest, never
+    its scale."""
     d_hidden, d_weight, d_bias = kept
     if head.count == 0:
         d_weight.zero_(), d_bias.zero_()
@@ -265,8 +268,8 @@ def _row_chunks(head: Head, kept: Kept, state: Tensor) -> None:
 def backward(
     kernels: RowKernels, problem: Problem, grad_loss: Tensor, kept: Kept, needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    """Returns the gradients of hidden, head_weight and head_bias in their dtypes, None where not needed. No
-    synchronisation: computes as many rows as were kept, fillers included."""
+    """Returns the gradients of hidden, head_weight and head_bias in their dtypes, None where not needed. Does not
+    synchronise: computes all saved rows, fillers too."""
     p, rows = plan(problem), masked_rows(kernels, problem, check=False)
     grads = empty_grads(problem, needs)
     if p.mode == "logits":
@@ -282,7 +285,7 @@ def backward(
             _row_chunks_backward(head, grad_loss, kept, *grads)
         else:
             _slices_backward(head, grad_loss, kept[0], *grads)
-    if problem.max_masked is not None and p.rows == 0:  # no row that could carry the NaN of an overflow
+    if problem.max_masked is not None and p.rows == 0:  # no row can carry the NaN of an overflow
         for g in grads[1:]:
             if g is not None:
                 g.copy_(torch.where(rows.info[0] > 0, torch.nan, 0.0))
@@ -296,7 +299,7 @@ def _scatter(head: Head, dx: Tensor, out: Tensor, factors: Tensor | None = None)
 def _one_chunk_backward(
     head: Head, grad_loss: Tensor, d: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None
 ) -> None:
-    """d is d(loss) / d(logits) of each row, but for the factors of the rows."""
+    """d: d(loss) / d(logits), without the factors of the rows."""
     factors = head.factors(POWER_TIMES_GRAD, grad_loss)
     if d_hidden is not None:
         dx = head.empty(head.count, head.width)
@@ -312,8 +315,8 @@ def _one_chunk_backward(
 def _weighted_sum(head: Head, d: Tensor, factors: Tensor) -> Tensor:
     """Returns the sum of the rows of d (N, V) times factors, (V,) float32.
 
-    Two columns hold each factor in half precision: one would round the upstream gradient the same way in all rows.
-    They are relative to the largest, so that float16 holds them.
+    A factor is split over two half-precision columns, because one would round the upstream gradient the same way in all
+    rows. Factors are divided by the largest, so that float16 holds them.
     """
     if head.count == 0:
         return head.empty(head.vocab).zero_()

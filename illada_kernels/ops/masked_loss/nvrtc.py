@@ -1,4 +1,4 @@
-"""What the entry points of csrc/cuda/masked_loss_*.cu launch, for _nvrtc.py: functions of their names and arguments."""
+"""Returns, for _nvrtc.py, what each entry point of csrc/cuda/masked_loss_*.cu launches, by functions of those names."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def _launch(source: str, kernel: str, blocks: int, threads: int, smem: int, *arg
 
 
 def _options(values: list[Any]) -> Any:
-    """struct Options, from its members."""
+    """Returns struct Options, made of its members."""
     return np.array(tuple(values), OPTIONS)
 
 
 def _row_kernel(kernel: str, dtype: int, options: list[Any]) -> str:
-    """The kernel of this dtype and formula, as `with_kernel` in the source chooses it."""
+    """Returns the kernel for this dtype and formula, as `with_kernel` in the source chooses it."""
     _, bias, softcap, smoothing, _, _, n_forbid = options
     plain = not bias and softcap <= 0 and smoothing <= 0 and n_forbid == 0
     return f"rows_{kernel}<{TYPES[dtype]}, {str(plain).lower()}>"

@@ -1,11 +1,11 @@
-"""What a GPU backend of masked_loss implements: the row operations between the large products (gpu.py).
+"""Declares what a GPU backend of masked_loss implements: the row operations between the matmuls (gpu.py).
 
-All of them enqueue on the current stream, never synchronise, read no device value on the host, and give equal bits for
-equal inputs. Offsets are 64-bit. `cuda.py` implements them in CUDA, triton/row_kernels.py in Triton, and the tests'
+Each operation enqueues on the current stream, never synchronises, reads no device value on the host, and gives equal
+bits for equal inputs. Offsets are 64-bit. cuda.py implements them in CUDA, triton/row_kernels.py in Triton, the tests'
 helpers in plain torch.
 
-A row is *live* if its place among the masked rows is below their number on the device, info[0]. Rows behind that number
-are fillers: no operation reads their data, those that write rows write zeros there.
+A row is *live* if its place among the masked rows is below info[0], their number on the device. Later rows are fillers:
+no operation reads their data; operations that write rows write zeros there.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """N masked rows of the R rows of a call, compacted, in order; or a chunk of them."""
+    """The N masked rows of a call's R rows, compacted, in order; or a chunk of them."""
 
     index: Tensor  # (N,) int32: place among the R rows, ascending; 0 for fillers
     targets: Tensor  # (N,) int64; 0 for fillers
     scale: Tensor  # (N,) float32: d(loss) / d(unweighted loss of the row); 0 for fillers, all NaN on overflow
     slot: Tensor  # (R,) int32: place among the masked rows, -1 where not masked
-    info: Tensor  # (2,) int32: number of masked rows; the first of the R whose target is no id, or -1
+    info: Tensor  # (2,) int32: number of masked rows; the first of the R whose target is not an id, or -1
     capacity: int  # masked rows there may be; overflow is info[0] > capacity
     start: int = 0  # place of the first row held here: row i is live if start + i < info[0]
 
@@ -37,7 +37,7 @@ class Rows:
 class Formula(NamedTuple):
     """z = softcap * tanh((logit + bias) / softcap), -inf at forbidden ids, and the terms of the loss."""
 
-    vocab: int  # of the whole head, also where a call sees a slice of it
+    vocab: int  # of the whole head, also if the call passes a slice of it
     bias: Tensor | None  # (vocab,) float32
     softcap: float  # 0: none
     label_smoothing: float
@@ -45,42 +45,51 @@ class Formula(NamedTuple):
     forbid: Tensor | None  # ascending ids, int64, on the device
 
 
-# What `factors` gives. power = min(1, 2^floor(log2(scale))) is exact to multiply by; scale / power is for the gradients
-# of logits that are kept in half precision: weights below 1, as "mean" has them, would push those under its range.
+# What `factors` computes. power = min(1, 2^floor(log2(scale))), an exact factor. Half-precision gradients of logits are
+# multiplied by scale / power only, because weights below 1, as under "mean", would make them underflow.
 SCALE_TIMES_GRAD, SCALE_OVER_POWER, POWER_TIMES_GRAD = 0, 1, 2
 
 
 class RowKernels(Protocol):
-    """x, d_hidden, logits: float32, bfloat16, float16. Tensors that a method writes are contiguous; so are all
-    one-dimensional ones, and logits except where they are read by slot."""
+    """x, d_hidden and logits are float32, bfloat16 or float16. All outputs, all one-dimensional tensors, and logits
+    unless `by_slot`, are contiguous."""
 
     def compact(
         self, masked: Tensor, targets: Tensor, weight: Tensor | None, vocab: int, mean: bool, capacity: int
     ) -> Rows:
-        """The masked rows. Tensors of any leading dimensions and strides; weight float32, None: 1. scale is the weight,
-        divided by the sum of the masked rows' weights (float64, fixed order) if `mean`."""
+        """Returns the masked rows. The tensors have any leading dimensions and strides; weight is float32, None: 1.
+
+        scale is the weight; under `mean` it is divided by the sum of masked rows' weights (float64, fixed order)."""
 
     def gather(self, x: Tensor, rows: Rows, out: Tensor, factors: Tensor | None = None) -> None:
-        """out (n, D), x's dtype or float32 = x[index], times factors (n,) float32 if given, rounded once; zeros for
-        fillers. x: (..., D), R rows of any strides, the last dimension contiguous."""
+        """Computes out = x[index] * factors, rounded once; zeros for fillers.
+
+        out: (n, D), x's dtype or float32. factors: (n,) float32, None: 1. x: (..., D), R rows of any strides, the last
+        dimension contiguous."""
 
     def scatter(self, dx: Tensor, rows: Rows, out: Tensor, factors: Tensor | None = None) -> None:
-        """out (R, D), any dtype: row r = dx[slot[r]], times factors[slot[r]] if given, rounded once; zeros where not
-        masked. NaN everywhere on overflow. dx: (N, D) float32 of all rows (start 0)."""
+        """Computes out[r] = dx[slot[r]] * factors[slot[r]], rounded once; zeros where not masked, NaN everywhere on
+        overflow.
+
+        out: (R, D), any dtype. dx: (N, D) float32 of all rows (start 0)."""
 
     def factors(self, rows: Rows, what: int, grad_loss: Tensor | None, out: Tensor) -> None:
-        """out (n,) float32: scale * g, scale / power or power * g; 0 for fillers. g is the upstream gradient, float32:
-        a scalar, or of each of the R rows (then g[index]; those of unmasked rows are never read)."""
+        """Computes out (n,) float32: scale * g, scale / power or power * g; 0 for fillers.
+
+        g is the upstream gradient, float32: a scalar, or one for each of the R rows, of which unmasked rows are never
+        read."""
 
     def stats(
         self, logits: Tensor, first: int, rows: Rows, state: Tensor, formula: Formula, by_slot: bool = False
     ) -> None:
-        """Adds the columns of logits, the ids first .. first + width, to state (n, 4) float32: max of z, sum of
-        exp(z - max), z at the target, sum of z over allowed ids (only with label smoothing). first = 0 begins anew;
-        slices come in ascending order. Fillers are left alone.
+        """Adds the logits of ids first .. first + width to state (n, 4) float32: max of z, sum of exp(z - max), z at
+        the target, sum of z over allowed ids (only with label smoothing).
 
-        logits: (n, width), row i that of rows.index[i]. by_slot: (..., V), all R rows of any strides; row r belongs to
-        state[slot[r]]; unmasked rows are not read. A NaN makes the sum NaN; a row of -inf has sum 0, or NaN."""
+        first = 0 resets the state; slices come in ascending order. Leaves fillers alone. A NaN makes the sum NaN; a row
+        of -inf has sum 0 or NaN.
+
+        logits: (n, width); row i belongs to rows.index[i]. by_slot: (..., V), all R rows of any strides; row r belongs
+        to state[slot[r]]; unmasked rows are not read."""
 
     def dlogits(
         self,
@@ -93,23 +102,27 @@ class RowKernels(Protocol):
         formula: Formula,
         by_slot: bool = False,
     ) -> None:
-        """out = scale ((1 + 2 z_loss lse) exp(z - lse) - e / allowed - [target] (1 - e)) dz/dlogit, e the label
-        smoothing, lse of the whole row from `state`; 0 at forbidden ids and for fillers. A row whose scale is NaN or
-        whose target is no id is NaN throughout. out has logits' dtype and may be logits. scale: (n,) float32.
+        """Computes out = scale ((1 + 2 z_loss lse) exp(z - lse) - e / allowed - [target] (1 - e)) dz/dlogit.
 
-        by_slot: out is (R, V), contiguous; unmasked rows are zeros, and all rows NaN on overflow."""
+        e is the label smoothing; `state` gives the lse of the whole row. Zero at forbidden ids and for fillers. A row
+        whose scale is NaN or whose target is not an id is NaN. out has logits' dtype and may be logits. scale: (n,)
+        float32.
+
+        by_slot: out is (R, V), contiguous; unmasked rows are zeros; all rows are NaN on overflow."""
 
     def gradients(self, logits: Tensor, rows: Rows, state: Tensor, scale: Tensor, formula: Formula) -> None:
-        """stats and then dlogits in place, of whole rows (n, V), in one pass over memory."""
+        """Runs stats, then dlogits in place, on whole rows (n, V), in one pass over memory."""
 
     def losses(self, state: Tensor, rows: Rows, formula: Formula, out: Tensor) -> None:
-        """out float32, of scale * loss of the rows, start 0: scalar, their sum in a fixed order, at least compensated;
-        or (R,), 0 where not masked. A target that is no id makes its row NaN, overflow everything."""
+        """Computes scale * loss of all rows (start 0).
+
+        out: float32, a scalar, the sum in a fixed order, compensated or wider; or (R,), 0 where not masked. A target
+        that is not an id makes its row NaN, overflow all rows."""
 
 
 def row_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """(x, inner, outer_stride, stride): row r of the flattened leading dimensions of x starts at element
-    r // inner * outer_stride + r % inner * stride. Copies x only where its rows need three strides or more."""
+    """Returns (x, inner, outer_stride, stride): row r of the flattened leading dimensions starts at element
+    r // inner * outer_stride + r % inner * stride. Copies x only if its rows need three strides or more."""
     dims: list[tuple[int, int]] = []  # (size, stride), outermost first, neighbours merged
     for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
         if size == 1:
@@ -126,7 +139,7 @@ def row_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def rows_of(rows: int, of: int, capacity: int, device: torch.device) -> Rows:
-    """Uninitialised: what `compact` fills. `of` is R."""
+    """Returns uninitialised Rows for `compact` to fill. of: R."""
     return Rows(
         index=torch.empty(rows, dtype=torch.int32, device=device),
         targets=torch.empty(rows, dtype=torch.int64, device=device),

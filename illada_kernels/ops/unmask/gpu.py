@@ -1,5 +1,5 @@
-"""What unmask's GPU backends share on the host: parameters that stay on the device, the list of forbidden ids, the
-matmuls of the many-row path. Nothing here synchronises or reads device data."""
+"""Host code of unmask's GPU backends: parameters that stay on the device, lists of ids, the matmuls of the many-row
+path. Nothing here synchronises or reads device data."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from ..._matmul import product
 from ..._streams import TwoBuffers
 from .problem import Problem
 
-# Up to this many candidate rows one kernel reads the head once; beyond, products by slices of the vocab. The head
-# turns from bound by memory to bound by products at about 184 rows on an H200; where the two paths cross is unmeasured.
+# Up to this many candidate rows one kernel reads the head once; more rows take matmuls by slices of the vocab. On an
+# H200 the head turns from memory-bound to compute-bound at about 184 rows; where the two paths cross is unmeasured.
 FUSED_ROWS = 128
-# Ids that one part covers, where parts are not those of the fused head; products take a multiple of them, so that how a
-# vocab is cut into products does not change a sum.
+# Ids of a part outside of the fused head. Matmuls take a multiple of it, so that no sum depends on the cuts.
 SLICE = 4096
 
 
 class Parameter(NamedTuple):
-    """A number of the call, or where there is a tensor what lies in it when the kernels run."""
+    """A number of the call, or a tensor, whose values the kernels read."""
 
     number: float  # an int for the seed, the step, least and Remask.n
     tensor: Tensor | None  # float32 (int64 for those four), contiguous, () or (B,)
@@ -66,7 +65,7 @@ def parameters(problem: Problem) -> Parameters:
 
 @functools.cache  # kept for good: a captured graph holds the address
 def device_list(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copied to the device once: warm up before you capture a graph, as always."""
+    """Uploads the ids at the first call, which must come before a graph is captured."""
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
@@ -79,25 +78,31 @@ def deferred(problem: Problem) -> Tensor | None:
     return device_list(tuple(problem.defer), problem.tokens.device) if problem.defer else None
 
 
-# ---- many rows: products by slices of the vocab -----------------------------------------------------------------
+# ---- many rows: matmuls by slices of the vocab -----------------------------------------------------------------------
+
+
 def product_rows(rows: int) -> int:
-    """Rows of one product. Few sizes, with the last chunk filled up, so that cuBLAS sees the same shapes, chooses the
-    same kernel and sums a row alike whatever the batch."""
+    """Returns the rows of one matmul. There are three sizes and the last chunk is padded, so that cuBLAS chooses the
+    same kernel, and a row's sum does not depend on the batch."""
     return 256 if rows <= 256 else 512 if rows <= 512 else 1024
 
 
 def product_ids(at_once: int) -> int:
-    """Ids of one product: 16 MiB of logits, of which two stay in an H200's L2 (50 MiB), and enough tiles for its
-    multiprocessors. With more than 1024 rows, each chunk also finds part of the head there (32 MiB where D = 4096);
-    with fewer there is one chunk, and the head is read once."""
+    """Returns the ids of one matmul.
+
+    Its logits take 16 MiB: two such buffers stay in an H200's L2 (50 MiB), and there are tiles for all multiprocessors.
+    Beyond 1024 rows a chunk also finds part of the head in L2 (32 MiB where D = 4096); below, the head is read once.
+    """
     return SLICE * max(1, 1024 // at_once)
 
 
 def head_products(problem: Problem, visit: Callable[[Tensor, int, int, int], None]) -> None:
-    """Calls visit(logits, first row, rows, first id): logits (>= rows, ids) float32 of rows of (B * K) and a multiple
-    of SLICE ids, or the last ones, without head_bias; they are overwritten after. It runs on a second stream, so that
-    the next product does not wait for it. All rows are multiplied, also those that take no part: which they are, only
-    the device knows."""
+    """Calls visit(logits, first row, rows, first id) for each chunk of (B * K) rows and slice of ids.
+
+    logits: (>= rows, ids) float32, without head_bias; ids is a multiple of SLICE, except for the last slice. The next
+    matmul overlaps the visit, which runs on a second stream, and later overwrites the logits. Multiplies all rows,
+    because only the device knows which take part.
+    """
     source, head = problem.source, problem.head_weight
     assert head is not None
     rows, vocab = source.shape[0] * source.shape[1], head.shape[0]

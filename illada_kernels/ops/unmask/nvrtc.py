@@ -1,5 +1,5 @@
-"""What the entry points of csrc/cuda/unmask_{rows,select}.cu launch, for _nvrtc.py: functions of their names and
-arguments. The head fused for Hopper is the extension's alone."""
+"""Returns, for _nvrtc.py, what the entry points of csrc/cuda/unmask_{rows,select}.cu launch: one function each, of its
+name and arguments. Only the extension has the fused head for Hopper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUTPUTS = np.dtype([(name, "u8") for name in ("proposal", "confidence", "committ
 
 
 def _by_value(record: int) -> Any:
-    """illada_unmask_call, from its address."""
+    """Returns the bytes of the illada_unmask_call at this address."""
     return np.frombuffer(ctypes.string_at(record, ctypes.sizeof(Call)), np.dtype(("V", ctypes.sizeof(Call))))
 
 

@@ -1,6 +1,5 @@
-"""Attention in Triton: which calls it takes, and the way to the kernels of fwd.py and bwd.py.
-
-Those are imported at the first call: this module does without Triton.
+"""Runs attention in Triton: checks what the kernels of fwd.py and bwd.py take, and imports them, and Triton,, at the first
+call.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def supports(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Sq, Hq, D) in q's dtype and lse (B, Hq, Sq) float32. Memory: the results."""
+    """Returns out (B, Sq, Hq, D) in q's dtype and lse (B, Hq, Sq) float32. Allocates the results only."""
     from . import fwd
 
     return fwd.forward(problem)
@@ -60,7 +59,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk and dv, shaped and typed like q, k and v, of the sum of out * dout and lse * dlse.
 
-    Bitwise the same run after run. Memory: the results, and 8 bytes per row of out.
+    Gives the same bits run after run. Allocates the results and 8 bytes per row of out.
     """
     from . import bwd
 

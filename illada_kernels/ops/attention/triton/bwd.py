@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Attention backward in Triton: one kernel for what belongs to rows, one for dk and dv, one for dq. No atomics."""
+"""Attention backward in Triton: one kernel prepares the rows, one computes dk and dv, one dq. No atomics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .tiles import (
 )
 from .tuning import KEYS_BACKWARD, QUERIES_BACKWARD, Tile, aot, every_tile, head_parts, strides
 
-SCAN = tl.constexpr(32)  # tiles of rows that a key tile looks at together: as many as an int64 has bits to spare
+SCAN = tl.constexpr(32)  # row tiles that a key tile tests together, one bit each in an int64
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "kv_heads"])
@@ -55,10 +55,10 @@ def attention_bwd_preprocess(
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Of each packed row: its lse in units of log 2, and delta = sum out * dout - dlse. Of each tile: its two hulls.
+    """Computes for each packed row lse / log 2 and delta = sum out * dout - dlse, for each row tile its two hulls.
 
-    One program owns ROWS packed rows of one key head, and reads out and dout once. Rows without keys, and those beyond
-    the last, get lse +inf, so that every p = exp2(s - lse) of theirs is 0, and delta 0, whatever they hold.
+    One program owns ROWS packed rows of one key head and reads out and dout once. Rows without keys, and rows beyond
+    the last, get lse +inf and delta 0, so that p = exp2(s - lse) is 0 there even if they hold NaN.
     """
     tiles = tl.cdiv(num_queries * GROUP, ROWS)
     program = tl.program_id(0)
@@ -135,7 +135,7 @@ def _add_rows(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What one tile of rows adds to dk / scale and dv of a tile of keys. Scores lie as (keys, rows)."""
+    """Adds one row tile's share to dk / scale and dv of a key tile. Scores are (keys, rows)."""
     rows = tile * ROWS + tl.arange(0, ROWS)
     queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
     log_sum, delta = tl.load(log_sums + rows), tl.load(deltas + rows)
@@ -144,7 +144,7 @@ def _add_rows(
         lo0, hi0, lo1, hi1 = row_ranges(bounds, queries, wanted, bounds_row, num_keys)
         keys = first_key + tl.arange(0, KEYS)
         allowed = allowed_pairs(keys[:, None], lo0[None, :], hi0[None, :], lo1[None, :], hi1[None, :])
-        wanted = lo0 < hi0  # p and ds are 0 elsewhere, but 0 * NaN is NaN: a row without keys is not loaded
+        wanted = lo0 < hi0  # never loads a row without keys: p and ds are 0 there, but 0 * NaN is NaN
     q_at = queries.to(tl.int64) * q_row + heads.to(tl.int64) * q_head
     dout_at = queries.to(tl.int64) * dout_row + heads.to(tl.int64) * dout_head
     x, g = load_tile(q, q_at, wanted, 0, HEAD), load_tile(dout, dout_at, wanted, 0, HEAD)
@@ -163,7 +163,7 @@ def _add_rows(
         dp = tl.dot(v_tail, tl.trans(g_tail), dp, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
     if MASKED:
-        ds = tl.where(allowed, ds, 0.0)  # v, and so dp, may be NaN where no row attends
+        ds = tl.where(allowed, ds, 0.0)  # v and therefore dp may be NaN where no row attends
     ds_narrow = ds.to(q.dtype.element_ty)
     dk = tl.dot(ds_narrow, x, dk, input_precision=PRECISION)
     if TAIL:
@@ -173,7 +173,7 @@ def _add_rows(
 
 @triton.jit
 def _lowest_bit(bits):
-    """Its position, from the exponent of a float; bits > 0."""
+    """Returns the position of the lowest set bit, from the exponent of a float; bits > 0."""
     return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
@@ -218,11 +218,11 @@ def attention_bwd_keys(
 ):
     """dv = p^T dout, dk = scale ds^T q, where p = exp(scale q k^T - lse), ds = p (dout v^T - delta).
 
-    One program owns a tile of keys of one key head; it keeps k, v and the sums, and visits the tiles of packed rows
-    that touch it, all query heads of the group: 32 tiles at a time it compares their hulls with its keys, and keeps one
-    bit for each that some row needs in part and one for each whose rows all attend to all of its keys; the latter's
-    loop has no mask code. Nothing else of the others is loaded. Flops 8 D per pair of a tile visited; bytes: q and dout
-    once per tile of keys, from L2 mostly. p and ds are rounded to the inputs' dtype, sums are float32, in fixed order.
+    One program owns a key tile of one key head, keeps k, v and the sums, and visits the tiles of packed rows (all query
+    heads of the group) that attend to it. It compares the hulls of 32 row tiles at a time with its keys, and sets one
+    bit for each tile that attends in part and one for each whose rows attend to all keys; the loop over the latter has
+    no mask code. Of tiles without a bit it loads the hulls only. 8 D flops per pair of a visited tile; q and dout are
+    read once per key tile, mostly from L2. p and ds are rounded to the inputs' dtype; sums are float32, in fixed order.
     """
     key_tiles = tl.cdiv(num_keys, KEYS)
     program = tl.program_id(0)
@@ -414,7 +414,7 @@ def _add_keys(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What one tile of keys adds to dq / scale of a tile of rows. Scores lie as (rows, keys)."""
+    """Adds one key tile's share to dq / scale of a row tile. Scores are (rows, keys)."""
     lanes = tl.arange(0, KEYS)
     keys = start + lanes
     k += start.to(tl.int64) * k_row
@@ -422,7 +422,7 @@ def _add_keys(
     k_at, v_at = lanes.to(tl.int64) * k_row, lanes.to(tl.int64) * v_row
     if MASKED:
         allowed = allowed_pairs(keys[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None])
-        wanted = attended_keys(keys, lo0, hi0, lo1, hi1)  # ds is 0 elsewhere, but 0 * NaN is NaN: such k are not loaded
+        wanted = attended_keys(keys, lo0, hi0, lo1, hi1)  # loads no other k: ds is 0 there, but 0 * NaN is NaN
     else:
         wanted = None
     x, y = load_tile(k, k_at, wanted, 0, HEAD), load_tile(v, v_at, wanted, 0, HEAD)
@@ -483,8 +483,8 @@ def attention_bwd_queries(
 ):
     """dq = scale ds k, where ds = p (dout v^T - delta), p = exp(scale q k^T - lse).
 
-    One program owns ROWS packed rows of one key head and streams key tiles exactly as attention_fwd does: masked parts
-    first, then whole tiles. Flops 6 D per pair of a tile visited; ds is rounded to the inputs' dtype, sums are float32.
+    One program owns ROWS packed rows of one key head and streams key tiles as attention_fwd does: masked parts first,
+    then whole tiles. 6 D flops per pair of a visited tile. ds is rounded to the inputs' dtype; sums are float32.
     """
     tiles = tl.cdiv(num_queries * GROUP, ROWS)
     program = tl.program_id(0)
@@ -629,7 +629,7 @@ def _keys_constants(group: int, dim: int, dtype: torch.dtype, tile: Tile) -> dic
 
 
 def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Every tile of the tables, with bounds; see tests/gpu_code/triton_code.py."""
+    """Yields every tile of the tables, with bounds, for tests/gpu_code/triton_code.py."""
     for name, dim, dtype, tile, archs in every_tile(KEYS_BACKWARD):
         yield (
             f"bwd_preprocess {name}",

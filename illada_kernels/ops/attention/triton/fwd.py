@@ -45,7 +45,7 @@ def _attend(
     NEGATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One key tile: the running maximum (in units of log 2), sum and output of a tile of rows."""
+    """Adds one key tile to the running maximum (of scores / log 2), sum and output of a row tile."""
     lanes = tl.arange(0, KEYS)
     keys = start + lanes
     k += start.to(tl.int64) * k_row
@@ -54,7 +54,7 @@ def _attend(
     if MASKED:
         allowed = allowed_pairs(keys[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None])
         exists = keys < num_keys
-        attended = attended_keys(keys, lo0, hi0, lo1, hi1)  # p is 0 elsewhere, but 0 * NaN is NaN: such v stay out
+        attended = attended_keys(keys, lo0, hi0, lo1, hi1)  # loads no other v: p is 0 there, but 0 * NaN is NaN
     else:
         exists, attended = None, None
     s = tl.dot(q, tl.trans(load_tile(k, k_at, exists, 0, HEAD)), input_precision=PRECISION)  # (rows, keys)
@@ -114,11 +114,11 @@ def attention_fwd(
 ):
     """out = softmax(scale q k^T) v, lse = log sum exp(scale q k^T), over the keys that `bounds` allows each row.
 
-    One program owns ROWS packed rows of one key head and streams the key tiles of its two hulls: first those that some
-    row attends to in part, masked, then those that all rows attend to whole, without mask code. Each tile is loaded
-    once. Flops 4 D per pair of a tile visited; bytes: q, out, lse once, k and v once per tile of rows, from L2 mostly.
-    Scores, softmax and sums in float32 by exp2, the scale folded in; p is rounded to v's dtype for the second product.
-    Ties need no rule. NaN spreads to the rows that attend to it. A row without keys: out 0, lse -inf.
+    One program owns ROWS packed rows of one key head and streams the key tiles of its two hulls: first, masked, the
+    tiles to which some row attends in part, then, without mask code, those to which all rows attend. 4 D flops per pair
+    of a visited tile; q, out and lse move once, k and v once per row tile, mostly from L2. Scores, softmax (exp2, scale
+    folded in) and sums are float32; p is rounded to v's dtype for the second matmul. Ties need no rule. NaN reaches the
+    rows that attend to it. A row without keys: out 0, lse -inf.
     """
     tiles = tl.cdiv(num_queries * GROUP, ROWS)
     program = tl.program_id(0)
@@ -145,7 +145,9 @@ def attention_fwd(
     v += batch * v_batch + kv_head.to(tl.int64) * v_head
     scale *= LOG2_E
 
-    maximum = tl.full([ROWS], LOWEST, tl.float32)  # finite: p of a row with no keys so far, or only -inf, is 0, not NaN
+    maximum = tl.full(
+        [ROWS], LOWEST, tl.float32
+    )  # finite, so that p of a row that has met no key, or only -inf, is 0 and not NaN
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD], tl.float32)
     acc_tail = tl.zeros([ROWS, TAIL if TAIL else 16], tl.float32)
@@ -248,7 +250,7 @@ def constants(group: int, dim: int, dtype: torch.dtype, tile: Tile) -> dict[str,
 
 
 def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Every tile of the table, with bounds; see tests/gpu_code/triton_code.py."""
+    """Yields every tile of the table, with bounds, for tests/gpu_code/triton_code.py."""
     for name, dim, dtype, tile, archs in every_tile(FORWARD):
         fixed = constants(4, dim, dtype, tile) | {"NEGATIVE": name == FULL}
         yield f"fwd {name}", *aot(attention_fwd, name, dtype, fixed, tile.warps, archs)

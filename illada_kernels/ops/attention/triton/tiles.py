@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs
-"""What the Triton kernels of attention share: key ranges seen from a tile of rows, and tiles of memory.
+"""Plans the key tiles of a row tile, and loads and stores tiles, for the Triton kernels of attention.
 
-The query heads that read a key head are packed into rows: row r of a (batch entry, key head) is query r // GROUP under
-head r % GROUP of those. So a tile of 128 rows holds 32 queries where four heads share a key head: as many products, but
-narrower hulls, and a block of a few new queries fills a tile. head_dim is a power of two, HEAD, or the sum of two, HEAD
-and TAIL (96 = 64 + 32), whose parts are separate tensors: nothing is padded.
+The query heads that share a key head are packed into rows: row r of a (batch entry, key head) is query r // GROUP of
+head r % GROUP. With GROUP = 4 a tile of 128 rows holds 32 queries: the matmuls are as large, the hulls narrower, and a
+few new queries fill a tile. head_dim is a power of two, HEAD, or a sum of two, HEAD + TAIL (96 = 64 + 32), in separate
+tensors, so that nothing is padded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def row_ranges(bounds, queries, inside, row_stride, num_keys):
-    """lo0, hi0, lo1, hi1 (rows,) in normal form; ranges that touch are one, and a row's only range is its first."""
+    """Returns lo0, hi0, lo1, hi1 (rows,) in normal form: adjacent ranges are merged; a single range comes first."""
     at = bounds + queries.to(tl.int64) * row_stride
     lo0 = tl.minimum(tl.maximum(tl.load(at, mask=inside, other=0), 0), num_keys)
     hi0 = tl.minimum(tl.maximum(tl.load(at + 1, mask=inside, other=0), lo0), num_keys)
@@ -33,7 +33,7 @@ def row_ranges(bounds, queries, inside, row_stride, num_keys):
 
 @triton.jit
 def hull(lo, hi, inside, num_keys):
-    """begin, end: the ranges of all rows lie within; all_begin, all_end: within the range of every row, or empty."""
+    """Returns begin, end, the union's hull, and all_begin, all_end, the intersection of the rows' ranges, or empty."""
     some = lo < hi
     begin = tl.min(tl.where(some, lo, num_keys), 0)
     end = tl.max(tl.where(some, hi, 0), 0)
@@ -44,8 +44,11 @@ def hull(lo, hi, inside, num_keys):
 
 @triton.jit
 def key_span(begin, end, all_begin, all_end, first, KEYS: tl.constexpr, PART: tl.constexpr):
-    """What a hull visits from key `first` on, begin <= full <= full_end <= end: whole tiles of KEYS keys in between,
-    which every row attends to, and before and after them parts of PART keys, which some row may attend to."""
+    """Returns what a hull visits from key `first` on, begin <= full <= full_end <= end.
+
+    full .. full_end are whole tiles of KEYS keys to which every row attends; before and after them come parts of PART
+    keys to which some row may attend.
+    """
     begin = tl.maximum(begin // PART * PART, first)
     end = tl.maximum(tl.cdiv(end, PART) * PART, begin)
     full = tl.cdiv(tl.maximum(all_begin, first), KEYS) * KEYS
@@ -56,7 +59,7 @@ def key_span(begin, end, all_begin, all_end, first, KEYS: tl.constexpr, PART: tl
 
 @triton.jit
 def key_plan(bounds, queries, inside, row_stride, num_keys, KEYS: tl.constexpr, PART: tl.constexpr):
-    """The ranges of a tile of rows, and what its two hulls visit; the second starts where the first ends."""
+    """Returns the ranges of a row tile, and what its two hulls visit; the second starts where the first ends."""
     if bounds is None:
         zero = tl.zeros_like(queries)
         lo0, hi0, lo1, hi1 = zero, zero + num_keys, zero + num_keys, zero + num_keys
@@ -73,8 +76,8 @@ def key_plan(bounds, queries, inside, row_stride, num_keys, KEYS: tl.constexpr, 
 
 @triton.jit
 def part_at(key, begin0, full0, full_end0, end0, begin1, full1, full_end1):
-    """The key that is `key` keys after begin0, where only begin0..full0, full_end0..end0, begin1..full1 and
-    full_end1.. count."""
+    """Returns the key `key` keys after begin0, counting only begin0..full0, full_end0..end0, begin1..full1 and
+    full_end1.. ."""
     at = begin0 + key
     key -= full0 - begin0
     at = tl.where(key >= 0, full_end0 + key, at)
@@ -86,22 +89,22 @@ def part_at(key, begin0, full0, full_end0, end0, begin1, full1, full_end1):
 
 @triton.jit
 def allowed_pairs(keys, lo0, hi0, lo1, hi1):
-    """(rows, keys) or (keys, rows), whichever way the arguments are spread. Unsigned: one comparison a range."""
+    """Returns the mask, (rows, keys) or (keys, rows) as the arguments broadcast. Unsigned, one comparison a range."""
     first = (keys - lo0).to(tl.uint32) < (hi0 - lo0).to(tl.uint32)
     return first | ((keys - lo1).to(tl.uint32) < (hi1 - lo1).to(tl.uint32))
 
 
 @triton.jit
 def attended_keys(keys, lo0, hi0, lo1, hi1):
-    """(keys,): some row attends. Computed once more and the other way round: to reduce (rows, keys), which lies as a
-    product does, over its rows takes twice the registers."""
+    """Returns (keys,): whether some row attends. Rebuilds the mask as (keys, rows), because (rows, keys) has the
+    MMA layout, and reducing that over its rows needs twice the registers."""
     pairs = allowed_pairs(keys[:, None], lo0[None, :], hi0[None, :], lo1[None, :], hi1[None, :])
     return tl.max(pairs.to(tl.int32), 1) > 0
 
 
 @triton.jit
 def load_tile(base, row_offsets, rows_wanted, FIRST: tl.constexpr, SIZE: tl.constexpr):
-    """Channels FIRST .. FIRST + SIZE of rows (rows, SIZE), zero where not wanted (None: all are)."""
+    """Returns channels FIRST .. FIRST + SIZE of the rows, (rows, SIZE), zero where not wanted (None: all are)."""
     at = base + row_offsets[:, None] + (FIRST + tl.arange(0, SIZE))[None, :]
     if rows_wanted is None:
         tile = tl.load(at)

@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels: the committed tables, the choice for a call, and their measurement."""
+"""Chooses tile sizes of the Triton kernels: the committed tables, the choice for a call, and its measurement."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from ..problem import Problem
 
 
 def strides(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[int, ...]:
-    """Returns the strides of batch, row and head of q, k and v, then of batch and row of the bounds, 0 where these are
-    broadcast."""
+    """Returns the strides of batch, row and head of q, k and v, then of batch and row of the bounds, 0 if broadcast."""
     ranges = (0, 0) if bounds is None else tuple(bounds.stride(i) if bounds.shape[i] > 1 else 0 for i in (0, 1))
     return *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ranges
 
@@ -26,7 +25,7 @@ def head_parts(dim: int) -> tuple[int, int]:
 
 
 class Tile(NamedTuple):
-    """Packed query rows, keys of a whole tile and of a masked part, warps, stages of the pipelines over either."""
+    """Packed query rows, keys of a whole tile and of a masked part, warps, and pipeline stages over either."""
 
     rows: int
     keys: int
@@ -39,9 +38,9 @@ class Tile(NamedTuple):
 FULL = "head_dim 64 without bounds"  # of the configurations compiled ahead of time, the one without a mask
 Table = dict[str, dict[int, Tile]]  # "any" GPU, what "sm_90" and later do differently, "float32" -> head_dim -> tile
 
-# For registers without spills on sm_80, sm_90 and sm_100, and shared memory within the 99 KiB of a block on sm_86,
-# 89 and 120; tests/gpu_code/triton_table.csv has what came of it: four spill up to 40 bytes. Not measured. float32 does
-# without tensor cores.
+# Chosen by the compiler's report, not by measurement: no spills on sm_80, sm_90 and sm_100, shared memory within the 99
+# KiB of a block on sm_86, 89 and 120. tests/gpu_code/triton_table.csv shows the result; four tiles spill up to 40 bytes.
+# float32 does not use tensor cores.
 FORWARD: Table = {
     "any": {
         64: Tile(128, 64, 32, 4, 3, 1),

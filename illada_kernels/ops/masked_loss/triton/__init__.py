@@ -1,7 +1,4 @@
-"""masked_loss in Triton: which calls it takes, and the way to its row kernels.
-
-Those are imported at the first call: this module does without Triton.
-"""
+"""Runs masked_loss in Triton: checks what the row kernels take, and imports them, and Triton, at the first call."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def forward(problem: Problem) -> Results:
 
 
 def direct(problem: Problem) -> Results:
-    """As forward, but keeps only as much as the rows need that are masked now."""
+    """Runs `forward`, but saves only rows that are masked now, not the full capacity."""
     return gpu.forward(kernels(), problem, trim=True)
 
 

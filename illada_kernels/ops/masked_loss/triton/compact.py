@@ -1,8 +1,8 @@
-"""Triton kernels around the products of masked_loss: which rows are masked, their copies, their factors, the loss.
+"""Triton kernels around the matmuls of masked_loss: compact, gather and scatter rows, compute factors and the loss.
 
-compact: one program a tile of the R rows; counts first, then places, so that a row's place is the number of masked rows
-before it: ascending, whatever order programs run in. Sums of weights and of losses are float64, in a fixed order.
-gather, scatter: one program a piece of a row, 16 bytes a thread where rows are aligned. Bound by memory and launches.
+compact: one program a tile of the R rows. Counts first, then places, so that a row's place is the number of masked rows
+before it in whatever order programs run. Sums of weights and of losses are float64, in a fixed order.
+gather, scatter: one program a piece of a row, 16 bytes a thread if rows are aligned. Bound by memory and launches.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -18,7 +18,7 @@ NONE = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit(do_not_specialize=["total", "vocab"])
 def count_kernel(masked, targets, weight, total, vocab, counts, bads, weights, BLOCK: tl.constexpr):
-    """Of each tile: masked rows, the first whose target is no id, the sum of their weights."""
+    """Computes of each tile the number of masked rows, the first whose target is not an id, the sum of weights."""
     tile = tl.program_id(0)
     row = tile * BLOCK + tl.arange(0, BLOCK)
     inside = row < total
@@ -86,7 +86,7 @@ def place_kernel(
     tl.store(index + place, row, mask=keep)
     tl.store(kept_targets + place, tl.load(targets + row, mask=keep, other=0), mask=keep)
     tl.store(scale + place, tl.where(overflow, float("nan"), w.to(tl.float32)), mask=keep)
-    filler = (row < capacity) & (row >= masked_rows)  # the places that no row takes
+    filler = (row < capacity) & (row >= masked_rows)  # places without a row
     tl.store(index + row, tl.zeros([BLOCK], tl.int32), mask=filler)
     tl.store(kept_targets + row, tl.zeros([BLOCK], tl.int64), mask=filler)
     tl.store(scale + row, tl.zeros([BLOCK], tl.float32), mask=filler)
@@ -121,7 +121,7 @@ def scatter_kernel(dx, slot, info, capacity, held, width, factors, out, BLOCK: t
 
 @triton.jit
 def power_of_two(x):
-    """min(1, 2^floor(log2 |x|)): x with only its exponent's bits; 1 for what is zero, subnormal or no number."""
+    """Returns min(1, 2^floor(log2 |x|)), x with only its exponent's bits; 1 for zero, subnormals, inf and NaN."""
     bits = x.to(tl.int32, bitcast=True) & 0x7F800000
     power = bits.to(tl.float32, bitcast=True)
     return tl.where((bits == 0) | (power > 1.0), 1.0, power)
@@ -171,7 +171,7 @@ def loss_of(
     SMOOTHED: tl.constexpr,
     Z_LOSS: tl.constexpr,
 ):
-    """scale times the loss of the rows at `place`, 0 where not live."""
+    """Returns scale * loss of the rows at `place`, 0 where not live."""
     at = state + 4 * place.to(tl.int64)
     high = tl.load(at, mask=live, other=0.0)
     log_sum = tl.log(tl.load(at + 1, mask=live, other=1.0))
@@ -202,7 +202,7 @@ def loss_sum_kernel(
     Z_LOSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: at most as many rows as there are tokens in a batch."""
+    """Sums the losses in one program, because there are at most as many rows as tokens in a batch."""
     count = tl.load(info)
     sums = tl.zeros([BLOCK], tl.float64)
     for begin in range(0, held, BLOCK):

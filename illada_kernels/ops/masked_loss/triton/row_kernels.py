@@ -1,4 +1,4 @@
-"""The row operations of masked_loss (../row_kernels.py) in Triton: launches the kernels of rows.py and compact.py."""
+"""Implements masked_loss's row operations (../row_kernels.py) by the Triton kernels of rows.py and compact.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..row_kernels import POWER_TIMES_GRAD, SCALE_OVER_POWER, Formula, Rows, row
 from . import compact
 from . import rows as rows_kernels
 
-# (elements a program handles at a time, warps): 16 bytes of half precision a thread, or two such loads. A program of
-# `gradients` should find its row in the L2 cache again, so few rows are to be in flight: where registers allow, 1024
-# threads work on one, which is a row of 310 KB for each of the 132 multiprocessors of a Hopper GPU with 50 MB of L2.
+# (elements a program handles at a time, warps): one or two 16-byte loads of half precision a thread. `gradients` reads
+# its row twice and should find it in L2 again, so few rows may be in flight: up to 1024 threads share a row. On Hopper
+# (132 multiprocessors, 50 MB of L2) that is 310 KB of logits for each row in flight.
 TILES = {
     "compact": (1024, 4),
     "copy": (2048, 8),
@@ -245,7 +245,7 @@ class TritonRows:
 
 
 def _rows_grid(kernel: str, rows: int, width: int) -> tuple[tuple[int, int], int, int]:
-    """(a program for each tile of each row, elements of a tile, warps)."""
+    """Returns (a program for each tile of each row, elements of a tile, warps)."""
     block, warps = TILES[kernel]
     return (rows, triton.cdiv(width, block)), block, warps
 
@@ -259,7 +259,7 @@ def _allowed(formula: Formula) -> int:
 
 
 def _capping(formula: Formula) -> tuple[Any, ...]:
-    """bias, softcap, forbid, n_forbid."""
+    """Returns bias, softcap, forbid, n_forbid."""
     forbid = formula.forbid
     return formula.bias, float(formula.softcap), forbid, 0 if forbid is None else len(forbid)
 

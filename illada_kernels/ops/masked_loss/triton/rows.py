@@ -3,10 +3,10 @@
     z = softcap tanh((logit + bias) / softcap), -inf at forbidden ids;  lse = log sum exp z
     dlogit = scale ((1 + 2 z_loss lse) exp(z - lse) - e / allowed - [target] (1 - e)) dz/dlogit
 
-stats: one program a row, reads it once, online. dlogits: one program a tile of a row, reads and writes once. gradients:
-one program a row, both in turn; the second pass finds the row in the L2 cache as long as the rows in flight fit. About
-10 flops and one exponential an element and pass: bound by memory. float32 throughout, as many partial sums a row as a
-tile has elements, reduced by a fixed tree: equal inputs give equal bits. A NaN logit, or +inf, makes its row NaN.
+stats: one program a row, one read. dlogits: one program a tile of a row, one read and one write. gradients: one program
+a row, stats then dlogits; the second pass reads L2 while the rows in flight fit. About 10 flops and one exponential an
+element and pass: memory-bound. All float32; a row has as many partial sums as a tile has elements, reduced by a fixed
+tree, so that equal inputs give equal bits. A NaN or +inf logit makes its row NaN.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -22,14 +22,14 @@ NO_ID = tl.constexpr(1 << 62)
 
 @triton.jit
 def row_of(x, r, inner, outer_stride, stride):
-    """The first element of row r of the flattened leading dimensions: row_kernels.row_strides."""
+    """Returns the address of row r of the flattened leading dimensions (row_kernels.row_strides)."""
     return x + ((r // inner).to(tl.int64) * outer_stride + (r % inner).to(tl.int64) * stride)
 
 
 @triton.jit
 def tanh(x):
-    """Within 3 ulp. Near 0, where 1 - 2 / (1 + exp(2x)) cancels, x + x^3 P(x^2): a minimax polynomial on |x| <= 0.625,
-    off by 4.4e-9 of tanh before rounding."""
+    """Computes tanh within 3 ulp. For |x| <= 0.625, where 1 - 2 / (1 + exp(2x)) cancels, x + x^3 P(x^2) with a minimax
+    polynomial P, which is within 4.4e-9 of tanh before rounding."""
     square = x * x
     p = -0.005705018062144518
     p = p * square + 0.020639119669795036
@@ -43,7 +43,7 @@ def tanh(x):
 
 @triton.jit
 def capped(x, id, keep, bias, softcap, CAPPED: tl.constexpr):
-    """(z, dz/dlogit) of the logits x."""
+    """Returns (z, dz/dlogit) of the logits x."""
     if bias is not None:
         x += tl.load(bias + id, mask=keep, other=0.0)
     slope = 1.0
@@ -56,7 +56,7 @@ def capped(x, id, keep, bias, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def forbidden_from(forbid, n_forbid, id):
-    """Position in `forbid` of the first id that is not below `id`."""
+    """Returns the position in `forbid` of the first id >= `id`."""
     low = id * 0
     high = low + n_forbid
     while low < high:
@@ -69,7 +69,7 @@ def forbidden_from(forbid, n_forbid, id):
 
 @triton.jit
 def allowed(keep, id, stop, forbid, n_forbid, f):
-    """(keep without the forbidden ids below `stop`, the next f); forbid[f] is the first that may be among `id`."""
+    """Returns (keep without the forbidden ids below `stop`, next f); forbid[f] is the first that may be among `id`."""
     forbidden = tl.load(forbid + f, mask=f < n_forbid, other=NO_ID)
     while forbidden < stop:
         keep = keep & (id != forbidden)
@@ -91,7 +91,7 @@ def scan(
     SMOOTHED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(max of z, LOWEST if there is none; sum of exp(z - max); sum of allowed z) of the ids from `first` on."""
+    """Returns (max of z or LOWEST, sum of exp(z - max), sum of allowed z) of the ids from `first` on."""
     high = tl.full([BLOCK], LOWEST, tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -107,7 +107,7 @@ def scan(
         if SMOOTHED:
             total += tl.where(keep, z, 0.0)
         z = tl.where(keep, z, float("-inf"))
-        e = tl.exp2(-tl.abs(z - high) * LOG2E)  # of the larger one it is 1: one exponential serves both cases
+        e = tl.exp2(-tl.abs(z - high) * LOG2E)  # one exponential rescales whichever of the two is smaller
         above = z > high
         sums = tl.where(above, sums * e + 1.0, sums + e)
         high = tl.where(above, z, high)
@@ -354,7 +354,7 @@ def gradients_kernel(
         high, sums = update(
             row, width, 0, target, bias, softcap, forbid, n_forbid, state + 4 * i.to(tl.int64), CAPPED, SMOOTHED, BLOCK
         )
-    tl.debug_barrier()  # the target's logit was read by every thread, one of which is about to overwrite it
+    tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
     if live & (value == 0.0):
         f = 0
         for begin in range(0, width, BLOCK):
