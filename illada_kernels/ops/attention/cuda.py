@@ -1,4 +1,4 @@
-"""Runs attention on Hopper: csrc/cuda/attention_fwd_sm90a.cuh and attention_bwd_*_sm90a.cu. Cuts the work into items."""
+"""Runs attention on Hopper: csrc/cuda/attention_fwd_sm90a.cuh and attention_bwd_*_sm90a.cu. Plans their grids."""
 
 from __future__ import annotations
 

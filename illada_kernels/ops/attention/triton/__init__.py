@@ -1,6 +1,4 @@
-"""Runs attention in Triton: checks what the kernels of fwd.py and bwd.py take, and imports them, and Triton,, at the first
-call.
-"""
+"""Runs attention in Triton: says which calls the kernels of fwd.py and bwd.py take, and imports them at the first."""
 
 from __future__ import annotations
 
