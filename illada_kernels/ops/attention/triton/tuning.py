@@ -38,9 +38,9 @@ class Tile(NamedTuple):
 FULL = "head_dim 64 without bounds"  # of the configurations compiled ahead of time, the one without a mask
 Table = dict[str, dict[int, Tile]]  # "any" GPU, what "sm_90" and later do differently, "float32" -> head_dim -> tile
 
-# Chosen by the compiler's report, not by measurement: no spills on sm_80, 90 and 100, and shared memory within the 99 KiB
-# of a block on sm_86, 89 and 120. tests/gpu_code/triton_table.csv shows the result; four tiles spill up to 40 bytes.
-# float32 does not use tensor cores.
+# Chosen by the compiler's report, not by measurement: no spills on sm_80, sm_90 and sm_100, shared memory within the
+# 99 KiB of a block on sm_86, 89 and 120. tests/gpu_code/triton_table.csv shows the result; four tiles spill up to 40
+# bytes. float32 does not use tensor cores.
 FORWARD: Table = {
     "any": {
         64: Tile(128, 64, 32, 4, 3, 1),
