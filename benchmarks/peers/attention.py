@@ -1,4 +1,4 @@
-"""Who else computes an attention case on a GPU: each backend of SDPA, FlexAttention compiled, the flash-attn packages.
+"""Who else computes an attention case: each backend of SDPA, FlexAttention compiled, the flash-attn packages.
 
 Every peer gets its favourite layout and whatever it needs made outside the timing: contiguous inputs, additive dense
 masks in the inputs' dtype, block masks, repeated key heads where it does not take grouped ones.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cases as shapes
 
 from ..machine import gpu_limits
@@ -199,6 +200,29 @@ def flex(found: Peers, case: GpuCase, device: torch.device) -> None:
     options = {"block_mask": blocks, "enable_gqa": case.heads != case.kv_heads}
     found.notes["flex, compiled"] = "block mask made outside the timing" if blocks is not None else "no block mask"
     found.calls["flex, compiled"] = grouped, lambda q, k, v: compiled(q, k, v, **options)
+
+
+def flex_on_cpu(case: shapes.Case, ranges: KeyRanges | None) -> Attend:
+    """FlexAttention compiled for this shape alone, forward only: it has no backward on a CPU. The block mask is made
+    here, outside the timing; inside its partial blocks the mask is the case's ranges."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    blocks = None
+    if ranges is not None:
+        bounds = ranges.bounds.expand(-1, case.queries, -1)
+        each = len(bounds) > 1
+        lo0, hi0, lo1, hi1 = (bounds[..., i].contiguous() if each else bounds[0, :, i].contiguous() for i in range(4))
+
+        def allowed(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            row = (batch, q) if each else (q,)
+            return ((k >= lo0[row]) & (k < hi0[row])) | ((k >= lo1[row]) & (k < hi1[row]))
+
+        batch = case.batch if each else None
+        blocks = create_block_mask(allowed, batch, None, case.queries, case.keys, device="cpu")
+    torch._dynamo.reset()  # else the eighth shape would run uncompiled
+    compiled = torch.compile(flex_attention, dynamic=False)
+    options = {"block_mask": blocks, "enable_gqa": case.heads != case.kv_heads}
+    return lambda q, k, v: compiled(q, k, v, **options)
 
 
 # ---- the flash-attn packages ----------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Attention under the masks of this field, forward and backward, against whoever else computes it.
 
-On a CPU: scaled_dot_product_attention (SDPA) with the dense boolean mask and, for full attention, without; it gets its
-favourite layout (batch, heads, sequence, dim), contiguous, and key heads already repeated for its query heads. On a
+On a CPU: scaled_dot_product_attention (SDPA) with the dense boolean mask and, for full attention, without, and
+FlexAttention under torch.compile, which has no backward there. Each gets its favourite layout (batch, heads, sequence,
+dim), contiguous; SDPA's key heads are repeated for its query heads, FlexAttention's block mask is made beforehand. On a
 GPU: 16384 tokens in all, 32 query heads of 128 with 8 and 32 key heads, bfloat16, and the peers of peers/attention.py.
 The floor is the matrix-product rate, or for a few queries against a cache the copy rate.
 """
@@ -80,6 +81,7 @@ def gpu_shapes() -> tuple[list[GpuCase], list[GpuCase]]:
     return training, cached
 
 
+FLEX = "flex, compiled"
 FASTER = " deterministic=False"  # after a backend's name: its backward of other sums every run
 
 
@@ -117,13 +119,19 @@ def build(shape: shapes.Case, op: str, dtype: torch.dtype, device: str) -> Work:
     mask = (ones if ranges is None else ranges.dense())[:, None]  # (B or 1, 1, Sq, Sk)
     ours = {name: our_forward(ranges, name) for name in backends(device)}
     peers = {"sdpa_dense_mask": sdpa_forward(mask)} | ({"sdpa": sdpa_forward(None)} if ranges is None else {})
+    flex = {}
+    if op == "attention_fwd" and device == "cpu":
+        attend = attention_peers.flex_on_cpu(shape, ranges)
+        grouped_sets = [tuple(attention_peers.grouped(x) for x in inputs) for inputs in sets]
+        flex = {FLEX: rotating(lambda q, k, v, dout: attend(q, k, v), grouped_sets)}
     directions = ["forward"] if op == "attention_fwd" else ["forward", "backward"]
     if op == "attention_bwd":
         ours = {name: with_gradients(run) for name, run in ours.items()}
         peers = {name: with_gradients(run) for name, run in peers.items()}
     return Work(
         ours={name: rotating(run, sets) for name, run in ours.items()},
-        peers={name: rotating(run, sdpa_sets) for name, run in peers.items()},
+        peers={name: rotating(run, sdpa_sets) for name, run in peers.items()} | flex,
+        absent={} if flex or device != "cpu" else {FLEX: "FlexAttention has no backward on a CPU"},
         flops=sum(shapes.flops(shape, direction) for direction in directions),
         bytes=sum(shapes.bytes(shape, dtype, direction) for direction in directions),
     )

@@ -23,6 +23,7 @@ from benchmarks.rows import run_case
 from benchmarks.suites import attention as attention_suite
 from benchmarks.suites import masked_loss as masked_loss_suite
 from benchmarks.suites import unmask as unmask_suite
+from illada_kernels.ops.attention import cases as shapes
 from illada_kernels.ops.unmask.cases import Shape
 
 RATES = {"gemm": 1e12, "copy": 1e11}
@@ -76,6 +77,23 @@ def test_peers_of_attention_give_what_ours_gives(kind, direction, monkeypatch):
         torch.testing.assert_close(mine, other.transpose(1, 2), rtol=1e-4, atol=1e-5)
     with pytest.raises(RuntimeError, match="No viable backend"):
         work.peers[name.replace("math", "cudnn")]()
+
+
+@pytest.mark.parametrize("op", ["attention_fwd", "attention_bwd"])
+@pytest.mark.parametrize("mask", [shapes._block_diffusion, shapes._padding, lambda case, device: None])
+def test_peers_of_attention_on_a_cpu_give_what_ours_gives(op, mask, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = shapes.Case("x", 2, 128, 128, 4, 2, 16, mask)
+    work = attention_suite.build(case, op, torch.float32, "cpu")
+    assert (attention_suite.FLEX in work.peers) == (op == "attention_fwd") == (attention_suite.FLEX not in work.absent)
+    ours = next(iter(work.ours.values()))
+    for peer in work.peers.values():
+        mine, other = ours(), peer()
+        if op == "attention_fwd":
+            torch.testing.assert_close(mine, other.transpose(1, 2), rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(mine[0], other[0].transpose(1, 2), rtol=1e-4, atol=1e-5)
+        ours(), peer()  # both on to the first set of inputs again
 
 
 @pytest.mark.parametrize("kind", ["full", "block_diffusion", "packed", "cached"])
