@@ -125,11 +125,11 @@ def masked_loss(
         hidden, head_weight, head_bias = cast_for_autocast(hidden.device, hidden, head_weight, head_bias)
     plain = not torch.compiler.is_compiling() and _rows_fit(hidden, targets, masked, weight)
     if not (plain and _head_fits(hidden, head_weight, head_bias)):
-        _check_rows("hidden", hidden, "D", targets, masked, weight)
-        _check_head(hidden, head_weight, head_bias)
+        check_rows("hidden", hidden, "D", targets, masked, weight)
+        check_head(hidden, head_weight, head_bias)
     vocab = head_weight.shape[0]
     if not (plain and _options_fit(reduction, softcap, label_smoothing, z_loss, max_masked, memory_budget, vocab)):
-        _check_options(reduction, softcap, label_smoothing, z_loss, max_masked, memory_budget, vocab)
+        check_options(reduction, softcap, label_smoothing, z_loss, max_masked, memory_budget, vocab)
     problem = Problem(
         hidden,
         head_weight,
@@ -141,11 +141,11 @@ def masked_loss(
         None if softcap is None else torch.sym_float(softcap),
         torch.sym_float(label_smoothing),
         torch.sym_float(z_loss),
-        _ids(forbid, vocab),
+        ids(forbid, vocab),
         None if max_masked is None else torch.sym_int(max_masked),
         None if memory_budget is None else torch.sym_int(memory_budget),
-        _needs(hidden, head_weight, head_bias),
-        backend or "",
+        needs(hidden, head_weight, head_bias),
+        backend=backend or "",
     )
     loss: Tensor = OPERATOR(problem)[0]
     return loss
@@ -201,10 +201,10 @@ def masked_loss_from_logits(
     """
     plain = not torch.compiler.is_compiling() and _rows_fit(logits, targets, masked, weight)
     if not plain:
-        _check_rows("logits", logits, "V", targets, masked, weight)
+        check_rows("logits", logits, "V", targets, masked, weight)
     vocab = logits.shape[-1]
     if not (plain and _options_fit(reduction, softcap, label_smoothing, z_loss, max_masked, None, vocab)):
-        _check_options(reduction, softcap, label_smoothing, z_loss, max_masked, None, vocab)
+        check_options(reduction, softcap, label_smoothing, z_loss, max_masked, None, vocab)
     problem = Problem(
         logits,
         None,
@@ -216,17 +216,17 @@ def masked_loss_from_logits(
         None if softcap is None else torch.sym_float(softcap),
         torch.sym_float(label_smoothing),
         torch.sym_float(z_loss),
-        _ids(forbid, vocab),
+        ids(forbid, vocab),
         None if max_masked is None else torch.sym_int(max_masked),
         None,
-        _needs(logits, None, None),
-        backend or "",
+        needs(logits, None, None),
+        backend=backend or "",
     )
     loss: Tensor = OPERATOR(problem)[0]
     return loss
 
 
-def _needs(*tensors: Tensor | None) -> list[bool]:
+def needs(*tensors: Tensor | None) -> list[bool]:
     """Returns which gradients there may be. Under torch.func's transforms a wrapped tensor does not tell."""
     if not torch.is_grad_enabled():
         return [False] * 3
@@ -238,7 +238,7 @@ def _needs(*tensors: Tensor | None) -> list[bool]:
 
 
 def _rows_fit(rows: Tensor, targets: Tensor, masked: Tensor, weight: Tensor | None) -> bool:
-    """Whether `_check_rows` would find nothing. Symbolic, traced and odd things are left to it."""
+    """Whether `check_rows` would find nothing. Symbolic, traced and odd things are left to it."""
     if not (type(rows) is type(targets) is type(masked) is Tensor and rows.dtype in FLOATS):
         return False
     shape, device = targets.shape, rows.device
@@ -293,7 +293,7 @@ def _options_fit(
 # ---- in words --------------------------------------------------------------------------------------------------------
 
 
-def _check_rows(name: str, rows: Tensor, width: str, targets: Tensor, masked: Tensor, weight: Tensor | None) -> None:
+def check_rows(name: str, rows: Tensor, width: str, targets: Tensor, masked: Tensor, weight: Tensor | None) -> None:
     """Checks hidden or logits, and what goes with each row."""
     expect_layout(name, rows, FLOATS, ..., width, contiguous=True)
     beside: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = [
@@ -310,7 +310,7 @@ def _check_rows(name: str, rows: Tensor, width: str, targets: Tensor, masked: Te
         raise ValueError("weight: expected requires_grad=False (it gets no gradient), got True; pass weight.detach()")
 
 
-def _check_head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
+def check_head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
     width, device = hidden.shape[-1], hidden.device
     expect_tensor("head_weight", head_weight, hidden.dtype, torch.float32)
     expect_shape("head_weight", head_weight, "V", width, like="to match hidden")
@@ -322,7 +322,7 @@ def _check_head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -
         expect_device("head_bias", head_bias, device, "hidden")
 
 
-def _check_options(
+def check_options(
     reduction: str,
     softcap: float | None,
     label_smoothing: float,
@@ -346,7 +346,7 @@ def _check_options(
         raise ValueError("head_weight or logits: expected a vocabulary of at least one id, got V = 0")
 
 
-def _ids(forbid: Sequence[int], vocab: int) -> tuple[int, ...]:
+def ids(forbid: Sequence[int], vocab: int) -> tuple[int, ...]:
     try:
         ids = tuple(forbid)
     except TypeError:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..._extension import extension_reason
 from .cpu_rows import Rows
 from .problem import Problem, Results, empty_grads, no_float64
+from .ranks import add_gradients, merge
 
 DEFAULT_BUDGET = 256 << 20
 LEAST_CHUNK = 32  # rows; products of fewer spend more on reading the head than on arithmetic
@@ -38,7 +39,7 @@ available, supports = extension_reason, no_float64
 class Plan(NamedTuple):
     mode: str
     rows: int  # masked rows there can be
-    vocab: int
+    vocab: int  # ids whose logits are computed here
     room: int = 0  # row_chunks: bytes for a chunk of rows, their logits and their gradient
     ids: int = 0  # ids whose logits are computed at a time
 
@@ -60,7 +61,7 @@ def plan(problem: Problem) -> Plan:
         per_row = 4 * vocab + 8 * width  # logits, the row in float32 and its gradient
         if rows * per_row <= left:
             return Plan("one_chunk", rows, vocab, left, converted)
-        if problem.reduction != "none" and left // per_row >= LEAST_CHUNK:
+        if problem.reduction != "none" and left // per_row >= LEAST_CHUNK and not problem.group:
             return Plan("row_chunks", rows, vocab, left, converted)
     per_id = 4 * rows + (4 * width if half else 0)
     ids = (budget - 8 * rows * width) // max(per_id, 1)
@@ -131,6 +132,7 @@ def _forward(problem: Problem, p: Plan, rows: Rows) -> Results:
     elif p.mode == "one_chunk":
         d = kept[0][: rows.count]
         _logits(rows, _gather(rows), p.ids, d, 0)
+        merge(problem, rows.state)
         rows.dlogits(d, d, 0)
     elif p.mode == "row_chunks":
         _row_chunks(rows, p, kept)
@@ -141,6 +143,7 @@ def _forward(problem: Problem, p: Plan, rows: Rows) -> Results:
             logits = buffer[: len(x) * len(w)].view(len(x), len(w))
             _multiply(x, w.T, logits)
             rows.stats(logits, first)
+        merge(problem, rows.state)
     if p.mode in ("slices", "logits") and not rows.overflow:
         kept[0][: rows.count] = rows.state[:, :2]
     return rows.loss(), *kept
@@ -219,6 +222,7 @@ def backward(
         return _logits_backward(rows, grad_loss, kept[0]), None, None
     dx = _products(rows, grad_loss, kept[0][: rows.count], p, *grads)
     if grads[0] is not None:
+        add_gradients(problem, dx)
         flat = grads[0].zero_().view(problem.masked.numel(), problem.hidden.shape[-1])
         flat.index_copy_(0, rows.flat, dx.to(flat.dtype))
     return grads

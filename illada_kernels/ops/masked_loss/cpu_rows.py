@@ -27,7 +27,8 @@ class Rows:
     """
 
     def __init__(self, problem: Problem, vocab: int) -> None:
-        """Raises ValueError if a target is not an id."""
+        """Raises ValueError if a target is not an id. vocab: the head's rows here."""
+        vocab = problem.vocab_size or vocab
         self.problem, self.extension, self.threads = problem, native(), torch.get_num_threads()
         lead = (1,) if problem.masked.dim() == 0 else problem.masked.shape
         masked, targets = problem.masked.view(lead), problem.targets.view(lead)
@@ -60,7 +61,7 @@ class Rows:
         return part
 
     def stats(self, logits: Tensor, first: int, index: Tensor | None = None) -> None:
-        """Adds the columns of logits, of the ids from `first` on, to the state.
+        """Adds the columns of logits, of the head's rows from `first` on, to the state.
 
         logits: (N, ids); with `index` (R, ids), of which row index[i] belongs to row i.
         """
@@ -99,7 +100,7 @@ class Rows:
         coefficients: Tensor | None = None,
         index: Tensor | None = None,
     ) -> None:
-        """Writes the gradient of the columns of the ids from `first` on; out may be logits. coefficients: those of the
+        """Writes the gradient of the columns, of the head's rows from `first` on; out may be logits. coefficients: those of the
         state and an upstream gradient of 1 if None."""
         coefficients = self.coefficients(self.state) if coefficients is None else coefficients
         code = self.extension.masked_loss_dlogits_cpu(
@@ -143,4 +144,4 @@ class Rows:
     def _columns(self, logits: Tensor, first: int) -> tuple[int | float, ...]:
         bias = 0 if self.bias is None else self.bias[first:].data_ptr()
         forbid = (0, 0) if self.forbid is None else (self.forbid.data_ptr(), len(self.forbid))
-        return first, logits.shape[1], bias, self.problem.softcap or 0.0, self.targets.data_ptr(), *forbid
+        return self.problem.vocab_start + first, logits.shape[1], bias, self.problem.softcap or 0.0, self.targets.data_ptr(), *forbid

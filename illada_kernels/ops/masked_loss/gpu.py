@@ -24,10 +24,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..._matmul import float32_sums, product
 from ..._streams import TwoBuffers
 from .problem import Problem, Results, bad_target, empty_grads
+from .ranks import add_gradients, merge
 from .row_kernels import POWER_TIMES_GRAD, SCALE_OVER_POWER, SCALE_TIMES_GRAD, Formula, RowKernels, Rows
 
 DEFAULT_BUDGET = 256 << 20
@@ -69,7 +71,7 @@ def plan(problem: Problem) -> Plan:
     if any(needs) and rows * row <= left:
         return Plan("one_chunk", rows)
     step = (left - (4 * vocab * width if needs[1] else 0)) // row
-    if any(needs) and problem.reduction != "none" and step >= LEAST_CHUNK:
+    if any(needs) and problem.reduction != "none" and step >= LEAST_CHUNK and not problem.group:
         return Plan("row_chunks", rows, step)
     ids = min(SLICE_BYTES, left - rows * size * width) // max(size * rows, 1)
     ids = min(max(ids // TILE * TILE, LEAST_SLICE), vocab)
@@ -93,7 +95,7 @@ def _kept(problem: Problem, p: Plan) -> Kept:
     if head_weight is None or p.mode == "slices":
         shapes[0] = (rows, 4)
     elif p.mode == "one_chunk":
-        shapes[0] = (rows, problem.vocab)
+        shapes[0] = (rows, problem.width)
     elif p.mode == "row_chunks":
         of = ((rows, hidden.shape[-1]), head_weight.shape, (problem.vocab,))
         shapes = [tuple(shape) if need else (0,) for shape, need in zip(of, problem.needs)]
@@ -133,9 +135,13 @@ def _forbid_on(device: torch.device, forbid: tuple[int, ...]) -> Tensor:
 
 def formula(problem: Problem) -> Formula:
     bias, forbid = problem.head_bias, problem.forbidden()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    if bias is not None and problem.group:  # kernels read it by id
+        bias = F.pad(bias, (problem.vocab_start, problem.vocab - problem.vocab_start - problem.width))
     return Formula(
         problem.vocab,
-        None if bias is None else bias.float().contiguous(),
+        bias,
         problem.softcap or 0.0,
         problem.label_smoothing,
         problem.z_loss,
@@ -151,7 +157,7 @@ class Head:
         self.kernels, self.hidden, self.weight, self.rows = kernels, problem.hidden, problem.head_weight, rows
         self.plan, self.needs, self.count = p, needs, len(rows.index)
         self.vocab, self.width = problem.head_weight.shape
-        self.formula = formula(problem)
+        self.problem, self.start, self.formula = problem, problem.vocab_start, formula(problem)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.hidden.device)
@@ -197,6 +203,8 @@ def forward(kernels: RowKernels, problem: Problem, trim: bool = False) -> Result
     elif not trim and (p.mode == "one_chunk" or problem.needs[0]):
         kept[0][count:].zero_()
     state = kept[0][:count] if p.mode in ("slices", "logits") else rows.scale.new_empty(count, 4)
+    if problem.group:  # kernels begin anew at id 0 alone
+        state[:, 0::2], state[:, 1::2] = -torch.inf, 0.0
     if p.mode == "logits":
         terms = formula(problem)
         kernels.stats(problem.hidden, 0, rows, state, terms, by_slot=True)
@@ -210,9 +218,11 @@ def forward(kernels: RowKernels, problem: Problem, trim: bool = False) -> Result
                 _row_chunks(head, kept, state)
             elif p.mode == "slices":  # the same slices as in the backward, so that the logits round alike
                 for ids, _, logits in head.slices(head.gather(rows)):
-                    kernels.stats(logits, ids.start, rows, state, terms)
+                    kernels.stats(logits, head.start + ids.start, rows, state, terms)
+                merge(problem, state)
             else:
                 _stats(head, state)
+                merge(problem, state)
     loss = state.new_empty((problem.masked.numel(),) if none else ())
     kernels.losses(state, rows, terms, loss)
     return loss.view(problem.masked.shape) if none else loss, *kept
@@ -227,13 +237,19 @@ def _stats(head: Head, state: Tensor) -> None:
             logits = buffers.to_fill()[: len(x) * len(w)].view(len(x), len(w))
             product(x, w.T, logits)
             with buffers.filled():
-                head.kernels.stats(logits, first, head.rows, state, head.formula)
+                head.kernels.stats(logits, head.start + first, head.rows, state, head.formula)
 
 
 def _one_chunk(head: Head, d: Tensor, state: Tensor) -> None:
     """Fills d (N, V) with d(loss) / d(logits), each row divided by a power of two."""
     product(head.gather(head.rows), head.weight.T, d)
-    head.kernels.gradients(d, head.rows, state, head.factors(SCALE_OVER_POWER), head.formula)
+    scale = head.factors(SCALE_OVER_POWER)
+    if not head.problem.group:
+        head.kernels.gradients(d, head.rows, state, scale, head.formula)
+        return
+    head.kernels.stats(d, head.start, head.rows, state, head.formula)
+    merge(head.problem, state)
+    head.kernels.dlogits(d, d, head.start, head.rows, state, scale, head.formula)
 
 
 def _row_chunks(head: Head, kept: Kept, state: Tensor) -> None:
@@ -304,6 +320,7 @@ def _one_chunk_backward(
     if d_hidden is not None:
         dx = head.empty(head.count, head.width)
         product(d, head.weight, dx)
+        add_gradients(head.problem, dx)
         _scatter(head, dx, d_hidden, factors)
         del dx
     if d_weight is not None:
@@ -352,7 +369,7 @@ def _slices_backward(
     sums = head.empty(head.vocab if d_bias is not None else 0, 1)
     ones = x.new_ones(head.count, 1)
     for ids, w, d in head.slices(x):
-        head.kernels.dlogits(d, d, ids.start, head.rows, state, scale, head.formula)
+        head.kernels.dlogits(d, d, head.start + ids.start, head.rows, state, scale, head.formula)
         if d_hidden is not None:
             product(d, w, dx, accumulate=ids.start > 0)
         if d_weight is not None:
@@ -360,6 +377,7 @@ def _slices_backward(
         if d_bias is not None:
             product(d.T, ones, sums[ids])
     if d_hidden is not None:
+        add_gradients(head.problem, dx)
         _scatter(head, dx, d_hidden)
     if d_bias is not None:
         d_bias.copy_(sums[:, 0])

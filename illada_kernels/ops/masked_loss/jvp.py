@@ -18,7 +18,9 @@ CHUNK_BYTES = 64 << 20
 
 
 def jvp(problem: Problem, kept: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor]:
-    """Returns the tangent of the loss, in its dtype."""
+    """Returns the tangent of the loss, in its dtype. Raises NotImplementedError where ranks share the vocab."""
+    if problem.group:
+        raise NotImplementedError("distributed.masked_loss: has no forward-mode derivative; use the backward")
     masked = problem.masked
     with torch.autocast(masked.device.type, enabled=False):
         rows, live = masked_rows(masked, masked.numel() if _is_batched(masked) else problem.max_masked)

@@ -14,7 +14,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]  # the loss, and three tensors k
 
 class Problem(NamedTuple):
     hidden: Tensor  # (..., D); the logits (..., V) where head_weight is None
-    head_weight: Tensor | None  # (V, D)
+    head_weight: Tensor | None  # (V, D), or with a group this rank's rows of it
     targets: Tensor  # (...) int64
     masked: Tensor  # (...) bool
     weight: Tensor | None = None  # (...) float32; None: 1
@@ -27,6 +27,9 @@ class Problem(NamedTuple):
     max_masked: int | None = None
     memory_budget: int | None = None
     needs: Sequence[bool] = (False, False, False)  # which gradients there may be: of hidden, head_weight, head_bias
+    group: str = ""  # the process group whose ranks share the vocab (illada_kernels.distributed); "": not shared
+    vocab_start: int = 0  # the id of the first row of head_weight and head_bias, which are this rank's
+    vocab_size: int = 0  # ids of all ranks
     backend: str = ""
 
     @property
@@ -35,6 +38,12 @@ class Problem(NamedTuple):
 
     @property
     def vocab(self) -> int:
+        """The number of ids; with a group that of all ranks."""
+        return self.vocab_size if self.group else self.width
+
+    @property
+    def width(self) -> int:
+        """The number of ids whose logits are computed here."""
         return self.hidden.shape[-1] if self.head_weight is None else self.head_weight.shape[0]
 
     @property

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .problem import Problem, Results, bad_target
+from .ranks import add_gradients, merge
 
 
 def available() -> str | None:
@@ -66,6 +67,8 @@ def backward(
         d = scale[:, None] * row_gradients(z, problem, rows, live)  # (rows, V)
         poison = overflow_poison(problem).to(z.dtype)
         of_rows = d if head_weight is None else d @ head_weight.to(z.dtype)
+        if needs[0]:
+            add_gradients(problem, of_rows)
         flat = of_rows.new_zeros(masked.numel(), hidden.shape[-1]).index_copy(0, rows, of_rows)
         d_hidden = (flat.view(hidden.shape) * poison).to(hidden.dtype)
         if head_weight is None:
@@ -130,40 +133,64 @@ def row_scale(problem: Problem, rows: Tensor, live: Tensor) -> Tensor:
 def row_losses(logits: Tensor, problem: Problem, rows: Tensor, live: Tensor) -> Tensor:
     """Returns cross-entropy, smoothing and z-loss of each row of logits (rows, V), unweighted; 0 for fillers, NaN where
     a target is not an id."""
-    at_target, bad = _targets(problem, rows, live)
+    at_target, here, bad = _targets(problem, rows, live)
     z, allowed = _capped(logits, problem)
     z, smoothing = z.masked_fill(~allowed, -torch.inf), problem.label_smoothing
-    log_p = z.log_softmax(-1)
-    losses = -(1 - smoothing) * log_p.gather(1, at_target[:, None]).squeeze(1)
-    if smoothing:
-        losses = losses - smoothing * log_p.masked_fill(~allowed, 0).sum(-1) / problem.allowed
+    if problem.group:
+        high, sums, z_target, total = _merged_state(z, allowed, at_target, here, problem).unbind(1)
+        lse = high + sums.log()
+        losses = (1 - smoothing) * (lse - z_target) + smoothing * (lse - total / problem.allowed)
+    else:
+        log_p, lse = z.log_softmax(-1), z.logsumexp(-1)
+        losses = -(1 - smoothing) * log_p.gather(1, at_target[:, None]).squeeze(1)
+        if smoothing:
+            losses = losses - smoothing * log_p.masked_fill(~allowed, 0).sum(-1) / problem.allowed
     if problem.z_loss:
-        losses = losses + problem.z_loss * z.logsumexp(-1) ** 2
+        losses = losses + problem.z_loss * lse**2
     return torch.where(live, losses, 0) * torch.ones_like(losses).masked_fill(bad, torch.nan)
 
 
 def row_gradients(logits: Tensor, problem: Problem, rows: Tensor, live: Tensor) -> Tensor:
     """Returns d(row_losses) / d(logits), (rows, V)."""
-    at_target, bad = _targets(problem, rows, live)
+    at_target, here, bad = _targets(problem, rows, live)
     capped, allowed = _capped(logits, problem)
     z, smoothing = capped.masked_fill(~allowed, -torch.inf), problem.label_smoothing
-    d = z.softmax(-1) * (1 + 2 * problem.z_loss * z.logsumexp(-1, keepdim=True)) - smoothing / problem.allowed
-    d = d.scatter_add(1, at_target[:, None], torch.full_like(d[:, :1], -(1 - smoothing)))
+    if problem.group:
+        high, sums, _, _ = _merged_state(z, allowed, at_target, here, problem).unbind(1)
+        lse = (high + sums.log())[:, None]
+        p = (z - lse).exp()
+    else:
+        p, lse = z.softmax(-1), z.logsumexp(-1, keepdim=True)
+    d = p * (1 + 2 * problem.z_loss * lse) - smoothing / problem.allowed
+    d = d.scatter_add(1, at_target[:, None], torch.where(here, -(1 - smoothing), 0.0).to(d.dtype)[:, None])
     if problem.softcap is not None:
         d = d * (1 - (capped / problem.softcap) ** 2)
     return d.masked_fill(~allowed, 0).masked_fill(bad[:, None], torch.nan)
 
 
-def _targets(problem: Problem, rows: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the targets of the rows, 0 <= target < V, and which were not ids."""
+def _targets(problem: Problem, rows: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the targets of the rows as columns of the logits, 0 where they have none, which of them have one, and
+    which were not ids."""
     targets = problem.targets.reshape(-1)[rows]
-    clamped = targets.clamp(0, problem.vocab - 1)
-    return clamped, live & (targets != clamped)
+    column = targets - problem.vocab_start
+    here = (column >= 0) & (column < problem.width)
+    return torch.where(here, column, 0), here, live & ((targets < 0) | (targets >= problem.vocab))
 
 
 def _capped(logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns softcap tanh(logits / softcap), and which ids are allowed (V,)."""
+    """Returns softcap tanh(logits / softcap), and which of their ids are allowed."""
     allowed = torch.ones(problem.vocab, dtype=torch.bool, device=logits.device)
     allowed[list(problem.forbid)] = False
+    allowed = allowed[problem.vocab_start : problem.vocab_start + problem.width]
     cap = problem.softcap
     return logits if cap is None else cap * torch.tanh(logits / cap), allowed
+
+
+def _merged_state(z: Tensor, allowed: Tensor, at_target: Tensor, here: Tensor, problem: Problem) -> Tensor:
+    """Returns the state of rows (ranks.py) over the ids of all ranks, of z (rows, ids) that is -inf where forbidden."""
+    high = z.amax(1)
+    sums = torch.where(high[:, None] == -torch.inf, 0.0, (z - high[:, None]).exp()).sum(1)
+    z_target = torch.where(here, z.gather(1, at_target[:, None]).squeeze(1), -torch.inf)
+    state = torch.stack((high, sums, z_target, z.masked_fill(~allowed, 0).sum(1)), 1)
+    merge(problem, state)
+    return state

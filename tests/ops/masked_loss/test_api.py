@@ -270,10 +270,10 @@ def test_operators_pass_opcheck(backend: str, budget: int | None, reduction: str
     options = (reduction, 3.0, 0.1, 0.01, [1], max_masked)
     targets[targets == 1] = 0
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    args = (*leaves, targets, masked, w, torch.randn(300), *options, budget, [True, True, False], backend)
+    args = (*leaves, targets, masked, w, torch.randn(300), *options, budget, [True, True, False], "", 0, 0, backend)
     torch.library.opcheck(OPERATOR.op, args)
     logits = (hidden @ weight.T).detach().requires_grad_()
-    args = (logits, None, targets, masked, w, None, *options, None, [True, False, False], backend)
+    args = (logits, None, targets, masked, w, None, *options, None, [True, False, False], "", 0, 0, backend)
     torch.library.opcheck(OPERATOR.op, args)
 
 

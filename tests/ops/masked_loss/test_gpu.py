@@ -285,10 +285,10 @@ def test_operators_pass_opcheck_and_compile(mode: str, max_masked: int | None, u
     options = ("mean", 3.0, 0.1, 0.01, [1], max_masked)
     targets[targets == 1] = 0
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    args = (*leaves, targets, masked, w, torch.randn(50), *options, budget, [True, True, False], "cuda")
+    args = (*leaves, targets, masked, w, torch.randn(50), *options, budget, [True, True, False], "", 0, 0, "cuda")
     torch.library.opcheck(op.OPERATOR.op, args)
     logits = (hidden @ weight.T).detach().requires_grad_()
-    args = (logits, None, targets, masked, w, None, *options, None, [True, False, False], "cuda")
+    args = (logits, None, targets, masked, w, None, *options, None, [True, False, False], "", 0, 0, "cuda")
     torch.library.opcheck(op.OPERATOR.op, args)
 
     def train(h: Tensor, c: Tensor) -> Tensor:

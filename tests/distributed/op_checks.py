@@ -1,0 +1,178 @@
+"""What every rank checks of illada_kernels.distributed; test_ops.py runs it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from illada_kernels import distributed, masked_loss
+from illada_kernels._dispatch import Backend
+from illada_kernels._extension import extension_reason
+from illada_kernels.ops.masked_loss import cuda, gpu, op
+from illada_kernels.ops.masked_loss.row_kernels import RowKernels
+from tests.cuda_on_cpu.library import missing
+from tests.helpers.masked_loss_calls import ALL, inputs
+from tests.helpers.masked_loss_gpu import cuda_rows
+from tests.helpers.masked_loss_oracle import TorchRows, product_on_cpu
+from tests.helpers.ranks import worlds
+
+EPS = torch.finfo(torch.float32).eps
+CPU = ["reference"] + ["cpu"] * (extension_reason() is None)
+
+
+def piece(vocab: int, rank: int, world: int) -> slice:
+    """Unequal pieces that begin at odd ids."""
+    edges = [0, *(vocab * r // world + r % 2 for r in range(1, world)), vocab]
+    return slice(edges[rank], edges[rank + 1])
+
+
+def raised(call: Any) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+# ---- masked_loss ------------------------------------------------------------------------------------------------------
+
+
+def both(
+    vocab: int, dtype: torch.dtype, backend: str, bias: bool, upstream: Tensor | None = None, **options: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """Returns (here, alone) of the loss and the gradients of hidden, head and bias, the last two of this rank's ids."""
+    hidden, head, targets, masked, weight = inputs(40, 16, vocab, dtype=dtype)
+    targets[targets == 4] = 5
+    head_bias = torch.randn(vocab, generator=torch.Generator().manual_seed(1)).to(dtype) if bias else None
+    ids = piece(vocab, dist.get_rank(), dist.get_world_size())
+
+    def step(call: Any, *tensors: Tensor | None) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in tensors if x is not None]
+        loss = call(*leaves)
+        loss.backward(torch.ones_like(loss) if upstream is None else upstream)
+        return [loss.detach(), *(x.grad for x in leaves)]
+
+    def alone(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return masked_loss(h, w, targets, masked, weight, head_bias=b, backend=backend, **options)
+
+    def here(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        split = {"vocab_start": ids.start, "vocab_size": vocab, "local_bias": b, "backend": backend}
+        return distributed.masked_loss(h, w, targets, masked, weight, **split, **options)
+
+    whole = step(alone, hidden, head, head_bias)
+    parts = step(here, hidden, head[ids], None if head_bias is None else head_bias[ids])
+    return list(zip(parts, [*whole[:2], *(x[ids] for x in whole[2:])]))
+
+
+def close(pairs: list[tuple[Tensor, Tensor]], ulp: float = 0.0) -> None:
+    """Equal up to sums in another order: of float32 logits and exponentials, of at most 300 terms here. `ulp`: of the
+    results' dtype, where it is a lower one."""
+    for name, (mine, right) in zip(("loss", "dhidden", "dhead", "dbias"), pairs):
+        bound = (40 * EPS + ulp) * float(right.abs().max())
+        assert (mine - right).abs().max() <= bound, (name, float((mine - right).abs().max()), bound)
+
+
+def check_loss_and_gradients_are_those_of_one_process() -> None:
+    for backend in CPU:
+        for options in ({}, ALL, {"reduction": "mean", "label_smoothing": 0.2}, {"z_loss": 0.1, "memory_budget": 1}):
+            close(both(300, torch.float32, backend, bias=True, **options))
+        close(both(11, torch.float32, backend, bias=False, forbid=(4,), memory_budget=1))
+        close(both(300, torch.bfloat16, backend, bias=False), ulp=2.0**-8)
+
+
+def check_each_row_takes_its_upstream_gradient() -> None:
+    upstream = torch.randn(40)
+    for backend in CPU:
+        for budget in (None, 1):
+            close(both(300, torch.float32, backend, True, upstream, reduction="none", memory_budget=budget))
+
+
+def check_the_loss_has_the_same_bits_on_every_rank() -> None:
+    for backend in CPU:
+        loss = both(300, torch.float32, backend, bias=True)[0][0]
+        every = [torch.empty_like(loss) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, loss)
+        assert all(torch.equal(x, loss) for x in every)
+
+
+def check_loss_without_gradients_and_without_masked_rows() -> None:
+    hidden, head, targets, masked, weight = inputs(40, 16, 300, dtype=torch.float32)
+    ids = piece(300, dist.get_rank(), dist.get_world_size())
+    split = {"vocab_start": ids.start, "vocab_size": 300}
+    for backend in CPU:
+        for some in (masked, torch.zeros_like(masked)):
+            mine = distributed.masked_loss(hidden, head[ids], targets, some, weight, **split, backend=backend)
+            right = masked_loss(hidden, head, targets, some, weight, backend=backend)
+            assert (mine - right).abs() <= 20 * EPS * right
+
+
+def check_a_group_of_some_ranks_shares_the_vocab() -> None:
+    """Each pair by itself; a group of one rank has the whole head."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    groups = [dist.new_group([r, r + 1]) for r in range(0, world, 2)]
+    hidden, head, targets, masked, weight = inputs(40, 16, 300, dtype=torch.float32, seed=rank // 2)
+    ids = piece(300, rank % 2, 2)
+    mine = distributed.masked_loss(
+        hidden, head[ids], targets, masked, weight, vocab_start=ids.start, vocab_size=300, group=groups[rank // 2]
+    )
+    right = masked_loss(hidden, head, targets, masked, weight)
+    assert (mine - right).abs() <= 20 * EPS * right
+
+
+def check_bad_input_is_an_error_on_every_rank() -> None:
+    hidden, head, targets, masked, weight = inputs(40, 16, 300, dtype=torch.float32)
+    ids = piece(300, dist.get_rank(), dist.get_world_size())
+    masked[:] = True
+
+    def call(t: Tensor = targets, **changed: Any) -> Any:
+        split = {"vocab_start": ids.start, "vocab_size": 300, **changed}
+        return lambda: distributed.masked_loss(hidden, head[ids], t, masked, weight, **split)
+
+    for backend in CPU:
+        assert "follow each other from id 0 to vocab_size = 301" in raised(call(vocab_size=301, backend=backend))
+        beyond = raised(call(t=targets.clone().index_fill_(0, torch.tensor([3]), 300), backend=backend))
+        assert "expected ids in [0, 300) at masked rows, got 300 at row 3" in beyond
+    assert "vocab_start: expected an int from 0 to 299, got -1" in raised(call(vocab_start=-1))
+    assert "forbid: expected ids in [0, 300), got 300" in raised(call(forbid=(300,)))
+    assert "local_head: expected 1 to 2 rows" in raised(call(vocab_start=298))
+    assert "group: expected a ProcessGroup that this rank is in" in raised(call(group="world"))
+
+
+@contextlib.contextmanager
+def on_gpu(kernels: RowKernels) -> Iterator[None]:
+    """Inside it backend="cuda" runs on the CPU with these row kernels, in small chunks and slices."""
+    patch = pytest.MonkeyPatch()
+    here = Backend("cuda", ("cpu",), lambda: cuda, opt_in="emulated")
+    patch.setattr(op.OPERATOR, "backends", (here, *op.BACKENDS[1:]))
+    patch.setattr(cuda, "available", lambda: None)
+    patch.setattr(cuda, "KERNELS", kernels)
+    patch.setattr(gpu, "product", product_on_cpu)
+    for name, value in (("LEAST_CHUNK", 8), ("LEAST_SLICE", 16), ("TILE", 4)):
+        patch.setattr(gpu, name, value)
+    try:
+        yield
+    finally:
+        patch.undo()
+
+
+@worlds(2)
+def check_the_modes_of_a_gpu() -> None:
+    """One chunk, slices and no gradients; the rows in plain torch, and in CUDA run on the CPU."""
+    for kernels in (TorchRows(), *([cuda_rows()] if missing() is None else [])):
+        with on_gpu(kernels):
+            for options in (ALL, {"reduction": "mean"}, {"memory_budget": 1, "max_masked": 40, **ALL}):
+                close(both(60, torch.float32, "cuda", bias=True, **options))
+            hidden, head, targets, masked, weight = inputs(40, 16, 60, dtype=torch.float32)
+            ids = piece(60, dist.get_rank(), 2)
+            split = {"vocab_start": ids.start, "vocab_size": 60, "backend": "cuda"}
+            mine = distributed.masked_loss(hidden, head[ids], targets, masked, weight, **split)
+            right = masked_loss(hidden, head, targets, masked, weight, backend="cuda")
+            assert (mine - right).abs() <= 20 * EPS * right
+            too_many = distributed.masked_loss(hidden, head[ids], targets, masked, weight, max_masked=1, **split)
+            assert too_many.isnan()
