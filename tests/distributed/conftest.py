@@ -29,18 +29,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, python: Callable[..., object
                 done = python("-m", "tests.helpers.ranks", str(folder), module, *map(str, WORLDS))
                 (folder / "stderr").write_text(done.stderr)  # type: ignore[attr-defined]
         results = [read(folder / f"{world}.{rank}.json") for rank in range(world)]
-        return [f"rank {r}: {result.get(check, missing(folder))}" for r, result in enumerate(results) if failed(result, check)]
+        said = [result.get(check, "not run") for result in results]
+        more = "\n" + (folder / "stderr").read_text()[-2000:] if "not run" in said else ""
+        return [f"rank {rank}: {what}{more}" for rank, what in enumerate(said) if what]
 
     return found
 
 
 def read(file: Path) -> dict[str, str]:
     return json.loads(file.read_text()) if file.exists() else {}
-
-
-def failed(result: dict[str, str], check: str) -> bool:
-    return result.get(check, "not run") != ""
-
-
-def missing(folder: Path) -> str:
-    return "was not run, because an earlier check failed or the rank died\n" + (folder / "stderr").read_text()[-2000:]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from illada_kernels import distributed, masked_loss
+from illada_kernels import KeyRanges, attention, distributed, masked_loss
 from illada_kernels._dispatch import Backend
 from illada_kernels._extension import extension_reason
 from illada_kernels.ops.masked_loss import cuda, gpu, op
@@ -40,7 +40,7 @@ def raised(call: Any) -> str:
     return ""
 
 
-# ---- masked_loss ------------------------------------------------------------------------------------------------------
+# ---- masked_loss -----------------------------------------------------------------------------------------------------
 
 
 def both(
@@ -176,3 +176,71 @@ def check_the_modes_of_a_gpu() -> None:
             assert (mine - right).abs() <= 20 * EPS * right
             too_many = distributed.masked_loss(hidden, head[ids], targets, masked, weight, max_masked=1, **split)
             assert too_many.isnan()
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def attention_inputs(dtype: torch.dtype, length: int = 24) -> list[Tensor]:
+    g = torch.Generator().manual_seed(3)
+    shapes = ((2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8), (2, length, 4, 8))
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def masks(length: int) -> dict[str, KeyRanges | None]:
+    return {
+        "none": None,
+        "full": KeyRanges.full(length),
+        "padding": KeyRanges.padding(torch.tensor([length - 7, 5]), length),
+        "blocks": KeyRanges.block_causal(length, 4),
+        "two ranges": KeyRanges.block_diffusion(length // 2, 4),
+        "rows without keys": KeyRanges(torch.zeros(1, length, 4, dtype=torch.int32), length),
+    }
+
+
+def rows_of(ranges: KeyRanges, rows: slice) -> KeyRanges:
+    return KeyRanges(ranges.bounds[:, rows] if ranges.bounds.shape[1] > 1 else ranges.bounds, ranges.num_keys)
+
+
+def ring_against_one(dtype: torch.dtype, ranges: KeyRanges | None, backend: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (here, alone) of this rank's rows of out, dq, dk and dv."""
+    *inputs, dout = attention_inputs(dtype)
+    share = inputs[0].shape[1] // dist.get_world_size()
+    rows = slice(share * dist.get_rank(), share * (dist.get_rank() + 1))
+    alone = [x.clone().requires_grad_() for x in inputs]
+    right = attention(*alone, ranges, backend=backend)
+    right.backward(dout)
+    here = [x[:, rows].clone().requires_grad_() for x in inputs]
+    mine = distributed.attention(*here, None if ranges is None else rows_of(ranges, rows), backend=backend)
+    mine.backward(dout[:, rows])
+    yield mine.detach(), right.detach()[:, rows]
+    for x, y in zip(here, alone):
+        assert x.grad is not None and y.grad is not None
+        yield x.grad, y.grad[:, rows]
+
+
+def check_attention_in_a_ring_is_that_of_one_process() -> None:
+    for backend in CPU:
+        for name, ranges in masks(24).items():
+            for mine, right in ring_against_one(torch.float32, ranges, backend):
+                assert (mine - right).abs().max() <= 20 * EPS * max(1.0, float(right.abs().max())), (backend, name)
+    # each rank's part is rounded once more
+    for mine, right in ring_against_one(torch.bfloat16, masks(24)["blocks"], "reference"):
+        assert (mine - right).abs().max() <= 4 * 2.0**-8 * max(1.0, float(right.abs().max()))
+
+
+def check_poisoned_padding_reaches_no_rank() -> None:
+    q, k, v, _ = attention_inputs(torch.float32)
+    k[1, 5:], v[1, 5:] = torch.nan, torch.inf
+    share = 24 // dist.get_world_size()
+    rows = slice(share * dist.get_rank(), share * (dist.get_rank() + 1))
+    leaves = [x[:, rows].clone().requires_grad_() for x in (q, k, v)]
+    out = distributed.attention(*leaves, KeyRanges.padding(torch.tensor([24, 5]), 24))
+    out.sum().backward()
+    assert out.isfinite().all() and all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
+
+
+def check_attention_names_ranges_of_one_rank() -> None:
+    q, k, v, _ = attention_inputs(torch.float32, 6)
+    said = raised(lambda: distributed.attention(q, k, v, KeyRanges.full(6)))
+    assert f"num_keys = {6 * dist.get_world_size()}, the keys of all ranks together, got 6" in said

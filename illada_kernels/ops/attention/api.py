@@ -130,9 +130,9 @@ def attention(
     torch.Size([2, 6, 4, 8])
     """
     if torch.compiler.is_compiling() or not _fit(q, k, v):
-        _check_tensors(q, k, v)
+        check_tensors(q, k, v)
     if key_ranges is not None:
-        _check_ranges(key_ranges, q, k)
+        check_ranges(key_ranges, q, k.shape[1])
     if scale is None:
         scale = q.shape[3] ** -0.5
     else:
@@ -147,7 +147,7 @@ def attention(
 
 
 def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `_check_tensors` would find nothing, in a fifth of its time; symbolic and odd things are left to it."""
+    """Whether `check_tensors` would find nothing, in a fifth of its time; symbolic and odd things are left to it."""
     if not (type(q) is type(k) is type(v) is Tensor and q.dtype == k.dtype == v.dtype and q.dtype in FLOATS):
         return False
     shapes = q.shape, k.shape, v.shape
@@ -164,7 +164,7 @@ def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         expect_tensor(name, x, *FLOATS)
         expect_shape(name, x, "batch", "sequence", "heads", "head_dim")
@@ -179,7 +179,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q: expected a multiple of k's {shown(k.shape[2])} heads, got {shown(heads)}")
 
 
-def _check_ranges(key_ranges: KeyRanges, q: Tensor, k: Tensor) -> None:
+def check_ranges(key_ranges: KeyRanges, q: Tensor, keys: int, what: str = "the length of k") -> None:
     if not isinstance(key_ranges, KeyRanges):
         raise TypeError(
             f"key_ranges: expected KeyRanges or None, got {type(key_ranges).__name__}; "
@@ -187,8 +187,6 @@ def _check_ranges(key_ranges: KeyRanges, q: Tensor, k: Tensor) -> None:
         )
     bounds = key_ranges.bounds
     expect_device("key_ranges", bounds, q.device, "q")
-    if not holds(key_ranges.num_keys == k.shape[1]):
-        raise ValueError(
-            f"key_ranges: expected num_keys = {shown(k.shape[1])}, the length of k, got {shown(key_ranges.num_keys)}"
-        )
+    if not holds(key_ranges.num_keys == keys):
+        raise ValueError(f"key_ranges: expected num_keys = {shown(keys)}, {what}, got {shown(key_ranges.num_keys)}")
     expect_shape("key_ranges", bounds, (q.shape[0], 1), (q.shape[1], 1), 4, like="to match q")

@@ -47,9 +47,11 @@ def backward(
     out: Tensor,
     lse: Tensor,
     needs: Sequence[bool] = (True, True, True),
+    some_keys: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of the sum of out * dout and lse * dlse: dq, dk, dv, each with the shape and dtype of its
-    tensor. Does not read `out`."""
+    tensor. Does not read `out`, unless out and lse are of more keys than k holds (`some_keys`): the other backends
+    read it always."""
     q, k, v = problem.q, problem.k, problem.v
     with torch.autocast(q.device.type, enabled=False):
         allowed, rows, keys = masks(problem)
@@ -58,7 +60,8 @@ def backward(
         dout_ = grouped(upstream(dout, out), rows, 1)
         p = probabilities(scores(q_, k_, allowed, problem.scale), lse)  # (B, Hq, Sq, Sk)
         dp = dout_ @ v_.mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        delta = grouped(out, rows, 1) * dout_ if some_keys else p * dp
+        ds = p * (dp - delta.sum(-1, keepdim=True))
         if dlse is not None:
             ds = ds + p * torch.where(lse == -torch.inf, 0, dlse)[..., None]
         dq, dk, dv = problem.scale * (ds @ k_), problem.scale * (ds.mT @ q_), p.mT @ dout_  # per query head

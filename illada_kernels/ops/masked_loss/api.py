@@ -141,7 +141,7 @@ def masked_loss(
         None if softcap is None else torch.sym_float(softcap),
         torch.sym_float(label_smoothing),
         torch.sym_float(z_loss),
-        ids(forbid, vocab),
+        forbidden_ids(forbid, vocab),
         None if max_masked is None else torch.sym_int(max_masked),
         None if memory_budget is None else torch.sym_int(memory_budget),
         needs(hidden, head_weight, head_bias),
@@ -216,7 +216,7 @@ def masked_loss_from_logits(
         None if softcap is None else torch.sym_float(softcap),
         torch.sym_float(label_smoothing),
         torch.sym_float(z_loss),
-        ids(forbid, vocab),
+        forbidden_ids(forbid, vocab),
         None if max_masked is None else torch.sym_int(max_masked),
         None,
         needs(logits, None, None),
@@ -310,16 +310,18 @@ def check_rows(name: str, rows: Tensor, width: str, targets: Tensor, masked: Ten
         raise ValueError("weight: expected requires_grad=False (it gets no gradient), got True; pass weight.detach()")
 
 
-def check_head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
+def check_head(
+    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, name: str = "head_weight", bias: str = "head_bias"
+) -> None:
     width, device = hidden.shape[-1], hidden.device
-    expect_tensor("head_weight", head_weight, hidden.dtype, torch.float32)
-    expect_shape("head_weight", head_weight, "V", width, like="to match hidden")
-    expect_device("head_weight", head_weight, device, "hidden")
-    expect_contiguous("head_weight", head_weight)
+    expect_tensor(name, head_weight, hidden.dtype, torch.float32)
+    expect_shape(name, head_weight, "V", width, like="to match hidden")
+    expect_device(name, head_weight, device, "hidden")
+    expect_contiguous(name, head_weight)
     if head_bias is not None:
-        expect_tensor("head_bias", head_bias, head_weight.dtype, hidden.dtype, torch.float32)
-        expect_shape("head_bias", head_bias, head_weight.shape[0], like="to match head_weight")
-        expect_device("head_bias", head_bias, device, "hidden")
+        expect_tensor(bias, head_bias, head_weight.dtype, hidden.dtype, torch.float32)
+        expect_shape(bias, head_bias, head_weight.shape[0], like=f"to match {name}")
+        expect_device(bias, head_bias, device, "hidden")
 
 
 def check_options(
@@ -346,7 +348,7 @@ def check_options(
         raise ValueError("head_weight or logits: expected a vocabulary of at least one id, got V = 0")
 
 
-def ids(forbid: Sequence[int], vocab: int) -> tuple[int, ...]:
+def forbidden_ids(forbid: Sequence[int], vocab: int) -> tuple[int, ...]:
     try:
         ids = tuple(forbid)
     except TypeError:

@@ -100,8 +100,8 @@ class Rows:
         coefficients: Tensor | None = None,
         index: Tensor | None = None,
     ) -> None:
-        """Writes the gradient of the columns, of the head's rows from `first` on; out may be logits. coefficients: those of the
-        state and an upstream gradient of 1 if None."""
+        """Writes the gradient of the columns, of the head's rows from `first` on; out may be logits. coefficients:
+        those of the state and an upstream gradient of 1 if None."""
         coefficients = self.coefficients(self.state) if coefficients is None else coefficients
         code = self.extension.masked_loss_dlogits_cpu(
             logits.data_ptr(),
@@ -144,4 +144,11 @@ class Rows:
     def _columns(self, logits: Tensor, first: int) -> tuple[int | float, ...]:
         bias = 0 if self.bias is None else self.bias[first:].data_ptr()
         forbid = (0, 0) if self.forbid is None else (self.forbid.data_ptr(), len(self.forbid))
-        return self.problem.vocab_start + first, logits.shape[1], bias, self.problem.softcap or 0.0, self.targets.data_ptr(), *forbid
+        return (
+            self.problem.vocab_start + first,
+            logits.shape[1],
+            bias,
+            self.problem.softcap or 0.0,
+            self.targets.data_ptr(),
+            *forbid,
+        )

@@ -1,8 +1,4 @@
-"""The ops over the ranks of a torch.distributed process group, which share the vocab.
-
-Every rank holds consecutive rows of the LM head (`torch.chunk`'s pieces or any others) and the same hidden rows; small
-statistics cross ranks, logits never do. All ranks make the same calls in the same order.
-"""
+"""masked_loss over ranks that share the vocab."""
 
 from __future__ import annotations
 
@@ -11,12 +7,11 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import cast_for_autocast, expect_integer
-from .ops.masked_loss import api as loss_api
-from .ops.masked_loss.op import OPERATOR
-from .ops.masked_loss.problem import Problem
-
-__all__ = ["masked_loss"]
+from .._checks import cast_for_autocast
+from ..ops.masked_loss import api
+from ..ops.masked_loss.op import OPERATOR
+from ..ops.masked_loss.problem import Problem
+from ._group import check_piece, group_name
 
 
 def masked_loss(
@@ -79,19 +74,24 @@ def masked_loss(
 
     Examples
     --------
-    Two ranks with 50 ids each, started by torchrun:
-
-        group = torch.distributed.group.WORLD
-        loss = distributed.masked_loss(
-            hidden, head[50 * rank : 50 * rank + 50], targets, masked, vocab_start=50 * rank, vocab_size=100, group=group
-        )
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> from illada_kernels import distributed
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun's need no arguments
+    >>> hidden, head, targets = torch.zeros(3, 8), torch.randn(100, 8), torch.tensor([5, 6, 7])
+    >>> per_rank = 100 // dist.get_world_size()
+    >>> start = per_rank * dist.get_rank()
+    >>> local_head, masked = head[start : start + per_rank], torch.tensor([True, True, False])
+    >>> distributed.masked_loss(hidden, local_head, targets, masked, vocab_start=start, vocab_size=100)  # 2 log(100)
+    tensor(9.2103)
+    >>> dist.destroy_process_group()
     """
     if isinstance(hidden, Tensor):
         hidden, local_head, local_bias = cast_for_autocast(hidden.device, hidden, local_head, local_bias)
-    loss_api.check_rows("hidden", hidden, "D", targets, masked, weight)
-    loss_api.check_head(hidden, local_head, local_bias)
-    _check_piece(local_head.shape[0], vocab_start, vocab_size)
-    loss_api.check_options(reduction, softcap, label_smoothing, z_loss, max_masked, memory_budget, vocab_size)
+    api.check_rows("hidden", hidden, "D", targets, masked, weight)
+    api.check_head(hidden, local_head, local_bias, "local_head", "local_bias")
+    check_piece(local_head.shape[0], vocab_start, vocab_size)
+    api.check_options(reduction, softcap, label_smoothing, z_loss, max_masked, memory_budget, vocab_size)
     problem = Problem(
         hidden,
         local_head,
@@ -103,36 +103,14 @@ def masked_loss(
         None if softcap is None else float(softcap),
         float(label_smoothing),
         float(z_loss),
-        loss_api.ids(forbid, vocab_size),
+        api.forbidden_ids(forbid, vocab_size),
         max_masked,
         memory_budget,
-        loss_api.needs(hidden, local_head, local_bias),
-        _name(group),
+        api.needs(hidden, local_head, local_bias),
+        group_name(group),
         vocab_start,
         vocab_size,
         backend or "",
     )
     loss: Tensor = OPERATOR(problem)[0]
     return loss
-
-
-def _check_piece(rows: int, vocab_start: int, vocab_size: int) -> None:
-    expect_integer("vocab_size", vocab_size, 1, 2**24)  # they cross ranks as float32
-    expect_integer("vocab_start", vocab_start, 0, vocab_size - 1)
-    if not 1 <= rows <= vocab_size - vocab_start:
-        raise ValueError(
-            f"local_head: expected 1 to {vocab_size - vocab_start} rows, as vocab_start = {vocab_start} of vocab_size "
-            f"= {vocab_size} leaves, got {rows}"
-        )
-
-
-def _name(group: dist.ProcessGroup | None) -> str:
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            "group: expected torch.distributed to be initialised, it is not; start with torchrun and call "
-            "torch.distributed.init_process_group()"
-        )
-    members = dist.group.WORLD if group is None else group
-    if not isinstance(members, dist.ProcessGroup):  # also for a rank that is not in the group
-        raise ValueError(f"group: expected a ProcessGroup that this rank is in, got {members!r}")
-    return str(members.group_name)
