@@ -6,17 +6,16 @@ Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, ConfigError, DecodingError, PromptError
+from .training import command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         prog="illada", description="Train a masked-diffusion language model and sample from it."
     )
     commands = top.add_subparsers(required=True, metavar="command")
-    _train_parser(commands.add_parser("train", help="train on a file or folder of text"))
+    command.add_options(commands.add_parser("train", help="train on a file or folder of text"), _DATA, _DEVICE)
     _generate_parser(commands.add_parser("generate", help="continue a prompt"))
     _eval_parser(commands.add_parser("eval", help="bits per byte on held-out text, or tasks"))
     bench = commands.add_parser("bench", help="each op against its PyTorch fallback on this machine")
@@ -117,226 +116,6 @@ def _check_common(options: argparse.Namespace) -> None:
     seed = getattr(options, "seed", 0)
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a number from -2**63 to 2**63 - 1, got {seed}")
-
-
-# ---- train --------------------------------------------------------------------------------------------------------
-
-
-def _train_parser(p: argparse.ArgumentParser) -> None:
-    """Adds train's options. Those of the run have no default, otherwise `--resume` could not tell what was said."""
-    p.add_argument("--out", required=True, help="the run's folder: state, log, loss curve, model")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    p.add_argument(
-        "--save-every", type=int, default=None, metavar="STEPS", help="default: every minute, and at the end"
-    )
-    p.add_argument("--device", help=_DEVICE)
-    p.add_argument("--quiet", action="store_true", help="no progress bar")
-    said = p.add_argument_group("the run").add_argument
-    says: dict[str, Any] = {"default": argparse.SUPPRESS}
-    said("--data", help=_DATA + '; for sft JSON lines {"prompt", "response"}', **says)
-    said("--tokenizer", help="bytes (default), bpe:N learned from the text, or a tokenizers JSON file", **says)
-    said("--preset", help="shape of the model (default demo)", **says)
-    said(
-        "--from",
-        metavar="FOLDER",
-        help="train the model in a checkpoint's folder on, with its tokenizer (default optimizer adamw at 2e-5)",
-        **says,
-    )
-    said(
-        "--objective",
-        choices=("full", "packed", "block", "sft"),
-        help="full: LLaDA (default); packed: iLLaDA, windows split at random; block: BD3-LM; sft: prompts kept",
-        **says,
-    )
-    said("--block", type=int, help="block length of --objective block (default 4)", **says)
-    said("--steps", type=int, help="length of the run (default 1000)", **says)
-    said("--seconds", type=float, help="length of the run in seconds, instead of --steps", **says)
-    said("--length", type=int, help="tokens in a window (default 128)", **says)
-    said("--batch-size", type=int, help="default 8", **says)
-    said("--accumulate", type=int, help="micro-batches a step, to save memory (default 1)", **says)
-    said("--checkpoint-activations", action="store_true", help="compute layers again in the backward", **says)
-    said("--split-fraction", type=float, help="of --objective packed: windows cut into two (default 0.3)", **says)
-    said("--short-fraction", type=float, help="of --objective full: batches cut short (LLaDA 0.01; default 0)", **says)
-    said("--weighting", choices=("llada", "mdlm", "cart"), help="of --objective full (default llada)", **says)
-    said(
-        "--complementary", action="store_true", help="of --objective full: each batch with its inverse mask too", **says
-    )
-    said(
-        "--hole-fraction",
-        type=float,
-        help="of --objective block: windows that learn to fill a hole (default 0.2)",
-        **says,
-    )
-    said("--optimizer", choices=("muon", "adamw"), help="default muon", **says)
-    said("--lr", type=float, help="default 0.02 for muon, 0.002 for adamw", **says)
-    said("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default)", **says)
-    said("--seed", type=int, help="default 0", **says)
-    p.set_defaults(run=_train)
-
-
-_RUN = ("data", "tokenizer", "preset", "from", "block")  # settings of the run that are not TrainConfig's
-_OBJECTIVE_OF = {
-    "block": "block",
-    "hole_fraction": "block",
-    "weighting": "full",
-    "complementary": "full",
-    "short_fraction": "full",
-    "split_fraction": "packed",
-}
-
-
-def _train(options: argparse.Namespace) -> int:
-    from .training.runs import Run
-    from .training.state import FolderLock
-
-    folder = Path(options.out)
-    said = {k: v for k, v in vars(options).items() if k in _RUN or k in {f.name for f in _train_fields()}}
-    if said.get("data") is not None:
-        said["data"] = os.path.abspath(said["data"])  # so that a run can be resumed from anywhere
-    if said.get("from") is not None:
-        said["from"] = os.path.abspath(said["from"])
-    if options.resume:
-        Run.open(folder)  # before the lock, which would make the folder
-        with FolderLock(folder) as lock:
-            run = _resumed(Run.open(folder), said)
-            train_documents, _ = _documents(run.data, run.train_config.objective, folder)
-            return _run_training(run, train_documents, options, lock)
-    if (folder / "run.json").exists():
-        raise CheckpointError(f"{folder} holds a run already: go on with it by --resume, or choose another --out")
-    config = _train_config(said)
-    train_documents, _ = _documents(said.get("data"), config.objective, folder)
-    with FolderLock(folder) as lock:
-        names = (said.get("tokenizer", "bytes"), said.get("preset", "demo"))
-        learning, block = _learning(options.quiet), _block(said, config.objective)
-        run = Run.create(
-            folder, said.get("data"), *names, config, block, train_documents, learning, start_from=said.get("from")
-        )
-        return _run_training(run, train_documents, options, lock)
-
-
-def _block(said: dict[str, Any], objective: str) -> int:
-    """Returns the model's causal_block: what was said, else that of the checkpoint to begin with, else 4."""
-    from . import checkpoint
-
-    if objective != "block":
-        return 0
-    own = checkpoint.read_config(said["from"]).causal_block if said.get("from") else 0
-    return said.get("block") or own or 4
-
-
-def _learning(quiet: bool) -> Callable[[float], object]:
-    """Returns a line that says how much of a tokenizer is learned, on a terminal alone."""
-
-    def show(done: float) -> None:
-        percent = int(done * 100)
-        if percent > shown[0]:
-            shown[0] = percent
-            print(
-                f"\r\x1b[2Klearning the tokenizer: {percent}%",
-                end="\n" if done >= 1 else "",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    shown = [0]
-    return (lambda done: None) if quiet or not sys.stderr.isatty() else show
-
-
-def _run_training(run: Any, train_documents: Any, options: argparse.Namespace, lock: Any) -> int:
-    from .live import ProgressBar
-    from .training import runs
-
-    try:
-        trainer = run.trainer(train_documents, options.device, lock)
-    except BaseException:
-        if not options.resume:
-            run.forget()
-        raise
-    if options.resume:
-        run.write()  # with the rate of this time
-    if trainer.step:
-        print(f"resumed at step {trainer.step}", file=sys.stderr)
-    bar = ProgressBar()
-    with runs.StopSignals() as stop:
-        complete = trainer.run(None if options.quiet else bar, options.save_every, should_stop=lambda: stop.number != 0)
-    run.export(trainer.model)
-    if len(trainer.losses):
-        runs.plot_losses(trainer.losses, run.folder / "loss.png", f"{run.folder.name}: {run.train_config.objective}")
-    name = shlex.quote(str(run.folder))
-    if not complete:
-        bar.close()
-        print(
-            f"illada: interrupted at step {trainer.step}, saved; go on with: illada train --resume --out {name}",
-            file=sys.stderr,
-        )
-        return 128 + stop.number
-    print(f"saved to {run.folder} after {trainer.step} steps; try: illada generate --model {name} --prompt 'def '")
-    return 0
-
-
-def _documents(data: str | None, objective: str, folder: Path) -> tuple[list[Any], list[Any]]:
-    """Returns (training, held out) documents, without the run's own folder."""
-    from .errors import DataError
-    from .training import runs
-    from .training.data import read_corpus
-
-    if objective == "sft":
-        if data is None:
-            raise DataError('sft: expected --data, a file of JSON lines {"prompt": "...", "response": "..."}')
-        return read_corpus(data, folder), []
-    if data is not None and folder.exists() and Path(data).exists() and os.path.samefile(data, folder):
-        raise ValueError(f"out: expected a folder other than --data, got {folder} for both")
-    return runs.documents(data, folder)
-
-
-def _train_fields() -> tuple[Any, ...]:
-    from .training.config import TrainConfig
-
-    return dataclasses.fields(TrainConfig)
-
-
-def _train_config(said: dict[str, Any]) -> Any:
-    from .training.config import TrainConfig
-
-    values = {k: v for k, v in said.items() if k not in _RUN}
-    values.setdefault("objective", "full")
-    for name, objective in _OBJECTIVE_OF.items():
-        if name in said and values["objective"] != objective:
-            raise ValueError(f"{name}: it is for --objective {objective} only; leave out --{name.replace('_', '-')}")
-    if said.get("block", 1) < 1:
-        raise ValueError(f"block: expected a length of at least 1, got {said['block']}")
-    if "steps" not in values and "seconds" not in values:
-        values["steps"] = 1000
-    if values["objective"] == "block":
-        values.setdefault("hole_fraction", 0.2)
-    for name in ("tokenizer", "preset"):
-        if "from" in said and name in said:
-            raise ValueError(f"{name}: it is the one in --from {said['from']}; leave out --{name}")
-    if "from" in said:
-        values.setdefault("optimizer", "adamw")
-    if values.get("optimizer") == "adamw":
-        values.setdefault("lr", 2e-5 if "from" in said else 0.002)
-    return TrainConfig(**values)
-
-
-def _resumed(run: Any, said: dict[str, Any]) -> Any:
-    """Returns the run with the learning rate that was said.
-
-    Raises ValueError for other settings that differ from the run's; tokenizer and preset cannot be given again at all.
-    """
-    before = {**dataclasses.asdict(run.train_config), "data": run.data, "block": run.model_config.causal_block}
-    if run.train_config.objective != "block":
-        del before["block"]
-    wrong = [k for k, v in said.items() if k != "lr" and (k not in before or before[k] != v)]
-    if wrong:
-        changed = ", ".join(f"--{k.replace('_', '-')} {said[k]}" for k in wrong)
-        raise ValueError(
-            f"--resume goes on with the settings in {run.folder / 'run.json'}, of which --lr alone may change: "
-            f"leave out {changed}"
-        )
-    if "lr" in said:
-        run.train_config = dataclasses.replace(run.train_config, lr=said["lr"])
-    return run
 
 
 # ---- generate, eval, bench, demo ----------------------------------------------------------------------------------

@@ -26,12 +26,11 @@ from .training.state import FolderLock, replace_file
 # Chosen by measurement: docs/measurements/model.md, "Demo training".
 SECONDS = 170.0
 TOKENIZER = "bpe:16384"
-BLOCK = 4
 TRAINING = {
     "objective": "block",
     "length": 128,
     "batch_size": 4,
-    "hole_fraction": 0.1,
+    "options": {"block": 4, "hole_fraction": 0.1},
     "optimizer": "muon",
     "lr": 0.02,
     "adamw_lr": 0.012,
@@ -65,7 +64,7 @@ def _demo(out: Path, data: str | None, seconds: float | None, begun: float, lock
     size = sum(len(d.content) for d in train_documents)
     _title(f"1  Train on {data or 'the sources of Python itself'}: {len(train_documents)} files, {size / 1e6:.1f} MB")
     config = TrainConfig(seconds=SECONDS if seconds is None else seconds, **TRAINING)  # type: ignore[arg-type]
-    run = runs.Run.create(folder, data, TOKENIZER, "demo", config, BLOCK, train_documents)
+    run = runs.Run.create(folder, data, TOKENIZER, "demo", config, train_documents)
     trainer = run.trainer(train_documents, "cpu", lock)
     model, tokenizer = trainer.model, run.tokenizer
     print(

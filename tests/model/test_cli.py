@@ -229,9 +229,9 @@ def test_a_device_that_cannot_be_used_is_refused(run, corpus, tmp_path, capsys, 
     "arguments, message",
     [
         (["--seed", 2**64], "seed: expected a number from"),
-        (["--objective", "block", "--block", 0], "block: expected a length of at least 1"),
+        (["--objective", "block", "--block", 0], "block: expected an integer from 1 on, got 0"),
         (["--objective", "block", "--hole-fraction", "nan"], "hole_fraction: expected a number from 0 to 1"),
-        (["--block", 4], "block: it is for --objective block only"),
+        (["--block", 4], "block: it is for --objective block or joint or"),
         (["--objective", "block", "--weighting", "cart"], "weighting: it is for --objective full only"),
     ],
 )

@@ -2,99 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
-from illada.config import ModelConfig
-from illada.decoding.config import GenerationConfig
-from illada.decoding.generate import generate
-from illada.model import Model
 from illada.training import objectives
 from illada.training.objectives import Example
 from torch import Tensor
 
-from illada_kernels import KeyRanges
-
-VOCAB, MASK = 6, 4
-TEXT = torch.tensor([3, 0, 2, 1, 5, 2])
-DRAWS = 4000
-LEVELS = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000  # midpoints, error below 1e-6
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def tiny(shifted: bool = False, seed: int = 3, **changes) -> Model:
-    shape = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "ffn_dim": 24, "init_std": 0.4}
-    ids = {"vocab_size": VOCAB, "mask_id": MASK, "eos_id": 5, "pad_id": 5, "forbid_mask": False}
-    torch.manual_seed(seed)
-    return Model(ModelConfig.preset("demo", **{**shape, **ids, **changes}, shifted_logits=shifted)).eval()
-
-
-def ce(model: Model, shown: list[int], targets: list[int], allowed: Tensor | None = None) -> Tensor:
-    """Cross-entropies (S,) of the targets when the model is shown `shown`, by a plain forward pass."""
-    ranges = None if allowed is None else KeyRanges.from_dense(allowed[None])
-    with torch.no_grad():
-        logits = model(torch.tensor([shown]), ranges)[0] @ model.head_weight.T
-    return -logits.double().log_softmax(-1)[torch.arange(len(shown)), torch.tensor(targets)]
-
-
-def block_ce(model: Model, before: list[int], noisy: list[int], clean: list[int], block: int, causal=None) -> Tensor:
-    """Cross-entropies of a block's tokens after clean text, without a second copy of anything."""
-    s, n = len(before) + len(noisy), len(before)
-    row, key = torch.arange(s)[:, None], torch.arange(s)
-    allowed = key < (row // block + 1) * block if causal is None else key <= row
-    allowed[n:] = (key <= row[n:]) if causal == "both" else True
-    return ce(model, before + noisy, before + clean, allowed)[n:]
-
-
-def subsets(size: int):
-    return itertools.product([False, True], repeat=size)
-
-
-def masked_sum(score: Callable[[list[bool]], Tensor], size: int, levels: Tensor, weight: Tensor) -> float:
-    """E over levels t and masks of sum over masked of weight(t) * score(mask): masks of size n have one coefficient."""
-    total = 0.0
-    for mask in subsets(size):
-        n = sum(mask)
-        if n:
-            coefficient = (levels**n * (1 - levels) ** (size - n) * weight).mean()
-            total += float(coefficient * score(list(mask))[torch.tensor(mask)].sum())
-    return total
-
-
-def hide(text: list[int], mask: list[bool]) -> list[int]:
-    return [MASK if m else x for x, m in zip(text, mask)]
-
-
-def whole_bound(model: Model, text: list[int], levels: Tensor, prompt: int = 0) -> float:
-    """E of sum over masked of CE / t, in which the first `prompt` tokens are never masked."""
-    free = len(text) - prompt
-    return masked_sum(
-        lambda mask: ce(model, hide(text, [False] * prompt + mask), text)[prompt:], free, levels, 1 / levels
-    )
-
-
-def check(made: Example, model: Model, exact: float, sequences: int = DRAWS) -> None:
-    """The mean over many draws of one text in a batch is `exact`, within 4 standard errors, which are below 3%."""
-    with torch.no_grad():
-        losses = made.loss(model, "none").double().sum(1).view(-1, sequences).sum(0) * sequences
-    error = float(losses.std()) / sequences**0.5
-    assert error < 0.03 * exact, (error, exact)
-    assert abs(float(losses.mean()) - exact) < 4 * error + 1e-6, (float(losses.mean()), exact, error)
-
-
-def repeated(length: int) -> Tensor:
-    return TEXT[:length].expand(DRAWS, length).clone()
-
-
-def above(eps: float, levels: Tensor = LEVELS) -> Tensor:
-    return eps + (1 - eps) * levels
-
+from tests.helpers.enumerated import (
+    DRAWS,
+    LEVELS,
+    MASK,
+    TEXT,
+    VOCAB,
+    above,
+    anchors_mean,
+    blocks_bound,
+    canvases_mean,
+    ce,
+    check,
+    edits_mean,
+    generator,
+    hide,
+    next_token_mean,
+    repeated,
+    subsets,
+    tensors,
+    tiny,
+    whole_bound,
+)
 
 # ---- every token sees every other ------------------------------------------------------------------------------------
 
@@ -181,21 +119,6 @@ def test_one_batch_in_a_hundred_is_short_and_divided_by_what_is_left():
 # ---- block diffusion -------------------------------------------------------------------------------------------------
 
 
-def blocks_bound(model, text, block, levels, weight, causal=None, prompt=0) -> float:
-    """E of the weighted sum over masked tokens of all blocks."""
-    total = 0.0
-    for start in range(0, len(text), block):
-        before, clean = text[:start], text[start : start + block]
-        kept = max(0, min(prompt - start, len(clean)))
-
-        def score(mask, before=before, clean=clean, kept=kept):
-            noisy = hide(clean, [False] * kept + mask)
-            return block_ce(model, before, noisy, clean, block, causal)[kept:]
-
-        total += masked_sum(score, len(clean) - kept, levels, weight)
-    return total
-
-
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("noise", ["count", "block", "document", "clipped", "complementary", "all"])
 def test_block_diffusion_estimates_its_integral(noise, shifted):
@@ -228,9 +151,7 @@ def test_packed_block_diffusion_restarts_blocks_and_keeps_prompts(noise, shifted
 def test_joint_is_the_weighted_sum_of_both_means(causal, diffusion, autoregressive, shifted):
     model, text, levels = tiny(shifted), TEXT[:4].tolist(), above(1e-3)
     exact = diffusion * blocks_bound(model, text, 2, levels, 1 / levels, causal) / 4
-    with torch.no_grad():
-        logits = model.unshifted(torch.tensor([text]), KeyRanges.causal(4))[0] @ model.head_weight.T
-    exact -= autoregressive * float(logits.double().log_softmax(-1)[[0, 1, 2], text[1:]].mean())
+    exact += autoregressive * next_token_mean(model, text)
     settings = {"causal": causal, "diffusion": diffusion, "autoregressive": autoregressive}
     made = objectives.joint(repeated(4), MASK, generator(), block=2, **settings)
     check(made, model, exact)
@@ -243,11 +164,8 @@ def test_joint_is_the_weighted_sum_of_both_means(causal, diffusion, autoregressi
 @pytest.mark.parametrize("shifted", [False, True])
 def test_anchor_blocks_are_the_mean_over_anchors(shifted):
     """Anchors at 0 .. 3 of six tokens, three tokens a block; weights 1 and exp(-1/2), which sum to 1 in each block."""
-    model, text, exact = tiny(shifted), TEXT.tolist(), 0.0
-    weight = torch.tensor([1.0, float(torch.exp(torch.tensor(-0.5)))]).double()
-    for anchor in range(4):
-        losses = block_ce(model, text[:anchor], [text[anchor], MASK, MASK], text[anchor : anchor + 3], 1, "clean")
-        exact += float((losses[1:] * weight).sum() / weight.sum()) / 4
+    model = tiny(shifted)
+    exact = anchors_mean(model, TEXT.tolist())
     made = objectives.anchor_blocks(repeated(6), MASK, generator(), block=3, count=2, gamma=2.0)
     assert float(made.weight[made.masked].double().sum()) == pytest.approx(1, abs=1e-4)
     check(made, model, exact)
@@ -269,18 +187,8 @@ def test_anchor_blocks_stay_in_a_document_and_miss_where_nothing_fits():
 
 def test_edits_are_the_mean_over_all_single_edits():
     """Three tokens, most = 2/3: none with probability 1/2, else one of 1/3 insert, delete, substitute."""
-    model, text, exact = tiny(), TEXT[:3].tolist(), 0.0
-    ids = [i for i in range(VOCAB) if i != MASK]
-
-    def mean(shown: list[int]) -> float:
-        return float(ce(model, (shown + [MASK] * 3)[:3], text).mean())
-
-    exact += mean(text) / 2
-    for at in range(4):
-        exact += sum(mean([*text[:at], new, *text[at:]]) for new in ids) / len(ids) / 4 / 6
-    for at in range(3):
-        exact += mean(text[:at] + text[at + 1 :]) / 3 / 6
-        exact += sum(mean([*text[:at], new, *text[at + 1 :]]) for new in ids) / len(ids) / 3 / 6
+    model = tiny()
+    exact = edits_mean(model, TEXT[:3].tolist())
     check(objectives.edit(repeated(3), MASK, VOCAB, generator(), most=2 / 3), model, exact)
 
 
@@ -317,63 +225,14 @@ def test_token_to_token_is_the_mean_over_masks_and_replacements(shifted):
 
 @pytest.mark.parametrize("causal", ["clean", None])
 def test_a_uniform_canvas_is_the_mean_over_all_canvases(causal):
-    model, text, exact = tiny(), TEXT[:4].tolist(), 0.0
-    ids = [i for i in range(VOCAB) if i != MASK]
-    for start in (0, 2):
-        clean = text[start : start + 2]
-        for canvas in itertools.product(ids, repeat=2):
-            chance = torch.ones_like(LEVELS)
-            for shown, x in zip(canvas, clean):
-                chance = chance * (LEVELS / len(ids) + (1 - LEVELS) * (shown == x))
-            exact += float(chance.mean() * block_ce(model, text[:start], list(canvas), clean, 2, causal).sum()) / 4
+    model = tiny()
+    exact = canvases_mean(model, TEXT[:4].tolist(), causal)
     made = objectives.uniform_canvas(repeated(4), MASK, VOCAB, generator(), block=2, causal=causal)
     assert (made.tokens != MASK).all() and made.masked.all()
     check(made, model, exact)
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------
-
-STORY = torch.tensor([0, 7, 3, 11, 9, 1, 12, 6, 2, 8, 10, 13])
-
-
-def learned(make: Callable[[Tensor, torch.Generator], Example], block: int, shifted: bool) -> list[int]:
-    """What a model trained on one text writes after its first four tokens."""
-    model = tiny(shifted, causal_block=block, vocab_size=14, dim=32, n_layers=2, head_dim=16, ffn_dim=64, init_std=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
-    for step in range(150):
-        optimizer.zero_grad()
-        make(STORY.repeat(8, 1), generator(step)).loss(model).backward()
-        optimizer.step()
-    config = GenerationConfig(max_new_tokens=8, block_length=block or 8, stop_ids=(), variable_length=False)
-    return generate(model, STORY[None, :4], config).tokens[0]
-
-
-@pytest.mark.parametrize(
-    "make, block, shifted",
-    [
-        (lambda t, g: objectives.full_sequence(t, MASK, g), 0, False),
-        (lambda t, g: objectives.full_sequence(t, MASK, g, weighting="cart", complementary=True), 0, True),
-        (lambda t, g: objectives.sft(t, torch.full((8,), 4), MASK, g), 0, False),
-        (lambda t, g: objectives.packed(t, MASK, g), 0, True),
-        (lambda t, g: objectives.seed_diffusion(t, MASK, 14, g, done=0.9), 0, False),
-        (lambda t, g: objectives.block_diffusion(t, MASK, g, block=4, noise="document", clip=(0.2, 1)), 4, False),
-        (lambda t, g: objectives.block_diffusion(t, MASK, g, block=4), 4, True),
-        (lambda t, g: objectives.block_diffusion(t, MASK, g, block=1), 1, True),
-        (lambda t, g: objectives.joint(t, MASK, g, block=4), 1, True),
-        (lambda t, g: objectives.token_to_token(objectives.packed(t, MASK, g), MASK, 14, g), 0, False),
-    ],
-    ids=["llada", "dream", "sft", "packed", "seed", "sdar", "shifted blocks", "blocks of 1", "joint", "tokens"],
-)
-def test_a_trained_model_writes_what_it_was_trained_on(make, block, shifted):
-    assert learned(make, block, shifted) == STORY[4:].tolist()
-
-
 # ---- micro-batches ---------------------------------------------------------------------------------------------------
-
-
-def tensors(made: Example) -> list[Tensor]:
-    values = (getattr(made, field.name) for field in dataclasses.fields(made))
-    return [v.bounds if isinstance(v, KeyRanges) else v for v in values if v is not None]
 
 
 def batch(batch_size: int = 6, length: int = 8) -> Tensor:

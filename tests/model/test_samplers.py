@@ -12,7 +12,7 @@ from illada.decoding.samplers import SAMPLERS
 from illada.decoding.schedules import Choose
 from torch import Tensor
 
-from illada_kernels import KeyRanges, Threshold, TopK
+from illada_kernels import KeyRanges, Threshold, TopK, unmask_from_logits
 from illada_kernels.ops.unmask.reference import philox, philox_unit
 from tests.helpers.models import make, tiny
 
@@ -395,6 +395,96 @@ def test_self_speculation_accepts_what_the_causal_mode_would_have_said(preset, k
         assert done.tokens == greedy.tokens
     stopped = generate(model, PROMPTS, GenerationConfig(stop_ids=(11,), **config))
     assert stopped.tokens == [row[: row.index(11)] if 11 in row else row for row in done.tokens]
+
+
+@pytest.mark.parametrize("preset", ["demo", "Qwen2.5-7B"])
+def test_a_draft_that_nothing_verifies_is_what_the_masks_say(preset):
+    model, k = model_of(preset), 3
+    settings = {"max_new_tokens": NEW, "block_length": k, "stop_ids": ()}
+    done = generate(model, PROMPTS, GenerationConfig(sampler="draft", **settings))
+    for b, prompt in enumerate(PROMPTS):
+        text = list(prompt)
+        while len(text) < len(prompt) + NEW:
+            n = len(text)
+            high = [*range(1, n), *[n + k] * (k + 1)]
+            bounds = torch.tensor([[[0, h, h, h] for h in high]], dtype=torch.int32)
+            with torch.no_grad():
+                rows = model.unshifted(torch.tensor([text + [49] * k]), KeyRanges(bounds, n + k))[0]
+            logits = rows @ model.head_weight.T
+            logits[:, 49] = -math.inf
+            best = logits.argmax(-1).tolist()
+            text += best[n - 1 : -1] if model.config.shifted_logits else best[n:]
+        assert done.tokens[b] == text[len(prompt) : len(prompt) + NEW]
+
+
+# ---- the canvas ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["demo", "Qwen2.5-7B"])
+def test_a_canvas_is_denoised_as_diffusion_gemma_s_without_a_cache(preset):
+    """Proposals and entropies come from unmask_from_logits; ranges, redrawing and the end are written out."""
+    model, k, steps = model_of(preset), 4, 6
+    config = {"sampler": "canvas", "block_length": k, "steps_per_block": steps, "seed": [5, 9, 11][: len(PROMPTS)]}
+    config |= {"sampler_options": {"bound": 3.0, "calm": 2.5}}
+    done = generate(model, PROMPTS, GenerationConfig(max_new_tokens=2 * k, stop_ids=(), **config))
+    for b, prompt in enumerate(PROMPTS):
+        text, passes = list(prompt), 0
+        for canvas in range(2):
+            noise = torch.Generator().manual_seed(config["seed"][b] * 1_000_003 + canvas)
+
+            def redraw(noise=noise):
+                ids = torch.randint(model.config.vocab_size - 1, (k,), generator=noise)
+                return ids + (ids >= 49)
+
+            shown, best, n = redraw(), None, len(text)
+            high = [*range(1, n + 1), *[n + k] * k]
+            ranges = KeyRanges(torch.tensor([[[0, h, h, h] for h in high]], dtype=torch.int32), n + k)
+            for step in range(steps):
+                with torch.no_grad():
+                    rows = model.unshifted(torch.tensor([text + shown.tolist()]), ranges)[0]
+                rows = rows[n - 1 : -1] if model.config.shifted_logits else rows[n:]
+                logits = rows @ model.head_weight.T
+                heat = 0.4 + 0.4 * (steps - step) / steps
+                free = logits.clone()
+                free[:, 49] = -math.inf
+                p = (free / heat).softmax(-1)
+                entropy = -(p * (p + 1e-30).log()).sum(-1)
+                drawn = torch.full((1, k), 49)
+                out = unmask_from_logits(
+                    logits[None],
+                    drawn,
+                    torch.arange(k)[None],
+                    TopK(k),
+                    mask_id=49,
+                    temperature=heat,
+                    seed=torch.tensor([config["seed"][b]]),
+                    step=canvas * steps + step,
+                )
+                order = entropy.argsort()
+                kept = torch.zeros(k, dtype=torch.bool)
+                kept[order] = entropy[order].cumsum(0) - entropy[order] <= 3.0
+                before, best, passes = best, free.argmax(-1), passes + 1
+                shown = torch.where(kept, out.proposal[0], redraw())
+                if before is not None and torch.equal(before, best) and entropy.mean() < 2.5:
+                    break
+            text += best.tolist()
+        assert (done.tokens[b], done.passes[b]) == (text[len(prompt) :], passes)
+    alone = generate(model, PROMPTS[1:2], GenerationConfig(max_new_tokens=2 * k, **{**config, "seed": 9}))
+    assert alone.tokens[0] == done.tokens[1]
+
+
+def test_a_canvas_refuses_what_it_has_no_use_for():
+    model = model_of("demo")
+    for changes, message in (
+        ({"temperature": 1.0}, "temperature: expected 0 with sampler 'canvas'"),
+        ({"cache": "none"}, "cache: expected none with sampler 'canvas'"),
+        ({"sampler_options": {"warm": 1.0}}, "sampler_options: expected numbers of at least 0 for some of cold, hot"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            generate(model, PROMPTS, GenerationConfig(sampler="canvas", **changes))
+    with pytest.raises(PromptError, match="prompt 1: expected a token at least"):
+        generate(model, [[1], []], GenerationConfig(sampler="canvas", max_new_tokens=4))
+    assert generate(model, [], GenerationConfig(sampler="canvas")).tokens == []
 
 
 def test_self_speculation_refuses_what_is_not_greedy():

@@ -287,10 +287,10 @@ def test_what_killed_saves_left_is_swept_when_a_run_goes_on(tmp_path):
         ({"steps": 2.5}, "steps: expected an integer, got 2.5"),
         ({"length": 16.0}, "length: expected an integer, got 16.0"),
         ({"batch_size": "8"}, "batch_size: expected an integer, got '8'"),
-        ({"weighting": "x"}, "weighting: expected one of llada, mdlm, cart, got 'x'"),
+        ({"options": {"weighting": "x"}}, "weighting: expected one of llada, mdlm, cart, got 'x'"),
         ({"accumulate": 9}, "accumulate: expected at most batch_size = 8, got 9"),
         ({"accumulate": 0}, r"accumulate: expected a positive number up to 3\.4e38, got 0"),
-        ({"short_fraction": 2}, "short_fraction: expected a number from 0 to 1, got 2"),
+        ({"options": {"short_fraction": 2}}, "short_fraction: expected a number from 0 to 1, got 2"),
         ({"lr": 1e39}, r"lr: expected a positive number up to 3\.4e38, got 1e\+39"),
     ],
 )
@@ -310,10 +310,11 @@ def test_data_that_the_model_cannot_have_is_named(bad):
 
 @pytest.mark.parametrize("objective", ["full", "block"])
 def test_torch_s_default_device_and_dtype_change_nothing(objective):
-    wanted = trainer(objective=objective, steps=3, hole_fraction=0.5)
+    options = {"hole_fraction": 0.5} if objective == "block" else {}
+    wanted = trainer(objective=objective, steps=3, options=options)
     wanted.run()
     for dtype in (torch.bfloat16, torch.float64):
-        run = trainer(objective=objective, steps=3, hole_fraction=0.5)
+        run = trainer(objective=objective, steps=3, options=options)
         torch.set_default_dtype(dtype)
         try:
             with torch.device("meta"):

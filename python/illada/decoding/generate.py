@@ -9,10 +9,11 @@ import torch
 
 from ..errors import PromptError
 from ..model import Model
-from . import speculation
+from . import canvas, speculation
 from .config import GenerationConfig, Prompts, Sampling
 from .generation import Generation
 from .loop import Block, BlockLoop, Step, check_filled, left_padded
+from .samplers import ALONE
 from .settings import checked, resolve, resolve_block_length, token_lists
 
 
@@ -62,13 +63,14 @@ def generate(
     >>> len(done.tokens[0]), done.forward_passes
     (4, 4)
     """
-    speculative = config is not None and config.sampler == "self-speculation"
-    if config is not None and speculative:
-        speculation.check(config)
-        config = dataclasses.replace(config, sampler=None)
+    sampler, sampler_options = None, {}
+    if config is not None and config.sampler in ALONE:
+        sampler, sampler_options = config.sampler, dict(config.sampler_options)
+        (canvas if sampler == "canvas" else speculation).check(config)
+        config = dataclasses.replace(config, sampler=None, sampler_options={})
     config = checked(config, model.config)
     rows = token_lists(prompts, model.config)
-    block_length = 1 if speculative else resolve_block_length(config, model.config)
+    block_length = 1 if sampler else resolve_block_length(config, model.config)
     for b, row in enumerate(rows):
         if model.config.mask_id in row:
             raise PromptError(f"prompt {b}: expected no mask_id ({model.config.mask_id}); fill() fills holes in a text")
@@ -78,8 +80,10 @@ def generate(
                 f"{model.config.max_seq_len}; shorten the prompt or generate less"
             )
     stop_ids = model.config.eos_ids if config.stop_ids is None else tuple(config.stop_ids)  # type: ignore[arg-type]
-    if speculative:
-        return speculation.speculate(model, rows, config, stop_ids, callback)
+    if sampler == "canvas":
+        return canvas.paint(model, rows, config, sampler_options, stop_ids, callback)
+    if sampler is not None:
+        return speculation.speculate(model, rows, config, stop_ids, callback, verify=sampler != "draft")
     sampling = resolve(config, model.config, len(rows), block_length, -(-config.max_new_tokens // block_length))
     return _Continuation(model, rows, config, block_length, stop_ids).run(sampling, callback)
 

@@ -232,10 +232,13 @@ def d3llm(
     }
 
 
-def self_speculation(config: GenerationConfig, model: ModelConfig) -> Settings:
-    """A draft by masks that the model's causal mode verifies: see `illada.decoding.speculation`."""
-    raise PromptError("sampler: 'self-speculation' runs in generate() alone, whose prompts begin together")
+def alone(config: GenerationConfig, model: ModelConfig) -> Settings:
+    """A sampler with a loop of its own: see `ALONE`."""
+    raise PromptError(f"sampler: {config.sampler!r} runs in generate() alone, whose prompts begin together")
 
+
+# Drafts of masks, which the model's causal mode verifies or not (speculation.py); DiffusionGemma's (canvas.py).
+ALONE = ("self-speculation", "draft", "canvas")
 
 SAMPLERS: dict[str, Callable[..., Settings]] = {
     "llada": llada,
@@ -253,5 +256,5 @@ SAMPLERS: dict[str, Callable[..., Settings]] = {
     "llada2.1": llada21,
     "remdm": remdm,
     "d3llm": d3llm,
-    "self-speculation": self_speculation,
+    **dict.fromkeys(ALONE, alone),
 }

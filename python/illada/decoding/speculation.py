@@ -1,4 +1,4 @@
-"""Self-speculation: a model with a causal mode drafts with masks and verifies its draft token by token."""
+"""Drafts of masks: a model with a causal mode verifies its own draft, a block drafter (DFlash) keeps it as it is."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def check(config: GenerationConfig) -> None:
     """Raises PromptError for settings that a greedy draft has no use for."""
     for name in ("rule", "revise", "steps", "steps_per_block", "cache", "growing_bias"):
         if getattr(config, name) is not None:
-            raise PromptError(f"{name}: expected none with sampler 'self-speculation', got {getattr(config, name)!r}")
+            raise PromptError(f"{name}: expected none with sampler {config.sampler!r}, got {getattr(config, name)!r}")
     for name in ("temperature", "guidance", "rank_temperature"):
         if getattr(config, name) != 0:
-            raise PromptError(f"{name}: expected 0 with sampler 'self-speculation', which is greedy")
+            raise PromptError(f"{name}: expected 0 with sampler {config.sampler!r}, which is greedy")
     if config.sampler_options:
-        raise PromptError("sampler_options: expected none for self-speculation; block_length is the draft's length")
+        raise PromptError(f"sampler_options: expected none for {config.sampler}; block_length is the draft's length")
 
 
 def speculate(
@@ -38,16 +38,19 @@ def speculate(
     config: GenerationConfig,
     stop_ids: tuple[int, ...],
     callback: Callable[[Step], object] | None,
+    verify: bool = True,
 ) -> Generation:
     """Returns what greedy decoding by the causal mode gives, in fewer passes where drafts are right.
 
     After Nemotron-Labs-Diffusion (arXiv 2607.05722). With n tokens known, a pass over [token n - 1, K masks], which see
     each other and all that is known, drafts K tokens. A causal pass over [token n - 1, draft] gives the token after
     each; the draft's longest prefix that agrees is accepted, and one token more. Keys of known tokens are causal.
+    Without `verify` all K are accepted, and the causal pass only writes their keys: what a block drafter says by itself
+    (DFlash, arXiv 2602.06036), trained with blocks of K + 1.
     """
     for b, row in enumerate(rows):
         if not row:
-            raise PromptError(f"prompt {b}: expected a token at least, for self-speculation continues the last one")
+            raise PromptError(f"prompt {b}: expected a token at least, for a draft continues the last one")
     if not rows:
         return Generation([], [], [], [], 0)
     c, device, k = model.config, model.device, min(config.block_length or 8, config.max_new_tokens)
@@ -60,7 +63,7 @@ def speculate(
     stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
     done, rounds, flag = torch.zeros_like(begin, dtype=torch.bool), torch.zeros_like(begin), LateFlag(device)
     cache = Cache(c, len(rows), columns, device=device, dtype=model.dtype)
-    model(tokens[:, :longest], _up_to(torch.arange(1, longest + 1, device=device)[None], columns), None, cache.at(0))
+    model(tokens[:, :longest], up_to(torch.arange(1, longest + 1, device=device)[None], columns), None, cache.at(0))
     span, passes = torch.arange(k + 1, device=device), 1
     bias = config.logit_bias
     if bias is not None:
@@ -72,13 +75,16 @@ def speculate(
         window, fresh = cache.at(known - 1), torch.full_like(at, c.mask_id)
         draft = fresh.scatter(1, span[:1].expand(len(rows), 1), tokens.gather(1, at[:, :1]))
         sees_all = (known[:, None] + k).expand(-1, k + 1)
-        hidden = model(draft, _up_to(sees_all, columns), at, window)
+        hidden = model(draft, up_to(sees_all, columns), at, window)
         places = span[1:].expand(len(rows), k)
-        illada_kernels.unmask(hidden[:, 1:], model.head_weight, draft, places, TopK(k), **options)
-        hidden = model.unshifted(draft, _up_to(at + 1, columns), at, window)
-        places = span.expand(len(rows), k + 1)
-        out = illada_kernels.unmask(hidden, model.head_weight, fresh, places, TopK(k + 1), **options)
-        agree = (fresh[:, :k] == draft[:, 1:]).cumprod(1).sum(1)  # tokens of the draft that are accepted
+        out = illada_kernels.unmask(hidden[:, 1:], model.head_weight, draft, places, TopK(k), **options)
+        hidden = model.unshifted(draft, up_to(at + 1, columns), at, window)
+        if verify:
+            places = span.expand(len(rows), k + 1)
+            out = illada_kernels.unmask(hidden, model.head_weight, fresh, places, TopK(k + 1), **options)
+            agree = (fresh[:, :k] == draft[:, 1:]).cumprod(1).sum(1)  # tokens of the draft that are accepted
+        else:
+            fresh, agree = draft.roll(-1, 1), torch.full_like(known, k - 1)
         taken = (span <= agree[:, None]) & (at + 1 < end[:, None]) & ~done[:, None]
         # Beyond what is taken a later round writes; nothing of it is seen before.
         tokens.scatter_(1, at + 1, torch.where(taken, fresh, c.mask_id))
@@ -89,7 +95,8 @@ def speculate(
         flag.write(done.all())
         if callback is not None:
             where = (tokens, [0] * len(rows), index, 0, torch.where(taken, at + 1, -1))
-            callback(Step(*where, taken, out.confidence, passes))
+            confidence = torch.nn.functional.pad(out.confidence, (0, k + 1 - out.confidence.shape[1]))
+            callback(Step(*where, taken, confidence, passes))
         if flag.read():
             break
     texts, stopped = [], []
@@ -102,7 +109,7 @@ def speculate(
     return Generation(texts, stopped, (2 * rounds).tolist(), (known - begin).tolist(), passes)
 
 
-def _up_to(high: Tensor, num_keys: int) -> KeyRanges:
+def up_to(high: Tensor, num_keys: int) -> KeyRanges:
     """Returns ranges in which a row sees the keys before `high` (B or 1, S)."""
     low = torch.zeros_like(high)
     return KeyRanges(torch.stack([low, high, high, high], dim=-1).to(torch.int32), num_keys)

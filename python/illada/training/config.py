@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from .objectives import WEIGHTINGS
-
-OBJECTIVES = ("full", "packed", "block", "sft")
+from . import registry
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,14 @@ class TrainConfig:
     Parameters
     ----------
     objective : str
-        "full" (LLaDA), "packed" (iLLaDA), "block" (BD3-LM, whose block length is the model's causal_block) or "sft".
+        A name in `registry.OBJECTIVES`.
+    options : mapping
+        Of the objective, as its entry there lists them; those that are left out have its defaults. "block" is the
+        model's causal_block where it is left out.
+    pairs : bool
+        The data are prompts with answers, of which answers alone are learned. Objective "sft" needs them.
+    cut : bool
+        Of `pairs`: an answer that is too long for the window is cut at its end, otherwise refused.
     steps, seconds : int, float
         Length of the run and of its learning-rate schedule; exactly one of them.
     length, batch_size : int
@@ -26,14 +34,6 @@ class TrainConfig:
         memory, and a sum's rounding, alone.
     checkpoint_activations : bool
         Keep only the layers' inputs for the backward, which computes the rest again.
-    split_fraction : float
-        Of objective "packed": share of windows that are cut into two (`objectives.split_windows`).
-    short_fraction : float
-        Of objective "full", as in `objectives.full_sequence`.
-    weighting, complementary
-        Of objective "full", as in `objectives.full_sequence`.
-    hole_fraction : float
-        Of objective "block": share of windows whose middle comes last (`objectives.hole_order`).
     optimizer : str
         "muon": lr for matrices, adamw_lr for the rest. "adamw": lr for all.
     lr, adamw_lr, weight_decay : float
@@ -47,17 +47,15 @@ class TrainConfig:
     """
 
     objective: str = "full"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pairs: bool = False
+    cut: bool = False
     steps: int | None = None
     seconds: float | None = None
     length: int = 128
     batch_size: int = 8
     accumulate: int = 1
     checkpoint_activations: bool = False
-    short_fraction: float = 0.0
-    split_fraction: float = 0.3
-    weighting: str = "llada"
-    complementary: bool = False
-    hole_fraction: float = 0.0
     optimizer: str = "muon"
     lr: float = 0.02
     adamw_lr: float = 0.004
@@ -68,8 +66,16 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        object.__setattr__(self, "options", registry.checked(self.objective, self.options))
+        answers = registry.OBJECTIVES[self.objective].answers
+        object.__setattr__(self, "pairs", self.pairs or answers == "must")
+        if self.pairs and (answers == "no" or self.options.get("hole_fraction")):
+            others = ", ".join(name for name, entry in registry.OBJECTIVES.items() if entry.answers != "no")
+            raise ValueError(
+                f"pairs: expected an objective among {others}, without hole_fraction, got {self.objective}"
+            )
+        if self.cut and not self.pairs:
+            raise ValueError("cut: it is for pairs of prompt and response only; leave out --cut")
         if (self.steps is None) == (self.seconds is None):
             raise ValueError(f"steps, seconds: expected one of them, got {self.steps} and {self.seconds}")
         if self.dtype not in ("float32", "bfloat16"):
@@ -88,11 +94,13 @@ class TrainConfig:
             raise ValueError(f"warmup: expected a number from 0 to below 1, got {self.warmup}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay}")
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
-        for name in ("hole_fraction", "short_fraction", "split_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        if "edits_from" in self.options and self.steps is None:
+            raise ValueError(f"seconds: expected steps for {self.objective}, whose edits begin at a share of the run")
+
+    def flat(self) -> dict[str, Any]:
+        """Returns all settings by name, those of the objective among them."""
+        settings = dataclasses.asdict(self)
+        return {**settings, **settings.pop("options")}
 
     def rate(self, done: float) -> float:
         """Returns the factor on the learning rates when `done` (0 .. 1) of the run is over."""

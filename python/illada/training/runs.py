@@ -26,8 +26,10 @@ from ..model import Model
 from ..tokenizer import FILE, Tokenizer, from_json, load_tokenizer, make_tokenizer, stream
 from .config import TrainConfig
 from .data import RUN, Document, Pairs, Windows, read_corpus, split
+from .loader import Source
+from .registry import OBJECTIVES
 from .state import FolderLock, make_folder, replace_file
-from .trainer import Source, Trainer
+from .trainer import Trainer
 
 
 @dataclass
@@ -49,14 +51,14 @@ class Run:
         tokenizer_spec: str,
         preset: str,
         config: TrainConfig,
-        block: int,
         train_documents: list[Document],
         progress: Callable[[float], object] = lambda done: None,
         start_from: str | None = None,
     ) -> Run:
-        """Makes a run's folder. The model is the preset with the tokenizer's vocab and ids and causal_block `block`.
+        """Makes a run's folder. The model is the preset with the tokenizer's vocab and ids.
 
-        With `start_from`, a checkpoint's folder, model and tokenizer are those there, with causal_block `block`.
+        With `start_from`, a checkpoint's folder, model and tokenizer are those there. What a token sees is the
+        objective's choice.
         Raises CheckpointError for a folder with another run or a checkpoint, which would be overwritten or shadowed,
         and ValueError for a model without a mask or a window that it cannot hold.
         """
@@ -67,9 +69,9 @@ class Run:
         if start_from is None:
             tokenizer = make_tokenizer(tokenizer_spec, train_documents, progress)
             ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "mask_id", "eos_id", "pad_id")}
-            model_config = ModelConfig.preset(preset, causal_block=block, **ids)
+            model_config = ModelConfig.preset(preset, **ids)
         else:
-            c = model_config = dataclasses.replace(checkpoint.read_config(start_from), causal_block=block)
+            c = model_config = checkpoint.read_config(start_from)
             if c.mask_id < 0:
                 raise ValueError(
                     f"from: expected a model with a mask token, but {start_from} has none; set mask_id in it"
@@ -79,6 +81,12 @@ class Run:
             raise ValueError(
                 f"length: expected at most the model's max_seq_len = {model_config.max_seq_len}, got {config.length}"
             )
+        entry, block = OBJECTIVES[config.objective], config.options.get("block")
+        if "block" in config.options:
+            own, least = model_config.causal_block, 1 if entry.sees == "blocks" else 2
+            block = block or (own if own >= least else 4)
+            config = dataclasses.replace(config, options={**config.options, "block": block})
+        model_config = dataclasses.replace(model_config, causal_block=entry.causal_block(block))
         run = cls(folder, data, tokenizer, model_config, config, start_from)
         make_folder(folder)
         replace_file(folder / FILE, json.dumps(tokenizer.to_json()).encode())
@@ -140,7 +148,7 @@ class Run:
     def source(self, train_documents: list[Document]) -> tuple[Source, str]:
         """Returns the batches and a digest of their tokens, by which a resumed run knows its data."""
         c = self.train_config
-        if c.objective == "sft":
+        if c.pairs:
             pairs: Source = Pairs(train_documents, self.tokenizer, c.length, c.batch_size, c.seed)
             return pairs, digest(np.concatenate([row for row, _ in pairs.rows]))  # type: ignore[attr-defined]
         ids = stream(train_documents, self.tokenizer)

@@ -7,7 +7,6 @@ So the state is the weights, the optimizers' moments, the step and the seconds s
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,58 +23,11 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..model import Model, named_weights
 from .config import TrainConfig
-from .objectives import Example, block_diffusion, full_sequence, hole_order, packed, sft, split_windows
+from .loader import Loader, Source
 from .optim import checkpointed, optimizers
 from .state import FolderLock, RunState, append_line, cut_log
 
 _ADVICE = "resume with a lower --lr, or check the data"
-
-
-class Source(Protocol):
-    """Clean batches by step."""
-
-    def batch(self, step: int) -> Any:
-        """Returns the step's batch, the same however often asked."""
-
-
-def example(config: TrainConfig, model: Model, batch: Any, step: int) -> Example:
-    """Returns the corrupted batch of a step, from a generator of its own.
-
-    Raises ValueError for a batch with ids that the model does not have, or with its mask, which is not text.
-    """
-    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
-    mask_id = model.config.mask_id
-    if config.objective == "sft":
-        tokens, prompt_lengths = batch
-        _check_ids(tokens, model, step)
-        return sft(torch.from_numpy(tokens), torch.from_numpy(prompt_lengths), mask_id, generator)
-    _check_ids(batch, model, step)
-    tokens = torch.from_numpy(batch)
-    if config.objective == "full":
-        return full_sequence(
-            tokens,
-            mask_id,
-            generator,
-            weighting=config.weighting,
-            complementary=config.complementary,
-            short_fraction=config.short_fraction,
-        )
-    if config.objective == "packed":
-        documents = split_windows(tokens.shape[0], tokens.shape[1], config.split_fraction, generator)
-        return packed(tokens, mask_id, generator, documents=documents)
-    order = None
-    if config.hole_fraction > 0:
-        order = hole_order(tokens.shape[0], tokens.shape[1], config.hole_fraction, generator)
-    return block_diffusion(tokens, mask_id, generator, block=model.config.causal_block, order=order)
-
-
-def _check_ids(tokens: np.ndarray, model: Model, step: int) -> None:
-    wrong = tokens[(tokens < 0) | (tokens >= model.config.vocab_size) | (tokens == model.config.mask_id)]
-    if len(wrong):
-        raise ValueError(
-            f"source: expected ids in [0, {model.config.vocab_size}) other than mask_id = {model.config.mask_id}, "
-            f"got {wrong[0]} in the batch of step {step}"
-        )
 
 
 @dataclass
@@ -123,17 +75,13 @@ class Trainer:
         identity: str = "",
         lock: FolderLock | None = None,
     ):
-        if config.objective == "block" and (model.config.causal_block < 1 or config.length % model.config.causal_block):
-            raise ValueError(
-                f"length: expected a multiple of the model's causal_block = {model.config.causal_block}, above 0, "
-                f"got {config.length}"
-            )
         self.model, self.source, self.config = model, source, config
+        self.loader = Loader(config, model.config, source)
         self.optimizers = optimizers(model, config.optimizer, config.lr, config.adamw_lr, config.weight_decay)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step, self.seconds, self.losses = 0, 0.0, np.zeros(0)
         self.log: Any = None
-        self.state = RunState(folder, dataclasses.asdict(config), identity) if folder else None
+        self.state = RunState(folder, config.flat(), identity) if folder else None
         self.lock = FolderLock(folder).__enter__() if folder and lock is None else None
         if self.state is not None:
             self.state.sweep()
@@ -288,7 +236,7 @@ class Trainer:
         c, device = self.config, self.model.device
         total = torch.zeros((), dtype=torch.float32, device=device)
         with checkpointed(self.model, c.checkpoint_activations):
-            for part in example(c, self.model, self.source.batch(self.step), self.step).split(c.accumulate):
+            for part in self.loader.example(self.step).split(c.accumulate):
                 with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
                     loss = part.to(device).loss(self.model)
                 each(loss)

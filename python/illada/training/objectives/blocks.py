@@ -28,6 +28,7 @@ def block_diffusion(
     learn: Tensor | None = None,
     per: str = "tokens",
     causal: str | None = None,
+    forbid_mask: bool | None = None,
 ) -> Example:
     """Returns block diffusion's batch (BD3-LM, arXiv 2503.09573): [noisy ; clean] in one pass.
 
@@ -54,6 +55,9 @@ def block_diffusion(
         As in `packed`; a prompt is what is not to be learned, and its block shows it clean.
     causal : "clean" or "both", optional
         As in `KeyRanges.block_diffusion`.
+    forbid_mask : bool, optional
+        Whether the loss gives the mask's logit -inf. None: as the model's family does (`ModelConfig.forbid_mask`);
+        BD3-LM forbids it, SDAR does not.
 
     Returns
     -------
@@ -77,12 +81,16 @@ def block_diffusion(
         tokens = tokens.gather(1, order)
     masked, weight, inverse = _masks(packing, block, noise, clip, generator)
     weight = weight / packing.denominator(per)
-    made = assemble(tokens, tokens.masked_fill(masked, mask_id), masked, weight, packing, block, order, causal)
+    made = assemble(
+        tokens, tokens.masked_fill(masked, mask_id), masked, weight, packing, block, order, causal, forbid_mask
+    )
     if not complementary:
         return made
     rest = packing.learn & ~masked
     inverse = inverse / packing.denominator(per)
-    other = assemble(tokens, tokens.masked_fill(rest, mask_id), rest, inverse, packing, block, order, causal)
+    other = assemble(
+        tokens, tokens.masked_fill(rest, mask_id), rest, inverse, packing, block, order, causal, forbid_mask
+    )
     return both(made, other, 0.5)
 
 
@@ -107,13 +115,15 @@ def assemble(
     block: int,
     order: Tensor | None,
     causal: str | None,
+    forbid_mask: bool | None = None,
 ) -> Example:
     """Returns the example [noisy ; tokens], scored on its noisy rows."""
     length = tokens.shape[1]
     positions = (packing.positions if order is None else order).repeat(1, 2)
     previous = previous_rows(length, block, clean=length, start=None if packing.whole else packing.start)
     shown = torch.cat([noisy, tokens], dim=1)
-    return Example(shown, tokens, scored, weight, packing.block_ranges(block, causal), positions, previous)
+    ranges = packing.block_ranges(block, causal)
+    return Example(shown, tokens, scored, weight, ranges, positions, previous, forbid_mask=forbid_mask)
 
 
 def both(first: Example, second: Example, share: float = 1.0) -> Example:
@@ -134,6 +144,7 @@ def both(first: Example, second: Example, share: float = 1.0) -> Example:
         stack(first.positions, second.positions),
         stack(first.previous, second.previous),
         stack(first.rows, second.rows),
+        first.forbid_mask,
     )
 
 

@@ -19,7 +19,15 @@ def random_ids(shape: tuple[int, ...], mask_id: int, vocab_size: int, generator:
     return ids + (ids >= mask_id).long() if mask_id >= 0 else ids
 
 
-def edit(tokens: Tensor, mask_id: int, vocab_size: int, generator: torch.Generator, *, most: float = 0.1) -> Example:
+def edit(
+    tokens: Tensor,
+    mask_id: int,
+    vocab_size: int,
+    generator: torch.Generator,
+    *,
+    most: float = 0.1,
+    forbid_mask: bool | None = None,
+) -> Example:
     """Returns Seed Diffusion's edited batch: k random edits of each sequence, which the model takes back.
 
     Parameters
@@ -30,6 +38,8 @@ def edit(tokens: Tensor, mask_id: int, vocab_size: int, generator: torch.Generat
     generator : torch.Generator
     most : float
         Largest share of tokens that are edited: k = floor(S * a), a uniform on [0, most].
+    forbid_mask : bool, optional
+        Whether the loss gives the mask's logit -inf. None: as the model's family does (`ModelConfig.forbid_mask`).
 
     Returns
     -------
@@ -57,7 +67,8 @@ def edit(tokens: Tensor, mask_id: int, vocab_size: int, generator: torch.Generat
         kept = text[:length]
         shown[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64, device="cpu")
     every = torch.ones(batch, length, dtype=torch.bool, device="cpu")
-    return Example(shown, tokens, every, torch.full((batch, length), 1 / tokens.numel(), **CPU))
+    weight = torch.full((batch, length), 1 / tokens.numel(), **CPU)
+    return Example(shown, tokens, every, weight, forbid_mask=forbid_mask)
 
 
 def _edit_once(text: list[int], kind: int, place: float, new: int) -> None:
@@ -79,6 +90,7 @@ def seed_diffusion(
     most: float = 0.1,
     edits_from: float = 0.8,
     eps: float = 1e-3,
+    forbid_mask: bool | None = None,
 ) -> Example:
     """Returns Seed Diffusion's batch: masks, and from `edits_from` of the run on edits too, as a second half.
 
@@ -92,13 +104,15 @@ def seed_diffusion(
     most, eps
         As in `edit` and `full_sequence`.
     edits_from : float
+    forbid_mask : bool, optional
+        Whether the loss gives the mask's logit -inf. None: as the model's family does (`ModelConfig.forbid_mask`).
 
     Returns
     -------
     Example
         The loss is the sum of both terms (arXiv 2508.02193).
     """
-    masks = full_sequence(tokens, mask_id, generator, eps=eps)
+    masks = full_sequence(tokens, mask_id, generator, eps=eps, forbid_mask=forbid_mask)
     return masks if done < edits_from else both(masks, edit(tokens, mask_id, vocab_size, generator, most=most))
 
 
@@ -117,7 +131,7 @@ def token_to_token(
     Parameters
     ----------
     example : Example
-        Of `full_sequence`, `packed`, `sft` or `block_diffusion`.
+        Of `full_sequence`, `packed`, `sft` or `block_diffusion`, whose `forbid_mask` stays.
     mask_id, vocab_size : int
     generator : torch.Generator
     rate : float
@@ -170,6 +184,7 @@ def uniform_canvas(
     documents: Tensor | None = None,
     learn: Tensor | None = None,
     per: str = "tokens",
+    forbid_mask: bool | None = None,
 ) -> Example:
     """Returns DiffusionGemma's batch, [canvas ; clean]: each canvas block is partly random, and all of it is learned.
 
@@ -186,6 +201,8 @@ def uniform_canvas(
         "clean": clean rows are causal, as the encoder is. A canvas sees itself and the clean tokens before it.
     documents, learn, per
         As in `block_diffusion`.
+    forbid_mask : bool, optional
+        Whether the loss gives the mask's logit -inf. None: as the model's family does (`ModelConfig.forbid_mask`).
 
     Returns
     -------
@@ -204,4 +221,4 @@ def uniform_canvas(
     replaced = mask_independently(shape, t, generator) & packing.learn  # type: ignore[arg-type]
     noisy = torch.where(replaced, random_ids(shape, mask_id, vocab_size, generator), tokens)
     weight = 1 / packing.denominator(per)
-    return assemble(tokens, noisy, packing.learn, weight, packing, block, None, causal)
+    return assemble(tokens, noisy, packing.learn, weight, packing, block, None, causal, forbid_mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +31,11 @@ class Example:
     positions: Tensor | None = None  # (1 or B, T) int64
     previous: Tensor | None = None  # (S,) or (B, S) int64
     rows: Tensor | None = None  # (S,) or (B, S) int64
+    forbid_mask: bool | None = None  # whether the mask's logit is -inf; None: what the model's configuration says
 
     def to(self, device: torch.device | str) -> Example:
         """Returns the batch on a device."""
-        return Example(*(None if x is None else x.to(device) for x in self._parts()))  # type: ignore[arg-type]
+        return Example(*(x.to(device) if isinstance(x, Tensor | KeyRanges) else x for x in self._parts()))  # type: ignore[arg-type]
 
     def split(self, parts: int) -> list[Example]:
         """Returns micro-batches of consecutive sequences, views, whose losses and gradients sum to this batch's.
@@ -49,20 +51,20 @@ class Example:
     def __getitem__(self, sequences: slice) -> Example:
         """Views some sequences; what all of them share stays as it is."""
 
-        def part(x: Tensor | KeyRanges | None) -> Tensor | KeyRanges | None:
+        def part(x: Any) -> Any:
             if isinstance(x, Tensor):
                 return x[sequences] if x.dim() == 2 and len(x) == len(self.tokens) else x
-            return None if x is None else x[sequences]
+            return x[sequences] if isinstance(x, KeyRanges) else x
 
-        return Example(*(part(x) for x in self._parts()))  # type: ignore[arg-type]
+        return Example(*(part(x) for x in self._parts()))
 
-    def _parts(self) -> tuple[Tensor | KeyRanges | None, ...]:
+    def _parts(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def loss(self, model: Model, reduction: str = "sum", forbid_mask: bool | None = None) -> Tensor:
         """Returns the weighted sum, a float32 scalar; with reduction "none" the weighted losses (B, S).
 
-        forbid_mask: whether the mask's logit is -inf; None is what the model's configuration says.
+        forbid_mask: whether the mask's logit is -inf; None is what the example, then the model's configuration says.
         """
         c = model.config
         rows = self.previous if c.shifted_logits else self.rows
@@ -71,7 +73,8 @@ class Example:
         else:
             hidden = model.unshifted(self.tokens, self.key_ranges, self.positions)
             hidden = hidden[:, rows] if rows.dim() == 1 else hidden.take_along_dim(rows[..., None], 1)
-        forbid = (c.mask_id,) if (c.forbid_mask if forbid_mask is None else forbid_mask) and c.mask_id >= 0 else ()
+        said = next(f for f in (forbid_mask, self.forbid_mask, c.forbid_mask) if f is not None)
+        forbid = (c.mask_id,) if said and c.mask_id >= 0 else ()
         return masked_loss(
             hidden, model.head_weight, self.targets, self.masked, self.weight, reduction=reduction, forbid=forbid
         )

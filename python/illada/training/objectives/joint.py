@@ -26,6 +26,7 @@ def joint(
     clip: tuple[float, float] = (1e-3, 1.0),
     documents: Tensor | None = None,
     learn: Tensor | None = None,
+    forbid_mask: bool | None = None,
 ) -> Example:
     """Returns [noisy ; clean] whose noisy rows learn the masked tokens and whose clean rows learn the next token.
 
@@ -42,6 +43,8 @@ def joint(
         Factors of the two means: Nemotron-Labs-Diffusion 0.3 and 1, I-DLM 1 and 0.2.
     noise, clip, documents, learn
         As in `block_diffusion`.
+    forbid_mask : bool, optional
+        Whether the loss gives the mask's logit -inf. None: as the model's family does (`ModelConfig.forbid_mask`).
 
     Returns
     -------
@@ -79,6 +82,7 @@ def joint(
         made.positions,
         torch.cat([made.previous, clean], -1),
         torch.arange(2 * length, device="cpu"),
+        forbid_mask,
     )
 
 
@@ -92,6 +96,7 @@ def anchor_blocks(
     gamma: float = 7.0,
     documents: Tensor | None = None,
     learn: Tensor | None = None,
+    forbid_mask: bool | None = None,
 ) -> Example:
     """Returns a block drafter's batch, [context ; blocks]: after each anchor token a block of masks.
 
@@ -110,6 +115,8 @@ def anchor_blocks(
         wrong token.
     documents, learn
         As in `packed`; a block's masked tokens are all to be learned.
+    forbid_mask : bool, optional
+        Whether the loss gives the mask's logit -inf. None: as the model's family does (`ModelConfig.forbid_mask`).
 
     Returns
     -------
@@ -153,6 +160,7 @@ def anchor_blocks(
         torch.cat([positions, positions.gather(1, at)], 1),
         rows - (step > 0).long(),
         rows,
+        forbid_mask,
     )
 
 

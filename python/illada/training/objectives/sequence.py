@@ -21,6 +21,7 @@ def full_sequence(
     weighting: str = "llada",
     complementary: bool = False,
     short_fraction: float = 0.0,
+    forbid_mask: bool | None = None,
 ) -> Example:
     """Returns LLaDA's pre-training batch: every token masked with a probability p of its sequence.
 
@@ -40,6 +41,9 @@ def full_sequence(
     short_fraction : float
         Probability that the whole batch is cut to its first n columns, n uniform on 1 .. S (LLaDA: 0.01), so that the
         model knows short texts too. S is n in the weights then.
+    forbid_mask : bool, optional
+        Whether the loss gives the mask's logit -inf. None: as the model's family does (`ModelConfig.forbid_mask`);
+        MDLM forbids it, LLaDA and Dream do not.
 
     Returns
     -------
@@ -66,7 +70,8 @@ def full_sequence(
         rest = (1 - p).clamp(min=eps)
         tokens, masked, p = torch.cat([tokens, tokens]), torch.cat([masked, ~masked]), torch.cat([p, rest])
     weight = cart_weight(masked) if weighting == "cart" else (1 / p).expand_as(tokens)
-    return Example(tokens.masked_fill(masked, mask_id), tokens, masked, weight / tokens.numel())
+    shown = tokens.masked_fill(masked, mask_id)
+    return Example(shown, tokens, masked, weight / tokens.numel(), forbid_mask=forbid_mask)
 
 
 def shortened(tokens: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
@@ -99,6 +104,7 @@ def packed(
     learn: Tensor | None = None,
     per: str = "tokens",
     eps: float = 1e-3,
+    forbid_mask: bool | None = None,
 ) -> Example:
     """Returns iLLaDA's batch: documents packed into rows, each masked with a probability p of its own.
 
@@ -117,6 +123,9 @@ def packed(
         tokens to learn in the document * documents), which LLaDA and SDAR use in fine-tuning.
     eps : float
         Smallest p: p = (1 - eps) u + eps with u uniform.
+    forbid_mask : bool, optional
+        Whether the loss gives the mask's logit -inf. None: as the model's family does (`ModelConfig.forbid_mask`);
+        iLLaDA does not forbid it.
 
     Returns
     -------
@@ -139,11 +148,17 @@ def packed(
     weight = 1 / (p * packing.denominator(per))
     positions = None if packing.whole else packing.positions
     shown = tokens.masked_fill(masked, mask_id)
-    return Example(shown, tokens, masked, weight, packing.full_ranges(), positions)
+    return Example(shown, tokens, masked, weight, packing.full_ranges(), positions, forbid_mask=forbid_mask)
 
 
 def sft(
-    tokens: Tensor, prompt_lengths: Tensor, mask_id: int, generator: torch.Generator, *, eps: float = 1e-3
+    tokens: Tensor,
+    prompt_lengths: Tensor,
+    mask_id: int,
+    generator: torch.Generator,
+    *,
+    eps: float = 1e-3,
+    forbid_mask: bool | None = None,
 ) -> Example:
     """Returns LLaDA's fine-tuning batch: prompts are kept, answers masked with probability p.
 
@@ -157,6 +172,8 @@ def sft(
     generator : torch.Generator
     eps : float
         Smallest p.
+    forbid_mask : bool, optional
+        Whether the loss gives the mask's logit -inf. None: as the model's family does (`ModelConfig.forbid_mask`).
 
     Returns
     -------
@@ -172,4 +189,4 @@ def sft(
     if bool((prompt_lengths >= length).any()):
         raise ValueError(f"prompt_lengths: expected at most {length - 1}, so that something is left to learn from")
     learn = torch.arange(length, device="cpu") >= prompt_lengths[:, None]
-    return packed(tokens, mask_id, generator, learn=learn, per="documents", eps=eps)
+    return packed(tokens, mask_id, generator, learn=learn, per="documents", eps=eps, forbid_mask=forbid_mask)

@@ -1,0 +1,222 @@
+"""`illada train`: its options, from `TrainConfig` and the objectives' registry, and what it does.
+
+Importing this file does not import torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, DataError
+from .config import TrainConfig
+from .registry import OBJECTIVES, OPTIONS
+
+_RUN = ("data", "tokenizer", "preset", "from")  # settings of the run that are not TrainConfig's
+_FIELDS = {f.name for f in dataclasses.fields(TrainConfig)} - {"options"}
+
+
+def add_options(p: argparse.ArgumentParser, data: str, device: str) -> None:
+    """Adds train's options. Those of the run have no default, otherwise `--resume` could not tell what was said."""
+    p.add_argument("--out", required=True, help="the run's folder: state, log, loss curve, model")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument(
+        "--save-every", type=int, default=None, metavar="STEPS", help="default: every minute, and at the end"
+    )
+    p.add_argument("--device", help=device)
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    said = p.add_argument_group("the run").add_argument
+    says: dict[str, Any] = {"default": argparse.SUPPRESS}
+    said("--data", help=data + '; for sft and --pairs JSON lines {"prompt", "response"}', **says)
+    said("--pairs", action="store_true", help="the data are prompts with responses, which alone are learned", **says)
+    said("--cut", action="store_true", help="cut responses that are too long, instead of refusing them", **says)
+    said("--tokenizer", help="bytes (default), bpe:N learned from the text, or a tokenizers JSON file", **says)
+    said("--preset", help="shape of the model (default demo)", **says)
+    said(
+        "--from",
+        metavar="FOLDER",
+        help="train the model in a checkpoint's folder on, with its tokenizer (default optimizer adamw at 2e-5)",
+        **says,
+    )
+    objectives = "; ".join(f"{name}: {entry.what}" for name, entry in OBJECTIVES.items())
+    said("--objective", choices=tuple(OBJECTIVES), help=f"{objectives} (default full)", **says)
+    said("--steps", type=int, help="length of the run (default 1000)", **says)
+    said("--seconds", type=float, help="length of the run in seconds, instead of --steps", **says)
+    said("--length", type=int, help="tokens in a window (default 128)", **says)
+    said("--batch-size", type=int, help="default 8", **says)
+    said("--accumulate", type=int, help="micro-batches a step, to save memory (default 1)", **says)
+    said("--checkpoint-activations", action="store_true", help="compute layers again in the backward", **says)
+    said("--optimizer", choices=("muon", "adamw"), help="default muon", **says)
+    said("--lr", type=float, help="default 0.02 for muon, 0.002 for adamw", **says)
+    said("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default)", **says)
+    said("--seed", type=int, help="default 0", **says)
+    _add_objectives_options(p.add_argument_group("the objective"))
+    p.set_defaults(run=train)
+
+
+def _add_objectives_options(group: Any) -> None:
+    for name, option in OPTIONS.items():
+        homes: dict[Any, list[str]] = {}
+        for objective, entry in OBJECTIVES.items():
+            if name in entry.options:
+                homes.setdefault(entry.options[name], []).append(objective)
+        every = len(OBJECTIVES) == sum(map(len, homes.values()))
+        defaults = [
+            (f"of {', '.join(of)}" if not every else "") + (f", default {value}" if value is not None else "")
+            for value, of in homes.items()
+        ]
+        words: dict[str, Any] = {"help": "; ".join([option.help, *(d for d in defaults if d)])}
+        words["help"] = words["help"].replace("%", "%%")
+        if option.kind is bool:
+            words["action"] = argparse.BooleanOptionalAction
+        elif option.choices:
+            words["choices"] = option.choices
+        elif option.pair:
+            words.update(type=option.kind, nargs=2, metavar=("LOW", "HIGH"))
+        else:
+            words["type"] = option.kind
+        group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **words)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    from .runs import Run
+    from .state import FolderLock
+
+    folder = Path(options.out)
+    said = {k: v for k, v in vars(options).items() if k in _RUN or k in _FIELDS or k in OPTIONS}
+    for name in ("data", "from"):
+        if said.get(name) is not None:
+            said[name] = os.path.abspath(said[name])  # so that a run can be resumed from anywhere
+    if options.resume:
+        Run.open(folder)  # before the lock, which would make the folder
+        with FolderLock(folder) as lock:
+            run = _resumed(Run.open(folder), said)
+            train_documents, _ = _documents(run.data, run.train_config, folder)
+            return _run_training(run, train_documents, options, lock)
+    if (folder / "run.json").exists():
+        raise CheckpointError(f"{folder} holds a run already: go on with it by --resume, or choose another --out")
+    config = config_of(said)
+    train_documents, _ = _documents(said.get("data"), config, folder)
+    with FolderLock(folder) as lock:
+        names = (said.get("tokenizer", "bytes"), said.get("preset", "demo"))
+        run = Run.create(
+            folder,
+            said.get("data"),
+            *names,
+            config,
+            train_documents,
+            _learning(options.quiet),
+            start_from=said.get("from"),
+        )
+        return _run_training(run, train_documents, options, lock)
+
+
+def config_of(said: dict[str, Any]) -> TrainConfig:
+    """Returns the settings that were said with the command's defaults; raises ValueError for what does not fit."""
+    values = {k: v for k, v in said.items() if k in _FIELDS}
+    values["options"] = {k: v for k, v in said.items() if k in OPTIONS}
+    if "steps" not in values and "seconds" not in values:
+        values["steps"] = 1000
+    if values.get("objective") == "block" and not values.get("pairs"):
+        values["options"].setdefault("hole_fraction", 0.2)
+    for name in ("tokenizer", "preset"):
+        if "from" in said and name in said:
+            raise ValueError(f"{name}: it is the one in --from {said['from']}; leave out --{name}")
+    if "from" in said:
+        values.setdefault("optimizer", "adamw")
+    if values.get("optimizer") == "adamw":
+        values.setdefault("lr", 2e-5 if "from" in said else 0.002)
+    return TrainConfig(**values)
+
+
+def _resumed(run: Any, said: dict[str, Any]) -> Any:
+    """Returns the run with the learning rate that was said.
+
+    Raises ValueError for other settings that differ from the run's; tokenizer and preset cannot be given again at all.
+    """
+    before = {**run.train_config.flat(), "data": run.data, "from": run.start_from}
+    wrong = [k for k, v in said.items() if k != "lr" and (k not in before or before[k] != v)]
+    if wrong:
+        changed = ", ".join(f"--{k.replace('_', '-')} {said[k]}" for k in wrong)
+        raise ValueError(
+            f"--resume goes on with the settings in {run.folder / 'run.json'}, of which --lr alone may change: "
+            f"leave out {changed}"
+        )
+    if "lr" in said:
+        run.train_config = dataclasses.replace(run.train_config, lr=said["lr"])
+    return run
+
+
+def _documents(data: str | None, config: TrainConfig, folder: Path) -> tuple[list[Any], list[Any]]:
+    """Returns (training, held out) documents, without the run's own folder."""
+    from . import runs
+    from .data import read_corpus
+
+    if config.pairs:
+        if data is None:
+            raise DataError(
+                f'{config.objective}: expected --data, a file of JSON lines {{"prompt": "...", "response": "..."}}'
+            )
+        return read_corpus(data, folder), []
+    if data is not None and folder.exists() and Path(data).exists() and os.path.samefile(data, folder):
+        raise ValueError(f"out: expected a folder other than --data, got {folder} for both")
+    return runs.documents(data, folder)
+
+
+def _run_training(run: Any, train_documents: Any, options: argparse.Namespace, lock: Any) -> int:
+    from ..live import ProgressBar
+    from . import runs
+
+    try:
+        trainer = run.trainer(train_documents, options.device, lock)
+    except BaseException:
+        if not options.resume:
+            run.forget()
+        raise
+    if options.resume:
+        run.write()  # with the rate of this time
+    if trainer.step:
+        print(f"resumed at step {trainer.step}", file=sys.stderr)
+    bar = ProgressBar()
+    with runs.StopSignals() as stop:
+        complete = trainer.run(None if options.quiet else bar, options.save_every, should_stop=lambda: stop.number != 0)
+    run.export(trainer.model)
+    if len(trainer.losses):
+        runs.plot_losses(trainer.losses, run.folder / "loss.png", f"{run.folder.name}: {run.train_config.objective}")
+    name = shlex.quote(str(run.folder))
+    if not complete:
+        bar.close()
+        print(
+            f"illada: interrupted at step {trainer.step}, saved; go on with: illada train --resume --out {name}",
+            file=sys.stderr,
+        )
+        return 128 + stop.number
+    sampler = OBJECTIVES[run.train_config.objective].sampler
+    how = f" --sampler {sampler}" if sampler else ""
+    print(f"saved to {run.folder} after {trainer.step} steps; try: illada generate --model {name} --prompt 'def '{how}")
+    return 0
+
+
+def _learning(quiet: bool) -> Callable[[float], object]:
+    """Returns a line that says how much of a tokenizer is learned, on a terminal alone."""
+
+    def show(done: float) -> None:
+        percent = int(done * 100)
+        if percent > shown[0]:
+            shown[0] = percent
+            print(
+                f"\r\x1b[2Klearning the tokenizer: {percent}%",
+                end="\n" if done >= 1 else "",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    shown = [0]
+    return (lambda done: None) if quiet or not sys.stderr.isatty() else show
