@@ -197,6 +197,7 @@ class Model(nn.Module):
         key_ranges: KeyRanges | None = None,
         positions: Tensor | None = None,
         cache: CacheWindow | None = None,
+        shift: bool = True,
     ) -> Tensor:
         """Returns hidden rows; row i times `head_weight` gives the logits of token i.
 
@@ -210,6 +211,8 @@ class Model(nn.Module):
         cache : CacheWindow, optional
             Keys and values of this window are written there, and queries see its first `num_keys` slots. `key_ranges`
             must then be given.
+        shift : bool
+            False: with `shifted_logits` row i stays where it is, and predicts token i + 1.
 
         Returns
         -------
@@ -226,25 +229,14 @@ class Model(nn.Module):
         first row, which has no predecessor here, stay as they are. Never synchronises with the host.
         """
         positions = self._positions(tokens, positions, cache)
-        h = self.unshifted(tokens, key_ranges, positions, cache)
-        return _shift(h, positions) if self.config.shifted_logits else h
-
-    def unshifted(
-        self,
-        tokens: Tensor,
-        key_ranges: KeyRanges | None = None,
-        positions: Tensor | None = None,
-        cache: CacheWindow | None = None,
-    ) -> Tensor:
-        """Returns the rows of `forward` as the layers made them: with `shifted_logits`, row i predicts token i + 1."""
-        positions = self._positions(tokens, positions, cache)
         if key_ranges is None:
             key_ranges = self._own_ranges(tokens, cache)
         h = self.embed(tokens)
         rope = rope_angles(self.config, positions, h.dtype)
         for index, layer in enumerate(self.layers):
             h = layer(h, rope, key_ranges, index, cache)
-        return self.norm(h)
+        h = self.norm(h)
+        return _shift(h, positions) if shift and self.config.shifted_logits else h
 
     def _positions(self, tokens: Tensor, positions: Tensor | None, cache: CacheWindow | None) -> Tensor:
         """Returns (B or 1, S)."""

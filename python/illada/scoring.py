@@ -137,7 +137,7 @@ class Scorer:
         device = self.model.device
         ranges = KeyRanges(torch.from_numpy(bounds.astype(np.int32))[None].to(device), len(tokens))
         at = torch.from_numpy(positions)[None].to(device)
-        h = self.model.unshifted(torch.from_numpy(tokens)[None].to(device), ranges, at)[0]
+        h = self.model(torch.from_numpy(tokens)[None].to(device), ranges, at, shift=False)[0]
         h = h[torch.from_numpy(rows).to(device)]
         if not self.guidance:
             return h

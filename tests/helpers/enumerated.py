@@ -149,7 +149,7 @@ def anchors_mean(model: Model, text: list[int]) -> float:
 def next_token_mean(model: Model, text: list[int]) -> float:
     """The mean CE of the next token on causal rows."""
     with torch.no_grad():
-        logits = model.unshifted(torch.tensor([text]), KeyRanges.causal(len(text)))[0] @ model.head_weight.T
+        logits = model(torch.tensor([text]), KeyRanges.causal(len(text)), shift=False)[0] @ model.head_weight.T
     return -float(logits.double().log_softmax(-1)[range(len(text) - 1), text[1:]].mean())
 
 

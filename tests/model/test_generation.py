@@ -197,7 +197,7 @@ def widths(model: Model, config: GenerationConfig, prompts=PROMPTS) -> list[int]
         # blocks from the sequence's start: the longest prompt ends within the second one
         ("SDAR-8B", "block_causal", True, [8, 4, 8, 4, 8, 4]),
         ("SDAR-8B", "none", True, [8, 8, 12, 12, 16, 16]),
-        ("Qwen2.5-7B", "block_causal", True, [8] + [3] * 7),
+        ("Qwen2.5-7B", "block_causal", True, [7] + [1] * 7),
     ],
 )
 def test_each_pass_computes_its_window_only(preset, cache, variable_length, expected):

@@ -43,7 +43,7 @@ def log_p(model: Model, shown: list[int], block: tuple[int, int], forbid: bool =
     size = c.causal_block or length
     ranges = KeyRanges.block_causal(length, size)
     with torch.no_grad():
-        hidden = model.unshifted(tokens, ranges)[0]
+        hidden = model(tokens, ranges, shift=False)[0]
         if c.shifted_logits:
             hidden = torch.cat([hidden[:1], hidden[:-1]])
         logits = hidden[start:] @ model.head_weight.T
@@ -140,7 +140,7 @@ def test_blocks_of_one_token_make_all_methods_the_chain_rule(method):
     for value, context, continuation in zip(found.tolist(), CONTEXTS, CONTINUATIONS):
         tokens = torch.tensor([context + continuation])
         with torch.no_grad():
-            logits = model.unshifted(tokens)[0] @ model.head_weight.T
+            logits = model(tokens, shift=False)[0] @ model.head_weight.T
         logits[:, MASK] = -torch.inf
         rows = logits.log_softmax(-1)[len(context) - 1 : -1]
         assert value == pytest.approx(rows.gather(1, tokens[0, len(context) :, None]).sum().item(), rel=1e-6)

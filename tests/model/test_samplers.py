@@ -364,7 +364,7 @@ def plain_speculation(model: Model, prompt: list[int], k: int, bias: dict[int, f
         """The argmax of each row, which sees the keys before its `high`."""
         bounds = torch.tensor([[[0, h, h, h] for h in high]], dtype=torch.int32)
         with torch.no_grad():
-            rows = model.unshifted(torch.tensor([tokens]), KeyRanges(bounds, len(tokens)))[0]
+            rows = model(torch.tensor([tokens]), KeyRanges(bounds, len(tokens)), shift=False)[0]
         logits = rows @ model.head_weight.T
         logits[:, 49] = -math.inf
         for token, value in bias.items():
@@ -409,7 +409,7 @@ def test_a_draft_that_nothing_verifies_is_what_the_masks_say(preset):
             high = [*range(1, n), *[n + k] * (k + 1)]
             bounds = torch.tensor([[[0, h, h, h] for h in high]], dtype=torch.int32)
             with torch.no_grad():
-                rows = model.unshifted(torch.tensor([text + [49] * k]), KeyRanges(bounds, n + k))[0]
+                rows = model(torch.tensor([text + [49] * k]), KeyRanges(bounds, n + k), shift=False)[0]
             logits = rows @ model.head_weight.T
             logits[:, 49] = -math.inf
             best = logits.argmax(-1).tolist()
@@ -441,7 +441,7 @@ def test_a_canvas_is_denoised_as_diffusion_gemma_s_without_a_cache(preset):
             ranges = KeyRanges(torch.tensor([[[0, h, h, h] for h in high]], dtype=torch.int32), n + k)
             for step in range(steps):
                 with torch.no_grad():
-                    rows = model.unshifted(torch.tensor([text + shown.tolist()]), ranges)[0]
+                    rows = model(torch.tensor([text + shown.tolist()]), ranges, shift=False)[0]
                 rows = rows[n - 1 : -1] if model.config.shifted_logits else rows[n:]
                 logits = rows @ model.head_weight.T
                 heat = 0.4 + 0.4 * (steps - step) / steps

@@ -94,7 +94,7 @@ class Canvas:
                 callback(Step(*where, kept, -entropy, self.passes))
             if step + 1 < self.steps and flag.read():
                 break
-        self.model.unshifted(best, up_to(at[:, 1:] + 1, self.columns), at[:, 1:], self.cache.at(self.known))
+        self.model(best, up_to(at[:, 1:] + 1, self.columns), at[:, 1:], self.cache.at(self.known), shift=False)
         self.passes += 1
         self.known = self.known + k
         return took

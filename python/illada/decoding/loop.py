@@ -10,7 +10,8 @@ them. Sequence b begins in column starts[b] and counts its positions from there.
     block_causal    from the last block that is not final  the block alone; exact, as final blocks never change
 
 A block's last pass commits its last tokens, so its keys are final only after the next block's first pass, which covers
-both. With shifted logits a window begins one column earlier, because that row predicts the block's first token.
+both. With shifted logits a window begins no later than one column before the block, because that row predicts the
+block's first token. Autoregressive models (shifted logits, blocks of one) compute the column of the last token alone.
 
 A pass never waits for the device. Its state lives in tensors that are allocated once, schedules compute on them, and
 whether a block is done comes to the host one pass late (`LateFlag`). So later passes of a block, whose shapes are
@@ -135,9 +136,16 @@ class BlockLoop:
             first, last = 0, block.end
         elif self.sampling.cache == "prefix":
             last = block.end
-        return max(first - 1, 0) if self.config.shifted_logits else first, last
+        if self.config.shifted_logits:
+            first = max(min(first, block.columns[0] - 1), 0)
+        return first, last - 1 if self.autoregressive(block) else last
 
-    def hidden(self, window: tuple[int, int], end: int) -> Tensor:
+    def autoregressive(self, block: Block) -> bool:
+        """Whether the block is one token, predicted from the token before it in every sequence."""
+        one = self.config.shifted_logits and self.config.causal_block == 1 and not block.scattered
+        return one and block.columns[0] > max(self.first_columns)
+
+    def hidden(self, window: tuple[int, int], end: int, shift: bool = True) -> Tensor:
         """Returns hidden rows (B, window, dim); with guidance w, u + (w + 1) (c - u), since the head is linear."""
         first, last = window
         tokens, starts = self.tokens[:, first:last], self.starts
@@ -147,7 +155,7 @@ class BlockLoop:
         column = torch.arange(first, last, device=self.device)
         positions = (column - starts[:, None]).clamp(min=0)
         cache = None if self.cache is None else self.cache.at(first, end)
-        h = self.model(tokens, self.ranges(column, starts, end), positions, cache)
+        h = self.model(tokens, self.ranges(column, starts, end), positions, cache, shift)
         if not self.guided:
             return h
         with_prompt, without = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2)
@@ -274,9 +282,11 @@ class BlockLoop:
 
     def candidate_rows(self, block: Block, refresh: bool) -> Tensor:
         """Runs one forward pass; returns its rows at the block's positions (B, K, dim), the only ones for the head."""
-        window = self.window(block, refresh)
-        hidden = self.hidden(window, block.end)
-        if block.scattered:
+        window, before = self.window(block, refresh), self.autoregressive(block)
+        hidden = self.hidden(window, block.end, shift=not before)
+        if before:
+            rows = hidden[:, -1:]
+        elif block.scattered:
             row = torch.arange(block.positions.shape[0], device=self.device)[:, None]
             rows = hidden[row, (block.positions - window[0]).clamp(min=0)]
         else:

@@ -78,7 +78,7 @@ def speculate(
         hidden = model(draft, up_to(sees_all, columns), at, window)
         places = span[1:].expand(len(rows), k)
         out = illada_kernels.unmask(hidden[:, 1:], model.head_weight, draft, places, TopK(k), **options)
-        hidden = model.unshifted(draft, up_to(at + 1, columns), at, window)
+        hidden = model(draft, up_to(at + 1, columns), at, window, shift=False)
         if verify:
             places = span.expand(len(rows), k + 1)
             out = illada_kernels.unmask(hidden, model.head_weight, fresh, places, TopK(k + 1), **options)

@@ -19,8 +19,8 @@ from ...model import Model
 class Example:
     """A corrupted batch: S of the model's T rows are scored against the targets where masked.
 
-    `rows` and `previous` say which rows of `Model.unshifted` these are: `rows` in a model whose row i predicts token i,
-    `previous` in one with shifted logits. None stands for the first S rows of `Model.forward`.
+    `rows` and `previous` say which rows of `model(..., shift=False)` these are: `rows` where row i predicts token i,
+    `previous` with shifted logits. None stands for the first S rows of `model(...)`.
     """
 
     tokens: Tensor  # (B, T) int64
@@ -71,7 +71,7 @@ class Example:
         if rows is None:
             hidden = model(self.tokens, self.key_ranges, self.positions)[:, : self.targets.shape[1]]
         else:
-            hidden = model.unshifted(self.tokens, self.key_ranges, self.positions)
+            hidden = model(self.tokens, self.key_ranges, self.positions, shift=False)
             hidden = hidden[:, rows] if rows.dim() == 1 else hidden.take_along_dim(rows[..., None], 1)
         said = next(f for f in (forbid_mask, self.forbid_mask, c.forbid_mask) if f is not None)
         forbid = (c.mask_id,) if said and c.mask_id >= 0 else ()
