@@ -102,6 +102,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("unmask_segment") = ILLADA_UNMASK_SEGMENT;
   BIND_CPU(unmask_plan_cpu);
   BIND_CPU(unmask_rows_cpu);
+  BIND_CPU(unmask_truncate_cpu);
   BIND_CPU(unmask_select_cpu);
   BIND_CPU(unmask_noise_cpu);
 

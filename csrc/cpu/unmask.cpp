@@ -1,5 +1,5 @@
 // unmask on the CPU, between Python's matmuls: plan (which candidate rows take part), rows (unmask_rows.h: one pass
-// over their logits l), select (unmask_select.h).
+// over their logits l), truncate (unmask_truncate.h: only with top_k, top_p or min_p), select (unmask_select.h).
 //
 //   proposal = argmax l + T * Gumbel;  z = (l - max l) / Tc;  confidences from sum exp(z), sum z exp(z), the second max
 //
@@ -22,14 +22,15 @@
 #include "float_mode.h"
 #include "isa.h"
 #include "unmask_select.h"
+#include "unmask_truncate.h"
 
 // Lists the rows whose logits are needed, in order of (b, k), and their number in *row_count.
 extern "C" int ILLADA_ISA_FN(illada_unmask_plan_cpu)(const int64_t* tokens, int64_t token_stride, int64_t batch,
                                                      int64_t length, const int64_t* positions, int64_t count,
                                                      const uint8_t* frozen, int64_t frozen_stride,
-                                                     const int64_t* noise_positions, int64_t mask_id, int revise,
-                                                     const int64_t* integers, const float* numbers, void* rows,
-                                                     int64_t* row_count) {
+                                                     const int64_t* noise_positions, int64_t mask_id, int rule,
+                                                     int revise, const int64_t* integers, const float* numbers,
+                                                     void* rows, int64_t* row_count) {
   Row* out = static_cast<Row*>(rows);
   const float largest = std::numeric_limits<float>::max();
   for (int64_t b = 0; b < batch; ++b)
@@ -37,7 +38,7 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_plan_cpu)(const int64_t* tokens, int6
       const int64_t i = b * count + k, at = positions[i];
       if (at < 0 || at >= length || (frozen && frozen[b * frozen_stride + at])) continue;
       const int64_t held = tokens[b * token_stride + at];
-      const bool masked = held == mask_id;
+      const bool masked = held == mask_id || rule == ILLADA_RENOISE;
       if (!masked && revise != ILLADA_EDIT && revise != ILLADA_REMASK) continue;
       const float t = numbers[b * kNumbers + kTemperature], tc = numbers[b * kNumbers + kConfidenceTemperature];
       *out++ = Row{i,
@@ -72,16 +73,34 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_rows_cpu)(const void* logits, int dty
   return ILLADA_OK;
 }
 
+extern "C" int ILLADA_ISA_FN(illada_unmask_truncate_cpu)(const void* logits, int dtype, int64_t stride_b,
+                                                         int64_t stride_k, int64_t count, const void* rows,
+                                                         int64_t row_count, int64_t ids, int64_t segments,
+                                                         const int64_t* edit_ids, const float* edit_values,
+                                                         int64_t edits, int64_t per_sequence, const int64_t* top_ks,
+                                                         const float* top_ps, const float* log_min_ps, void* partials,
+                                                         int threads) {
+  const Logits in{logits, stride_b, stride_k, count, 0, ids, segments, static_cast<const Row*>(rows)};
+  const Edits changes{edit_ids, edit_values, edits};
+  const Truncations how{per_sequence, top_ks, top_ps, log_min_ps};
+  Partial* out = static_cast<Partial*>(partials);
+  if (dtype == ILLADA_F32) draw_truncated_rows<float>(in, row_count, changes, how, out, threads);
+  else if (dtype == ILLADA_BF16) draw_truncated_rows<bf16>(in, row_count, changes, how, out, threads);
+  else if (dtype == ILLADA_F16) draw_truncated_rows<fp16>(in, row_count, changes, how, out, threads);
+  else return ILLADA_BAD_DTYPE;
+  return ILLADA_OK;
+}
+
 extern "C" int ILLADA_ISA_FN(illada_unmask_select_cpu)(
     int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length, const int64_t* positions, int64_t count,
-    const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id, int rule, int confidence, int revise, int order,
-    const int64_t* defer, int64_t defers, const float* scores, const int64_t* integers, const float* numbers,
+    const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id, int64_t vocab, int rule, int confidence, int revise,
+    int order, const int64_t* defer, int64_t defers, const float* scores, const int64_t* integers, const float* numbers,
     const void* rows, int64_t row_count, const void* partials, int64_t segments, int64_t* proposal, float* confidences,
     uint8_t* committed, int32_t* remaining, int threads) {
   const Row* all_rows = static_cast<const Row*>(rows);
-  const Call call{tokens,   token_stride, length,   positions,   count,     frozen,   frozen_stride,
-                  mask_id,  rule,         revise,   order,       defer,     defers,   scores,
-                  integers, numbers,      proposal, confidences, committed, remaining};
+  const Call call{tokens,  token_stride, length,  positions, count,       frozen,    frozen_stride,
+                  mask_id, vocab,        rule,    revise,    order,       defer,     defers,
+                  scores,  integers,     numbers, proposal,  confidences, committed, remaining};
   Result* results = new (std::nothrow) Result[row_count + 1];
   Ranked* room = new (std::nothrow) Ranked[2 * batch * count + 1];
   int64_t* starts = new (std::nothrow) int64_t[batch + 1];
@@ -92,7 +111,8 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_select_cpu)(
       const FloatMode mode;
 #pragma omp for
       for (int64_t r = 0; r < row_count; ++r)
-        results[r] = finish(all_rows[r], static_cast<const Partial*>(partials) + r * segments, segments, confidence);
+        results[r] =
+            finish(all_rows[r], static_cast<const Partial*>(partials) + r * segments, segments, rule, confidence);
     }
     for (int64_t b = 0, r = 0; b <= batch; starts[b++] = r)
       while (b > 0 && r < row_count && all_rows[r].index < b * count) ++r;

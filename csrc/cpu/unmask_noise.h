@@ -42,7 +42,9 @@ inline v64 high32(v64 a) {
 }
 
 inline bool any(vi mask) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bit_cast<__m512i>(mask), bit_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
   return !_mm256_testz_si256(bit_cast<__m256i>(mask), bit_cast<__m256i>(mask));
 #else
   int64_t bits = 0;
@@ -152,7 +154,9 @@ __attribute__((noinline)) void offer_hits(const RowNoise& noise, float temperatu
                  int32_t(first_id + i));
 }
 
-// Offers those of kBlock ids from first_id on that can beat or tie `best`. Their logits are at most `top`.
+// Offers those of kBlock ids from first_id on that can beat or tie `best`. Their logits are at most `top`; if kSparse,
+// many are -inf.
+template <bool kSparse>
 inline void noise_block(const RowNoise& noise, float temperature, const float* logits, int64_t first_id, float top,
                         Best& best) {
   // an upper bound of what rounding adds to a score: a few ulp of each of its parts
@@ -163,6 +167,11 @@ inline void noise_block(const RowNoise& noise, float temperature, const float* l
   const uint32_t threshold = limit < 4294967295.0 ? uint32_t(limit) : 0xffffffff;
   v64 pairs = first_pairs(first_id);
   for (int j = 0; j < kBlock; j += kSideBySide * kWidth, pairs += kSideBySide * (kWidth / 2)) {
+    if (kSparse) {
+      vf largest = load(logits + j);
+      for (int g = 1; g < kSideBySide; ++g) largest = max(load(logits + j + g * kWidth), largest);
+      if (!any(largest > -kInf)) continue;
+    }
     const Words<kSideBySide> words = philox_groups<kSideBySide>(noise, pairs);
     vu lowest = words.top(0);
     for (int g = 1; g < kSideBySide; ++g) lowest = words.top(g) < lowest ? words.top(g) : lowest;

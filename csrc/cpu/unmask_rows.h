@@ -192,6 +192,22 @@ inline void add_exponentials(const float* logits, int n, float scale, const char
   out.sum_ez = total(sum_ez);
 }
 
+// Finds the best score of a segment whose maxima are known, if it beats `best`.
+template <bool kSparse>
+inline void draw_segment(const float* logits, int blocks, int64_t first_id, const float* block_top, const Row& row,
+                         const RowNoise& noise, Best& best, Partial& out) {
+  // Offers the segment's most likely winner first: a high bar spares work. It is offered again in its turn, to no
+  // effect.
+  const illada::PhiloxWords w = illada::philox(row.seed, uint32_t(out.top_id / 2), row.position, row.step, 0);
+  const float g = out.top_id % 2 ? illada::gumbel(w.w2, w.w3) : illada::gumbel(w.w0, w.w1);
+  const int32_t before = best.id;
+  best.offer(out.top, illada::noised_score(out.top, row.temperature, g), out.top_id);
+  for (int b = 0; b < blocks; ++b)
+    if (block_top[b] > -kInf)
+      noise_block<kSparse>(noise, row.temperature, logits + b * kBlock, first_id + b * kBlock, block_top[b], best);
+  if (best.id != before) out.best_score = best.score, out.best_logit = best.logit, out.best_id = best.id;
+}
+
 template <class T>
 inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits, const Row& row, const RowNoise& noise,
                         int needs, Best& best, Partial& out) {
@@ -208,20 +224,11 @@ inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits,
     add_exponentials<true>(logits, blocks * kBlock, row.scale, ahead, kWidth * sizeof(T), out);
   else add_exponentials<false>(logits, blocks * kBlock, row.scale, ahead, kWidth * sizeof(T), out);
   if (row.held >= first_id && row.held < first_id + n) out.held_logit = logits[row.held - first_id];
-  if (!(row.temperature > 0)) {
+  if (!(row.temperature > 0) || needs & ILLADA_NEEDS_NO_DRAW) {
     out.best_score = out.best_logit = out.top, out.best_id = out.top_id;
     return;
   }
-  // Offers the segment's most likely winner first: a high bar spares work. It is offered again in its turn, to no
-  // effect.
-  const illada::PhiloxWords w = illada::philox(row.seed, uint32_t(out.top_id / 2), row.position, row.step, 0);
-  const float g = out.top_id % 2 ? illada::gumbel(w.w2, w.w3) : illada::gumbel(w.w0, w.w1);
-  const int32_t before = best.id;
-  best.offer(out.top, illada::noised_score(out.top, row.temperature, g), out.top_id);
-  for (int b = 0; b < blocks; ++b)
-    if (block_top[b] > -kInf)
-      noise_block(noise, row.temperature, logits + b * kBlock, first_id + b * kBlock, block_top[b], best);
-  if (best.id != before) out.best_score = best.score, out.best_logit = best.logit, out.best_id = best.id;
+  draw_segment<false>(logits, blocks, first_id, block_top, row, noise, best, out);
 }
 
 // The logits of ids [first, first + ids) of all rows.

@@ -13,7 +13,8 @@ enum Integer { kSeed, kStep, kLeast, kRemaskCount, kIntegers };
 enum Number { kTemperature, kConfidenceTemperature, kRuleNumber, kEditTau, kRankTemperature, kNumbers };
 
 struct Result {
-  int64_t proposal;  // -1: a bad row
+  int64_t proposal;  // drawn; -1: a bad row
+  int64_t best;  // the id of the maximum
   float confidence, probability, entropy, held_probability;
 };
 
@@ -42,10 +43,11 @@ Partial merge(const Partial* parts, int64_t segments, float scale) {
   return all;
 }
 
-Result finish(const Row& row, const Partial* parts, int64_t segments, int confidence) {
+Result finish(const Row& row, const Partial* parts, int64_t segments, int rule, int confidence) {
   const Partial p = merge(parts, segments, row.scale);
-  if (p.bad || p.best_id < 0) return Result{-1, -kInf, 0, 0, 0};
-  Result r{p.best_id, 0, float(exponential(p.best_logit, p, row.scale) / p.sum), 0, 0};
+  if (p.bad || p.best_id < 0) return Result{-1, -1, -kInf, 0, 0, 0};
+  const float rated = rule == ILLADA_RENOISE ? p.top : p.best_logit;  // the logit of the token that is reported
+  Result r{p.best_id, p.top_id, 0, float(exponential(rated, p, row.scale) / p.sum), 0, 0};
   r.entropy = float(std::max(std::log(p.sum) - p.sum_ez / p.sum, 0.0));
   if (p.held_logit > -kInf) r.held_probability = float(exponential(p.held_logit, p, row.scale) / p.sum);
   if (confidence == ILLADA_PROBABILITY) r.confidence = r.probability;
@@ -56,7 +58,7 @@ Result finish(const Row& row, const Partial* parts, int64_t segments, int confid
     r.confidence = illada::philox_unit(w.w0, w.w1);
   }
   if (confidence == ILLADA_SAMPLED) {
-    const float z = row.temperature > 0 ? (p.best_logit - p.top) / row.temperature : 0.0f;
+    const float z = row.temperature > 0 ? (rated - p.top) / row.temperature : 0.0f;
     r.confidence = std::min(float(1.0 / p.sum), float(std::exp(double(z))));
   }
   return r;
@@ -83,7 +85,7 @@ int64_t commit_count(int rule, const Ranked* ranked, int64_t n, int64_t least, f
     bool pass = false;
     if (rule == ILLADA_THRESHOLD) pass = at.confidence >= number;
     if (rule == ILLADA_FACTOR) pass = at.confidence >= 1.0f - number / float(r + 2);  // ranks count from 1: f / (r + 1)
-    if (rule == ILLADA_ENTROPY_BOUND) pass = entropies <= double(number);
+    if (rule == ILLADA_ENTROPY_BOUND || rule == ILLADA_RENOISE) pass = entropies <= double(number);
     entropies += at.entropy;
     if (rule == ILLADA_ENTROPY_BOUND_INCLUSIVE) pass = entropies <= double(number);
     if (!pass && r >= least) return r;
@@ -98,7 +100,7 @@ struct Call {
   const int64_t* positions;
   int64_t count;
   const uint8_t* frozen;
-  int64_t frozen_stride, mask_id;
+  int64_t frozen_stride, mask_id, vocab;
   int rule, revise, order;
   const int64_t* defer;
   int64_t defers;
@@ -116,7 +118,8 @@ struct Call {
   }
   int64_t& token(int64_t b, int64_t k) const { return tokens[b * token_stride + positions[b * count + k]]; }
   Ranked ranked(int64_t b, int64_t k, const Row& row, const Result& result) const {
-    const bool by_entropy = rule == ILLADA_ENTROPY_BOUND || rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
+    const bool by_entropy =
+        rule == ILLADA_ENTROPY_BOUND || rule == ILLADA_ENTROPY_BOUND_INCLUSIVE || rule == ILLADA_RENOISE;
     float score = by_entropy ? -result.entropy : result.confidence;
     const float t = numbers[b * kNumbers + kRankTemperature];
     if (t > 0) {
@@ -128,6 +131,12 @@ struct Call {
     return Ranked{deferred, -score, positions[b * count + k], k, &result};
   }
 };
+
+// Returns floor(u * vocab / 2^64) for a u of 64 bits.
+inline int64_t redrawn(const Row& row, int64_t vocab) {
+  const illada::PhiloxWords w = illada::philox(row.seed, 0, row.position, row.step, 3);
+  return int64_t((w.w0 * uint64_t(vocab) + (w.w1 * uint64_t(vocab) >> 32)) >> 32);  // vocab < 2^31
+}
 
 // Selects in one sequence. `rows` and `results`: its rows, in order of k. `ranked` and `lowest` have room for K
 // entries.
@@ -151,7 +160,8 @@ void select_sequence(const Call& c, int64_t b, const Row* rows, const Result* re
         c.confidence[i] = score;
     }
     if (!has_row || result->proposal < 0) continue;
-    c.proposal[i] = result->proposal, c.confidence[i] = result->confidence;
+    c.proposal[i] = c.rule == ILLADA_RENOISE ? result->best : result->proposal;
+    c.confidence[i] = result->confidence;
     if (row->masked) {
       ranked[n++] = c.ranked(b, k, *row, *result);
     } else if (c.revise == ILLADA_EDIT) {
@@ -165,6 +175,14 @@ void select_sequence(const Call& c, int64_t b, const Row* rows, const Result* re
   const int64_t chosen =
       commit_count(c.rule, ranked, n, c.integers[b * kIntegers + kLeast], c.numbers[b * kNumbers + kRuleNumber]);
   for (int64_t r = 0; r < chosen; ++r) c.committed[b * c.count + ranked[r].k] = 1;
+  if (c.rule == ILLADA_RENOISE) {
+    for (int64_t r = 0; r < n; ++r)
+      c.token(b, ranked[r].k) =
+          r < chosen ? ranked[r].result->proposal : redrawn(rows[ranked[r].result - results], c.vocab);
+    c.remaining[b] = int32_t(-chosen);
+    for (int64_t k = 0; k < c.count; ++k) c.remaining[b] += c.candidate(b, k);
+    return;
+  }
   for (int64_t k = 0; k < c.count; ++k)
     if (c.committed[b * c.count + k]) c.token(b, k) = c.proposal[b * c.count + k];
   std::sort(lowest, lowest + m);

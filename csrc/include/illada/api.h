@@ -138,7 +138,8 @@ enum illada_unmask_rule {
   ILLADA_THRESHOLD = 1,
   ILLADA_FACTOR = 2,
   ILLADA_ENTROPY_BOUND = 3,
-  ILLADA_ENTROPY_BOUND_INCLUSIVE = 4
+  ILLADA_ENTROPY_BOUND_INCLUSIVE = 4,
+  ILLADA_RENOISE = 5
 };
 enum illada_unmask_revise { ILLADA_NO_REVISION = 0, ILLADA_EDIT = 1, ILLADA_REMASK = 2, ILLADA_REMASK_BY_SCORES = 3 };
 enum illada_unmask_confidence {
@@ -150,8 +151,14 @@ enum illada_unmask_confidence {
 };
 // What ranks the candidates: falling confidence (rising entropy for the entropy bounds), or their position.
 enum illada_unmask_order { ILLADA_BY_CONFIDENCE = 0, ILLADA_FROM_LEFT = 1 };
-// Bits: which statistics of a row a call needs beside its maximum and its best token.
-enum illada_unmask_needs { ILLADA_NEEDS_ENTROPY = 1, ILLADA_NEEDS_SECOND = 2, ILLADA_NEEDS_HELD = 4 };
+// Bits: which statistics of a row a call needs beside its maximum and its best token. NO_DRAW (CPU): the best token is
+// the maximum, because the draw comes later.
+enum illada_unmask_needs {
+  ILLADA_NEEDS_ENTROPY = 1,
+  ILLADA_NEEDS_SECOND = 2,
+  ILLADA_NEEDS_HELD = 4,
+  ILLADA_NEEDS_NO_DRAW = 8
+};
 // Bytes that callers allocate per row and per (row, segment), and the ids that a segment covers.
 #define ILLADA_UNMASK_ROW_BYTES 48
 #define ILLADA_UNMASK_PARTIAL_BYTES 48
@@ -163,16 +170,24 @@ enum illada_unmask_needs { ILLADA_NEEDS_ENTROPY = 1, ILLADA_NEEDS_SECOND = 2, IL
 // outputs are contiguous (batch, count). defer: ids whose proposals rank last.
 ILLADA_CPU(illada_unmask_plan_cpu, const int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
            const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride,
-           const int64_t* noise_positions, int64_t mask_id, int revise, const int64_t* integers, const float* numbers,
-           void* rows, int64_t* row_count)
+           const int64_t* noise_positions, int64_t mask_id, int rule, int revise, const int64_t* integers,
+           const float* numbers, void* rows, int64_t* row_count)
 ILLADA_CPU(illada_unmask_rows_cpu, const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count,
            const void* rows, int64_t row_count, int64_t first, int64_t ids, int64_t segments, const int64_t* edit_ids,
            const float* edit_values, int64_t edits, int needs, void* partials, int threads)
+// Draws again, from the ids that top_k, top_p and min_p keep, where partials hold NO_DRAW's. As illada_unmask_rows_cpu
+// with all ids at once; sequences of per_sequence rows have their own top_ks (0: all), top_ps (1: all) and log_min_ps
+// (-inf: all).
+ILLADA_CPU(illada_unmask_truncate_cpu, const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count,
+           const void* rows, int64_t row_count, int64_t ids, int64_t segments, const int64_t* edit_ids,
+           const float* edit_values, int64_t edits, int64_t per_sequence, const int64_t* top_ks, const float* top_ps,
+           const float* log_min_ps, void* partials, int threads)
 ILLADA_CPU(illada_unmask_select_cpu, int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
            const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id,
-           int rule, int confidence, int revise, int order, const int64_t* defer, int64_t defers, const float* scores,
-           const int64_t* integers, const float* numbers, const void* rows, int64_t row_count, const void* partials,
-           int64_t segments, int64_t* proposal, float* confidences, uint8_t* committed, int32_t* remaining, int threads)
+           int64_t vocab, int rule, int confidence, int revise, int order, const int64_t* defer, int64_t defers,
+           const float* scores, const int64_t* integers, const float* numbers, const void* rows, int64_t row_count,
+           const void* partials, int64_t segments, int64_t* proposal, float* confidences, uint8_t* committed,
+           int32_t* remaining, int threads)
 ILLADA_CPU(illada_unmask_noise_cpu, int64_t seed, int64_t position, int64_t step, int64_t ids, uint32_t* words,
            float* noise)
 

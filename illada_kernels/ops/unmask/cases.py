@@ -22,6 +22,14 @@ class Shape:
 LLADA = Shape("llada_8x32", 8, 32, 126464, 1024, 126336)  # eight sequences, a block of 32 each
 LLADA_ONE = Shape("llada_1x256", 1, 256, 126464, 1024, 126336)  # one sequence, all of its 256 new tokens
 DREAM = Shape("dream_1x64", 1, 64, 152064, 1024, 151666)
+# Options by name, with noise: a small and a large set kept, and all three at once.
+TRUNCATIONS: dict[str, dict[str, float]] = {
+    "top_k50": {"top_k": 50},
+    "top_k1000": {"top_k": 1000},
+    "top_p0.9": {"top_p": 0.9},
+    "min_p0.05": {"min_p": 0.05},
+    "top_k_top_p_min_p": {"top_k": 200, "top_p": 0.9, "min_p": 0.02},
+}
 SMALL = (
     Shape("one_id", 1, 1, 1, 3, 5),
     Shape("odd", 3, 5, 37, 7, 36),

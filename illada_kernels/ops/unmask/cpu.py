@@ -1,7 +1,8 @@
 """unmask through the compiled extension: csrc/cpu/unmask.cpp.
 
 Lists the rows that are needed, reduces their logits (given, or a slice of the vocab at a time) and selects. All
-arithmetic but the matmuls is in C++.
+arithmetic but the matmuls is in C++. With top_k, top_p or min_p a row's logits are needed more than once: then all of
+the vocab at a time, for as many rows as fit.
 """
 
 from __future__ import annotations
@@ -11,9 +12,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ... import rules
 from ..._extension import DTYPES, check, extension_reason, native, pointer
-from .problem import HIGHEST_CONFIDENCE_TEMPERATURE, HIGHEST_TEMPERATURE, Outputs, Problem
+from .problem import (
+    BY_MIN_P,
+    BY_TOP_K,
+    BY_TOP_P,
+    HIGHEST_CONFIDENCE_TEMPERATURE,
+    HIGHEST_TEMPERATURE,
+    NEEDS_NO_DRAW,
+    Outputs,
+    Problem,
+)
 
 # A matmul takes at most ROWS_AT_ONCE rows and a slice of the head. The slice depends on D and dtypes alone, so that
 # neither batch size nor thread count changes a sum. Logits and, where it must be converted, the slice of the head fit
@@ -27,10 +36,6 @@ def available() -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
-    if problem.truncation:
-        return "does not truncate (top_k, top_p, min_p)"
-    if problem.rule == rules.RENOISE:
-        return "does not renoise"
     return None if problem.source.dtype in DTYPES else "float64 is for the reference"
 
 
@@ -50,8 +55,8 @@ def forward(problem: Problem) -> Outputs:
     row_count = torch.zeros(1, dtype=torch.int64)
     where = (tokens.data_ptr(), tokens.stride(0), batch, length, positions.data_ptr(), count, pointer(frozen), length)
     values = (integers.data_ptr(), numbers.data_ptr())
-    what = (pointer(noise_positions), problem.mask_id, problem.revise, *values, rows.data_ptr(), row_count.data_ptr())
-    check("unmask", module.unmask_plan_cpu(*where, *what))
+    what = (pointer(noise_positions), problem.mask_id, problem.rule, problem.revise, *values)
+    check("unmask", module.unmask_plan_cpu(*where, *what, rows.data_ptr(), row_count.data_ptr()))
     rows = rows[: int(row_count)]
     segments = -(-vocab // module.unmask_segment)
     partials = torch.empty(rows.shape[0], segments, module.unmask_partial_bytes, dtype=torch.uint8)
@@ -60,10 +65,14 @@ def forward(problem: Problem) -> Outputs:
         if problem.head_weight is None:
             source = problem.source
             scan.run(source, source.stride(0), source.stride(1), count, 0, vocab)
+            if problem.truncation:
+                scan.truncate(source, source.stride(0), source.stride(1), count)
+        elif problem.truncation:
+            from_hidden_truncated(scan, problem)
         else:
             from_hidden(scan, problem)
     defer = torch.tensor(problem.defer, dtype=torch.int64)
-    kinds = (problem.mask_id, problem.rule, problem.confidence, problem.revise, problem.order)
+    kinds = (problem.mask_id, vocab, problem.rule, problem.confidence, problem.revise, problem.order)
     ids = (defer.data_ptr(), len(problem.defer), pointer(scores))
     data = (rows.data_ptr(), rows.shape[0], partials.data_ptr(), segments)
     results = [output.data_ptr() for output in outputs]
@@ -104,6 +113,18 @@ def parameters(problem: Problem, batch: int) -> tuple[Tensor, Tensor]:
     return integers, numbers
 
 
+def truncations(problem: Problem, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (B,) top_k, top_p and log min_p; 0, 1 and -inf where they truncate nothing."""
+    top_k, top_p, min_p = torch.zeros(batch, dtype=torch.int64), torch.ones(batch), torch.zeros(batch)
+    if problem.truncate & BY_TOP_K:
+        top_k[:] = problem.top_k if problem.top_k_tensor is None else problem.top_k_tensor
+    if problem.truncate & BY_TOP_P:
+        top_p[:] = problem.top_p if problem.top_p_tensor is None else problem.top_p_tensor
+    if problem.truncate & BY_MIN_P:
+        min_p[:] = problem.min_p if problem.min_p_tensor is None else problem.min_p_tensor
+    return top_k, top_p, torch.where(min_p > 0, min_p, 0.0).double().log().clamp(max=0.0).float()
+
+
 def wrapped(seed: int) -> int:
     """Returns the seed as 64 bits, signed."""
     return (seed + 2**63) % 2**64 - 2**63
@@ -131,8 +152,12 @@ class Scan:
         self, module: ModuleType, problem: Problem, vocab: int, rows: Tensor, partials: Tensor, threads: int
     ) -> None:
         self.module, self.rows, self.partials, self.threads = module, rows, partials, threads
+        self.vocab = vocab
         self.ids, self.values = edits(problem, vocab)
-        self.needs = problem.needs()
+        self.changes = (self.ids.data_ptr(), self.values.data_ptr(), self.ids.shape[0])
+        self.needs = problem.needs() | (NEEDS_NO_DRAW if problem.truncation else 0)
+        self.per_sequence = problem.positions.shape[1]
+        self.truncations = truncations(problem, problem.positions.shape[0])
 
     def run(
         self, logits: Tensor, stride_b: int, stride_k: int, count: int, first: int, ids: int, some: slice = slice(None)
@@ -140,8 +165,18 @@ class Scan:
         rows, partials = self.rows[some], self.partials[some]
         source = (logits.data_ptr(), DTYPES[logits.dtype], stride_b, stride_k, count)
         which = (rows.data_ptr(), rows.shape[0], first, ids, partials.shape[1])
-        changes = (self.ids.data_ptr(), self.values.data_ptr(), self.ids.shape[0])
-        code = self.module.unmask_rows_cpu(*source, *which, *changes, self.needs, partials.data_ptr(), self.threads)
+        code = self.module.unmask_rows_cpu(
+            *source, *which, *self.changes, self.needs, partials.data_ptr(), self.threads
+        )
+        check("unmask", code)
+
+    def truncate(self, logits: Tensor, stride_b: int, stride_k: int, count: int, some: slice = slice(None)) -> None:
+        """Draws from what is kept of rows that `run` has seen, from all of their logits."""
+        rows, partials = self.rows[some], self.partials[some]
+        source = (logits.data_ptr(), DTYPES[logits.dtype], stride_b, stride_k, count)
+        which = (rows.data_ptr(), rows.shape[0], self.vocab, partials.shape[1])
+        how = (self.per_sequence, *(t.data_ptr() for t in self.truncations))
+        code = self.module.unmask_truncate_cpu(*source, *which, *self.changes, *how, partials.data_ptr(), self.threads)
         check("unmask", code)
 
 
@@ -152,27 +187,61 @@ def slice_length(dim: int, converted: bool, segment: int) -> int:
 
 def from_hidden(scan: Scan, problem: Problem) -> None:
     """Multiplies the rows that take part with slices of the head, in float32, and consumes each slice at once."""
-    head, bias = problem.head_weight, problem.head_bias
+    head = problem.head_weight
     assert head is not None
-    vocab, dim = head.shape
-    count = problem.positions.shape[1]
-    converted = head.dtype != torch.float32
-    length = slice_length(dim, converted, scan.module.unmask_segment)
+    product = HeadProduct(problem, slice_length(head.shape[1], head.dtype != torch.float32, scan.module.unmask_segment))
     index = scan.rows.view(torch.int64)[:, 0]
     most = min(ROWS_AT_ONCE, index.shape[0])
-    logits = torch.empty(most * min(length, vocab), dtype=torch.float32)
-    weights = torch.empty(min(length, vocab), dim, dtype=torch.float32) if converted else None
+    logits = torch.empty(most * product.length, dtype=torch.float32)
     for start in range(0, index.shape[0], ROWS_AT_ONCE):
         some = slice(start, start + ROWS_AT_ONCE)
-        at = index[some]
-        x = problem.source[at // count, at % count].float()  # (rows, D)
-        for first in range(0, vocab, length):
-            ids = min(length, vocab - first)
-            part = head[first : first + ids]
-            w = part if weights is None else weights[:ids].copy_(part)
+        x = product.rows(index[some])
+        for first in product.starts:
+            ids = min(product.length, product.vocab - first)
             out = logits[: x.shape[0] * ids].view(x.shape[0], ids)
-            if bias is None:
-                torch.mm(x, w.T, out=out)
-            else:
-                torch.addmm(bias[first : first + ids].float(), x, w.T, out=out)
+            product.into(out, x, first)
             scan.run(out, 0, ids, 0, first, ids, some)
+
+
+def from_hidden_truncated(scan: Scan, problem: Problem) -> None:
+    """Multiplies as many rows as fit SLICE_BYTES with all of the head, slice by slice, then consumes their logits."""
+    head = problem.head_weight
+    assert head is not None
+    product = HeadProduct(problem, max(1, SLICE_BYTES // 16 // head.shape[1]))
+    index, vocab = scan.rows.view(torch.int64)[:, 0], head.shape[0]
+    at_once = min(ROWS_AT_ONCE, index.shape[0], max(1, SLICE_BYTES // 4 // vocab))
+    logits = torch.empty(at_once, vocab, dtype=torch.float32)
+    for start in range(0, index.shape[0], at_once):
+        some = slice(start, start + at_once)
+        x = product.rows(index[some])
+        for first in product.starts:
+            product.into(logits[: x.shape[0], first : first + product.length], x, first)
+        scan.run(logits, 0, vocab, 0, 0, vocab, some)
+        scan.truncate(logits, 0, vocab, 0, some)
+
+
+class HeadProduct:
+    """Products of candidate rows with `length` ids of the head at a time."""
+
+    def __init__(self, problem: Problem, length: int) -> None:
+        assert problem.head_weight is not None
+        self.source, self.head, self.bias = problem.source, problem.head_weight, problem.head_bias
+        self.count = problem.positions.shape[1]
+        self.vocab, dim = self.head.shape
+        self.length = min(length, self.vocab)
+        self.starts = range(0, self.vocab, self.length)
+        self.weights = None
+        if self.head.dtype != torch.float32:
+            self.weights = torch.empty(self.length, dim, dtype=torch.float32)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.source[index // self.count, index % self.count].float()  # (rows, D)
+
+    def into(self, out: Tensor, x: Tensor, first: int) -> None:
+        """Writes the logits of ids first, first + 1, ... of rows x."""
+        part = self.head[first : first + out.shape[1]]
+        w = part if self.weights is None else self.weights[: out.shape[1]].copy_(part)
+        if self.bias is None:
+            torch.mm(x, w.T, out=out)
+        else:
+            torch.addmm(self.bias[first : first + out.shape[1]].float(), x, w.T, out=out)

@@ -18,7 +18,7 @@ HIGHEST_CONFIDENCE_TEMPERATURE = 2.0**126
 # z = (l - max l) / Tc below which exp(z) is no normal float32 and an id does not count in the entropy.
 LEAST_SHIFTED = -87.3
 # Bits of `needs`, as in api.h: the sums and maxima of a row that a call asks for.
-NEEDS_ENTROPY, NEEDS_SECOND, NEEDS_HELD = 1, 2, 4
+NEEDS_ENTROPY, NEEDS_SECOND, NEEDS_HELD, NEEDS_NO_DRAW = 1, 2, 4, 8
 # Bits of `truncate`: the options that were given.
 BY_TOP_K, BY_TOP_P, BY_MIN_P = 1, 2, 4
 

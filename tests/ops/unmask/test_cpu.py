@@ -65,6 +65,21 @@ def test_cpu_equals_reference(data):
     assert torch.equal(got_tokens, want_tokens)
 
 
+@pytest.mark.skipif("cpu" not in available(), reason="the compiled extension is missing")
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.data())
+def test_cpu_equals_reference_with_truncation_and_renoise(data):
+    logits, tokens, positions, rule, options = draw_call(data.draw, truncated=True)
+    want, want_tokens = step(logits, tokens, positions, rule, "reference", **options)
+    got, got_tokens = step(logits, tokens, positions, rule, "cpu", **options)
+    assert torch.equal(got.proposal, want.proposal)
+    rtol, atol = unmask_confidence_tolerance(options["confidence"], logits.shape[2])
+    torch.testing.assert_close(got.confidence, want.confidence, rtol=rtol, atol=atol)
+    assert torch.equal(got.committed, want.committed)
+    assert torch.equal(got.remaining, want.remaining)
+    assert torch.equal(got_tokens, want_tokens)
+
+
 @pytest.mark.parametrize("confidence", ["probability", "margin", "neg_entropy"])
 def test_confidence_is_as_accurate_as_torch_in_float32(confidence):
     """Against float64: no further off than twice what float32 PyTorch is, plus the rounding of the result."""

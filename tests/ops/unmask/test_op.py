@@ -50,6 +50,22 @@ def test_from_hidden_is_from_logits_of_the_product(shape, dtype, backend):
     assert all(map(torch.equal, got, want)) and torch.equal(after, want_after)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", cases.TRUNCATIONS.values(), ids=cases.TRUNCATIONS)
+@pytest.mark.parametrize("shape", cases.SMALL, ids=lambda shape: shape.name)
+def test_truncated_from_hidden_is_from_logits_of_the_product(shape, options, backend):
+    for dtype, rule in ((torch.float32, ik.TopK(2)), (torch.bfloat16, ik.Renoise(0.5))):
+        hidden, weight, tokens, positions = inputs(shape, dtype)
+        bias = (torch.arange(shape.vocabulary) % 5 / 4).to(dtype)
+        hidden[0, 0] = float("nan")
+        logits = hidden.float() @ weight.float().T + bias.float()
+        how = {"mask_id": shape.mask_id, "temperature": 0.7, "seed": 11, "confidence": "neg_entropy", **options}
+        after = tokens.clone()
+        got = ik.unmask(hidden, weight, after, positions, rule, head_bias=bias, backend=backend, **how)
+        want, want_after = step(logits, tokens, positions, rule, backend, **how)
+        assert all(map(torch.equal, got, want)) and torch.equal(after, want_after)
+
+
 @needs_cpu
 def test_more_rows_than_one_product_takes(monkeypatch):
     from illada_kernels.ops.unmask import cpu
@@ -59,21 +75,28 @@ def test_more_rows_than_one_product_takes(monkeypatch):
     run = functools.partial(ik.unmask, hidden, weight, mask_id=3, temperature=1.0, backend="cpu")
     whole_tokens = tokens.clone()
     whole = run(tokens=whole_tokens, positions=positions, rule=ik.TopK(3))
+    cut_tokens = tokens.clone()
+    cut = run(tokens=cut_tokens, positions=positions, rule=ik.TopK(3), top_p=0.8)
     monkeypatch.setattr(cpu, "ROWS_AT_ONCE", 4)
-    monkeypatch.setattr(cpu, "SLICE_BYTES", 1)  # one segment of the vocabulary at a time
-    sliced = run(tokens=tokens, positions=positions, rule=ik.TopK(3))
-    assert all(map(torch.equal, whole, sliced)) and torch.equal(tokens, whole_tokens)
+    monkeypatch.setattr(cpu, "SLICE_BYTES", 1)  # one segment of the vocabulary at a time; truncated, one row and one id
+    sliced_tokens = tokens.clone()
+    sliced = run(tokens=sliced_tokens, positions=positions, rule=ik.TopK(3))
+    assert all(map(torch.equal, whole, sliced)) and torch.equal(sliced_tokens, whole_tokens)
+    sliced = run(tokens=tokens, positions=positions, rule=ik.TopK(3), top_p=0.8)
+    assert all(map(torch.equal, cut, sliced)) and torch.equal(tokens, cut_tokens)
 
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_step_needs_at_most_64_mib_beside_its_inputs(dtype):
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "temperature": 1.0}], ids=["plain", "truncated"])
+def test_fused_step_needs_at_most_64_mib_beside_its_inputs(dtype, options):
     shape = cases.LLADA
     hidden = torch.randn(shape.batch, shape.count, 1024).to(dtype)
     weight = torch.zeros(1, 1, dtype=dtype).expand(shape.vocabulary, 1).contiguous()
     hidden = hidden[..., :1].contiguous()  # D = 1: the same buffers but for the converted slice, in no time
     tokens, positions = torch.full((8, 32), shape.mask_id), torch.arange(32).expand(8, 32)
-    peak = peak_memory(lambda: ik.unmask(hidden, weight, tokens, positions, ik.TopK(1), mask_id=shape.mask_id), "cpu")
+    options = {"mask_id": shape.mask_id, **options}
+    peak = peak_memory(lambda: ik.unmask(hidden, weight, tokens, positions, ik.TopK(1), **options), "cpu")
     assert 1 << 20 < peak <= 64 << 20
 
 
@@ -167,14 +190,15 @@ import sys, torch, illada_kernels as ik
 from illada_kernels import _extension, rules
 assert _extension.native().cpu_isa == sys.argv[1], _extension.native().cpu_isa
 torch.manual_seed(0)
+cuts = ({}, {"top_k": 70}, {"top_p": 0.8}, {"min_p": 0.05})
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     logits = (torch.randn(2, 6, 5001) * 2).to(dtype)
-    for confidence in ("probability", "margin", "neg_entropy", "random"):
+    for confidence, cut in zip(("probability", "margin", "neg_entropy", "random"), cuts):
         results = []
         for backend in ("cpu", "reference"):
             tokens = torch.full((2, 6), 36)
             positions = torch.arange(6).expand(2, 6)
-            options = {"temperature": 0.8, "confidence": confidence, "backend": backend}
+            options = {"temperature": 0.8, "confidence": confidence, "backend": backend, **cut}
             got = ik.unmask_from_logits(logits, tokens, positions, ik.TopK(3), mask_id=36, **options)
             results.append((got, tokens))
         (got, got_tokens), (want, want_tokens) = results

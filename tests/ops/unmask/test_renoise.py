@@ -12,7 +12,7 @@ from illada_kernels import _extension
 from illada_kernels.ops.unmask.reference import philox
 from tests.helpers.unmask_oracle import INF, available, step
 
-BACKENDS = ["reference"]
+BACKENDS = ["cpu", "reference"]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -14,7 +14,7 @@ from illada_kernels import _extension
 from illada_kernels.ops.unmask.reference import gumbel
 from tests.helpers.unmask_oracle import INF, MASK, available, step, truncated_set
 
-BACKENDS = ["reference"]
+BACKENDS = ["cpu", "reference"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -176,6 +176,49 @@ def test_extreme_logits_and_temperatures_keep_at_least_the_best(backend: str, sc
         for options in ({"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"top_p": 1e-45}):
             got = proposals(backend, logits, t, **options)
             assert best.gather(2, got[..., None]).all(), (t, options)
+
+
+# ---- real vocabularies -----------------------------------------------------------------------------------------------
+ROWS = {
+    "normal": lambda g: torch.randn(1, 2, 30_000, generator=g) * 2,
+    "uniform": lambda g: torch.zeros(1, 2, 30_000),
+    "few values": lambda g: torch.randint(0, 4, (1, 2, 30_000), generator=g).float(),
+    "one above all": lambda g: torch.randn(1, 2, 30_000, generator=g).index_fill(2, torch.tensor(11), 30.0),
+    "mostly forbidden": lambda g: torch.randn(1, 2, 30_000, generator=g).where(
+        torch.rand(30_000, generator=g) < 0.01, -INF
+    ),
+    "many scales": lambda g: torch.randn(1, 2, 30_000, generator=g).sign() * torch.logspace(-40, 30, 30_000),
+    "sorted": lambda g: torch.linspace(-9, 9, 30_000).expand(1, 2, -1),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_long_rows_of_every_shape_equal_the_reference(backend: str, name: str) -> None:
+    logits = ROWS[name](torch.Generator().manual_seed(3))
+    for temperature in (0.6, 1.0, 1e4):
+        for options in ({"top_k": 1}, {"top_k": 300}, {"top_k": 15_000}, {"top_k": 29_999}):
+            got, want = (proposals(b, logits, temperature, **options) for b in (backend, "reference"))
+            assert torch.equal(got, want), (temperature, options)
+        for options in ({"top_p": 1e-4}, {"top_p": 0.9}, {"top_p": 0.99999}, {"top_k": 9000, "top_p": 0.5}):
+            got, want = (proposals(b, logits, temperature, **options) for b in (backend, "reference"))
+            assert torch.equal(got, want), (temperature, options)
+
+
+def test_the_bound_does_not_depend_on_threads_batch_or_dtype_of_equal_values(backend: str) -> None:
+    logits = (torch.randn(3, 4, 6000, generator=torch.Generator().manual_seed(4)) * 8).round() / 8
+    options = {"top_p": 0.85, "top_k": 2500, "seed": torch.tensor([3, 4, 5])}
+    want = proposals(backend, logits, **options)
+    assert torch.equal(
+        proposals(backend, logits.bfloat16(), **options), proposals(backend, logits.bfloat16().float(), **options)
+    )
+    threads = torch.get_num_threads()
+    for b in range(3):
+        torch.set_num_threads(1 + b)
+        try:
+            one = proposals(backend, logits[b : b + 1], **{**options, "seed": 3 + b})
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(one[0], want[b])
 
 
 # ---- distribution ----------------------------------------------------------------------------------------------------
