@@ -22,7 +22,8 @@ def gathered(group: str, tensor: Tensor) -> Tensor:
     """Returns the tensors of all ranks, which have one shape, in order of ranks: (ranks, ...)."""
     members = group_named(group)
     out = tensor.new_empty(members.size(), *tensor.shape)
-    dist.all_gather_into_tensor(out.view(-1), tensor.contiguous().view(-1), group=members)
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    all_gather(out.view(-1), tensor.contiguous().view(-1), group=members)
     return out
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -81,25 +81,51 @@ def load(
     _check_dtype(dtype)
     folder = Path(path)
     config = read_config(folder, **overrides)
-    headers = {file: _header(file) for file in _weight_files(folder)}
-    found = {name: (file, info) for file, infos in headers.items() for name, info in infos.items()}
-    expected = {entry.name: entry for entry in entries(config)}
-    tied = _tied_head(config)
-    embed = next(iter(expected.values()))
-    if tied in found and embed.name not in found:  # of two names for one tensor some tools store the other
-        embed = dataclasses.replace(embed, name=tied)
-        expected = {tied: embed, **dict(list(expected.items())[1:])}
-    _compare(folder, expected, found, also_allowed={tied} if tied else set())
-    stored = _DTYPES[found[embed.name][1]["dtype"]]
-    model = Model(config, device="meta").to(dtype or stored).to_empty(device=device)
+    stored = Stored(folder, config)
+    model = Model(config, device="meta").to(dtype or stored.dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
-    for file in headers:
-        _fill(file, expected, parameters)
-    if tied in found and tied != embed.name and not _same_as(found[tied][0], tied, parameters["embed.weight"]):
-        raise CheckpointError(
-            f"{folder}: {tied} differs from {embed.name} although {CONFIG} ties them; set tie_word_embeddings to false"
-        )
+    with torch.no_grad():
+        for name, start, tensor in stored:
+            parameters[name][start : start + len(tensor)].copy_(tensor)
+    stored.check_tied(parameters["embed.weight"])
     return model.eval()
+
+
+class Stored:
+    """The tensors in a Hugging Face folder, known to be exactly those of the config; the errors are those of `load`.
+
+    Iterating yields (name of the parameter of `Model`, row at which it begins there, tensor) once, on the CPU.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self.folder = folder
+        self.files = {file: _header(file) for file in _weight_files(folder)}
+        self.found = {name: (file, info) for file, infos in self.files.items() for name, info in infos.items()}
+        expected = {entry.name: entry for entry in entries(config)}
+        self.tied = _tied_head(config)
+        self.embed = next(iter(expected.values()))
+        if self.tied in self.found and self.embed.name not in self.found:  # some tools store the other of the two names
+            self.embed = dataclasses.replace(self.embed, name=self.tied)
+            expected = {self.tied: self.embed, **dict(list(expected.items())[1:])}
+        _compare(folder, expected, self.found, also_allowed={self.tied} if self.tied else set())
+        self.expected = expected
+        self.dtype = _DTYPES[self.found[self.embed.name][1]["dtype"]]
+
+    def __iter__(self) -> Iterator[tuple[str, int, Tensor]]:
+        for file in self.files:
+            for name, tensor in _tensors(file):
+                entry = self.expected.get(name)
+                if entry is not None:
+                    yield entry.parameter, entry.start, tensor
+
+    def check_tied(self, embedding: Tensor) -> None:
+        """Raises CheckpointError for a head that is stored beside the embedding, is tied to it, and differs."""
+        tied, embed = self.tied, self.embed
+        if tied in self.found and tied != embed.name and not _same_as(self.found[tied][0], tied, embedding):
+            raise CheckpointError(
+                f"{self.folder}: {tied} differs from {embed.name} although {CONFIG} ties them; set tie_word_embeddings "
+                "to false"
+            )
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -225,14 +251,6 @@ def _compare(folder: Path, expected: dict[str, Entry], found: dict[str, Any], al
         kinds = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong))
         parts = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds if names]
         raise CheckpointError(f"{folder}: the tensors are not those of {CONFIG}: {'; '.join(parts)}")
-
-
-@torch.no_grad()
-def _fill(file: Path, expected: Mapping[str, Entry], parameters: Mapping[str, Tensor]) -> None:
-    for name, tensor in _tensors(file):
-        entry = expected.get(name)
-        if entry is not None:
-            parameters[entry.parameter][entry.start : entry.stop].copy_(tensor)
 
 
 def _same_as(file: Path, name: str, weight: Tensor) -> bool:

@@ -25,3 +25,7 @@ class PromptError(ValueError):
 
 class DecodingError(RuntimeError):
     """Raised when positions stay masked: hidden rows are NaN or inf, or the settings leave no token."""
+
+
+class RankError(RuntimeError):
+    """Raised where another rank of the job has died or failed; names it."""

@@ -31,9 +31,13 @@ class RMSNorm(nn.Module):
         self.eps, self.in_fp32 = eps, in_fp32
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.normalized(x, self.weight)
+
+    def normalized(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Returns `forward` with this weight."""
         if self.in_fp32 and x.dtype != torch.float64:
-            return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * self.weight.float()).to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
+            return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * weight.float()).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
@@ -119,7 +123,11 @@ class Layer(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(index, k, v)
-        return illada_kernels.attention(q, k, v, key_ranges).flatten(2)
+        return self.mix(q, k, v, key_ranges).flatten(2)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges | None) -> Tensor:
+        """Returns attention (B, S, H, head_dim). training.parallel replaces it where ranks share the sequence."""
+        return illada_kernels.attention(q, k, v, key_ranges)
 
 
 class Model(nn.Module):
@@ -165,16 +173,8 @@ class Model(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draws all weights afresh."""
-        std, into_residual = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
-            if name == "embed.weight":
-                parameter.normal_(0, math.sqrt(1 / (2 * self.config.dim)))
-            elif name.endswith("norm.weight"):
-                parameter.fill_(1)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0, into_residual if "o_proj" in name or "down_proj" in name else std)
+            init_weight(self.config, name, parameter)
 
     @property
     def head_weight(self) -> Tensor:
@@ -256,6 +256,19 @@ class Model(nn.Module):
         if self.config.causal_block == 0:
             return None
         return KeyRanges.block_causal(tokens.shape[1], self.config.causal_block, device=tokens.device)
+
+
+def init_weight(config: ModelConfig, name: str, weight: Tensor) -> None:
+    """Draws one weight of a model, in place. Drawn in the order of `Model.named_parameters` they are a seed's."""
+    std, into_residual = config.init_std, config.init_std / math.sqrt(2 * config.n_layers)
+    if name == "embed.weight":
+        weight.normal_(0, math.sqrt(1 / (2 * config.dim)))
+    elif name.endswith("norm.weight"):
+        weight.fill_(1)
+    elif name.endswith("bias"):
+        weight.zero_()
+    else:
+        weight.normal_(0, into_residual if "o_proj" in name or "down_proj" in name else std)
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:

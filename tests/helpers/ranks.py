@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(seconds=60)  # for a rank to arrive where another failed
+
+
+folder = Path()  # of this run, for checks that leave something to a later world
 
 
 def worlds(*sizes: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -36,7 +40,7 @@ def checks(module: str, world: int) -> dict[str, Callable[[], None]]:
     return {n: f for n, f in found if n.startswith("check_") and world in getattr(f, "worlds", (world,))}
 
 
-def run_rank(folder: Path, module: str, rank: int, world: int) -> None:
+def run_rank(module: str, rank: int, world: int) -> None:
     """Stops at the first check that fails: the ranks are no longer in step."""
     torch.set_num_threads(1)
     store = f"file://{folder}/{world}.store"
@@ -44,9 +48,11 @@ def run_rank(folder: Path, module: str, rank: int, world: int) -> None:
     results: dict[str, str] = {}
     for name, check in checks(module, world).items():
         torch.manual_seed(0)
+        begun = time.monotonic()
         try:
             check()
             results[name] = ""
+            print(f"{world}.{rank} {name}: {time.monotonic() - begun:.1f} s", file=sys.stderr)
         except BaseException:
             results[name] = traceback.format_exc()
             break
@@ -55,7 +61,7 @@ def run_rank(folder: Path, module: str, rank: int, world: int) -> None:
         dist.destroy_process_group()
 
 
-def main(folder: Path, module: str, sizes: list[int]) -> None:
+def main(module: str, sizes: list[int]) -> None:
     importlib.import_module(module)
     for world in sizes:
         children = []
@@ -63,7 +69,7 @@ def main(folder: Path, module: str, sizes: list[int]) -> None:
             child = os.fork()
             if child == 0:
                 try:
-                    run_rank(folder, module, rank, world)
+                    run_rank(module, rank, world)
                 finally:
                     sys.stderr.flush()
                     os._exit(0)
@@ -73,4 +79,7 @@ def main(folder: Path, module: str, sizes: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], [int(size) for size in sys.argv[3:]])
+    from tests.helpers import ranks  # not __main__: the checks import it by this name
+
+    ranks.folder = Path(sys.argv[1])
+    ranks.main(sys.argv[2], [int(size) for size in sys.argv[3:]])

@@ -77,7 +77,7 @@ def optimizers(
     if name not in ("muon", "adamw"):
         raise ValueError(f"optimizer: expected 'muon' or 'adamw', got {name!r}")
     if name == "adamw":
-        return [_adamw(model.parameters(), lr, weight_decay)]
+        return [adamw(model.parameters(), lr, weight_decay)]
     c = model.config
     stacked = {
         "qkv_proj": [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim],
@@ -92,7 +92,7 @@ def optimizers(
         else:
             rest.append(parameter)
     muon = Muon([{"params": groups[k], "splits": stacked.get(k)} for k in groups], lr, weight_decay=weight_decay)
-    return [muon, _adamw(rest, adamw_lr, 0.0)]
+    return [muon, adamw(rest, adamw_lr, 0.0)]
 
 
 @contextlib.contextmanager
@@ -108,5 +108,5 @@ def checkpointed(model: Model, enabled: bool) -> Iterator[None]:
             del layer.forward
 
 
-def _adamw(parameters: Iterable[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def adamw(parameters: Iterable[Any], lr: float, weight_decay: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)

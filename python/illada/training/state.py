@@ -110,6 +110,11 @@ class RunState:
             raise CheckpointError(
                 f"{self.file} is not a training state of this program; delete it, or choose another folder"
             )
+        self.check(saved)
+        return saved
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Raises CheckpointError for a state of other data or other settings."""
         if saved["identity"] != self.identity:
             raise CheckpointError(
                 f"{self.file} was trained on other data or another model; give the same, or choose another folder"
@@ -124,7 +129,6 @@ class RunState:
             raise CheckpointError(
                 f"{self.file} has other settings: {'; '.join(other)}; give the same, or choose another folder"
             )
-        return saved
 
     def save(self, state: dict[str, Any]) -> None:
         """Replaces state.pt."""

@@ -24,10 +24,11 @@ from ..errors import CheckpointError
 from ..model import Model, named_weights
 from .config import TrainConfig
 from .loader import Loader, Source
+from .objectives import Example
 from .optim import checkpointed, optimizers
 from .state import FolderLock, RunState, append_line, cut_log
 
-_ADVICE = "resume with a lower --lr, or check the data"
+ADVICE = "resume with a lower --lr, or check the data"
 
 
 @dataclass
@@ -77,16 +78,40 @@ class Trainer:
     ):
         self.model, self.source, self.config = model, source, config
         self.loader = Loader(config, model.config, source)
-        self.optimizers = optimizers(model, config.optimizer, config.lr, config.adamw_lr, config.weight_decay)
+        self.optimizers = self._make_optimizers()
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step, self.seconds, self.losses = 0, 0.0, np.zeros(0)
         self.log: Any = None
-        self.state = RunState(folder, config.flat(), identity) if folder else None
-        self.lock = FolderLock(folder).__enter__() if folder and lock is None else None
+        self.state = self._make_state(folder, config.flat(), identity) if folder else None
+        self.lock = self._make_lock(folder) if folder and lock is None else None
         if self.state is not None:
             self.state.sweep()
             self._resume()
             self.version = self.state.version()
+
+    # parallel.trainer has others of these
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        c = self.config
+        return optimizers(self.model, c.optimizer, c.lr, c.adamw_lr, c.weight_decay)
+
+    def _make_state(self, folder: Path, settings: dict[str, Any], identity: str) -> RunState:
+        return RunState(folder, settings, identity)
+
+    def _make_lock(self, folder: Path) -> FolderLock | None:
+        return FolderLock(folder).__enter__()
+
+    def _is_over(self, should_stop: Callable[[], bool]) -> bool:
+        return self.done >= 1 or should_stop()
+
+    def _agreed(self, value: float) -> float:
+        return value
+
+    def _example(self) -> Example:
+        return self.loader.example(self.step)
+
+    def _clip(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.optimizers[-1].param_groups[0]["params"], self.config.clip)
 
     def _resume(self) -> None:
         assert self.state is not None
@@ -125,11 +150,11 @@ class Trainer:
     def _check_weights(self) -> None:
         bad = next((name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())), None)
         if bad is not None:
-            raise ArithmeticError(f"step {self.step}: {bad} has become NaN or inf, and was not saved; {_ADVICE}")
+            raise ArithmeticError(f"step {self.step}: {bad} has become NaN or inf, and was not saved; {ADVICE}")
         with torch.no_grad():
             loss = self._loss()
         if not math.isfinite(loss):
-            raise ArithmeticError(f"step {self.step}: the loss is {loss}, and the weights were not saved; {_ADVICE}")
+            raise ArithmeticError(f"step {self.step}: the loss is {loss}, and the weights were not saved; {ADVICE}")
 
     @property
     def done(self) -> float:
@@ -198,18 +223,20 @@ class Trainer:
         last_save = time.monotonic()
         begun = time.monotonic() - self.seconds
         losses: list[float] = self.losses.tolist()
-        while self.done < 1 and not should_stop():
+        while not self._is_over(should_stop):
             loss = self.one_step()
             if not math.isfinite(loss):
-                raise ArithmeticError(f"step {self.step}: the loss is {loss}; {_ADVICE}")
+                raise ArithmeticError(f"step {self.step}: the loss is {loss}; {ADVICE}")
             losses.append(loss)
             self._write_log(loss)
             self.step += 1
-            self.seconds = time.monotonic() - begun
+            self.seconds = self._agreed(time.monotonic() - begun)
             if callback is not None:
                 tokens = self.config.batch_size * self.config.length
                 callback(Progress(self.step, min(1.0, self.done), loss, self.seconds, self.step * tokens))
-            due = self.step % save_every == 0 if save_every else time.monotonic() - last_save > save_seconds
+            due = (
+                self.step % save_every == 0 if save_every else self._agreed(time.monotonic() - last_save) > save_seconds
+            )
             if due and self.done < 1:
                 self.save()
                 last_save = time.monotonic()
@@ -224,8 +251,7 @@ class Trainer:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
         loss = self._loss(lambda part: part.backward())
-        adamw = self.optimizers[-1]
-        torch.nn.utils.clip_grad_norm_(adamw.param_groups[0]["params"], self.config.clip)
+        self._clip()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -236,7 +262,7 @@ class Trainer:
         c, device = self.config, self.model.device
         total = torch.zeros((), dtype=torch.float32, device=device)
         with checkpointed(self.model, c.checkpoint_activations):
-            for part in self.loader.example(self.step).split(c.accumulate):
+            for part in self._example().split(c.accumulate):
                 with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
                     loss = part.to(device).loss(self.model)
                 each(loss)

@@ -1,0 +1,57 @@
+"""Session: the ranks that torchrun started, from the first message between them to the last."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from .watch import Watch
+
+# A collective waits longer than the watch, which knows the rank by name.
+SLACK = 3.0
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or what sets the same variables, has started this process."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def local_device(device: str) -> torch.device:
+    """Returns this rank's device: of several GPUs the one of its number on the machine."""
+    if torch.device(device).type != "cuda":
+        return torch.device(device)
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: rank {os.environ['RANK']} needs GPU {index} of its machine, which has "
+            f"{torch.cuda.device_count()}; lower --nproc-per-node"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def session(device: torch.device, patience: float) -> Iterator[Watch]:
+    """Connects the ranks; inside it errors that come from another rank name it.
+
+    An error that all ranks find alike is raised on all and to be printed by one, see `Watch.is_first_to_say`.
+    """
+    timeout = datetime.timedelta(seconds=SLACK * patience)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    with Watch(patience) as watch:
+        try:
+            yield watch
+        except Exception as error:
+            explained = watch.explained(error)
+            if not watch.is_first_to_say(str(explained)):
+                sys.stderr.flush()
+                os._exit(2)  # another rank prints it; the groups cannot be left in order any more
+            raise explained from None
+    dist.destroy_process_group()

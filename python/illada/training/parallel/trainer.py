@@ -1,0 +1,142 @@
+"""ParallelTrainer: the trainer of a model whose weights lie on several ranks."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..optim import checkpointed
+from ..state import FolderLock, cut_log
+from ..trainer import ADVICE, Progress, Source, Trainer
+from .layout import any_rank, on_first, same
+from .model import ShardedModel
+from .optim import clip, optimizers
+from .share import Share
+from .state import ShardedState, tensors_of
+from .watch import WAIT
+
+
+class ParallelTrainer(Trainer):
+    """Trains on all ranks of a layout: every one of them makes the same calls.
+
+    Each rank draws the whole batch's masks, which are a function of (seed, step), and computes its part, so that a step
+    is that of one process: weights and denominators are the whole batch's. Everything that may differ between ranks,
+    time and signals, is agreed on.
+
+    Parameters
+    ----------
+    model : ShardedModel
+        Filled, unless the folder holds a state.
+    source, config, folder, identity : as `Trainer`
+        The folder is one that all ranks see. The state in it may be that of another layout.
+    lock : FolderLock, optional
+        On the first rank as `Trainer`; None on the others.
+    moved : callable
+        Called with the step and a word when the rank gets on.
+    """
+
+    def __init__(
+        self,
+        model: ShardedModel,
+        source: Source,
+        config: TrainConfig,
+        folder: Path | None = None,
+        identity: str = "",
+        lock: FolderLock | None = None,
+        moved: Callable[[int, str], object] = lambda step, word: None,
+    ) -> None:
+        self.sharded, self.ranks, self.moved = model, model.ranks, moved
+        super().__init__(model.model, source, config, folder, identity, lock)
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        c = self.config
+        return optimizers(self.sharded, c.optimizer, c.lr, c.adamw_lr, c.weight_decay)
+
+    def _make_state(self, folder: Path, settings: dict[str, Any], identity: str) -> ShardedState:
+        return ShardedState(folder, settings, identity)
+
+    def _make_lock(self, folder: Path) -> FolderLock | None:
+        return FolderLock(folder).__enter__() if dist.get_rank() == 0 else None
+
+    def _resume(self) -> None:
+        state = self.state
+        assert isinstance(state, ShardedState)
+        saved = state.find()
+        if saved is not None:
+            state.read(saved, tensors_of(self.sharded.weights(), self.optimizers))
+            self.step, self.seconds = saved["step"], saved["seconds"]
+        losses = on_first(lambda: [entry["loss"] for entry in cut_log(state.log, self.step)])
+        self.losses = np.array(losses)
+        if dist.get_rank() == 0:
+            self.log = open(state.log, "a", encoding="utf-8")
+
+    def save(self) -> None:
+        """Replaces the state in the folder, as `Trainer.save`; a rank that dies meanwhile leaves the previous one."""
+        self._check_weights()
+        if not isinstance(self.state, ShardedState):
+            return
+        self.moved(self.step, "save")
+        if self.log is not None:
+            self.log.flush()
+            os.fsync(self.log.fileno())
+        tensors = tensors_of(self.sharded.weights(), self.optimizers)
+        self.state.write(tensors, step=self.step, seconds=self.seconds)
+        self.version = self.state.version()
+
+    def _check_weights(self) -> None:
+        weights = self.sharded.weights()
+        bad = next((name for name, w in weights.items() if not bool(w.to_local().isfinite().all())), None)
+        if any_rank(bad is not None):
+            names: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(names, bad)
+            name = next(name for name in names if name is not None)
+            raise ArithmeticError(f"step {self.step}: {name} has become NaN or inf, and was not saved; {ADVICE}")
+        with torch.no_grad():
+            loss = self._loss()
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"step {self.step}: the loss is {loss}, and the weights were not saved; {ADVICE}")
+
+    def run(
+        self,
+        callback: Callable[[Progress], object] | None = None,
+        save_every: int | None = None,
+        save_seconds: float = 60.0,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Trains as `Trainer.run`. The callback is the first rank's; a stop on any rank stops all after the step."""
+        return super().run(callback if dist.get_rank() == 0 else None, save_every, save_seconds, should_stop)
+
+    def _is_over(self, should_stop: Callable[[], bool]) -> bool:
+        return any_rank(self.done >= 1 or should_stop())
+
+    def _agreed(self, value: float) -> float:
+        return same(value)
+
+    def _clip(self) -> None:
+        adamw = self.optimizers[-1]
+        clip([p for group in adamw.param_groups for p in group["params"]], self.config.clip, self.ranks)
+
+    def _loss(self, each: Callable[[Tensor], object] = lambda part: None) -> float:
+        c, ranks = self.config, self.ranks
+        self.moved(self.step, "batch")
+        total = torch.zeros((), dtype=torch.float32, device=ranks.device)
+        parts = self._example().split(ranks.layout.data * c.accumulate)
+        with checkpointed(self.model, c.checkpoint_activations):
+            for part in parts[ranks.data * c.accumulate : (ranks.data + 1) * c.accumulate]:
+                share = Share.of(part, self.model.config, ranks.layout.context, ranks.context)
+                loss = self.sharded(share.to(ranks.device))
+                each(loss)
+                total += loss.detach()
+        self.moved(self.step, WAIT)
+        loss = ranks.total(total).item()
+        self.moved(self.step, "update")
+        return loss

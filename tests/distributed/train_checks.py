@@ -1,0 +1,227 @@
+"""What every rank checks of training over ranks; test_train.py runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from illada import Model, ModelConfig
+from illada.errors import CheckpointError
+from illada.training import objectives
+from illada.training.config import TrainConfig
+from illada.training.objectives import Example
+from illada.training.parallel.layout import Layout, Ranks
+from illada.training.parallel.model import ShardedModel, whole
+from illada.training.parallel.share import Share
+from illada.training.parallel.trainer import ParallelTrainer
+from illada.training.trainer import Trainer
+
+from tests.helpers import ranks
+
+EPS = torch.finfo(torch.float32).eps
+SMALL: dict[str, Any] = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "ffn_dim": 48,
+    "vocab_size": 67,
+    "mask_id": 66,
+    "eos_id": 65,
+    "pad_id": 64,
+    "max_seq_len": 128,
+    "init_std": 0.2,
+}
+LAYOUTS = {2: [(1, 1, 2), (1, 2, 1), (2, 1, 1)], 4: [(2, 1, 2), (1, 2, 2)]}  # data, context, tensor
+
+
+def layouts() -> list[Layout]:
+    return [Layout(*sizes) for sizes in LAYOUTS[dist.get_world_size()]]
+
+
+def tokens(batch: int = 4, length: int = 21) -> torch.Tensor:
+    return torch.randint(64, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def examples() -> dict[str, Example]:
+    g = torch.Generator().manual_seed(7)
+    documents = objectives.split_windows(4, 21, 0.7, g)
+    return {
+        "full": objectives.full_sequence(tokens(), SMALL["mask_id"], g),
+        "packed": objectives.packed(tokens(), SMALL["mask_id"], g, documents=documents),
+        "block": objectives.block_diffusion(tokens(length=20), SMALL["mask_id"], g, block=4),
+    }
+
+
+def kinds() -> dict[str, ModelConfig]:
+    return {
+        "tied": ModelConfig(**SMALL, tie_embeddings=True),
+        "untied, qk norm, bias": ModelConfig(**SMALL, qk_norm=True, qkv_bias=True),
+        "shifted, blocks": ModelConfig(**SMALL, shifted_logits=True, causal_block=4),
+    }
+
+
+def alone(config: ModelConfig, example: Example) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(3)
+    model = Model(config)
+    loss = example.loss(model)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_losses_and_gradients_are_those_of_one_process() -> None:
+    """In each layout; gradients within 64 float32 roundings of the largest of a weight."""
+    device = torch.device("cpu")
+    for layout in layouts():
+        place = Ranks.connect(layout, device)
+        for (kind, config), (name, example) in zip(kinds().items(), examples().items()):
+            model = ShardedModel(config, place)
+            model.draw(3)
+            right, grads = alone(config, example)
+            part = example.split(layout.data)[place.data]
+            loss = model(Share.of(part, config, layout.context, place.context))
+            loss.backward()
+            said = (layout, kind, name)
+            assert abs(place.total(loss.detach()).item() - right) <= 20 * EPS * abs(right), said
+            for weight, rows in model.places().items():
+                mine = torch.cat([whole(p.grad) for _, p in rows])
+                bound = 64 * EPS * float(grads[weight].abs().max())
+                assert (mine - grads[weight]).abs().max() <= bound, (*said, weight)
+
+
+def check_weights_are_those_of_one_process() -> None:
+    for layout in layouts():
+        place = Ranks.connect(layout, torch.device("cpu"))
+        for config in kinds().values():
+            model = ShardedModel(config, place)
+            model.draw(3)
+            torch.manual_seed(3)
+            right = dict(Model(config).named_parameters())
+            assert all(torch.equal(weight, right[name]) for name, weight in model.gathered())
+
+
+def check_layouts_that_do_not_divide_are_refused() -> None:
+    config, world = ModelConfig(**SMALL), dist.get_world_size()
+    train = TrainConfig(steps=1, batch_size=6, length=8)
+
+    def said(tensor: int = 1, context: int = 1, **changed: Any) -> str:
+        try:
+            Layout.of(changed.pop("world", world), tensor, context, config, TrainConfig(**{**vars(train), **changed}))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert "world size: expected a multiple of tensor_parallel * context_parallel = 3" in said(tensor=3)
+    assert "tensor_parallel: expected a divisor of the model's 2 key heads, got 4" in said(tensor=4, world=4)
+    assert "batch_size: expected a multiple of the 4 data-parallel ranks, got 6" in said(world=4)
+    assert "accumulate: expected at most the 3 sequences of a rank, got 4" in said(world=2, accumulate=4)
+    assert "context_parallel: expected at least 1 rank, got 0" in said(context=0)
+    assert said(tensor=2, context=world // 2) == ""
+
+
+# ---- the trainer ----------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    def batch(self, step: int) -> np.ndarray:
+        return np.random.default_rng(step).integers(0, 64, (4, 20))
+
+
+def train_config(**changed: Any) -> TrainConfig:
+    settings = {"steps": 4, "batch_size": 4, "length": 20, "lr": 0.01, "adamw_lr": 0.01, "optimizer": "adamw"}
+    return TrainConfig(**{**settings, **changed})
+
+
+def model_config(config: TrainConfig) -> ModelConfig:
+    return ModelConfig(**SMALL, tie_embeddings=True, causal_block=4 * (config.objective == "block"))
+
+
+def losses_alone(config: TrainConfig) -> list[float]:
+    torch.manual_seed(3)
+    trainer = Trainer(Model(model_config(config)), Batches(), config)
+    trainer.run()
+    return trainer.losses.tolist()
+
+
+def parallel(layout: Layout, config: TrainConfig, folder: Path | None = None, identity: str = "x") -> ParallelTrainer:
+    model = ShardedModel(model_config(config), Ranks.connect(layout, torch.device("cpu")))
+    model.draw(3)
+    return ParallelTrainer(model, Batches(), config, folder, identity)
+
+
+def near(mine: list[float], right: list[float]) -> bool:
+    """Losses of four steps, of which each makes a rounding larger: AdamW divides by a gradient's own size."""
+    return len(mine) == len(right) and max(abs(a - b) for a, b in zip(mine, right)) < 2e-4
+
+
+def check_steps_are_those_of_one_process() -> None:
+    configs = (
+        train_config(objective="block", accumulate=2 if dist.get_world_size() == 2 else 1),
+        train_config(objective="packed", optimizer="muon", clip=0.1, weight_decay=0.1),
+    )
+    for config in configs:
+        right = losses_alone(config)
+        for layout in layouts():
+            if layout.data * config.accumulate <= 4:
+                trainer = parallel(layout, config)
+                assert trainer.run()
+                assert near(trainer.losses.tolist(), right), (layout, config, trainer.losses, right)
+
+
+def check_activations_computed_again_change_nothing() -> None:
+    for layout in layouts():
+        losses = []
+        for again in (False, True):
+            trainer = parallel(layout, train_config(steps=2, checkpoint_activations=again))
+            trainer.run()
+            losses.append(trainer.losses.tolist())
+        assert losses[0] == losses[1], (layout, losses)
+
+
+def check_a_state_goes_on_in_another_layout_and_world() -> None:
+    """Two ranks save after a step, two others go on after the second; then four ranks, and four others end it."""
+    config = train_config(optimizer="muon")
+    right = losses_alone(config)
+    stops = iter((1, 2) if dist.get_world_size() == 2 else (3, 4))
+    for layout, stop in zip(layouts(), stops):
+        trainer = parallel(layout, config, ranks.folder / "handed over")
+        assert trainer.step == stop - 1
+        trainer.run(should_stop=lambda trainer=trainer, stop=stop: trainer.step >= stop)
+        assert near(trainer.losses.tolist(), right[:stop]), (layout, trainer.losses, right)
+
+
+def check_a_state_of_another_run_is_refused_on_every_rank() -> None:
+    folder = ranks.folder / f"refused {dist.get_world_size()}"
+    parallel(layouts()[0], train_config(steps=1), folder).run()
+    for config, identity, said in (
+        (train_config(steps=1, seed=2), "x", "has other settings: seed 0 instead of 2"),
+        (train_config(steps=1), "other", "was trained on other data"),
+    ):
+        try:
+            parallel(layouts()[1], config, folder, identity)
+        except CheckpointError as error:
+            assert said in str(error)
+        else:
+            raise AssertionError(said)
+        dist.barrier()
+
+
+def check_weights_that_are_not_finite_are_never_saved() -> None:
+    folder = ranks.folder / f"finite {dist.get_world_size()}"
+    trainer = parallel(layouts()[0], train_config(steps=2), folder)
+    trainer.save()
+    before = (folder / "state.json").read_text()
+    with torch.no_grad():
+        if dist.get_rank() == 0:
+            trainer.sharded.weights()["norm.weight"].to_local()[0] = torch.nan
+    try:
+        trainer.save()
+    except ArithmeticError as error:
+        assert "norm.weight has become NaN or inf" in str(error)
+    else:
+        raise AssertionError("saved")
+    assert (folder / "state.json").read_text() == before
