@@ -127,7 +127,7 @@ class ShardedModel(nn.Module):
 
     def forward(self, share: Share) -> Tensor:
         """Returns this rank's part of the weighted sum, a float32 scalar; the ranks of a tensor group have the same."""
-        hidden = self.model.unshifted(share.tokens, share.key_ranges, share.positions)
+        hidden = self.model(share.tokens, share.key_ranges, share.positions, shift=False)
         x = hidden.flatten(0, 1)[share.rows]  # (N, D)
         c, head = self.config, self.model.head_weight
         masked = torch.ones_like(share.targets, dtype=torch.bool)

@@ -55,7 +55,7 @@ class Share:
 
 
 def _scored_rows(part: Example, config: ModelConfig, positions: Tensor) -> Tensor:
-    """Returns which row of `Model.unshifted` gives the logits of each target, (B, S)."""
+    """Returns which of the unshifted rows of `Model` gives the logits of each target, (B, S)."""
     rows = part.previous if config.shifted_logits else part.rows
     if rows is None:
         rows = torch.arange(part.targets.shape[1])[None]
