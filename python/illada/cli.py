@@ -149,6 +149,9 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
     how("--confidence", choices=("probability", "margin", "neg_entropy", "random", "sampled"), **says)
     how("--confidence-temperature", type=float, **says)
     how("--rank-temperature", type=float, **says)
+    how("--top-k", type=int, metavar="K", help="draw from the K most probable", **says)
+    how("--top-p", type=float, metavar="P", help="draw from the most probable that have P of the mass", **says)
+    how("--min-p", type=float, metavar="P", help="draw from what is P times as probable as the best", **says)
     how("--order", choices=("confidence", "left"), **says)
     how(
         "--edit",

@@ -8,7 +8,7 @@ import torch
 from illada import GenerationConfig, PromptError, fill, generate
 from illada.decoding.fill import fill_hole
 
-from illada_kernels import TopK
+from illada_kernels import Renoise, TopK
 from tests.helpers.models import make, tiny
 
 MODEL = make(tiny())
@@ -72,6 +72,14 @@ def test_prompts_of_any_type_mean_the_same():
         ({"logit_bias": ([7, 8], [1.0])}, "logit_bias: expected a value for each id, got 2 ids and 1 values"),
         ({"logit_bias": 3}, "logit_bias: expected {id: value} or"),
         ({"temperature": "hot"}, "temperature: expected a finite number, got 'hot'"),
+        ({"top_k": 0, "temperature": 1.0}, "top_k: expected at least 1, got 0"),
+        ({"top_k": 2.5, "temperature": 1.0}, "top_k: expected an integer of at least 1, got 2.5"),
+        ({"top_p": 1.5, "temperature": 1.0}, "top_p: expected a number from 0 to 1, got 1.5"),
+        ({"top_p": "most", "temperature": 1.0}, "top_p: expected a finite number, got 'most'"),
+        ({"min_p": -0.1, "temperature": 1.0}, "min_p: expected a number from 0 to 1, got -0.1"),
+        ({"top_p": 0.9, "temperature": 0}, "top_p: expected None at temperature 0, where nothing is drawn, got 0.9"),
+        ({"rule": lambda now: Renoise(0.1)}, "rule: expected one that fills masks, got Renoise; use sampler='canvas'"),
+        ({"rule": Renoise(0.1)}, "rule: expected None or one of TopK, Threshold, Factor, EntropyBound, got Renoise"),
         ({"guidance": None}, "guidance: expected a finite number, got None"),
         ({"rule": 0.9}, "rule: expected None or one of TopK, Threshold, Factor, EntropyBound, got 0.9"),
         ({"revise": TopK(1)}, "revise: expected None or one of Edit, Remask"),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from illada.decoding.config import GenerationConfig
+from illada.decoding.decoder import Decoder
 from illada.decoding.fill import fill
 from illada.decoding.generate import generate
 from illada.errors import PromptError
@@ -521,3 +522,27 @@ def test_a_model_of_nan_is_an_error_and_no_text():
     for rule in (TopK(1), Threshold(0.5)):
         with pytest.raises(RuntimeError, match="sequence 0: 8 positions stayed masked; the model's hidden rows"):
             generate(model, PROMPTS, settings(model, rule=rule))
+
+
+# ---- truncation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", MODELS)
+def test_drawing_from_the_best_alone_is_greedy_and_from_more_is_not(preset):
+    model = model_of(preset)
+    greedy = generate(model, PROMPTS, settings(model)).tokens
+    free = generate(model, PROMPTS, settings(model, temperature=3.0, seed=2)).tokens
+    for name, best, more in (("top_k", 1, 9), ("top_p", 0.0, 0.7), ("min_p", 1.0, 0.3)):
+        drawn = generate(model, PROMPTS, settings(model, temperature=3.0, seed=2, **{name: best})).tokens
+        some = generate(model, PROMPTS, settings(model, temperature=3.0, seed=2, **{name: more})).tokens
+        assert drawn == greedy != free and some not in (greedy, free)
+    assert decoded(model, temperature=3.0, top_p=0.0, seed=2) == decoded(model)
+
+
+def decoded(model: Model, **changes) -> list[list[int]]:
+    decoder, done = Decoder(model, settings(model, **changes), slots=2), {}
+    tickets = [decoder.submit(prompt) for prompt in PROMPTS]
+    while decoder.step():
+        done |= {d.ticket: d.tokens for d in decoder.collect()}
+    done |= {d.ticket: d.tokens for d in decoder.collect()}
+    return [done[ticket] for ticket in tickets]

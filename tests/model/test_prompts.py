@@ -126,6 +126,7 @@ def test_every_setting_reaches_the_decoder(folder, monkeypatch):
     more = "--threshold 0.5 --remask 2 --revise-steps 3 --cache dual --refresh-every 2 --guidance 0.5 --forbid 1 2"
     more += " --defer 3 --logit-bias 5=1.5 --growing-bias 6=0.1 --temperature 0.5 --confidence sampled --all-masks"
     more += " --rank-temperature 0.1 --order confidence --confidence-temperature 0.7 --stop-ids 7 8 --seed 9"
+    more += " --top-k 40 --top-p 0.9 --min-p 0.05"
     assert main(command(folder, "--prompt", "a", *more.split())) == 0
     c = seen[0]
     assert isinstance(c.rule, Threshold) and c.rule.tau == 0.5 and isinstance(c.revise, Remask) and c.revise.n == 2
@@ -133,6 +134,7 @@ def test_every_setting_reaches_the_decoder(folder, monkeypatch):
     assert got == (3, "dual", 2, 0.5, [1, 2], [3], [7, 8], 9)
     got = (c.logit_bias, c.growing_bias, c.temperature, c.confidence, c.variable_length, c.confidence_temperature)
     assert got == ({5: 1.5}, {6: 0.1}, 0.5, "sampled", False, 0.7)
+    assert (c.top_k, c.top_p, c.min_p) == (40, 0.9, 0.05)
     assert (
         main(
             ["generate", "--model", str(folder), "--prompt", "a", "--sampler", "d3llm", "--sampler-option", "length=4"]

@@ -430,13 +430,10 @@ def test_a_canvas_is_denoised_as_diffusion_gemma_s_without_a_cache(preset):
     for b, prompt in enumerate(PROMPTS):
         text, passes = list(prompt), 0
         for canvas in range(2):
-            noise = torch.Generator().manual_seed(config["seed"][b] * 1_000_003 + canvas)
-
-            def redraw(noise=noise):
-                ids = torch.randint(model.config.vocab_size - 1, (k,), generator=noise)
-                return ids + (ids >= 49)
-
-            shown, best, n = redraw(), None, len(text)
+            seed = config["seed"][b]
+            noise = torch.Generator().manual_seed(seed * 1_000_003 + canvas)
+            shown = torch.randint(model.config.vocab_size - 1, (k,), generator=noise)
+            shown, best, n = shown + (shown >= 49), None, len(text)
             high = [*range(1, n + 1), *[n + k] * k]
             ranges = KeyRanges(torch.tensor([[[0, h, h, h] for h in high]], dtype=torch.int32), n + k)
             for step in range(steps):
@@ -464,7 +461,10 @@ def test_a_canvas_is_denoised_as_diffusion_gemma_s_without_a_cache(preset):
                 kept = torch.zeros(k, dtype=torch.bool)
                 kept[order] = entropy[order].cumsum(0) - entropy[order] <= 3.0
                 before, best, passes = best, free.argmax(-1), passes + 1
-                shown = torch.where(kept, out.proposal[0], redraw())
+                at = [torch.tensor(x) for x in (seed, 0, range(k), canvas * steps + step)]
+                w0, w1 = (w.tolist() for w in philox(*at, 3)[:2])
+                noise = torch.tensor([(a << 32 | b) * model.config.vocab_size >> 64 for a, b in zip(w0, w1)])
+                shown = torch.where(kept, out.proposal[0], noise)
                 if before is not None and torch.equal(before, best) and entropy.mean() < 2.5:
                     break
             text += best.tolist()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import illada_kernels
-from illada_kernels import EntropyBound, TopK
+from illada_kernels import Renoise
 
 from ..errors import PromptError
 from ..model import Model
@@ -72,20 +72,18 @@ class Canvas:
     def fill(self, index: int, callback: Callable[[Step], object] | None) -> Tensor:
         """Fills canvas `index` of every sequence; returns the passes that each took."""
         batch, k, flag = len(self.seeds), self.length, LateFlag(self.device)
-        noise = [torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63) for seed in self.seeds]
-        shown, best = self._uniform(noise), torch.full((batch, k), -1, device=self.device)
+        shown, best = self._uniform(index), torch.full((batch, k), -1, device=self.device)
         calm = torch.zeros(batch, dtype=torch.bool, device=self.device)
         took = torch.zeros(batch, dtype=torch.int64, device=self.device)
         at = self.known[:, None] - 1 + torch.arange(k + 1, device=self.device)  # the last known token and the canvas
         last = self.tokens.gather(1, at[:, :1])
         for step in range(self.steps):
             hidden = self._hidden(torch.cat([last, shown], 1), at)
-            kept, proposal, argmax, entropy = self._propose(hidden, index * self.steps + step, self.steps - step)
+            kept, argmax, entropy = self._renoise(hidden, shown, index * self.steps + step, self.steps - step)
             repeats = (argmax == best).all(1) & (entropy.mean(1) < self.options["calm"])
             best = torch.where(calm[:, None], best, argmax)
             took += ~calm
             calm = calm | repeats
-            shown = torch.where(kept, proposal, self._uniform(noise))
             self.passes += 1
             self.tokens.scatter_(1, at[:, 1:], best)
             flag.write(calm.all())
@@ -104,25 +102,24 @@ class Canvas:
         high = torch.where(at < self.known[:, None], at + 1, (self.known + self.length)[:, None])
         return self.model(window, up_to(high, self.columns), at, self.cache.at(self.known - 1))[:, 1:]
 
-    def _propose(self, hidden: Tensor, step: int, to_go: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns which tokens are kept (B, K), the drawn ones, the argmax and the entropies in nats."""
+    def _renoise(self, hidden: Tensor, shown: Tensor, step: int, to_go: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Writes the next canvas into shown (B, K); returns what is kept, the argmax and the entropies in nats."""
         cold, hot, c = self.options["cold"], self.options["hot"], self.model.config
         heat = cold + (hot - cold) * to_go / self.steps
         places = torch.arange(self.length, device=self.device).expand(len(hidden), -1)
-        options: dict[str, Any] = {"mask_id": c.mask_id, "forbid": self.config.forbid}
-        options |= {"confidence": "neg_entropy", "confidence_temperature": heat or 1.0}
-        argmax, drawn = (torch.full_like(places, c.mask_id, memory_format=torch.contiguous_format) for _ in range(2))
-        out = illada_kernels.unmask(hidden, self.model.head_weight, argmax, places, TopK(self.length), **options)
-        entropy = -out.confidence
         seeds = torch.tensor(self.seeds, dtype=torch.int64, device=self.device)
-        options |= {"temperature": heat, "seed": seeds, "step": step}
-        rule = EntropyBound(self.options["bound"])
-        out = illada_kernels.unmask(hidden, self.model.head_weight, drawn, places, rule, **options)
-        return out.committed, out.proposal, argmax, entropy
+        options: dict[str, Any] = {"mask_id": c.mask_id, "forbid": self.config.forbid, "seed": seeds, "step": step}
+        options |= {"confidence": "neg_entropy", "confidence_temperature": heat or 1.0, "temperature": heat}
+        options |= {name: getattr(self.config, name) for name in ("top_k", "top_p", "min_p")}
+        rule = Renoise(self.options["bound"])
+        out = illada_kernels.unmask(hidden, self.model.head_weight, shown, places, rule, **options)
+        argmax = torch.where(out.proposal < 0, c.mask_id, out.proposal)  # a row of NaN has none
+        return out.committed, argmax, -out.confidence
 
-    def _uniform(self, noise: list[torch.Generator]) -> Tensor:
+    def _uniform(self, index: int) -> Tensor:
         """Returns ids (B, K), uniform without the mask; a sequence's do not depend on the others."""
         c = self.model.config
+        noise = [torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63) for seed in self.seeds]
         ids = torch.stack([torch.randint(c.vocab_size - 1, (self.length,), generator=g, device="cpu") for g in noise])
         return (ids + (ids >= c.mask_id)).to(self.device, non_blocking=True)
 

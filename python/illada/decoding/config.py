@@ -39,6 +39,8 @@ class GenerationConfig:
         pass).
     confidence, order, rank_temperature, temperature, confidence_temperature, defer
         As in `illada_kernels.unmask`.
+    top_k, top_p, min_p : int, float, float, optional
+        Bound what is drawn, as in `illada_kernels.unmask`. They need a temperature.
     forbid : collection of int, optional
         Ids that are never proposed, beside mask_id, which never is.
     logit_bias : dict or (ids, values), optional
@@ -77,6 +79,9 @@ class GenerationConfig:
     rank_temperature: float = 0.0
     temperature: float = 0.0
     confidence_temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
     seed: int | Sequence[int] = 0
     revise: Edit | Remask | Callable[[Pass], Remask] | None = None
     revise_steps: int = 16

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 import illada_kernels
-from illada_kernels import Edit, KeyRanges, Remask, TopK
+from illada_kernels import Edit, KeyRanges, Remask, Renoise, TopK
 
 from ..config import ModelConfig
-from ..errors import DecodingError
+from ..errors import DecodingError, PromptError
 from ..model import Model
 from .cache import Cache
 from .config import Sampling
@@ -258,6 +258,8 @@ class BlockLoop:
     def commit(self, rows: Tensor, candidates: Tensor, now: Pass, revise: Edit | Remask | None) -> Unmasked:
         """Proposes tokens at the candidates and writes those that the schedule picks."""
         rule = self.sampling.schedule(now)
+        if isinstance(rule, Renoise):
+            raise PromptError("rule: expected one that fills masks, got Renoise; use sampler='canvas'")
         out = illada_kernels.unmask(
             rows,
             self.model.head_weight,

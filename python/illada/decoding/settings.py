@@ -31,10 +31,16 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
     elif config.sampler_options:
         raise PromptError("sampler_options: expected none without a sampler")
     counts = {"max_new_tokens": 1, "block_length": 1, "steps": 1, "steps_per_block": 1, "revise_steps": 0}
-    counts["refresh_every"] = 0
+    counts |= {"refresh_every": 0, "top_k": 1}
     plain: dict[str, Any] = {name: _count(config, name, least) for name, least in counts.items()}
     for name in ("temperature", "confidence_temperature", "rank_temperature", "guidance"):
         plain[name] = _number(name, getattr(config, name))
+    for name in ("top_p", "min_p"):
+        plain[name] = _share(name, getattr(config, name))
+    cold = not isinstance(plain["temperature"], Tensor) and plain["temperature"] == 0
+    for name in ("top_k", "top_p", "min_p"):
+        if plain[name] is not None and cold and config.sampler != "canvas":  # which has temperatures of its own
+            raise PromptError(f"{name}: expected None at temperature 0, where nothing is drawn, got {plain[name]!r}")
     for name, kinds in (("rule", Rule), ("revise", Edit | Remask)):
         value = getattr(config, name)
         if value is None or callable(value) or (name == "rule" and isinstance(value, Tensor | Choose)):
@@ -81,6 +87,9 @@ def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_leng
             "defer": config.defer,
             "temperature": config.temperature,
             "confidence_temperature": config.confidence_temperature,
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "min_p": config.min_p,
             "forbid": config.forbid,
             "logit_bias": config.logit_bias,
         },
@@ -190,6 +199,14 @@ def _number(name: str, value: Any) -> Any:
     if not math.isfinite(number):
         raise PromptError(f"{name}: expected a finite number, got {value!r}")
     return number
+
+
+def _share(name: str, value: Any) -> Any:
+    """Returns None, a float from 0 to 1, or a 0-d tensor."""
+    share = None if value is None else _number(name, value)
+    if isinstance(share, float) and not 0 <= share <= 1:
+        raise PromptError(f"{name}: expected a number from 0 to 1, got {value!r}")
+    return share
 
 
 def _logit_bias(name: str, bias: Any, vocab_size: int) -> tuple[Any, Any]:

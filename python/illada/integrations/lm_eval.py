@@ -29,7 +29,12 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error.name} is missing: pip install 'lm_eval>=0.4.13'") from None
 
-_NEUTRAL = {"top_p": (None, 1), "top_k": (None, 0, -1), "num_beams": (None, 1), "repetition_penalty": (None, 1)}
+_NEUTRAL: dict[str, tuple[int | None, ...]] = {"num_beams": (None, 1), "repetition_penalty": (None, 1)}
+_TRUNCATIONS: dict[str, tuple[int | None, ...]] = {
+    "top_p": (None, 1),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0),
+}  # with what truncates nothing
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # most important first
 _SETTINGS = {field.name for field in dataclasses.fields(GenerationConfig)} - {"max_new_tokens", "stop_ids"}
 
@@ -230,9 +235,12 @@ class IlladaLM(LM):
             asked["temperature"] = float(asked.get("temperature", 1.0)) if sampled else 0.0
         for name, values in _NEUTRAL.items():
             value = asked.pop(name, None)
-            if value not in values and (float(asked.get("temperature") or 0) > 0 or name not in ("top_p", "top_k")):
+            if value not in values:
                 raise ValueError(f"gen_kwargs: {name} = {value!r} is not supported; expected {values[1]}")
         settings = {**self.settings, **{name: asked[name] for name in asked if name not in _LENGTHS}}
+        for name, values in _TRUNCATIONS.items():  # nothing is drawn without a temperature
+            if name in settings and (settings[name] in values or not float(settings.get("temperature") or 0) > 0):
+                del settings[name]
         if unknown := sorted(set(settings) - _SETTINGS):
             raise ValueError(f"gen_kwargs: {', '.join(unknown)} is not known; expected {', '.join(sorted(_SETTINGS))}")
         block = settings.get("block_length") or self.model.config.causal_block or min(32, size)
