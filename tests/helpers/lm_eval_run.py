@@ -42,6 +42,14 @@ def samples(results: dict[str, Any]) -> dict[str, Any]:
     return by_task
 
 
+def truncations(lm: IlladaLM) -> list[Any]:
+    """What the settings make of what tasks ask for."""
+    asked = [{"top_p": 0.9, "top_k": 5, "min_p": 0.1}, {"top_p": 1, "top_k": -1, "min_p": 0}]
+    hot = [lm._generation({**one, "temperature": 0.7})[0] for one in asked]
+    cold = [lm._generation({**asked[0], "do_sample": False})[0], lm._generation(asked[0])[0]]
+    return [[config.top_p, config.top_k, config.min_p] for config in hot + cold]
+
+
 def run(model: str, tasks: str) -> dict[str, Any]:
     lm = IlladaLM(model, device="cpu", **SCORING)
     found = evaluate(lm, TASKS, tasks, bootstrap_iters=0)
@@ -64,6 +72,7 @@ def run(model: str, tasks: str) -> dict[str, Any]:
         "unknown gen_kwargs": error(
             lambda: evaluate(lm, TASKS[1:2], tasks, gen_kwargs={"typical_p": 0.5}, bootstrap_iters=0)
         ),
+        "truncations": truncations(lm),
         "too long": error(lambda: evaluate(lm, TASKS[1:2], tasks, gen_kwargs={"max_gen_toks": 99}, bootstrap_iters=0)),
     }
 

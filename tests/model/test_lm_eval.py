@@ -154,6 +154,10 @@ def test_both_commands_print_the_same_table(harness):
         assert float(accuracy[1]) == pytest.approx(float(harness.results["local_choice"]["acc,none"]), abs=5e-5)
 
 
+def test_what_is_drawn_from_is_bounded_where_there_is_a_temperature(harness):
+    assert harness.truncations == [[0.9, 5, 0.1]] + 3 * [[None, None, None]]
+
+
 def test_settings_that_are_not_known_are_named(harness):
     found = vars(harness)
     assert found["unknown model_args"].startswith("model_args: blok_length is not known; expected block_length, cache")
