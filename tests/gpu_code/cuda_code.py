@@ -153,8 +153,16 @@ def compile_ptx(source: str) -> None:
         _nvcc(source, "80", ["-ptx", "-gencode=arch=compute_80,code=compute_80", "-o", f"{folder}/out.ptx"])
 
 
+@functools.cache
+def _reader() -> str:
+    """A hash of what reads a cubin."""
+    files = (Path(__file__), Path(str(find_tool("nvdisasm"))), Path(str(loads_ahead.__code__.co_filename)))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.exists())).hexdigest()[:16]
+
+
+@functools.cache
 def compile_source(source: str, arch: str) -> Compiled:
-    """Compiles for one architecture (cached by content) and reads what ptxas reports and the disassembler shows."""
+    """Compiles for one architecture and reads what ptxas reports and the disassembler shows, both cached by content."""
     stem = CACHE / f"{Path(source).stem}-{arch}-{_digest(source, arch)}"
     cubin, log = stem.with_suffix(".cubin"), stem.with_suffix(".log")
     if not (cubin.exists() and log.exists()):
@@ -168,11 +176,18 @@ def compile_source(source: str, arch: str) -> Compiled:
             (Path(folder) / "log").write_text(text)
             os.replace(target, cubin)
             os.replace(Path(folder) / "log", log)
-    disassembler = find_tool("nvdisasm")
-    sass = ""
-    if disassembler:
-        sass = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    return Compiled(_read_kernels(source, arch, log.read_text(), sass), _warnings(log.read_text()), sass)
+    read = stem.with_name(f"{stem.name}-{_reader()}.json")
+    if not read.exists():
+        disassembler = find_tool("nvdisasm")
+        sass = ""
+        if disassembler:
+            sass = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+        made = Compiled(_read_kernels(source, arch, log.read_text(), sass), _warnings(log.read_text()), sass)
+        fresh = read.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(asdict(made)))
+        fresh.replace(read)
+    saved = json.loads(read.read_text())
+    return Compiled([Kernel(**k) for k in saved["kernels"]], saved["warnings"], saved["sass"])
 
 
 def _warnings(log: str) -> list[str]:
