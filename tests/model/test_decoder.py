@@ -43,6 +43,7 @@ HOW = {
     "sampled": {"rule": Factor(1.0), "temperature": 1.0},
     "edit": {"rule": Threshold(0.1), "revise": Edit(0.1), "revise_steps": 3},
     "stop": {"rule": TopK(2), "stop_ids": tuple(range(12))},
+    "stop_when": {"rule": TopK(2), "stop_when": lambda ids: any(i < 12 for i in ids)},
 }
 
 

@@ -233,6 +233,34 @@ def test_a_stop_token_ends_a_sequence_and_all_of_them_end_the_loop():
     assert unstopped.forward_passes == 16 and unstopped.tokens == [[eos] * 16] * 3
 
 
+@pytest.mark.parametrize("preset", ["demo", "SDAR-8B", "Qwen2.5-7B"])
+@pytest.mark.parametrize("variable_length", [True, False])
+def test_stop_when_ends_a_sequence_at_the_block_in_which_it_holds(preset, variable_length):
+    """Each sequence's tokens are those without it, up to the end of the block that meets its condition."""
+    model = model_of(preset)
+    common = {"variable_length": variable_length or preset != "demo", "max_new_tokens": 16}
+    free = generate(model, PROMPTS, settings(model, **common))
+    wanted = [row[i] for row, i in zip(free.tokens, (0, 5, 15))]
+    asked: list[list[int]] = []
+
+    def found(ids: list[int]) -> bool:
+        asked.append(ids)
+        return any(row[: len(ids)] == ids and token in ids for row, token in zip(free.tokens, wanted))
+
+    result = generate(model, PROMPTS, settings(model, stop_when=found, **common))
+    for text, row, token in zip(result.tokens, free.tokens, wanted):
+        assert token in text and text == row[: len(text)]
+    assert result.stopped == [True] * 3 and len(result.tokens[0]) < 16 and result.forward_passes <= free.forward_passes
+    assert all(0 < len(ids) <= 16 and model.config.mask_id not in ids for ids in asked)
+    never = generate(model, PROMPTS, settings(model, stop_when=lambda ids: False, **common))
+    assert never == free
+
+
+def test_stop_when_that_is_no_function_is_named():
+    with pytest.raises(PromptError, match="stop_when: expected a function of a list of ids"):
+        generate(model_of("demo"), PROMPTS, settings(model_of("demo"), stop_when="\n"))
+
+
 def test_a_logit_bias_beyond_the_vocabulary_is_named():
     model = model_of("demo")
     with pytest.raises(PromptError, match=r"logit_bias: expected ids in \[0, \d+\), got 100000"):

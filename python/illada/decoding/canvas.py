@@ -26,7 +26,7 @@ _OPTIONS = {"cold": 0.4, "hot": 0.8, "bound": 0.1, "calm": 0.005}
 
 def check(config: GenerationConfig) -> None:
     """Raises PromptError for settings that a canvas has no use for."""
-    for name in ("rule", "revise", "steps", "cache", "growing_bias"):
+    for name in ("rule", "revise", "steps", "cache", "growing_bias", "stop_when"):
         if getattr(config, name) is not None:
             raise PromptError(f"{name}: expected none with sampler 'canvas', got {getattr(config, name)!r}")
     for name in ("temperature", "guidance", "rank_temperature"):

@@ -60,6 +60,9 @@ class GenerationConfig:
         every `refresh_every` passes (0: never again; 1: every pass, which equals "none").
     stop_ids : int or collection of int, optional
         Tokens that end a sequence. None: the model's `eos_ids`; (): none.
+    stop_when : callable, optional
+        Takes the tokens that a sequence has generated so far, a list of int, when one of its blocks is done; True ends
+        the sequence there, its tokens uncut. For stop strings: `lambda ids: "\n\n" in tokenizer.decode(ids)`.
     variable_length : bool, optional
         True: a block's masks appear when the block is reached (iLLaDA). False: all `max_new_tokens` masks are visible
         from the start (LLaDA). None: as published for the model's family.
@@ -88,6 +91,7 @@ class GenerationConfig:
     cache: str | None = None
     refresh_every: int = 0
     stop_ids: int | Iterable[int] | None = None
+    stop_when: Callable[[list[int]], bool] | None = None
     variable_length: bool | None = None
     guidance: float = 0.0
     forbid: int | Iterable[int] | None = None

@@ -231,6 +231,8 @@ class Decoder:
             inside = len(row.prompt) % self.whole  # prompt tokens in `text`
             text = row.text[inside:][: self.settings.max_new_tokens]
             end = next((i for i, token in enumerate(text) if token in self.stop_ids), None)
+            if end is None and self.settings.stop_when is not None and self.settings.stop_when(list(text)):
+                end = len(text)
             if end is None and len(text) < self.settings.max_new_tokens:
                 continue
             self.rows[b] = None

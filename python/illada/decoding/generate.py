@@ -104,6 +104,7 @@ class _Continuation:
         stop_ids: tuple[int, ...],
     ) -> None:
         self.model, self.rows, self.block_length, self.stop_ids = model, rows, block_length, stop_ids
+        self.stop_when, self.ended = config.stop_when, [False] * len(rows)
         whole = model.config.causal_block or 1
         before = [len(row) // whole * whole for row in rows]  # columns before the first block
         self.first = max(before, default=0)
@@ -141,9 +142,19 @@ class _Continuation:
                 ended = torch.isin(tokens[:, block], stops) & open_columns[:, block]
                 open_columns &= ~ended.any(1, keepdim=True)
                 running = open_columns.any(1).tolist()  # the one synchronisation of a block
-                if not any(running):
-                    break
+            if self.stop_when is not None:
+                self.ask(self.stop_when, tokens[:, : block.stop].tolist(), running)
+                running = [on and not ended for on, ended in zip(running, self.ended)]
+                open_columns &= torch.tensor(running, device=model.device)[:, None]
+            if not any(running):
+                break
         return self.result(tokens.tolist(), loop)
+
+    def ask(self, stop_when: Callable[[list[int]], bool], table: list[list[int]], running: list[bool]) -> None:
+        """Asks of each sequence that is running whether its tokens so far end it."""
+        for b, row in enumerate(table):
+            if running[b] and not self.ended[b] and stop_when(row[self.prompt_ends[b] : self.ends[b]]):
+                self.ended[b], self.ends[b] = True, min(self.ends[b], len(row))
 
     def masks_of(self, b: int, block: slice) -> int:
         return max(0, min(block.stop, self.ends[b]) - max(block.start, self.prompt_ends[b]))
@@ -155,5 +166,6 @@ class _Continuation:
             stop = next((i for i, token in enumerate(text) if token in self.stop_ids), None)
             texts.append(text[:stop])
             stopped.append(stop is not None)
+        stopped = [stop or ended for stop, ended in zip(stopped, self.ended)]
         check_filled(texts, self.model.config)
         return Generation(texts, stopped, loop.passes.tolist(), self.filled, loop.forward_passes)

@@ -48,6 +48,8 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
         if not isinstance(value, kinds):
             names = ", ".join(kind.__name__ for kind in get_args(kinds))
             raise PromptError(f"{name}: expected None or one of {names}, got {value!r}")
+    if config.stop_when is not None and not callable(config.stop_when):
+        raise PromptError(f"stop_when: expected a function of a list of ids, or None, got {config.stop_when!r}")
     for name in ("stop_ids", "forbid", "defer"):
         value = getattr(config, name)
         plain[name] = None if value is None else tuple(_ids(name, value, model.vocab_size))

@@ -22,7 +22,7 @@ from .replay import LateFlag
 
 def check(config: GenerationConfig) -> None:
     """Raises PromptError for settings that a greedy draft has no use for."""
-    for name in ("rule", "revise", "steps", "steps_per_block", "cache", "growing_bias"):
+    for name in ("rule", "revise", "steps", "steps_per_block", "cache", "growing_bias", "stop_when"):
         if getattr(config, name) is not None:
             raise PromptError(f"{name}: expected none with sampler {config.sampler!r}, got {getattr(config, name)!r}")
     for name in ("temperature", "guidance", "rank_temperature"):

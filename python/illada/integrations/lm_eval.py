@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ _TRUNCATIONS: dict[str, tuple[int | None, ...]] = {
     "min_p": (None, 0),
 }  # with what truncates nothing
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # most important first
-_SETTINGS = {field.name for field in dataclasses.fields(GenerationConfig)} - {"max_new_tokens", "stop_ids"}
+_SETTINGS = {field.name for field in dataclasses.fields(GenerationConfig)} - {"max_new_tokens", "stop_ids", "stop_when"}
 
 
 class IlladaLM(LM):
@@ -208,13 +208,17 @@ class IlladaLM(LM):
                 prompts = {i: (self.encode(requests[i].args[0]) or self.prefix)[-room:] for i in group}
                 for batch in self._batches(prompts, config.max_new_tokens):
                     seeds = [config.seed + i for i in batch]  # type: ignore[operator]
-                    one = dataclasses.replace(config, seed=seeds)  # an answer depends on its request alone
+                    # An answer depends on its request alone, and ends with the block that holds one of `until`.
+                    one = dataclasses.replace(config, seed=seeds, stop_when=self._holds(until) if until else None)
                     done = generate(self.model, [prompts[i] for i in batch], one)
                     for i, tokens in zip(batch, done.tokens):
                         answers[i] = _cut(self.coder.decode(tokens[:size]), until)
                         self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                     bar.update(len(batch))
         return answers
+
+    def _holds(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
+        return lambda ids: any(stop in self.coder.decode(ids) for stop in until)
 
     def _batches(self, prompts: Mapping[int, list[int]], new: int) -> Iterator[list[int]]:
         """Yields requests of similar length, as many as fit into rows_per_pass."""
