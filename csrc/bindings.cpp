@@ -101,6 +101,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("unmask_partial_bytes") = ILLADA_UNMASK_PARTIAL_BYTES;
   m.attr("unmask_segment") = ILLADA_UNMASK_SEGMENT;
   BIND_CPU(unmask_plan_cpu);
+  BIND_CPU(unmask_head_cpu);
   BIND_CPU(unmask_rows_cpu);
   BIND_CPU(unmask_truncate_cpu);
   BIND_CPU(unmask_select_cpu);

@@ -2,12 +2,11 @@
 // query tiles meet. Internal linkage: compiled once per instruction set.
 #pragma once
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <new>
 
 #include "key_ranges.h"
+#include "memory.h"
 #include "tile_gemm.h"
 
 namespace {
@@ -47,36 +46,6 @@ struct Problem {
   bool huge() const { return std::fabs(scale) > 1e38f; }
   float query_factor() const { return vanishing() ? scale : std::copysign(huge() ? 4.0f : 1.0f, scale); }
   float score_scale() const { return vanishing() ? 1.0f : std::fabs(scale) * (huge() ? 0.25f : 1.0f); }
-};
-
-// Aligned, uninitialised memory; false if the allocation failed.
-class Buffer {
- public:
-  explicit Buffer(std::size_t bytes) : data_(::operator new(bytes + 64, std::align_val_t(64), std::nothrow)) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  explicit operator bool() const { return data_; }
-  template <class T> T* as() const { return static_cast<T*>(data_); }
-
- private:
-  void* data_;
-};
-
-// Cuts one block of floats into arrays aligned to cache lines. Only counts if the block is null.
-class Cutter {
- public:
-  explicit Cutter(float* data) : data_(data) {}
-  float* take(int64_t n) {
-    float* taken = data_ ? data_ + used_ : nullptr;
-    used_ += (n + 15) / 16 * 16;
-    return taken;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  float* data_;
-  int64_t used_ = 0;
 };
 
 // ---- packing --------------------------------------------------------------------------------------------------------

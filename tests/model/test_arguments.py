@@ -130,9 +130,19 @@ def test_a_hole_is_checked_before_and_after():
         fill_hole(model, [1, 2, 3], 3, [])
 
 
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("changes", [{}, {"variable_length": False}, {"rule": TopK(2)}, {"guidance": 0.5}])
-def test_an_empty_prompt_does_not_depend_on_the_batch(changes):
+def test_an_empty_prompt_does_not_depend_on_the_batch(changes, threads):
     """In float32 all rows are equal but for rounding, which differs from batch to batch."""
+    torch.set_num_threads(threads)
     for seed in range(12):
         model = make(tiny(), seed, torch.float32)
         config = GenerationConfig(max_new_tokens=6, block_length=3, stop_ids=(), **changes)

@@ -1,8 +1,8 @@
-"""unmask through the compiled extension: csrc/cpu/unmask.cpp.
+"""unmask through the compiled extension: csrc/cpu/unmask.cpp and unmask_head.cpp.
 
 Lists the rows that are needed, reduces their logits (given, or a slice of the vocab at a time) and selects. All
-arithmetic but the matmuls is in C++. With top_k, top_p or min_p a row's logits are needed more than once: then all of
-the vocab at a time, for as many rows as fit.
+arithmetic but the parameters' is in C++. With top_k, top_p or min_p a row's logits are needed more than once: then all
+of the vocab at a time, for as many rows as fit.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from .problem import (
     Problem,
 )
 
-# A matmul takes at most ROWS_AT_ONCE rows and a slice of the head. The slice depends on D and dtypes alone, so that
-# neither batch size nor thread count changes a sum. Logits and, where it must be converted, the slice of the head fit
-# SLICE_BYTES.
+# Rows and ids whose logits are in memory at once: 32 MB. IDS_AT_ONCE is a multiple of the segment.
 ROWS_AT_ONCE = 512
-SLICE_BYTES = 32 << 20
+IDS_AT_ONCE = 16384
 
 
 def available() -> str | None:
@@ -41,7 +39,7 @@ def supports(problem: Problem) -> str | None:
 
 def forward(problem: Problem) -> Outputs:
     """Returns (proposal, confidence, committed, remaining); writes into problem.tokens. Memory: 48 bytes per row and
-    2048 ids, and what SLICE_BYTES allows."""
+    2048 ids, and what ROWS_AT_ONCE and IDS_AT_ONCE allow."""
     tokens, positions, vocab = problem.tokens, problem.positions.contiguous(), problem.vocab
     (batch, count), length = positions.shape, tokens.shape[1]
     if batch * count * length == 0:
@@ -67,8 +65,6 @@ def forward(problem: Problem) -> Outputs:
             scan.run(source, source.stride(0), source.stride(1), count, 0, vocab)
             if problem.truncation:
                 scan.truncate(source, source.stride(0), source.stride(1), count)
-        elif problem.truncation:
-            from_hidden_truncated(scan, problem)
         else:
             from_hidden(scan, problem)
     defer = torch.tensor(problem.defer, dtype=torch.int64)
@@ -180,68 +176,31 @@ class Scan:
         check("unmask", code)
 
 
-def slice_length(dim: int, converted: bool, segment: int) -> int:
-    floats = ROWS_AT_ONCE + (dim if converted else 0)
-    return max(1, SLICE_BYTES // 4 // floats // segment) * segment
-
-
 def from_hidden(scan: Scan, problem: Problem) -> None:
-    """Multiplies the rows that take part with slices of the head, in float32, and consumes each slice at once."""
-    head = problem.head_weight
+    """Multiplies the rows that take part with slices of the head, in float32, and consumes each slice at once.
+
+    The extension's own product sums each logit in one order, so that equal rows tie whatever lies beside them; a BLAS
+    chooses the order by the number of rows and threads.
+    """
+    head, vocab = problem.head_weight, problem.vocab
     assert head is not None
-    product = HeadProduct(problem, slice_length(head.shape[1], head.dtype != torch.float32, scan.module.unmask_segment))
+    bias = None if problem.head_bias is None else problem.head_bias.float().contiguous()
     index = scan.rows.view(torch.int64)[:, 0]
-    most = min(ROWS_AT_ONCE, index.shape[0])
-    logits = torch.empty(most * product.length, dtype=torch.float32)
-    for start in range(0, index.shape[0], ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
-        x = product.rows(index[some])
-        for first in product.starts:
-            ids = min(product.length, product.vocab - first)
+    count = problem.positions.shape[1]
+    ids_at_once = vocab if problem.truncation else min(IDS_AT_ONCE, vocab)
+    most = ROWS_AT_ONCE * IDS_AT_ONCE // ids_at_once if problem.truncation else ROWS_AT_ONCE
+    rows_at_once = max(1, min(ROWS_AT_ONCE, most, index.shape[0]))
+    logits = torch.empty(rows_at_once * ids_at_once, dtype=torch.float32)
+    weight = (head.data_ptr(), pointer(bias), DTYPES[head.dtype], head.stride(0))
+    for start in range(0, index.shape[0], rows_at_once):
+        some = slice(start, start + rows_at_once)
+        at = index[some]
+        x = problem.source[at // count, at % count].float()  # (rows, D)
+        for first in range(0, vocab, ids_at_once):
+            ids = min(ids_at_once, vocab - first)
             out = logits[: x.shape[0] * ids].view(x.shape[0], ids)
-            product.into(out, x, first)
+            where = (first, ids, out.data_ptr(), scan.threads)
+            check("unmask", scan.module.unmask_head_cpu(x.data_ptr(), *x.shape, *weight, *where))
             scan.run(out, 0, ids, 0, first, ids, some)
-
-
-def from_hidden_truncated(scan: Scan, problem: Problem) -> None:
-    """Multiplies as many rows as fit SLICE_BYTES with all of the head, slice by slice, then consumes their logits."""
-    head = problem.head_weight
-    assert head is not None
-    product = HeadProduct(problem, max(1, SLICE_BYTES // 16 // head.shape[1]))
-    index, vocab = scan.rows.view(torch.int64)[:, 0], head.shape[0]
-    at_once = min(ROWS_AT_ONCE, index.shape[0], max(1, SLICE_BYTES // 4 // vocab))
-    logits = torch.empty(at_once, vocab, dtype=torch.float32)
-    for start in range(0, index.shape[0], at_once):
-        some = slice(start, start + at_once)
-        x = product.rows(index[some])
-        for first in product.starts:
-            product.into(logits[: x.shape[0], first : first + product.length], x, first)
-        scan.run(logits, 0, vocab, 0, 0, vocab, some)
-        scan.truncate(logits, 0, vocab, 0, some)
-
-
-class HeadProduct:
-    """Products of candidate rows with `length` ids of the head at a time."""
-
-    def __init__(self, problem: Problem, length: int) -> None:
-        assert problem.head_weight is not None
-        self.source, self.head, self.bias = problem.source, problem.head_weight, problem.head_bias
-        self.count = problem.positions.shape[1]
-        self.vocab, dim = self.head.shape
-        self.length = min(length, self.vocab)
-        self.starts = range(0, self.vocab, self.length)
-        self.weights = None
-        if self.head.dtype != torch.float32:
-            self.weights = torch.empty(self.length, dim, dtype=torch.float32)
-
-    def rows(self, index: Tensor) -> Tensor:
-        return self.source[index // self.count, index % self.count].float()  # (rows, D)
-
-    def into(self, out: Tensor, x: Tensor, first: int) -> None:
-        """Writes the logits of ids first, first + 1, ... of rows x."""
-        part = self.head[first : first + out.shape[1]]
-        w = part if self.weights is None else self.weights[: out.shape[1]].copy_(part)
-        if self.bias is None:
-            torch.mm(x, w.T, out=out)
-        else:
-            torch.addmm(self.bias[first : first + out.shape[1]].float(), x, w.T, out=out)
+        if problem.truncation:
+            scan.truncate(logits, 0, vocab, 0, some)

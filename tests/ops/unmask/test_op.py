@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -78,7 +81,7 @@ def test_more_rows_than_one_product_takes(monkeypatch):
     cut_tokens = tokens.clone()
     cut = run(tokens=cut_tokens, positions=positions, rule=ik.TopK(3), top_p=0.8)
     monkeypatch.setattr(cpu, "ROWS_AT_ONCE", 4)
-    monkeypatch.setattr(cpu, "SLICE_BYTES", 1)  # one segment of the vocabulary at a time; truncated, one row and one id
+    monkeypatch.setattr(cpu, "IDS_AT_ONCE", 2048)  # one segment of the vocabulary at a time; truncated, one row
     sliced_tokens = tokens.clone()
     sliced = run(tokens=sliced_tokens, positions=positions, rule=ik.TopK(3))
     assert all(map(torch.equal, whole, sliced)) and torch.equal(sliced_tokens, whole_tokens)
@@ -101,14 +104,57 @@ def test_fused_step_needs_at_most_64_mib_beside_its_inputs(dtype, options):
 
 
 @needs_cpu
-@pytest.mark.parametrize("dim", [64, 1024, 4096])
-@pytest.mark.parametrize("converted", [False, True])
-def test_slices_of_the_head_fit_their_budget(dim, converted):
+def test_slices_of_the_logits_are_whole_segments_within_32_mib():
     from illada_kernels.ops.unmask import cpu
 
-    length = cpu.slice_length(dim, converted, 2048)
-    bytes_ = 4 * length * (cpu.ROWS_AT_ONCE + dim * converted)
-    assert length >= 2048 and length % 2048 == 0 and bytes_ <= 40 << 20
+    assert cpu.IDS_AT_ONCE % _extension.native().unmask_segment == 0
+    assert 4 * cpu.ROWS_AT_ONCE * cpu.IDS_AT_ONCE <= 32 << 20
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_a_row_has_the_same_bits_whatever_rows_and_threads_are_beside_it(isa):
+    """Confidences are functions of all logits of a row: equal bits there mean equal logits. In a process of its own,
+    because the instruction set is chosen when the extension is loaded."""
+    code = """
+import torch, illada_kernels as ik
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dim, vocab in ((3, 40), (100, 33), (600, 70), (5, 2100)):
+        row = torch.randn(dim).to(dtype)
+        head, bias = torch.randn(vocab, dim).to(dtype), torch.randn(vocab).to(dtype)
+        seen = set()
+        for count in (1, 2, 3, 5, 8, 9, 30, 515):
+            hidden = torch.randn(count, dim).to(dtype)
+            places = sorted({0, count // 2, count - 1})
+            hidden[places] = row
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                tokens, at = torch.full((1, count), vocab), torch.arange(count)[None]
+                options = dict(mask_id=vocab, head_bias=bias, confidence="neg_entropy", confidence_temperature=9.0)
+                out = ik.unmask(hidden[None], head, tokens, at, ik.TopK(0), backend="cpu", **options)
+                seen |= {(out.proposal[0, i].item(), out.confidence[0, i].item()) for i in places}
+        assert len(seen) == 1, (dtype, dim, vocab, seen)
+"""
+    environment = {**os.environ, "ILLADA_CPU_ISA": isa}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-1500:]
+
+
+@needs_cpu
+@pytest.mark.parametrize(("dim", "vocab"), [(0, 5), (1, 1), (17, 31), (255, 300), (257, 64), (1030, 4100)])
+def test_the_cpu_s_product_with_the_head_is_as_exact_as_its_sum_allows(dim, vocab):
+    """Each of the D multiply-adds rounds once, so the error is at most D ulp of the sum of magnitudes."""
+    torch.manual_seed(0)
+    module = _extension.native()
+    for dtype, code in _extension.DTYPES.items():
+        rows, head, bias = torch.randn(13, dim), torch.randn(2 * vocab, dim).to(dtype)[::2], torch.randn(vocab)
+        out = torch.full((13, vocab), float("nan"))
+        where = (rows.data_ptr(), 13, dim, head.data_ptr(), bias.data_ptr(), code, head.stride(0))
+        assert module.unmask_head_cpu(*where, 0, vocab, out.data_ptr(), 2) == 0
+        exact = rows.double() @ head.double().T + bias.double()
+        allowed = (rows.double().abs() @ head.double().abs().T + bias.double().abs()) * (dim + 1) * 2.0**-24
+        assert ((out - exact).abs() <= allowed).all()
 
 
 def test_autocast_casts_hidden_and_head():
