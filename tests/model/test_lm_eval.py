@@ -67,9 +67,9 @@ def harness(request, model, tmp_path_factory) -> SimpleNamespace:
     """What the harness of one version found by every door."""
     folders = [ROOT / "build" / name for name in VERSIONS[request.param]]
     if not all((folder / "lm_eval").is_dir() or "0.4" in folder.name for folder in folders):
-        pytest.skip(f"{folders[0]} holds no lm_eval: make test installs it where an index has it")
+        pytest.skip(f"{folders[0]} holds no lm_eval: `make build/lm-eval-0.5` installs it")
     if not (folders[-1] / "datasets").is_dir():
-        pytest.skip(f"{folders[-1]} holds no datasets: make test installs it where an index has it")
+        pytest.skip(f"{folders[-1]} holds no datasets: `make build/lm-eval-0.5` installs them")
     folder = tmp_path_factory.mktemp("harness")
     save(model, folder / "model")
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
