@@ -52,7 +52,7 @@ def trainer(folder: Path | None = None, steps: int = 12, identity: str = "", **c
 
 
 def train_command(folder: Path, *more: str) -> list[str]:
-    settings = ["--data", str(folder.parent / "text"), "--steps", "120", "--length", "32", "--batch-size", "2"]
+    settings = ["--data", str(folder.parent / "text"), "--steps", "48", "--length", "32", "--batch-size", "2"]
     command = [sys.executable, "-m", "illada", "train", "--out", str(folder), "--save-every", "7", "--quiet"]
     return [*command, *([] if "--resume" in more else [*settings, "--objective", "block"]), *more]
 
@@ -85,14 +85,14 @@ def test_a_run_killed_and_resumed_has_the_very_same_log(tmp_path):
     wait_for(lambda: log.exists() and len(log.read_bytes().splitlines()) > 16, process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert 0 < len(log.read_bytes().splitlines()) < 120
+    assert 0 < len(log.read_bytes().splitlines()) < 48
     done = subprocess.run(train_command(killed, "--resume"), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     at = int(done.stderr.split("resumed at step ")[1].split()[0])
     assert at > 0 and at % 7 == 0
     assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    assert len(losses) == 120 and len(set(losses)) > 100
+    assert len(losses) == 48 and len(set(losses)) > 40
     for name in ("model.safetensors", "config.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
@@ -100,7 +100,7 @@ def test_a_run_killed_and_resumed_has_the_very_same_log(tmp_path):
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path):
     (tmp_path / "text").write_text("def f(x):\n    return x + 1\n" * 60)
     folder = tmp_path / "run"
-    command = [part if part != "120" else "100000" for part in train_command(folder)]
+    command = [part if part != "48" else "100000" for part in train_command(folder)]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size > 0, process)
     process.send_signal(signal.SIGINT)
