@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, ConfigError, DecodingError, PromptError
+from .errors import CheckpointError, ConfigError, DecodingError, PromptError, RankError
 from .training import command
 
 
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ConfigError,
         DecodingError,
         PromptError,
+        RankError,
         ValueError,
         ArithmeticError,
         ModuleNotFoundError,

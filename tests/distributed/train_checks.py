@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from illada import Model, ModelConfig
-from illada.errors import CheckpointError
+from illada.errors import CheckpointError, CheckpointIOError
 from illada.training import objectives
 from illada.training.config import TrainConfig
 from illada.training.objectives import Example
@@ -17,9 +24,12 @@ from illada.training.parallel.layout import Layout, Ranks
 from illada.training.parallel.model import ShardedModel, whole
 from illada.training.parallel.share import Share
 from illada.training.parallel.trainer import ParallelTrainer
+from illada.training.parallel.watch import Watch
 from illada.training.trainer import Trainer
+from torch.distributed.checkpoint import FileSystemWriter
 
 from tests.helpers import ranks
+from tests.helpers.ranks import worlds
 
 EPS = torch.finfo(torch.float32).eps
 SMALL: dict[str, Any] = {
@@ -102,6 +112,14 @@ def check_weights_are_those_of_one_process() -> None:
             torch.manual_seed(3)
             right = dict(Model(config).named_parameters())
             assert all(torch.equal(weight, right[name]) for name, weight in model.gathered())
+
+
+def raised(call: Any) -> str:
+    try:
+        call()
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def check_layouts_that_do_not_divide_are_refused() -> None:
@@ -225,3 +243,103 @@ def check_weights_that_are_not_finite_are_never_saved() -> None:
     else:
         raise AssertionError("saved")
     assert (folder / "state.json").read_text() == before
+
+
+def check_a_full_disk_of_one_rank_is_an_error_on_all_and_leaves_the_state() -> None:
+    folder = ranks.folder / f"full {dist.get_world_size()}"
+    trainer = parallel(layouts()[0], train_config(steps=2), folder)
+    trainer.save()
+    before = sorted(file.name for file in folder.iterdir())
+
+    def write_data(self: Any, *_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(FileSystemWriter, "write_data", write_data)
+        try:
+            trainer.save()
+        except CheckpointIOError as error:
+            assert "not saved (rank 1: [Errno 28] No space left on device), the previous state is still" in str(error)
+        else:
+            raise AssertionError("saved")
+    assert sorted(file.name for file in folder.iterdir()) == before
+    assert "in use by another training run" in raised(lambda: parallel(layouts()[0], train_config(steps=2), folder))
+    if trainer.lock is not None:
+        trainer.lock.release()
+    assert parallel(layouts()[0], train_config(steps=2), folder).step == 0
+
+
+# ---- ranks that die -------------------------------------------------------------------------------------------------
+
+
+def die(*_: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@worlds(2, breaks=True)
+def check_a_rank_killed_in_a_save_breaks_nothing_and_is_named() -> None:
+    folder = ranks.folder / "killed"
+    trainer = parallel(layouts()[0], train_config(steps=2), folder)
+    trainer.run()
+    before = (folder / "state.json").read_text()
+    with Watch(60.0, period=0.1) as watch, pytest.MonkeyPatch.context() as patch:
+        watch.moved(2, "save")
+        time.sleep(0.5)  # until the others have read it
+        if dist.get_rank() == 1:
+            patch.setattr(FileSystemWriter, "write_data", die)
+        try:
+            trainer.save()
+        except Exception as error:
+            told = watch.explained(error)
+    assert re.match(r"rank 1 \(process \d+ on .+\) died in step 2; the job ends; go on from the last", str(told)), told
+    assert (folder / "state.json").read_text() == before
+    assert len(list(folder.glob("state-*"))) == 2  # the state, and what the save left
+
+
+@worlds(2, breaks=True)
+def check_what_a_save_that_breaks_leaves_is_swept_and_the_run_goes_on() -> None:
+    folder = ranks.folder / "killed"
+    trainer = parallel(layouts()[1], train_config(steps=2), folder)
+    assert trainer.step == 2 and len(list(folder.glob("state-*"))) == 1
+    assert near(trainer.losses.tolist(), losses_alone(train_config(steps=2)))
+    ranks.report("check_what_a_save_that_breaks_leaves_is_swept_and_the_run_goes_on")
+
+
+class Hanging(Batches):
+    def batch(self, step: int) -> np.ndarray:
+        if step == 1 and dist.get_rank() == 1:
+            time.sleep(100)
+        return super().batch(step)
+
+
+@worlds(2, breaks=True)
+def check_a_rank_that_hangs_breaks_the_job_and_is_named() -> None:
+    def end(message: str) -> None:
+        right = (
+            r"rank 1 \(process \d+ on .+\) has hung for \d+ s in step 1 \(batch\), at .+train_checks.py:\d+ in batch, "
+        )
+        ranks.report("check_a_rank_that_hangs_breaks_the_job_and_is_named", "" if re.match(right, message) else message)
+        os._exit(0)
+
+    model = ShardedModel(model_config(train_config()), Ranks.connect(layouts()[0], torch.device("cpu")))
+    model.draw(3)
+    with Watch(2.0, period=0.1, end=end) as watch:
+        with contextlib.suppress(RuntimeError):  # of a rank whose neighbour has judged first
+            ParallelTrainer(model, Hanging(), train_config(), moved=watch.moved).run()
+        os._exit(0)
+
+
+@worlds(2, breaks=True)
+def check_a_rank_that_stops_breaks_the_job_and_is_named() -> None:
+    def end(message: str) -> None:
+        right = r"rank 1 \(process \d+ on .+\) has not answered for \d+ s, in step 3; the job ends"
+        ranks.report("check_a_rank_that_stops_breaks_the_job_and_is_named", "" if re.match(right, message) else message)
+        os._exit(0)
+
+    with Watch(1.0, period=0.1, end=end) as watch:
+        watch.moved(3, "batch")
+        time.sleep(0.3)
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.barrier()

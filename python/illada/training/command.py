@@ -6,11 +6,12 @@ Importing this file does not import torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ def add_options(p: argparse.ArgumentParser, data: str, device: str) -> None:
     )
     p.add_argument("--device", help=device)
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    ranks = p.add_argument_group("several ranks, started by torchrun; those that these leave share the batch")
+    ranks.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="share each matmul (default 1)")
+    ranks.add_argument("--context-parallel", type=int, default=1, metavar="N", help="share each sequence (default 1)")
+    ranks.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="end the job when a rank hangs this long; longer than a step or a save takes (default 600)",
+    )
     said = p.add_argument_group("the run").add_argument
     says: dict[str, Any] = {"default": argparse.SUPPRESS}
     said("--data", help=data + '; for sft and --pairs JSON lines {"prompt", "response"}', **says)
@@ -86,24 +97,42 @@ def _add_objectives_options(group: Any) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from .runs import Run
-    from .state import FolderLock
+    from .parallel.launch import is_launched
 
-    folder = Path(options.out)
     said = {k: v for k, v in vars(options).items() if k in _RUN or k in _FIELDS or k in OPTIONS}
     for name in ("data", "from"):
         if said.get(name) is not None:
             said[name] = os.path.abspath(said[name])  # so that a run can be resumed from anywhere
+    if is_launched():
+        from .parallel.command import train as train_ranks
+
+        return train_ranks(options, said)
+    if (options.tensor_parallel, options.context_parallel) != (1, 1):
+        raise ValueError("tensor_parallel, context_parallel: expected ranks that torchrun started, found one process")
+    if (Path(options.out) / "state.json").exists():
+        raise CheckpointError(f"{options.out} holds a state in shards: go on with torchrun, on any number of ranks")
+    with begun(options, said) as (run, train_documents, lock):
+        return _run_training(run, train_documents, options, lock)
+
+
+@contextlib.contextmanager
+def begun(options: argparse.Namespace, said: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """Yields the run, which it makes or opens, its documents and the lock of its folder, which it holds."""
+    from .runs import Run
+    from .state import FolderLock
+
+    folder = Path(options.out)
     if options.resume:
         Run.open(folder)  # before the lock, which would make the folder
         with FolderLock(folder) as lock:
             run = _resumed(Run.open(folder), said)
-            train_documents, _ = _documents(run.data, run.train_config, folder)
-            return _run_training(run, train_documents, options, lock)
+            train_documents, _ = documents_of(run.data, run.train_config, folder)
+            yield run, train_documents, lock
+        return
     if (folder / "run.json").exists():
         raise CheckpointError(f"{folder} holds a run already: go on with it by --resume, or choose another --out")
     config = config_of(said)
-    train_documents, _ = _documents(said.get("data"), config, folder)
+    train_documents, _ = documents_of(said.get("data"), config, folder)
     with FolderLock(folder) as lock:
         names = (said.get("tokenizer", "bytes"), said.get("preset", "demo"))
         run = Run.create(
@@ -115,7 +144,7 @@ def train(options: argparse.Namespace) -> int:
             _learning(options.quiet),
             start_from=said.get("from"),
         )
-        return _run_training(run, train_documents, options, lock)
+        yield run, train_documents, lock
 
 
 def config_of(said: dict[str, Any]) -> TrainConfig:
@@ -154,7 +183,7 @@ def _resumed(run: Any, said: dict[str, Any]) -> Any:
     return run
 
 
-def _documents(data: str | None, config: TrainConfig, folder: Path) -> tuple[list[Any], list[Any]]:
+def documents_of(data: str | None, config: TrainConfig, folder: Path) -> tuple[list[Any], list[Any]]:
     """Returns (training, held out) documents, without the run's own folder."""
     from . import runs
     from .data import read_corpus

@@ -1,8 +1,9 @@
-"""`illada train` under torchrun."""
+"""`illada train` on a rank that torchrun started."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from ... import checkpoint
+from ...live import ProgressBar
 from ...model import Model
+from .. import command
 from ..runs import Run, StopSignals, plot_losses
 from ..state import FolderLock
 from .launch import local_device, session
@@ -23,18 +26,16 @@ from .trainer import ParallelTrainer
 from .watch import Watch
 
 
-def train(options: argparse.Namespace, begin: Any, documents: Any) -> int:
-    """Runs the command on this rank.
-
-    begin(resume) -> (Run, FolderLock) makes or opens the run, on the first rank; documents(run) -> its training data.
-    """
+def train(options: argparse.Namespace, said: dict[str, Any]) -> int:
+    """Runs the command; returns its exit code. The first rank makes the run's folder, and alone writes text there."""
     device = local_device(options.device)
-    with session(device, options.rank_timeout) as watch:
+    with session(device, options.rank_timeout) as watch, contextlib.ExitStack() as held:
         locks: list[FolderLock] = []
-        on_first(lambda: locks.append(begin()))
+        on_first(lambda: locks.append(_begin(options, said, held)))
         run = Run.open(Path(options.out))
+        dist.barrier()  # otherwise an error below could remove the files that another rank has still to read
         try:
-            trainer = _trainer(run, documents(run), options, device, watch, locks[0] if locks else None)
+            trainer = _trainer(run, options, device, watch, locks[0] if locks else None)
         except BaseException:
             if not options.resume and dist.get_rank() == 0:
                 run.forget()
@@ -42,55 +43,53 @@ def train(options: argparse.Namespace, begin: Any, documents: Any) -> int:
         return _run(run, trainer, options)
 
 
+def _begin(options: argparse.Namespace, said: dict[str, Any], held: contextlib.ExitStack) -> FolderLock:
+    """Makes or changes the run's folder; the stack holds its lock."""
+    run, _, lock = held.enter_context(command.begun(options, said))
+    if options.resume:
+        run.write()  # with the rate of this time
+    found: FolderLock = lock
+    return found
+
+
 def _trainer(
-    run: Run, data: Any, options: argparse.Namespace, device: torch.device, watch: Watch, lock: FolderLock | None
+    run: Run, options: argparse.Namespace, device: torch.device, watch: Watch, lock: FolderLock | None
 ) -> ParallelTrainer:
     config, folder = run.train_config, run.folder
     tensor, context = options.tensor_parallel, options.context_parallel
     layout = Layout.of(dist.get_world_size(), tensor, context, run.model_config, config)
     on_first(lambda: checkpoint.check_target(folder, run.model_config))
-    source, identity = run.source(data)
+    source, identity = run.source(command.documents_of(run.data, config, folder)[0])
+    watch.moved(0, "weights")
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     model = ShardedModel(run.model_config, Ranks.connect(layout, device), dtype)
-    watch.moved(0, "weights")
     if run.start_from is not None and not (folder / FILE).exists():
-        stored = checkpoint.Stored(Path(run.start_from), checkpoint.read_config(run.start_from))
-        model.fill(stored)
-    else:
+        model.load(Path(run.start_from))
+    elif not (folder / FILE).exists():
         model.draw(config.seed)
     trainer = ParallelTrainer(model, source, config, folder, identity, lock, watch.moved)
     if dist.get_rank() == 0:
-        print(
-            f"{layout.data} data * {layout.context} context * {layout.tensor} tensor ranks on {device.type}"
-            + (f"; resumed at step {trainer.step}" if trainer.step else ""),
-            file=sys.stderr,
-        )
+        shape = f"{layout.data} data * {layout.context} context * {layout.tensor} tensor ranks, {device.type}"
+        print(shape + (f"; resumed at step {trainer.step}" if trainer.step else ""), file=sys.stderr)
     return trainer
 
 
 def _run(run: Run, trainer: ParallelTrainer, options: argparse.Namespace) -> int:
-    from ...live import ProgressBar
-
     first, bar = dist.get_rank() == 0, ProgressBar()
     with StopSignals() as stop:
         complete = trainer.run(None if options.quiet else bar, options.save_every, should_stop=lambda: stop.number != 0)
     export(run, trainer.sharded)
     if first and len(trainer.losses):
         plot_losses(trainer.losses, run.folder / "loss.png", f"{run.folder.name}: {run.train_config.objective}")
-    if not complete:
+    if first and not complete:
         bar.close()
-        number = max(stop.number, 0)
-        if first:
-            name, world = shlex.quote(str(run.folder)), dist.get_world_size()
-            print(
-                f"illada: interrupted at step {trainer.step}, saved; go on with: torchrun --nproc-per-node {world} -m "
-                f"illada train --resume --out {name}",
-                file=sys.stderr,
-            )
-        return 128 + number if number else 0
     if first:
-        print(f"saved to {run.folder} after {trainer.step} steps")
-    return 0
+        name = shlex.quote(str(run.folder))
+        again = f"torchrun --nproc-per-node {dist.get_world_size()} -m illada train --resume --out {name}"
+        stopped = f"illada: interrupted at step {trainer.step}, saved; go on with: {again}"
+        done = f"saved to {run.folder} after {trainer.step} steps; try: illada generate --model {name} --prompt 'def '"
+        print(done if complete else stopped, file=sys.stdout if complete else sys.stderr)
+    return 0 if complete else 128 + stop.number
 
 
 def export(run: Run, sharded: ShardedModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from .watch import Watch
 
-# A collective waits longer than the watch, which knows the rank by name.
-SLACK = 3.0
+SLACK = 3.0  # a collective waits so many times longer than the watch, which knows the rank by name
+SECONDS_TO_END = 10.0
 
 
 def is_launched() -> bool:
@@ -38,10 +38,8 @@ def local_device(device: str) -> torch.device:
 
 @contextmanager
 def session(device: torch.device, patience: float) -> Iterator[Watch]:
-    """Connects the ranks; inside it errors that come from another rank name it.
-
-    An error that all ranks find alike is raised on all and to be printed by one, see `Watch.is_first_to_say`.
-    """
+    """Connects the ranks; inside it errors that come from another rank name it, and those that all find alike are the
+    first one's to print."""
     timeout = datetime.timedelta(seconds=SLACK * patience)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
@@ -50,8 +48,8 @@ def session(device: torch.device, patience: float) -> Iterator[Watch]:
             yield watch
         except Exception as error:
             explained = watch.explained(error)
-            if not watch.is_first_to_say(str(explained)):
-                sys.stderr.flush()
-                os._exit(2)  # another rank prints it; the groups cannot be left in order any more
+            if watch.leaves_to_first(explained):
+                time.sleep(SECONDS_TO_END)  # torchrun ends this rank when the first one has
+                os._exit(2)
             raise explained from None
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 
 from illada_kernels import distributed, masked_loss
 
+from ...checkpoint import Stored, read_config
 from ...config import ModelConfig
 from ...model import Layer, Model, RMSNorm, init_weight
 from .layout import Ranks
@@ -171,6 +173,12 @@ class ShardedModel(nn.Module):
                 if start < last and first < start + len(tensor):
                     local = local_part(tensor[max(first - start, 0) : last - start], parameter)
                     parameter.to_local().copy_(local)
+
+    def load(self, folder: Path) -> None:
+        """Takes the weights of a Hugging Face folder, one tensor at a time. Raises as `checkpoint.load`."""
+        stored = Stored(folder, read_config(folder))
+        self.fill(stored)
+        stored.check_tied(whole(self.weights()["embed.weight"]))
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:

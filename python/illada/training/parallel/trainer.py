@@ -55,6 +55,9 @@ class ParallelTrainer(Trainer):
         moved: Callable[[int, str], object] = lambda step, word: None,
     ) -> None:
         self.sharded, self.ranks, self.moved = model, model.ranks, moved
+        self.own_lock: FolderLock | None = None
+        if folder is not None:
+            on_first(lambda: self._take_lock(folder) if lock is None else None)
         super().__init__(model.model, source, config, folder, identity, lock)
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -65,7 +68,10 @@ class ParallelTrainer(Trainer):
         return ShardedState(folder, settings, identity)
 
     def _make_lock(self, folder: Path) -> FolderLock | None:
-        return FolderLock(folder).__enter__() if dist.get_rank() == 0 else None
+        return self.own_lock
+
+    def _take_lock(self, folder: Path) -> None:
+        self.own_lock = FolderLock(folder).__enter__()
 
     def _resume(self) -> None:
         state = self.state

@@ -177,12 +177,14 @@ class Watch:
         key = f"failed {rank}"
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
-    def is_first_to_say(self, message: str) -> bool:
-        """Whether no other rank has asked for this message: what all find wrong is printed once."""
-        try:
-            return self.store.add(f"said {message}", 1) == 1
-        except Exception:
-            return True
+    def leaves_to_first(self, error: BaseException, seconds: float = 5.0) -> bool:
+        """Whether the first rank has failed alike, or does within these seconds: then it alone prints and cleans up."""
+        deadline = time.monotonic() + seconds
+        while self.rank != 0 and time.monotonic() < deadline:
+            if said := self._posted(0):
+                return said == self._one_line(error)
+            time.sleep(self.period / 5)
+        return False
 
     @staticmethod
     def _one_line(error: BaseException) -> str:
@@ -194,11 +196,13 @@ _KEPT = "the job ends; go on from the last saved state with --resume"
 
 def _place(frame: FrameType | None) -> tuple[bool, str]:
     """Returns whether a thread waits in a collective, and its innermost line outside of torch."""
-    frames = traceback.extract_stack(frame) if frame is not None else []
-    waits = bool(frames) and frames[-1].filename.startswith(_COLLECTIVES)
-    outside = [f for f in frames if not f.filename.startswith(_TORCH)]
-    last = outside[-1] if outside else None
-    return waits, f"{last.filename}:{last.lineno} in {last.name}" if last else "an unknown line"
+    waits = False
+    for at in reversed(traceback.extract_stack(frame) if frame is not None else []):
+        if at.filename.startswith(_COLLECTIVES):
+            waits = True
+        elif not at.filename.startswith(_TORCH):
+            return waits, f"{at.filename}:{at.lineno} in {at.name}"
+    return waits, "an unknown line"
 
 
 def _is_about_others(error: BaseException) -> bool:
