@@ -295,12 +295,22 @@ def test_llada21_edits_until_nothing_changes_or_16_passes_after_the_block_is_ful
         assert ours(model, prompt, **how) == plain_llada21(model, prompt, 4, 0.3, edit)
 
 
-def plain_remdm(model: Model, prompt: list[int], steps: int, eta: float, seed: int):
+def plain_remdm(model: Model, prompt: list[int], steps: int, eta: float, seed: int, form: str):
     mask, n, states = model.config.mask_id, len(prompt), []
     x = prompt + [mask] * NEW
+
+    def share(t: float) -> float:
+        if form != "loop" or t >= 0.55:
+            return (1 - t) * (0.9 / 0.45 if form == "loop" else 1)
+        return 0.9 if t > 0.05 else 1 - 0.1 * t / 0.05
+
     for i in range(steps):
-        a_t, a_s = i / steps, (i + 1) / steps
-        sigma = min(eta, (1 - a_s) / a_t) if a_t else eta
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        a_t, a_s = share(t), share(s)
+        most = (1 - a_s) / a_t if a_t else float("inf")
+        sigma = eta * min(1, most) if form == "rescale" else min(eta, most)
+        if form == "loop" and not (s >= 0.05 and t <= 0.55):
+            sigma = 0.0
         fall = (a_s - (1 - sigma) * a_t) / (1 - a_t)
         best = logits_of(model, x, n + NEW).argmax(-1)
         held = list(range(n, n + NEW))
@@ -316,13 +326,14 @@ def plain_remdm(model: Model, prompt: list[int], steps: int, eta: float, seed: i
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("form", ["cap", "rescale", "loop"])
 @pytest.mark.parametrize("steps, eta", [(8, 0.3), (12, 0.1), (1, 0.5)])
-def test_remdm_takes_tokens_back_with_its_probabilities(prompt, steps, eta):
-    model = model_of("demo")
-    states = ours(model, prompt, sampler="remdm", steps=steps, sampler_options={"eta": eta}, seed=4)
-    assert states == plain_remdm(model, prompt, steps, eta, seed=4)
+def test_remdm_takes_tokens_back_with_its_probabilities(prompt, steps, eta, form):
+    model, name = model_of("demo"), "remdm" if form == "cap" else f"remdm-{form}"
+    states = ours(model, prompt, sampler=name, steps=steps, sampler_options={"eta": eta}, seed=4)
+    assert states == plain_remdm(model, prompt, steps, eta, 4, form)
     back = sum(a != 49 == b for before, after in itertools.pairwise(states) for a, b in zip(before, after))
-    assert back > 0 or steps == 1 or eta == 0.1
+    assert back > 0 or steps == 1 or eta == 0.1 or form == "loop"
 
 
 def plain_d3llm(model: Model, prompt: list[int], block: int, bound: float):
@@ -543,6 +554,7 @@ def test_a_rule_may_be_a_callable_a_choice_or_counts_of_each_pass():
         ({"sampler": "llada", "sampler_options": {"tau": 1}}, "sampler_options: expected none for llada, got 'tau'"),
         ({"sampler": "remdm", "sampler_options": {"t": 1}}, "sampler_options: expected among eta for remdm, got 't'"),
         ({"sampler": "remdm", "sampler_options": {"eta": "x"}}, "sampler_options: expected a number of at least 0"),
+        ({"sampler": "remdm-loop", "sampler_options": {"end": 0.6}}, "sampler_options: expected 0 <= end < begin <= 1"),
         ({"sampler_options": {"eta": 1}}, "sampler_options: expected none without a sampler"),
         ({"sampler": "sdar-static", "steps": 4}, "steps: expected None with a rule"),
     ],

@@ -196,13 +196,52 @@ def llada21(config: GenerationConfig, model: ModelConfig, tau: float = 0.95, edi
 
 
 def remdm(config: GenerationConfig, model: ModelConfig, eta: float = 0.02) -> Settings:
-    """ReMDM-cap (arXiv 2503.00307): tokens go back with probability sigma = min(eta, (1 - a_s) / a_t), and masks fall
-    with probability (a_s - (1 - sigma) a_t) / (1 - a_t), where a = 1 - t."""
-    steps = config.steps or config.max_new_tokens
-    a = torch.arange(steps + 1, device="cpu", dtype=torch.float64) / steps
-    sigma = torch.minimum((1 - a[1:]) / a[:-1], torch.tensor(eta, device="cpu", dtype=torch.float64))
-    back = Table(sigma.float())
-    fall = Table(((a[1:] - (1 - sigma) * a[:-1]) / (1 - a[:-1])).float())
+    """ReMDM-cap (arXiv 2503.00307): sigma = min(eta, (1 - a_s) / a_t), a = 1 - t. See `_remdm`."""
+    shown = _even(config.steps or config.max_new_tokens)
+    return _remdm(config, shown, torch.full_like(shown[1:], eta))
+
+
+def remdm_rescale(config: GenerationConfig, model: ModelConfig, eta: float = 0.02) -> Settings:
+    """ReMDM-rescale: sigma = eta min(1, (1 - a_s) / a_t)."""
+    shown = _even(config.steps or config.max_new_tokens)
+    return _remdm(config, shown, eta * _most_sigma(shown).clamp(max=1))
+
+
+def remdm_loop(
+    config: GenerationConfig,
+    model: ModelConfig,
+    eta: float = 0.02,
+    begin: float = 0.55,
+    end: float = 0.05,
+    shown: float = 0.9,
+) -> Settings:
+    """ReMDM-loop: MDLM until the share `shown` is there at time t = `begin`, then sigma = eta and that share is kept,
+    from t = `end` on MDLM again."""
+    if not 0 <= end < begin <= 1 or not shown <= 1:
+        raise PromptError(
+            f"sampler_options: expected 0 <= end < begin <= 1 and shown <= 1, got {end}, {begin}, {shown}"
+        )
+    time = 1 - _even(config.steps or config.max_new_tokens)
+    first, last = shown * (1 - time) / max(1 - begin, 1e-9), 1 - (1 - shown) * time / max(end, 1e-9)
+    share = torch.where(time >= begin, first, torch.where(time > end, shown, last))
+    loop = (time[1:] >= end) & (time[:-1] <= begin)
+    return _remdm(config, share, torch.where(loop, eta, 0.0))
+
+
+def _even(steps: int) -> Tensor:
+    return torch.arange(steps + 1, device="cpu", dtype=torch.float64) / steps
+
+
+def _most_sigma(a: Tensor) -> Tensor:
+    """(1 - a_s) / a_t: with more, masks would fall with a probability above 1."""
+    return (1 - a[1:]) / a[:-1]
+
+
+def _remdm(config: GenerationConfig, a: Tensor, sigma: Tensor) -> Settings:
+    """From a share `a` of tokens that are shown to the next, in as many passes: tokens go back with probability sigma,
+    masks fall with probability (a_s - (1 - sigma) a_t) / (1 - a_t). `a` begins with 0 and ends with 1."""
+    sigma, steps = torch.minimum(sigma, _most_sigma(a)), len(sigma)
+    back, fall = Table(sigma.float()), Table(((a[1:] - (1 - sigma) * a[:-1]) / (1 - a[:-1])).float())
 
     def tokens_go_back(now: Pass) -> Remask:
         scores = torch.where(now.uniform() < back.at(now), 0.0, torch.nan)
@@ -255,6 +294,8 @@ SAMPLERS: dict[str, Callable[..., Settings]] = {
     "fast-dllm-factor": fast_dllm_factor,
     "llada2.1": llada21,
     "remdm": remdm,
+    "remdm-rescale": remdm_rescale,
+    "remdm-loop": remdm_loop,
     "d3llm": d3llm,
     **dict.fromkeys(ALONE, alone),
 }
