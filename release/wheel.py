@@ -30,8 +30,8 @@ def build(target: Path, cuda: bool) -> Path:
     """Returns the wheel built from a source distribution, which stays in `target` too; nothing else of the checkout
     gets in."""
     target.mkdir(parents=True, exist_ok=True)
-    sdist = f"from setuptools import build_meta; print(build_meta.build_sdist({str(target)!r}))"
-    name = run(sys.executable, "-c", sdist, cwd=ROOT).splitlines()[-1]
+    sdist = f"from setuptools import build_meta; print('made', build_meta.build_sdist({str(target)!r}))"
+    name = re.findall(r"^made (.+)$", run(sys.executable, "-c", sdist, cwd=ROOT), flags=re.MULTILINE)[-1]
     with tempfile.TemporaryDirectory() as folder:
         options = ["--config-settings=--build-option=--build-number=1cuda"] if cuda else []
         command = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
