@@ -44,7 +44,7 @@ build: setup
 	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 1,$(HAS_NVCC)),1,0)} $(BIN)/python -m illada_kernels._build
 
 # one thread per worker; the tests that are about threads set their own number
-test: build build/transformers-4.57 build/antiberty build/kernels
+test: build build/transformers-4.57 build/antiberty build/kernels build/peft build/tensorboard
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # the other version that tests/integrations runs with
@@ -63,6 +63,15 @@ build/kernels: pyproject.toml
 	rm -rf $@ $@.part
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part "kernels==0.17.*"
 	mv $@.part $@
+
+# peft, for illada train --lora, and TensorBoard's writer; their tests are skipped where the package index lacks them
+build/peft: | $(INSTALLED)
+	rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part "peft==0.21.*" && mv $@.part $@ || echo "no peft here"
+
+build/tensorboard: | $(INSTALLED)
+	rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part "tensorboard==2.21.*" protobuf absl-py && mv $@.part $@ || echo "no tensorboard here"
 
 # lm-evaluation-harness with all that it needs; its tests are skipped where the package index lacks it
 build/lm-eval-0.4: | $(INSTALLED)

@@ -34,7 +34,7 @@ class ProgressBar:
         self.live = self.out.isatty()
         self.width = width
         self.recent: deque[float] = deque(maxlen=50)
-        self.shown_at, self.tenths = -1.0, 0
+        self.shown_at, self.tenths, self.held_out = -1.0, 0, ""
         self.start: tuple[float, float, int] | None = None  # seconds, share done and tokens when this process began
 
     def __call__(self, now: Progress) -> None:
@@ -58,7 +58,9 @@ class ProgressBar:
         rate = tokens / seconds if seconds > 0 else 0.0
         left = duration((1 - now.done) * seconds / done) if done > 0 else "?:??"
         loss = sum(self.recent) / len(self.recent)
-        return f"{now.done:4.0%}  step {now.step}  loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left"
+        if now.held_out is not None:
+            self.held_out = f"  held out {now.held_out:.3f}"
+        return f"{now.done:4.0%}  step {now.step}  loss {loss:.3f}{self.held_out}  {rate:,.0f} tokens/s  {left} left"
 
     def close(self) -> None:
         """Ends the line of a bar that did not reach its end."""

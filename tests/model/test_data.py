@@ -24,8 +24,9 @@ from illada.tokenizer import (
     make_tokenizer,
     stream,
 )
-from illada.training.data import Document, Pairs, Windows, ngram_bits, read_corpus, split
+from illada.training.data import Document, Windows, ngram_bits, read_corpus, split
 from illada.training.evaluate import bound, first_bytes
+from illada.training.pairs import Pairs
 
 from tests.helpers.models import make, tiny
 
@@ -228,32 +229,6 @@ def test_every_epoch_has_an_order_and_an_offset_of_its_own():
 
 def test_a_stream_shorter_than_a_window_is_repeated():
     assert set(Windows(np.arange(3), 8, 2, seed=0).batch(0).ravel().tolist()) == {0, 1, 2}
-
-
-def test_pairs_are_prompt_answer_and_end_of_text_to_the_right():
-    lines = Document("d", b'{"prompt": "ab", "response": "c"}\n\n{"prompt": "x", "response": "123456789"}\n')
-    pairs = Pairs([lines], ByteTokenizer(), 6, 2, seed=0)
-    assert [(row.tolist(), n) for row, n in pairs.rows] == [
-        ([97, 98, 99, 257, 257, 257], 2),
-        ([120, 49, 50, 51, 52, 53], 1),
-    ]
-    tokens, lengths = pairs.batch(0)
-    assert tokens.shape == (2, 6) and sorted(lengths.tolist()) == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("not json", 'expected {"prompt"'),
-        ('{"prompt": "a"}', 'expected {"prompt"'),
-        ('{"prompt": "abcdefgh", "response": "x"}', "no room"),
-        ('{"prompt": "a", "response": ""}', "the response is empty, so there is nothing to learn"),
-        ("", "found none"),
-    ],
-)
-def test_a_bad_pair_is_named(line, message):
-    with pytest.raises(DataError, match=message):
-        Pairs([Document("d", line.encode())], ByteTokenizer(), 8, 1, seed=0)
 
 
 @pytest.mark.filterwarnings("error")

@@ -112,7 +112,7 @@ def test_the_mask_is_forbidden_as_the_family_does_unless_said_otherwise(name):
     for said in (None, True, False):
         made = made_of(name, tokens, {**options, "forbid_mask": said}, prompt=prompt)
         for family in (False, True):
-            losses[said, family] = float(made.loss(e.tiny(forbid_mask=family)))
+            losses[said, family] = made.loss(e.tiny(forbid_mask=family)).item()
     assert losses[None, True] == losses[True, True] == losses[True, False]
     assert losses[None, False] == losses[False, True] == losses[False, False] > losses[True, True]
 

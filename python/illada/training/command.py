@@ -19,7 +19,7 @@ from ..errors import CheckpointError, DataError
 from .config import TrainConfig
 from .registry import OBJECTIVES, OPTIONS
 
-_RUN = ("data", "tokenizer", "preset", "from")  # settings of the run that are not TrainConfig's
+_RUN = ("data", "eval_data", "tokenizer", "preset", "from")  # settings of the run that are not TrainConfig's
 _FIELDS = {f.name for f in dataclasses.fields(TrainConfig)} - {"options"}
 
 
@@ -32,6 +32,8 @@ def add_options(p: argparse.ArgumentParser, data: str, device: str) -> None:
     )
     p.add_argument("--device", help=device)
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.add_argument("--workers", type=int, default=0, help="processes that make batches ahead (default 0)")
+    p.add_argument("--tensorboard", action="store_true", help="write the log to the folder tensorboard in --out too")
     ranks = p.add_argument_group("several ranks, started by torchrun; those that these leave share the batch")
     ranks.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="share each matmul (default 1)")
     ranks.add_argument("--context-parallel", type=int, default=1, metavar="N", help="share each sequence (default 1)")
@@ -63,6 +65,9 @@ def add_options(p: argparse.ArgumentParser, data: str, device: str) -> None:
     said("--batch-size", type=int, help="default 8", **says)
     said("--accumulate", type=int, help="micro-batches a step, to save memory (default 1)", **says)
     said("--checkpoint-activations", action="store_true", help="compute layers again in the backward", **says)
+    said("--lora", type=int, metavar="RANK", help="train adapters of this rank alone, through peft", **says)
+    said("--eval-every", type=int, metavar="STEPS", help="measure the loss on held-out text (default never)", **says)
+    said("--eval-data", metavar="FILE", help="what is held out (default: some of --data; needed with --pairs)", **says)
     said("--optimizer", choices=("muon", "adamw"), help="default muon", **says)
     said("--lr", type=float, help="default 0.02 for muon, 0.002 for adamw", **says)
     said("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default)", **says)
@@ -100,7 +105,7 @@ def train(options: argparse.Namespace) -> int:
     from .parallel.launch import is_launched
 
     said = {k: v for k, v in vars(options).items() if k in _RUN or k in _FIELDS or k in OPTIONS}
-    for name in ("data", "from"):
+    for name in ("data", "eval_data", "from"):
         if said.get(name) is not None:
             said[name] = os.path.abspath(said[name])  # so that a run can be resumed from anywhere
     if is_launched():
@@ -111,13 +116,13 @@ def train(options: argparse.Namespace) -> int:
         raise ValueError("tensor_parallel, context_parallel: expected ranks that torchrun started, found one process")
     if (Path(options.out) / "state.json").exists():
         raise CheckpointError(f"{options.out} holds a state in shards: go on with torchrun, on any number of ranks")
-    with begun(options, said) as (run, train_documents, lock):
-        return _run_training(run, train_documents, options, lock)
+    with begun(options, said) as (run, documents, lock):
+        return _run_training(run, documents, options, lock)
 
 
 @contextlib.contextmanager
 def begun(options: argparse.Namespace, said: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
-    """Yields the run, which it makes or opens, its documents and the lock of its folder, which it holds."""
+    """Yields the run, which it makes or opens, (training, held out) documents and its folder's lock, which it holds."""
     from .runs import Run
     from .state import FolderLock
 
@@ -126,13 +131,12 @@ def begun(options: argparse.Namespace, said: dict[str, Any]) -> Iterator[tuple[A
         Run.open(folder)  # before the lock, which would make the folder
         with FolderLock(folder) as lock:
             run = _resumed(Run.open(folder), said)
-            train_documents, _ = documents_of(run.data, run.train_config, folder)
-            yield run, train_documents, lock
+            yield run, documents_of(run.data, run.eval_data, run.train_config, folder), lock
         return
     if (folder / "run.json").exists():
         raise CheckpointError(f"{folder} holds a run already: go on with it by --resume, or choose another --out")
     config = config_of(said)
-    train_documents, _ = documents_of(said.get("data"), config, folder)
+    documents = documents_of(said.get("data"), said.get("eval_data"), config, folder)
     with FolderLock(folder) as lock:
         names = (said.get("tokenizer", "bytes"), said.get("preset", "demo"))
         run = Run.create(
@@ -140,11 +144,12 @@ def begun(options: argparse.Namespace, said: dict[str, Any]) -> Iterator[tuple[A
             said.get("data"),
             *names,
             config,
-            train_documents,
+            documents[0],
             _learning(options.quiet),
             start_from=said.get("from"),
+            eval_data=said.get("eval_data"),
         )
-        yield run, train_documents, lock
+        yield run, documents, lock
 
 
 def config_of(said: dict[str, Any]) -> TrainConfig:
@@ -158,6 +163,10 @@ def config_of(said: dict[str, Any]) -> TrainConfig:
     for name in ("tokenizer", "preset"):
         if "from" in said and name in said:
             raise ValueError(f"{name}: it is the one in --from {said['from']}; leave out --{name}")
+    if "lora" in said and "from" not in said:
+        raise ValueError("lora: expected --from, a checkpoint that the adapters change; leave out --lora")
+    if "eval_data" in said and "eval_every" not in said:
+        raise ValueError("eval_data: it is for --eval-every only; leave out --eval-data")
     if "from" in said:
         values.setdefault("optimizer", "adamw")
     if values.get("optimizer") == "adamw":
@@ -170,7 +179,7 @@ def _resumed(run: Any, said: dict[str, Any]) -> Any:
 
     Raises ValueError for other settings that differ from the run's; tokenizer and preset cannot be given again at all.
     """
-    before = {**run.train_config.flat(), "data": run.data, "from": run.start_from}
+    before = {**run.train_config.flat(), "data": run.data, "from": run.start_from, "eval_data": run.eval_data}
     wrong = [k for k, v in said.items() if k != "lr" and (k not in before or before[k] != v)]
     if wrong:
         changed = ", ".join(f"--{k.replace('_', '-')} {said[k]}" for k in wrong)
@@ -183,34 +192,44 @@ def _resumed(run: Any, said: dict[str, Any]) -> Any:
     return run
 
 
-def documents_of(data: str | None, config: TrainConfig, folder: Path) -> tuple[list[Any], list[Any]]:
+def documents_of(
+    data: str | None, eval_data: str | None, config: TrainConfig, folder: Path
+) -> tuple[list[Any], list[Any]]:
     """Returns (training, held out) documents, without the run's own folder."""
     from . import runs
     from .data import read_corpus
 
+    held_out = None if eval_data is None else read_corpus(eval_data, folder)
     if config.pairs:
         if data is None:
             raise DataError(
                 f'{config.objective}: expected --data, a file of JSON lines {{"prompt": "...", "response": "..."}}'
             )
-        return read_corpus(data, folder), []
+        if config.eval_every is not None and held_out is None:
+            raise ValueError("eval_every: expected --eval-data too, a file of pairs that are not trained on")
+        return read_corpus(data, folder), held_out or []
     if data is not None and folder.exists() and Path(data).exists() and os.path.samefile(data, folder):
         raise ValueError(f"out: expected a folder other than --data, got {folder} for both")
+    if held_out is not None:
+        return read_corpus(data, folder), held_out
     return runs.documents(data, folder)
 
 
-def _run_training(run: Any, train_documents: Any, options: argparse.Namespace, lock: Any) -> int:
+def _run_training(run: Any, documents: tuple[Any, Any], options: argparse.Namespace, lock: Any) -> int:
     from ..live import ProgressBar
     from . import runs
 
     try:
-        trainer = run.trainer(train_documents, options.device, lock)
+        more = {"held_out": documents[1], "workers": options.workers, "tensorboard": options.tensorboard}
+        trainer = run.trainer(documents[0], options.device, lock, **more)
     except BaseException:
         if not options.resume:
             run.forget()
         raise
     if options.resume:
         run.write()  # with the rate of this time
+    if shortened := getattr(trainer.source, "shortened", 0):
+        print(f"cut {shortened} of {len(trainer.source.rows)} responses at --length", file=sys.stderr)
     if trainer.step:
         print(f"resumed at step {trainer.step}", file=sys.stderr)
     bar = ProgressBar()

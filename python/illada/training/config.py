@@ -32,6 +32,11 @@ class TrainConfig:
     accumulate : int
         Micro-batches a step, at most batch_size. The loss is divided by the whole step's tokens, so this changes the
         memory, and a sum's rounding, alone.
+    lora : int, optional
+        Rank of adapters (`lora.add`), which alone are trained.
+    eval_every : int, optional
+        Steps between two measurements of the loss on held-out data, `eval_batches` batches that stay the same.
+    eval_batches : int
     checkpoint_activations : bool
         Keep only the layers' inputs for the backward, which computes the rest again.
     optimizer : str
@@ -55,6 +60,9 @@ class TrainConfig:
     length: int = 128
     batch_size: int = 8
     accumulate: int = 1
+    lora: int | None = None
+    eval_every: int | None = None
+    eval_batches: int = 8
     checkpoint_activations: bool = False
     optimizer: str = "muon"
     lr: float = 0.02
@@ -80,14 +88,17 @@ class TrainConfig:
             raise ValueError(f"steps, seconds: expected one of them, got {self.steps} and {self.seconds}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
-        for name in ("steps", "length", "batch_size", "accumulate", "seed"):
+        for name in ("steps", "length", "batch_size", "accumulate", "seed", "lora", "eval_every", "eval_batches"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{name}: expected an integer, got {value!r}")
-        for name in ("steps", "seconds", "length", "batch_size", "accumulate", "lr", "adamw_lr", "clip"):
+        numbers = ("steps", "seconds", "length", "batch_size", "accumulate", "lr", "adamw_lr", "clip")
+        for name in (*numbers, "lora", "eval_every", "eval_batches"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 3.4e38:  # float32's largest
                 raise ValueError(f"{name}: expected a positive number up to 3.4e38, got {value}")
+        if self.lora is not None and self.optimizer != "adamw":
+            raise ValueError(f"lora: expected optimizer 'adamw', got {self.optimizer!r}")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate: expected at most batch_size = {self.batch_size}, got {self.accumulate}")
         if not 0 <= self.warmup < 1:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import DataError
-
-if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
 
 # Folders that the default corpus leaves out: not the library's own source, not installed everywhere (Debian), or tables
 # written by a program.
@@ -165,6 +160,10 @@ class Windows:
         self._epoch = -1
         self._starts = np.zeros(0, np.int64)
 
+    def ids(self) -> np.ndarray:
+        """Returns all tokens."""
+        return self.stream
+
     def batch(self, step: int) -> np.ndarray:
         """Returns int64 (batch_size, length)."""
         first = step * self.batch_size
@@ -178,51 +177,3 @@ class Windows:
             self._starts = rng.integers(self.length) + self.length * rng.permutation(self.per_epoch)
             self._epoch = epoch
         return int(self._starts[at])
-
-
-class Pairs:
-    """Fine-tuning batches from JSON lines {"prompt": text, "response": text}.
-
-    A row is prompt, response, then end-of-text ids up to `length`; all but the prompt are learned. A prompt that leaves
-    no room for one token raises DataError naming its line; a longer response is cut. Names of special tokens in them
-    become these tokens, as chat templates need; the mask's is refused.
-    """
-
-    def __init__(self, lines: list[Document], tokenizer: Tokenizer, length: int, batch_size: int, seed: int):
-        self.batch_size, self.seed = batch_size, seed
-        self.rows: list[tuple[np.ndarray, int]] = []
-        for document in lines:
-            for number, line in enumerate(document.content.decode("utf-8-sig").split("\n"), 1):
-                if line.strip():
-                    self.rows.append(self._row(line, f"{document.name}, line {number}", tokenizer, length))
-        if not self.rows:
-            raise DataError('sft: expected lines like {"prompt": "...", "response": "..."}, found none')
-
-    @staticmethod
-    def _row(line: str, where: str, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, int]:
-        try:
-            pair = json.loads(line)
-            prompt, response = (pair[key].encode() for key in ("prompt", "response"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f'{where}: expected {{"prompt": "...", "response": "..."}}, got {line[:60]!r}') from None
-        try:
-            prompt, response = (tokenizer.encode(text, special=True) for text in (prompt, response))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-        if not len(response):
-            raise DataError(f"{where}: the response is empty, so there is nothing to learn; leave the line out")
-        if len(prompt) >= length:
-            raise DataError(f"{where}: the prompt has {len(prompt)} tokens, which leaves no room in --length {length}")
-        row = np.full(length, tokenizer.eos_id)
-        both = np.concatenate([prompt, response])[:length]
-        row[: len(both)] = both
-        return row, len(prompt)
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns int64 tokens (batch_size, length) and prompt lengths (batch_size,)."""
-        chosen = []
-        for index in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, at = divmod(index, len(self.rows))
-            rng = np.random.Generator(np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64)))
-            chosen.append(self.rows[rng.permutation(len(self.rows))[at]])
-        return np.stack([row for row, _ in chosen]), np.array([length for _, length in chosen])

@@ -77,7 +77,7 @@ def optimizers(
     if name not in ("muon", "adamw"):
         raise ValueError(f"optimizer: expected 'muon' or 'adamw', got {name!r}")
     if name == "adamw":
-        return [adamw(model.parameters(), lr, weight_decay)]
+        return [adamw([p for p in model.parameters() if p.requires_grad], lr, weight_decay)]
     c = model.config
     stacked = {
         "qkv_proj": [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim],

@@ -20,13 +20,16 @@ import numpy as np
 import torch
 
 from .. import checkpoint
+from ..chat import ChatTemplate, load_chat_template
 from ..config import ModelConfig
 from ..errors import CheckpointError, DataError
 from ..model import Model
 from ..tokenizer import FILE, Tokenizer, from_json, load_tokenizer, make_tokenizer, stream
+from . import lora
 from .config import TrainConfig
-from .data import RUN, Document, Pairs, Windows, read_corpus, split
+from .data import RUN, Document, Windows, read_corpus, split
 from .loader import Source
+from .pairs import Pairs
 from .registry import OBJECTIVES
 from .state import FolderLock, make_folder, replace_file
 from .trainer import Trainer
@@ -42,6 +45,7 @@ class Run:
     model_config: ModelConfig
     train_config: TrainConfig
     start_from: str | None = None  # the checkpoint folder whose weights it begins with; None: drawn from the seed
+    eval_data: str | None = None  # what is held out; None: some of `data`
 
     @classmethod
     def create(
@@ -54,6 +58,7 @@ class Run:
         train_documents: list[Document],
         progress: Callable[[float], object] = lambda done: None,
         start_from: str | None = None,
+        eval_data: str | None = None,
     ) -> Run:
         """Makes a run's folder. The model is the preset with the tokenizer's vocab and ids.
 
@@ -87,7 +92,7 @@ class Run:
             block = block or (own if own >= least else 4)
             config = dataclasses.replace(config, options={**config.options, "block": block})
         model_config = dataclasses.replace(model_config, causal_block=entry.causal_block(block))
-        run = cls(folder, data, tokenizer, model_config, config, start_from)
+        run = cls(folder, data, tokenizer, model_config, config, start_from, eval_data)
         make_folder(folder)
         replace_file(folder / FILE, json.dumps(tokenizer.to_json()).encode())
         run.write()
@@ -107,6 +112,7 @@ class Run:
         return {
             "data": self.data,
             "from": self.start_from,
+            "eval_data": self.eval_data,
             "model": dataclasses.asdict(self.model_config),
             "train": dataclasses.asdict(self.train_config),
         }
@@ -119,7 +125,7 @@ class Run:
             saved = json.loads(file.read_text(encoding="utf-8"))
             tokenizer = from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
             model, train = ModelConfig(**saved["model"]), TrainConfig(**saved["train"])
-            return cls(folder, saved["data"], tokenizer, model, train, saved["from"])
+            return cls(folder, saved["data"], tokenizer, model, train, saved["from"], saved.get("eval_data"))
         except FileNotFoundError as error:
             hint = f"{folder} holds no run to resume; start one without --resume"
             if _run_files(folder):
@@ -130,33 +136,60 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); start again in another folder") from None
 
-    def trainer(self, train_documents: list[Document], device: str, lock: FolderLock | None = None) -> Trainer:
+    def trainer(
+        self,
+        train_documents: list[Document],
+        device: str,
+        lock: FolderLock | None = None,
+        held_out: list[Document] | None = None,
+        **more: Any,
+    ) -> Trainer:
         """Returns a trainer with the weights of `start_from`, else from the seed, or where the saved state left off.
 
-        Raises CheckpointError if the folder holds a model that could not be replaced by the trained one.
+        held_out: documents for `eval_every`. more: as in `Trainer`. Raises CheckpointError if the folder holds a model
+        that could not be replaced by the trained one.
         """
         checkpoint.check_target(self.folder, self.model_config)
-        torch.manual_seed(self.train_config.seed)
-        if self.start_from is not None and not (self.folder / "state.pt").exists():
-            model = checkpoint.load(self.start_from, device=device, dtype=torch.float32)
+        c = self.train_config
+        torch.manual_seed(c.seed)
+        if self.start_from is not None and (c.lora or not (self.folder / "state.pt").exists()):
+            # With adapters the rest is frozen, so that no update is lost to rounding.
+            dtype = torch.bfloat16 if c.lora and c.dtype == "bfloat16" else torch.float32
+            model = checkpoint.load(self.start_from, device=device, dtype=dtype)
             model.config = self.model_config  # another causal_block
         else:
             model = Model(self.model_config).to(device)
+        if c.lora:
+            lora.add(model, c.lora)
         source, identity = self.source(train_documents)
-        return Trainer(model, source, self.train_config, self.folder, identity, lock)
+        if c.eval_every is not None:
+            more["held_out"] = self.source(held_out or [])[0]
+        return Trainer(model, source, c, self.folder, identity, lock, **more)
 
     def source(self, train_documents: list[Document]) -> tuple[Source, str]:
         """Returns the batches and a digest of their tokens, by which a resumed run knows its data."""
         c = self.train_config
         if c.pairs:
-            pairs: Source = Pairs(train_documents, self.tokenizer, c.length, c.batch_size, c.seed)
-            return pairs, digest(np.concatenate([row for row, _ in pairs.rows]))  # type: ignore[attr-defined]
+            template = _template(self.start_from)
+            pairs = Pairs(train_documents, self.tokenizer, c.length, c.batch_size, c.seed, c.cut, template)
+            return pairs, digest(pairs.ids())
         ids = stream(train_documents, self.tokenizer)
         return Windows(ids, c.length, c.batch_size, c.seed), digest(ids)
 
     def export(self, model: Model) -> None:
-        """Writes the model's weights into the folder."""
+        """Writes the model's weights into the folder; adapters to `adapter` there, and merged into `model`."""
+        if self.train_config.lora:
+            lora.save(model, self.folder, self.start_from)
+            lora.merge(model)
         checkpoint.save(model, self.folder)
+
+
+def _template(folder: str | None) -> ChatTemplate | None:
+    """Returns the chat template in a checkpoint's folder, None where there is none."""
+    try:
+        return None if folder is None else load_chat_template(Path(folder))
+    except DataError:
+        return None
 
 
 def digest(ids: np.ndarray) -> str:

@@ -10,10 +10,12 @@ import os
 import re
 import uuid
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError, CheckpointIOError
 
@@ -128,6 +130,17 @@ class RunState:
         if other:
             raise CheckpointError(
                 f"{self.file} has other settings: {'; '.join(other)}; give the same, or choose another folder"
+            )
+
+    def check_shapes(self, saved: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError for saved weights of another model."""
+        there, here = ({name: tuple(w.shape) for name, w in weights.items()} for weights in (saved, model))
+        other = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        if other:
+            raise CheckpointError(
+                f"{self.file} is of another model: {other[0]} is {there.get(other[0], 'missing')} there and "
+                f"{here.get(other[0], 'missing')} here, {len(other)} tensors differ; give the same model, or choose "
+                "another folder"
             )
 
     def save(self, state: dict[str, Any]) -> None:

@@ -7,9 +7,7 @@ So the state is the weights, the optimizers' moments, the step and the seconds s
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,12 +21,11 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..model import Model, named_weights
 from .config import TrainConfig
-from .loader import Loader, Source
+from .loader import Loader, Source, check_ids
+from .logs import ADVICE, Divergence, Log
 from .objectives import Example
 from .optim import checkpointed, optimizers
-from .state import FolderLock, RunState, append_line, cut_log
-
-ADVICE = "resume with a lower --lr, or check the data"
+from .state import FolderLock, RunState
 
 
 @dataclass
@@ -40,6 +37,7 @@ class Progress:
     loss: float
     seconds: float
     tokens: int
+    held_out: float | None = None  # the loss there, in steps that measure it
 
 
 class Trainer:
@@ -52,19 +50,27 @@ class Trainer:
         Clean batches by step, such as `data.Windows`.
     config : TrainConfig
     folder : Path, optional
-        The state goes to folder/state.pt and one JSON line per step, {"step", "loss", "lr"}, to folder/log.jsonl. A
-        state found there is where the run goes on.
+        The state goes to folder/state.pt and one JSON line per step, {"step", "loss", "lr"}, to folder/log.jsonl, with
+        "held_out" every `config.eval_every` steps. A state found there is where the run goes on.
     identity : str
         Names the data; a state of other data is refused.
     lock : FolderLock, optional
         The folder's lock, if the caller holds it. None: held from here to the end of `run`.
+    held_out : Source, optional
+        Batches that are not trained on, for `config.eval_every`.
+    workers : int
+        Processes that make batches ahead of the training; they change no number.
+    tensorboard : bool
+        Write the log to folder/tensorboard too.
 
     Raises
     ------
     ValueError
-        For a length that the model's blocks do not divide.
+        For data or a model that the settings do not fit: the first batch is made here.
     CheckpointError
         For a folder in use, or a state in it that is damaged or of another run.
+    DataError
+        For `tensorboard` where the package is missing.
     """
 
     def __init__(
@@ -75,19 +81,33 @@ class Trainer:
         folder: Path | None = None,
         identity: str = "",
         lock: FolderLock | None = None,
+        held_out: Source | None = None,
+        workers: int = 0,
+        tensorboard: bool = False,
     ):
         self.model, self.source, self.config = model, source, config
-        self.loader = Loader(config, model.config, source)
+        if (config.eval_every is None) != (held_out is None):
+            raise ValueError("eval_every: expected it together with held_out, got one of them")
+        self.loader = Loader(config, model.config, source, workers)
+        self.held_out = None if held_out is None else Loader(config, model.config, held_out)
+        for where, data in (("the data", source), ("the held-out data", held_out)):
+            if hasattr(data, "ids"):
+                check_ids(data.ids(), model.config, where)  # type: ignore[union-attr]
         self.optimizers = self._make_optimizers()
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step, self.seconds, self.losses = 0, 0.0, np.zeros(0)
-        self.log: Any = None
+        self.log: Log | None = None
+        self.tensorboard = tensorboard
         self.state = self._make_state(folder, config.flat(), identity) if folder else None
         self.lock = self._make_lock(folder) if folder and lock is None else None
         if self.state is not None:
             self.state.sweep()
             self._resume()
             self.version = self.state.version()
+        self.divergence = Divergence(model.config.vocab_size, self.losses)
+        self.loader.example(self.step)
+        if self.held_out is not None:
+            self.held_out.example(0)
 
     # parallel.trainer has others of these
 
@@ -113,18 +133,25 @@ class Trainer:
     def _clip(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.optimizers[-1].param_groups[0]["params"], self.config.clip)
 
+    @property
+    def weights(self) -> dict[str, torch.nn.Parameter]:
+        """What is saved: all weights, of a model with adapters those alone."""
+        weights = named_weights(self.model)
+        return {n: w for n, w in weights.items() if w.requires_grad} if self.config.lora else weights
+
     def _resume(self) -> None:
         assert self.state is not None
         saved = self.state.load(self.model.device)
         if saved is not None:
+            self.state.check_shapes(saved["model"], self.weights)
             with torch.no_grad():
-                for name, weight in named_weights(self.model).items():
+                for name, weight in self.weights.items():
                     weight.copy_(saved["model"][name])
             for optimizer, part in zip(self.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(part)
             self.step, self.seconds = saved["step"], saved["seconds"]
-        self.losses = np.array([entry["loss"] for entry in cut_log(self.state.log, self.step)])
-        self.log = open(self.state.log, "a", encoding="utf-8")
+        self.log = Log(self.state.log, self.step, self.tensorboard)
+        self.losses = np.array([entry["loss"] for entry in self.log.entries])
 
     def save(self) -> None:
         """Replaces folder/state.pt.
@@ -135,11 +162,11 @@ class Trainer:
         self._check_weights()
         if self.state is None:
             return
+        assert self.log is not None
         self.log.flush()
-        os.fsync(self.log.fileno())
         self.state.save(
             {
-                "model": {name: weight.detach() for name, weight in named_weights(self.model).items()},
+                "model": {name: weight.detach() for name, weight in self.weights.items()},
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "step": self.step,
                 "seconds": self.seconds,
@@ -152,7 +179,7 @@ class Trainer:
         if bad is not None:
             raise ArithmeticError(f"step {self.step}: {bad} has become NaN or inf, and was not saved; {ADVICE}")
         with torch.no_grad():
-            loss = self._loss()
+            loss = self._loss(self._example())
         if not math.isfinite(loss):
             raise ArithmeticError(f"step {self.step}: the loss is {loss}, and the weights were not saved; {ADVICE}")
 
@@ -193,7 +220,7 @@ class Trainer:
         """
         if save_every is not None and save_every < 1:
             raise ValueError(f"save_every: expected at least 1 step, got {save_every}; leave it out to save by time")
-        with self._locked():
+        with self._locked(), contextlib.closing(self.loader):
             return self._run(callback, save_every, save_seconds, should_stop)
 
     @contextlib.contextmanager
@@ -225,15 +252,15 @@ class Trainer:
         losses: list[float] = self.losses.tolist()
         while not self._is_over(should_stop):
             loss = self.one_step()
-            if not math.isfinite(loss):
-                raise ArithmeticError(f"step {self.step}: the loss is {loss}; {ADVICE}")
+            self.divergence.check(loss, self.step)
             losses.append(loss)
-            self._write_log(loss)
+            held_out = self._held_out_loss()
+            self._write_log(loss, held_out)
             self.step += 1
             self.seconds = self._agreed(time.monotonic() - begun)
             if callback is not None:
                 tokens = self.config.batch_size * self.config.length
-                callback(Progress(self.step, min(1.0, self.done), loss, self.seconds, self.step * tokens))
+                callback(Progress(self.step, min(1.0, self.done), loss, self.seconds, self.step * tokens, held_out))
             due = (
                 self.step % save_every == 0 if save_every else self._agreed(time.monotonic() - last_save) > save_seconds
             )
@@ -250,27 +277,35 @@ class Trainer:
         for optimizer, rates in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
-        loss = self._loss(lambda part: part.backward())
+        loss = self._loss(self._example(), lambda part: part.backward())
         self._clip()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def _loss(self, each: Callable[[Tensor], object] = lambda part: None) -> float:
-        """Returns the step's loss; calls `each` with each micro-batch's share of it."""
+    @torch.no_grad()
+    def _held_out_loss(self) -> float | None:
+        """Returns the mean loss of the same few held-out batches, where the step that is being done measures it."""
+        c = self.config
+        if self.held_out is None or c.eval_every is None or (self.step + 1) % c.eval_every:
+            return None
+        return sum(self._loss(self.held_out.example(batch)) for batch in range(c.eval_batches)) / c.eval_batches
+
+    def _loss(self, example: Example, each: Callable[[Tensor], object] = lambda part: None) -> float:
+        """Returns an example's loss; calls `each` with each micro-batch's share of it."""
         c, device = self.config, self.model.device
         total = torch.zeros((), dtype=torch.float32, device=device)
         with checkpointed(self.model, c.checkpoint_activations):
-            for part in self._example().split(c.accumulate):
+            for part in example.split(c.accumulate):
                 with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
                     loss = part.to(device).loss(self.model)
                 each(loss)
                 total += loss.detach()
         return total.item()
 
-    def _write_log(self, loss: float) -> None:
+    def _write_log(self, loss: float, held_out: float | None) -> None:
         if self.log is None:
             return
-        factor = self.optimizers[0].param_groups[0]["lr"]
-        append_line(self.log, json.dumps({"step": self.step, "loss": loss, "lr": factor}))
+        extra = {} if held_out is None else {"held_out": held_out}
+        self.log.write(self.step, loss=loss, lr=self.optimizers[0].param_groups[0]["lr"], **extra)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import TrainConfig
+from ..logs import ADVICE, Log
+from ..objectives import Example
 from ..optim import checkpointed
-from ..state import FolderLock, cut_log
-from ..trainer import ADVICE, Progress, Source, Trainer
+from ..state import FolderLock
+from ..trainer import Progress, Source, Trainer
 from .layout import any_rank, on_first, same
 from .model import ShardedModel
 from .optim import clip, optimizers
@@ -42,6 +43,8 @@ class ParallelTrainer(Trainer):
         On the first rank as `Trainer`; None on the others.
     moved : callable
         Called with the step and a word when the rank gets on.
+    tensorboard : bool
+        As `Trainer`, on the first rank.
     """
 
     def __init__(
@@ -53,12 +56,15 @@ class ParallelTrainer(Trainer):
         identity: str = "",
         lock: FolderLock | None = None,
         moved: Callable[[int, str], object] = lambda step, word: None,
+        tensorboard: bool = False,
     ) -> None:
+        if config.lora is not None or config.eval_every is not None:
+            raise ValueError("lora, eval_every: expected neither on several ranks; train on one, or leave them out")
         self.sharded, self.ranks, self.moved = model, model.ranks, moved
         self.own_lock: FolderLock | None = None
         if folder is not None:
             on_first(lambda: self._take_lock(folder) if lock is None else None)
-        super().__init__(model.model, source, config, folder, identity, lock)
+        super().__init__(model.model, source, config, folder, identity, lock, tensorboard=tensorboard)
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
         c = self.config
@@ -80,10 +86,10 @@ class ParallelTrainer(Trainer):
         if saved is not None:
             state.read(saved, tensors_of(self.sharded.weights(), self.optimizers))
             self.step, self.seconds = saved["step"], saved["seconds"]
-        losses = on_first(lambda: [entry["loss"] for entry in cut_log(state.log, self.step)])
-        self.losses = np.array(losses)
-        if dist.get_rank() == 0:
-            self.log = open(state.log, "a", encoding="utf-8")
+        logs: list[Log] = []
+        on_first(lambda: logs.append(Log(state.log, self.step, self.tensorboard)))
+        self.log = logs[0] if logs else None
+        self.losses = np.array(on_first(lambda: [entry["loss"] for entry in logs[0].entries]))
 
     def save(self) -> None:
         """Replaces the state in the folder, as `Trainer.save`; a rank that dies meanwhile leaves the previous one."""
@@ -93,7 +99,6 @@ class ParallelTrainer(Trainer):
         self.moved(self.step, "save")
         if self.log is not None:
             self.log.flush()
-            os.fsync(self.log.fileno())
         tensors = tensors_of(self.sharded.weights(), self.optimizers)
         self.state.write(tensors, step=self.step, seconds=self.seconds)
         self.version = self.state.version()
@@ -107,7 +112,7 @@ class ParallelTrainer(Trainer):
             name = next(name for name in names if name is not None)
             raise ArithmeticError(f"step {self.step}: {name} has become NaN or inf, and was not saved; {ADVICE}")
         with torch.no_grad():
-            loss = self._loss()
+            loss = self._loss(self._example())
         if not math.isfinite(loss):
             raise ArithmeticError(f"step {self.step}: the loss is {loss}, and the weights were not saved; {ADVICE}")
 
@@ -131,11 +136,14 @@ class ParallelTrainer(Trainer):
         adamw = self.optimizers[-1]
         clip([p for group in adamw.param_groups for p in group["params"]], self.config.clip, self.ranks)
 
-    def _loss(self, each: Callable[[Tensor], object] = lambda part: None) -> float:
-        c, ranks = self.config, self.ranks
+    def _example(self) -> Example:
         self.moved(self.step, "batch")
+        return super()._example()
+
+    def _loss(self, example: Example, each: Callable[[Tensor], object] = lambda part: None) -> float:
+        c, ranks = self.config, self.ranks
         total = torch.zeros((), dtype=torch.float32, device=ranks.device)
-        parts = self._example().split(ranks.layout.data * c.accumulate)
+        parts = example.split(ranks.layout.data * c.accumulate)
         with checkpointed(self.model, c.checkpoint_activations):
             for part in parts[ranks.data * c.accumulate : (ranks.data + 1) * c.accumulate]:
                 share = Share.of(part, self.model.config, ranks.layout.context, ranks.context)
