@@ -24,7 +24,7 @@ from illada.model import Model
 from illada.training.config import TrainConfig
 from illada.training.data import Windows
 from illada.training.logs import Divergence
-from illada.training.optim import optimizers, orthogonalize
+from illada.training.optim import compile_layers, optimizers, orthogonalize
 from illada.training.state import RunState, replace_file
 from illada.training.trainer import Trainer
 
@@ -407,6 +407,39 @@ def test_checkpointed_layers_save_less_and_change_no_bit(dtype):
         assert "forward" not in vars(run.model.layers[0])
     assert saved[True] < saved[False] / 2
     assert runs[True].losses.tolist() == runs[False].losses.tolist()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_layers_train_as_others_and_keep_their_names(monkeypatch, checkpointed):
+    """Dynamo's graphs run by eager kernels, because inductor's take a minute to compile."""
+    compiled = []
+
+    def compile_eagerly(function, compile=torch.compile):
+        compiled.append(function)
+        return compile(function, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    plain = trainer(steps=3)
+    run = trainer(steps=3, compile=True, checkpoint_activations=checkpointed)
+    assert len(compiled) == len(run.model.layers) and list(run.weights) == list(plain.weights)
+    plain.run()
+    run.run()
+    np.testing.assert_allclose(run.losses, plain.losses, rtol=1e-6)
+
+
+def test_one_graph_serves_all_compiled_layers(monkeypatch):
+    """Torch compiles a function at most eight times and leaves it eager after that."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, compile=torch.compile: compile(f, backend=count, fullgraph=True))
+    model = Model(dataclasses.replace(trainer().model.config, n_layers=9))
+    compile_layers(model)
+    model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("more", [[], ["--objective", "block"]], ids=["full", "block"])

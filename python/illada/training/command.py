@@ -65,6 +65,12 @@ def add_options(p: argparse.ArgumentParser, data: str, device: str) -> None:
     said("--batch-size", type=int, help="default 8", **says)
     said("--accumulate", type=int, help="micro-batches a step, to save memory (default 1)", **says)
     said("--checkpoint-activations", action="store_true", help="compute layers again in the backward", **says)
+    said(
+        "--compile",
+        action="store_true",
+        help="compile the layers by torch.compile: a tenth of the time less on a CPU, after a minute",
+        **says,
+    )
     said("--lora", type=int, metavar="RANK", help="train adapters of this rank alone, through peft", **says)
     said("--eval-every", type=int, metavar="STEPS", help="measure the loss on held-out text (default never)", **says)
     said("--eval-data", metavar="FILE", help="what is held out (default: some of --data; needed with --pairs)", **says)

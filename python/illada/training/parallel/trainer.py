@@ -58,8 +58,9 @@ class ParallelTrainer(Trainer):
         moved: Callable[[int, str], object] = lambda step, word: None,
         tensorboard: bool = False,
     ) -> None:
-        if config.lora is not None or config.eval_every is not None:
-            raise ValueError("lora, eval_every: expected neither on several ranks; train on one, or leave them out")
+        said = [name for name in ("lora", "eval_every", "compile") if getattr(config, name)]
+        if said:
+            raise ValueError(f"{said[0]}: it is for one process; train without torchrun, or leave it out")
         self.sharded, self.ranks, self.moved = model, model.ranks, moved
         self.own_lock: FolderLock | None = None
         if folder is not None:
