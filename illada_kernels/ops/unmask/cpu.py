@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._extension import DTYPES, check, extension_reason, native, pointer
+from ..._ranks import gathered, gathered_pieces
 from .problem import (
     BY_MIN_P,
     BY_TOP_K,
@@ -58,6 +59,8 @@ def forward(problem: Problem) -> Outputs:
     rows = rows[: int(row_count)]
     segments = -(-vocab // module.unmask_segment)
     partials = torch.empty(rows.shape[0], segments, module.unmask_partial_bytes, dtype=torch.uint8)
+    if problem.group:
+        partials.fill_(255)  # NaN: no bar for the noise to beat from the ids of other ranks
     if rows.shape[0] and vocab:
         scan = Scan(module, problem, vocab, rows, partials, threads)
         if problem.head_weight is None:
@@ -67,6 +70,9 @@ def forward(problem: Problem) -> Outputs:
                 scan.truncate(source, source.stride(0), source.stride(1), count)
         else:
             from_hidden(scan, problem)
+    if problem.group:
+        partials = of_all_ranks(problem, partials, module.unmask_segment)
+        segments = partials.shape[1]
     defer = torch.tensor(problem.defer, dtype=torch.int64)
     kinds = (problem.mask_id, vocab, problem.rule, problem.confidence, problem.revise, problem.order)
     ids = (defer.data_ptr(), len(problem.defer), pointer(scores))
@@ -187,6 +193,8 @@ def from_hidden(scan: Scan, problem: Problem) -> None:
     bias = None if problem.head_bias is None else problem.head_bias.float().contiguous()
     index = scan.rows.view(torch.int64)[:, 0]
     count = problem.positions.shape[1]
+    own = slice(problem.vocab_start, problem.vocab_start + head.shape[0])
+    begin = own.start // scan.module.unmask_segment * scan.module.unmask_segment
     ids_at_once = vocab if problem.truncation else min(IDS_AT_ONCE, vocab)
     most = ROWS_AT_ONCE * IDS_AT_ONCE // ids_at_once if problem.truncation else ROWS_AT_ONCE
     rows_at_once = max(1, min(ROWS_AT_ONCE, most, index.shape[0]))
@@ -196,11 +204,27 @@ def from_hidden(scan: Scan, problem: Problem) -> None:
         some = slice(start, start + rows_at_once)
         at = index[some]
         x = problem.source[at // count, at % count].float()  # (rows, D)
-        for first in range(0, vocab, ids_at_once):
-            ids = min(ids_at_once, vocab - first)
+        for first in range(begin, own.stop, ids_at_once):
+            low, ids = max(first, own.start), min(ids_at_once, own.stop - first) - max(own.start - first, 0)
             out = logits[: x.shape[0] * ids].view(x.shape[0], ids)
-            where = (first, ids, out.data_ptr(), scan.threads)
+            where = (low - own.start, ids, out.data_ptr(), scan.threads)
             check("unmask", scan.module.unmask_head_cpu(x.data_ptr(), *x.shape, *weight, *where))
-            scan.run(out, 0, ids, 0, first, ids, some)
+            if low > first:  # a segment that another rank begins
+                out = torch.nn.functional.pad(out, (low - first, 0), value=-torch.inf)
+            scan.run(out, 0, out.shape[1], 0, first, out.shape[1], some)
         if problem.truncation:
             scan.truncate(logits, 0, vocab, 0, some)
+
+
+def of_all_ranks(problem: Problem, partials: Tensor, segment: int) -> Tensor:
+    """Returns the partials (rows, segments, bytes) of all ids in their order. A segment that two ranks share is there
+    twice, each time with one rank's ids."""
+    assert problem.head_weight is not None
+    start, size = problem.vocab_start, problem.head_weight.shape[0]
+    own = torch.tensor([start // segment, -(-(start + size) // segment)], dtype=torch.float32)
+    edges = gathered_pieces(problem.group, own, start, size, problem.vocab_size).long()
+    low, most = int(own[0]), int((edges[:, 1] - edges[:, 0]).amax())
+    mine = partials[:, low : low + most]
+    mine = torch.nn.functional.pad(mine, (0, 0, 0, most - mine.shape[1]))
+    each = gathered(problem.group, mine)  # (ranks, rows, most, bytes)
+    return torch.cat([x[:, : int(high - low)] for x, (low, high) in zip(each, edges)], 1)

@@ -192,6 +192,8 @@ def available() -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
+    if problem.group:
+        return "ranks that share the vocab run on the reference"
     if problem.source.dtype == torch.float64:
         return "float64 is for the reference"
     if problem.truncation:

@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     """A parameter is its tensor, of shape () or (B,), or where that is None its number."""
 
     source: Tensor  # (B, K, D) hidden rows, or (B, K, V) logits where head_weight is None
-    head_weight: Tensor | None  # (V, D)
+    head_weight: Tensor | None  # (V, D), or with a group this rank's rows of it
     head_bias: Tensor | None  # (V,)
     tokens: Tensor  # (B, L) int64, written in place
     positions: Tensor  # (B, K) int64
@@ -68,6 +68,9 @@ class Problem(NamedTuple):
     scores: Tensor | None  # (B, K) float32, of Remask
     frozen: Tensor | None  # (B, L) bool
     noise_positions: Tensor | None  # (B, K) int64
+    group: str = ""  # the process group whose ranks share the vocab (illada_kernels.distributed); "": not shared
+    vocab_start: int = 0  # the id of the first row of head_weight and head_bias, which are this rank's
+    vocab_size: int = 0  # ids of all ranks
     backend: str = ""
 
     @property
@@ -77,6 +80,9 @@ class Problem(NamedTuple):
 
     @property
     def vocab(self) -> int:
+        """The number of ids; with a group that of all ranks."""
+        if self.group:
+            return self.vocab_size
         return self.source.shape[2] if self.head_weight is None else self.head_weight.shape[0]
 
     @property

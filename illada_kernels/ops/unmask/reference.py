@@ -23,6 +23,7 @@ from .problem import (
     Outputs,
     Problem,
 )
+from .ranks import reduced
 
 MASK32 = 0xFFFFFFFF
 LOGITS_AT_ONCE = 1 << 22  # rows go through in chunks of this many logits, so that real vocabs fit a small machine
@@ -147,18 +148,20 @@ def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
     logits = row_logits(step, start, masked.shape[0])  # (N, V)
     random = philox_unit(philox(seed, torch.zeros_like(position), position, at_step, 1)[:2])
     rank_noise = gumbel_of(philox(seed, torch.zeros_like(position), position, at_step, 2)[:2])
-    redrawn = scaled(philox(seed, torch.zeros_like(position), position, at_step, 3), logits.shape[1])
+    redrawn = scaled(philox(seed, torch.zeros_like(position), position, at_step, 3), step.vocab)
     if logits.shape[1] == 0:
         zero = torch.zeros_like(random)
         return Rows(held, held, held, zero, zero, zero, random, zero, zero, zero, torch.ones_like(masked))
     noised = logits
     temperature = torch.where(temperature > 0, temperature, 0.0).clamp(max=HIGHEST_TEMPERATURE)  # a NaN counts as 0
     if step.noisy:
-        noise = temperature * gumbel(seed, position, at_step, logits.shape[1])
+        noise = temperature * gumbel(seed, position, at_step, step.vocab)[:, step.vocab_start :][:, : logits.shape[1]]
         noised = torch.where(temperature > 0, (logits + noise).clamp(-FLOAT32_MAX, FLOAT32_MAX), logits)
         noised = torch.where(logits == -torch.inf, logits, noised)
     if step.truncation:
         noised = torch.where(logits >= lower_bound(step, logits, temperature, *truncation), noised, -torch.inf)
+    if step.group:
+        return _shared_rows(step, logits, noised, held, temperature, tc, (random, rank_noise, redrawn))
     proposal = noised.argmax(1, keepdim=True)  # ties to the lowest id
 
     top, best = logits.amax(1, keepdim=True), logits.argmax(1, keepdim=True)
@@ -183,6 +186,38 @@ def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
     sampled = torch.minimum((1 / total).float(), likeness.float())
     confidences = (probability.float(), margin.float(), entropy.float(), random, sampled, rank_noise)
     return Rows(proposal, best, redrawn, *confidences, held_probability.float(), bad)
+
+
+def _shared_rows(
+    step: Problem,
+    logits: Tensor,
+    noised: Tensor,
+    held: Tensor,
+    temperature: Tensor,
+    tc: Tensor,
+    drawn: tuple[Tensor, Tensor, Tensor],
+) -> Rows:
+    """Returns some_rows' results where these are the logits of one rank's ids."""
+    tc = torch.where(tc > 0, tc, 1.0).clamp(max=HIGHEST_CONFIDENCE_TEMPERATURE)
+    scale = (1 / tc).clamp(max=FLOAT32_MAX)
+    row = reduced(step, logits, noised, held, scale)
+    random, rank_noise, redrawn = drawn
+    entropy = (row.total.log() - row.moment / row.total).clamp(min=0.0)
+    margin = (1 - ((row.second - row.top) * scale).exp()) / row.total
+    rated = row.top if step.rule == rules.RENOISE else row.proposed
+    likeness = torch.where(temperature > 0, (rated - row.top) / temperature, 0.0).exp()
+    confidences = (
+        ((rated - row.top) * scale).exp() / row.total,
+        margin,
+        entropy,
+        random,
+        torch.minimum(1 / row.total, likeness),
+        rank_noise,
+        ((row.held - row.top) * scale).exp() / row.total,
+    )
+    bad = (row.bad > 0) | (row.top.abs() == torch.inf)
+    fields: list[Tensor] = [row.proposal.long(), row.best.long(), redrawn, *(x.float() for x in confidences), bad]
+    return Rows(*fields)
 
 
 def lower_bound(
@@ -219,7 +254,7 @@ def row_logits(step: Problem, start: int, rows: int) -> Tensor:
         logits = logits @ step.head_weight.to(dtype).T
         if step.head_bias is not None:
             logits = logits + step.head_bias.to(dtype)
-    vocab = logits.shape[1]
+    vocab, ids = step.vocab, slice(step.vocab_start, step.vocab_start + logits.shape[1])
     bias = torch.zeros(vocab, dtype=torch.float32, device=logits.device)
     if step.bias_ids is not None and step.bias_values is not None and vocab > 0:
         known = (step.bias_ids >= 0) & (step.bias_ids < vocab)
@@ -228,6 +263,7 @@ def row_logits(step: Problem, start: int, rows: int) -> Tensor:
     for i in step.forbid:
         if 0 <= i < vocab:
             bias[i] = -torch.inf
+    bias = bias[ids]
     return torch.where(bias == -torch.inf, -torch.inf, logits + bias)
 
 

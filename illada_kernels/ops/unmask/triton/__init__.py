@@ -18,6 +18,8 @@ def available() -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
+    if problem.group:
+        return "ranks that share the vocab run on the reference"
     if problem.truncation:
         return "does not truncate (top_k, top_p, min_p)"
     if problem.rule == rules.RENOISE:
