@@ -178,7 +178,7 @@ def test_opcheck(backend):
     given = {"source": hidden, "head_weight": weight, "tokens": tokens, "positions": positions, "frozen": frozen}
     rest = {"mask_id": MASK, "forbid": (MASK,), "defer": (3,), "confidence_temperature": 1.0, "backend": backend}
     values = {**given, **numbers, **kinds, **rest}
-    absent = {int: 0, float: 0.0}
+    absent = {int: 0, float: 0.0, str: ""}
     kinds_of = typing.get_type_hints(Problem)
     opcheck(OPERATOR.op, [values.get(name, absent.get(kinds_of[name])) for name in Problem._fields])
 
