@@ -53,6 +53,45 @@ def float32_step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperatu
     return tokens.scatter_(1, chosen, proposed.gather(1, chosen))
 
 
+def truncated(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """Hugging Face's processors in their order: float32 logits / temperature, -inf where they drop."""
+    scores = logits.float() / temperature
+    if top_k:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        rising, ids = scores.sort(-1)
+        dropped = rising.softmax(-1).cumsum(-1) <= 1 - top_p
+        dropped[..., -1] = False
+        scores = scores.masked_fill(dropped.scatter(-1, ids, dropped), -torch.inf)
+    if min_p:
+        p = scores.softmax(-1)
+        scores = scores.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
+    return scores
+
+
+def truncated_step(temperature: float, **options: float) -> Callable[..., Tensor]:
+    """device_step with the proposal drawn from what Hugging Face's processors leave."""
+
+    def step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, *_: float) -> Tensor:
+        scores = truncated(logits, temperature, **options)  # type: ignore[arg-type]
+        proposal = (scores - torch.empty_like(scores).exponential_().log_()).argmax(-1)
+        chosen = logits.gather(-1, proposal[..., None])[..., 0]
+        return commit(proposal, (chosen - logits.logsumexp(-1)).exp(), tokens, k, mask_id)
+
+    return step
+
+
+def renoised_step(logits: Tensor, tokens: Tensor, gamma: float, temperature: float) -> Tensor:
+    """DiffusionGemma's step (transformers): draw, accept by rising entropy, redraw the rest."""
+    scores = logits.float() / temperature
+    p = scores.softmax(-1)
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    drawn = (scores - torch.empty_like(scores).exponential_().log_()).argmax(-1)
+    rising, order = entropy.sort(-1)
+    kept = torch.zeros_like(rising, dtype=torch.bool).scatter(-1, order, rising.cumsum(-1) - rising <= gamma)
+    return tokens.copy_(torch.where(kept, drawn, torch.randint_like(tokens, logits.shape[-1])))
+
+
 def commit(proposal: Tensor, confidence: Tensor, tokens: Tensor, k: int, mask_id: int) -> Tensor:
     """Of (B, K) proposals the k most confident, without the host."""
     masked = tokens == mask_id

@@ -8,6 +8,7 @@ peers of peers/unmask.py after cuBLAS.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -27,6 +28,7 @@ from ..peers.unmask import float32_step, llada_step
 
 FROM_LOGITS = getattr(room, "FROM_LOGITS_BACKENDS", BACKENDS)
 COMMITTED_PER_STEP = 4
+GAMMA = 0.1  # DiffusionGemma's entropy bound
 DIM = 4096
 
 
@@ -89,6 +91,40 @@ def from_hidden(shape: shapes.Shape, dtype: torch.dtype, temperature: float, dev
         flops=shapes.flops(shape),
         bytes=shapes.head_bytes(shape, weight.element_size()),
         limit={"product": rotating(lambda hidden: hidden @ weight.T, sets)} if exact else {},
+    )
+
+
+def with_option(kind: str, shape: shapes.Shape, dtype: torch.dtype, name: str, device: str) -> Work:
+    """A row at temperature 1 with one more option, a name of cases.TRUNCATIONS or "renoise", and beside it the row
+    without. Peers are plain torch: Hugging Face's processors, DiffusionGemma's step."""
+    size = shape.vocabulary if kind == "logits" else shape.dim
+    sets = [(torch.randn(shape.batch, shape.count, size, device=device).mul_(2).to(dtype),) for _ in range(2)]
+    head: tuple[Tensor, ...] = ()
+    if kind == "hidden":
+        head = (torch.randn(shape.vocabulary, size, device=device).div_(size**0.5).to(dtype),)
+    tokens, positions = fresh_tokens(shape, device)
+    renoises = name == "renoise"
+    option: dict[str, Any] = {} if renoises else dict(shapes.TRUNCATIONS[name])
+    function: Callable[..., Any] = ik.unmask if head else ik.unmask_from_logits
+
+    def ours(backend: str, rule: Any, option: dict[str, Any]) -> Callable[[Tensor], Any]:
+        how = {"mask_id": shape.mask_id, "temperature": 1.0, "backend": backend, **option}
+        return lambda x: function(x, *head, tokens.clone(), positions, rule, **how)
+
+    def peer(x: Tensor) -> Tensor:
+        logits = x @ head[0].T if head else x
+        if renoises:
+            return unmask_peers.renoised_step(logits, tokens.clone(), GAMMA, 1.0)
+        step = unmask_peers.truncated_step(1.0, **option)
+        return step(logits, tokens.clone(), COMMITTED_PER_STEP, shape.mask_id)
+
+    rule, plain = (ik.Renoise(GAMMA), ik.EntropyBound(GAMMA)) if renoises else (ik.TopK(COMMITTED_PER_STEP),) * 2
+    return Work(
+        ours={b: rotating(ours(b, rule, option), sets) for b in backends(device)},
+        peers={"diffusion_gemma" if renoises else "processors": rotating(peer, sets)},
+        beside={f"{b} without": rotating(ours(b, plain, {}), sets) for b in backends(device)},
+        flops=shapes.flops(shape) if head else 4.0 * shape.rows * shape.vocabulary,
+        bytes=(shapes.head_bytes if head else shapes.logit_bytes)(shape, sets[0][0].element_size()),
     )
 
 
@@ -232,3 +268,6 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
     for dtype in dict.fromkeys((single, torch.bfloat16)):
         yield case("hidden", from_hidden, shapes.LLADA, dtype, 1.0)
     yield case("hidden", from_hidden, shapes.LLADA, single, 0.0)
+    for kind, name in itertools.product(("logits", "hidden"), (*shapes.TRUNCATIONS, "renoise")):
+        build = functools.partial(with_option, kind, shapes.LLADA, single, name, device)
+        yield Case("unmask", f"{kind}_{shapes.LLADA.name}_t1_{name}", "float32", build)

@@ -24,7 +24,8 @@ from benchmarks.suites import attention as attention_suite
 from benchmarks.suites import masked_loss as masked_loss_suite
 from benchmarks.suites import unmask as unmask_suite
 from illada_kernels.ops.attention import cases as shapes
-from illada_kernels.ops.unmask.cases import Shape
+from illada_kernels.ops.unmask.cases import TRUNCATIONS, Shape
+from tests.helpers.unmask_oracle import truncated_set
 
 RATES = {"gemm": 1e12, "copy": 1e11}
 
@@ -208,6 +209,23 @@ def test_every_kind_of_unmask_case_runs(kind, monkeypatch):
     assert kind != "loop" or "2 sequences at a time" in work.notes["LLaDA's loop"]
     job = next(iter(unmask_suite.selection(2, 9, "cpu").ours.values()))
     assert job().committed.sum(-1).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden"])
+@pytest.mark.parametrize("name", [*TRUNCATIONS, "renoise"])
+def test_every_option_of_unmask_has_a_case_that_runs_beside_the_row_without(kind, name):
+    work = unmask_suite.with_option(kind, Shape("s", 2, 5, 2100, 16, 32), torch.float32, name, "cpu")
+    for job in {**work.ours, **work.peers, **work.beside}.values():
+        job()
+    assert [f"{b} without" for b in work.ours] == list(work.beside)
+
+
+def test_the_peers_keep_what_unmask_keeps():
+    logits = torch.randn(1, 50, 300, generator=torch.Generator().manual_seed(1)) * 2
+    for options in ({"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 30, "top_p": 0.9, "min_p": 0.05}):
+        kept = unmask_peers.truncated(logits, 0.7, **options) > -torch.inf
+        for row, ids in zip(logits[0], kept[0]):
+            assert set(ids.nonzero()[:, 0].tolist()) == truncated_set(row, 0.7, **options)
 
 
 # ---- contenders that fail -------------------------------------------------------------------------------------------
