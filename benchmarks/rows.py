@@ -53,11 +53,12 @@ def run_case(
     floor = max([floor, *(times[name]["p50"] for name in work.limit if name in times)])
     peers = {name: times[name]["p50"] for name in work.peers if name in times}
     best_peer = min(peers, key=lambda name: peers[name]) if peers else None
+    beside = {name: times[name]["p50"] for name in work.beside if name in times}
     shared: dict[str, Any] = {"floor_ms": floor, "peers": peers, "best_peer": best_peer}
+    shared |= {"beside": beside} if beside or device == "cuda" else {}
     if device == "cuda":
         shared |= {
             "limits": {name: times[name]["p50"] for name in work.limit if name in times},
-            "beside": {name: times[name]["p50"] for name in work.beside if name in times},
             "peer_memory": {name: memory_of(work.peers[name], watched, name, device) for name in peers},
             "timing": f"graph of {work.replayed} calls" if work.replayed else "calls",
         }

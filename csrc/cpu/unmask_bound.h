@@ -101,15 +101,13 @@ struct Histogram {
   void clear() { std::fill_n(&weight[0][0], kCopies * kBins, 0.0); }
   inline __attribute__((always_inline)) void add(const vi (&bin)[4], const vf (&w)[4]) {
     alignas(64) int32_t b[4 * kWidth];
-    alignas(64) double x[4 * kWidth];
+    alignas(64) float x[4 * kWidth];
     for (int c = 0; c < 4; ++c) {
       std::memcpy(b + c * kWidth, &bin[c], sizeof(vi));
-      Doubles d{};
-      accumulate(d, w[c]);
-      std::memcpy(x + c * kWidth, &d, sizeof d);
+      store(x + c * kWidth, w[c]);
     }
     for (int i = 0; i < 4 * kWidth; i += kCopies)
-      for (int c = 0; c < kCopies; ++c) weight[c][b[i + c]] += x[i + c];
+      for (int c = 0; c < kCopies; ++c) weight[c][b[i + c]] += double(x[i + c]);
   }
   double of(int b) const { return weight[0][b] + weight[1][b] + (weight[2][b] + weight[3][b]); }
   double total() const {
