@@ -28,6 +28,7 @@ from illada.training.parallel.watch import Watch
 from illada.training.trainer import Trainer
 from torch.distributed.checkpoint import FileSystemWriter
 
+from illada_kernels import TopK, distributed, unmask
 from tests.helpers import ranks
 from tests.helpers.ranks import worlds
 
@@ -141,6 +142,26 @@ def check_layouts_that_do_not_divide_are_refused() -> None:
     assert said(tensor=2, context=world // 2) == ""
 
 
+def check_generated_tokens_are_those_of_one_process() -> None:
+    """Six passes of a block of masks behind a prompt, with noise, the head and the layers over two ranks."""
+    config = kinds()["untied, qk norm, bias"]
+    model = ShardedModel(config, Ranks.connect(Layout(dist.get_world_size() // 2, 1, 2), torch.device("cpu")))
+    model.draw(3)
+    torch.manual_seed(3)
+    one = Model(config)
+    shown = torch.cat([tokens(2, 5), torch.full((2, 12), config.mask_id)], 1)
+    positions = torch.arange(5, 17).expand(2, -1)
+    call: dict[str, Any] = {"mask_id": config.mask_id, "temperature": 0.8, "seed": 11}
+    mine, right = shown.clone(), shown.clone()
+    with torch.no_grad():
+        for step in range(6):
+            hidden = model.hidden(mine)[:, 5:]
+            head, vocab = model.head()
+            distributed.unmask(hidden, head, mine, positions, TopK(2), step=step, **vocab, **call)
+            unmask(one(right)[:, 5:], one.head_weight, right, positions, TopK(2), step=step, **call)
+    assert torch.equal(mine, right) and (mine != config.mask_id).all()
+
+
 # ---- the trainer ----------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +209,21 @@ def check_steps_are_those_of_one_process() -> None:
                 trainer = parallel(layout, config)
                 assert trainer.run()
                 assert near(trainer.losses.tolist(), right), (layout, config, trainer.losses, right)
+
+
+def check_held_out_losses_are_those_of_one_process() -> None:
+    config = train_config(steps=2, eval_every=1)
+    said: list[Any] = []
+    trainer = Trainer(Model(model_config(config)), Batches(), config, held_out=Batches())
+    torch.manual_seed(3)
+    trainer.model.init_weights()
+    trainer.run(lambda progress: said.append(progress.held_out))
+    for layout in layouts():
+        model = ShardedModel(model_config(config), Ranks.connect(layout, torch.device("cpu")))
+        model.draw(3)
+        mine: list[Any] = []
+        ParallelTrainer(model, Batches(), config, held_out=Batches()).run(lambda p, m=mine: m.append(p.held_out))
+        assert near(mine, said) or dist.get_rank() > 0, (layout, mine, said)
 
 
 def check_activations_computed_again_change_nothing() -> None:

@@ -59,7 +59,10 @@ def _trainer(
     tensor, context = options.tensor_parallel, options.context_parallel
     layout = Layout.of(dist.get_world_size(), tensor, context, run.model_config, config)
     on_first(lambda: checkpoint.check_target(folder, run.model_config))
-    source, identity = run.source(command.documents_of(run.data, run.eval_data, config, folder)[0])
+    if options.workers:
+        raise ValueError(f"workers: expected 0 on several ranks, got {options.workers}; leave out --workers")
+    documents, held_out = command.documents_of(run.data, run.eval_data, config, folder)
+    source, identity = run.source(documents)
     watch.moved(0, "weights")
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     model = ShardedModel(run.model_config, Ranks.connect(layout, device), dtype)
@@ -67,9 +70,9 @@ def _trainer(
         model.load(Path(run.start_from))
     elif not (folder / FILE).exists():
         model.draw(config.seed)
-    if options.workers:
-        raise ValueError(f"workers: expected 0 on several ranks, got {options.workers}; leave out --workers")
-    trainer = ParallelTrainer(model, source, config, folder, identity, lock, watch.moved, options.tensorboard)
+    measured = run.source(held_out)[0] if config.eval_every is not None else None
+    more = (watch.moved, measured, options.tensorboard)
+    trainer = ParallelTrainer(model, source, config, folder, identity, lock, *more)
     if dist.get_rank() == 0:
         shape = f"{layout.data} data * {layout.context} context * {layout.tensor} tensor ranks, {device.type}"
         print(shape + (f"; resumed at step {trainer.step}" if trainer.step else ""), file=sys.stderr)

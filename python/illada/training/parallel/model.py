@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -103,6 +103,7 @@ class ShardedModel(nn.Module):
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)  # weights of the loss already hold the whole batch's denominator
             module.set_force_sum_reduction_for_comms(True)
+        register_fsdp_forward_method(self, "hidden")
         self.to_empty(device=ranks.device)
 
     def _share_matmuls(self) -> None:
@@ -131,18 +132,27 @@ class ShardedModel(nn.Module):
         """Returns this rank's part of the weighted sum, a float32 scalar; the ranks of a tensor group have the same."""
         hidden = self.model(share.tokens, share.key_ranges, share.positions, shift=False)
         x = hidden.flatten(0, 1)[share.rows]  # (N, D)
-        c, head = self.config, self.model.head_weight
         masked = torch.ones_like(share.targets, dtype=torch.bool)
         options: dict[str, Any] = {"forbid": share.forbid, "max_masked": len(x)}
-        if not isinstance(head, DTensor):
-            return masked_loss(x, head, share.targets, masked, share.weight, **options)
-        start = -(-c.vocab_size // self.ranks.layout.tensor) * self.ranks.tensor  # torch.chunk's, as DTensor shards
-        split: dict[str, Any] = {
-            "vocab_start": start,
-            "vocab_size": c.vocab_size,
-            "group": self.ranks.mesh.get_group("tensor"),
-        }
-        return distributed.masked_loss(x, head.to_local(), share.targets, masked, share.weight, **split, **options)
+        if self.ranks.layout.tensor == 1:
+            return masked_loss(x, self.model.head_weight, share.targets, masked, share.weight, **options)
+        head, vocab = self.head()
+        return distributed.masked_loss(x, head, share.targets, masked, share.weight, **vocab, **options)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Returns the hidden rows (B, S, dim) of `Model.forward`; layers share no sequence for it (context = 1)."""
+        return self.model(tokens)
+
+    def head(self) -> tuple[Tensor, dict[str, Any]]:
+        """Returns this rank's rows of the LM head and the vocab's arguments of `illada_kernels.distributed`.
+
+        Only after `forward` or `hidden`, until weights change: there the head is gathered over the ranks of a shard.
+        """
+        weight, vocab = self.model.head_weight, self.config.vocab_size
+        assert isinstance(weight, DTensor)
+        start = -(-vocab // self.ranks.layout.tensor) * self.ranks.tensor  # torch.chunk's, as DTensor shards
+        group = self.ranks.mesh.get_group("tensor")
+        return weight.to_local(), {"vocab_start": start, "vocab_size": vocab, "group": group}
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class ParallelTrainer(Trainer):
     ----------
     model : ShardedModel
         Filled, unless the folder holds a state.
-    source, config, folder, identity : as `Trainer`
+    source, config, folder, identity, held_out, tensorboard : as `Trainer`
         The folder is one that all ranks see. The state in it may be that of another layout.
     lock : FolderLock, optional
         On the first rank as `Trainer`; None on the others.
@@ -56,16 +56,17 @@ class ParallelTrainer(Trainer):
         identity: str = "",
         lock: FolderLock | None = None,
         moved: Callable[[int, str], object] = lambda step, word: None,
+        held_out: Source | None = None,
         tensorboard: bool = False,
     ) -> None:
-        said = [name for name in ("lora", "eval_every", "compile") if getattr(config, name)]
+        said = [name for name in ("lora", "compile") if getattr(config, name)]
         if said:
             raise ValueError(f"{said[0]}: it is for one process; train without torchrun, or leave it out")
         self.sharded, self.ranks, self.moved = model, model.ranks, moved
         self.own_lock: FolderLock | None = None
         if folder is not None:
             on_first(lambda: self._take_lock(folder) if lock is None else None)
-        super().__init__(model.model, source, config, folder, identity, lock, tensorboard=tensorboard)
+        super().__init__(model.model, source, config, folder, identity, lock, held_out, tensorboard=tensorboard)
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
         c = self.config
