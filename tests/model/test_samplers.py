@@ -13,7 +13,7 @@ from illada.decoding.schedules import Choose
 from torch import Tensor
 
 from illada_kernels import KeyRanges, Threshold, TopK, unmask_from_logits
-from illada_kernels.ops.unmask.reference import philox, philox_unit
+from illada_kernels.ops.unmask.noise import philox, philox_unit
 from tests.helpers.models import make, tiny
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 30, 11], [5, 3, 5, 8, 9, 17]]

@@ -159,7 +159,7 @@ class Scan:
         self.changes = (self.ids.data_ptr(), self.values.data_ptr(), self.ids.shape[0])
         self.needs = problem.needs() | (NEEDS_NO_DRAW if problem.truncation else 0)
         self.per_sequence = problem.positions.shape[1]
-        self.truncations = truncations(problem, problem.positions.shape[0])
+        self.truncations = truncations(problem, problem.positions.shape[0]) if problem.truncation else ()
 
     def run(
         self, logits: Tensor, stride_b: int, stride_k: int, count: int, first: int, ids: int, some: slice = slice(None)

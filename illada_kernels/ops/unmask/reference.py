@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import rules
+from .noise import gumbel, gumbel_of, philox, philox_unit, scaled
 from .problem import (
     BY_MIN_P,
     BY_TOP_K,
@@ -25,7 +26,6 @@ from .problem import (
 )
 from .ranks import reduced
 
-MASK32 = 0xFFFFFFFF
 LOGITS_AT_ONCE = 1 << 22  # rows go through in chunks of this many logits, so that real vocabs fit a small machine
 
 
@@ -265,52 +265,6 @@ def row_logits(step: Problem, start: int, rows: int) -> Tensor:
             bias[i] = -torch.inf
     bias = bias[ids]
     return torch.where(bias == -torch.inf, -torch.inf, logits + bias)
-
-
-# ---- noise: a function of (seed, step, position, token id) alone
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 of the counter (c0, c1, c2, c3) under the key (low, high) of seed: four words below 2**32 in
-    int64. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Integer products wrap, which leaves their
-    bits right."""
-    k0, k1 = seed & MASK32, seed >> 32 & MASK32
-    c0, c1, c2 = c0 & MASK32, c1 & MASK32, c2 & MASK32
-    w3: Tensor | int = c3
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, w3 = (p1 >> 32 & MASK32) ^ c1 ^ k0, p1 & MASK32, (p0 >> 32 & MASK32) ^ w3 ^ k1, p0 & MASK32
-        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
-    assert isinstance(w3, Tensor)
-    return c0, c1, c2, w3
-
-
-def philox_unit(words: tuple[Tensor, ...]) -> Tensor:
-    """(high << 32 | low) * 2**-64 in float32, rounded once, to nearest: halving keeps a signed integer positive, and
-    the bit shifted out stays behind as a sticky bit."""
-    u = words[0] << 32 | words[1]
-    positive = torch.where(u >= 0, u, u >> 1 & 0x7FFFFFFFFFFFFFFF | u & 1).float()
-    return torch.where(u >= 0, positive, positive * 2) * 2.0**-64
-
-
-def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocab: int) -> Tensor:
-    """(N, V) Gumbel noise, float32. seed, position, step: (N, 1) int64. The winning tail lies at u near 0, where
-    float32 is dense."""
-    pairs = torch.arange((vocab + 1) // 2, device=seed.device)
-    w0, w1, w2, w3 = philox(seed, pairs, position, step, 0)
-    both = torch.stack([philox_unit((w0, w1)), philox_unit((w2, w3))], dim=-1)
-    return gumbel_of_unit(both.flatten(1)[:, :vocab])
-
-
-def gumbel_of(words: tuple[Tensor, ...]) -> Tensor:
-    return gumbel_of_unit(philox_unit(words))
-
-
-def gumbel_of_unit(u: Tensor) -> Tensor:
-    return -torch.log(-torch.log1p(-u.clamp(min=2.0**-64)))
-
-
-def scaled(words: tuple[Tensor, ...], vocab: int) -> Tensor:
-    """floor((w0 << 32 | w1) * vocab / 2**64), uniform in [0, vocab); exact, because vocab < 2**31."""
-    return words[0] * vocab + (words[1] * vocab >> 32) >> 32
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------

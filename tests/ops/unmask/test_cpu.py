@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import illada_kernels as ik
 from illada_kernels import _extension
-from illada_kernels.ops.unmask.reference import gumbel_of, philox
+from illada_kernels.ops.unmask.noise import gumbel_of, philox
 from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance
 from tests.helpers.unmask_oracle import INF, MASK, RULES, available, draw_call, plain, rows_with_top, step
 

@@ -171,7 +171,7 @@ def test_no_token_differs_but_where_rounding_decides(
     tokens, positions = where((2, 8), 8)
     options: dict[str, Any] = {"mask_id": MASK, "temperature": 2.0, "forbid": ()}
     got, _ = unmask("cuda", *source, tokens, positions, ik.TopK(1), **options)
-    from illada_kernels.ops.unmask.reference import gumbel
+    from illada_kernels.ops.unmask.noise import gumbel
 
     seeds = torch.arange(2).repeat_interleave(8)[:, None]
     g = gumbel(seeds, positions.reshape(-1, 1), torch.zeros_like(seeds), 600).double().view(2, 8, 600)

@@ -9,7 +9,7 @@ import torch
 
 import illada_kernels as ik
 from illada_kernels import _extension
-from illada_kernels.ops.unmask.reference import gumbel, philox, philox_unit
+from illada_kernels.ops.unmask.noise import gumbel, philox, philox_unit
 from illada_kernels.testing import HALF_ULP as EPS
 from tests.helpers.unmask_oracle import INF, available, step
 

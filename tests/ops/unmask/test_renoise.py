@@ -9,7 +9,7 @@ import torch
 
 import illada_kernels as ik
 from illada_kernels import _extension
-from illada_kernels.ops.unmask.reference import philox
+from illada_kernels.ops.unmask.noise import philox
 from tests.helpers.unmask_oracle import INF, available, step
 
 BACKENDS = ["cpu", "reference"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import illada_kernels as ik
 from illada_kernels import _extension
-from illada_kernels.ops.unmask.reference import gumbel
+from illada_kernels.ops.unmask.noise import gumbel
 from tests.helpers.unmask_oracle import INF, MASK, available, step, truncated_set
 
 BACKENDS = ["cpu", "reference"]
