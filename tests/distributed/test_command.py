@@ -31,7 +31,8 @@ def test_two_ranks_train_and_one_goes_on(python: Python, tmp_path: Path, capsys:
     assert len(losses) == 3 and illada.load(folder).config.dim == 128
     assert main(["train", "--out", str(folder), "--resume"]) == 2
     assert "holds a state in shards: go on with torchrun, on any number of ranks" in capsys.readouterr().err
-    on = train(python, 1, "--out", str(folder), "--resume", "--quiet")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    on = python("-m", "illada", "train", "--out", str(folder), "--resume", "--quiet", **alone)
     assert on.returncode == 0 and "resumed at step 3" in on.stderr, on.stderr[-3000:]
 
 

@@ -104,6 +104,7 @@ def check_losses_and_gradients_are_those_of_one_process() -> None:
                 assert (mine - grads[weight]).abs().max() <= bound, (*said, weight)
 
 
+@worlds(2)
 def check_weights_are_those_of_one_process() -> None:
     for layout in layouts():
         place = Ranks.connect(layout, torch.device("cpu"))
@@ -211,6 +212,7 @@ def check_steps_are_those_of_one_process() -> None:
                 assert near(trainer.losses.tolist(), right), (layout, config, trainer.losses, right)
 
 
+@worlds(2)
 def check_held_out_losses_are_those_of_one_process() -> None:
     config = train_config(steps=2, eval_every=1)
     said: list[Any] = []
@@ -226,6 +228,7 @@ def check_held_out_losses_are_those_of_one_process() -> None:
         assert near(mine, said) or dist.get_rank() > 0, (layout, mine, said)
 
 
+@worlds(2)
 def check_activations_computed_again_change_nothing() -> None:
     for layout in layouts():
         losses = []
@@ -248,6 +251,7 @@ def check_a_state_goes_on_in_another_layout_and_world() -> None:
         assert near(trainer.losses.tolist(), right[:stop]), (layout, trainer.losses, right)
 
 
+@worlds(2)
 def check_a_state_of_another_run_is_refused_on_every_rank() -> None:
     folder = ranks.folder / f"refused {dist.get_world_size()}"
     parallel(layouts()[0], train_config(steps=1), folder).run()
@@ -264,6 +268,7 @@ def check_a_state_of_another_run_is_refused_on_every_rank() -> None:
         dist.barrier()
 
 
+@worlds(2)
 def check_weights_that_are_not_finite_are_never_saved() -> None:
     folder = ranks.folder / f"finite {dist.get_world_size()}"
     trainer = parallel(layouts()[0], train_config(steps=2), folder)
@@ -281,6 +286,7 @@ def check_weights_that_are_not_finite_are_never_saved() -> None:
     assert (folder / "state.json").read_text() == before
 
 
+@worlds(2)
 def check_a_full_disk_of_one_rank_is_an_error_on_all_and_leaves_the_state() -> None:
     folder = ranks.folder / f"full {dist.get_world_size()}"
     trainer = parallel(layouts()[0], train_config(steps=2), folder)

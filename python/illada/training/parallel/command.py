@@ -66,6 +66,7 @@ def _trainer(
     watch.moved(0, "weights")
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     model = ShardedModel(run.model_config, Ranks.connect(layout, device), dtype)
+    model.moved = lambda: watch.moved(watch.step, "weights")
     if run.start_from is not None and not (folder / FILE).exists():
         model.load(Path(run.start_from))
     elif not (folder / FILE).exists():

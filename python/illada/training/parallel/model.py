@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class ShardedModel(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.ranks, self.config = ranks, config
+        self.moved: Callable[[], object] = lambda: None  # called for each weight that is filled or gathered
         self.model = model = Model(config, device="meta", dtype=torch.float32)
         for layer in model.layers:
             assert isinstance(layer, Layer)
@@ -178,6 +179,7 @@ class ShardedModel(nn.Module):
         """Takes (weight of `Model`, first row, rows), as `checkpoint.Stored` yields: each rank copies what it holds."""
         places = self.places()
         for name, start, tensor in tensors:
+            self.moved()
             for first, parameter in places[name]:
                 last = first + len(parameter)
                 if start < last and first < start + len(tensor):
@@ -208,6 +210,7 @@ class ShardedModel(nn.Module):
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the weights of `Model`, whole, one at a time; every rank takes part."""
         for name, rows in self.places().items():
+            self.moved()
             yield name, torch.cat([whole(parameter) for _, parameter in rows])
 
 
