@@ -96,6 +96,7 @@ def run_world(some: dict[str, Check], world: int, breaks: bool) -> None:
 
 
 def main(module: str, sizes: list[int]) -> None:
+    importlib.import_module("torch._dynamo")  # FSDP2 imports it at its first step: once for all ranks
     for world in sizes:
         found = checks(module, world)
         run_world({n: f for n, f in found.items() if not getattr(f, "breaks", False)}, world, False)
