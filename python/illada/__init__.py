@@ -24,6 +24,7 @@ _HOMES = {
     "DecodingError": "errors",
     "PromptError": "errors",
     "Recorder": "replay",
+    "pack": "packing",
 }
 __all__ = sorted(_HOMES)
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .errors import PromptError as PromptError
     from .likelihood import log_likelihood as log_likelihood
     from .model import Model as Model
+    from .packing import pack as pack
     from .replay import Recorder as Recorder
 
 

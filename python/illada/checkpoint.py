@@ -351,7 +351,8 @@ def _write(folder: Path, model: Model, dtype: torch.dtype | None, limit: int, wr
     unique, parameters = uuid.uuid4().hex[:8], named_weights(model)
     if strange := [e.parameter for shard in shards for e in shard if e.parameter not in parameters]:
         raise CheckpointError(
-            f"model: expected the parameters of a Model, got none named {strange[0]}; unwrap it first"
+            f"model: expected the parameters of a Model, got none named {strange[0]}; unwrap it first, "
+            "or save it before `pack`"
         )
     names = [f"model-{unique}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     config = folder / f"config-{unique}.json"

@@ -134,7 +134,12 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--html", metavar="FILE", help="write a page that replays the denoising of --prompt")
     p.add_argument("--live", action="store_true", help="show masks turning into text")
     p.add_argument("--device", help=_DEVICE)
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "fast"),
+        default="float32",
+        help="fast: bfloat16 where the processor has it (default float32)",
+    )
     p.add_argument("--batch-size", type=int, default=8, help="prompts of --prompts decoded at a time (default 8)")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--seed", type=int, default=0)

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from illada_kernels import Edit, Remask, Threshold
 
+from . import packing
 from .chat import load_chat_template
 from .decoding.config import GenerationConfig
 from .decoding.decoder import Decoder
@@ -37,7 +38,12 @@ def run(options: argparse.Namespace) -> int:
     config = config_of(options)
     if options.html:  # before minutes of decoding
         Path(options.html).touch()
-    model, tokenizer = open_model(options.model, options.device, options.dtype)
+    device = options.device
+    dtype = packing.fast_dtype(device) if options.dtype == "fast" else options.dtype
+    model, tokenizer = open_model(options.model, device, dtype)
+    packed = packing.reason(model) is None
+    if packed:
+        packing.pack(model)
     began = time.monotonic()
     with contextlib.ExitStack() as files:
         out = files.enter_context(open(options.out, "w", encoding="utf-8")) if options.out else None
@@ -49,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     tokens, passes, by_sequence = counts
     print(
         f"{tokens} tokens in {passes} passes, {tokens / max(by_sequence, 1):.2f} a pass of a sequence, "
-        f"{seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s",
+        f"{seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s, {dtype}{', packed layers' if packed else ''}",
         file=sys.stderr,
     )
     return 0

@@ -1,0 +1,82 @@
+"""Packed linear layers: the same results within rounding, less time a pass, and words for what they cannot do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from illada import CheckpointError, GenerationConfig, Model, generate, save
+from illada.packing import PackedLinear, fast_dtype, pack, reason
+from torch import nn
+
+from tests.helpers.models import make, tiny
+
+HERE = reason(make(tiny("demo"), dtype=torch.float32))
+pytestmark = pytest.mark.skipif(HERE is not None, reason=str(HERE))
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], []]
+
+
+def pair(preset: str, dtype: torch.dtype = torch.float32) -> tuple[Model, Model]:
+    plain = make(tiny(preset)).to(dtype)
+    return plain, pack(copy.deepcopy(plain))
+
+
+@pytest.mark.parametrize("preset", ["demo", "SDAR-8B", "Dream-7B", "Qwen2.5-7B"])
+@pytest.mark.parametrize("dtype, bar", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_hidden_rows_are_those_of_the_plain_model(preset, dtype, bar):
+    plain, packed = pair(preset, dtype)
+    tokens = torch.arange(48).remainder(40).view(2, 24)
+    with torch.no_grad():
+        wanted, found = plain(tokens).float(), packed(tokens).float()
+    assert (found - wanted).norm() <= bar * wanted.norm()
+    assert not [m for layer in packed.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+
+
+@pytest.mark.parametrize("preset, cache", [("demo", "none"), ("demo", "dual"), ("SDAR-8B", "block_causal")])
+def test_the_same_tokens_are_generated(preset, cache):
+    plain, packed = pair(preset)
+    config = GenerationConfig(max_new_tokens=8, block_length=plain.config.causal_block or 4, cache=cache, stop_ids=())
+    assert generate(packed, PROMPTS, config) == generate(plain, PROMPTS, config)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_any_number_of_rows_and_any_strides(rows, bias):
+    linear = nn.Linear(24, 40, bias=bias)
+    layer = PackedLinear(linear, 32)
+    x = torch.randn(2, rows, 3, 48)[..., ::2]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_weights_take_the_place_of_the_plain_ones():
+    packed = pair("demo")[1]
+    assert {name for name, _ in packed.named_parameters() if "proj" in name} == set()
+    sizes = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert {n for n, m in packed.layers[0].named_children() if isinstance(m, PackedLinear)} == sizes
+
+
+def test_what_a_packed_model_cannot_do_is_said(tmp_path):
+    packed = pair("demo")[1]
+    with pytest.raises(RuntimeError, match=r"use \.to\(\) before packing"):
+        packed.to(torch.bfloat16)
+    with pytest.raises(CheckpointError, match="save it before `pack`"):
+        save(packed, tmp_path)
+    with pytest.raises(RuntimeError, match="save the model before packing"):
+        packed.state_dict()
+    with pytest.raises(RuntimeError, match="no derivative"):
+        packed(torch.tensor([[1, 2, 3]])).sum().backward()
+    with pytest.raises(ValueError, match="rows: expected an integer of at least 1, got 0"):
+        pack(pair("demo")[0], 0)
+    with pytest.raises(ValueError, match=r"takes float32 and bfloat16, not torch\.float64"):
+        pack(make(tiny("demo")))
+    with pytest.raises(ValueError, match="packs for a CPU, the model is on meta"):
+        pack(Model(tiny("demo"), device="meta"))
+
+
+def test_the_fast_dtype_is_one_that_the_processor_multiplies(monkeypatch):
+    for amx, avx512, dtype in ((False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512, raising=False)
+        assert fast_dtype("cpu") == dtype and fast_dtype("cuda:1") == "bfloat16"
