@@ -13,6 +13,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0 numpy<2.4
+EXTRAS := build/transformers-4.57 build/antiberty build/kernels build/peft build/tensorboard
 OPS ?= attention_fwd attention_bwd masked_loss unmask generate train
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -24,7 +25,7 @@ HAS_NVCC := $(shell { test -n "$$NVCC" || command -v nvcc || test -x "$${CUDA_HO
 
 CXX_SOURCES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
 
-.PHONY: setup demo test lint format docs bench wheel hub build clean
+.PHONY: setup demo test extras lint format docs bench wheel hub build clean
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py
@@ -44,22 +45,25 @@ build: setup
 	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 1,$(HAS_NVCC)),1,0)} $(BIN)/python -m illada_kernels._build
 
 # one thread per worker; the tests that are about threads set their own number
-test: build build/transformers-4.57 build/antiberty build/kernels build/peft build/tensorboard
+test: build extras
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+# packages that tests want beside the environment's
+extras: $(EXTRAS)
+
 # the other version that tests/integrations runs with
-build/transformers-4.57: pyproject.toml
+build/transformers-4.57: pyproject.toml | $(INSTALLED)
 	rm -rf $@ $@.part
 	$(BIN)/python -m pip install --quiet --target $@.part "transformers==4.57.*" "numpy<2.4"
 	mv $@.part $@
 
 # a pretrained masked language model, for examples/antibodies.py; skipped where the package index lacks it
-build/antiberty:
+build/antiberty: | $(INSTALLED)
 	rm -rf $@.part
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part antiberty==0.1.3 && mv $@.part $@ || echo "no antiberty here"
 
 # Hugging Face's kernels, apart because transformers 4.57 would import it; what it needs to load a local tree is there
-build/kernels: pyproject.toml
+build/kernels: pyproject.toml | $(INSTALLED)
 	rm -rf $@ $@.part
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part "kernels==0.17.*"
 	mv $@.part $@
