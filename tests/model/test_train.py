@@ -497,6 +497,17 @@ def test_what_a_loader_process_finds_wrong_is_raised_here():
         run.run()
 
 
+def test_a_loader_process_that_is_killed_is_said_in_words():
+    """Torch raises this one wherever the main process is when it hears of it, so it is thrown here by hand."""
+    run = trainer(workers=1)
+    with pytest.raises(ChildProcessError, match=r"workers: a loader process ended .*; go on with --resume"):
+        with run.loader:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match="anything else"):
+        with run.loader:
+            raise RuntimeError("anything else")
+
+
 def test_the_loss_on_held_out_data_is_measured_and_changes_no_step(tmp_path):
     held_out = Windows(STREAM[::-1].copy(), 16, 2, 3)
     plain, run = trainer(steps=6), trainer(tmp_path, steps=6, eval_every=3, eval_batches=2, held_out=held_out)

@@ -99,14 +99,18 @@ class Loader:
                     generator=torch.Generator(),  # torch's own is the user's
                 )
             )
-        try:
-            return next(self.ahead)
-        except RuntimeError as error:
-            raise ChildProcessError(f"workers: a loader process ended ({error}); try fewer of them") from None
+        return next(self.ahead)
 
-    def close(self) -> None:
-        """Ends the processes."""
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Ends the processes. That one was killed is raised by torch wherever the training is, as a RuntimeError."""
         self.ahead = self.last = None
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            raise ChildProcessError(
+                f"workers: a loader process ended ({error}); go on with --resume, with fewer of them if memory ran out"
+            ) from None
 
 
 class _Steps(Dataset[Any]):

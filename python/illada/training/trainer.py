@@ -222,7 +222,7 @@ class Trainer:
         """
         if save_every is not None and save_every < 1:
             raise ValueError(f"save_every: expected at least 1 step, got {save_every}; leave it out to save by time")
-        with self._locked(), contextlib.closing(self.loader):
+        with self._locked(), self.loader:
             return self._run(callback, save_every, save_seconds, should_stop)
 
     @contextlib.contextmanager
@@ -301,7 +301,8 @@ class Trainer:
         with checkpointed(self.model, c.checkpoint_activations):
             for part in example.split(c.accumulate):
                 with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
-                    loss = part.to(device).loss(self.model)
+                    scored = int(part.masked.sum()) if device.type == "cuda" else None  # known before it is there
+                    loss = part.to(device).loss(self.model, max_masked=scored)
                 each(loss)
                 total += loss.detach()
         return total.item()

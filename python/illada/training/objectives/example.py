@@ -61,9 +61,12 @@ class Example:
     def _parts(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
-    def loss(self, model: Model, reduction: str = "sum", forbid_mask: bool | None = None) -> Tensor:
+    def loss(
+        self, model: Model, reduction: str = "sum", forbid_mask: bool | None = None, max_masked: int | None = None
+    ) -> Tensor:
         """Returns the weighted sum, a float32 scalar; with reduction "none" the weighted losses (B, S).
 
+        max_masked: as in `masked_loss`; with the number of scored tokens nothing waits for a GPU.
         forbid_mask: whether the mask's logit is -inf; None is what the example, then the model's configuration says.
         """
         c = model.config
@@ -76,5 +79,12 @@ class Example:
         said = next(f for f in (forbid_mask, self.forbid_mask, c.forbid_mask) if f is not None)
         forbid = (c.mask_id,) if said and c.mask_id >= 0 else ()
         return masked_loss(
-            hidden, model.head_weight, self.targets, self.masked, self.weight, reduction=reduction, forbid=forbid
+            hidden,
+            model.head_weight,
+            self.targets,
+            self.masked,
+            self.weight,
+            reduction=reduction,
+            forbid=forbid,
+            max_masked=max_masked,
         )
