@@ -174,6 +174,7 @@ def test_opcheck(backend):
     hidden, weight, tokens, positions = inputs(cases.SMALL[1])
     frozen = torch.zeros_like(tokens, dtype=torch.bool)
     numbers = {"least": 2, "temperature_tensor": torch.tensor(0.5), "seed": 3, "tau": 0.5}
+    numbers |= {"truncate": 7, "top_k": 9, "top_p_tensor": torch.tensor(0.9), "min_p": 0.01}
     kinds = {"confidence": rules.MARGIN, "rule": rules.TOP_K, "revise": rules.EDIT}
     given = {"source": hidden, "head_weight": weight, "tokens": tokens, "positions": positions, "frozen": frozen}
     rest = {"mask_id": MASK, "forbid": (MASK,), "defer": (3,), "confidence_temperature": 1.0, "backend": backend}

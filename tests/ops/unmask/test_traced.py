@@ -48,7 +48,7 @@ KINDS: dict[str, Any] = {
 
 
 CALLS = [(name, kind, None) for name in NUMBERS for kind in KINDS]
-CALLS += [(name, "Python", True) for name in ("TopK.k", "Factor.f", "temperature")]
+CALLS += [(name, "Python", True) for name in ("TopK.k", "Factor.f", "temperature", "top_k", "top_p")]
 
 
 @pytest.mark.parametrize("name, kind, dynamic", CALLS)
