@@ -135,7 +135,7 @@ struct Histogram {
 // Finds the least logit of a row that is kept.
 template <class T> class Bound {
  public:
-  Bound(const RowLogits<T>& row, float top) : row_(row), top_(top) {}
+  Bound(const RowLogits<T>& row, float top) : row_(row), top_(top == 0 ? 0.0f : top) {}  // the highest key of a zero
 
   float by_count(int64_t k) {
     weigh_ = Weigh{false, top_, 0};

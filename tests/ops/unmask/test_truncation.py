@@ -182,6 +182,7 @@ def test_extreme_logits_and_temperatures_keep_at_least_the_best(backend: str, sc
 ROWS = {
     "normal": lambda g: torch.randn(1, 2, 30_000, generator=g) * 2,
     "uniform": lambda g: torch.zeros(1, 2, 30_000),
+    "zeros of both signs": lambda g: torch.tensor([-0.0, 0.0, -1.0]).repeat(10_000).expand(1, 2, -1),
     "few values": lambda g: torch.randint(0, 4, (1, 2, 30_000), generator=g).float(),
     "one above all": lambda g: torch.randn(1, 2, 30_000, generator=g).index_fill(2, torch.tensor(11), 30.0),
     "mostly forbidden": lambda g: torch.randn(1, 2, 30_000, generator=g).where(
