@@ -1,6 +1,7 @@
 """The adapter for lm-evaluation-harness: what the harness gets is what our own functions give, in both of its versions.
 
-The harness runs in a process of its own, from a folder that `make build/lm-eval-0.5` fills; a local task file, no network.
+The harness runs in a process of its own, from a folder that `make build/lm-eval-0.5` fills; a local task file, no
+network.
 """
 
 from __future__ import annotations
