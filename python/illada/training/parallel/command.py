@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ... import checkpoint
 from ...live import ProgressBar
 from ...model import Model
-from .. import command
+from ..begin import begun, documents_of
 from ..runs import Run, StopSignals, plot_losses
 from ..state import FolderLock
 from .launch import local_device, session
@@ -45,7 +45,7 @@ def train(options: argparse.Namespace, said: dict[str, Any]) -> int:
 
 def _begin(options: argparse.Namespace, said: dict[str, Any], held: contextlib.ExitStack) -> FolderLock:
     """Makes or changes the run's folder; the stack holds its lock."""
-    run, _, lock = held.enter_context(command.begun(options, said))
+    run, _, lock = held.enter_context(begun(options, said))
     if options.resume:
         run.write()  # with the rate of this time
     found: FolderLock = lock
@@ -61,7 +61,7 @@ def _trainer(
     on_first(lambda: checkpoint.check_target(folder, run.model_config))
     if options.workers:
         raise ValueError(f"workers: expected 0 on several ranks, got {options.workers}; leave out --workers")
-    documents, held_out = command.documents_of(run.data, run.eval_data, config, folder)
+    documents, held_out = documents_of(run.data, run.eval_data, config, folder)
     source, identity = run.source(documents)
     watch.moved(0, "weights")
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
