@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from illada import Model, ModelConfig, save
 from illada.chat import ChatTemplate
 from illada.cli import main
 from illada.errors import DataError
@@ -138,3 +139,16 @@ def test_settings_that_do_not_go_together_are_named(more, message, tmp_path, cap
     assert main([*command, *more]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_conversations_train_a_checkpoint_by_its_own_chat_template(tmp_path):
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 32}
+    base, out = tmp_path / "base", tmp_path / "run"
+    save(Model(ModelConfig.preset("demo", **sizes)), base)
+    (base / "illada_tokenizer.json").write_text(json.dumps({"kind": "bytes", "merges": []}))
+    (tmp_path / "data").write_text(json.dumps(said("uHi", "aHo")) + "\n")
+    command = ["train", "--out", str(out), "--data", str(tmp_path / "data"), "--from", str(base), "--objective", "sft"]
+    command += ["--steps", "1", "--length", "16", "--batch-size", "1", "--quiet"]
+    assert main(command) == 2  # no template there yet
+    (base / "chat_template.jinja").write_text(TEMPLATE.source)
+    assert main(command) == 0 and (out / "model.safetensors").exists()
