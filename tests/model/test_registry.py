@@ -15,7 +15,7 @@ from illada.decoding.config import GenerationConfig
 from illada.decoding.generate import generate
 from illada.training import registry, runs
 from illada.training.config import TrainConfig
-from illada.training.objectives import Example
+from illada.training.objectives import Example, blocks, documents, sequence
 from illada.training.registry import OBJECTIVES, OPTIONS, Batch, checked
 from torch import Tensor
 
@@ -177,6 +177,8 @@ def test_every_option_is_known_and_used_and_its_defaults_are_among_what_it_may_b
     for name, entry in OBJECTIVES.items():
         wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in entry.options.items()}
         assert checked(name, {}) == wanted
+    choices = {"weighting": sequence.WEIGHTINGS, "noise": blocks.NOISE, "per": documents.PER}  # the functions' own
+    assert {option: OPTIONS[option].choices for option in choices} == choices
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
