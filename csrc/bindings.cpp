@@ -117,6 +117,7 @@ PYBIND11_MODULE(_C, m) {
   BIND_CUDA(attention_bwd_fused_sm90a);
   m.attr("unmask_call_bytes") = sizeof(illada_unmask_call);
   BIND_CUDA(unmask_head_sm90a);
+  BIND_CUDA(unmask_bounds_cuda);
   BIND_CUDA(unmask_rows_cuda);
   BIND_CUDA(unmask_select_cuda);
   BIND_CUDA(masked_loss_compact_cuda);

@@ -3,18 +3,15 @@
 //
 //   max and second max of l;  sums of e = exp(z) and e * z, z = (l - max) / Tc in units of log 2;  best l + T * Gumbel
 //
-// A warp takes IDS * 32 ids at once; lane i has ids first + j / 4 * 128 + i * 4 + j % 4, so neighbours share a Philox
-// block. The order of every sum depends only on the row's logits and on where the caller cuts the vocab. Noise costs
-// Philox per pair of ids; logarithms only where the random word leaves an id a chance to win, by bounds that err to one
-// side, so the argmax is exact. A NaN or +inf logit sets the maximum to +inf for good: the row is bad.
+// A warp takes IDS * 32 ids at once (unmask_logits.cuh). The order of every sum depends only on the row's logits and on
+// where the caller cuts the vocab. Noise costs Philox per pair of ids; logarithms only where the random word leaves an id
+// a chance to win, by bounds that err to one side, so the argmax is exact. A NaN or +inf logit sets the maximum to +inf
+// for good: the row is bad. EXTENDED kernels also truncate, and know Renoise; the others do not pay for it.
 #pragma once
-#include "device.cuh"
-#include "illada/api.h"
 #include "illada/philox.h"
+#include "unmask_logits.cuh"
 
 namespace illada {
-
-using Call = illada_unmask_call;
 
 constexpr float kLargest = 3.402823466e38f;
 constexpr float kHighestTc = 8.507059173e37f;  // 2^126: its reciprocal is a normal number
@@ -42,7 +39,7 @@ struct Row {
 };
 
 // Loads twice one after the other: the position and the parameters, then what the position names.
-ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
+template <bool EXTENDED = false> ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
   Row row{-1, 0, 0, 0, 0, 0.0f, 0.0f, 0.0f, 0, 0};
   const int64_t position = at<int64_t>(c.positions, b, k);
   const int64_t noise_position = c.noise_positions.data ? at<int64_t>(c.noise_positions, b, k) : position;
@@ -54,7 +51,7 @@ ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
   if (c.frozen.data && at<uint8_t>(c.frozen, b, position)) return row;
   row.position = position;
   row.held = held;
-  row.masked = row.held == c.mask_id;
+  row.masked = row.held == c.mask_id || (EXTENDED && c.rule == ILLADA_RENOISE);
   row.needed = row.masked || c.revise == ILLADA_EDIT || c.revise == ILLADA_REMASK;
   const bool own_seed = c.seed.tensor && c.seed.per_sequence;
   row.seed = seed + (own_seed ? 0 : uint64_t(b));
@@ -64,64 +61,6 @@ ILLADA_DEVICE Row load_row(const Call& c, int64_t b, int64_t k) {
   row.scale = tc > 0.0f ? fminf(1.0f / fminf(tc, kHighestTc), kLargest) : 1.0f;
   row.scale2 = fminf(row.scale * kLog2e, kLargest);
   return row;
-}
-
-// ---- what is added to logits -----------------------------------------------------------------------------------
-// Two arrays of this lane's ids: head_bias, and bias, -inf where an id is forbidden or beyond the vocab.
-ILLADA_DEVICE float load_bias(const Call& c, int64_t id) {
-  switch (c.head_bias_dtype) {
-    case ILLADA_F32: return static_cast<const float*>(c.head_bias)[id];
-    case ILLADA_BF16: return to_float(static_cast<const bf16*>(c.head_bias)[id]);
-    default: return to_float(static_cast<const fp16*>(c.head_bias)[id]);
-  }
-}
-
-// Calls apply(j in this lane or -1, position in ids) for each of the n ids among the warp's IDS * 32, in order.
-template <int IDS, class Apply>
-ILLADA_DEVICE void find_ids(const Call& c, const int64_t* ids, int64_t n, int64_t first, Apply apply) {
-  const int lane = threadIdx.x % 32;
-  for (int64_t base = 0; base < n; base += 32) {
-    const int64_t id = base + lane < n ? ids[base + lane] : -1;
-    const bool known = id >= first && id < c.vocab && id - first < IDS * 32;
-    const int place = known ? int(id - first) : 0;
-    for (uint32_t left = __ballot_sync(0xffffffffu, known); left; left &= left - 1) {
-      const int source = __ffs(int(left)) - 1, p = __shfl_sync(0xffffffffu, place, source);
-      apply(p % 128 / 4 == lane ? p / 128 * 4 + p % 4 : -1, base + source);
-    }
-  }
-}
-
-// Returns this lane's j-th id.
-ILLADA_DEVICE int64_t id_of(int64_t first, int j) { return first + j / 4 * 128 + threadIdx.x % 32 * 4 + j % 4; }
-
-template <int IDS> ILLADA_DEVICE void load_head_bias(const Call& c, int64_t first, float (&head_bias)[IDS]) {
-#pragma unroll
-  for (int j = 0; j < IDS; ++j)
-    head_bias[j] = c.head_bias && id_of(first, j) < c.vocab ? load_bias(c, id_of(first, j)) : 0.0f;
-}
-
-template <int IDS> ILLADA_DEVICE void load_biases(const Call& c, int64_t first, float (&bias)[IDS]) {
-#pragma unroll
-  for (int j = 0; j < IDS; ++j) bias[j] = id_of(first, j) < c.vocab ? 0.0f : -infinity();
-  find_ids<IDS>(c, c.bias_ids, c.biases, first, [&](int mine, int64_t i) {
-    const float value = c.bias_values[i];
-#pragma unroll
-    for (int j = 0; j < IDS; ++j) bias[j] = j == mine ? bias[j] + value : bias[j];
-  });
-  find_ids<IDS>(c, c.forbid, c.forbids, first, [&](int mine, int64_t) {
-#pragma unroll
-    for (int j = 0; j < IDS; ++j) bias[j] = j == mine ? -infinity() : bias[j];
-  });
-}
-
-// Adds to logits; of two zeros the positive one. -inf stays -inf even for a NaN.
-template <int IDS> ILLADA_DEVICE void add_head_bias(const float (&head_bias)[IDS], float (&l)[IDS]) {
-#pragma unroll
-  for (int j = 0; j < IDS; ++j) l[j] = __fadd_rn(l[j], head_bias[j]);
-}
-template <int IDS> ILLADA_DEVICE void add_biases(const float (&bias)[IDS], float (&l)[IDS]) {
-#pragma unroll
-  for (int j = 0; j < IDS; ++j) l[j] = bias[j] == -infinity() ? -infinity() : __fadd_rn(l[j], bias[j]);
 }
 
 // The weight exp((x - top) / Tc) of an id or of a sum, and the exponent in units of log 2. Both are 0 where the weight is
@@ -138,7 +77,8 @@ ILLADA_DEVICE Weight weight_of(float x, float top, const Row& row) {
 // ---- one row, in the registers of a warp; all lanes hold the same ----------------------------------------------
 struct Running {
   float top, second, sum, sum_ez;
-  float best_score, best_logit, held_logit;
+  float best_score, best_logit;
+  float held_logit;  // or, as NEEDS_TOP_ID asks, the bits of the lowest id at `top`
   int32_t best_id;  // -1: none
 };
 ILLADA_DEVICE Running nothing_met() {
@@ -224,9 +164,19 @@ ILLADA_DEVICE float warp_second(float top, float second) {
   return second;
 }
 
-// Folds this lane's edited logits l of ids first .. first + IDS * 32 into the row's statistics.
-template <int IDS>
-ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, int needs, Running& s) {
+// Returns the warp's lowest id with this logit; `mine` is the lane's first.
+template <int IDS> ILLADA_DEVICE int32_t lowest_id(const float (&l)[IDS], int32_t mine, float logit) {
+  int32_t id = 0x7fffffff;
+#pragma unroll
+  for (int j = IDS - 1; j >= 0; --j) id = l[j] == logit ? mine + j / 4 * 128 + j % 4 : id;
+  return __reduce_min_sync(0xffffffffu, id);
+}
+
+// Folds this lane's edited logits l of ids first .. first + IDS * 32 into the row's statistics. Noise is drawn for those
+// that reach `bound`.
+template <bool EXTENDED = false, int IDS>
+ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, int needs, Running& s,
+                        float bound = -infinity()) {
   const int lane = threadIdx.x % 32;
   const int32_t mine = int32_t(first) + lane * 4;
   bool bad = s.top == infinity();
@@ -246,13 +196,18 @@ ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, in
   if (top == -infinity()) return;
   if (needs & ILLADA_NEEDS_SECOND) s.second = fmaxf(s.second, fminf(s.top, top));
   const float high = fmaxf(s.top, top);
+  if (EXTENDED && needs & ILLADA_NEEDS_TOP_ID && top > s.top) s.held_logit = __int_as_float(lowest_id(l, mine, top));
   if (row.temperature > 0.0f) {
-    meet_noise(l, mine, row, top, s);
-  } else if (top > s.best_score) {
-    int32_t id = 0x7fffffff;
+    if constexpr (EXTENDED) {
+      float kept[IDS];
 #pragma unroll
-    for (int j = IDS - 1; j >= 0; --j) id = l[j] == top ? mine + j / 4 * 128 + j % 4 : id;
-    s.best_id = __reduce_min_sync(0xffffffffu, id);
+      for (int j = 0; j < IDS; ++j) kept[j] = l[j] >= bound ? l[j] : -infinity();
+      if (top >= bound) meet_noise(kept, mine, row, top, s);
+    } else {
+      meet_noise(l, mine, row, top, s);
+    }
+  } else if (top > s.best_score) {
+    s.best_id = lowest_id(l, mine, top);
     s.best_score = s.best_logit = top;
   }
   float sum = 0.0f, sum_ez = 0.0f;

@@ -15,30 +15,8 @@ using namespace illada;
 constexpr int kWarps = 8, kIds = 16;  // kIds: of a lane
 static_assert(kWarps * 32 * kIds == ILLADA_UNMASK_SPAN, "a block meets a span");
 
-template <class T> struct alignas(4 * sizeof(T)) Four {
-  T at[4];
-};
-
-// Loads this warp's ids from `first` on, of which `left` exist; -inf beyond.
-template <class T> ILLADA_DEVICE void load_logits(const T* p, int64_t left, float (&l)[kIds]) {
-  const int mine = threadIdx.x % 32 * 4;
-  const bool aligned = reinterpret_cast<uintptr_t>(p) % sizeof(Four<T>) == 0;
-#pragma unroll
-  for (int j = 0; j < kIds; j += 4) {
-    const int64_t at = j / 4 * 128 + mine;
-    if (aligned && at + 4 <= left) {
-      const Four<T> four = *reinterpret_cast<const Four<T>*>(p + at);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) l[j + i] = to_float(four.at[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) l[j + i] = at + i < left ? to_float(p[at + i]) : -infinity();
-    }
-  }
-}
-
 // Merges the statistics of a and b; a has the lower ids.
-ILLADA_DEVICE Running merge(const Running& a, const Running& b, const Row& row) {
+template <bool EXTENDED> ILLADA_DEVICE Running merge(const Running& a, const Running& b, const Row& row, int needs) {
   Running r = a;
   r.top = fmaxf(a.top, b.top);
   r.second = fmaxf(fmaxf(a.second, b.second), fminf(a.top, b.top));
@@ -46,23 +24,24 @@ ILLADA_DEVICE Running merge(const Running& a, const Running& b, const Row& row) 
   r.sum = fmaf(wa.e, a.sum, wb.e * b.sum);
   r.sum_ez = fmaf(wa.e, fmaf(wa.z, a.sum, a.sum_ez), wb.e * fmaf(wb.z, b.sum, b.sum_ez));
   if (b.best_score > a.best_score) r.best_score = b.best_score, r.best_logit = b.best_logit, r.best_id = b.best_id;
-  r.held_logit = fmaxf(a.held_logit, b.held_logit);
+  if (EXTENDED && needs & ILLADA_NEEDS_TOP_ID) r.held_logit = b.top > a.top ? b.held_logit : a.held_logit;
+  else r.held_logit = fmaxf(a.held_logit, b.held_logit);
   return r;
 }
 
-// Blocks that share an SM. Four leave 64 registers a thread, too few on sm_80.
+// Blocks that share an SM. Four leave 64 registers a thread, too few on sm_80 and for what truncates.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kBlocks = 3;
+template <bool EXTENDED> constexpr int kBlocks = 3;
 #else
-constexpr int kBlocks = 4;
+template <bool EXTENDED> constexpr int kBlocks = EXTENDED ? 3 : 4;
 #endif
 
-template <class T>
-__global__ void __launch_bounds__(kWarps * 32, kBlocks)
+template <class T, bool EXTENDED>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks<EXTENDED>)
     rows_kernel(const __grid_constant__ Call c, const T* logits, int64_t stride_b, int64_t stride_k, int64_t first_row,
                 int64_t first, int64_t ids) {
   const int64_t r = first_row + blockIdx.x, b = r / c.count, k = r % c.count;
-  const Row row = load_row(c, b, k);
+  const Row row = load_row<EXTENDED>(c, b, k);
   if (!row.needed) return;
   Running* of_warp = reinterpret_cast<Running*>(dynamic_smem());
   const int warp = threadIdx.x / 32;
@@ -71,18 +50,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
   if (start < ids) {
     const T* p = logits + (stride_b < 0 ? (r - first_row) * stride_k : b * stride_b + k * stride_k) + start;
     float l[kIds];
-    load_logits(p, ids - start, l);
-    float added[kIds];  // one array after the other, because registers decide how many blocks an SM holds
-    load_head_bias(c, first + start, added);
-    add_head_bias(added, l);
-    load_biases(c, first + start, added);
-    add_biases(added, l);
-    meet(l, first + start, row, c.needs, s);
+    load_edited(c, p, first + start, ids - start, l);
+    meet<EXTENDED>(l, first + start, row, c.needs, s, EXTENDED && c.truncate ? c.bounds[r] : -infinity());
   }
   if (threadIdx.x % 32 == 0) of_warp[warp] = s;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kWarps; ++w) s = merge(s, of_warp[w], row);
+  for (int w = 1; w < kWarps; ++w) s = merge<EXTENDED>(s, of_warp[w], row, c.needs);
   store_partial(c, r, first / ILLADA_UNMASK_SPAN + blockIdx.y, s);
 }
 
@@ -95,8 +69,10 @@ template <class T>
 int run(const Call& c, const void* logits, int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t rows,
         int64_t first, int64_t ids, cudaStream_t stream) {
   const int64_t here = (ids + ILLADA_UNMASK_SPAN - 1) / ILLADA_UNMASK_SPAN;
+  const bool extended = c.truncate || c.rule == ILLADA_RENOISE;
   return launch({dim3(unsigned(rows), unsigned(here)), dim3(kWarps * 32), kWarps * sizeof(Running), stream},
-                rows_kernel<T>, c, static_cast<const T*>(logits), stride_b, stride_k, first_row, first, ids);
+                extended ? rows_kernel<T, true> : rows_kernel<T, false>, c, static_cast<const T*>(logits), stride_b,
+                stride_k, first_row, first, ids);
 }
 
 }  // namespace

@@ -4,8 +4,9 @@
 // sorts the candidates by (key, position, place), in shared memory, or in a workspace for more than 1024. A scan and a
 // minimum find the rule's first failing rank; then tokens are written and the remaining masks counted. Keys:
 // -confidence; the entropy for EntropyBound; the score for Remask, where a NaN does not rank. Bad rows (a NaN or +inf
-// logit, no id allowed) propose -1 and are not written. Reads 32 bytes for each part of a row that takes part. Time is
-// latency: about 55 barriers for 1024 candidates.
+// logit, no id allowed) propose -1 and are not written. RENOISE also writes what the rule did not accept, uniformly
+// drawn tokens, and reports the best token of each row, not the one drawn. Reads 32 bytes for each part of a row that
+// takes part. Time is latency: about 55 barriers for 1024 candidates.
 #include "unmask.cuh"
 
 namespace {
@@ -39,6 +40,7 @@ ILLADA_DEVICE Best best_of_lanes(Best x) {
 
 struct Result {
   int64_t proposal;  // -1: a bad row
+  int64_t top_id;  // of the largest logit; RENOISE alone
   float confidence, probability, entropy, held_probability;
 };
 
@@ -61,17 +63,19 @@ ILLADA_DEVICE float confidence_of(const Call& c, const Row& row, const Result& r
 
 // Merges a candidate's parts with kLanes neighbouring lanes; a lane takes parts lane, lane + kLanes, ... All 32 lanes
 // of the warp must call it.
-ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
+template <bool RENOISE> ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
   const int lane = threadIdx.x % kLanes;
   const int64_t parts = row.needed ? c.parts : 0;  // partials of rows that are not needed were never written
   float top = -infinity(), second = -infinity(), held = -infinity();
-  Best best{-infinity(), -infinity(), kNoId};
+  Best best{-infinity(), -infinity(), kNoId}, largest = best;
 #pragma unroll 8
   for (int64_t p = lane; p < parts; p += kLanes) {  // without branches, so that the loads of 8 parts fly at once
     const float t = *partial(c, kTop, r, p);
     second = fmaxf(fmaxf(second, *partial(c, kSecondTop, r, p)), fminf(t, top));
     top = fmaxf(top, t);
-    held = fmaxf(held, *partial(c, kHeldLogit, r, p));
+    const float of_held = *partial(c, kHeldLogit, r, p);
+    if (RENOISE) largest = Better{}(largest, Best{t, t, __float_as_int(of_held)});
+    else held = fmaxf(held, of_held);
     const int32_t id = __float_as_int(*partial(c, kBestId, r, p));
     // a part without an id has score -inf and loses
     best = Better{}(best, Best{*partial(c, kBestScore, r, p), *partial(c, kBestLogit, r, p), id < 0 ? kNoId : id});
@@ -82,7 +86,8 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
     second = fmaxf(fmaxf(second, __shfl_xor_sync(0xffffffffu, second, step)), fminf(top, other));
     top = fmaxf(top, other);
   }
-  held = warp_max<kLanes>(held);
+  if (RENOISE) largest = best_of_lanes(largest);
+  else held = warp_max<kLanes>(held);
   best = best_of_lanes(best);
   double sum = 0.0, sum_ez = 0.0;
 #pragma unroll 8
@@ -96,9 +101,10 @@ ILLADA_DEVICE Result merge_parts(const Call& c, const Row& row, int64_t r) {
   }
   sum = warp_sum<kLanes>(sum);
   if (c.needs & ILLADA_NEEDS_ENTROPY) sum_ez = warp_sum<kLanes>(sum_ez) * kLog2;
-  Result result{-1, -infinity(), 0.0f, 0.0f, 0.0f};
+  Result result{-1, -1, -infinity(), 0.0f, 0.0f, 0.0f};
   if (top == infinity() || best.id == kNoId) return result;
   result.proposal = best.id;
+  if (RENOISE) result.top_id = largest.id, best.logit = top;
   result.probability = float(double(expf((best.logit - top) * row.scale)) / sum);
   if (held > -infinity()) result.held_probability = float(double(expf((held - top) * row.scale)) / sum);
   if (c.needs & ILLADA_NEEDS_ENTROPY) {
@@ -122,10 +128,13 @@ ILLADA_DEVICE uint64_t key_of(float x, int64_t position, bool deferred = false) 
   return uint64_t(deferred) << 63 | uint64_t(ordered) << 31 | uint64_t(position);
 }
 
+template <bool RENOISE> ILLADA_DEVICE bool by_entropy(const Call& c) {
+  return RENOISE || c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
+}
+
 // Returns the key that a masked candidate ranks by.
-ILLADA_DEVICE uint64_t rank_key(const Call& c, int64_t b, const Row& row, const Result& r) {
-  const bool by_entropy = c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
-  float score = by_entropy ? -r.entropy : r.confidence;
+template <bool RENOISE> ILLADA_DEVICE uint64_t rank_key(const Call& c, int64_t b, const Row& row, const Result& r) {
+  float score = by_entropy<RENOISE>(c) ? -r.entropy : r.confidence;
   const float t = number_of(c.rank_temperature, b);
   if (t > 0.0f) {
     const PhiloxWords w = philox(row.seed, 0, row.noise_position, row.step, 2);
@@ -171,15 +180,16 @@ ILLADA_DEVICE double sum_before(double x, double* scratch) {
 }
 
 // Returns how many of the m ranked candidates the rule commits, from the front.
+template <bool RENOISE>
 ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s, int64_t m, const float* confidence,
                                    double* scratch) {
   const int64_t least = integer_of(c.least, b);
   const float number = number_of(c.rule_number, b);
-  const bool by_entropy = c.rule == ILLADA_ENTROPY_BOUND || c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE;
+  const bool sums = by_entropy<RENOISE>(c);
   const int64_t share = (m + kThreads - 1) / kThreads, start = threadIdx.x * share,
                 end = start + share < m ? start + share : m;
   double entropies = 0.0;
-  if (by_entropy) {
+  if (sums) {
     for (int64_t r = start; r < end; ++r) entropies += double(s.entropies[s.places[r]]);
     entropies = sum_before(entropies, scratch);
   }
@@ -190,8 +200,8 @@ ILLADA_DEVICE int64_t commit_count(const Call& c, int64_t b, const Candidates& s
     if (c.rule == ILLADA_THRESHOLD) pass = confidence[k] >= number;
     if (c.rule == ILLADA_FACTOR)
       pass = confidence[k] >= 1.0f - number / float(r + 2);  // ranks count from 1: f / (r + 1)
-    if (c.rule == ILLADA_ENTROPY_BOUND) pass = entropies <= double(number);
-    if (by_entropy) entropies += double(s.entropies[k]);
+    if (RENOISE || c.rule == ILLADA_ENTROPY_BOUND) pass = entropies <= double(number);
+    if (sums) entropies += double(s.entropies[k]);
     if (c.rule == ILLADA_ENTROPY_BOUND_INCLUSIVE) pass = entropies <= double(number);
     if (!pass && r >= least) failing = r;
   }
@@ -206,10 +216,11 @@ struct Outputs {
 };
 
 // Writes everything about candidate k but its rank, with one lane. Returns its key, or kNoKey where the rule does not
-// rank it.
+// rank it. RENOISE writes the token drawn at once, and renoise() overwrites those that are not accepted.
+template <bool RENOISE>
 ILLADA_DEVICE uint64_t propose(const Call& c, int64_t b, int64_t k, const Row& row, const Result& result,
                                const Outputs& out, float* entropy) {
-  Result shown{-1, -infinity(), 0.0f, 0.0f, 0.0f};
+  Result shown{-1, -1, -infinity(), 0.0f, 0.0f, 0.0f};
   bool edited = false;
   uint64_t key = kNoKey;
   *entropy = result.entropy;
@@ -220,7 +231,11 @@ ILLADA_DEVICE uint64_t propose(const Call& c, int64_t b, int64_t k, const Row& r
       shown.proposal = row.held, shown.confidence = score, *entropy = kRemaskable;
   } else if (row.needed && result.proposal >= 0) {
     shown = result;
-    if (row.masked) key = rank_key(c, b, row, result);
+    if (RENOISE) {
+      shown.proposal = result.top_id;
+      c.tokens[b * c.token_stride + row.position] = result.proposal;
+    }
+    if (row.masked) key = rank_key<RENOISE>(c, b, row, result);
     else edited = result.proposal != row.held && result.probability >= number_of(c.revise_number, b);
   }
   const int64_t i = b * c.count + k;
@@ -246,6 +261,18 @@ ILLADA_DEVICE void remask(const Call& c, int64_t b, const Candidates& s, uint32_
   __syncthreads();
 }
 
+// Writes a token drawn from [0, vocab) wherever a proposal was not accepted.
+ILLADA_DEVICE void renoise(const Call& c, int64_t b, const int64_t* proposal, const uint8_t* committed,
+                           int64_t* tokens) {
+  for (int64_t k = threadIdx.x; k < c.count; k += kThreads) {
+    if (proposal[k] < 0 || committed[k]) continue;
+    const Row row = load_row<true>(c, b, k);
+    const PhiloxWords w = philox(row.seed, 0, row.noise_position, row.step, 3);
+    tokens[row.position] = int64_t(__umul64hi(uint64_t(w.w0) << 32 | w.w1, uint64_t(c.vocab)));
+  }
+}
+
+template <bool RENOISE>
 __global__ void __launch_bounds__(kThreads, 1)
     select_kernel(const __grid_constant__ Call c, uint8_t* workspace, uint32_t n, Outputs out) {
   const int64_t b = blockIdx.x;
@@ -256,10 +283,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   int64_t mine = 0;
   for (uint32_t first = threadIdx.x / 32 * (32 / kLanes); first < n; first += kThreads / kLanes) {
     const uint32_t k = first + threadIdx.x % 32 / kLanes;
-    const Row row = k < c.count ? load_row(c, b, k) : Row{-1, 0, 0, 0, 0, 0.0f, 0.0f, 0.0f, 0, 0};
-    const Result result = merge_parts(c, row, b * c.count + k);
+    const Row row = k < c.count ? load_row<RENOISE>(c, b, k) : Row{-1, 0, 0, 0, 0, 0.0f, 0.0f, 0.0f, 0, 0};
+    const Result result = merge_parts<RENOISE>(c, row, b * c.count + k);
     if (threadIdx.x % kLanes != 0 || k >= n) continue;
-    const uint64_t key = k < c.count ? propose(c, b, k, row, result, out, s.entropies + k) : kNoKey;
+    const uint64_t key = k < c.count ? propose<RENOISE>(c, b, k, row, result, out, s.entropies + k) : kNoKey;
     s.keys[k] = key;
     s.places[k] = k;
     mine += key != kNoKey;
@@ -269,11 +296,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   int64_t* tokens = c.tokens + b * c.token_stride;
   const float* confidence = out.confidence + b * c.count;
   uint8_t* committed = out.committed + b * c.count;
-  const int64_t chosen = commit_count(c, b, s, ranked, confidence, scratch);
+  const int64_t chosen = commit_count<RENOISE>(c, b, s, ranked, confidence, scratch);
   for (int64_t r = threadIdx.x; r < chosen; r += kThreads) committed[s.places[r]] = 1;
   __syncthreads();
-  for (int64_t k = threadIdx.x; k < c.count; k += kThreads)
-    if (committed[k]) tokens[at<int64_t>(c.positions, b, k)] = out.proposal[b * c.count + k];
+  if (RENOISE) {
+    renoise(c, b, out.proposal + b * c.count, committed, tokens);
+  } else {
+    for (int64_t k = threadIdx.x; k < c.count; k += kThreads)
+      if (committed[k]) tokens[at<int64_t>(c.positions, b, k)] = out.proposal[b * c.count + k];
+  }
   __syncthreads();
   if (c.revise >= ILLADA_REMASK) remask(c, b, s, n, confidence, tokens, scratch);
   int left = 0;
@@ -281,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t position = at<int64_t>(c.positions, b, k);
     const bool candidate =
         position >= 0 && position < c.length && !(c.frozen.data && at<uint8_t>(c.frozen, b, position));
-    left += candidate && tokens[position] == c.mask_id;
+    left += candidate && (RENOISE ? !committed[k] : tokens[position] == c.mask_id);
   }
   left = block_reduce<kThreads>(left, reinterpret_cast<int*>(scratch), Sum{});
   if (threadIdx.x == 0) out.remaining[b] = left;
@@ -299,7 +330,8 @@ extern "C" int illada_unmask_select_cuda(const illada_unmask_call* call, void* w
   const bool in_shared = n <= ILLADA_UNMASK_SORT_IN_SHARED;
   if (!in_shared && !workspace) return int(cudaErrorInvalidValue);
   const size_t smem = kThreads / 32 * sizeof(double) + (in_shared ? n * 16 : 0);
-  return launch({dim3(unsigned(c.batch)), dim3(kThreads), smem, static_cast<cudaStream_t>(stream)}, select_kernel, c,
+  return launch({dim3(unsigned(c.batch)), dim3(kThreads), smem, static_cast<cudaStream_t>(stream)},
+                c.rule == ILLADA_RENOISE ? select_kernel<true> : select_kernel<false>, c,
                 static_cast<uint8_t*>(in_shared ? nullptr : workspace), n,
                 Outputs{proposal, confidence, committed, remaining});
 }

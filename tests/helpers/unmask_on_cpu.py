@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from typing import Any
 
 import pytest
@@ -11,12 +12,20 @@ from torch import Tensor
 
 import illada_kernels as ik
 from illada_kernels.ops.unmask import cuda, gpu, op
+from illada_kernels.testing import unmask_confidence_tolerance
 from tests.cuda_on_cpu.emulated import Emulated, storage_of
-from tests.cuda_on_cpu.library import GlobalArray
+from tests.cuda_on_cpu.library import ROOT, GlobalArray, plant
 from tests.helpers.triton_interpreter import on_cpu
+from tests.helpers.unmask_oracle import MASK
 
-SOURCES = ("csrc/cuda/unmask_select.cu", "csrc/cuda/unmask_rows.cu", "csrc/cuda/unmask_head_sm90a.cu")
-POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "defer", "partials")
+SOURCES = (
+    "csrc/cuda/unmask_select.cu",
+    "csrc/cuda/unmask_rows.cu",
+    "csrc/cuda/unmask_head_sm90a.cu",
+    "csrc/cuda/unmask_bounds.cu",
+)
+HEADERS = ("csrc/cuda/unmask.cuh", "csrc/cuda/unmask_logits.cuh")
+POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "defer", "partials", "bounds")
 NESTED = {
     **dict.fromkeys(("positions", "noise_positions", "scores", "frozen"), "data"),
     **dict.fromkeys(gpu.Parameters._fields, "tensor"),
@@ -76,3 +85,53 @@ def unmask(backend: str, source: Tensor, head: Tensor | None, tokens: Tensor, *a
     operands = (source,) if head is None else (source, head)
     function = ik.unmask_from_logits if head is None else ik.unmask
     return function(*operands, tokens, *args, backend=backend, **options), tokens
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------------
+def operands(path: str, rows: tuple[int, int], vocabulary: int, dim: int = 72, seed: int = 0) -> tuple[Tensor, Any]:
+    """(hidden, head) in bf16 of small integers / 8, exact in every order of summation, or (logits, None) of them."""
+    draw = torch.Generator().manual_seed(seed)
+    hidden = torch.randint(-3, 4, (*rows, dim), generator=draw) / 8
+    head = torch.randint(-8, 9, (vocabulary, dim), generator=draw) / 4
+    return (hidden @ head.T, None) if path == "spans" else (hidden.bfloat16(), head.bfloat16())
+
+
+def use(on_cpu: Backend, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu.processors = 2 if path == "head" else 0
+    monkeypatch.setattr(gpu, "product_rows", lambda rows: 4)
+    monkeypatch.setattr(gpu, "product_ids", lambda at_once: gpu.SLICE)
+
+
+def where(rows: tuple[int, int], length: int, mask: int = MASK) -> tuple[Tensor, Tensor]:
+    """All masked; positions in no order."""
+    draw = torch.Generator().manual_seed(1)
+    positions = torch.stack([torch.randperm(length, generator=draw)[: rows[1]] for _ in range(rows[0])])
+    return torch.full((rows[0], length), mask), positions
+
+
+def assert_same(got: Any, want: Any, vocabulary: int, by_entropy: bool = False) -> None:
+    """Tokens and choices equal, confidences within the rounding of their sums."""
+    (got, got_tokens), (want, want_tokens) = got, want
+    assert torch.equal(got.proposal, want.proposal)
+    rtol, atol = unmask_confidence_tolerance("neg_entropy" if by_entropy else "probability", vocabulary)
+    torch.testing.assert_close(got.confidence, want.confidence, rtol=rtol, atol=atol)
+    assert torch.equal(got.committed, want.committed) and torch.equal(got.remaining, want.remaining)
+    assert torch.equal(got_tokens, want_tokens)
+
+
+# ---- planted faults --------------------------------------------------------------------------------------------------
+def faulty(kernel: str, file: str, old: str, new: str, extended: bool = False) -> str:
+    """The kernel with the fault, and without the instances that are not called, which take most of the compiler's
+    time."""
+    texts = {name: (ROOT / name).read_text() for name in (kernel, *HEADERS)}
+    texts[file] = plant(file, old, new)
+    text = texts[kernel]
+    for width in (32, 64):
+        text = text.replace(f"if (rows <= {width}) return run<T, {width}>(c, o, stream);", "")
+    text = text.replace("return run<T, 128>(c, o, stream);", "return int(cudaErrorInvalidValue);")
+    text = text.replace("if (dtype == ILLADA_F16) return choose<fp16>(c, o, on);", "")
+    text = re.sub(r"case ILLADA_B?F16: return run<.*", "", text)
+    text = re.sub(r"[\w.]+ (== ILLADA_RENOISE )?\? (\w+<.*true>) : (\w+<.*false>)", r"\2" if extended else r"\3", text)
+    for name in HEADERS:
+        text = text.replace(f'#include "{name.rpartition("/")[2]}"', texts[name].replace("#pragma once", ""))
+    return text

@@ -29,7 +29,7 @@ def defined(name: str) -> int:
 @pytest.mark.parametrize(
     "name, count",
     [
-        ("illada_unmask_rule", 5),
+        ("illada_unmask_rule", 6),
         ("illada_unmask_revise", 4),
         ("illada_unmask_confidence", 5),
         ("illada_unmask_order", 2),
@@ -45,9 +45,10 @@ def test_confidences_are_named_in_the_order_of_the_header() -> None:
     assert [member.lower() for member in enum("illada_unmask_confidence")] == list(rules.CONFIDENCES)
 
 
-def test_needs_have_the_bits_of_the_header() -> None:
-    members = enum("illada_unmask_needs")
-    assert len(members) == 3
+@pytest.mark.parametrize("name, count", [("illada_unmask_needs", 5), ("illada_unmask_truncate", 3)])
+def test_bits_are_those_of_the_header(name: str, count: int) -> None:
+    members = enum(name)
+    assert len(members) == count
     assert members == {member: getattr(problem, member) for member in members}
 
 

@@ -316,22 +316,34 @@ def test_a_launch_that_differs_is_seen(
 
 
 @pytest.mark.parametrize(
-    "count, dtype", [(6, torch.float32), (5, torch.bfloat16), (7, torch.float16), (1030, torch.float32)]
+    "count, dtype, extended",
+    [
+        (6, torch.float32, False),
+        (5, torch.bfloat16, False),
+        (7, torch.float16, False),
+        (1030, torch.float32, False),
+        (6, torch.float32, True),
+        (5, torch.bfloat16, True),
+    ],
 )
 def test_unmask_is_launched_as_the_extension_does(
-    count: int, dtype: torch.dtype, cupy: list[Any], monkeypatch: pytest.MonkeyPatch
+    count: int, dtype: torch.dtype, extended: bool, cupy: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     g, vocab = torch.Generator().manual_seed(0), 4500 if count < 1000 else 9
     logits = torch.randn(2, count, vocab, generator=g).to(dtype)
     tokens, positions = torch.full((2, count + 3), 3), torch.arange(count).expand(2, count)
     options = {"mask_id": 3, "temperature": 0.7, "seed": 5, "confidence": "margin", "forbid": (1,)}
+    rule, launches = ik.TopK(3), ["unmask_rows_cuda", "unmask_select_cuda"]
+    if extended:
+        rule, launches = ik.Renoise(1.0), ["unmask_bounds_cuda", *launches]
+        options |= {"top_k": 2000, "top_p": 0.9}
     results = []
     for kernels in (None, [ByNvrtc()]):
         launcher = unmask_on_cpu.OnCpu(*(f"csrc/cuda/{source}" for source in unmask.KERNELS))
         launcher.kernels = kernels or launcher.kernels
         unmask_on_cpu.Backend(monkeypatch, launcher, processors=0)
-        step, after = unmask_on_cpu.unmask("cuda", logits, None, tokens, positions, ik.TopK(3), **options)
-        assert launcher.launches == ["unmask_rows_cuda", "unmask_select_cuda"]
+        step, after = unmask_on_cpu.unmask("cuda", logits, None, tokens, positions, rule, **options)
+        assert launcher.launches == launches
         results.append(bits([*step, after]))
     assert all(torch.equal(a, b) for a, b in zip(*results))
     assert ("stream", 4711, 1) in cupy

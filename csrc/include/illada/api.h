@@ -152,13 +152,16 @@ enum illada_unmask_confidence {
 // What ranks the candidates: falling confidence (rising entropy for the entropy bounds), or their position.
 enum illada_unmask_order { ILLADA_BY_CONFIDENCE = 0, ILLADA_FROM_LEFT = 1 };
 // Bits: which statistics of a row a call needs beside its maximum and its best token. NO_DRAW (CPU): the best token is
-// the maximum, because the draw comes later.
+// the maximum, because the draw comes later. TOP_ID (CUDA): the lowest id with the largest logit, for Renoise.
 enum illada_unmask_needs {
   ILLADA_NEEDS_ENTROPY = 1,
   ILLADA_NEEDS_SECOND = 2,
   ILLADA_NEEDS_HELD = 4,
-  ILLADA_NEEDS_NO_DRAW = 8
+  ILLADA_NEEDS_NO_DRAW = 8,
+  ILLADA_NEEDS_TOP_ID = 16
 };
+// Bits: what truncates the ids that noise may draw.
+enum illada_unmask_truncate { ILLADA_BY_TOP_K = 1, ILLADA_BY_TOP_P = 2, ILLADA_BY_MIN_P = 4 };
 // Bytes that callers allocate per row and per (row, segment), and the ids that a segment covers.
 #define ILLADA_UNMASK_ROW_BYTES 48
 #define ILLADA_UNMASK_PARTIAL_BYTES 48
@@ -212,7 +215,7 @@ struct illada_unmask_call {
   int64_t token_stride, batch, count, length, vocab, mask_id;
   illada_unmask_view positions, noise_positions, scores, frozen;  // int64, int64, float, uint8
   illada_unmask_parameter temperature, confidence_temperature, rule_number, revise_number, seed, step, least,
-      rank_temperature;  // least: ranks that the rule always commits
+      rank_temperature, top_k, top_p, min_p;  // least: ranks that the rule always commits
   const int64_t* forbid;  // ids whose logit is -inf
   const int64_t* bias_ids;
   const float* bias_values;  // added to their ids' logits, in order; ignores ids out of range
@@ -221,7 +224,8 @@ struct illada_unmask_call {
   int64_t forbids, biases, head_bias_dtype, defers;
   float* partials;  // (ILLADA_UNMASK_FIELDS, B * K, parts)
   int64_t parts;
-  int32_t rule, confidence, revise, needs, order;
+  float* bounds;  // (B * K), the least logit that is kept; null without truncation
+  int32_t rule, confidence, revise, needs, order, truncate;
 };
 #define ILLADA_UNMASK_FIELDS 8
 #define ILLADA_UNMASK_SPAN 4096  // ids of one part of illada_unmask_rows_cuda
@@ -237,6 +241,11 @@ extern "C" int illada_unmask_head_sm90a(const illada_unmask_call* call, int dtyp
 extern "C" int illada_unmask_rows_cuda(const illada_unmask_call* call, int dtype, const void* logits, int64_t stride_b,
                                        int64_t stride_k, int64_t first_row, int64_t rows, int64_t first, int64_t ids,
                                        void* stream);
+// Fills the bounds of `rows` rows from first_row on by call.truncate, from the logits of all ids, placed as above. Runs
+// before illada_unmask_rows_cuda, which truncates by them.
+extern "C" int illada_unmask_bounds_cuda(const illada_unmask_call* call, int dtype, const void* logits,
+                                         int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t rows,
+                                         void* stream);
 // Merges the parts, ranks, commits. Outputs are contiguous. workspace: null where count <=
 // ILLADA_UNMASK_SORT_IN_SHARED, else 16 bytes times B times the least power of two >= count.
 extern "C" int illada_unmask_select_cuda(const illada_unmask_call* call, void* workspace, int64_t* proposal,

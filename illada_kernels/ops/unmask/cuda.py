@@ -1,8 +1,10 @@
-"""unmask in CUDA: csrc/cuda/unmask_head_sm90a.cu, unmask_rows.cu and unmask_select.cu, and what is launched when.
+"""unmask in CUDA: csrc/cuda/unmask_{head_sm90a,bounds,rows,select}.cu, and what is launched when.
 
     few rows, bfloat16 or float16, Hopper       head, select            two launches, the head is read once
     from logits                                 rows, select            two launches
-    everything else                             a product and rows for each slice of the vocab, then select
+    everything else, and Renoise                a product and rows for each slice of the vocab, then select
+
+With top_k, top_p or min_p bounds comes before rows, and slices are of gpu.TRUNCATED_ROWS rows and all ids.
 
 Which it is depends on shapes, dtypes, strides and the GPU alone. Within each the result of a row has the same bits
 whatever the batch and the order of candidates. Nothing synchronises; a parameter that is a tensor of another type than
@@ -51,7 +53,8 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("forbids", "biases", "head_bias_dtype", "defers")),
         ("partials", ctypes.c_void_p),
         ("parts", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("rule", "confidence", "revise", "needs", "order")),
+        ("bounds", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("rule", "confidence", "revise", "needs", "order", "truncate")),
     ]
 
     tensors: list[Tensor]
@@ -96,11 +99,13 @@ def describe(problem: Problem, partials: Tensor) -> Call:
         0 if defer is None else defer.shape[0],
         pointer(partials),
         partials.shape[2],
+        pointer(partials.new_empty(partials.shape[1]) if problem.truncation else None),
         problem.rule,
         problem.confidence,
         problem.revise,
         problem.needs(),
         problem.order,
+        problem.truncation,
     )
     call.tensors = tensors
     return call
@@ -116,19 +121,19 @@ def forward(problem: Problem) -> Outputs:
     parts = blocks or -(-vocab // gpu.SLICE)
     partials = torch.empty(FIELDS, rows, parts, dtype=torch.float32, device=device)
     call = describe(problem, partials)
+
+    def read(logits: Tensor, stride_b: int, first_row: int, here: int, first_id: int) -> None:
+        operands = (DTYPES[logits.dtype], logits, stride_b, logits.stride(-2), first_row, here)
+        if problem.truncation:
+            launch("unmask_bounds_cuda", device, call, *operands)
+        launch("unmask_rows_cuda", device, call, *operands, first_id, logits.shape[-1])
+
     if blocks:
         run_head(problem, call, blocks)
     elif problem.head_weight is None and vocab:
-        source = problem.source
-        strides = source.stride()[:2]
-        launch("unmask_rows_cuda", device, call, DTYPES[source.dtype], source, *strides, 0, rows, 0, vocab)
+        read(problem.source, problem.source.stride(0), 0, rows, 0)
     elif vocab:
-
-        def visit(logits: Tensor, first_row: int, here: int, first_id: int) -> None:
-            where = (-1, logits.stride(0), first_row, here, first_id, logits.shape[1])
-            launch("unmask_rows_cuda", device, call, DTYPES[logits.dtype], logits, *where)
-
-        gpu.head_products(problem, visit)
+        gpu.head_products(problem, lambda logits, *where: read(logits, -1, *where))
     outputs = problem.new_outputs()
     padded = 1 << (count - 1).bit_length()
     fits = padded <= SORT_IN_SHARED
@@ -160,6 +165,10 @@ def unfused_reason(problem: Problem) -> str | None:
     """None, or why hidden and head_weight do not suit the fused kernel: bulk copies take whole 16 bytes."""
     hidden, head = problem.source, problem.head_weight
     assert head is not None
+    if problem.truncation:
+        return "does not truncate: the bounds of top_k, top_p and min_p need all logits of a row"
+    if problem.rule == rules.RENOISE:
+        return "does not find the best token beside the one drawn, which Renoise reports"
     if hidden.dtype not in (torch.bfloat16, torch.float16) or head.dtype != hidden.dtype:
         return "takes bfloat16 or float16, hidden and head_weight alike"
     if not 0 < hidden.shape[0] * hidden.shape[1] <= gpu.FUSED_ROWS:
@@ -196,10 +205,6 @@ def supports(problem: Problem) -> str | None:
         return "ranks that share the vocab run on the reference"
     if problem.source.dtype == torch.float64:
         return "float64 is for the reference"
-    if problem.truncation:
-        return "does not truncate (top_k, top_p, min_p)"
-    if problem.rule == rules.RENOISE:
-        return "does not renoise"
     if problem.vocab > 2**31 - 2**16:
         return "takes vocabularies below 2**31 - 2**16"
     return None

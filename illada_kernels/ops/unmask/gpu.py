@@ -20,13 +20,15 @@ from .problem import Problem
 FUSED_ROWS = 128
 # Ids of a part outside of the fused head. Matmuls take a multiple of it, so that no sum depends on the cuts.
 SLICE = 4096
+# Rows of a matmul with truncation, which needs whole rows of logits: 159 MB in two buffers where V = 155136.
+TRUNCATED_ROWS = 128
 
 
 class Parameter(NamedTuple):
     """A number of the call, or a tensor, whose values the kernels read."""
 
-    number: float  # an int for the seed, the step, least and Remask.n
-    tensor: Tensor | None  # float32 (int64 for those four), contiguous, () or (B,)
+    number: float  # an int for the seed, the step, least, Remask.n and top_k
+    tensor: Tensor | None  # float32 (int64 for those five), contiguous, () or (B,)
     stride: int  # 1: sequence b has tensor[b]; 0: the same for all, but for the seed, which is then seed + b
 
 
@@ -41,6 +43,9 @@ class Parameters(NamedTuple):
     step: Parameter
     least: Parameter
     rank_temperature: Parameter
+    top_k: Parameter
+    top_p: Parameter
+    min_p: Parameter
 
 
 def parameters(problem: Problem) -> Parameters:
@@ -60,6 +65,9 @@ def parameters(problem: Problem) -> Parameters:
         parameter(p.step, p.step_tensor, whole),
         parameter(p.least, p.least_tensor, whole),
         parameter(p.rank_temperature, p.rank_temperature_tensor),
+        parameter(p.top_k, p.top_k_tensor, whole),
+        parameter(p.top_p, p.top_p_tensor),
+        parameter(p.min_p, p.min_p_tensor),
     )
 
 
@@ -82,9 +90,9 @@ def deferred(problem: Problem) -> Tensor | None:
 
 
 def product_rows(rows: int) -> int:
-    """Returns the rows of one matmul. There are three sizes and the last chunk is padded, so that cuBLAS chooses the
+    """Returns the rows of one matmul. There are four sizes and the last chunk is padded, so that cuBLAS chooses the
     same kernel, and a row's sum does not depend on the batch."""
-    return 256 if rows <= 256 else 512 if rows <= 512 else 1024
+    return next((size for size in (128, 256, 512) if rows <= size), 1024)
 
 
 def product_ids(at_once: int) -> int:
@@ -99,19 +107,22 @@ def product_ids(at_once: int) -> int:
 def head_products(problem: Problem, visit: Callable[[Tensor, int, int, int], None]) -> None:
     """Calls visit(logits, first row, rows, first id) for each chunk of (B * K) rows and slice of ids.
 
-    logits: (>= rows, ids) float32, without head_bias; ids is a multiple of SLICE, except for the last slice. The next
-    matmul overlaps the visit, which runs on a second stream, and later overwrites the logits. Multiplies all rows,
-    because only the device knows which take part.
+    logits: (>= rows, ids) float32, without head_bias; ids is a multiple of SLICE, except for the last slice, and all
+    of them where the call truncates. The next matmul overlaps the visit, which runs on a second stream, and later
+    overwrites the logits. Multiplies all rows, because only the device knows which take part. Memory: two buffers, of
+    16 MiB, or of TRUNCATED_ROWS * V float32.
     """
     source, head = problem.source, problem.head_weight
     assert head is not None
     rows, vocab = source.shape[0] * source.shape[1], head.shape[0]
     at_once = product_rows(rows)
+    ids = product_ids(at_once)
+    if problem.truncation:
+        at_once, ids = min(at_once, TRUNCATED_ROWS), vocab
     x = source.flatten(0, 1).to(head.dtype)  # (rows, D): a view where strides allow, and the dtypes are the same
     rest = rows % at_once
     last = x.new_zeros(at_once, x.shape[1]) if rest else x
     last[:rest].copy_(x[rows - rest :])
-    ids = product_ids(at_once)
     with TwoBuffers(at_once * min(ids, vocab), torch.float32, source.device) as buffers:
         for first_id in range(0, vocab, ids):
             w = head[first_id : first_id + ids]

@@ -18,7 +18,8 @@ HIGHEST_CONFIDENCE_TEMPERATURE = 2.0**126
 # z = (l - max l) / Tc below which exp(z) is no normal float32 and an id does not count in the entropy.
 LEAST_SHIFTED = -87.3
 # Bits of `needs`, as in api.h: the sums and maxima of a row that a call asks for.
-NEEDS_ENTROPY, NEEDS_SECOND, NEEDS_HELD, NEEDS_NO_DRAW = 1, 2, 4, 8
+# NO_DRAW: the CPU draws later; TOP_ID: on GPUs, the id of the largest logit.
+NEEDS_ENTROPY, NEEDS_SECOND, NEEDS_HELD, NEEDS_NO_DRAW, NEEDS_TOP_ID = 1, 2, 4, 8, 16
 # Bits of `truncate`: the options that were given.
 BY_TOP_K, BY_TOP_P, BY_MIN_P = 1, 2, 4
 
@@ -108,7 +109,8 @@ class Problem(NamedTuple):
     def needs(self) -> int:
         entropy = NEEDS_ENTROPY if self.by_entropy or self.confidence == rules.NEG_ENTROPY else 0
         second = NEEDS_SECOND if self.confidence == rules.MARGIN else 0
-        return entropy | second | (NEEDS_HELD if self.revise == rules.REMASK else 0)
+        held = NEEDS_HELD if self.revise == rules.REMASK else 0
+        return entropy | second | held | (NEEDS_TOP_ID if self.rule == rules.RENOISE else 0)
 
     def is_empty(self) -> bool:
         """Whether there is no candidate or no token."""

@@ -7,21 +7,30 @@ rows. Logits are multiples of 1/8 wherever tokens must agree exactly: then all p
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import illada_kernels as ik
 from illada_kernels import _selftest
 from illada_kernels.ops.unmask import gpu
-from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance
-from tests.cuda_on_cpu.library import ROOT, KernelFault, missing, plant
-from tests.helpers.unmask_on_cpu import SOURCES, Backend, OnCpu, unmask
+from illada_kernels.testing import HALF_ULP
+from tests.cuda_on_cpu.library import KernelFault, missing, plant
+from tests.helpers.unmask_on_cpu import (
+    HEADERS,
+    SOURCES,
+    Backend,
+    OnCpu,
+    assert_same,
+    faulty,
+    operands,
+    unmask,
+    use,
+    where,
+)
 from tests.helpers.unmask_oracle import INF, MASK, RULES, draw_call, plain, rows_with_top
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -38,37 +47,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Backend:
     kernels().launches.clear()
     kernels().seed = 0
     return Backend(monkeypatch, kernels())
-
-
-def operands(path: str, rows: tuple[int, int], vocabulary: int, dim: int = 72, seed: int = 0) -> tuple[Tensor, Any]:
-    """(hidden, head) in bf16 of small integers / 8, exact in every order of summation, or (logits, None) of them."""
-    draw = torch.Generator().manual_seed(seed)
-    hidden = torch.randint(-3, 4, (*rows, dim), generator=draw) / 8
-    head = torch.randint(-8, 9, (vocabulary, dim), generator=draw) / 4
-    return (hidden @ head.T, None) if path == "spans" else (hidden.bfloat16(), head.bfloat16())
-
-
-def use(on_cpu: Backend, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_cpu.processors = 2 if path == "head" else 0
-    monkeypatch.setattr(gpu, "product_rows", lambda rows: 4)
-    monkeypatch.setattr(gpu, "product_ids", lambda at_once: gpu.SLICE)
-
-
-def where(rows: tuple[int, int], length: int, mask: int = MASK) -> tuple[Tensor, Tensor]:
-    """All masked; positions in no order."""
-    draw = torch.Generator().manual_seed(1)
-    positions = torch.stack([torch.randperm(length, generator=draw)[: rows[1]] for _ in range(rows[0])])
-    return torch.full((rows[0], length), mask), positions
-
-
-def assert_same(got: Any, want: Any, vocabulary: int, by_entropy: bool = False) -> None:
-    """Tokens and choices equal, confidences within the rounding of their sums."""
-    (got, got_tokens), (want, want_tokens) = got, want
-    assert torch.equal(got.proposal, want.proposal)
-    rtol, atol = unmask_confidence_tolerance("neg_entropy" if by_entropy else "probability", vocabulary)
-    torch.testing.assert_close(got.confidence, want.confidence, rtol=rtol, atol=atol)
-    assert torch.equal(got.committed, want.committed) and torch.equal(got.remaining, want.remaining)
-    assert torch.equal(got_tokens, want_tokens)
 
 
 # ---- against the specification ---------------------------------------------------------------------------------------
@@ -444,8 +422,8 @@ def test_the_backend_is_not_in_the_default_order_and_insists_on_a_gpu() -> None:
         unmask("cuda", torch.zeros(1, 1, 5), None, *where((1, 1), 1), ik.TopK(1), mask_id=MASK)
 
 
-SELECT, ROWS, HEAD = SOURCES
-SHARED = "csrc/cuda/unmask.cuh"
+SELECT, ROWS, HEAD, _ = SOURCES
+SHARED, LOGITS = HEADERS
 ALL_LANES = "s.second = fmaxf(s.second, warp_second(top, second));"
 FAULTS = {  # kernel, the file that holds the fault, old, new
     "operands read before they have come": (HEAD, HEAD, "mbar_wait(&s.full[stage], phase);", ""),
@@ -457,17 +435,17 @@ FAULTS = {  # kernel, the file that holds the fault, old, new
     "logits overwritten while they are read": (HEAD, HEAD, "mbar_wait(&s.met[buffer], phase ^ 1);", ""),
     "halves of a tile exchanged": (HEAD, HEAD, "smem_desc(head + kAtOnce * kDepth)", "smem_desc(head + 64 * kDepth)"),
     "rows of another warp": (HEAD, HEAD, "i / 2 % 2 * 8, row", "i % 2 * 8, row"),
-    "ids beyond the vocabulary": (HEAD, SHARED, "id_of(first, j) < c.vocab ? 0.0f : -infinity();", "0.0f;"),
+    "ids beyond the vocabulary": (HEAD, LOGITS, "id_of(first, j) < c.vocab ? 0.0f : -infinity();", "0.0f;"),
     "no rescaling of the sum": (HEAD, SHARED, "s.sum = fmaf(kept, s.sum,", "s.sum = fmaf(1.0f, s.sum,"),
     "no rescaling of the entropy": (HEAD, SHARED, "fmaf(drop, s.sum, s.sum_ez)", "s.sum_ez"),
     "the second maximum forgets earlier ids": (HEAD, SHARED, "s.second = fmaxf(s.second, fminf(s.top, top));", ";"),
-    "a repeated bias counted once": (ROWS, SHARED, " bias[j] + value : bias[j]", " value : bias[j]"),
+    "a repeated bias counted once": (ROWS, LOGITS, " bias[j] + value : bias[j]", " value : bias[j]"),
     "noise of the neighbour": (ROWS, SHARED, "odd ? w.w2 : w.w0, odd ? w.w3", "odd ? w.w0 : w.w2, odd ? w.w3"),
     "a bound on the wrong side": (ROWS, SHARED, "__clz(int(high)) + 1", "__clz(int(high)) - 1"),
     "a first bound on the wrong side": (ROWS, SHARED, "kLog2e, 32.0f)", "kLog2e, 30.0f)"),
     "the second maximum forgets lanes": (ROWS, SHARED, ALL_LANES, "s.second = fmaxf(s.second, second);"),
-    "a span read beyond its end": (ROWS, ROWS, "at + 4 <= left)", "at < left)"),
-    "vectors where rows are not aligned": (ROWS, ROWS, "if (aligned && at", "if (at"),
+    "a span read beyond its end": (ROWS, LOGITS, "at + 4 <= left)", "at < left)"),
+    "vectors where rows are not aligned": (ROWS, LOGITS, "if (aligned && at", "if (at"),
     "ties go to later ids": (ROWS, ROWS, "b.best_score > a.best_score", "b.best_score >= a.best_score"),
     "no barrier before the warps' merge": (ROWS, ROWS, "= s;\n  __syncthreads();", "= s;"),
     "positions do not break ties": (SELECT, SELECT, "<< 31 | uint64_t(position)", "<< 31"),
@@ -498,19 +476,6 @@ FAULTS = {  # kernel, the file that holds the fault, old, new
     ),
     "parts that are not weighed": (SELECT, SELECT, "sum = fma(double(kept), part, sum);", "sum += part;"),
 }
-
-
-def faulty(kernel: str, file: str, old: str, new: str) -> str:
-    """The kernel with the fault, and without the instances that are not called, which take most of the compiler's
-    time."""
-    header = (ROOT / SHARED).read_text() if file == kernel else plant(SHARED, old, new)
-    text = (ROOT / kernel).read_text() if file != kernel else plant(kernel, old, new)
-    for width in (32, 64):
-        text = text.replace(f"if (rows <= {width}) return run<T, {width}>(c, o, stream);", "")
-    text = text.replace("return run<T, 128>(c, o, stream);", "return int(cudaErrorInvalidValue);")
-    text = text.replace("if (dtype == ILLADA_F16) return choose<fp16>(c, o, on);", "")
-    text = re.sub(r"case ILLADA_B?F16: return run<.*", "", text)
-    return text.replace('#include "unmask.cuh"', header.replace("#pragma once", ""))
 
 
 PAIRS = [((4, 20), 700, 2), ((1, 65), 513, 2), ((2, 64), 1500, 4), ((1, 97), 700, 3)]  # rows, vocabulary, blocks

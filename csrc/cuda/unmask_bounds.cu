@@ -1,0 +1,222 @@
+// unmask, before the rows of a call that truncates: the least logit that top_k, top_p and min_p keep in each row.
+//
+//   top_k: the largest t that at least k logits reach;  top_p: the largest t such that those >= t, of what top_k keeps,
+//   have top_p of its sum of e = exp((l - max) / T);  min_p: max + T log(min_p).  bound = the largest of the three
+//
+// A block owns a row. Both t are searched alike: a pass sums what reaches each of 8 thresholds, the next one lies
+// between the two among which t was found, and what is left between these moves to shared memory once it fits. Reads a
+// row 3 to 5 times as a rule, 13 at most; all but the first time from L2 where 132 rows fit it. Sums are integers, e in
+// units of 2^-44 (fewer bits from 2^18 ids on), so that they have no order. A row without noise has the bound -inf, and
+// is not read. Any bound may come of a row with a NaN or +inf: the row kernel finds it bad.
+#include "unmask.cuh"
+
+namespace {
+
+using namespace illada;
+
+constexpr int kWarps = 16, kThreads = kWarps * 32, kIds = 16;  // kIds: of a lane
+constexpr int kWays = 8, kList = 8192;
+
+struct Shared {
+  uint64_t of_warp[kWarps][kWays], sums[kWays];
+  float top[kWarps];
+  uint32_t listed;
+  float list[kList];
+};
+
+// Returns a key that rises with x, which is neither a NaN nor -0; never 0.
+ILLADA_DEVICE uint32_t key_of(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+ILLADA_DEVICE float logit_of(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// Returns the warp's sum, below 2^63, in three parts that 32 bits hold.
+ILLADA_DEVICE uint64_t warp_total(uint64_t x) {
+  const uint32_t part = (1u << 21) - 1;
+  const uint64_t low = __reduce_add_sync(0xffffffffu, uint32_t(x) & part);
+  const uint64_t middle = __reduce_add_sync(0xffffffffu, uint32_t(x >> 21) & part);
+  const uint64_t high = __reduce_add_sync(0xffffffffu, uint32_t(x >> 42));
+  return low + (middle << 21) + (high << 42);
+}
+
+// The search of the largest t that enough reaches: the sum over [t, inf) of `weigh` is at least the target.
+struct Search {
+  uint32_t from[kWays], end;  // thresholds, rising; enough reaches from[0], too little reaches `end`
+  uint64_t above;  // what reaches `end`
+  bool listed;  // the list holds what lay between from[0] and `end` when it was made,
+  uint64_t beyond;  // and this reached that end
+};
+
+// Sums what reaches each threshold, for the whole block. each(visit) calls visit(logit) for this thread's logits.
+template <class Each, class Weigh> ILLADA_DEVICE void sum_ways(Shared& s, const Search& at, Each each, Weigh weigh) {
+  uint64_t mine[kWays] = {};
+  each([&](float l) {
+    if (!(l > -infinity())) return;
+    const uint32_t key = key_of(l);
+    const uint64_t weight = weigh(l);
+#pragma unroll
+    for (int i = 0; i < kWays; ++i) mine[i] += key >= at.from[i] ? weight : 0;
+  });
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < kWays; ++i) {
+    const uint64_t sum = warp_total(mine[i]);
+    if (lane == i) s.of_warp[warp][i] = sum;
+  }
+  __syncthreads();
+  if (warp < kWays) {
+    const uint64_t sum = warp_total(lane < kWarps ? s.of_warp[lane][warp] : 0);
+    if (lane == 0) s.sums[warp] = sum + at.beyond;
+  }
+  __syncthreads();
+}
+
+// Continues between the last threshold that enough reaches and the next one. Returns what lies there, summed.
+ILLADA_DEVICE uint64_t narrow(const Shared& s, uint64_t target, Search& at) {
+  uint32_t low = at.from[0], high = at.end;
+  uint64_t reached = s.sums[0], above = at.above;
+#pragma unroll
+  for (int i = kWays - 1; i > 0; --i) {
+    if (s.sums[i] < target) high = at.from[i], above = s.sums[i];
+  }
+#pragma unroll
+  for (int i = 1; i < kWays; ++i) {
+    if (s.sums[i] >= target) low = at.from[i], reached = s.sums[i];
+  }
+  const uint32_t step = (high - low + kWays - 1) / kWays;
+#pragma unroll
+  for (int i = 0; i < kWays; ++i) at.from[i] = high - low > i * step ? low + i * step : high;
+  at.end = high;
+  at.above = above;
+  return reached - above;
+}
+
+template <class Each> ILLADA_DEVICE void fill_list(Shared& s, const Search& at, Each each) {
+  if (threadIdx.x == 0) s.listed = 0;
+  __syncthreads();
+  each([&](float l) {
+    if (!(l > -infinity()) || key_of(l) < at.from[0] || key_of(l) >= at.end) return;
+    const uint32_t place = atomicAdd(&s.listed, 1u);
+    if (place < kList) s.list[place] = l;  // always, by `most` of the caller
+  });
+  __syncthreads();
+}
+
+// Returns the key of the largest t >= the logit of `least` that enough reaches, 0 if there is none. target(total) gives
+// what is enough from the sum of all that reaches `least`.
+template <class Each, class Weigh, class Target>
+ILLADA_DEVICE uint32_t largest_reached(Shared& s, Each each, float top, float temperature, uint32_t least, Weigh weigh,
+                                       Target target) {
+  Search at{{}, key_of(top) + 1, 0, false, 0};
+#pragma unroll
+  for (int i = 0; i < kWays; ++i) {  // least, then 32, 16 .. 0.5 temperatures below the maximum
+    const float below = top - temperature * (64.0f / float(1 << i));
+    at.from[i] = i > 0 && below > -infinity() && key_of(below) > least ? key_of(below) : least;
+  }
+  sum_ways(s, at, each, weigh);
+  const uint64_t enough = target(s.sums[0]);
+  if (s.sums[0] < enough) return 0;
+  const auto over_list = [&](auto visit) {
+    for (uint32_t i = threadIdx.x; i < s.listed; i += kThreads) visit(s.list[i]);
+  };
+  for (;;) {
+    const uint64_t between = narrow(s, enough, at);
+    if (at.end - at.from[0] <= 1) return at.from[0];
+    const uint64_t lightest = at.from[0] > key_of(-kLargest) ? weigh(logit_of(at.from[0])) : 0;
+    if (!at.listed && lightest > 0 && between / lightest <= kList * 15 / 16) {  // weights err by less than a 16th
+      fill_list(s, at, each);
+      at.listed = true, at.beyond = at.above;
+    }
+    if (at.listed) sum_ways(s, at, over_list, weigh);
+    else sum_ways(s, at, each, weigh);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) bounds_kernel(const __grid_constant__ Call c, const T* logits,
+                                                             int64_t stride_b, int64_t stride_k, int64_t first_row) {
+  const int64_t r = first_row + blockIdx.x, b = r / c.count, k = r % c.count;
+  const Row row = load_row<true>(c, b, k);
+  if (!row.needed) return;
+  const float t = row.temperature;
+  if (!(t > 0.0f)) {
+    if (threadIdx.x == 0) c.bounds[r] = -infinity();
+    return;
+  }
+  Shared& s = *reinterpret_cast<Shared*>(dynamic_smem());
+  const T* p = logits + (stride_b < 0 ? (r - first_row) * stride_k : b * stride_b + k * stride_k);
+  const auto over_row = [&](auto visit) {
+    for (int64_t start = threadIdx.x / 32 * 32 * kIds; start < c.vocab; start += kThreads * kIds) {
+      float l[kIds];
+      load_edited(c, p + start, start, c.vocab - start, l);
+#pragma unroll
+      for (int j = 0; j < kIds; ++j) visit(l[j]);
+    }
+  };
+  float top = -infinity(), bound = -infinity();
+  over_row([&](float l) { top = fmaxf(top, l); });
+  top = block_reduce<kThreads>(top, s.top, Max{});
+  if (top > -infinity() && top < infinity()) {
+    if (c.truncate & ILLADA_BY_TOP_K) {
+      const int64_t wanted = integer_of(c.top_k, b);
+      if (wanted > 0 && wanted < c.vocab) {
+        const uint32_t key = largest_reached(
+            s, over_row, top, t, 1, [](float) { return uint64_t(1); }, [&](uint64_t) { return uint64_t(wanted); });
+        if (key > 0) bound = logit_of(key);
+      }
+    }
+    if (c.truncate & ILLADA_BY_TOP_P) {
+      const float share = number_of(c.top_p, b);
+      Row tempered = row;
+      tempered.scale = fminf(1.0f / t, kLargest);
+      tempered.scale2 = fminf(tempered.scale * kLog2e, kLargest);
+      const int bits = c.vocab < 1 << 18 ? 44 : 31;
+      const float one = float(uint64_t(1) << bits);
+      const auto mass = [&](float l) { return uint64_t(ceilf(weight_of(l, top, tempered).e * one)); };
+      const uint32_t least = bound > -infinity() ? key_of(bound) : 1;
+      if (share <= 0.0f) {
+        bound = top;
+      } else if (share < 1.0f) {  // a NaN counts as 1
+        bound = logit_of(largest_reached(s, over_row, top, t, least, mass, [&](uint64_t total) {
+          return uint64_t(ceil(double(share) * double(total)));
+        }));
+      }
+    }
+    if (c.truncate & ILLADA_BY_MIN_P) {
+      const float least = number_of(c.min_p, b);
+      if (least > 0.0f) bound = fmaxf(bound, __fadd_rn(top, __fmul_rn(t, fminf(float(log(double(least))), 0.0f))));
+    }
+  }
+  if (threadIdx.x == 0) c.bounds[r] = bound;
+}
+
+}  // namespace
+
+#ifndef __CUDACC_RTC__  // where NVRTC compiles, Python launches: illada_kernels/ops/unmask/nvrtc.py
+namespace {
+
+template <class T>
+int run(const Call& c, const void* logits, int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t rows,
+        cudaStream_t stream) {
+  return launch({dim3(unsigned(rows)), dim3(kThreads), sizeof(Shared), stream}, bounds_kernel<T>, c,
+                static_cast<const T*>(logits), stride_b, stride_k, first_row);
+}
+
+}  // namespace
+
+extern "C" int illada_unmask_bounds_cuda(const illada_unmask_call* call, int dtype, const void* logits,
+                                         int64_t stride_b, int64_t stride_k, int64_t first_row, int64_t rows,
+                                         void* stream) {
+  const Call& c = *call;
+  if (rows > 0x7fffffff || c.vocab > 0x7fff0000 || first_row + rows > c.batch * c.count || !c.bounds)
+    return int(cudaErrorInvalidValue);
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (dtype) {
+    case ILLADA_F32: return run<float>(c, logits, stride_b, stride_k, first_row, rows, on);
+    case ILLADA_BF16: return run<bf16>(c, logits, stride_b, stride_k, first_row, rows, on);
+    case ILLADA_F16: return run<fp16>(c, logits, stride_b, stride_k, first_row, rows, on);
+  }
+  return int(cudaErrorInvalidValue);
+}
+#endif
