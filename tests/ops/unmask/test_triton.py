@@ -3,11 +3,9 @@ must not matter, and planted faults that these tests must see."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,33 +16,21 @@ triton = pytest.importorskip("triton", reason="no triton")
 tl = pytest.importorskip("triton.language")
 
 import illada_kernels as ik  # noqa: E402
-from illada_kernels.ops.unmask import gpu, op, reference  # noqa: E402
+from illada_kernels.ops.unmask import gpu, reference  # noqa: E402
 from illada_kernels.ops.unmask.triton import launch as room  # noqa: E402
 from illada_kernels.ops.unmask.triton import noise as kernel_noise  # noqa: E402
-from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance  # noqa: E402
-from tests.helpers.triton_interpreter import KernelFault, interpreted  # noqa: E402
+from illada_kernels.testing import HALF_ULP  # noqa: E402
+from tests.helpers.triton_interpreter import KernelFault  # noqa: E402
 from tests.helpers.unmask_oracle import INF, MASK, RULES, plain, step  # noqa: E402
+from tests.helpers.unmask_triton import exact_inputs, from_hidden, plant, same, small_tiles  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf - inf and log 0 in unused lanes
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In the interpreter, with so few ids a tile and a slice that a small vocabulary has several of each."""
-    monkeypatch.setattr(gpu, "SLICE", 256)
-    monkeypatch.setattr(room, "ROW_PAIRS", 64)
-    monkeypatch.setattr(room, "GROUPS", 2)
-    monkeypatch.setattr(room, "PAIRS", 32)
-    with interpreted(op):
+    with small_tiles(monkeypatch):
         yield
-
-
-def same(got, want, tokens, want_tokens, vocabulary: int, by_entropy: bool = False) -> None:
-    for name in ("proposal", "committed", "remaining"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    assert torch.equal(tokens, want_tokens)
-    rtol, atol = unmask_confidence_tolerance("neg_entropy" if by_entropy else "probability", vocabulary)
-    torch.testing.assert_close(got.confidence, want.confidence, rtol=rtol, atol=atol)
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------------
@@ -220,23 +206,6 @@ def test_steps_from_logits_are_the_references(seed: int) -> None:
     want, want_tokens = step(logits, tokens, positions, rule, "reference", **options)
     got, got_tokens = step(logits, tokens, positions, rule, "triton", **options)
     same(got, want, got_tokens, want_tokens, logits.shape[2], options["confidence"] == "neg_entropy")
-
-
-def exact_inputs(batch: int, count: int, vocabulary: int, dim: int, dtype=torch.float32, seed: int = 0):
-    """Multiples of 1/8 below 2: products and sums are exact in float32, so logits are the same bits everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randint(-8, 9, (batch, count, dim), generator=generator).to(dtype) / 8
-    weight = torch.randint(-8, 9, (vocabulary, dim), generator=generator).to(dtype) / 8
-    tokens = torch.full((batch, count + 2), vocabulary - 1)
-    positions = torch.stack([torch.randperm(count + 2, generator=generator)[:count] for _ in range(batch)])
-    return hidden, weight, tokens, positions
-
-
-def from_hidden(inputs, rule, backend: str, **options):
-    hidden, weight, tokens, positions = inputs
-    tokens = tokens.clone()
-    options = {"mask_id": weight.shape[0] - 1, "temperature": 0.7, "seed": 11, **options}
-    return ik.unmask(hidden, weight, tokens, positions, rule, backend=backend, **options), tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -537,28 +506,10 @@ FAULTS: list[tuple[str, str, str, Callable[[], None]]] = [
 ]
 
 
-# In the order in which they import each other.
-FILES = ("noise", "partials", "head", "rows", "ranks", "proposals", "select")
-
-
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=lambda i: f"{i} {FAULTS[i][2][:30]}")
 def test_planted_faults_are_seen(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file, old, new, check = FAULTS[number]
-    package = room.__name__.rpartition(".")[0]
-    for name in FILES[FILES.index(file) :]:  # the file, and all that import from it
-        source = Path(str(importlib.import_module(f"{package}.{name}").__file__)).read_text()
-        if name == file:
-            assert source.count(old) == 1, f"{name}.py holds {old!r} {source.count(old)} times"
-            source = source.replace(old, new)
-        path = tmp_path / f"{name}.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location(f"{package}.{name}", path)
-        assert spec is not None and spec.loader is not None
-        planted = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, f"{package}.{name}", planted)
-        spec.loader.exec_module(planted)
-        if hasattr(planted, f"{name}_kernel"):
-            monkeypatch.setattr(room, f"{name}_kernel", getattr(planted, f"{name}_kernel"))
+    *fault, check = FAULTS[number]
+    plant(monkeypatch, tmp_path, *fault)
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory that was never written then holds NaN, not luck
     try:
         with pytest.raises((AssertionError, KernelFault)):

@@ -1,13 +1,12 @@
 """unmask in Triton: which calls it takes, and the way to the kernels.
 
-launch.py has the host's side; head.py or rows.py make partials (partials.py), select.py merges them into proposals
-(proposals.py), ranks these (ranks.py) and writes; noise.py is what all call. They are imported at the first call: this
-module does without Triton.
+launch.py has the host's side; bounds.py finds what truncation keeps, head.py or rows.py make partials (partials.py),
+select.py merges them into proposals (proposals.py), ranks these (ranks.py) and writes; noise.py is what all call. They
+are imported at the first call: this module does without Triton.
 """
 
 from __future__ import annotations
 
-from .... import rules
 from ...._extension import DTYPES
 from ...._gpu import triton_reason
 from ..problem import Outputs, Problem
@@ -20,16 +19,12 @@ def available() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.group:
         return "ranks that share the vocab run on the reference"
-    if problem.truncation:
-        return "does not truncate (top_k, top_p, min_p)"
-    if problem.rule == rules.RENOISE:
-        return "does not renoise"
     return None if problem.source.dtype in DTYPES else "float64 is for the reference"
 
 
 def forward(problem: Problem) -> Outputs:
     """Returns (proposal, confidence, committed, remaining); writes into problem.tokens. Memory: up to 32 bytes per row
-    and group of ids, and what gpu.head_products needs for more than gpu.FUSED_ROWS rows."""
+    and group of ids, and what gpu.head_products needs for more than gpu.FUSED_ROWS rows or with truncation."""
     from . import launch
 
     return launch.forward(problem)

@@ -9,9 +9,10 @@ import torch
 
 from .... import rules
 from .. import gpu
-from ..problem import NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND
+from ..problem import NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND, NEEDS_TOP_ID
+from .bounds import bounds_kernel
 from .head import head_kernel
-from .launch import PAIRS, ROW_PAIRS, ROWS_OPTIONS, head_options, one, select_options
+from .launch import BOUND_IDS, BOUNDS_OPTIONS, PAIRS, ROW_PAIRS, ROWS_OPTIONS, head_options, one, select_options
 from .rows import rows_kernel
 from .select import select_kernel
 
@@ -20,7 +21,7 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
     """What a model with a bf16 head, and callers with logits, would launch, with numbers for parameters."""
     absent = dict.fromkeys(
         "head_bias frozen noise_positions temperature confidence_temperature seed step bias_ids bias_values rule "
-        "revision scores least rank_temperature defer".split()
+        "revision scores least rank_temperature defer bounds top_k top_p min_p".split()
     )
     types = {
         "hidden": "*bf16:16",
@@ -48,13 +49,15 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
         "revise_number": "fp32",
         "rule_number": "fp32",
         "rank_number": "fp32",
+        "top_p_number": "fp32",
+        "min_p_number": "fp32",
         "position_k": "constexpr",
         "ids": "i32:16",
     }
 
     def configuration(name: str, kernel: Any, options: dict[str, Any], **changes: str) -> Any:
         constants = {key: options[key] for key in options if key.isupper()}
-        constants |= {key: None for key in kernel.arg_names if key in absent} | {"position_k": 1}
+        constants |= {key: None for key in kernel.arg_names if key in absent and key not in changes} | {"position_k": 1}
         kinds = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}
         rest = {key: options[key] for key in options if key.islower()} | {"enable_fp_fusion": False}
         return name, kernel, kinds | changes, constants, rest
@@ -79,6 +82,14 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
     for kind, dense, name, needs in (("fp32", True, "all", whole), ("bf16", False, "greedy", greedy)):
         options = {"SPAN": gpu.SLICE, "PAIRS": ROW_PAIRS, "DENSE": dense, **ROWS_OPTIONS, **needs}
         yield configuration(f"rows {kind}, {name}", rows_kernel, options, logits=f"*{kind}:16")
+    drawn = {"NOISE": True, "NEEDS": entropy | NEEDS_TOP_ID, "REVISES": False}
+    options = {"SPAN": gpu.SLICE, "PAIRS": ROW_PAIRS, "DENSE": True, **ROWS_OPTIONS, **drawn}
+    yield configuration("rows fp32, truncated, renoised", rows_kernel, options, logits="*fp32:16", bounds="*fp32:16")
+    for kind, dense, truncate in (("fp32", True, 7), ("bf16", False, 1)):
+        options = {"TRUNCATE": truncate, "ONE": one(155136), "BLOCK": BOUND_IDS, "DENSE": dense, **BOUNDS_OPTIONS}
+        options |= {"NEEDS": entropy, "REVISES": False}
+        changes = {"logits": f"*{kind}:16", "bounds": "*fp32:16"}
+        yield configuration(f"bounds {kind}, {truncate}", bounds_kernel, options, **changes)
     for count, name, reranked in (
         (64, "64 candidates", False),
         (1024, "1024 candidates", False),
@@ -90,3 +101,7 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
         chosen |= {"ORDER": rules.BY_CONFIDENCE, "RERANKED": reranked}
         options = {**select_options(count), **chosen, "ONE": one(155136)}
         yield configuration(f"select {name}, all", select_kernel, options, scratch="*i64:16", revise_number="i32")
+    renoise = {"RULE": rules.ENTROPY_BOUND, "CONFIDENCE": rules.NEG_ENTROPY, "REVISE": rules.NO_REVISION}
+    renoise |= {"ORDER": rules.BY_CONFIDENCE, "RERANKED": False, "NEEDS": entropy | NEEDS_TOP_ID}
+    options = {**select_options(256), **renoise, "ONE": one(155136)}
+    yield configuration("select 256 candidates, renoised", select_kernel, options, scratch="*i64:16")

@@ -152,6 +152,7 @@ def head_kernel(
         step_number,
         step_b,
         REVISES,
+        NEEDS,
     )
     x_rows = hidden + (b * hidden_b + k * hidden_k)[None, :] + tl.arange(0, BLOCK_D)[:, None]  # (D, N)
     own = scratch + group.to(tl.int64) * (2 * PAIRS * BLOCK_N) + tl.arange(0, PAIRS)[:, None] * BLOCK_N  # (P, 1)
@@ -213,6 +214,7 @@ def head_kernel(
                 step_number,
                 step_b,
                 REVISES,
+                NEEDS,
             )
             some_even, some_odd = tl.load(own + some[None, :]), tl.load(own + PAIRS * BLOCK_N + some[None, :])
             top, second, total, surprise, score, logit, held_logit, best = load_partial(
@@ -231,6 +233,7 @@ def head_kernel(
                 logit,
                 held_logit,
                 best,
+                None,
                 NOISE,
                 NEEDS,
             )

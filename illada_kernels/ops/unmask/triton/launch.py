@@ -17,6 +17,7 @@ from torch import Tensor
 from .... import rules
 from .. import gpu
 from ..problem import Outputs, Problem
+from .bounds import bounds_kernel
 from .head import head_kernel
 from .partials import FIELDS
 from .rows import rows_kernel
@@ -24,6 +25,7 @@ from .select import select_kernel
 
 PAIRS = 64  # id pairs of a tile of the head kernel: the product's M, twice
 GROUPS = 264  # of tiles, at most: two programs for each multiprocessor of an H200, 2.5 for each of an A100
+BOUND_IDS = 2048  # ids that the bounds kernel holds at once, for each of its thresholds
 ROW_PAIRS = 512  # id pairs that the rows kernel holds at once
 BLOCK = 1024  # candidates that the selection holds at once
 
@@ -38,7 +40,7 @@ def forward(problem: Problem) -> Outputs:
             pass
         elif problem.head_weight is None:
             call.rows(source, source.stride(0), source.stride(1), 0, call.row_count, 0, False)
-        elif call.row_count <= gpu.FUSED_ROWS:
+        elif call.fused:
             call.head()
         else:
             gpu.head_products(problem, call.product)
@@ -55,9 +57,9 @@ class Call:
         numbers = gpu.parameters(problem)
         self.numbers = numbers
         self.needs = problem.needs()
-        fused = problem.head_weight is not None and self.row_count <= gpu.FUSED_ROWS
+        self.fused = problem.head_weight is not None and self.row_count <= gpu.FUSED_ROWS and not problem.truncation
         tiles = -(-self.vocab // (2 * PAIRS))
-        self.groups = min(GROUPS, tiles) if fused else -(-self.vocab // gpu.SLICE)
+        self.groups = min(GROUPS, tiles) if self.fused else -(-self.vocab // gpu.SLICE)
         self.partials = torch.empty(FIELDS, self.groups, self.row_count, dtype=torch.float32, device=self.device)
         self.best_ids = torch.empty(self.groups, self.row_count, dtype=torch.int32, device=self.device)
         frozen = None if problem.frozen is None else problem.frozen.view(torch.uint8)
@@ -88,12 +90,10 @@ class Call:
             self.best_ids,
             self.groups,
         )
-        self.constants = {
-            "NOISE": problem.noisy,
-            "NEEDS": self.needs,
-            "REVISES": problem.revise in (rules.EDIT, rules.REMASK),
-            "enable_fp_fusion": False,
-        }
+        self.truncation = (*limited(numbers.top_k), *value(numbers.top_p), *value(numbers.min_p))
+        self.bounds = self.partials.new_empty(self.row_count) if problem.truncation else None
+        revises = problem.revise in (rules.EDIT, rules.REMASK)
+        self.constants = {"NEEDS": self.needs, "REVISES": revises, "enable_fp_fusion": False}
 
     def head(self) -> None:
         problem, head = self.problem, self.problem.head_weight
@@ -116,6 +116,7 @@ class Call:
             *self.where,
             *self.rest,
             PAIRS=PAIRS,
+            NOISE=problem.noisy,
             EVEN_D=dim % options["BLOCK_D"] == 0,
             **options,
             **self.constants,
@@ -129,6 +130,27 @@ class Call:
     ) -> None:
         ids = logits.shape[-1]
         bias = contiguous(self.problem.head_bias)
+        if self.bounds is not None:
+            bounds_kernel[(rows,)](
+                logits,
+                stride_b,
+                stride_k,
+                first_row,
+                bias,
+                self.vocab,
+                self.row_count,
+                self.count,
+                *self.where,
+                *self.rest[:-3],
+                *self.truncation,
+                self.bounds,
+                TRUNCATE=self.problem.truncation,
+                ONE=one(self.vocab),
+                BLOCK=BOUND_IDS,
+                DENSE=dense,
+                **BOUNDS_OPTIONS,
+                **self.constants,
+            )
         rows_kernel[(rows * -(-ids // gpu.SLICE),)](
             logits,
             stride_b,
@@ -142,8 +164,10 @@ class Call:
             self.count,
             *self.where,
             *self.rest,
+            self.bounds,
             SPAN=gpu.SLICE,
             PAIRS=ROW_PAIRS,
+            NOISE=self.problem.noisy,
             DENSE=dense,
             **ROWS_OPTIONS,
             **self.constants,
@@ -174,12 +198,13 @@ class Call:
             *value(self.numbers.rank_temperature),
             defer,
             0 if defer is None else defer.shape[0],
+            self.vocab,
             *scores,
             proposal,
             confidence,
             committed.view(torch.uint8),
             remaining,
-            RULE=problem.rule,
+            RULE=rules.ENTROPY_BOUND if problem.rule == rules.RENOISE else problem.rule,
             CONFIDENCE=problem.confidence,
             REVISE=problem.revise,
             ORDER=problem.order,
@@ -217,6 +242,7 @@ def one(vocab: int) -> float:
 
 # ---- launch configurations: by shape and type, nothing is tuned at run time ------------------------------------------
 ROWS_OPTIONS = {"num_warps": 4, "num_stages": 2}
+BOUNDS_OPTIONS = {"num_warps": 16, "num_stages": 2}
 
 
 def head_options(rows: int, dtype: torch.dtype) -> dict[str, int]:

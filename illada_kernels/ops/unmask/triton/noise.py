@@ -18,6 +18,7 @@ LEAST = tl.constexpr(problem.LEAST_SHIFTED)
 HIGHEST_TEMPERATURE = tl.constexpr(problem.HIGHEST_TEMPERATURE)
 HIGHEST_CONFIDENCE_TEMPERATURE = tl.constexpr(problem.HIGHEST_CONFIDENCE_TEMPERATURE)
 NO_ID = tl.constexpr(2**31 - 1)
+NEEDS_TOP_ID = tl.constexpr(problem.NEEDS_TOP_ID)  # Renoise: every candidate is drawn, whatever token it holds
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------------
@@ -158,13 +159,14 @@ def row_state(
     step_number,
     step_b,
     REVISES: tl.constexpr,
+    NEEDS: tl.constexpr,
 ):
     """(takes part, b, k, (held id, key0, key1, position, step, temperature, scale)) of rows b * K + k."""
     b, k = (row // count).to(tl.int64), (row % count).to(tl.int64)
     candidate, held, at = candidates(
         b, k, inside, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l
     )
-    masked = held == mask_id
+    masked = candidate if NEEDS_TOP_ID & NEEDS else held == mask_id
     active = candidate if REVISES else candidate & masked
     key0, key1, position, at_step = noise_counters(
         b, k, inside, at, noise_positions, noise_b, noise_k, seed, seed_number, seed_b, step, step_number, step_b

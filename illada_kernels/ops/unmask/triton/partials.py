@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from .. import problem
-from .noise import INF, LEAST, NO_ID, fixed_sum, noised, philox, rescaled, shifted
+from .noise import INF, LEAST, NEEDS_TOP_ID, NO_ID, fixed_sum, noised, philox, rescaled, shifted
 
 # Fields of a partial: float32 (FIELDS, groups, rows), and int32 (groups, rows) the id of the best score, NO_BEST if no
 # logit is above -inf, BAD if one is NaN or +inf.
+# HELD: under NEEDS_TOP_ID the bits of the lowest id with the largest logit.
 TOP, SECOND, TOTAL, SURPRISE, SCORE, LOGIT, HELD = (tl.constexpr(i) for i in range(7))
 FIELDS = 7
 NO_BEST, BAD = tl.constexpr(-1), tl.constexpr(-2)
@@ -64,6 +65,7 @@ def fold(
     logit,
     held_logit,
     best,
+    bound,
     NOISE: tl.constexpr,
     NEEDS: tl.constexpr,
 ):
@@ -94,6 +96,9 @@ def fold(
         second = tl.maximum(tl.maximum(second, rest), tl.minimum(top, tile_top))
     if NEEDS_HELD & NEEDS:
         held_logit = tl.maximum(held_logit, of_id(even, odd, even_id, odd_id, held))
+    if NEEDS_TOP_ID & NEEDS:
+        top_id = lowest_id(even, odd, even_id, odd_id, tile_top).to(tl.float32, bitcast=True)
+        held_logit = tl.where(tile_top > top, top_id, held_logit)
 
     if NOISE:
         zero = tl.zeros([1, 1], tl.uint32)
@@ -101,6 +106,9 @@ def fold(
             key0[None, :], key1[None, :], pair[:, None].to(tl.uint32), position[None, :], step[None, :], zero
         )
         score0, score1 = noised(even, temperature[None, :], w0, w1), noised(odd, temperature[None, :], w2, w3)
+        if bound is not None:
+            score0 = tl.where(even >= bound[None, :], score0, -INF)
+            score1 = tl.where(odd >= bound[None, :], score1, -INF)
         tile_score = tl.maximum(tl.max(score0, 0), tl.max(score1, 0))
         tile_best = lowest_id(score0, score1, even_id, odd_id, tile_score)
         tile_logit = of_id(even, odd, even_id, odd_id, tile_best)

@@ -12,6 +12,7 @@ from .noise import (
     HIGHEST_TEMPERATURE,
     INF,
     LEAST,
+    NEEDS_TOP_ID,
     NO_ID,
     candidates,
     confidence_scale,
@@ -51,6 +52,7 @@ def merged(
     field = groups.to(tl.int64) * rows
     top, second = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], -INF, tl.float32)
     score, logit, held_logit = top, top, top
+    top_id = tl.full([BLOCK], NO_ID, tl.int32)
     best, bad = tl.full([BLOCK], -1, tl.int32), tl.full([BLOCK], 0, tl.int32)
     for start in range(0, groups, BLOCK_G):
         group = start + tl.arange(0, BLOCK_G)
@@ -76,7 +78,13 @@ def merged(
         if NEEDS_HELD & NEEDS:
             held = tl.load(partials + HELD * field + at, mask=here, other=-INF)
             held_logit = tl.maximum(held_logit, tl.max(held, 0))
+        if NEEDS_TOP_ID & NEEDS:
+            top_ids = tl.load(partials + HELD * field + at, mask=here, other=0.0).to(tl.int32, bitcast=True)
+            block_id = tl.min(tl.where(here & (tops == block_top[None, :]), top_ids, NO_ID), 0)
+            top_id = tl.where(block_top > top, block_id, top_id)
         top = tl.maximum(top, block_top)
+    if NEEDS_TOP_ID & NEEDS:
+        logit = top
     good = wanted & (bad == 0) & (top > -INF)
 
     totals, surprises = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
@@ -99,7 +107,7 @@ def merged(
     margin = ((1.0 - tl.exp(shifted(second, top, scale)).to(tl.float64)) / total).to(tl.float32)
     held_probability = (tl.exp(shifted(held_logit, top, scale)).to(tl.float64) / total).to(tl.float32)
     largest = (1.0 / total).to(tl.float32)
-    return tl.where(good, best, -1), probability, margin, entropy, held_probability, largest, logit - top
+    return tl.where(good, best, -1), probability, margin, entropy, held_probability, largest, logit - top, top_id
 
 
 @triton.jit
@@ -141,6 +149,7 @@ def proposed(
     rank_b,
     defer,
     defers,
+    vocab,
     tau,
     scores,
     scores_b,
@@ -167,9 +176,11 @@ def proposed(
         sequence, k, inside, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l
     )
     masked, fixed = candidate & (held == mask_id), candidate & (held != mask_id)
+    if NEEDS_TOP_ID & NEEDS:
+        masked, fixed = candidate, candidate & False
     scale = confidence_scale(confidence_temperature, confidence_number, confidence_b, sequence, inside)
     wanted = candidate if REVISE == EDIT or REVISE == REMASK else masked
-    best, probability, margin, entropy, held_probability, largest, gap = merged(
+    best, probability, margin, entropy, held_probability, largest, gap, top_id = merged(
         partials, best_ids, groups, rows, row, wanted, scale, NEEDS, ONE, BLOCK, BLOCK_G
     )
     key0, key1, position, at_step = noise_counters(
@@ -221,6 +232,11 @@ def proposed(
             eligible = fixed & (score == score)
         lowest = place(eligible, score, at)
         proposal, confidence = tl.where(eligible, held, proposal), tl.where(eligible, score, confidence)
+    if NEEDS_TOP_ID & NEEDS:  # writes what was drawn, reports the best, and gives on what may be written instead
+        tl.store(tokens + b * token_b + at, proposal, mask=takes_part)
+        u0, u1, _u2, _u3 = philox(key0, key1, zero, position, at_step, zero + 3)
+        lowest = u0.to(tl.int64) * vocab + ((u1.to(tl.int64) * vocab) >> 32) >> 32  # uniform in [0, vocab)
+        proposal = tl.where(takes_part, top_id.to(tl.int64), -1)
     tl.store(proposals + row, proposal, mask=inside)
     tl.store(confidences + row, confidence, mask=inside)
     tl.store(commits + row, (edited if REVISE == EDIT else edited & False).to(tl.uint8), mask=inside)

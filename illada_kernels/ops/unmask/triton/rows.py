@@ -55,6 +55,7 @@ def rows_kernel(
     partials,
     best_ids,
     groups,
+    bounds,
     SPAN: tl.constexpr,
     PAIRS: tl.constexpr,
     NOISE: tl.constexpr,
@@ -65,7 +66,7 @@ def rows_kernel(
     """The same partials from logits: of ids [first_id, first_id + ids) of rows from first_row on. logits: (B, K, V) as
     given, or DENSE: (rows from first_row on, ids) of a product, head_bias still to be added.
     One program owns SPAN ids of one row and reads them once, in blocks of 2 * PAIRS; it ends at once where the row
-    takes no part. Ties to the lowest id."""
+    takes no part. Noise is drawn for the logits that reach the row's bound. Ties to the lowest id."""
     spans = tl.cdiv(ids, SPAN)
     local, span = tl.program_id(0) // spans, tl.program_id(0) % spans
     row = first_row + local + tl.arange(0, 1)
@@ -99,6 +100,7 @@ def rows_kernel(
         step_number,
         step_b,
         REVISES,
+        NEEDS,
     )
     if tl.max(active.to(tl.int32), 0) > 0:
         if DENSE:
@@ -106,6 +108,9 @@ def rows_kernel(
         else:
             source = logits + tl.sum(b * logits_b + k * logits_k, 0)
         top, second, total, surprise, score, logit, held_logit, best = empty_partial(1)
+        bound = None
+        if bounds is not None:
+            bound = tl.load(bounds + row)
         side = tl.arange(0, 2)[None, :]
         for start in range(span * SPAN, tl.minimum(ids, (span + 1) * SPAN), 2 * PAIRS):
             at = start + 2 * tl.arange(0, PAIRS)
@@ -130,6 +135,7 @@ def rows_kernel(
                 logit,
                 held_logit,
                 best,
+                bound,
                 NOISE,
                 NEEDS,
             )

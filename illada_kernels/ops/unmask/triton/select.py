@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .noise import candidates
+from .noise import NEEDS_TOP_ID, candidates
 from .proposals import BY_SCORES, EDIT, REMASK, proposed
 from .ranks import ENTROPY_BOUND, ENTROPY_ONE, INCLUSIVE, LAST, TOP_K, first_failing, last_chosen
 
@@ -22,6 +22,7 @@ UNSPECIALIZED = (
     "revise_number",
     "least_number",
     "defers",
+    "vocab",
 )
 
 
@@ -46,6 +47,7 @@ def written(
     mask_id,
     proposals,
     commits,
+    NEEDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Writes tokens; how many of these candidates are masked then."""
@@ -67,12 +69,17 @@ def written(
     )
     edited = tl.load(commits + row, mask=inside, other=0) != 0
     committed = edited | ((places <= end) & (places < LAST))
-    token = tl.where(committed, tl.load(proposals + row, mask=inside, other=-1), held)
-    token = tl.where((lowest <= lowest_end) & (lowest < LAST), mask_id, token)
+    proposal = tl.load(proposals + row, mask=inside, other=-1)
+    if NEEDS_TOP_ID & NEEDS:  # what was drawn is written already
+        token = tl.where(committed | (proposal < 0), held, lowest)
+    else:
+        token = tl.where(committed, proposal, held)
+        token = tl.where((lowest <= lowest_end) & (lowest < LAST), mask_id, token)
     tl.debug_barrier()  # all threads have read what is written now
     tl.store(tokens + b * token_b + at, token, mask=candidate & (token != held))
     tl.store(commits + row, committed.to(tl.uint8), mask=inside)
-    return tl.sum((candidate & (token == mask_id)).to(tl.int32), 0)
+    left = candidate & (~committed if NEEDS_TOP_ID & NEEDS else token == mask_id)
+    return tl.sum(left.to(tl.int32), 0)
 
 
 @triton.jit
@@ -131,6 +138,7 @@ def select_kernel(
     rank_b,
     defer,
     defers,
+    vocab,
     scores,
     scores_b,
     scores_k,
@@ -203,6 +211,7 @@ def select_kernel(
             rank_b,
             defer,
             defers,
+            vocab,
             tau,
             scores,
             scores_b,
@@ -267,6 +276,7 @@ def select_kernel(
             mask_id,
             proposals,
             commits,
+            NEEDS,
             BLOCK,
         )
     tl.store(remaining + b, left)
