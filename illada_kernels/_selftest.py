@@ -225,7 +225,7 @@ def unmask_case(
 
 
 def unmask(backend: str, device: str, from_logits: bool = False) -> Iterator[Case]:
-    from . import EntropyBound, Factor, Threshold, TopK
+    from . import EntropyBound, Factor, Renoise, Threshold, TopK
 
     cases: dict[str, tuple[Any, dict[str, Any]]] = {
         "top 3": (TopK(3), {}),
@@ -236,6 +236,8 @@ def unmask(backend: str, device: str, from_logits: bool = False) -> Iterator[Cas
         "at least 2, sampled confidence": (Threshold(0.5, 2), {"confidence": "sampled", "temperature": 1.0, "seed": 4}),
         "top 3, perturbed ranks, deferred ids": (TopK(3), {"rank_temperature": 0.5, "defer": tuple(range(0, 516, 3))}),
         "from the left": (Threshold(0.3), {"order": "left"}),
+        "truncated draws": (TopK(3), {"temperature": 4.0, "seed": 5, "top_k": 40, "top_p": 0.9, "min_p": 0.01}),
+        "renoised": (Renoise(0.3), {"temperature": 1.0, "seed": 6}),
     }
     for dtype in halves(device):
         for name, (rule, options) in cases.items():

@@ -26,7 +26,8 @@ BACKWARD = (
 )
 UNMASK = (
     "entropy_1x32_v126k_t1,entropy_2x32_v126k_t1,hidden_4x32_v126k_t0,hidden_4x32_v126k_t1,hidden_8x32_v126k_t0,"
-    "hidden_16x32_v126k_t0,hidden_64x32_v126k_t0,hidden_64x32_v126k_t1,selection_32x1024"
+    "hidden_16x32_v126k_t0,hidden_64x32_v126k_t0,hidden_64x32_v126k_t1,selection_32x1024,top_p0.9_2x32_v126k_t1,"
+    "top_k50_2x32_v126k_t1,renoise_1x256_v126k_t1"
 )
 LOSS = "half_v126k,half_v126k_no_grad,half_v126k_minimum,tenth_v126k,half_v155k"
 TRITON = (

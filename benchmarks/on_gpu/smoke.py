@@ -90,6 +90,27 @@ def proposals(rows: int, from_logits: bool, backend: str, device: str, dtype: to
         raise AssertionError("proposals or committed tokens differ from argmax")
 
 
+def truncated(option: str, from_logits: bool, backend: str, device: str, dtype: torch.dtype) -> None:
+    """Each option keeps the largest logits alone, so that with noise too the best id is proposed; and Renoise, which
+    accepts the first row alone and redraws the others."""
+    rows, vocab, dim = 70, 9000, 256
+    g = torch.Generator().manual_seed(rows)
+    hidden = torch.randint(-1, 2, (1, rows, dim), generator=g).to(device, dtype)
+    head = torch.randint(-1, 2, (vocab, dim), generator=g).to(device, dtype)
+    logits = hidden.float() @ head.float().T
+    tokens, positions = torch.full((1, rows), vocab, device=device), torch.arange(rows, device=device)[None]
+    options: dict[str, Any] = {"mask_id": vocab, "forbid": (), "temperature": 30.0, "backend": backend}
+    options |= {"top_k": {"top_k": 1}, "top_p": {"top_p": 1e-9}, "min_p": {"min_p": 1.0}}.get(option, {})
+    rule = ik.Renoise(0.0) if option == "renoise" else ik.TopK(rows)
+    operands = (logits,) if from_logits else (hidden, head)
+    function: Any = ik.unmask_from_logits if from_logits else ik.unmask
+    got = function(*operands, tokens, positions, rule, **options)
+    if bool((logits.gather(-1, got.proposal[..., None])[..., 0] != logits.amax(-1)).any()):
+        raise AssertionError("a proposal is not the best id")
+    if int(got.remaining) != (rows - 1 if option == "renoise" else 0) or bool((tokens >= vocab).any()):
+        raise AssertionError("other rows were written than those that should be")
+
+
 def commit(backend: str, device: str) -> None:
     """Many candidates of few ids: the four most confident of each sequence are written."""
     batch, count = 4, 1024
@@ -145,6 +166,11 @@ def items(backend: str = "cuda", device: str = "cuda", dtype: torch.dtype = torc
         yield f"unmask head {rows}: argmax", partial(proposals, rows, False, backend, device, dtype)
     yield "unmask spans: argmax", partial(proposals, 300, False, backend, device, dtype)
     yield "unmask logits: argmax", partial(proposals, 70, True, backend, device, dtype)
+    for option in ("top_k", "top_p", "min_p", "renoise"):
+        kernel = "renoise" if option == "renoise" else "bounds"
+        for source in ("hidden", "logits"):
+            run = partial(truncated, option, source == "logits", backend, device, dtype)
+            yield f"unmask {kernel}: {option} {source}", run
     yield "unmask commit: top 4", partial(commit, backend, device)
     for mode in ("gradients", "chunks", "minimum", "no_grad"):
         yield f"masked_loss {mode}: values", partial(loss, mode, backend, device, dtype)
@@ -162,6 +188,8 @@ def needs(case: Case, contender: str) -> list[str]:
     if case.op == "unmask":
         if facts["kind"] == "selection":
             return ["unmask logits", "unmask commit"]
+        if facts["kind"] in ("truncated", "renoise"):
+            return ["unmask bounds" if facts["kind"] == "truncated" else "unmask renoise", "unmask commit"]
         fitting = [rows for rows in ROWS if facts["rows"] <= rows]
         return [f"unmask head {fitting[0]}" if fitting else "unmask spans", "unmask commit"]
     if case.op == "masked_loss":

@@ -38,7 +38,13 @@ CACHED_MS = (
 CACHED_SHARE = (0.87, 0.95)
 # Others: the time over the floor.
 LOSS = {"three products": (1.04, 1.08), "one product": (1.04, 1.1), "minimum": (1.38, 1.5)}
-UNMASK: dict[str, Range] = {"entropy": (1.08, 1.2), "step 0": (1.05, 1.15), "step 1": (1.1, 1.3), "loop": (1.1, 1.25)}
+UNMASK: dict[str, Range] = {
+    "entropy": (1.08, 1.2),
+    "step 0": (1.05, 1.15),
+    "step 1": (1.1, 1.3),
+    "loop": (1.1, 1.25),
+    "truncated": (1.4, 1.9),
+}
 ONE_WAVE: Range = (1.12, 1.35)  # 129 to 512 rows: a product is one wave of tiles, and the next waits for its end
 
 

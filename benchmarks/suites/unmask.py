@@ -134,15 +134,18 @@ def gpu_shape(batch: int, count: int, vocabulary: int) -> shapes.Shape:
 
 
 def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cuda", quick: bool = False) -> Work:
-    """kind: "step" (the top-k rule and probabilities), "entropy" (the rule that needs most, for few rows), "loop"
-    (LLaDA's own shape, peers in as many parts as fit)."""
+    """kind: "step" (the top-k rule and probabilities), "entropy" (the rule that needs most, for few rows), "renoise"
+    (a canvas without masks), "loop" (LLaDA's own shape, peers in as many parts as fit), or one of shapes.TRUNCATIONS,
+    which peers leave out."""
     weight = torch.randn(shape.vocabulary, shape.dim, device=device, dtype=torch.bfloat16)
     full = (shape.batch, shape.count, shape.dim)
     sets = [(torch.randn(full, device=device).div(shape.dim**0.5).bfloat16(),) for _ in range(2)]
     tokens, positions = fresh_tokens(shape, device)
     options: dict[str, Any] = {"mask_id": shape.mask_id, "temperature": temperature}
-    options |= {"confidence": "neg_entropy"} if kind == "entropy" else {}
-    rule = ik.EntropyBound(0.1) if kind == "entropy" else ik.TopK(min(COMMITTED_PER_STEP, shape.count))
+    options |= {"confidence": "neg_entropy"} if kind in ("entropy", "renoise") else {}
+    options |= shapes.TRUNCATIONS.get(kind, {})
+    rules = {"entropy": ik.EntropyBound(0.1), "renoise": ik.Renoise(0.1)}
+    rule = rules.get(kind, ik.TopK(min(COMMITTED_PER_STEP, shape.count)))
 
     def ours(backend: str) -> Callable[[Tensor], Any]:
         return lambda hidden: ik.unmask(hidden, weight, tokens.clone(), positions, rule, backend=backend, **options)
@@ -200,7 +203,8 @@ def error_of(proposal: Tensor, hidden: Tensor, weight: Tensor, forbidden: int) -
 
 def notes(steps: Iterable[str], kind: str, part: int | None) -> dict[str, str]:
     said = [f"{part} sequences at a time, since its float64 logits fill the memory"] if part else []
-    said += ["commits by probability, top-k: no peer computes entropies"] if kind == "entropy" else []
+    said += ["commits by probability, top-k: no peer computes entropies"] if kind in ("entropy", "renoise") else []
+    said += ["draws from all ids: no peer truncates"] if kind in shapes.TRUNCATIONS else []
     return dict.fromkeys(steps, "; ".join(said)) if said else {}
 
 
@@ -230,7 +234,8 @@ def selection(batch: int, count: int, device: str = "cuda") -> Work:
 
 def gpu_cases(quick: bool = False) -> Iterator[Case]:
     def case(name: str, shape: shapes.Shape, temperature: float, kind: str) -> Case:
-        facts = {"kind": kind, "rows": shape.rows, "vocab": shape.vocabulary, "temperature": temperature}
+        known = "truncated" if kind in shapes.TRUNCATIONS else kind
+        facts = {"kind": known, "rows": shape.rows, "vocab": shape.vocabulary, "temperature": temperature}
         facts |= {"flops": shapes.flops(shape), "bytes": shapes.head_bytes(shape, 2)}
         facts["headline"] = kind == "loop" or (shape.vocabulary == 126464 and shape.rows in (1, 32, 256, 2048))
         return Case("unmask", name, "bfloat16", lambda: on_gpu(shape, temperature, kind, quick=quick), facts)
@@ -243,6 +248,12 @@ def gpu_cases(quick: bool = False) -> Iterator[Case]:
             shape = gpu_shape(batch, 32, vocabulary)
             for temperature in (0.0, 1.0):
                 yield case(f"hidden_{shape.name}_t{temperature:g}", shape, temperature, "step")
+    for kind in shapes.TRUNCATIONS:
+        for batch in (2, 64):
+            shape = gpu_shape(batch, 32, 126464)
+            yield case(f"{kind}_{shape.name}_t1", shape, 1.0, kind)
+    shape = gpu_shape(1, 256, 126464)  # DiffusionGemma's canvas
+    yield case(f"renoise_{shape.name}_t1", shape, 1.0, "renoise")
     facts = {"kind": "selection", "rows": 32 * 1024, "flops": 0.0, "bytes": 32.0 * 1024 * 61}
     yield Case("unmask", "selection_32x1024", "float32", lambda: selection(32, 1024), facts)
     shape = gpu_shape(32, 1024, 126464)

@@ -200,7 +200,7 @@ def test_steps_of_peers_commit_the_same_tokens():
     assert int((written[0] != 39).sum()) == 7 and written[0][1, 2] == 7
 
 
-@pytest.mark.parametrize("kind", ["step", "entropy", "loop"])
+@pytest.mark.parametrize("kind", ["step", "entropy", "renoise", "loop", "top_k50", "top_k_top_p_min_p"])
 def test_every_kind_of_unmask_case_runs(kind, monkeypatch):
     monkeypatch.setattr(unmask_peers, "gpu_limits", lambda: {"memory": 2 * 2 * 40 * 5 * 33, "l2": 0})
     work = unmask_suite.on_gpu(Shape("s", 3, 5, 33, 16, 32), 1.0, kind, "cpu")

@@ -301,7 +301,7 @@ def test_tests_run_side_by_side_and_go_on_after_one_that_hangs(tmp_path):
 def test_smoke_passes_with_right_kernels_and_says_what_a_wrong_one_leaves_out(tmp_path, monkeypatch):
     path = tmp_path / "journal"
     assert smoke.main(["--journal", str(path), "--backend", "reference", "--device", "cpu"]) == 0
-    assert len(Journal(path).ended()) == 1 + 33 + 4 + 3 + 4 and smoke.failures(Journal(path)) == {}
+    assert len(Journal(path).ended()) == 1 + 33 + 4 + 3 + 8 + 4 and smoke.failures(Journal(path)) == {}
     right = smoke.ik.attention
     monkeypatch.setattr(smoke.ik, "attention", lambda q, *a, **k: right(q, *a, **k) * (1 if q.shape[3] != 96 else 1.1))
     some = [
@@ -326,6 +326,8 @@ def test_smoke_passes_with_right_kernels_and_says_what_a_wrong_one_leaves_out(tm
         ("entropy_1x8_v126k_t1", "cuda", ["unmask head 16", "unmask commit"]),
         ("hidden_4x32_v126k_t0", "cuda", ["unmask head 128", "unmask commit"]),
         ("hidden_8x32_v126k_t0", "cuda", ["unmask spans", "unmask commit"]),
+        ("top_p0.9_64x32_v126k_t1", "cuda", ["unmask bounds", "unmask commit"]),
+        ("renoise_1x256_v126k_t1", "cuda", ["unmask renoise", "unmask commit"]),
         ("half_v126k_minimum", "cuda", ["masked_loss gradients", "masked_loss minimum"]),
         ("half_v126k_no_grad", "cuda", ["masked_loss no_grad"]),
         ("half_v126k", "triton", []),

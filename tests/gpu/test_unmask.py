@@ -58,6 +58,9 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "noise, margin": (ik.TopK(3), {"temperature": 1.0, "confidence": "margin", "seed": 3}),
     "entropy": (ik.EntropyBound(4.0), {"temperature": 0.5, "confidence": "neg_entropy", "confidence_temperature": 0.5}),
     "edit, random": (ik.TopK(2), {"revise": ik.Edit(0.3), "confidence": "random"}),
+    "truncated": (ik.TopK(3), {"temperature": 2.0, "top_k": 900, "top_p": 0.95, "min_p": 1e-4}),
+    "top p": (ik.TopK(3), {"temperature": 2.0, "top_p": 0.8}),
+    "renoise": (ik.Renoise(9.0), {"temperature": 1.0, "seed": 2}),
     "remask, bias": (ik.Factor(2.0), {"revise": ik.Remask(2), "logit_bias": ([3, 3, 700], [1.0, 0.5, -INF])}),
 }
 

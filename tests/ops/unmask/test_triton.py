@@ -585,3 +585,7 @@ def test_launches_compile_with_the_arguments_that_they_are_called_with(path: str
         for rule in (ik.TopK(1), ik.Threshold(0.5, 2), ik.Factor(1.0), ik.EntropyBound(0.5, inclusive=True)):
             ik.unmask_from_logits(hidden @ weight.T, tokens, positions, rule, order="left", **options)
         assert len(compiled) == 10
+        truncation = {"top_k": torch.tensor([3, 2]), "top_p": torch.tensor(0.5), "min_p": torch.rand(2)}
+        for ways in (truncation, {"top_k": 2**40, "top_p": 0.5, "min_p": 0.1}):
+            ik.unmask_from_logits(hidden @ weight.T, tokens, positions, ik.Renoise(torch.rand(2)), **ways, **options)
+        assert [name for name, *_ in compiled[10:]] == ["bounds_kernel", "rows_kernel", "select_kernel"] * 2
