@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import sys
 from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any
@@ -78,6 +77,15 @@ def shown(value: object) -> str:
     return text.format(value)
 
 
+def largest(dtype: torch.dtype = torch.float32) -> float:
+    """Returns float64's largest number for float64, else float32's.
+
+    They are constants of the code, because with dynamic=True Dynamo makes the floats of a module symbolic, which no
+    message can show and no NaN be compared with.
+    """
+    return 1.7976931348623157e308 if dtype == torch.float64 else 3.4028234663852886e38
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -95,14 +103,17 @@ def expect_integer(name: str, value: object, low: int, high: int, *, tensor: boo
         what = "an int or an integer tensor" if tensor else "an int"
         raise TypeError(f"{name}: expected {what}, got {_kind(value)}; use int(...) on the host")
     if not holds(value >= low) or known(value > high):  # type: ignore[operator]
-        wanted = f"of at least {low}" if high >= 2**62 else f"from {low} to {high}"
+        wanted = f"from {low} to {high}" if high < 2**62 or known(value > high) else f"of at least {low}"  # type: ignore[operator]
         raise ValueError(f"{name}: expected an int {wanted}, got {shown(value)}")
 
 
 def expect_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, *, tensor: bool = False
 ) -> None:
-    """A finite number in [low, high]; with `tensor` also a floating-point tensor of shape () or (B,), not read."""
+    """A finite number in [low, high]; with `tensor` also a floating-point tensor of shape () or (B,), not read.
+
+    A traced number is checked against finite limits alone: whatever reaches an operator has them.
+    """
     if tensor and isinstance(value, Tensor):
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}; convert it with .float()")
@@ -114,8 +125,8 @@ def expect_number(
     number: Any = plain(value)
     # A comparison of a traced number with inf would make a graph for each value, one with the largest float a guard.
     traced = torch.compiler.is_compiling() or isinstance(number, (torch.SymInt, torch.SymFloat))
-    above = (traced and low == -math.inf) or holds(number >= max(low, -sys.float_info.max))
-    if not (above and ((traced and high == math.inf) or holds(number <= min(high, sys.float_info.max)))):
+    above = (traced and low == -math.inf) or holds(number >= max(low, -largest(torch.float64)))
+    if not (above and ((traced and high == math.inf) or holds(number <= min(high, largest(torch.float64))))):
         limits = [f" of at least {low:g}"] * (low > -math.inf) + [f" of at most {high:g}"] * (high < math.inf)
         raise ValueError(f"{name}: expected a finite number{' and'.join(limits)}, got {shown(value)}")
 

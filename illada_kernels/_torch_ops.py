@@ -99,13 +99,14 @@ def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _is_differentiated() -> bool:
-    """True under torch.func's transforms that differentiate. Dynamo runs this while it traces."""
-    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-    return any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
+def _active_transforms() -> tuple[bool, bool]:
+    """Returns whether torch.func differentiates here, and whether it vectorises. Dynamo runs this while it traces."""
+    kinds = torch._C._functorch.TransformType
+    active = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
+    return not active.isdisjoint((kinds.Grad, kinds.Jvp)), kinds.Vmap in active
 
 
-_is_differentiated._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_active_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Derivative(NamedTuple):
@@ -184,7 +185,10 @@ class Operator:
 
     def _watched(self, problem: Any) -> Any:
         if torch.compiler.is_compiling():  # the operator itself reads ILLADA_BACKEND, when it runs
-            if _is_differentiated():  # torch drops the tangents of a custom operator without a word
+            differentiates, vectorises = _active_transforms()
+            if vectorises and self.derivative is None:
+                raise self._no_transforms()
+            if differentiates:  # torch drops the tangents of a custom operator without a word
                 raise NotImplementedError(
                     f"{self.name}: torch.func.grad and jvp cannot be traced through a custom operator; apply them "
                     "outside of the compiled function, or compile without fullgraph, which leaves this to eager mode"
@@ -202,11 +206,14 @@ class Operator:
         tensors = [x for x in problem if isinstance(x, Tensor)]
         dual = any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors)
         if dual or torch._C._functorch.maybe_current_level() is not None:
-            raise NotImplementedError(
-                f"{self.name}: has no derivative and writes in place, so torch.func's transforms and forward-mode AD "
-                "cannot pass through it; call it outside of them, on tensors without tangents (.detach())"
-            )
+            raise self._no_transforms()
         return self.op(*problem)
+
+    def _no_transforms(self) -> NotImplementedError:
+        return NotImplementedError(
+            f"{self.name}: has no derivative and writes in place, so torch.func's transforms and forward-mode AD "
+            "cannot pass through it; call it outside of them, on tensors without tangents (.detach())"
+        )
 
     def choose(self, problem: Any) -> _dispatch.Backend:
         """Returns the backend that runs the problem, or raises with every backend's reason."""

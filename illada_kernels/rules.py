@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import expect_integer, expect_number, plain
+from ._checks import expect_integer, expect_number, largest, plain
 
 Integer = int | Tensor
 Number = float | Tensor
@@ -29,7 +29,6 @@ CONFIDENCES = ("probability", "margin", "neg_entropy", "random", "sampled")
 BY_CONFIDENCE, FROM_LEFT = range(2)  # places in ORDERS
 ORDERS = ("confidence", "left")
 
-LARGEST = torch.finfo(torch.float32).max
 MOST = 2**62  # of counts: far above any number of candidates, and sums of two fit 64 bits
 
 
@@ -285,16 +284,16 @@ def flatten_rule(rule: Rule, confidence: str) -> tuple[int, Parameter, Parameter
     if isinstance(rule, TopK):
         return TOP_K, UNUSED[0], ("TopK.k", rule.k, 0, MOST)
     if isinstance(rule, Threshold):
-        low, high = (-LARGEST, 0.0) if confidence == "neg_entropy" else (0.0, 1.0)
+        low, high = (-largest(), 0.0) if confidence == "neg_entropy" else (0.0, 1.0)
         tau: Parameter = (f'Threshold.tau with confidence="{confidence}"', rule.tau, low, high)
         return THRESHOLD, tau, ("Threshold.at_least", rule.at_least, 0, MOST)
     if isinstance(rule, Factor):
-        return FACTOR, ("Factor.f", rule.f, 0.0, LARGEST), one
+        return FACTOR, ("Factor.f", rule.f, 0.0, largest()), one
     if isinstance(rule, EntropyBound):
         kind = ENTROPY_BOUND_INCLUSIVE if rule.inclusive else ENTROPY_BOUND
-        return kind, ("EntropyBound.gamma", rule.gamma, 0.0, LARGEST), one
+        return kind, ("EntropyBound.gamma", rule.gamma, 0.0, largest()), one
     if isinstance(rule, Renoise):
-        return RENOISE, ("Renoise.gamma", rule.gamma, 0.0, LARGEST), one
+        return RENOISE, ("Renoise.gamma", rule.gamma, 0.0, largest()), one
     raise TypeError(
         f"rule: expected TopK, Threshold, Factor, EntropyBound or Renoise, got {type(rule).__name__}; for k tokens use "
         "TopK(k)"

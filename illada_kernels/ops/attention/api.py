@@ -16,6 +16,7 @@ from ..._checks import (
     expect_shape,
     expect_tensor,
     holds,
+    largest,
     shown,
 )
 from ...key_ranges import KeyRanges
@@ -82,7 +83,7 @@ def attention(
     key_ranges : KeyRanges, optional
         None: every query attends to every key.
     scale : float, optional
-        Default D**-0.5.
+        Default D**-0.5. Finite as a float32, for float64 as a float64; a compiled function checks it as well.
     return_lse : bool
         Also return the log-sum-exp of each row.
     deterministic : bool
@@ -136,7 +137,8 @@ def attention(
     if scale is None:
         scale = q.shape[3] ** -0.5
     else:
-        expect_number("scale", scale)
+        most = largest(q.dtype)
+        expect_number("scale", scale, -most, most)
     q, k, v = cast_for_autocast(q.device, q, k, v)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:

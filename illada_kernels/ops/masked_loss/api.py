@@ -20,13 +20,13 @@ from ..._checks import (
     expect_shape,
     expect_tensor,
     holds,
+    largest,
     shown,
 )
 from .op import OPERATOR
 from .problem import Problem
 
 REDUCTIONS = ("sum", "mean", "none")
-LEAST_CAP, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def masked_loss(
@@ -284,7 +284,7 @@ def _options_fit(
         and reduction in REDUCTIONS
         and type(label_smoothing) is type(z_loss) is float
         and 0 <= label_smoothing < 1
-        and 0 <= z_loss <= MOST
+        and 0 <= z_loss <= largest()
         and vocab >= 1
         and softcap is max_masked is memory_budget is None
     )
@@ -335,11 +335,11 @@ def check_options(
 ) -> None:
     expect_choice("reduction", reduction, REDUCTIONS)
     if softcap is not None:
-        expect_number("softcap", softcap, LEAST_CAP, MOST)
+        expect_number("softcap", softcap, 2.0**-126, largest())
     expect_number("label_smoothing", label_smoothing, 0.0, 1.0)
     if not holds(label_smoothing < 1):
         raise ValueError("label_smoothing: expected a number below 1, got 1.0")
-    expect_number("z_loss", z_loss, 0.0, MOST)
+    expect_number("z_loss", z_loss, 0.0, largest())
     if max_masked is not None:
         expect_integer("max_masked", max_masked, 0, 2**62)
     if memory_budget is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +16,14 @@ from ..._checks import (
     expect_integer,
     expect_layout,
     holds,
+    is_number,
     known,
+    largest,
     split_parameters,
 )
 from ...rules import CONFIDENCES, MOST, ORDERS, RENOISE, Edit, Remask, Rule, flatten_revision, flatten_rule
 from .op import OPERATOR
-from .problem import BY_MIN_P, BY_TOP_K, BY_TOP_P, FLOAT32_MAX, Problem
+from .problem import BY_MIN_P, BY_TOP_K, BY_TOP_P, Problem
 
 INTEGERS = (torch.int64,)
 INT64 = (-(2**63), 2**63 - 1)
@@ -334,9 +337,9 @@ def run(
         least,
         tau,
         remasked,
-        ("rank_temperature", o.rank_temperature, 0.0, FLOAT32_MAX),
-        ("temperature", o.temperature, 0.0, FLOAT32_MAX),
-        ("confidence_temperature", o.confidence_temperature, 0.0, FLOAT32_MAX),
+        ("rank_temperature", o.rank_temperature, 0.0, largest()),
+        ("temperature", o.temperature, 0.0, largest()),
+        ("confidence_temperature", o.confidence_temperature, 0.0, largest()),
         ("seed", o.seed, *INT64),
         ("step", o.step, 0, 2**32 - 1),
         ("top_k", 0, 0, 0) if o.top_k is None else ("top_k", o.top_k, 1, MOST),
@@ -403,6 +406,15 @@ def _ids(name: str, ids: Sequence[int], vocab: int) -> list[Any]:
     return [torch.sym_int(i) for i in ids]
 
 
+def _expect_bias(value: Any) -> None:
+    if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
+        return
+    if not is_number(value):
+        raise TypeError(f"logit_bias values: expected numbers, got {type(value).__name__}; use float(...) on the host")
+    if not torch.compiler.is_compiling() and not (value == -math.inf or abs(value) <= largest()):
+        raise ValueError(f"logit_bias values: expected finite float32 numbers or -inf, got {value}")
+
+
 def _split_bias(logit_bias: LogitBias | None, vocab: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     if logit_bias is None:
         return None, None
@@ -414,6 +426,8 @@ def _split_bias(logit_bias: LogitBias | None, vocab: int, device: torch.device) 
             expect_integer("logit_bias ids", i, 0, vocab - 1)
         ids = torch.tensor(list(ids), dtype=torch.int64, device=device)
     if not isinstance(values, Tensor):
+        for value in values:
+            _expect_bias(value)
         values = torch.tensor(list(values), dtype=torch.float32, device=device)
     expect_layout("logit_bias ids", ids, INTEGERS, "n", device=device)
     expect_layout("logit_bias values", values, (torch.float32,), *ids.shape, device=device, like="logit_bias ids")

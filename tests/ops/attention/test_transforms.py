@@ -165,3 +165,28 @@ def test_a_storage_freed_before_the_backward_is_an_error(backend):
     key.detach().untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="storage"):
         out.sum().backward()
+
+
+@pytest.mark.skipif("cpu" not in NAMES, reason="the compiled extension is missing")
+def test_transforms_inside_of_torch_compile_are_left_to_eager_mode_or_refused():
+    q, _, _ = single(draw())
+    loss = lambda x: attention(x, x, x).square().sum()  # noqa: E731
+    tangent = lambda x: torch.func.jvp(loss, (x,), (x,))[1]  # noqa: E731
+    for transform, given in (
+        (torch.func.grad(loss), q),
+        (torch.func.jacrev(loss), q),
+        (tangent, q),
+        (torch.func.jacfwd(loss), q[:1, :2, :1, :2]),
+        (torch.vmap(torch.func.grad(loss)), torch.stack([q, -q])),
+        (torch.vmap(lambda x: attention(x, x, x)), torch.stack([q, -q])),
+    ):
+        want = transform(given)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(transform, backend="aot_eager")(given), want, rtol=1e-4, atol=1e-4)
+        torch._dynamo.reset()
+        try:
+            got = torch.compile(transform, fullgraph=True, backend="aot_eager")(given)
+        except torch._dynamo.exc.Unsupported as error:
+            assert "grad and jvp cannot be traced through a custom operator" in str(error)
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -116,6 +116,12 @@ def test_torch_func_and_forward_mode_are_refused_in_words() -> None:
     ):
         with pytest.raises(NotImplementedError, match=r"unmask: has no derivative and writes in place.*\.detach\(\)"):
             transformed()
+        for fullgraph in (False, True):
+            torch._dynamo.reset()
+            with pytest.raises(
+                Exception, match=r"unmask: (has no derivative|torch.func.grad and jvp cannot be traced)"
+            ):
+                torch.compile(transformed, fullgraph=fullgraph, backend="aot_eager")()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(LOGITS, LOGITS)
         with pytest.raises(NotImplementedError, match="unmask: has no derivative"):
