@@ -149,6 +149,11 @@ def expect_tensor(name: str, value: object, *dtypes: torch.dtype, advice: str = 
     """A tensor of one of the dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of {_names(dtypes)}, got {_kind(value)}")
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got layout {value.layout}; use .to_dense(), or for nested sequences "
+            ".to_padded_tensor(0.0) and KeyRanges.padding or .packed"
+        )
     if value.dtype not in dtypes:
         advice = advice or f"convert it with .to({dtypes[0]})"
         raise TypeError(f"{name}: expected {_names(dtypes)}, got {value.dtype}; {advice}")

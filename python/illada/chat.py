@@ -84,7 +84,7 @@ def load_chat_template(folder: Path, name: str = "default") -> ChatTemplate:
         found = {entry["name"]: entry["template"] for entry in found}
     sources = found if isinstance(found, dict) else {"default": found} if found else {}
     if name == "default" and (folder / _FILE).exists():
-        sources["default"] = (folder / _FILE).read_text(encoding="utf-8")
+        sources["default"] = (folder / _FILE).read_text(encoding="utf-8-sig")  # a byte order mark is no prompt
     if name not in sources:
         there = f", only {', '.join(sorted(sources))}" if sources else ""
         raise DataError(f"{folder} holds no chat template {name!r}{there}; expected it in {_FILE} or {_CONFIG}")

@@ -216,10 +216,11 @@ def _stream(
 
 
 def _lines(name: str) -> Iterator[tuple[int, str]]:
-    """Yields (line number, prompt) of JSON lines. Empty lines are skipped."""
+    """Yields (line number, prompt) of JSON lines. Empty lines are skipped, and a byte order mark before the first."""
     with contextlib.ExitStack() as files:
         source = sys.stdin if name == "-" else files.enter_context(open(name, encoding="utf-8"))
         for number, line in enumerate(source, 1):
+            line = line.removeprefix("\ufeff") if number == 1 else line
             if not line.strip():
                 continue
             try:

@@ -42,7 +42,7 @@ def test_templates_are_found_where_transformers_finds_them(tmp_path):
     )
     with pytest.raises(DataError, match="holds no chat template 'rag', only default, tools"):
         load_chat_template(tmp_path, "rag")
-    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}!")
+    (tmp_path / "chat_template.jinja").write_text("\ufeff{{ bos_token }}!", encoding="utf-8")
     assert load_chat_template(tmp_path).render([]) == "<s>!"
 
 

@@ -72,6 +72,16 @@ def test_a_file_of_prompts_gives_a_line_for_each_the_same_as_alone(folder, promp
         assert (row["tokens"], row["passes"]) == (8, alone.passes[0])
 
 
+def test_a_byte_order_mark_before_the_prompts_is_no_part_of_them(folder, capsys, monkeypatch, tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_text('\ufeff{"prompt": "a"}\r\n\r\n{"prompt": "\\ufeffb"}\r\n', encoding="utf-8", newline="")
+    assert main(command(folder, "--prompts", path)) == 0
+    from_file = sorted(row["prompt"] for row in lines(capsys.readouterr().out))
+    monkeypatch.setattr("sys.stdin", path.open(encoding="utf-8"))
+    assert main(command(folder, "--prompts", "-")) == 0
+    assert from_file == sorted(row["prompt"] for row in lines(capsys.readouterr().out)) == ["a", "\ufeffb"]
+
+
 def test_standard_input_is_read_as_it_comes(folder):
     process = subprocess.Popen(
         [sys.executable, "-m", "illada", *command(folder, "--prompts", "-", "--batch-size", "1")],

@@ -17,6 +17,7 @@ from illada_kernels import (
     attention,
     masked_loss,
     masked_loss_from_logits,
+    scaled_dot_product_attention,
     unmask,
     unmask_from_logits,
 )
@@ -200,3 +201,17 @@ def test_a_kernel_that_an_op_does_not_have_is_named_with_what_can_run(monkeypatc
     x = torch.ones(1, 2, 1, 8)
     with pytest.raises(RuntimeError, match=r"attention has no 'triton' backend(.|\n)*reference: can run it"):
         attention(x, x, x, backend="triton")
+
+
+def test_a_tensor_that_is_not_dense_is_named():
+    nested = torch.nested.nested_tensor([torch.randn(3, 2, 8), torch.randn(5, 2, 8)], layout=torch.jagged)
+    sparse, targets, masked = torch.randn(4, 8).to_sparse(), torch.zeros(4, dtype=torch.int64), torch.ones(4) > 0
+    for name, call in {
+        "q": lambda: attention(nested, nested, nested),
+        "query": lambda: scaled_dot_product_attention(*(nested.transpose(1, 2),) * 3),
+        "hidden": lambda: masked_loss(sparse, torch.randn(9, 8), targets, masked),
+        "head_weight": lambda: masked_loss(torch.randn(4, 8), torch.randn(9, 8).to_sparse(), targets, masked),
+        "logits": lambda: masked_loss_from_logits(sparse, targets, masked),
+    }.items():
+        with pytest.raises(TypeError, match=rf"{name}: expected a dense tensor, got layout torch\.(jagged|sparse_coo)"):
+            call()
