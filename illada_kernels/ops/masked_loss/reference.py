@@ -162,7 +162,7 @@ def row_gradients(logits: Tensor, problem: Problem, rows: Tensor, live: Tensor) 
     else:
         p, lse = z.softmax(-1), z.logsumexp(-1, keepdim=True)
     d = p * (1 + 2 * problem.z_loss * lse) - smoothing / problem.allowed
-    d = d.scatter_add(1, at_target[:, None], torch.where(here, -(1 - smoothing), 0.0).to(d.dtype)[:, None])
+    d = d.scatter_add(1, at_target[:, None], (here.to(d.dtype) * (smoothing - 1))[:, None])
     if problem.softcap is not None:
         d = d * (1 - (capped / problem.softcap) ** 2)
     return d.masked_fill(~allowed, 0).masked_fill(bad[:, None], torch.nan)
