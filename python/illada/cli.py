@@ -140,6 +140,7 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
         default="float32",
         help="fast: bfloat16 where the processor has it (default float32)",
     )
+    p.add_argument("--weights", choices=("same", "int8", "int4"), help="round the layers' weights, on a CPU")
     p.add_argument("--batch-size", type=int, default=8, help="prompts of --prompts decoded at a time (default 8)")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--seed", type=int, default=0)

@@ -41,9 +41,9 @@ def run(options: argparse.Namespace) -> int:
     device = options.device
     dtype = packing.fast_dtype(device) if options.dtype == "fast" else options.dtype
     model, tokenizer = open_model(options.model, device, dtype)
-    packed = packing.reason(model) is None
-    if packed:
-        packing.pack(model)
+    weights = options.weights or "same"
+    if packed := options.weights is not None or packing.reason(model) is None:  # what was asked for says why not
+        packing.pack(model, weights=weights)
     began = time.monotonic()
     with contextlib.ExitStack() as files:
         out = files.enter_context(open(options.out, "w", encoding="utf-8")) if options.out else None
@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
     tokens, passes, by_sequence = counts
     print(
         f"{tokens} tokens in {passes} passes, {tokens / max(by_sequence, 1):.2f} a pass of a sequence, "
-        f"{seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s, {dtype}{', packed layers' if packed else ''}",
+        f"{seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s, {dtype}"
+        + (f", {weights} weights, packed" if packed else ""),
         file=sys.stderr,
     )
     return 0

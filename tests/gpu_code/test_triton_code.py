@@ -1,5 +1,8 @@
 """Every Triton kernel configuration compiles ahead of time for sm_80, sm_90 and sm_100, within shared memory."""
 
+import subprocess
+import sys
+
 import pytest
 
 triton = pytest.importorskip("triton", reason="no triton")
@@ -65,9 +68,11 @@ def test_too_much_shared_memory_is_named() -> None:
 
 
 def test_table_is_up_to_date_and_every_configuration_fits() -> None:
-    version, table = triton_code.read_table()
+    """In a process of its own: a hash takes in what other tests have put in a kernel's place."""
+    version, _ = triton_code.read_table()
     if version != triton_code.version():
         pytest.skip(f"the table was written with triton {version}, here is {triton_code.version()}")
-    rows, changes = triton_code.measure(table, triton_code.configurations())
-    assert not triton_code.too_large(rows)
-    assert not changes, "run `python -m tests.gpu_code.triton_code --write` and commit:\n" + "\n".join(changes)
+    command = [sys.executable, "-m", "tests.gpu_code.triton_code"]
+    said = subprocess.run(command, cwd=triton_code.ROOT, capture_output=True, text=True)
+    wanted = "run `python -m tests.gpu_code.triton_code --write` and commit"
+    assert said.stdout.strip() == "as in the table", f"{wanted}:\n{said.stdout}{said.stderr}"

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from illada import CheckpointError, GenerationConfig, Model, generate, save
-from illada.packing import PackedLinear, fast_dtype, pack, reason
+from illada.packing import GROUP, Int4Linear, Int8Linear, PackedLinear, fast_dtype, pack, reason
 from torch import nn
 
 from tests.helpers.models import make, tiny
@@ -48,6 +48,51 @@ def test_any_number_of_rows_and_any_strides(rows, bias):
     x = torch.randn(2, rows, 3, 48)[..., ::2]
     with torch.no_grad():
         torch.testing.assert_close(layer(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def rounded(linear: nn.Linear, weights: str) -> torch.Tensor:
+    """The weight that int8 or int4 stands for, in float64."""
+    w = linear.weight.detach().double()
+    if weights == "int8":
+        scale = w.abs().amax(1, keepdim=True) / 127
+        return (w / scale).round() * scale
+    groups = w.unflatten(1, (-1, GROUP))
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    scale = (high - low) / 15
+    return (((groups - low) / scale).round() * scale + low).flatten(1)
+
+
+@pytest.mark.parametrize("weights, kind", [("int8", Int8Linear), ("int4", Int4Linear)])
+@pytest.mark.parametrize("dtype, bar", [(torch.float32, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("rows", [0, 1, 4, 33])
+def test_rounded_weights_give_their_products(weights, kind, dtype, bar, rows):
+    """bar: torch's kernels may round x, scales or sums to bfloat16, 2^-8 of each."""
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 48).to(dtype)
+    layer, x = kind(linear), torch.randn(2, rows, 96).to(dtype)
+    with torch.no_grad():
+        wanted = x.double() @ rounded(linear, weights).T + linear.bias.double()
+        found = layer(x)
+    assert found.shape == wanted.shape and found.dtype == dtype
+    assert (found.double() - wanted).norm() <= bar * wanted.norm()
+    plain = x.double() @ linear.weight.double().T + linear.bias.double()
+    assert rows == 0 or (wanted - plain).norm() <= (0.02 if weights == "int8" else 0.12) * plain.norm()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_model_of_rounded_weights_generates(weights):
+    torch.manual_seed(0)
+    config = tiny("demo", dim=64, head_dim=16, ffn_dim=96)
+    model = pack(make(config, dtype=torch.float32), weights=weights)
+    done = generate(model, PROMPTS[:2], GenerationConfig(max_new_tokens=8, block_length=4, stop_ids=()))
+    assert [len(row) for row in done.tokens] == [8, 8]
+
+
+def test_widths_that_int4_cannot_take_are_named():
+    with pytest.raises(ValueError, match="widths are multiples of 32 and 16, qkv_proj has 24 and 48"):
+        pack(pair("demo")[0], weights="int4")
+    with pytest.raises(ValueError, match="weights: expected one of same, int8, int4, got 'int3'"):
+        pack(pair("demo")[0], weights="int3")
 
 
 def test_packed_weights_take_the_place_of_the_plain_ones():

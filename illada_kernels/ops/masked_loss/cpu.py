@@ -132,7 +132,8 @@ def _forward(problem: Problem, p: Plan, rows: Rows) -> Results:
     elif p.mode == "one_chunk":
         d = kept[0][: rows.count]
         _logits(rows, _gather(rows), p.ids, d, 0)
-        merge(problem, rows.state)
+        if problem.group:
+            merge(problem, rows.state)
         rows.dlogits(d, d, 0)
     elif p.mode == "row_chunks":
         _row_chunks(rows, p, kept)
@@ -143,7 +144,8 @@ def _forward(problem: Problem, p: Plan, rows: Rows) -> Results:
             logits = buffer[: len(x) * len(w)].view(len(x), len(w))
             _multiply(x, w.T, logits)
             rows.stats(logits, first)
-        merge(problem, rows.state)
+        if problem.group:
+            merge(problem, rows.state)
     if p.mode in ("slices", "logits") and not rows.overflow:
         kept[0][: rows.count] = rows.state[:, :2]
     return rows.loss(), *kept
@@ -222,7 +224,8 @@ def backward(
         return _logits_backward(rows, grad_loss, kept[0]), None, None
     dx = _products(rows, grad_loss, kept[0][: rows.count], p, *grads)
     if grads[0] is not None:
-        add_gradients(problem, dx)
+        if problem.group:
+            add_gradients(problem, dx)
         flat = grads[0].zero_().view(problem.masked.numel(), problem.hidden.shape[-1])
         flat.index_copy_(0, rows.flat, dx.to(flat.dtype))
     return grads

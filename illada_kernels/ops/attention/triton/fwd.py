@@ -145,9 +145,8 @@ def attention_fwd(
     v += batch * v_batch + kv_head.to(tl.int64) * v_head
     scale *= LOG2_E
 
-    maximum = tl.full(
-        [ROWS], LOWEST, tl.float32
-    )  # finite, so that p of a row that has met no key, or only -inf, is 0 and not NaN
+    # Finite, so that p of a row that has met no key, or only -inf, is 0 and not NaN.
+    maximum = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD], tl.float32)
     acc_tail = tl.zeros([ROWS, TAIL if TAIL else 16], tl.float32)
