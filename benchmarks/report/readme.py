@@ -49,9 +49,15 @@ HEADLINES = {
 def table(
     results: Path = RESULTS, ops: Collection[str] = FILES, only: Collection[tuple[str, str, str]] | None = None
 ) -> str:
-    """One table a device. `only`: these (op, case, dtype); else the rows that their suite does not mark as minor."""
+    """One table a device. `only`: these (op, case, dtype) of the GPUs and the first processor; else the rows that their
+    suite does not mark as minor."""
     parts = []
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+    folders = sorted(path for path in results.iterdir() if path.is_dir())
+    if only is not None:
+        folders = [path for path in folders if not path.name.startswith("cpu-")] + [
+            path for path in folders if path.name.startswith("cpu-")
+        ][:1]
+    for folder in folders:
         every = [row for row in rows_of(folder, absent=True) if row["op"] in ops]
         rows = [row for row in every if row.get("facts", {}).get("headline", True)]
         if only is not None:
