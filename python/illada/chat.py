@@ -41,7 +41,7 @@ class ChatTemplate:
         self.source, self.tokens = source, dict(tokens or {})
         try:
             self._template = environment.from_string(source)
-        except self._error as error:
+        except (self._error, SyntaxError, TypeError) as error:  # a break outside of a loop is Python's to refuse
             raise DataError(f"chat template: not Jinja ({error})") from None
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
@@ -63,9 +63,10 @@ class ChatTemplate:
             For messages that the template refuses.
         """
         values = {**self.tokens, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        values |= {"tools": None, "documents": None}  # as transformers gives them, not undefined
         try:
             return self._template.render(values)
-        except self._error as error:
+        except (self._error, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"chat template: it does not take these messages ({error})") from None
 
 
@@ -80,16 +81,23 @@ def load_chat_template(folder: Path, name: str = "default") -> ChatTemplate:
         if not isinstance(config, dict):
             raise DataError(f"{folder / _CONFIG}: expected an object, got {type(config).__name__}")
     found = config.get("chat_template")
-    if isinstance(found, list):  # several, each with a name
-        found = {entry["name"]: entry["template"] for entry in found}
-    sources = found if isinstance(found, dict) else {"default": found} if found else {}
-    if name == "default" and (folder / _FILE).exists():
-        sources["default"] = (folder / _FILE).read_text(encoding="utf-8-sig")  # a byte order mark is no prompt
+    try:
+        if isinstance(found, list):  # several, each with a name
+            found = {entry["name"]: entry["template"] for entry in found}
+        sources = found if isinstance(found, dict) else {"default": found} if found else {}
+        if name == "default" and (folder / _FILE).exists():
+            sources["default"] = (folder / _FILE).read_text(encoding="utf-8-sig")  # a byte order mark is no prompt
+        if not all(isinstance(source, str) for source in sources.values()):
+            raise TypeError("a template is not a text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: the chat template cannot be read ({error}); download it again") from None
     if name not in sources:
         there = f", only {', '.join(sorted(sources))}" if sources else ""
         raise DataError(f"{folder} holds no chat template {name!r}{there}; expected it in {_FILE} or {_CONFIG}")
     tokens = {
-        key: value["content"] if isinstance(value, dict) else value for key in _TOKENS if (value := config.get(key))
+        key: value.get("content", "") if isinstance(value, dict) else value
+        for key in _TOKENS
+        if (value := config.get(key))
     }
     return ChatTemplate(sources[name], tokens)
 

@@ -218,7 +218,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{file}: the header is damaged; get the file again") from None
     if size < needed:
         raise CheckpointError(f"{file} is cut short: {size} bytes of {needed}; get the file again")
-    unknown = sorted({info["dtype"] for info in infos.values()} - set(_DTYPES))
+    unknown = sorted({str(info.get("dtype")) for info in infos.values()} - set(_DTYPES))
     if unknown:
         raise CheckpointError(f"{file}: dtype {', '.join(unknown)} is not supported; convert it to BF16 or F32")
     return infos

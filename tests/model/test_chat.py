@@ -65,3 +65,32 @@ def test_generate_puts_the_prompt_into_the_folder_s_template(tmp_path, capsys):
     prompt = ByteTokenizer().encode(b"user: Hi\n->").tolist()
     wanted = generate(model, [prompt], GenerationConfig(max_new_tokens=4)).tokens[0]
     assert capsys.readouterr().out == "Hi\n" + ByteTokenizer().decode(wanted) + "\n"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 // 0 }}",
+        "{{ messages[7].content }}",
+        "{{ '%d' % messages }}",
+        "{% break %}",
+    ],
+)
+def test_a_template_that_fails_is_one_line(source):
+    with pytest.raises(DataError, match="chat template: "):
+        ChatTemplate(source).render([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize(
+    "stored", [{"chat_template": [{"template": "x"}]}, {"chat_template": 5}, {"chat_template": {"default": 5}}]
+)
+def test_a_stored_template_that_is_no_text_is_named(stored, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(stored))
+    with pytest.raises(DataError, match="the chat template cannot be read"):
+        load_chat_template(tmp_path)
+
+
+def test_what_is_not_given_is_none_as_in_transformers():
+    source = "{% if tools is not none %}TOOLS{% endif %}{{ documents is none }}"
+    assert ChatTemplate(source).render([{"role": "user", "content": "Hi"}]) == "True"

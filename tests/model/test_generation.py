@@ -233,6 +233,13 @@ def test_a_stop_token_ends_a_sequence_and_all_of_them_end_the_loop():
     assert unstopped.forward_passes == 16 and unstopped.tokens == [[eos] * 16] * 3
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1]], [[], [3]]])
+def test_an_autoregressive_model_needs_no_cache(prompts):
+    model = model_of("Qwen2.5-7B")
+    cached = generate(model, prompts, settings(model))
+    assert generate(model, prompts, settings(model, cache="none")) == cached
+
+
 @pytest.mark.parametrize("preset", ["demo", "SDAR-8B", "Qwen2.5-7B"])
 @pytest.mark.parametrize("variable_length", [True, False])
 def test_stop_when_ends_a_sequence_at_the_block_in_which_it_holds(preset, variable_length):

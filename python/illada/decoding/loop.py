@@ -141,9 +141,9 @@ class BlockLoop:
         return first, last - 1 if self.autoregressive(block) else last
 
     def autoregressive(self, block: Block) -> bool:
-        """Whether the block is one token, predicted from the token before it in every sequence."""
+        """Whether the block is one token, predicted from the token before it in every sequence, beside a cache."""
         one = self.config.shifted_logits and self.config.causal_block == 1 and not block.scattered
-        return one and block.columns[0] > max(self.first_columns)
+        return one and self.cache is not None and block.columns[0] > max(self.first_columns)
 
     def hidden(self, window: tuple[int, int], end: int, shift: bool = True) -> Tensor:
         """Returns hidden rows (B, window, dim); with guidance w, u + (w + 1) (c - u), since the head is linear."""

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..chat import ChatTemplate, load_chat_template
 from ..decoding.config import GenerationConfig
 from ..decoding.generate import generate
+from ..decoding.samplers import ALONE
 from ..likelihood import METHODS, is_greedy, log_likelihood
 from ..training.runs import open_model
 
@@ -209,7 +210,8 @@ class IlladaLM(LM):
                 for batch in self._batches(prompts, config.max_new_tokens):
                     seeds = [config.seed + i for i in batch]  # type: ignore[operator]
                     # An answer depends on its request alone, and ends with the block that holds one of `until`.
-                    one = dataclasses.replace(config, seed=seeds, stop_when=self._holds(until) if until else None)
+                    early = until and config.sampler not in ALONE  # whose loops have no such end
+                    one = dataclasses.replace(config, seed=seeds, stop_when=self._holds(until) if early else None)
                     done = generate(self.model, [prompts[i] for i in batch], one)
                     for i, tokens in zip(batch, done.tokens):
                         answers[i] = _cut(self.coder.decode(tokens[:size]), until)
