@@ -132,11 +132,14 @@ class _Kept:
 
 
 def _methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
-    """Each method that an instance of the class has, torch's own left out."""
+    """Each method that an instance of the class has, but torch's own and those of transformers' base classes, which
+    handle the attention interface in every model, whether it asks it or not."""
     seen = set()
     for base in kind.__mro__:
         if base is torch.nn.Module:
             return
+        if base.__module__ in ("transformers.modeling_utils", "transformers.generation.utils"):
+            continue
         for name, value in vars(base).items():
             if isinstance(value, types.FunctionType) and name not in seen:
                 yield name, value

@@ -36,7 +36,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError("pack: packed layers have no derivative; train the model before it is packed")
+            raise RuntimeError(
+                "pack: packed layers have no derivative; call the model under torch.no_grad(), or train it before it is packed"
+            )
         return self.product(x)
 
     def extra_repr(self) -> str:

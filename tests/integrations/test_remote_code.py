@@ -212,3 +212,12 @@ def test_patched_models_compile_into_one_graph_and_can_be_copied():
     with torch.no_grad():
         model.head.weight.zero_()
     torch.testing.assert_close(twin(x, mask), right)
+
+
+def test_a_model_of_transformers_with_attention_of_its_own_is_refused():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2)
+    model = transformers.BloomForCausalLM(config)
+    with pytest.raises(ValueError, match="found no attention in BloomForCausalLM"):
+        patch(model)
+    assert model.config._attn_implementation != "illada"
