@@ -37,7 +37,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
-                "pack: packed layers have no derivative; call the model under torch.no_grad(), or train it before it is packed"
+                "pack: packed layers have no derivative; call the model under torch.no_grad(), or train it before"
             )
         return self.product(x)
 
