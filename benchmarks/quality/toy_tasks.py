@@ -63,14 +63,14 @@ def either(count: int, steps: int) -> Task:
 TASKS = {"sort": sort(8, steps=500), "either": either(8, steps=800)}
 
 
-def config(task: Task) -> ModelConfig:
+def config(task: Task, ffn_dim: int = 240) -> ModelConfig:
     return ModelConfig(
         dim=96,
         n_layers=task.n_layers,
         n_heads=4,
         n_kv_heads=4,
         head_dim=24,
-        ffn_dim=240,
+        ffn_dim=ffn_dim,
         vocab_size=16,
         tie_embeddings=True,
         rope_theta=100.0,
@@ -86,13 +86,14 @@ def train(
     steps: int | None = None,
     batch: int = 128,
     seed: int = 0,
+    ffn_dim: int = 240,
     report: Callable[[int, float], object] | None = None,
 ) -> Model:
     """The same seed gives the same model on the same machine. Muon, with a linear warm-up and, from half way, decay."""
     steps = task.steps if steps is None else steps
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = Model(config(task)).train()
+    model = Model(config(task, ffn_dim)).train()
     steppers = optimizers(model, "muon", lr=0.03, adamw_lr=0.01)
     groups = [group for stepper in steppers for group in stepper.param_groups]
     rates = [group["lr"] for group in groups]
