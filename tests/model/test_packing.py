@@ -55,19 +55,20 @@ def rounded(linear: nn.Linear, weights: str) -> torch.Tensor:
     w = linear.weight.detach().double()
     if weights == "int8":
         scale = w.abs().amax(1, keepdim=True) / 127
-        return (w / scale).round() * scale
+        return (w / scale).round() * scale.to(linear.weight.dtype).double()
     groups = w.unflatten(1, (-1, GROUP))
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     scale = (high - low) / 15
-    return (((groups - low) / scale).round() * scale + low).flatten(1)
+    s, z = (x.to(linear.weight.dtype).double() for x in (scale, low + 8 * scale))
+    return ((((groups - low) / scale).round() - 8) * s + z).flatten(1)
 
 
 @pytest.mark.parametrize("weights, kind", [("int8", Int8Linear), ("int4", Int4Linear)])
 @pytest.mark.parametrize("rows", [0, 1, 4, 33])
 def test_rounded_weights_give_their_products(weights, kind, rows):
-    """bar: torch's kernels round x, scales or sums to bfloat16, 2^-8 of each."""
+    """bar: the result is rounded once to bfloat16, and the bias added with a rounding of its own: 2^-9 of each."""
     torch.manual_seed(0)
-    dtype, bar = torch.bfloat16, 2e-2
+    dtype, bar = torch.bfloat16, 2 * 2**-9
     linear = nn.Linear(96, 48).to(dtype)
     layer, x = kind(linear), torch.randn(2, rows, 96).to(dtype)
     with torch.no_grad():

@@ -204,6 +204,16 @@ BAD = {
         (ValueError, r"targets: expected shape \(4,\) to match the rows of hidden, got \(3,\)"),
         {"targets": T[:3]},
     ),
+    "targets device": ((ValueError, "targets: expected device cpu like hidden, got meta"), {"targets": T.to("meta")}),
+    "masked shape": ((ValueError, r"masked: expected shape \(4,\) .* got \(3,\)"), {"masked": M[:3]}),
+    "masked column": ((ValueError, r"masked: expected shape \(4,\) .* got \(4, 1\)"), {"masked": M[:, None]}),
+    "masked device": ((ValueError, "masked: expected device cpu like hidden, got meta"), {"masked": M.to("meta")}),
+    "weight shape": ((ValueError, r"weight: expected shape \(4,\) .* got \(1,\)"), {"weight": W[:1]}),
+    "weight device": ((ValueError, "weight: expected device cpu like hidden, got meta"), {"weight": W.to("meta")}),
+    "rows": ((ValueError, r"targets: expected shape \(5,\) .* got \(4,\)"), {"hidden": torch.zeros(5, 6)}),
+    "head of columns": ((ValueError, r"head_weight: expected shape \(V, 6\)"), {"head_weight": C[..., None]}),
+    "head dimensions": ((ValueError, r"head_weight: expected shape \(V, 6\)"), {"head_weight": C[None]}),
+    "head stride": ((ValueError, "head_weight: expected a contiguous last"), {"head_weight": torch.zeros(6, 9).T}),
     "masked dtype": ((TypeError, "masked: expected torch.bool, got torch.float32"), {"masked": W}),
     "weight dtype": ((TypeError, "weight: expected torch.float32, got torch.float64"), {"weight": W.double()}),
     "weight grad": (
@@ -220,6 +230,9 @@ BAD = {
         {"softcap": 0},
     ),
     "smoothing": ((ValueError, "label_smoothing: expected a number below 1, got 1"), {"label_smoothing": 1}),
+    "smoothing below": ((ValueError, "label_smoothing: expected a finite .*, got -0.5"), {"label_smoothing": -0.5}),
+    "smoothing nan": ((ValueError, "label_smoothing: .*, got nan"), {"label_smoothing": float("nan")}),
+    "z_loss inf": ((ValueError, "z_loss: .*, got inf"), {"z_loss": float("inf")}),
     "z_loss": ((ValueError, "z_loss: expected a finite number of at least 0 .*, got -0.1"), {"z_loss": -0.1}),
     "forbid": ((ValueError, r"forbid: expected ids in \[0, 9\), got 9"), {"forbid": (3, 9)}),
     "forbid all": ((ValueError, "forbid: expected at least one of the 9 ids"), {"forbid": range(9)}),
@@ -240,6 +253,20 @@ def test_bad_arguments_raise_and_say_which(name: str) -> None:
     arguments = {"hidden": H, "head_weight": C, "targets": T, "masked": M, "weight": W} | changed
     with pytest.raises(error, match=message):
         masked_loss(**arguments)
+    shared = {
+        "targets",
+        "masked",
+        "weight",
+        "reduction",
+        "softcap",
+        "label_smoothing",
+        "z_loss",
+        "forbid",
+        "max_masked",
+    }
+    if changed.keys() <= shared:
+        with pytest.raises(error, match=message.replace("hidden", "logits")):
+            masked_loss_from_logits(torch.zeros(4, 9), **({"targets": T, "masked": M, "weight": W} | changed))
 
 
 @needs_extension
