@@ -101,7 +101,10 @@ def reason(model: Model, weights: str = "same") -> str | None:
         here = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         return None if here else "this torch was built without oneDNN's packed layers"
     if model.dtype != torch.bfloat16:
-        return f"{weights} takes bfloat16, because torch's {weights} products are far slower than plain ones in float32"
+        return (
+            f"{weights} takes bfloat16, because torch's {weights} products are far slower than plain ones in float32; "
+            "load the model in bfloat16 (--dtype bfloat16)"
+        )
     if not hasattr(torch, "_weight_int8pack_mm" if weights == "int8" else "_weight_int4pack_mm_for_cpu"):
         return f"this torch has no {weights} products for a CPU"
     for name, linear in _linears(model):

@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
     print(
         f"{tokens} tokens in {passes} passes, {tokens / max(by_sequence, 1):.2f} a pass of a sequence, "
         f"{seconds:.1f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s, {dtype}"
-        + (f", {weights} weights, packed" if packed else ""),
+        + (", packed layers" if packed else "")
+        + (f", {weights} weights" if options.weights not in (None, "same") else ""),
         file=sys.stderr,
     )
     return 0

@@ -298,3 +298,17 @@ def test_the_command_writes_the_page(folder, tmp_path, capsys):
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert capsys.readouterr().out.startswith("def ")
     assert "No such file" in fails(capsys, *command(folder, "--prompt", "a", "--html", tmp_path / "no" / "x.html"))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ([], "float32, packed layers\n"),
+        (["--dtype", "bfloat16"], "bfloat16, packed layers\n"),
+        (["--dtype", "bfloat16", "--weights", "int8"], "bfloat16, packed layers, int8 weights\n"),
+    ],
+)
+def test_the_statistics_say_in_what_a_pass_ran(options, said, tmp_path, capsys):
+    save(Model(ModelConfig.preset("demo", n_layers=1)).eval(), tmp_path)
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "ab", "--max-new-tokens", "4", *options]) == 0
+    assert capsys.readouterr().err.endswith(said)

@@ -64,7 +64,7 @@ def add_options(p: argparse.ArgumentParser, data: str, device: str) -> None:
     said(
         "--compile",
         action="store_true",
-        help="compile the layers by torch.compile: a tenth of the time less on a CPU, after a minute",
+        help="compile the layers by torch.compile, which takes about a minute",
         **says,
     )
     said("--lora", type=int, metavar="RANK", help="train adapters of this rank alone, through peft", **says)
