@@ -4,25 +4,26 @@
     patch(model)
 
 Remote code cannot be edited, and replacing torch's functions would reach every model in the process. `patch` finds the
-methods of the model's modules whose code names a function that it replaces, and gives each of these modules its own
-copy of the method, in whose globals that name means ours. Nothing else changes, and nothing is added to a call.
+methods whose code leads to a function that it replaces, and gives the modules that have them a subclass of their class
+with copies of these methods, in which the name means ours. Nothing else changes, and nothing is added to a call.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from ..ops.attention import scaled_dot_product_attention
-from ..ops.masked_loss import masked_loss_from_logits
+from . import _stand_ins
+from ._first_run import FirstRun
+from ._rewrite import INTERFACE, Rewriter, names_of
 
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' own way to choose attention
+ATTENTION = "scaled_dot_product_attention"
 
 
 def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
@@ -31,9 +32,12 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     Parameters
     ----------
     model : torch.nn.Module
-        Of any class. Each method of its modules that calls `scaled_dot_product_attention` calls ours; with `loss`, each
-        that calls `cross_entropy` or `CrossEntropyLoss` computes it by `masked_loss_from_logits`. A model that takes
-        its attention from transformers' interface is switched to attn_implementation="illada".
+        Of any class, compiled or not. Each method and attribute of its modules that leads to torch's
+        `scaled_dot_product_attention` leads to ours: by any name, through helper functions, attributes, properties,
+        base classes and imports inside a function. With `loss`, each that leads to `cross_entropy` or
+        `CrossEntropyLoss` computes it by `masked_loss_from_logits`. Layers that take their attention from transformers'
+        interface are switched to attn_implementation="illada"; where they share a configuration with layers that call
+        torch by name, and so want torch's masks, the interface's "sdpa" becomes ours instead.
     loss : bool
 
     Returns
@@ -46,10 +50,16 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     ValueError
         If no attention was found; says what was looked for.
 
+    Warns
+    -----
+    RuntimeWarning
+        After the first eager forward, if torch's function ran in it all the same (a call that no name leads to, or
+        torch.nn.MultiheadAttention), with file and line, or if none of ours did. A compiled forward is not watched.
+
     Notes
     -----
     Masks, dropouts and biases that `scaled_dot_product_attention` refuses raise in the forward. Patching twice changes
-    nothing. `unpatch` restores every attribute.
+    nothing. `unpatch` restores every attribute. A patched model can be copied; unpatch it to pickle it.
 
     Examples
     --------
@@ -63,190 +73,198 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     ['0.forward']
     >>> unpatch(model)
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if _KEPT in vars(model):
-        return list(vars(model)[_KEPT].replaced)
-    kept = _Kept()
-    wanted: dict[Any, Any] = {F.scaled_dot_product_attention: scaled_dot_product_attention}
+    model = _inner(model)
+    unpatch(model)
+    wanted: dict[str, Any] = {ATTENTION: (F.scaled_dot_product_attention, _stand_ins.scaled_dot_product_attention)}
     if loss:
-        wanted |= {F.cross_entropy: cross_entropy, torch.nn.CrossEntropyLoss: CrossEntropyLoss}
-    found: set[str] = set()
-    by_interface = False
-    for path, module in model.named_modules():
-        for name, function in _methods(type(module)):
-            by_interface |= _asks_interface(function)
-            copy = _copy(function, wanted, found)
-            if copy is not None:
-                kept.replace(module, name, types.MethodType(copy, module), f"{path}.{name}".lstrip("."))
-    if by_interface and hasattr(model, "set_attn_implementation"):
-        from . import transformers as illada
-
-        illada.register()
-        kept.implementation = str(vars(model)["config"]._attn_implementation)
-        model.set_attn_implementation("illada")  # type: ignore[operator]
-        kept.replaced.append('attn_implementation="illada"')
-        found.add(INTERFACE)
-    if not found & {"scaled_dot_product_attention", INTERFACE}:
-        kept.restore(model)
+        wanted["cross_entropy"] = F.cross_entropy, _stand_ins.cross_entropy
+        wanted["CrossEntropyLoss"] = torch.nn.CrossEntropyLoss, _stand_ins.CrossEntropyLoss
+    interface = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    rewriter, both = Rewriter(wanted, interface), Rewriter(wanted, interface, key="sdpa")
+    reached = {path: _reached(module, rewriter) for path, module in model.named_modules()}
+    asking = {path for path, names in reached.items() if INTERFACE in names}
+    if not asking and not any(ATTENTION in names for names in reached.values()):
         raise ValueError(
-            f"model: found no attention in {type(model).__name__}: no method of its modules calls "
-            "scaled_dot_product_attention by that name, and none asks transformers' attention interface. Call "
-            "illada_kernels.attention in its attention's forward"
+            f"model: found no attention in {type(model).__name__}: no method or attribute of its modules leads to "
+            f"torch's {ATTENTION}, and none asks transformers' attention interface. Call illada_kernels.attention in "
+            "its attention's forward"
         )
-    vars(model)[_KEPT] = kept
-    return list(kept.replaced)
+    configs = _configs(model)
+    by_name = {id(configs[path]) for path, names in reached.items() if ATTENTION in names and configs[path] is not None}
+    replaced: list[str] = []
+    parts = {}
+    classes: dict[Any, Any] = {}
+    for path, module in model.named_modules():
+        config = configs[path]
+        keeps = path in asking and id(config) in by_name
+        names = _replace(module, both if keeps else rewriter, classes)
+        replaced += [f"{path}.{name}".lstrip(".") for name in names]
+        if names:
+            parts[path] = module
+        if path in asking and not keeps and config is not None:
+            _switch(module, config)
+    if any(_kept(module).config is not None for module in model.modules() if _KEPT in vars(module)):
+        replaced.append('attn_implementation="illada"')
+    _kept(model).first_run = FirstRun(model, parts, loss)
+    return replaced
 
 
 def unpatch(model: torch.nn.Module) -> None:
-    """Restores every attribute that `patch` changed. A model that is not patched is left as it is."""
-    kept = vars(model).pop(_KEPT, None)
-    if kept is not None:
-        kept.restore(model)
+    """Restores every attribute that `patch` changed, in this module and all within it.
+
+    A model that is not patched is left as it is. Raises ValueError, and restores nothing, if a module got yet another
+    class since: undo that first.
+    """
+    model = _inner(model)
+    patched = [(path, module) for path, module in model.named_modules() if _KEPT in vars(module)]
+    for path, module in patched:
+        if type(module) is not _kept(module).ours:
+            raise ValueError(
+                f"model: expected the class that patch gave {path or 'the model'}, got {type(module).__name__} of "
+                f"{type(module).__module__}; undo what changed it after patch (fully_shard, parametrize), then unpatch"
+            )
+    for _, module in patched:
+        kept = vars(module).pop(_KEPT)
+        object.__setattr__(module, "__class__", kept.theirs)
+        vars(module).update(kept.attributes)
+        if kept.config is not None:
+            kept.config._attn_implementation_internal = kept.implementation
+        if kept.first_run is not None:
+            kept.first_run.stop()
 
 
 _KEPT = "_illada_patch"
 
 
 class _Kept:
-    """What a patch changed: attributes of instances, which hide the methods of their classes."""
+    """What a patch changed in one module."""
 
-    def __init__(self) -> None:
-        self.methods: list[tuple[torch.nn.Module, str, bool, Any]] = []  # module, name, whether it was there, what
-        self.replaced: list[str] = []
-        self.implementation: str | None = None
-
-    def replace(self, module: torch.nn.Module, name: str, method: Any, path: str) -> None:
-        self.methods.append((module, name, name in vars(module), vars(module).get(name)))
-        vars(module)[name] = method
-        self.replaced.append(path)
-
-    def restore(self, model: Any) -> None:
-        for module, name, was_there, before in reversed(self.methods):
-            if was_there:
-                vars(module)[name] = before
-            else:
-                vars(module).pop(name, None)
-        if self.implementation is not None:
-            model.set_attn_implementation(self.implementation)
+    def __init__(self, kind: type) -> None:
+        self.theirs = self.ours = kind
+        self.attributes: dict[str, Any] = {}
+        self.config: Any = None
+        self.implementation: str | None = None  # of config, before
+        self.first_run: FirstRun | None = None
 
 
-def _methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
-    """Each method that an instance of the class has, but torch's own and those of transformers' base classes, which
-    handle the attention interface in every model, whether it asks it or not."""
-    seen = set()
+def _kept(module: torch.nn.Module) -> _Kept:
+    kept: _Kept = vars(module).setdefault(_KEPT, _Kept(type(module)))
+    return kept
+
+
+def _inner(model: Any) -> torch.nn.Module:
+    """Returns the module that torch.compile wraps, or the model itself."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    while isinstance(inner := model._modules.get("_orig_mod"), torch.nn.Module):
+        model = inner
+    return model
+
+
+# ---- what to replace -------------------------------------------------------------------------------------------------
+
+_PLAIN = frozenset(vars(torch.nn.Module()))
+_RUN_ALREADY = ("__init__", "__new__", "__init_subclass__")
+_OF_TRANSFORMERS = ("transformers.modeling_utils", "transformers.generation.utils")  # they name what models use
+
+
+def _members(kind: type) -> Iterator[tuple[type, str, Any]]:
+    """Yields (class, name, value) of what the class and its bases up to torch.nn.Module hold, but what has run.
+
+    Of transformers' own bases only the property loss_function, where the class asks it.
+    """
+    asks_loss = False
     for base in kind.__mro__:
         if base is torch.nn.Module:
             return
-        if base.__module__ in ("transformers.modeling_utils", "transformers.generation.utils"):
-            continue
         for name, value in vars(base).items():
-            if isinstance(value, types.FunctionType) and name not in seen:
-                yield name, value
-            seen.add(name)
+            if base.__module__ in _OF_TRANSFORMERS:
+                if name == "loss_function" and asks_loss:
+                    yield base, name, value
+            elif name not in _RUN_ALREADY:
+                if isinstance(value, types.FunctionType):
+                    code = getattr(inspect.unwrap(value), "__code__", None)
+                    asks_loss |= code is not None and "loss_function" in names_of(code).all
+                yield base, name, value
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """Names that code and the functions within it look up."""
-    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return set(code.co_names).union(*inner)
+def _attributes(module: torch.nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _PLAIN and name != _KEPT}
 
 
-def _copy(function: types.FunctionType, wanted: dict[Any, Any], found: set[str]) -> types.FunctionType | None:
-    """Returns the function with globals in which the wanted names mean ours, in what it decorates too; None if nothing
-    names them. Adds the names to `found`."""
-    theirs = {one.__name__: one for one in wanted}
-    changed = {}
-    for name in (names := _names(function.__code__)):
-        value = function.__globals__.get(name)
-        if isinstance(value, types.ModuleType) and names & theirs.keys():
-            replacement = _module(value, tuple(wanted.items()))
-            if replacement is not value:
-                changed[name] = replacement
-                found |= names & theirs.keys()
-        elif name in theirs and value is theirs[name]:
-            changed[name] = wanted[value]
-            found.add(name)
-    closure = []
-    for cell in function.__closure__ or ():
-        inner = _content(cell)
-        copy = _copy(inner, wanted, found) if isinstance(inner, types.FunctionType) and inner is not function else None
-        closure.append(cell if copy is None else types.CellType(copy))
-    if not changed and all(a is b for a, b in zip(closure, function.__closure__ or ())):
-        return None
-    scope = {**function.__globals__, **changed}
-    scope.pop("__name__", None)  # torch.compile would look names up in the module of that name
-    new = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, tuple(closure))
-    new.__kwdefaults__ = function.__kwdefaults__
-    vars(new).update(vars(function))
-    return new
+def _reached(module: torch.nn.Module, rewriter: Rewriter) -> set[str]:
+    """Returns the wanted names that anything of the module leads to."""
+    found: set[str] = set()
+    for _, _, value in _members(type(module)):
+        found |= rewriter.reaches(value, member=True)
+    for value in _attributes(module).values():
+        found |= rewriter.reaches(value)
+    return found
 
 
-def _asks_interface(function: types.FunctionType) -> bool:
-    """Whether it, or what it decorates, names transformers' attention interface."""
-    inner = [_content(cell) for cell in function.__closure__ or ()]
-    return INTERFACE in _names(function.__code__) or any(
-        _asks_interface(f) for f in inner if isinstance(f, types.FunctionType) and f is not function
-    )
+def _configs(model: torch.nn.Module) -> dict[str, Any]:
+    """Returns the configuration of transformers that each module has, or the module around it; None without."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        own = vars(module).get("config")
+        around = found.get(path.rpartition(".")[0]) if path else None
+        found[path] = own if hasattr(own, "_attn_implementation_internal") else around
+    return found
 
 
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
+# ---- replacing -------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _module(module: types.ModuleType, wanted: tuple[tuple[Any, Any], ...]) -> types.ModuleType:
-    """A copy of torch, torch.nn or torch.nn.functional that holds ours; any other module itself."""
-    if module not in (torch, torch.nn, F):
-        return module
-    copy = types.ModuleType(module.__name__)
-    vars(copy).update(vars(module))
-    for theirs, ours in wanted:
-        name = theirs.__name__
-        if vars(module).get(name) is theirs:
-            setattr(copy, name, ours)
-    for name in ("nn", "functional"):
-        inner = vars(module).get(name)
-        if isinstance(inner, types.ModuleType):
-            setattr(copy, name, _module(inner, wanted))
-    return copy
+def _replace(module: torch.nn.Module, rewriter: Rewriter, classes: dict[Any, Any]) -> list[str]:
+    """Gives the module its subclass and attributes. Returns the names of what was replaced."""
+    key = type(module), id(rewriter)
+    if key not in classes:
+        classes[key] = _subclass(type(module), rewriter)
+    ours, names = classes[key]
+    changed = {name: rewriter.replaced(value) for name, value in _attributes(module).items()}
+    changed = {name: value for name, value in changed.items() if value is not vars(module)[name]}
+    if not names and not changed:
+        return []
+    kept = _kept(module)
+    kept.attributes = {name: vars(module)[name] for name in changed}
+    vars(module).update(changed)
+    kept.ours = ours
+    object.__setattr__(module, "__class__", ours)
+    return [*names, *changed]
 
 
-def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """torch.nn.functional.cross_entropy by `masked_loss_from_logits`, float32 whatever the logits are.
+def _subclass(kind: type, rewriter: Rewriter) -> tuple[type, list[str]]:
+    """Returns a subclass with the replaced members, and their names.
 
-    Class weights, probabilities as targets and the old arguments go to torch. The mean of no token is NaN, as in torch.
+    A base whose members are replaced gets a subclass that stands before it in the order of resolution, so that super()
+    finds it there.
     """
-    plain = weight is None and size_average is None and reduce is None
-    if not plain or target.dtype != torch.int64 or input.dim() not in (1, 2) or target.dim() != input.dim() - 1:
-        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    masked = target != ignore_index
-    how = "sum" if reduction == "mean" else reduction
-    loss = masked_loss_from_logits(input, target, masked, reduction=how, label_smoothing=label_smoothing)
-    return (loss / masked.sum() if reduction == "mean" else loss).to(input.dtype)
+    changed: dict[type, dict[str, Any]] = {}
+    for base, name, value in _members(kind):
+        new = rewriter.replaced(value, member=True)
+        if new is not value:
+            changed.setdefault(base, {})[name] = new
+    if not changed:
+        return kind, []
+    own = changed.pop(kind, {})
+    bases = (kind, *(_derived(base, (base,), members) for base, members in changed.items()))
+    names = dict.fromkeys([*own, *(name for members in changed.values() for name in members)])
+    return _derived(kind, bases, own), list(names)
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """torch.nn.CrossEntropyLoss by `cross_entropy` above."""
+def _derived(kind: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
+    how = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+    # what pickle says that it cannot find
+    how["__qualname__"] = f"{kind.__qualname__} as patched by illada_kernels (unpatch the model before pickling it)"
+    return type(kind)(kind.__name__, bases, {**how, **members})
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
+
+def _switch(module: torch.nn.Module, config: Any) -> None:
+    """Sets the attention of a configuration of transformers, and keeps what it was."""
+    from . import transformers as illada
+
+    illada.register()
+    kept = _kept(module)
+    if config._attn_implementation_internal != "illada":
+        kept.config, kept.implementation = config, config._attn_implementation_internal
+        config._attn_implementation_internal = "illada"

@@ -239,6 +239,7 @@ def test_an_attention_function_without_its_mask_function_is_refused():
 @pytest.mark.skipif(not OLDER.exists(), reason="make test installs transformers 4.57 into build/")
 def test_the_same_in_4_57():
     path = os.pathsep.join([str(OLDER), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_patch_transformers.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -1,0 +1,98 @@
+"""Watches the first eager forward of a patched model, and warns where torch's functions ran in it all the same."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from . import _stand_ins
+
+ATTENTION = frozenset(
+    ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
+    + ("_transformer_encoder_layer_fwd",)
+)
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+class FirstRun:
+    """Hooks of the whole model and of the modules in which something was replaced.
+
+    Whichever runs first is watched to its end, and again until it was the whole model. A compiled or traced forward is
+    not watched.
+    """
+
+    def __init__(self, model: torch.nn.Module, parts: dict[str, torch.nn.Module], loss: bool) -> None:
+        self.model = type(model).__name__
+        self.watched = ATTENTION | ({"cross_entropy"} if loss else set())
+        self.running: dict[int, tuple[str, _Seen]] = {}  # of each thread
+        self.handles: dict[str, tuple[Any, Any]] = {}
+        for path, part in {"": model, **parts}.items():
+            before = part.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True)
+            after = part.register_forward_hook(functools.partial(self._leave, path), always_call=True)
+            self.handles[path] = before, after
+
+    def stop(self, path: str = "") -> None:
+        """Removes the hooks of a part, or all for the whole model."""
+        for one in list(self.handles) if path == "" else [path]:
+            for handle in self.handles.pop(one, ()):
+                handle.remove()
+
+    def _enter(self, path: str, module: torch.nn.Module, inputs: Any) -> None:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return
+        if threading.get_ident() not in self.running:
+            seen = _Seen(self.watched)
+            self.running[threading.get_ident()] = path, seen
+            seen.__enter__()
+
+    def _leave(self, path: str, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+        if torch.compiler.is_compiling() or self.running.get(threading.get_ident(), ("?",))[0] != path:
+            return
+        seen = self.running.pop(threading.get_ident())[1]
+        seen.__exit__(None, None, None)
+        if outputs is None:  # it raised
+            return
+        self.stop(path)
+        said = [f"torch's {name} ran at {', '.join(sorted(at))}" for name, at in sorted(seen.places.items())]
+        if path == "" and not seen.ours:
+            said.append("none of our attention ran")
+        if said:
+            warnings.warn(
+                f"patch: in the first forward of {path or self.model} {' and '.join(said)}; call "
+                "illada_kernels.scaled_dot_product_attention there, or keep torch's",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class _Seen(TorchFunctionMode):
+    """Notes where torch's functions are called."""
+
+    def __init__(self, watched: frozenset[str]) -> None:
+        super().__init__()
+        self.watched = watched
+        self.places: dict[str, set[str]] = {}
+        self.ours = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "").partition(".")[0]
+        if getattr(func, "namespace", "") == "illada_kernels":
+            self.ours |= name == "attention"
+        elif name in self.watched or name.startswith("_scaled_dot_product"):
+            frame: Any = sys._getframe(1)
+            while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+                frame = frame.f_back
+            if frame is not None and frame.f_code.co_filename != _stand_ins.__file__:  # that goes to torch on purpose
+                place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                self.places.setdefault(name, set()).add(place)
+        return func(*args, **(kwargs or {}))
