@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import expect_integer, expect_number
 from ..ops.masked_loss import masked_loss, masked_loss_from_logits
 
 __all__ = ["MaskedDiffusion", "MaskingCollator", "compute_loss"]
@@ -71,32 +72,28 @@ class MaskingCollator:
     ) -> None:
         if padding_side not in ("right", "left"):
             raise ValueError(f'padding_side: expected "right" or "left", got {padding_side!r}')
+        expect_number("eps", eps)
         if not 0 < eps <= 1:
             raise ValueError(
                 f"eps: expected a number in (0, 1], got {eps}; it is the smallest rate, and 1 / p a weight"
             )
+        expect_integer("mask_id", mask_id, 0, 2**31 - 1)
+        expect_integer("pad_id", pad_id, 0, 2**31 - 1)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
         if mask_id == pad_id:
             raise ValueError(f"pad_id: expected an id other than mask_id, got {pad_id} for both")
         self.mask_id, self.pad_id, self.eps = mask_id, pad_id, eps
         self.padding_side, self.generator = padding_side, generator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        for feature in features:
-            if unknown := [key for key in feature if key not in KEYS]:
-                raise ValueError(
-                    f"features: expected keys among {', '.join(KEYS)}, got {unknown[0]!r}; drop the column"
-                )
-        tokens = self._padded([feature["input_ids"] for feature in features], self.pad_id)
-        real = self._padded([[1] * len(feature["input_ids"]) for feature in features], 0)
-        batch = {"attention_mask": real}
+        rows = self._rows(features)
+        tokens = self._padded(rows["input_ids"], self.pad_id)
+        batch = {"attention_mask": self._padded([torch.ones_like(row) for row in rows["input_ids"]], 0)}
         for key in ("attention_mask", "token_type_ids"):
-            if key in features[0]:
-                batch[key] = self._padded([feature[key] for feature in features], 0)
-        labels = tokens
-        if "labels" in features[0]:
-            labels = self._padded([feature["labels"] for feature in features], IGNORED)
-            if labels.shape != tokens.shape:
-                raise ValueError(f"labels: expected the length of input_ids, got {labels.shape[1]}")
+            if key in rows:
+                batch[key] = self._padded(rows[key], 0)
+        labels = self._padded(rows["labels"], IGNORED) if "labels" in rows else tokens
         maskable = (batch["attention_mask"] != 0) & (labels != IGNORED)
         p = (1 - self.eps) * torch.rand(len(tokens), 1, generator=self.generator) + self.eps
         masked = (torch.rand(tokens.shape, generator=self.generator) < p) & maskable
@@ -106,11 +103,36 @@ class MaskingCollator:
             "loss_weight": masked / p,
         }
 
-    def _padded(self, rows: Sequence[Any], value: int) -> Tensor:
-        rows = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+    def _rows(self, features: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]]:
+        """Returns the features by key, each of the length of its input_ids; raises TypeError or ValueError."""
+        if len(features) == 0 or not all(isinstance(feature, Mapping) for feature in features):
+            what = type(features[0]).__name__ if len(features) else "none"
+            raise ValueError(f"features: expected a list of {{'input_ids': tokens}}, got {what}")
+        keys = set(features[0])
+        if unknown := sorted(keys - set(KEYS)):
+            raise ValueError(f"features: expected keys among {', '.join(KEYS)}, got {unknown[0]!r}; drop the column")
+        if "input_ids" not in keys:
+            raise ValueError(f"features: expected the key 'input_ids', got {sorted(keys)}")
+        if other := next((set(feature) for feature in features if set(feature) != keys), None):
+            raise ValueError(f"features: expected the same keys in each, got {sorted(keys)} and {sorted(other)}")
+        rows = {key: [_integers(key, feature[key]) for feature in features] for key in keys}
+        for key in keys:
+            for row, tokens in zip(rows[key], rows["input_ids"]):
+                if len(row) != len(tokens):
+                    raise ValueError(f"{key}: expected the length of input_ids, {len(tokens)}, got {len(row)}")
+        return rows
+
+    def _padded(self, rows: Sequence[Tensor], value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=value, padding_side=self.padding_side
+            list(rows), batch_first=True, padding_value=value, padding_side=self.padding_side
         )
+
+
+def _integers(key: str, row: Any) -> Tensor:
+    x = torch.as_tensor(row)
+    if x.dim() != 1 or (x.is_floating_point() and len(x)) or x.is_complex():
+        raise ValueError(f"{key}: expected a list of integers, got {x.dtype} of shape {tuple(x.shape)}")
+    return x.to(torch.int64)
 
 
 def compute_loss(

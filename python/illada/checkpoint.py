@@ -6,6 +6,7 @@ atomic: what was there stays loadable until the new weights are on disk.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .devices import usable
 from .errors import CheckpointError, CheckpointIOError, ConfigError
 from .hf_config import all_eos_ids
 from .model import Model, named_weights
@@ -56,6 +58,8 @@ def load(
 
     Raises
     ------
+    TypeError, ValueError
+        For a path that is none, a dtype that is not stored, a device that cannot be used here.
     CheckpointIOError
         (an OSError) For files that are missing or cannot be read.
     ConfigError
@@ -79,7 +83,8 @@ def load(
     512
     """
     _check_dtype(dtype)
-    folder = Path(path)
+    folder = _folder(path)
+    device = usable(device, meta=True)
     config = read_config(folder, **overrides)
     stored = Stored(folder, config)
     model = Model(config, device="meta").to(dtype or stored.dtype).to_empty(device=device)
@@ -134,6 +139,12 @@ def _check_dtype(dtype: Any) -> None:
         raise TypeError(f"dtype: expected None or one of {names}, got {dtype!r}")
 
 
+def _folder(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected a folder's path, a str or os.PathLike, got {type(path).__name__}")
+    return Path(path)
+
+
 def read_config(path: str | os.PathLike[str], **overrides: Any) -> ModelConfig:
     """Returns the configuration in a checkpoint folder, with all end-of-text ids of generation_config.json too.
 
@@ -147,7 +158,7 @@ def read_config(path: str | os.PathLike[str], **overrides: Any) -> ModelConfig:
 
 
 def _stored_config(path: str | os.PathLike[str]) -> ModelConfig:
-    folder = Path(path)
+    folder = _folder(path)
     config = ModelConfig.from_hf(_read_json(folder / CONFIG))
     if not (folder / GENERATION).exists():
         return config
@@ -305,24 +316,33 @@ def save(
 
     Raises
     ------
+    TypeError, ValueError
+        For a model, path, dtype or max_shard_bytes that is none.
     CheckpointIOError
         If writing fails; the previous checkpoint then stays.
     CheckpointError
-        If the folder holds a model of another shape, or a stored weight would be NaN or inf.
+        If the model is packed or wrapped, the folder holds a model of another shape, or a weight would be NaN or inf.
 
     Notes
     -----
     Weights are written under new names and flushed to disk. Then one step makes them the checkpoint: the rename of the
-    single file; with several files the rename of the index, or the removal of a single file that was there.
-    Memory: one shard on the host.
+    single file; with several files the rename of the index, or the removal of a single file that was there. Where it
+    raises, a folder that was not there is not there. Memory: one shard on the host.
     """
     _check_dtype(dtype)
-    folder = Path(path)
+    folder = _folder(path)
+    if not isinstance(config := getattr(model, "config", None), ModelConfig):
+        raise TypeError(f"model: expected a Model, got {type(model).__name__}; unwrap it first")
+    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes: expected an integer of at least 1, got {max_shard_bytes!r}")
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     written: list[Path] = []
+    done = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        check_target(folder, model.config)
+        check_target(folder, config)
         _write(folder, model, dtype, max_shard_bytes, written)
+        done = True
     except CheckpointError:
         raise
     except OSError as error:
@@ -331,6 +351,9 @@ def save(
     finally:
         for file in written:
             file.unlink(missing_ok=True)
+        for one in [] if done else new:
+            with contextlib.suppress(OSError):  # not made, or somebody else has put a file into it
+                one.rmdir()
 
 
 def check_target(folder: Path, config: ModelConfig) -> None:

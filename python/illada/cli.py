@@ -104,13 +104,11 @@ def _check_common(options: argparse.Namespace) -> None:
     """Chooses the device; raises ValueError for one that cannot be used, and for a seed that torch cannot hold."""
     import torch
 
+    from .devices import usable
+
     if "device" in options:
         options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.zeros(1, device=options.device).tolist()
-        except (RuntimeError, AssertionError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"device: {options.device} cannot be used ({reason})") from None
+        usable(options.device)
     save_every = getattr(options, "save_every", None)
     if save_every is not None and save_every < 1:
         raise ValueError(f"save_every: expected at least 1 step, got {save_every}; leave it out to save by time")

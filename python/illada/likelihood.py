@@ -85,13 +85,20 @@ def log_likelihood(
     >>> nats.shape, bool((nats < 0).all())
     (torch.Size([2]), True)
     """
+    if not isinstance(model, Model):
+        raise PromptError(f"model: expected a Model, got {type(model).__name__}")
     if method not in METHODS:
         raise PromptError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     for name, value in (("samples", samples), ("rows_per_pass", rows_per_pass)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PromptError(f"{name}: expected an integer of at least 1, got {value!r}")
-    if not math.isfinite(guidance):
+    plain = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)
+    if not plain or not math.isfinite(guidance):
         raise PromptError(f"guidance: expected a finite number, got {guidance!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise PromptError(f"seed: expected an integer, got {seed!r}")
+    if forbid_mask is not None and not isinstance(forbid_mask, bool):
+        raise PromptError(f"forbid_mask: expected True, False or None, got {forbid_mask!r}")
     texts = _texts(model.config, contexts, continuations)
     scorer = Scorer(model, rows_per_pass, guidance, forbid_mask)
     total = np.zeros(len(texts))

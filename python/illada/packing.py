@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +17,10 @@ IDS = 16  # torch's int4 kernel takes a multiple of these rows of weights
 
 
 class PackedLinear(nn.Module):
-    """Computes x W^T + b with W in oneDNN's blocked layout. It has no derivative, and is neither moved nor saved."""
+    """Computes x W^T + b with W in oneDNN's blocked layout. It has no derivative, and is neither moved nor saved.
+
+    Copies share the packed weights, which nothing writes. Their layout is this processor's.
+    """
 
     def __init__(self, linear: nn.Linear, rows: int = 32) -> None:
         super().__init__()
@@ -49,6 +53,15 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, *arguments: Any) -> NoReturn:
         raise RuntimeError("pack: packed weights cannot be saved; save the model before packing")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise RuntimeError("pack: packed weights cannot be pickled (torch.save); save the model before packing")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        new = type(self).__new__(type(self))
+        memo[id(self)], memo[id(self.packed)] = new, self.packed
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
 
 
 class Int8Linear(PackedLinear):
@@ -149,7 +162,8 @@ def pack(model: Model, rows: int = 32, weights: str = "same") -> Model:
     -----
     Memory: packed weights replace the plain ones, one layer after the other. "same" rounds as oneDNN does, within
     float32's or bfloat16's rounding of torch's. Embedding and LM head stay as they are. A packed model can neither be
-    trained nor saved nor moved. docs/measurements/model.md has what each costs and gains.
+    trained nor saved nor moved; copy.deepcopy shares its packed weights. docs/measurements/model.md has what each costs
+    and gains.
 
     Examples
     --------

@@ -76,11 +76,33 @@ def test_the_weight_is_one_over_the_rate_so_that_its_mean_is_one():
         ({"mask_id": 3, "pad_id": 3}, "pad_id: expected an id other than mask_id"),
         ({"mask_id": 3, "pad_id": 0, "eps": 0.0}, "eps: expected a number in"),
         ({"mask_id": 3, "pad_id": 0, "padding_side": "top"}, "padding_side: expected"),
+        ({"mask_id": 3, "pad_id": 0, "eps": "small"}, "eps: expected a number, got str"),
+        ({"mask_id": -1, "pad_id": 0}, "mask_id: expected an int from 0 to 2147483647, got -1"),
+        ({"mask_id": None, "pad_id": 0}, "mask_id: expected an int, got NoneType"),
+        ({"mask_id": 3, "pad_id": -100}, "pad_id: expected an int from 0 to 2147483647, got -100"),
+        ({"mask_id": 3, "pad_id": 0, "generator": 7}, r"generator: expected a torch\.Generator or None, got int"),
     ],
 )
 def test_settings_that_cannot_be(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         MaskingCollator(**arguments)
+
+
+@pytest.mark.parametrize(
+    "features, message",
+    [
+        ([], "features: expected a list of {'input_ids': tokens}, got none"),
+        ([None], "features: expected a list of .* got NoneType"),
+        ([{"labels": [1]}], "features: expected the key 'input_ids', got"),
+        ([{"input_ids": [1]}, {"input_ids": [1], "labels": [1]}], "features: expected the same keys in each"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [1, 2], "labels": [1]}], "labels: .* 2, got 1"),
+        ([{"input_ids": [1.5, 2]}], r"input_ids: expected a list of integers, got torch\.float32"),
+        ([{"input_ids": [[1, 2]]}], r"input_ids: expected a list of integers, got .* of shape \(1, 2\)"),
+    ],
+)
+def test_features_that_cannot_be(features, message):
+    with pytest.raises(ValueError, match=message):
+        MaskingCollator(MASK, PAD)(features)
 
 
 def test_columns_that_would_be_lost_are_refused():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from illada import checkpoint
-from illada.checkpoint import entries, load, save
+from illada.checkpoint import entries, load, read_config, save
 from illada.config import PRESETS
 from illada.errors import CheckpointError, CheckpointIOError, ConfigError
 from illada.model import Model
@@ -385,3 +385,34 @@ def test_a_dtype_that_weights_cannot_have_is_named(saved, dtype):
     for call in (lambda: load(folder, dtype=dtype), lambda: save(model, folder, dtype=dtype)):
         with pytest.raises(TypeError, match=r"dtype: expected None or one of torch\.float64, .*, got"):
             call()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nothing", None, 3.5])
+def test_a_device_that_cannot_be_used_is_named_before_anything_is_read(device, tmp_path):
+    with pytest.raises(ValueError, match=f"device: {device} cannot be used"):
+        load(tmp_path / "nowhere", device=device)
+
+
+def test_a_path_or_model_that_is_none_is_named(saved, tmp_path):
+    model, _ = saved
+    for call in (load, lambda path: save(model, path), read_config):
+        with pytest.raises(TypeError, match=r"path: expected a folder's path, a str or os\.PathLike, got NoneType"):
+            call(None)
+    with pytest.raises(TypeError, match="model: expected a Model, got NoneType"):
+        save(None, tmp_path / "new")
+    with pytest.raises(ValueError, match="max_shard_bytes: expected an integer of at least 1, got 0"):
+        save(model, tmp_path / "new", max_shard_bytes=0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_save_that_is_refused_leaves_no_new_folder(saved, tmp_path):
+    model, _ = saved
+    with torch.no_grad():
+        model.embed.weight[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match="nothing was saved"):
+        save(model, tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(CheckpointError, match="nothing was saved"):
+        save(model, tmp_path / "kept")
+    assert (tmp_path / "kept").is_dir() and not list((tmp_path / "kept").iterdir())

@@ -218,6 +218,9 @@ def test_nothing_to_score_and_no_context(kind):
         ({"samples": 0}, "samples: expected an integer of at least 1, got 0"),
         ({"rows_per_pass": 2.0}, "rows_per_pass: expected an integer of at least 1, got 2.0"),
         ({"guidance": math.nan}, "guidance: expected a finite number, got nan"),
+        ({"guidance": "a"}, "guidance: expected a finite number, got 'a'"),
+        ({"seed": 1.5}, "seed: expected an integer, got 1.5"),
+        ({"forbid_mask": "no"}, "forbid_mask: expected True, False or None, got 'no'"),
         ({"contexts": [[1], [2]]}, "continuations: expected 2, one for each context, got 1"),
         ({"contexts": [[MASK]]}, r"context 0: expected no mask_id \(6\)"),
         ({"continuations": [[7]]}, r"continuation 0: expected ids in \[0, 7\), got 7"),
@@ -227,3 +230,5 @@ def test_nothing_to_score_and_no_context(kind):
 def test_what_cannot_be_scored_is_named(changes, message):
     with pytest.raises(PromptError, match=message):
         log_likelihood(tiny("full"), **{"contexts": [[1]], "continuations": [[2]], **changes})
+    with pytest.raises(PromptError, match="model: expected a Model, got NoneType"):
+        log_likelihood(None, [[1]], [[2]])

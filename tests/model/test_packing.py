@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
-from illada import CheckpointError, GenerationConfig, Model, generate, save
+from illada import CheckpointError, GenerationConfig, Model, ModelConfig, generate, save
 from illada.packing import GROUP, Int4Linear, Int8Linear, PackedLinear, fast_dtype, pack, reason
 from torch import nn
 
@@ -110,7 +111,8 @@ def test_what_a_packed_model_cannot_do_is_said(tmp_path):
     with pytest.raises(RuntimeError, match=r"use \.to\(\) before packing"):
         packed.to(torch.bfloat16)
     with pytest.raises(CheckpointError, match="save it before `pack`"):
-        save(packed, tmp_path)
+        save(packed, tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match="save the model before packing"):
         packed.state_dict()
     with pytest.raises(RuntimeError, match="no derivative"):
@@ -121,6 +123,22 @@ def test_what_a_packed_model_cannot_do_is_said(tmp_path):
         pack(make(tiny("demo")))
     with pytest.raises(ValueError, match="packs for a CPU, the model is on meta"):
         pack(Model(tiny("demo"), device="meta"))
+
+
+@pytest.mark.parametrize("weights", ["same", "int8", "int4"])
+def test_a_packed_model_is_copied_and_not_pickled(weights, tmp_path):
+    model = Model(ModelConfig.preset("demo", n_layers=1)).to(torch.bfloat16).eval()
+    packed = pack(model, weights=weights)
+    twin = copy.deepcopy(packed)
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(twin(tokens), packed(tokens))
+        packed.embed.weight.zero_()
+        assert twin.embed.weight.any()
+    assert twin.layers[0].qkv_proj.packed is packed.layers[0].qkv_proj.packed  # nothing writes it
+    for write in (pickle.dumps, lambda model: torch.save(model, tmp_path / "model.pt")):
+        with pytest.raises(RuntimeError, match=r"pack: packed weights cannot be pickled .* before packing"):
+            write(packed)
 
 
 def test_the_fast_dtype_is_one_that_the_processor_multiplies(monkeypatch):

@@ -47,7 +47,10 @@ class Option:
         if self.pair:
             if not isinstance(value, (tuple, list)) or len(value) != 2:
                 raise ValueError(f"{name}: expected two numbers, got {value!r}")
-            return [self._number(name, part) for part in value]
+            low, high = (self._number(name, part) for part in value)
+            if not low <= high > 0:
+                raise ValueError(f"{name}: expected the least before the largest, which is above 0, got {list(value)}")
+            return [low, high]
         if self.choices or self.kind is bool:
             choices = self.choices or (True, False)
             if not isinstance(value, self.kind) or value not in choices:
