@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import weakref
+import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, expect_number, expect_tensor, known
-from ..._torch_ops import is_watched
+from ..._torch_ops import is_plain, is_watched
 from ...key_ranges import KeyRanges
 from .api import attention
 
@@ -65,8 +67,10 @@ def scaled_dot_product_attention(
     Notes
     -----
     Reads a tensor mask once, with one host synchronisation, and remembers the result while the mask lives and is not
-    written to, so that 32 layers that share a mask synchronise once. Inference tensors have no version to check and are
-    read in each call; a compiled graph asserts what it reads when it runs. Nothing else synchronises.
+    written to, so that 32 layers that share a mask synchronise once. A write is seen by the tensor's version, and on
+    the CPU, where it may go past the version (.data, NumPy), by a CRC-32 of the mask as well. On a GPU a write through
+    .data or DLPack is not seen: hand over a clone, or KeyRanges, which are never remembered. Inference tensors have no
+    version and are read in each call; a compiled graph asserts what it reads when it runs. Nothing else synchronises.
 
     Examples
     --------
@@ -121,22 +125,31 @@ def _new_causal(queries: int, keys: int, device: torch.device) -> KeyRanges:
 _cached_causal = functools.lru_cache(64)(_new_causal)
 
 
-_masks: dict[Any, tuple[weakref.ref[Tensor], int, KeyRanges]] = {}
+_masks: dict[Any, tuple[weakref.ref[Tensor], tuple[int, int], KeyRanges]] = {}
 
 
 def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRanges:
     """Returns what `_read` does; again if the mask, or what it is a view of, has not changed since."""
     if mask.requires_grad:
         raise ValueError("attn_mask: expected requires_grad=False, got True: a learned bias is not a mask")
-    if is_watched() or mask.is_inference():
+    if is_watched() or not is_plain([mask]) or mask.is_inference():
         return _read(mask, shape, grouped)
     base = mask if mask._base is None else mask._base
-    key = (id(base), mask.storage_offset(), mask.shape, mask.stride(), mask.dtype, shape, grouped)
-    known_base, version, ranges = _masks.get(key, (None, 0, None))
-    if known_base is None or known_base() is not base or version != mask._version or ranges is None:
+    key = (id(base), mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, shape, grouped)
+    state = mask._version, _crc(mask)
+    known_base, before, ranges = _masks.get(key, (None, None, None))
+    if known_base is None or known_base() is not base or before != state or ranges is None:
         ranges = _read(mask, shape, grouped)
-        _masks[key] = weakref.ref(base, lambda _: _masks.pop(key, None)), mask._version, ranges
+        _masks[key] = weakref.ref(base, lambda _: _masks.pop(key, None)), state, ranges
     return ranges
+
+
+def _crc(mask: Tensor) -> int:
+    """CRC-32 of the memory from the mask's first to its last element, at 2 GB/s; 0 on other devices than the CPU."""
+    if mask.device.type != "cpu" or mask.numel() == 0:
+        return 0
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride()))
+    return zlib.crc32((ctypes.c_char * (elements * mask.itemsize)).from_address(mask.data_ptr()))
 
 
 def _read(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRanges:

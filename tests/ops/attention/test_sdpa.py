@@ -110,6 +110,49 @@ def test_a_mask_that_was_written_to_is_read_again(readings):
     assert len(readings) == 2
 
 
+def rows_of(mask):
+    mask.numpy()[:, :, 1:5, 6:] ^= True
+
+
+WRITES = {  # that change no version
+    "data": lambda mask: mask.data[:, :, :, 2:4].logical_not_(),
+    "two rows alike": lambda mask: mask.data[:, :, 2:4, 3:].logical_not_(),
+    "numpy": lambda mask: rows_of(mask),
+    "other data": lambda mask: setattr(mask, "data", mask.flip(3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_past_the_version_is_seen_on_the_cpu(name, dtype, readings):
+    allow, inputs = allowed(), draw(2)
+    mask = allow if dtype == torch.bool else torch.zeros(allow.shape, dtype=dtype).masked_fill(~allow, -torch.inf)
+    view = mask[:, :, :, ::1]
+    ours(*inputs, view)
+    version = mask._version
+    if dtype == torch.bool:
+        WRITES[name](mask)
+    else:
+        WRITES[name](allow)
+        mask.data.copy_(torch.zeros(allow.shape, dtype=dtype).masked_fill(~allow, -torch.inf))
+    assert mask._version == version
+    here = mask if name == "other data" else view
+    torch.testing.assert_close(ours(*inputs, here), torchs(*inputs, here))
+    assert len(readings) == 2
+    ours(*inputs, here)
+    assert len(readings) == 2
+
+
+def test_a_mask_with_gaps_in_memory_is_remembered(readings):
+    mask = torch.zeros(6, 18, dtype=torch.bool)[:, ::2].logical_not()
+    wide = torch.ones(2, 1, 6, 18, dtype=torch.bool)
+    for _ in range(2):
+        ours(*draw(2), mask)
+        ours(*draw(2), wide[..., ::2].expand(2, 4, 6, 9))
+        ours(*draw(2), wide[:, :, :1, 9:].transpose(0, 1).transpose(0, 1))
+    assert len(readings) == 3
+
+
 def test_what_is_remembered_dies_with_the_mask():
     inputs = draw(2)
     before = len(sdpa._masks)
