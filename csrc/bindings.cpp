@@ -15,8 +15,8 @@ namespace py = pybind11;
 
 namespace {
 
-enum Isa { kScalar, kAvx2, kAvx512 };
-const char* const kIsaNames[] = {"scalar", "avx2", "avx512"};
+enum Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
+const char* const kIsaNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
 
 // Returns the best instruction set of this processor, or the one that ILLADA_CPU_ISA names if the processor has it.
 Isa detect_isa() {
@@ -26,7 +26,7 @@ Isa detect_isa() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = kAvx2;
   if (best == kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    best = kAvx512;
+    best = __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
 #endif
   if (const char* wanted = std::getenv("ILLADA_CPU_ISA"))
     for (int i = 0; i < best; ++i)
@@ -64,21 +64,24 @@ template <class... A> void bind(py::module_& m, const char* name, int (*function
       py::call_guard<py::gil_scoped_release>());
 }
 template <class... A>
-void bind_cpu(py::module_& m, const char* name, int (*scalar)(A...), int (*avx2)(A...), int (*avx512)(A...)) {
-  int (*const function)(A...) = isa == kAvx512 ? avx512 : isa == kAvx2 ? avx2 : scalar;
+void bind_cpu(py::module_& m, const char* name, int (*scalar)(A...), int (*avx2)(A...), int (*avx512)(A...),
+              int (*avx512_bf16)(A...)) {
+  int (*const by_isa[])(A...) = {scalar, avx2, avx512, avx512_bf16};
+  int (*const function)(A...) = by_isa[isa];
   m.def(
       name,
       [function](typename Arg<A>::type... args) { return on_cpu([&] { return function(Arg<A>::get(args)...); }); },
       py::call_guard<py::gil_scoped_release>());
 }
 template <class... A> void bind_cpu(py::module_& m, const char* name, int (*function)(A...)) {
-  bind_cpu(m, name, function, function, function);
+  bind_cpu(m, name, function, function, function, function);
 }
 
 }  // namespace
 
 #if defined(__x86_64__) && !defined(ILLADA_SCALAR_ONLY)
-#define BIND_CPU(name) bind_cpu(m, #name, illada_##name##_scalar, illada_##name##_avx2, illada_##name##_avx512)
+#define BIND_CPU(name) \
+  bind_cpu(m, #name, illada_##name##_scalar, illada_##name##_avx2, illada_##name##_avx512, illada_##name##_avx512_bf16)
 #else
 #define BIND_CPU(name) bind_cpu(m, #name, illada_##name##_scalar)
 #endif

@@ -46,10 +46,12 @@ from ._toolchain import (
     version_line,
 )
 
+AVX512_FLAGS = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 ISA_FLAGS = {
     "scalar": "",
     "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": f"{AVX512_FLAGS} -mavx512bf16",
 }
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"

@@ -28,8 +28,8 @@ def extension() -> tuple[ModuleType | None, str | None]:
     wanted = os.environ.get("ILLADA_CPU_ISA")
     if wanted and wanted != module.cpu_isa:
         raise ValueError(
-            f"ILLADA_CPU_ISA: expected scalar, avx2 or avx512 and no more than this processor has ({module.cpu_isa}), "
-            f"got {wanted!r}; unset it or name another"
+            "ILLADA_CPU_ISA: expected scalar, avx2, avx512 or avx512_bf16 and no more than this processor has "
+            f"({module.cpu_isa}), got {wanted!r}; unset it or name another"
         )
     return module, None
 

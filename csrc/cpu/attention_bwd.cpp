@@ -27,28 +27,40 @@ struct Gradients {
   void *dk, *dv;  // contiguous
 };
 
-struct BackwardScratch {
+template <class Products> struct BackwardScratch {
   struct Keys {
     float *k, *k_transposed, *v_transposed, *dk, *dv;
-    uint8_t live[kTileKeys];
     bool any;
   } keys[kUnitKeyTiles];
-  float *rows, *q, *dout, *dq, *p, *ds, *offset, *delta;
-  BackwardScratch(const Problem& problem, Cutter& cut) {
-    const int ld = leading_dim(problem.dim), ld_v = leading_dim(problem.dim_v);
+  // of units along the head_dim: rows, q, dout; along the rows: q_turned, dout_turned, p, ds; along the keys: ds_rows
+  float *rows, *q, *dout, *q_turned, *dout_turned, *dq, *p, *ds, *ds_rows, *offset, *delta;
+  int ld, ld_v;  // of units along the head_dim
+  int full, full_v;  // of whole entries
+
+  BackwardScratch(const Problem& problem, Cutter& cut)
+      : ld(leading_dim(units<Products>(problem.dim))),
+        ld_v(leading_dim(units<Products>(problem.dim_v))),
+        full(leading_dim(problem.dim)),
+        full_v(leading_dim(problem.dim_v)) {
+    constexpr int kStep = Products::kStep;
+    // a second array where units along the rows are not what they were
+    auto turned = [&](float* same, int64_t size) { return kStep == 1 ? same : cut.take(size); };
+    rows = cut.take(kTileKeys * larger(ld, ld_v));
     for (Keys& tile : keys) {
-      tile.k = cut.take(kTileKeys * ld);
-      tile.k_transposed = cut.take(round_up(problem.dim, kWidth) * kLdScores);
-      tile.v_transposed = cut.take(round_up(problem.dim_v, kWidth) * kLdScores);
-      tile.dk = cut.take(kTileKeys * ld);
-      tile.dv = cut.take(kTileKeys * ld_v);
+      tile.k = cut.take(kTileKeys / kStep * full);
+      tile.k_transposed = cut.take(round_up(units<Products>(problem.dim), kWidth) * kLdScores);
+      tile.v_transposed = cut.take(round_up(units<Products>(problem.dim_v), kWidth) * kLdScores);
+      tile.dk = cut.take(kTileKeys * full);
+      tile.dv = cut.take(kTileKeys * full_v);
     }
-    rows = cut.take(kTileKeys * ld_v);
     q = cut.take(kTileRows * ld);
     dout = cut.take(kTileRows * ld_v);
-    dq = cut.take(kTileRows * ld);
+    q_turned = turned(q, kTileRows / kStep * full);
+    dout_turned = turned(dout, kTileRows / kStep * full_v);
+    dq = cut.take(kTileRows * full);
     p = cut.take(kTileRows * kLdScores);
     ds = cut.take(kTileRows * kLdScores);
+    ds_rows = turned(ds, kTileRows * kLdScores);
     offset = cut.take(kTileRows);
     delta = cut.take(kTileRows);
   }
@@ -69,163 +81,221 @@ template <class T> void row_deltas(const Problem& p, const Gradients& grads, flo
       }
 }
 
-// Packs queries and dout, and per row the exponent's offset and delta. A row without keys gets zeros, and an offset
-// that makes its p 0.
-template <class T>
-void load_query_tile(const Problem& p, const Gradients& grads, const float* delta, int64_t b, int head, int tile,
-                     BackwardScratch& scratch) {
-  const int rows = p.tile_rows(tile);
-  const int64_t first = int64_t(tile) * kTileRows, at = (b * p.heads + head) * p.queries + first;
-  uint8_t keep[kTileRows];
-  for (int i = 0; i < kTileRows; ++i) {
-    keep[i] = i < rows && !p.bounds.of_row(b, first + i).empty();
-    const float lse = keep[i] ? grads.lse[at + i] : -kInf;
-    scratch.offset[i] = lse == -kInf ? kInf : lse / p.score_scale();
-    scratch.delta[i] = keep[i] ? delta[at + i] : 0.0f;
-  }
-  pack_rows(p.q.at<T>(b, first, head), p.q.row_stride, rows, kTileRows, p.dim, p.query_factor(), keep, scratch.q,
-            leading_dim(p.dim));
-  pack_rows(grads.dout.at<T>(b, first, head), grads.dout.row_stride, rows, kTileRows, p.dim_v, 1.0f, keep, scratch.dout,
-            leading_dim(p.dim_v));
-}
+// What is prefetched, a few lines a register block of each product.
+struct Prefetch {
+  Ahead rows;
+  void ask() { rows.ask(); }
+};
 
-// Turns s and dp (in scratch.p and scratch.ds) into p and ds.
-template <bool kMasked>
-void softmax_gradient(const Problem& p, int64_t b, int tile, int key, int columns, BackwardScratch& scratch) {
-  const float score_scale = p.score_scale(), c = score_scale * 1.44269504f, lowest = -127.0f / c;
-  for (int i = 0; i < p.tile_rows(tile); ++i) {
-    float *s = scratch.p + i * kLdScores, *ds = scratch.ds + i * kLdScores;
-    RowRanges ranges{};
-    if (kMasked) ranges = p.bounds.of_row(b, int64_t(tile) * kTileRows + i);
-    for (int j = 0; j < columns; j += kWidth) {
-      vf probability = exp2_scaled(load(s + j) - scratch.offset[i], c, lowest);
-      vf gradient = probability * (load(ds + j) - scratch.delta[i]) * score_scale;
-      if (kMasked) {
-        const vi allowed = allowed_lanes(ranges, key + j);
-        probability = allowed ? probability : vf{};
-        gradient = allowed ? gradient : vf{};
-      }
-      store(s + j, probability);
-      store(ds + j, gradient);
+// A query tile and a key tile that meet.
+struct Pair {
+  int64_t b;
+  int tile, start;
+  const Meeting& meeting;
+};
+
+template <class Products, class T> class Backward {
+ public:
+  using Scratch = BackwardScratch<Products>;
+  using Keys = typename Scratch::Keys;
+
+  Backward(const Problem& p, const Tiles& tiles, const Gradients& grads, const float* delta, int* done)
+      : p(p), tiles(tiles), grads(grads), delta(delta), done(done) {}
+
+  // Runs the keys from chunk * kUnitKeys of one kv head against all query tiles of its heads, in order.
+  void run(int64_t b, int kv_head, int chunk, Scratch& scratch) const {
+    const int start = chunk * kUnitKeys;
+    for (int i = 0; i < kUnitKeyTiles; ++i) load_keys(b, kv_head, start + i * kTileKeys, scratch, scratch.keys[i]);
+    for (int head = kv_head * p.group(); head < (kv_head + 1) * p.group(); ++head)
+      for (int t = 0; t < p.query_tiles(); ++t)
+        if (tiles.hulls(b, t).touches(start, start + kUnitKeys)) query_tile(b, head, t, chunk, scratch);
+    for (int i = 0; i < kUnitKeyTiles; ++i) {
+      const Keys& keys = scratch.keys[i];
+      store_keys(b, kv_head, start + i * kTileKeys, keys.any, keys.dk, scratch.full, p.dim, grads.dk);
+      store_keys(b, kv_head, start + i * kTileKeys, keys.any, keys.dv, scratch.full_v, p.dim_v, grads.dv);
     }
   }
-}
 
-// Adds one query tile's share to a key tile's dk and dv, and the key tile's share to scratch.dq.
-void backward_tile(const Problem& p, int64_t b, int tile, int start, Window w, bool masked, BackwardScratch& scratch,
-                   BackwardScratch::Keys& keys, Ahead& next_q, Ahead& next_dout, Ahead& dq) {
-  const int ld = leading_dim(p.dim), ld_v = leading_dim(p.dim_v), cols = round_up(p.dim, kWidth),
-            cols_v = round_up(p.dim_v, kWidth);
-  const int rows = p.tile_rows(tile), padded = round_up(rows, kBlockRows), columns = w.last - w.first;
-  multiply<Into::kStore, false>(padded, columns, p.dim, scratch.q, ld, keys.k_transposed + w.first, kLdScores,
-                                scratch.p, kLdScores, next_q);
-  multiply<Into::kStore, false>(padded, columns, p.dim_v, scratch.dout, ld_v, keys.v_transposed + w.first, kLdScores,
-                                scratch.ds, kLdScores, next_dout);
-  (masked ? softmax_gradient<true> : softmax_gradient<false>)(p, b, tile, start + w.first, columns, scratch);
-  multiply<Into::kAdd, true>(columns, cols_v, rows, scratch.p, kLdScores, scratch.dout, ld_v, keys.dv + w.first * ld_v,
-                             ld_v, dq);
-  multiply<Into::kAdd, true>(columns, cols, rows, scratch.ds, kLdScores, scratch.q, ld, keys.dk + w.first * ld, ld, dq);
-  multiply<Into::kAdd, false>(padded, cols, columns, scratch.ds, kLdScores, keys.k + w.first * ld, ld, scratch.dq, ld,
-                              dq);
-}
+ private:
+  static constexpr int kStep = Products::kStep;
 
-template <class T>
-void load_keys(const Problem& p, const HullTable& hulls, int64_t b, int kv_head, int start, BackwardScratch& scratch,
-               BackwardScratch::Keys& keys) {
-  keys.any = start < p.keys && live_keys(p, hulls, b, 0, p.query_tiles(), start, keys.live);
-  if (!keys.any) return;
-  const int ld = leading_dim(p.dim), ld_v = leading_dim(p.dim_v), size = smaller(kTileKeys, p.keys - start);
-  pack_rows(p.k.at<T>(b, start, kv_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, keys.live, keys.k, ld);
-  transpose_tile(keys.k, ld, kTileKeys, p.dim, keys.k_transposed, kLdScores);
-  pack_rows(p.v.at<T>(b, start, kv_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, keys.live, scratch.rows,
-            ld_v);
-  transpose_tile(scratch.rows, ld_v, kTileKeys, p.dim_v, keys.v_transposed, kLdScores);
-  std::memset(keys.dk, 0, sizeof(float) * kTileKeys * ld);
-  std::memset(keys.dv, 0, sizeof(float) * kTileKeys * ld_v);
-}
-
-// Stores a key tile's gradient (batch, keys, kv_heads, dim); zeros if no row attends to the tile.
-template <class T>
-void store_keys(const Problem& p, int64_t b, int kv_head, int start, bool any, const float* from, int dim,
-                void* gradient) {
-  for (int j = 0; j < smaller(kTileKeys, p.keys - start); ++j) {
-    T* to = static_cast<T*>(gradient) + ((b * p.keys + start + j) * p.kv_heads + kv_head) * dim;
-    for (int d = 0; d < dim; d += kWidth) store_n(to + d, any ? load(from + j * leading_dim(dim) + d) : vf{}, dim - d);
+  void load_keys(int64_t b, int kv_head, int start, const Scratch& scratch, Keys& keys) const {
+    const uint8_t* live = start < p.keys ? tiles.live(b, start) : nullptr;
+    keys.any = live;
+    if (!live) return;
+    const int size = smaller(kTileKeys, p.keys - start), ld = scratch.ld, ld_v = scratch.ld_v;
+    float* rows = kStep == 1 ? keys.k : scratch.rows;
+    pack_rows<Products>(p.k.at<T>(b, start, kv_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, live, rows, ld);
+    transpose_tile(rows, ld, kTileKeys, units<Products>(p.dim), keys.k_transposed, kLdScores);
+    Products::turn(rows, ld, kTileKeys, p.dim, keys.k, scratch.full);
+    pack_rows<Products>(p.v.at<T>(b, start, kv_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, live,
+                        scratch.rows, ld_v);
+    transpose_tile(scratch.rows, ld_v, kTileKeys, units<Products>(p.dim_v), keys.v_transposed, kLdScores);
+    std::memset(keys.dk, 0, sizeof(float) * kTileKeys * scratch.full);
+    std::memset(keys.dv, 0, sizeof(float) * kTileKeys * scratch.full_v);
   }
-}
 
-// Adds scratch.dq to dq once every earlier chunk that touches this query tile has, then passes the turn on.
-void add_dq(const Problem& p, int64_t b, int head, int tile, int turn, int chunk, const BackwardScratch& scratch,
-            float* dq, int* done) {
-  while (__atomic_load_n(done, __ATOMIC_ACQUIRE) != turn) sched_yield();
-  for (int i = 0; i < p.tile_rows(tile); ++i) {
-    const int64_t row = int64_t(tile) * kTileRows + i;
-    if (p.bounds.of_row(b, row).empty()) continue;
-    float* to = dq + ((b * p.queries + row) * p.heads + head) * p.dim;
-    const float* from = scratch.dq + i * leading_dim(p.dim);
-    for (int d = 0; d < p.dim; d += kWidth)
-      store_n(to + d, load_n(to + d, p.dim - d) + load(from + d) * p.query_factor(), p.dim - d);
-  }
-  __atomic_store_n(done, chunk, __ATOMIC_RELEASE);
-}
-
-// Runs the keys from chunk * kUnitKeys of one kv head against all query tiles of its heads, in order.
-template <class T>
-void backward_unit(const Problem& p, const HullTable& hulls, const Gradients& grads, const float* delta, int64_t b,
-                   int kv_head, int chunk, BackwardScratch& scratch, int* done) {
-  const int start = chunk * kUnitKeys;
-  for (int i = 0; i < kUnitKeyTiles; ++i)
-    load_keys<T>(p, hulls, b, kv_head, start + i * kTileKeys, scratch, scratch.keys[i]);
-  for (int head = kv_head * p.group(); head < (kv_head + 1) * p.group(); ++head)
-    for (int t = 0; t < p.query_tiles(); ++t) {
-      const Hulls& hull = hulls.at(b, t);
-      if (!hull.touches(start, start + kUnitKeys)) continue;
-      load_query_tile<T>(p, grads, delta, b, head, t, scratch);
-      const int next = t + 1 < p.query_tiles() ? t + 1 : t;
-      Ahead next_q(p.q.at<T>(b, int64_t(next) * kTileRows, head), p.q.row_stride, p.tile_rows(next), p.dim);
-      Ahead next_dout(grads.dout.at<T>(b, int64_t(next) * kTileRows, head), grads.dout.row_stride, p.tile_rows(next),
-                      p.dim_v);
-      Ahead dq(grads.dq + ((b * p.queries + int64_t(t) * kTileRows) * p.heads + head) * p.dim, int64_t(p.heads) * p.dim,
-               p.tile_rows(t), p.dim);
-      std::memset(scratch.dq, 0, sizeof(float) * kTileRows * leading_dim(p.dim));
-      for (int i = 0; i < kUnitKeyTiles; ++i) {
-        const int first_key = start + i * kTileKeys;
-        const Window w = hull.window(first_key, kTileKeys, kWidth);
-        if (w.empty() || !scratch.keys[i].any) continue;  // within the hull, but no row attends: not even packed
-        backward_tile(p, b, t, first_key, w, !hull.all_attend(first_key + w.first, first_key + w.last), scratch,
-                      scratch.keys[i], next_q, next_dout, dq);
-      }
-      add_dq(p, b, head, t, hull.touched_before(chunk, kUnitKeys), chunk, scratch, grads.dq,
-             done + (b * p.heads + head) * p.query_tiles() + t);
+  // One query tile against the keys of the unit.
+  void query_tile(int64_t b, int head, int tile, int chunk, Scratch& scratch) const {
+    load_rows(b, head, tile, scratch);
+    const int next = tile + 1 < p.query_tiles() ? tile + 1 : tile;
+    Prefetch next_q{{p.q.at<T>(b, int64_t(next) * kTileRows, head), p.q.row_stride, p.tile_rows(next), p.dim}},
+        next_dout{
+            {grads.dout.at<T>(b, int64_t(next) * kTileRows, head), grads.dout.row_stride, p.tile_rows(next), p.dim_v}},
+        dq{{grads.dq + ((b * p.queries + int64_t(tile) * kTileRows) * p.heads + head) * p.dim, int64_t(p.heads) * p.dim,
+            p.tile_rows(tile), p.dim}};
+    std::memset(scratch.dq, 0, sizeof(float) * kTileRows * scratch.full);
+    for (int i = 0; i < kUnitKeyTiles; ++i) {
+      const int start = chunk * kUnitKeys + i * kTileKeys;
+      const Meeting meeting(p, tiles, b, tile, start);
+      // within the hull, but no row attends: not even packed
+      if (meeting.all.empty() || !scratch.keys[i].any) continue;
+      meet({b, tile, start, meeting}, scratch, scratch.keys[i], next_q, next_dout, dq);
     }
-  for (int i = 0; i < kUnitKeyTiles; ++i) {
-    const int first_key = start + i * kTileKeys;
-    store_keys<T>(p, b, kv_head, first_key, scratch.keys[i].any, scratch.keys[i].dk, p.dim, grads.dk);
-    store_keys<T>(p, b, kv_head, first_key, scratch.keys[i].any, scratch.keys[i].dv, p.dim_v, grads.dv);
+    add_dq(b, head, tile, chunk, scratch);
   }
-}
 
-template <class T> int backward(const Problem& p, const Gradients& grads) {
+  // Packs queries and dout, and per row the exponent's offset and delta. A row without keys gets zeros, and an offset
+  // that makes its p 0.
+  void load_rows(int64_t b, int head, int tile, const Scratch& scratch) const {
+    const int rows = p.tile_rows(tile);
+    const int64_t first = int64_t(tile) * kTileRows, at = (b * p.heads + head) * p.queries + first;
+    uint8_t keep[kTileRows];
+    for (int i = 0; i < kTileRows; ++i) {
+      keep[i] = i < rows && !p.bounds.of_row(b, first + i).empty();
+      const float lse = keep[i] ? grads.lse[at + i] : -kInf;
+      scratch.offset[i] = lse == -kInf ? kInf : lse / p.score_scale();
+      scratch.delta[i] = keep[i] ? delta[at + i] : 0.0f;
+    }
+    pack_rows<Products>(p.q.at<T>(b, first, head), p.q.row_stride, rows, kTileRows, p.dim, p.query_factor(), keep,
+                        scratch.q, scratch.ld);
+    pack_rows<Products>(grads.dout.at<T>(b, first, head), grads.dout.row_stride, rows, kTileRows, p.dim_v, 1.0f, keep,
+                        scratch.dout, scratch.ld_v);
+    Products::turn(scratch.q, scratch.ld, kTileRows, p.dim, scratch.q_turned, scratch.full);
+    Products::turn(scratch.dout, scratch.ld_v, kTileRows, p.dim_v, scratch.dout_turned, scratch.full_v);
+  }
+
+  // Adds one query tile's share to a key tile's dk and dv, and the key tile's share to scratch.dq.
+  void meet(const Pair& pair, const Scratch& scratch, const Keys& keys, Prefetch& next_q, Prefetch& next_dout,
+            Prefetch& dq) const {
+    const int ld = scratch.ld, ld_v = scratch.ld_v, full = scratch.full, full_v = scratch.full_v;
+    const int cols = round_up(p.dim, kWidth), cols_v = round_up(p.dim_v, kWidth), blocks = pair.meeting.blocks;
+    constexpr int kKeyBlocks = kTileKeys / kBlockRows, kLdTurned = kStep * kLdScores;
+    Part of_s[kRowBlocks], of_dp[kRowBlocks], of_dq[kRowBlocks], of_dk[kKeyBlocks], of_dv[kKeyBlocks];
+    for (int i = 0; i < blocks; ++i) {
+      const Window w = pair.meeting.block[i].columns;
+      of_s[i] = {w, {0, units<Products>(p.dim)}};
+      of_dp[i] = {w, {0, units<Products>(p.dim_v)}};
+      of_dq[i] = {{0, cols}, {w.first / kStep, w.last / kStep}};
+    }
+    for (int i = 0; i < kKeyBlocks; ++i) {
+      const Window rows = pair.meeting.rows_of(i * kBlockRows, p.tile_rows(pair.tile));
+      const Window depth = {rows.first / kStep, units<Products>(rows.last)};
+      of_dk[i] = {{0, cols}, depth};
+      of_dv[i] = {{0, cols_v}, depth};
+    }
+    multiply<Products, Into::kStore, false>(blocks, kTileKeys, of_s, scratch.q, ld, keys.k_transposed, kLdScores,
+                                            scratch.p, kLdScores, next_q);
+    multiply<Products, Into::kStore, false>(blocks, kTileKeys, of_dp, scratch.dout, ld_v, keys.v_transposed, kLdScores,
+                                            scratch.ds, kLdScores, next_dout);
+    for (int i = 0; i < blocks; ++i)
+      (pair.meeting.block[i].masked ? softmax_gradient<true>(pair, i, scratch)
+                                    : softmax_gradient<false>(pair, i, scratch));
+    multiply<Products, Into::kAdd, true>(kKeyBlocks, cols_v, of_dv, scratch.p, kLdTurned, scratch.dout_turned, full_v,
+                                         keys.dv, full_v, dq);
+    multiply<Products, Into::kAdd, true>(kKeyBlocks, cols, of_dk, scratch.ds, kLdTurned, scratch.q_turned, full,
+                                         keys.dk, full, dq);
+    multiply<Products, Into::kAdd, false>(blocks, cols, of_dq, scratch.ds_rows, kLdScores, keys.k, full, scratch.dq,
+                                          full, dq);
+  }
+
+  // Turns s and dp (in scratch.p and scratch.ds) of a block of rows into p and ds: 0 in columns that only other rows
+  // need.
+  template <bool kMasked> void softmax_gradient(const Pair& pair, int block, const Scratch& scratch) const {
+    const float score_scale = p.score_scale(), c = score_scale * 1.44269504f, lowest = -127.0f / c;
+    const Meeting& meeting = pair.meeting;
+    const Window w = meeting.block[block].columns;
+    for (int i = block * kBlockRows; i < smaller((block + 1) * kBlockRows, p.tile_rows(pair.tile)); i += kStep) {
+      float *s = scratch.p + i * kLdScores, *ds = scratch.ds + i * kLdScores;
+      const vf zero[kStep] = {};
+      for (int j = meeting.all.first; j < w.first; j += kWidth)
+        Products::put_rows(s, j, zero), Products::put_rows(ds, j, zero);
+      for (int j = w.first; j < w.last; j += kWidth) {
+        vf probability[kStep], gradient[kStep];
+#pragma GCC unroll 2
+        for (int r = 0; r < kStep; ++r) {
+          const int row = r * kLdScores + j;
+          probability[r] = exp2_scaled(load(s + row) - scratch.offset[i + r], c, lowest);
+          gradient[r] = probability[r] * (load(ds + row) - scratch.delta[i + r]) * score_scale;
+          if (kMasked) {
+            const vi allowed = allowed_lanes(meeting.ranges[i + r], pair.start + j);
+            probability[r] = allowed ? probability[r] : vf{};
+            gradient[r] = allowed ? gradient[r] : vf{};
+          }
+          if (kStep > 1) Products::put(scratch.ds_rows + (i + r) * kLdScores, j, gradient[r]);
+        }
+        Products::put_rows(s, j, probability);
+        Products::put_rows(ds, j, gradient);
+      }
+      for (int j = larger(w.first, w.last); j < meeting.all.last; j += kWidth)
+        Products::put_rows(s, j, zero), Products::put_rows(ds, j, zero);
+    }
+  }
+
+  // Stores a key tile's gradient (batch, keys, kv_heads, dim); zeros if no row attends to the tile.
+  void store_keys(int64_t b, int kv_head, int start, bool any, const float* from, int ld, int dim,
+                  void* gradient) const {
+    for (int j = 0; j < smaller(kTileKeys, p.keys - start); ++j) {
+      T* to = static_cast<T*>(gradient) + ((b * p.keys + start + j) * p.kv_heads + kv_head) * dim;
+      for (int d = 0; d < dim; d += kWidth) store_n(to + d, any ? load(from + j * ld + d) : vf{}, dim - d);
+    }
+  }
+
+  // Adds scratch.dq to dq once every earlier chunk that touches this query tile has, then passes the turn on.
+  void add_dq(int64_t b, int head, int tile, int chunk, const Scratch& scratch) const {
+    const int turn = tiles.hulls(b, tile).touched_before(chunk, kUnitKeys);
+    int* const last = done + (b * p.heads + head) * p.query_tiles() + tile;
+    while (__atomic_load_n(last, __ATOMIC_ACQUIRE) != turn) sched_yield();
+    for (int i = 0; i < p.tile_rows(tile); ++i) {
+      const int64_t row = int64_t(tile) * kTileRows + i;
+      if (p.bounds.of_row(b, row).empty()) continue;
+      float* to = grads.dq + ((b * p.queries + row) * p.heads + head) * p.dim;
+      const float* from = scratch.dq + i * scratch.full;
+      for (int d = 0; d < p.dim; d += kWidth)
+        store_n(to + d, load_n(to + d, p.dim - d) + load(from + d) * p.query_factor(), p.dim - d);
+    }
+    __atomic_store_n(last, chunk, __ATOMIC_RELEASE);
+  }
+
+  const Problem& p;
+  const Tiles& tiles;
+  const Gradients& grads;
+  const float* const delta;
+  int* const done;  // per query tile and head: the last chunk that added to dq, or -1
+};
+
+template <class Products, class T> int backward(const Problem& p, const Gradients& grads) {
   const int64_t heads = p.batch * p.kv_heads, chunks = (p.keys + kUnitKeys - 1) / kUnitKeys,
                 turns = p.batch * p.heads * p.query_tiles();
-  HullTable hulls(p);
+  Tiles tiles(p);
   Cutter count(nullptr);
-  BackwardScratch(p, count);
+  BackwardScratch<Products>(p, count);
   Buffer memory(sizeof(float) * count.used() * p.threads), deltas(sizeof(float) * p.batch * p.heads * p.queries),
       done(sizeof(int) * turns);
-  if (!hulls || !memory || !deltas || !done) return ILLADA_NO_MEMORY;
+  if (!tiles || !memory || !deltas || !done) return ILLADA_NO_MEMORY;
   for (int64_t i = 0; i < turns; ++i) done.as<int>()[i] = -1;
+  const Backward<Products, T> backward(p, tiles, grads, deltas.as<float>(), done.as<int>());
   int64_t next = 0;
 #pragma omp parallel num_threads(p.threads)
   {
     const FloatMode mode;
+    tiles.fill();
     row_deltas<T>(p, grads, deltas.as<float>());  // ends with a barrier
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
-    BackwardScratch scratch(p, cut);
+    BackwardScratch<Products> scratch(p, cut);
     // Ascending, chunks outermost: a unit waits only for units that a thread has already taken.
     for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < chunks * heads;)
-      backward_unit<T>(p, hulls, grads, deltas.as<float>(), u % heads / p.kv_heads, int(u % heads % p.kv_heads),
-                       int(u / heads), scratch, done.as<int>());
+      backward.run(u % heads / p.kv_heads, int(u % heads % p.kv_heads), int(u / heads), scratch);
   }
   return ILLADA_OK;
 }
@@ -244,9 +314,13 @@ int ILLADA_ISA_FN(illada_attention_bwd_cpu)(int dtype, const void* q, const void
              dout_view = {dout, strides[14], strides[15], strides[16]};
   const Gradients grads = {dout_view, out_view, dlse, lse, dq, dk, dv};
   switch (dtype) {
-    case ILLADA_F32: return backward<float>(p, grads);
-    case ILLADA_BF16: return backward<bf16>(p, grads);
-    case ILLADA_F16: return backward<fp16>(p, grads);
+    case ILLADA_F32: return backward<FloatProducts, float>(p, grads);
+    case ILLADA_BF16:
+#if defined(__AVX512BF16__)
+      if (p.ordinary()) return backward<PairProducts, bf16>(p, grads);
+#endif
+      return backward<FloatProducts, bf16>(p, grads);
+    case ILLADA_F16: return backward<FloatProducts, fp16>(p, grads);
   }
   return ILLADA_BAD_DTYPE;
 }

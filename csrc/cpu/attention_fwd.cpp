@@ -10,6 +10,8 @@
 // packed as zeros, so that a NaN or inf in them stays out of the sums.
 #include <omp.h>
 
+#include <algorithm>
+
 #include "illada/api.h"
 #include "attention_tiles.h"
 #include "float_mode.h"
@@ -22,45 +24,52 @@ constexpr int kUnitTiles = 16;  // query tiles that share a packed key tile
 struct ForwardTile {  // the running state of one query tile of one head
   float *q, *out;  // (rows x ld), (rows x ld_v)
   float *maximum, *sum;  // (rows), (rows x kWidth): summed over lanes at the end
+  bool begun;
 };
 
-struct ForwardScratch {
+template <class Products> struct ForwardScratch {
+  int ld, ld_v;  // of rows of units along the head_dim, and of v and out
   ForwardTile tile[kUnitTiles];
-  float *k, *k_transposed, *v, *scores, *rescale;
-  ForwardScratch(const Problem& p, int tiles, Cutter& cut) {
-    const int ld = leading_dim(p.dim), ld_v = leading_dim(p.dim_v);
+  float *rows, *k_transposed, *v, *scores, *rescale;
+  ForwardScratch(const Problem& p, int tiles, Cutter& cut)
+      : ld(leading_dim(units<Products>(larger(p.dim, p.dim_v)))),
+        ld_v(Products::kStep == 1 ? ld : leading_dim(p.dim_v)) {
     for (int i = 0; i < tiles; ++i)
       tile[i] = {cut.take(kTileRows * ld), cut.take(kTileRows * ld_v), cut.take(kTileRows),
-                 cut.take(kTileRows * kWidth)};
-    k = cut.take(kTileKeys * ld);
-    k_transposed = cut.take(round_up(p.dim, kWidth) * kLdScores);
-    v = cut.take(kTileKeys * ld_v);
+                 cut.take(kTileRows * kWidth), false};
+    rows = cut.take(kTileKeys * ld);
+    k_transposed = cut.take(round_up(units<Products>(p.dim), kWidth) * kLdScores);
+    v = Products::kStep == 1 ? rows : cut.take(kTileKeys / Products::kStep * ld_v);
     scores = cut.take(kTileRows * kLdScores);
     rescale = cut.take(kTileRows);
   }
 };
 
-void mask_scores(const Problem& p, int64_t b, int tile, int key, int columns, float* scores) {
-  for (int i = 0; i < p.tile_rows(tile); ++i) {
-    const RowRanges ranges = p.bounds.of_row(b, int64_t(tile) * kTileRows + i);
-    for (int j = 0; j < columns; j += kWidth) {
+void mask_scores(const Meeting& meeting, int key, float* scores) {
+  for (int i = 0; i < meeting.blocks * kBlockRows; ++i) {
+    const Meeting::Rows& block = meeting.block[i / kBlockRows];
+    if (!block.masked) continue;
+    for (int j = block.columns.first; j < block.columns.last; j += kWidth) {
       float* s = scores + i * kLdScores + j;
-      store(s, allowed_lanes(ranges, key + j) ? load(s) : splat(-kInf));
+      store(s, allowed_lanes(meeting.ranges[i], key + j) ? load(s) : splat(-kInf));
     }
   }
 }
 
-// Turns scores into p = exp(score - maximum). Updates the maximum, the sum, and the factor that rescales earlier
-// results.
-void online_softmax(int rows, int columns, float c, float lowest, float* scores, float* rescale,
+// Turns scores into p = exp(score - maximum), as units along the rows. Updates the maximum, the sum, and the factor
+// that rescales earlier results.
+template <class Products>
+void online_softmax(const Meeting& meeting, float c, float lowest, float* scores, float* rescale,
                     const ForwardTile& tile) {
+  const int rows = meeting.blocks * kBlockRows;
   float centre[kTileRows];
   for (int i = 0; i < rows; i += kWidth) {
     vf row_max[kWidth];
     for (int r = 0; r < kWidth; ++r) {
+      const Window w = meeting.block[(i + r) / kBlockRows].columns;
       const float* s = scores + (i + r) * kLdScores;
-      vf m = load(s);
-      for (int j = kWidth; j < columns; j += kWidth) m = max(load(s + j), m);
+      vf m = splat(-kInf);
+      for (int j = w.first; j < w.last; j += kWidth) m = max(load(s + j), m);
       row_max[r] = m;
     }
     const vf before = load(tile.maximum + i),
@@ -71,11 +80,12 @@ void online_softmax(int rows, int columns, float c, float lowest, float* scores,
     store(rescale + i, exp2_scaled(before - finite, c, lowest));
   }
   for (int i = 0; i < rows; ++i) {
+    const Window w = meeting.block[i / kBlockRows].columns;
     float* s = scores + i * kLdScores;
     vf sum = load(tile.sum + i * kWidth) * rescale[i];
-    for (int j = 0; j < columns; j += kWidth) {
+    for (int j = w.first; j < w.last; j += kWidth) {
       const vf e = exp2_scaled(load(s + j) - centre[i], c, lowest);
-      store(s + j, e);
+      Products::put(s, j, e);
       sum += e;
     }
     store(tile.sum + i * kWidth, sum);
@@ -83,8 +93,8 @@ void online_softmax(int rows, int columns, float c, float lowest, float* scores,
 }
 
 template <class T>
-void finish_tile(const Problem& p, int64_t b, int head, int tile, const ForwardTile& state, T* out, float* lse) {
-  const int ld_v = leading_dim(p.dim_v);
+void finish_tile(const Problem& p, int64_t b, int head, int tile, const ForwardTile& state, int ld_v, T* out,
+                 float* lse) {
   float sums[kTileRows];
   for (int i = 0; i < kTileRows; i += kWidth) {
     vf rows[kWidth];
@@ -109,82 +119,183 @@ struct ForwardUnit {
   int first_head, last_head, first, last;
 };
 
-template <class T>
-void forward_unit(const Problem& p, const HullTable& hulls, const ForwardUnit& u, ForwardScratch& scratch, T* out,
-                  float* lse) {
-  const int ld = leading_dim(p.dim), ld_v = leading_dim(p.dim_v), cols_v = round_up(p.dim_v, kWidth);
-  const int heads = u.last_head - u.first_head, kv_head = u.first_head / p.group();
-  const float c = p.score_scale() * 1.44269504f, lowest = -127.0f / c;
-  for (int t = u.first; t < u.last; ++t)
-    for (int h = 0; h < heads; ++h) {
-      const ForwardTile& state = scratch.tile[(t - u.first) * heads + h];
-      pack_rows(p.q.at<T>(u.b, int64_t(t) * kTileRows, u.first_head + h), p.q.row_stride, p.tile_rows(t), kTileRows,
-                p.dim, p.query_factor(), nullptr, state.q, ld);
-      std::memset(state.out, 0, sizeof(float) * kTileRows * ld_v);
-      std::memset(state.sum, 0, sizeof(float) * kTileRows * kWidth);
-      for (int i = 0; i < kTileRows; ++i) state.maximum[i] = -kInf;
-    }
-  for (int start = next_key_tile(p, hulls, u.b, u.first, u.last, 0), next; start < p.keys; start = next) {
-    next = next_key_tile(p, hulls, u.b, u.first, u.last, start + kTileKeys);
-    uint8_t live[kTileKeys];
-    // of all rows, because which tiles share a unit depends on the threads
-    live_keys(p, hulls, u.b, 0, p.query_tiles(), start, live);
-    const int size = smaller(kTileKeys, p.keys - start), next_size = smaller(kTileKeys, p.keys - next);
-    Ahead next_k(p.k.at<T>(u.b, next, kv_head), p.k.row_stride, next_size, p.dim);
-    Ahead next_v(p.v.at<T>(u.b, next, kv_head), p.v.row_stride, next_size, p.dim_v);
-    pack_rows(p.k.at<T>(u.b, start, kv_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, live, scratch.k, ld);
-    transpose_tile(scratch.k, ld, kTileKeys, p.dim, scratch.k_transposed, kLdScores);
-    pack_rows(p.v.at<T>(u.b, start, kv_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, live, scratch.v, ld_v);
-    for (int t = u.first; t < u.last; ++t) {
-      const Window w = hulls.at(u.b, t).window(start, kTileKeys, kWidth);
-      if (w.empty()) continue;
-      const int rows = round_up(p.tile_rows(t), kBlockRows), columns = w.last - w.first;
-      const bool masked = !hulls.at(u.b, t).all_attend(start + w.first, start + w.last);
-      for (int h = 0; h < heads; ++h) {
-        const ForwardTile& state = scratch.tile[(t - u.first) * heads + h];
-        multiply<Into::kStore, false>(rows, columns, p.dim, state.q, ld, scratch.k_transposed + w.first, kLdScores,
-                                      scratch.scores, kLdScores, next_k);
-        if (masked) mask_scores(p, u.b, t, start + w.first, columns, scratch.scores);
-        online_softmax(rows, columns, c, lowest, scratch.scores, scratch.rescale, state);
-        multiply<Into::kScaleAdd, false>(rows, cols_v, columns, scratch.scores, kLdScores, scratch.v + w.first * ld_v,
-                                         ld_v, state.out, ld_v, next_v, scratch.rescale);
+// What is prefetched during one of the two products: what the next query tile needs, and evenly over a key tile what
+// the next one needs.
+struct Prefetch {
+  Ahead query_tile, key_tile;
+  int query_lines = 0, key_lines = 0;  // a register block
+  void ask() { query_tile.ask(query_lines), key_tile.ask(key_lines); }
+};
+
+template <class Products, class T> class Forward {
+ public:
+  Forward(const Problem& p, const Tiles& tiles, T* out, float* lse) : p(p), tiles(tiles), out(out), lse(lse) {}
+
+  void run(const ForwardUnit& u, ForwardScratch<Products>& scratch) const {
+    const int heads = u.last_head - u.first_head, kv_head = u.first_head / p.group();
+    for (int i = 0; i < (u.last - u.first) * heads; ++i) scratch.tile[i].begun = false;
+    for (int start = tiles.next_key_tile(u.b, u.first, u.last, 0), next; start < p.keys; start = next) {
+      next = tiles.next_key_tile(u.b, u.first, u.last, start + kTileKeys);
+      pack_keys(u.b, kv_head, start, scratch);
+      Prefetch scores, values;
+      ask_for_keys(u, kv_head, start, next, scores, values);
+      for (int t = u.first; t < u.last; ++t) {
+        const Meeting meeting(p, tiles, u.b, t, start);
+        if (meeting.all.empty()) continue;
+        const bool last = tiles.hulls(u.b, t).first_touched(start + kTileKeys, kTileKeys, p.keys) == p.keys;
+        for (int h = 0; h < heads; ++h) {
+          ForwardTile* state = &scratch.tile[(t - u.first) * heads + h];
+          if (!state->begun) begin_tile(u.b, u.first_head + h, t, scratch, *state);
+          ask_for_rows(u, t, h, last, state, scores, values);
+          attend(meeting, start, *state, scratch, scores, values);
+          if (last) finish_tile(p, u.b, u.first_head + h, t, *state, scratch.ld_v, out, lse);
+        }
       }
     }
+    for (int t = u.first; t < u.last; ++t)
+      for (int h = 0; h < heads; ++h) {
+        ForwardTile& state = scratch.tile[(t - u.first) * heads + h];
+        if (state.begun) continue;  // and finished
+        begin_tile(u.b, u.first_head + h, t, scratch, state);
+        finish_tile(p, u.b, u.first_head + h, t, state, scratch.ld_v, out, lse);
+      }
   }
-  for (int t = u.first; t < u.last; ++t)
-    for (int h = 0; h < heads; ++h)
-      finish_tile(p, u.b, u.first_head + h, t, scratch.tile[(t - u.first) * heads + h], out, lse);
+
+ private:
+  const T* q_at(int64_t b, int tile, int head) const { return p.q.at<T>(b, int64_t(tile) * kTileRows, head); }
+
+  void begin_tile(int64_t b, int head, int tile, const ForwardScratch<Products>& scratch, ForwardTile& state) const {
+    pack_rows<Products>(q_at(b, tile, head), p.q.row_stride, p.tile_rows(tile), kTileRows, p.dim, p.query_factor(),
+                        nullptr, state.q, scratch.ld);
+    std::memset(state.out, 0, sizeof(float) * kTileRows * scratch.ld_v);
+    std::memset(state.sum, 0, sizeof(float) * kTileRows * kWidth);
+    for (int i = 0; i < kTileRows; ++i) state.maximum[i] = -kInf;
+    state.begun = true;
+  }
+
+  void pack_keys(int64_t b, int kv_head, int start, const ForwardScratch<Products>& scratch) const {
+    static const uint8_t none[kTileKeys] = {};
+    const uint8_t* live = tiles.live(b, start);
+    if (!live) live = none;
+    const int size = smaller(kTileKeys, p.keys - start);
+    pack_rows<Products>(p.k.at<T>(b, start, kv_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, live, scratch.rows,
+                        scratch.ld);
+    transpose_tile(scratch.rows, scratch.ld, kTileKeys, units<Products>(p.dim), scratch.k_transposed, kLdScores);
+    pack_rows<Products>(p.v.at<T>(b, start, kv_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, live,
+                        scratch.rows, scratch.ld);
+    Products::turn(scratch.rows, scratch.ld, kTileKeys, p.dim_v, scratch.v, scratch.ld_v);
+  }
+
+  void ask_for_keys(const ForwardUnit& u, int kv_head, int start, int next, Prefetch& scores, Prefetch& values) const {
+    const int size = smaller(kTileKeys, p.keys - next);
+    scores.key_tile = Ahead(p.k.at<T>(u.b, next, kv_head), p.k.row_stride, size, p.dim);
+    values.key_tile = Ahead(p.v.at<T>(u.b, next, kv_head), p.v.row_stride, size, p.dim_v);
+    int blocks = 0;
+    for (int t = u.first; t < u.last; ++t)
+      if (tiles.hulls(u.b, t).touches(start, start + kTileKeys)) blocks += kRowBlocks;
+    spread(blocks * (u.last_head - u.first_head), scores.key_tile, values.key_tile, scores.key_lines, values.key_lines);
+  }
+
+  // Divides the lines by the register blocks of the products of `blocks` blocks of rows.
+  void spread(int blocks, const Ahead& in_scores, const Ahead& in_values, int& scores, int& values) const {
+    const int score_blocks = blocks * (kTileKeys / kBlockCols),
+              value_blocks = blocks * (round_up(p.dim_v, kBlockCols) / kBlockCols);
+    scores = (in_scores.lines() + score_blocks - 1) / score_blocks;
+    values = (in_values.lines() + value_blocks - 1) / value_blocks;
+  }
+
+  // The queries of the next tile, unless they are there, and the rows of out that this one is about to write.
+  void ask_for_rows(const ForwardUnit& u, int t, int h, bool last, const ForwardTile* state, Prefetch& scores,
+                    Prefetch& values) const {
+    scores.query_tile = values.query_tile = Ahead();
+    const int heads = u.last_head - u.first_head, next = h + 1 < heads ? t : t + 1,
+              next_head = h + 1 < heads ? h + 1 : 0;
+    if (next < u.last && !state[1].begun)
+      scores.query_tile = Ahead(q_at(u.b, next, u.first_head + next_head), p.q.row_stride, p.tile_rows(next), p.dim);
+    if (last)
+      values.query_tile =
+          Ahead(out + ((u.b * p.queries + int64_t(t) * kTileRows) * p.heads + u.first_head + h) * p.dim_v,
+                int64_t(p.heads) * p.dim_v, p.tile_rows(t), p.dim_v);
+    spread(kRowBlocks, scores.query_tile, values.query_tile, scores.query_lines, values.query_lines);
+  }
+
+  void attend(const Meeting& meeting, int start, const ForwardTile& state, const ForwardScratch<Products>& scratch,
+              Prefetch& next_scores, Prefetch& next_values) const {
+    constexpr int kStep = Products::kStep;
+    const float c = p.score_scale() * 1.44269504f, lowest = -127.0f / c;
+    const int cols_v = round_up(p.dim_v, kWidth);
+    Part of_scores[kRowBlocks], of_values[kRowBlocks];
+    for (int i = 0; i < meeting.blocks; ++i) {
+      const Window w = meeting.block[i].columns;
+      of_scores[i] = {w, {0, units<Products>(p.dim)}};
+      of_values[i] = {{0, cols_v}, {w.first / kStep, w.last / kStep}};
+    }
+    multiply<Products, Into::kStore, false>(meeting.blocks, kTileKeys, of_scores, state.q, scratch.ld,
+                                            scratch.k_transposed, kLdScores, scratch.scores, kLdScores, next_scores);
+    mask_scores(meeting, start, scratch.scores);
+    online_softmax<Products>(meeting, c, lowest, scratch.scores, scratch.rescale, state);
+    multiply<Products, Into::kScaleAdd, false>(meeting.blocks, cols_v, of_values, scratch.scores, kLdScores, scratch.v,
+                                               scratch.ld_v, state.out, scratch.ld_v, next_values, scratch.rescale);
+  }
+
+  const Problem& p;
+  const Tiles& tiles;
+  T* const out;
+  float* const lse;
+};
+
+// Query tiles that share packed keys, for every head.
+struct TileGroup {
+  int64_t keys, index;  // how many their rows attend to; batch entry * groups of an entry + group
+};
+
+// Sorts the groups by their keys, the most first, so that threads end together.
+void sort_groups(const Tiles& tiles, int64_t per_entry, int unit_tiles, int query_tiles, int64_t count,
+                 TileGroup* groups) {
+  for (int64_t i = 0; i < count; ++i) {
+    groups[i] = {0, i};
+    const int first = int(i % per_entry) * unit_tiles;
+    for (int t = first; t < smaller(first + unit_tiles, query_tiles); ++t)
+      groups[i].keys += tiles.hulls(i / per_entry, t).keys();
+  }
+  std::sort(groups, groups + count, [](const TileGroup& a, const TileGroup& b) {
+    return a.keys != b.keys ? a.keys > b.keys : a.index < b.index;
+  });
 }
 
-template <class T> int forward(const Problem& p, T* out, float* lse) {
-  const int group = p.group(), tiles = p.query_tiles(), unit_heads = smaller(group, kUnitTiles),
-            slices = (group + unit_heads - 1) / unit_heads;
-  const int64_t head_slices = p.batch * p.kv_heads * slices;
+template <class Products, class T> int forward(const Problem& p, T* out, float* lse) {
+  const int group = p.group(), query_tiles = p.query_tiles(), unit_heads = smaller(group, kUnitTiles),
+            slices = (group + unit_heads - 1) / unit_heads, head_slices = p.kv_heads * slices;
   // A row's result does not depend on how many tiles share a unit, so this may depend on the number of threads.
   int unit_tiles = kUnitTiles / unit_heads;
-  while (unit_tiles > 1 && head_slices * ((tiles + unit_tiles - 1) / unit_tiles) < 4 * p.threads) unit_tiles /= 2;
-  const int64_t per_slice = (tiles + unit_tiles - 1) / unit_tiles;
-  HullTable hulls(p);
+  while (unit_tiles > 1 && p.batch * head_slices * ((query_tiles + unit_tiles - 1) / unit_tiles) < 4 * p.threads)
+    unit_tiles /= 2;
+  const int64_t per_entry = (query_tiles + unit_tiles - 1) / unit_tiles, groups = p.batch * per_entry;
+  Tiles tiles(p);
   Cutter count(nullptr);
-  ForwardScratch(p, unit_tiles * unit_heads, count);
-  Buffer memory(sizeof(float) * count.used() * p.threads);
-  if (!hulls || !memory) return ILLADA_NO_MEMORY;
+  ForwardScratch<Products>(p, unit_tiles * unit_heads, count);
+  Buffer memory(sizeof(float) * count.used() * p.threads), order(sizeof(TileGroup) * groups);
+  if (!tiles || !memory || !order) return ILLADA_NO_MEMORY;
+  const Forward<Products, T> forward(p, tiles, out, lse);
   int64_t next = 0;
 #pragma omp parallel num_threads(p.threads)
   {
     const FloatMode mode;
+    tiles.fill();
+#pragma omp single
+    sort_groups(tiles, per_entry, unit_tiles, query_tiles, groups, order.as<TileGroup>());
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
-    ForwardScratch scratch(p, unit_tiles * unit_heads, cut);
-    std::memset(scratch.scores, 0,
-                // Rows beyond the last block are read, but never used.
-                sizeof(float) * kTileRows * kLdScores);
-    for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < head_slices * per_slice;) {
-      const int first = int(u % per_slice) * unit_tiles, slice = int(u / per_slice % (p.kv_heads * slices));
+    ForwardScratch<Products> scratch(p, unit_tiles * unit_heads, cut);
+    // rows beyond a tile's end are read as scores
+    std::memset(scratch.scores, 0, sizeof(float) * kTileRows * kLdScores);
+    // heads innermost: their rows are neighbours in memory
+    for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < head_slices * groups;) {
+      const int64_t at = order.as<TileGroup>()[u / head_slices].index;
+      const int first = int(at % per_entry) * unit_tiles, slice = int(u % head_slices);
       const int first_head = slice / slices * group + slice % slices * unit_heads, end = (slice / slices + 1) * group;
-      forward_unit<T>(p, hulls,
-                      {u / per_slice / (p.kv_heads * slices), first_head, smaller(first_head + unit_heads, end), first,
-                       smaller(first + unit_tiles, tiles)},
-                      scratch, out, lse);
+      forward.run({at / per_entry, first_head, smaller(first_head + unit_heads, end), first,
+                   smaller(first + unit_tiles, query_tiles)},
+                  scratch);
     }
   }
   return ILLADA_OK;
@@ -200,9 +311,13 @@ int ILLADA_ISA_FN(illada_attention_fwd_cpu)(int dtype, const void* q, const void
   const Problem p =
       make_problem(q, k, v, bounds, batch, queries, keys, heads, kv_heads, dim, dim_v, strides, scale, threads);
   switch (dtype) {
-    case ILLADA_F32: return forward(p, static_cast<float*>(out), lse);
-    case ILLADA_BF16: return forward(p, static_cast<bf16*>(out), lse);
-    case ILLADA_F16: return forward(p, static_cast<fp16*>(out), lse);
+    case ILLADA_F32: return forward<FloatProducts>(p, static_cast<float*>(out), lse);
+    case ILLADA_BF16:
+#if defined(__AVX512BF16__)
+      if (p.ordinary()) return forward<PairProducts>(p, static_cast<bf16*>(out), lse);
+#endif
+      return forward<FloatProducts>(p, static_cast<bf16*>(out), lse);
+    case ILLADA_F16: return forward<FloatProducts>(p, static_cast<fp16*>(out), lse);
   }
   return ILLADA_BAD_DTYPE;
 }

@@ -12,10 +12,12 @@
 namespace {
 
 constexpr int kTileRows = 32;  // query rows of a tile: scores, queries and a panel of keys fit a 32 KB L1 cache
+constexpr int kRowBlocks = kTileRows / kBlockRows;
 constexpr int kTileKeys = 128;
 constexpr int kLdScores = kTileKeys + 16;  // an odd number of cache lines, so that rows use different sets of the cache
 
 inline int leading_dim(int dim) { return round_up(dim, 32) + 16; }
+template <class Products> int units(int dim) { return (dim + Products::kStep - 1) / Products::kStep; }
 
 // (batch, rows, heads, dim): strides in elements, the last dimension contiguous.
 struct View {
@@ -34,11 +36,14 @@ struct Problem {
   float scale;
   int threads;
 
+  int key_tiles() const { return (keys + kTileKeys - 1) / kTileKeys; }
   int group() const { return heads / kv_heads; }
   int query_tiles() const { return int((queries + kTileRows - 1) / kTileRows); }
   int tile_rows(int tile) const {
     return int(queries - int64_t(tile) * kTileRows < kTileRows ? queries - int64_t(tile) * kTileRows : kTileRows);
   }
+  // AVX512-BF16 takes products below 2^-126 as 0: no scale may make much of them.
+  bool ordinary() const { return std::fabs(scale) > 1e-30f && std::fabs(scale) < 1e30f; }
   // Scores are score_scale * (query_factor q) k^T. A negative scale turns the queries, so that maxima stay maxima; a
   // vanishing one multiplies them, so that -127 / score_scale stays finite; of a huge one they take a factor of 4, so
   // that score_scale * log2(e) stays finite.
@@ -49,64 +54,121 @@ struct Problem {
 };
 
 // ---- packing --------------------------------------------------------------------------------------------------------
-// Writes factor * from (rows x dim) to `to` (padded_rows x ld) in float32. Zeros rows whose keep[row] is 0, rows beyond
-// `rows`, and columns dim .. ld - 16.
-template <class T>
+// Writes factor * from (rows x dim) to `to` (padded_rows x ld) as units along each row. Zeros rows whose keep[row] is
+// 0, rows beyond `rows`, and units beyond dim up to ld - 16.
+template <class Products, class T>
 void pack_rows(const T* from, int64_t stride, int rows, int padded_rows, int dim, float factor, const uint8_t* keep,
                float* to, int ld) {
   for (int i = 0; i < padded_rows; ++i, from += stride, to += ld) {
-    int d = 0;
-    if (i < rows && (!keep || keep[i])) {
-      for (; d + kWidth <= dim; d += kWidth) store(to + d, load(from + d) * factor);
-      for (; d < dim; ++d) to[d] = to_float(from[d]) * factor;
-    }
+    int d = i < rows && (!keep || keep[i]) ? Products::pack(from, dim, factor, to) : 0;
     for (; d < ld - 16; ++d) to[d] = 0.0f;
   }
 }
 
-// The hulls of every query tile, (batch or 1, tile).
-class HullTable {
+// ---- which key and query tiles meet ---------------------------------------------------------------------------------
+// The hulls of every query tile, (batch or 1, tile), and which keys some row of the batch entry may attend to.
+class Tiles {
  public:
-  explicit HullTable(const Problem& p)
-      : tiles_(p.query_tiles()),
+  explicit Tiles(const Problem& p)
+      : p_(p),
+        query_tiles_(p.query_tiles()),
+        key_tiles_(p.key_tiles()),
         batches_(p.bounds.data && p.bounds.batch_stride ? p.batch : 1),
-        buffer_(sizeof(Hulls) * batches_ * tiles_) {
-    if (!buffer_) return;
-    for (int64_t b = 0; b < batches_; ++b)
-      for (int t = 0; t < tiles_; ++t)
-        buffer_.as<Hulls>()[b * tiles_ + t] = hulls_of(p.bounds, b, int64_t(t) * kTileRows, p.tile_rows(t));
+        hulls_(sizeof(Hulls) * batches_ * query_tiles_),
+        live_(sizeof(LiveKeys) * batches_ * key_tiles_) {}
+  explicit operator bool() const { return hulls_ && live_; }
+
+  void fill() {  // by all threads of a parallel region
+#pragma omp for
+    for (int64_t i = 0; i < batches_ * query_tiles_; ++i) {
+      const int tile = int(i % query_tiles_);
+      hulls_.as<Hulls>()[i] = hulls_of(p_.bounds, i / query_tiles_, int64_t(tile) * kTileRows, p_.tile_rows(tile));
+    }
+#pragma omp for
+    for (int64_t i = 0; i < batches_ * key_tiles_; ++i)
+      find_live(i / key_tiles_, int(i % key_tiles_) * kTileKeys, live_.as<LiveKeys>()[i]);
   }
-  explicit operator bool() const { return bool(buffer_); }
-  const Hulls& at(int64_t b, int tile) const { return buffer_.as<Hulls>()[(batches_ == 1 ? 0 : b) * tiles_ + tile]; }
+  const Hulls& hulls(int64_t b, int tile) const {
+    return hulls_.as<Hulls>()[(batches_ == 1 ? 0 : b) * query_tiles_ + tile];
+  }
+  // Returns 1 for each key of the key tile that some row may attend to, or null if there is none.
+  const uint8_t* live(int64_t b, int start) const {
+    const LiveKeys& keys = live_.as<LiveKeys>()[(batches_ == 1 ? 0 : b) * key_tiles_ + start / kTileKeys];
+    return keys.any ? keys.live : nullptr;
+  }
+  // Returns the start of the first key tile at or after `start` that one of query tiles first .. last touches, else the
+  // number of keys.
+  int next_key_tile(int64_t b, int first, int last, int start) const {
+    int next = p_.keys;
+    for (int t = first; t < last && next > start; ++t) next = hulls(b, t).first_touched(start, kTileKeys, next);
+    return next;
+  }
 
  private:
-  int tiles_;
+  struct LiveKeys {
+    uint8_t live[kTileKeys];
+    bool any;
+  };
+  void find_live(int64_t b, int start, LiveKeys& keys) const {
+    const int size = smaller(kTileKeys, p_.keys - start);
+    int edges[kTileKeys + 1] = {};
+    for (int t = 0; t < query_tiles_; ++t) {
+      if (hulls(b, t).all_attend(start, start + size)) {
+        std::memset(keys.live, 1, kTileKeys), keys.any = true;
+        return;
+      }
+      if (hulls(b, t).touches(start, start + size))
+        mark_edges(p_.bounds, b, int64_t(t) * kTileRows, p_.tile_rows(t), start, size, edges);
+    }
+    int open = 0;
+    keys.any = false;
+    for (int j = 0; j < kTileKeys; ++j) keys.any |= keys.live[j] = (open += edges[j]) > 0;
+  }
+
+  const Problem& p_;
+  int query_tiles_, key_tiles_;
   int64_t batches_;
-  Buffer buffer_;
+  Buffer hulls_, live_;
 };
 
-// Returns the start of the first key tile at or after `start` that one of query tiles first .. last touches, else the
-// number of keys.
-inline int next_key_tile(const Problem& p, const HullTable& hulls, int64_t b, int first, int last, int start) {
-  int next = p.keys;
-  for (int t = first; t < last && next > start; ++t) next = hulls.at(b, t).first_touched(start, kTileKeys, next);
-  return next;
-}
+// Which columns of a key tile the rows of a query tile need: all rows, and each kBlockRows of them.
+struct Meeting {
+  Window all;
+  struct Rows {
+    Window columns;
+    bool masked;  // else every row attends to every column
+  } block[kRowBlocks] = {};
+  RowRanges ranges[kTileRows];  // of masked blocks
+  int blocks;
 
-// Sets live[j] to 1 if some row of query tiles first .. last may attend to key start + j. Returns whether some may.
-inline bool live_keys(const Problem& p, const HullTable& hulls, int64_t b, int first, int last, int start,
-                      uint8_t* live) {
-  const int size = smaller(kTileKeys, p.keys - start);
-  int edges[kTileKeys + 1] = {};
-  for (int t = first; t < last; ++t) {
-    if (hulls.at(b, t).all_attend(start, start + size)) return std::memset(live, 1, kTileKeys), true;
-    if (hulls.at(b, t).touches(start, start + size))
-      mark_edges(p.bounds, b, int64_t(t) * kTileRows, p.tile_rows(t), start, size, edges);
+  Meeting(const Problem& p, const Tiles& tiles, int64_t b, int tile, int start) {
+    const Hulls& hulls = tiles.hulls(b, tile);
+    const int rows = p.tile_rows(tile);
+    blocks = (rows + kBlockRows - 1) / kBlockRows;
+    all = hulls.window(start, kTileKeys, kWidth);
+    if (all.empty()) return;
+    const bool whole = hulls.all_attend(start + all.first, start + all.last);
+    for (int i = 0; i < blocks; ++i) {
+      block[i] = {all, false};
+      if (whole) continue;
+      Hulls few;
+      for (int row = i * kBlockRows; row < smaller(rows, (i + 1) * kBlockRows); ++row)
+        few.add(ranges[row] = p.bounds.of_row(b, int64_t(tile) * kTileRows + row));
+      const Window w = few.window(start, kTileKeys, kWidth);
+      block[i] = {w, !few.all_attend(start + w.first, start + w.last)};
+    }
   }
-  int open = 0, any = 0;
-  for (int j = 0; j < kTileKeys; ++j) any |= live[j] = (open += edges[j]) > 0;
-  return any;
-}
+  // Returns the blocks' rows, of `rows`, that some column of key .. key + kWidth needs, as one window.
+  Window rows_of(int key, int rows) const {
+    Window w = {0, 0};
+    for (int i = 0; i < blocks; ++i)
+      if (block[i].columns.first <= key && key < block[i].columns.last) {
+        if (w.empty()) w.first = i * kBlockRows;
+        w.last = smaller(rows, (i + 1) * kBlockRows);
+      }
+    return w;
+  }
+};
 
 // Returns which lanes' keys, key + lane, lie in the ranges.
 inline vi allowed_lanes(const RowRanges& r, int key) {

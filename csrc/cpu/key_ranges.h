@@ -52,6 +52,7 @@ struct Hulls {
       common_hi[i] = smaller(common_hi[i], r.hi[i]);
     }
   }
+  int64_t keys() const { return int64_t(larger(hi[0] - lo[0], 0)) + larger(hi[1] - lo[1], 0); }  // in both hulls
   // Returns the columns of the key tile at key `start` that some row may need, rounded outwards to multiples of `step`.
   Window window(int start, int size, int step) const {
     int first = size, last = 0;

@@ -1,7 +1,8 @@
 // GEMMs of small float32 tiles that stay in the cache, register-blocked as in a BLAS, and what attention needs around
 // them: transposing pack, row maxima, exp2. Internal linkage, like vec.h: compiled once per instruction set.
 #pragma once
-#include "vec.h"
+#include "key_ranges.h"
+#include "products.h"
 
 namespace {
 
@@ -16,8 +17,9 @@ inline int round_down(int n, int step) { return n / step * step; }
 // What the GEMM computes: C = AB, C += AB, or C = diag(row_scale) C + AB.
 enum class Into { kStore, kAdd, kScaleAdd };
 
-// Computes one block of kBlockRows x (kVectors * kWidth). A(i, p) is a[i * lda + p], or a[p * lda + i] if kTransposed.
-template <Into kInto, bool kTransposed, int kVectors>
+// Computes one block of kBlockRows x (kVectors * kWidth). A(i, p) is a[i * lda + p], or a[p * lda + i] if kTransposed;
+// p counts units (products.h).
+template <class Products, Into kInto, bool kTransposed, int kVectors>
 inline void multiply_block(int depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                            const float* row_scale) {
   vf acc[kBlockRows][kVectors] = {};
@@ -29,7 +31,7 @@ inline void multiply_block(int depth, const float* a, int64_t lda, const float* 
     for (int i = 0; i < kBlockRows; ++i) {
       const float factor = kTransposed ? a[p * lda + i] : a[i * lda + p];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) acc[i][j] += row[j] * factor;
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = Products::add(acc[i][j], factor, row[j]);
     }
   }
 #pragma GCC unroll 16
@@ -54,12 +56,13 @@ class Ahead {
         stride_(stride * int64_t(sizeof(T))),
         rows_(rows),
         bytes_(dim * int(sizeof(T))) {}
-  void ask() {
-    for (int i = 0; i < 4 && rows_ > 0; ++i) {
+  void ask(int lines = 4) {
+    for (int i = 0; i < lines && rows_ > 0; ++i) {
       __builtin_prefetch(row_ + at_, 0, 2);
       if ((at_ += 64) >= bytes_) at_ = 0, row_ += stride_, --rows_;
     }
   }
+  int lines() const { return rows_ * ((bytes_ + 63) / 64); }  // still to be asked for
 
  private:
   const char* row_ = nullptr;
@@ -67,20 +70,33 @@ class Ahead {
   int rows_ = 0, bytes_ = 0, at_ = 0;
 };
 
-// Computes C (rows x cols) from A (rows x depth) and B (depth x cols). rows: a multiple of kBlockRows, cols of kWidth.
-template <Into kInto, bool kTransposed>
-__attribute__((noinline)) void multiply(int rows, int cols, int depth, const float* a, int64_t lda, const float* b,
-                                        int64_t ldb, float* c, int64_t ldc, Ahead& ahead,
+// What kBlockRows rows of C need: columns, multiples of kWidth, and units of the inner dimension. Nothing if empty.
+struct Part {
+  Window columns, depth;
+};
+
+// Computes the parts of C that each of `blocks` blocks of rows needs, within `cols` columns. Calls `ahead.ask()` once a
+// register block.
+template <class Products, Into kInto, bool kTransposed, class Asking>
+__attribute__((noinline)) void multiply(int blocks, int cols, const Part* parts, const float* a, int64_t lda,
+                                        const float* b, int64_t ldb, float* c, int64_t ldc, Asking& ahead,
                                         const float* row_scale = nullptr) {
-  const int64_t next_rows = kTransposed ? kBlockRows : kBlockRows * lda;
   for (int j = 0; j < cols; j += kBlockCols)
-    for (int i = 0; i < rows; i += kBlockRows) {
+    for (int i = 0; i < blocks; ++i) {
+      const Part& part = parts[i];
+      const int first = larger(j, part.columns.first), last = smaller(j + kBlockCols, part.columns.last);
+      if (first >= last || part.depth.empty()) continue;
       ahead.ask();
-      const float* a_block = a + i / kBlockRows * next_rows;
-      const float* scale_block = kInto == Into::kScaleAdd ? row_scale + i : nullptr;
-      if (cols - j >= kBlockCols)
-        multiply_block<kInto, kTransposed, 2>(depth, a_block, lda, b + j, ldb, c + i * ldc + j, ldc, scale_block);
-      else multiply_block<kInto, kTransposed, 1>(depth, a_block, lda, b + j, ldb, c + i * ldc + j, ldc, scale_block);
+      const int64_t row = i * kBlockRows, depth = part.depth.first;
+      const float* a_block = a + (kTransposed ? row + depth * lda : row * lda + depth);
+      const float* b_block = b + depth * ldb + first;
+      float* c_block = c + row * ldc + first;
+      const float* scale_block = kInto == Into::kScaleAdd ? row_scale + row : nullptr;
+      const int units = part.depth.last - part.depth.first;
+      if (last - first == kBlockCols)
+        multiply_block<Products, kInto, kTransposed, 2>(units, a_block, lda, b_block, ldb, c_block, ldc, scale_block);
+      else
+        multiply_block<Products, kInto, kTransposed, 1>(units, a_block, lda, b_block, ldb, c_block, ldc, scale_block);
     }
 }
 

@@ -70,8 +70,11 @@ void multiply_ids(const Head& head, int64_t first, int ids, const float* packed,
       for (int64_t block = 0; block < blocks; ++block) {
         const float* a = packed + (block * head.dim + d) * kBlockRows;
         float* c = sums + block * kBlockRows * kIds + j;
-        if (d == 0) multiply_block<Into::kStore, true, 2>(depth, a, kBlockRows, panel, kBlockCols, c, kIds, nullptr);
-        else multiply_block<Into::kAdd, true, 2>(depth, a, kBlockRows, panel, kBlockCols, c, kIds, nullptr);
+        if (d == 0)
+          multiply_block<FloatProducts, Into::kStore, true, 2>(depth, a, kBlockRows, panel, kBlockCols, c, kIds,
+                                                               nullptr);
+        else
+          multiply_block<FloatProducts, Into::kAdd, true, 2>(depth, a, kBlockRows, panel, kBlockCols, c, kIds, nullptr);
       }
     }
   }

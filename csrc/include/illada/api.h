@@ -12,10 +12,11 @@ enum illada_error { ILLADA_OK = 0, ILLADA_BAD_DTYPE = 1, ILLADA_BAD_ARGUMENT = 2
 // Declares a CPU function once per instruction set; bindings.cpp chooses one at run time. Only x86-64 has more than
 // scalar.
 #if defined(__x86_64__) && !defined(ILLADA_SCALAR_ONLY)
-#define ILLADA_CPU(name, ...)                \
-  extern "C" int name##_scalar(__VA_ARGS__); \
-  extern "C" int name##_avx2(__VA_ARGS__);   \
-  extern "C" int name##_avx512(__VA_ARGS__);
+#define ILLADA_CPU(name, ...)                     \
+  extern "C" int name##_scalar(__VA_ARGS__);      \
+  extern "C" int name##_avx2(__VA_ARGS__);        \
+  extern "C" int name##_avx512(__VA_ARGS__);      \
+  extern "C" int name##_avx512_bf16(__VA_ARGS__);
 #else
 #define ILLADA_CPU(name, ...) extern "C" int name##_scalar(__VA_ARGS__);
 #endif

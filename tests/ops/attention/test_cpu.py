@@ -387,8 +387,9 @@ def test_same_inputs_give_the_same_bits(backend, dtype):
 
 
 @compiled_backends
-def test_number_of_threads_does_not_change_a_bit(backend):
-    inputs = draw(2, 300, 1100, 4, 2, 24)
+@dtypes
+def test_number_of_threads_does_not_change_a_bit(backend, dtype):
+    inputs = draw(2, 300, 1100, 4, 2, 24, dtype=dtype)
     before = torch.get_num_threads()
     try:
         for ranges in (None, cases.hostile_masks(2, 300, 1100)["random"]):

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada_kernels import KeyRanges, attention
+from illada_kernels._build import ISA_FLAGS
 from illada_kernels.ops.attention import op
 from illada_kernels.ops.attention.problem import Problem
 from tests.helpers.attention_oracle import NAMES, draw, run
@@ -158,9 +159,9 @@ print("fine")
 
 
 @pytest.mark.skipif("cpu" not in NAMES, reason="the extension is not built")
-@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+@pytest.mark.parametrize("isa", ISA_FLAGS)
 def test_every_instruction_set_meets_the_numerics_bar(isa):
-    order = ["scalar", "avx2", "avx512"]
+    order = list(ISA_FLAGS)
     from illada_kernels import _extension
 
     if "ILLADA_CPU_ISA" not in os.environ and order.index(_extension.native().cpu_isa) < order.index(isa):

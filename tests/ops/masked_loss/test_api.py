@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from illada_kernels import masked_loss, masked_loss_from_logits
+from illada_kernels._build import ISA_FLAGS
 from illada_kernels.ops.masked_loss.op import OPERATOR
 from tests.helpers import masked_loss_contract as contract
 from tests.helpers import masked_loss_reference as reference
@@ -344,11 +345,11 @@ print("ok")
 
 
 @needs_extension
-@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+@pytest.mark.parametrize("isa", ISA_FLAGS)
 def test_every_instruction_set_meets_the_bar(isa: str, python: Any) -> None:
     from illada_kernels import _extension
 
-    names = ["scalar", "avx2", "avx512"]
+    names = list(ISA_FLAGS)
     if names.index(_extension.native().cpu_isa) < names.index(isa):
         pytest.skip(f"this processor has no {isa}")
     done = python("-c", ISA_CHECK.format(isa=isa), ILLADA_CPU_ISA=isa)
