@@ -10,9 +10,12 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._torch_ops import is_watched
 
 
 @functools.cache
@@ -27,6 +30,22 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
         return None
     current = torch.cuda.current_stream(device)
     return current, _beside(current.device_index, current.cuda_stream)
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether what is launched on the device now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def reuse(device: torch.device) -> Any:
+    """Returns a key of where a tensor that is made once may be used again; None where it has to be made anew.
+
+    A tensor made in a captured graph is filled by its replays alone; one that is captured must outlive the graph. On
+    another stream it may not be filled yet.
+    """
+    if is_watched() or is_captured(device):
+        return None
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 class TwoBuffers:

@@ -11,6 +11,7 @@ windows, packed or padded, else from the mask's function evaluated once. They tr
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .._bounds import runs
+from .._streams import reuse
 from ..key_ranges import KeyRanges
-from ..ops.attention import scaled_dot_product_attention
+from ..ops.attention import attention, scaled_dot_product_attention
 
 __all__ = ["attention_forward", "mask_bounds", "register"]
 
@@ -108,11 +110,11 @@ def attention_forward(
         is_causal = bool(is_causal) and query.shape[2] > 1  # one query is the last: it sees all keys
     else:
         is_causal = False
-    mask: Tensor | KeyRanges | None = attention_mask
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
-        mask = KeyRanges(attention_mask[:, 0], key.shape[2])
-    elif attention_mask is not None:
-        mask = attention_mask[..., : key.shape[2]]
+    if attention_mask is not None and attention_mask.dtype == torch.int32 and dropout == 0:
+        ranges = KeyRanges(attention_mask[:, 0], key.shape[2])  # straight to the op, whose layout is the result's
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return attention(q, k, v, ranges, scale=scaling), None
+    mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
     out = scaled_dot_product_attention(
         query, key, value, mask, dropout_p=dropout, is_causal=is_causal, scale=scaling, enable_gqa=True
     )
@@ -146,26 +148,31 @@ def mask_bounds(
 
     Notes
     -----
-    Synchronises once where there is padding, or where the closure is not one that is known; else never.
+    Synchronises once where there is padding, or where the closure is not one that is known; else never. Where nothing
+    but numbers decides, the same bounds are returned again: do not write to them.
     """
     masking = importlib.import_module("transformers.masking_utils")
+    function = masking.causal_mask_function if mask_function is None else mask_function
+    padding = _padding(attention_mask, kv_length, kv_offset)
+    parts = _parts(function, masking)
+    numbers = parts is not None and all(kind != "packed" for kind, _ in parts)
+    if numbers and padding is None and cache_position is None and isinstance(q_offset, int):
+        device = torch.device(device)
+        if (where := reuse(device)) is not None:
+            return _same_bounds(tuple(parts or ()), q_length or 0, q_offset - kv_offset, kv_length, device, where)
     if cache_position is not None:
         queries = cache_position
         device = queries.device
     else:
         queries = torch.arange(q_length, device=device) + q_offset  # type: ignore[arg-type]
-    keys = torch.arange(kv_length, device=device) + kv_offset
-    function = masking.causal_mask_function if mask_function is None else mask_function
-    padding = _padding(attention_mask, kv_length, kv_offset)
-    parts = _parts(function, masking)
-    bounds = None if parts is None else _bounds(parts, queries, keys, padding, kv_offset)
+    bounds = None if parts is None else _bounds(parts, queries - kv_offset, kv_length, padding)
     if bounds is not None:
         return bounds[:, None]
     index = (
         torch.arange(batch_size, device=device)[:, None, None, None],
         torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device),
         queries[None, None, :, None],
-        keys[None, None, None, :],
+        (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :],
     )
     allowed = function(*index).expand(batch_size, -1, len(queries), kv_length)
     return KeyRanges.from_dense(allowed if padding is None else allowed & padding[:, None, None]).bounds[:, None]
@@ -203,12 +210,25 @@ def _parts(function: MaskFunction, masking: Any) -> list[tuple[str, Any]] | None
     return [(kinds[maker][0], cells[kinds[maker][1]])]
 
 
-def _bounds(
-    parts: list[tuple[str, Any]], queries: Tensor, keys: Tensor, padding: Tensor | None, kv_offset: int
-) -> Tensor | None:
-    """Bounds (B or 1, Sq, 4) of one range a row: the intersection of all parts. None if the real keys have gaps."""
-    position = queries[None] - kv_offset  # (1, Sq), in keys
-    low, high = torch.zeros_like(position), torch.full_like(position, len(keys))
+@functools.lru_cache(64)
+def _same_bounds(
+    parts: tuple[tuple[str, Any], ...], queries: int, first: int, keys: int, device: torch.device, where: Any
+) -> Tensor:
+    """Returns bounds (1, 1, queries, 4) that depend on no tensor, which all steps of a shape share."""
+    with torch.inference_mode(False):  # for training too
+        position = torch.arange(first, first + queries, device=device)
+        bounds = _bounds(list(parts), position, keys, None)
+    assert bounds is not None
+    return bounds[:, None]
+
+
+def _bounds(parts: list[tuple[str, Any]], position: Tensor, keys: int, padding: Tensor | None) -> Tensor | None:
+    """Bounds (B or 1, Sq, 4) of one range a row: the intersection of all parts. None if the real keys have gaps.
+
+    position: (Sq,), of the queries among the keys.
+    """
+    position = position[None]  # (1, Sq)
+    low, high = torch.zeros_like(position), torch.full_like(position, keys)
     for kind, value in parts:
         if kind == "causal":
             high = torch.minimum(high, position + 1)
@@ -225,6 +245,6 @@ def _bounds(
         if bool((count > 1).any()):
             return None
         low, high = torch.maximum(low, real[..., 0]), torch.minimum(high, real[..., 1])
-    low = low.clamp(0, len(keys))
-    high = torch.maximum(high.clamp(0, len(keys)), low)
+    low = low.clamp(0, keys)
+    high = torch.maximum(high.clamp(0, keys), low)
     return torch.stack(torch.broadcast_tensors(low, high, high, high), -1).to(torch.int32)

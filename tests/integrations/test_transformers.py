@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import os
 import subprocess
 import sys
@@ -202,6 +204,51 @@ def test_known_masks_are_never_made_dense(name, monkeypatch):
     monkeypatch.setattr(KeyRanges, "from_dense", lambda mask: pytest.fail("a dense mask"))
     for mask in (None, padding("left").bool()):
         bounds_of(FUNCTIONS[name], 12, 0, mask)
+
+
+def test_masks_of_numbers_alone_are_made_once(monkeypatch):
+    if not V5:
+        pytest.skip("4.57 gives positions as a tensor")
+    options = {"batch_size": 2, "q_length": 7, "kv_length": 7, "mask_function": FUNCTIONS["causal"]}
+    with torch.inference_mode():
+        first = illada.mask_bounds(**options)
+    assert illada.mask_bounds(**options) is first and not first.is_inference()
+    assert illada.mask_bounds(**options | {"q_offset": 2, "kv_length": 9}) is not first
+    monkeypatch.setattr(illada, "reuse", lambda device: None)  # as while a CUDA graph is captured
+    assert torch.equal(again := illada.mask_bounds(**options), first) and again is not first
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_a_layer_costs_views_and_the_op_alone(name):
+    """Nothing of a layer is copied, made dense or waited for; masks are made once a forward."""
+    kind, config = (DECODERS | ENCODERS)[name]
+    counts = {}
+    for layers in (2, 4):
+        more = copy.deepcopy(config)
+        more.num_hidden_layers = layers
+        if hasattr(more, "layer_types"):
+            more.layer_types = more.layer_types * (layers // 2) if more.layer_types else None
+        model = kind(more).eval()
+        for implementation in ("sdpa", "illada"):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad(), Calls() as calls:
+                model(torch.randint(3, 99, (2, 12)), attention_mask=padding("left"))
+            counts[implementation, layers] = collections.Counter(calls.names)
+    ours, theirs = (counts[one, 4] - counts[one, 2] for one in ("illada", "sdpa"))  # two layers
+    added = ours - theirs
+    assert added.pop("illada_kernels::attention") == 2
+    assert set(added) <= {"aten::transpose.int", "aten::select.int", "aten::view", "aten::unsqueeze"}
+    assert counts["illada", 4]["aten::_local_scalar_dense"] <= 2  # of the padding, once for each kind of layer
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, expect_number, expect_tensor, known
+from ..._streams import is_captured, reuse
 from ..._torch_ops import is_plain, is_watched
 from ...key_ranges import KeyRanges
 from .api import attention
@@ -70,7 +71,8 @@ def scaled_dot_product_attention(
     written to, so that 32 layers that share a mask synchronise once. A write is seen by the tensor's version, and on
     the CPU, where it may go past the version (.data, NumPy), by a CRC-32 of the mask as well. On a GPU a write through
     .data or DLPack is not seen: hand over a clone, or KeyRanges, which are never remembered. Inference tensors have no
-    version and are read in each call; a compiled graph asserts what it reads when it runs. Nothing else synchronises.
+    version and are read in each call; a compiled graph asserts what it reads when it runs. While a CUDA graph is
+    captured a tensor mask raises. Nothing else synchronises.
 
     Examples
     --------
@@ -112,11 +114,12 @@ def _four_dimensions(x: Tensor, grouped: bool) -> Tensor:
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> KeyRanges:
-    """Returns ranges by which query i sees keys 0 .. i; the same ones again where nothing traces."""
-    return _new_causal(queries, keys, device) if is_watched() else _cached_causal(queries, keys, device)
+    """Returns ranges by which query i sees keys 0 .. i; the same ones again where they may be used again."""
+    where = reuse(device)
+    return _new_causal(queries, keys, device) if where is None else _cached_causal(queries, keys, device, where)
 
 
-def _new_causal(queries: int, keys: int, device: torch.device) -> KeyRanges:
+def _new_causal(queries: int, keys: int, device: torch.device, where: Any = None) -> KeyRanges:
     if queries > keys:
         return KeyRanges.window(queries, None, queries - keys, keys, device=device)
     return KeyRanges.causal(keys, device=device)[:, :queries]
@@ -132,6 +135,11 @@ def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRange
     """Returns what `_read` does; again if the mask, or what it is a view of, has not changed since."""
     if mask.requires_grad:
         raise ValueError("attn_mask: expected requires_grad=False, got True: a learned bias is not a mask")
+    if is_captured(mask.device):
+        raise ValueError(
+            "attn_mask: expected KeyRanges or None while a CUDA graph is captured, got a tensor, which is read on the "
+            "host; make KeyRanges.from_dense(mask) before the capture"
+        )
     if is_watched() or not is_plain([mask]) or mask.is_inference():
         return _read(mask, shape, grouped)
     base = mask if mask._base is None else mask._base

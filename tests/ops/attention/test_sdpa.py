@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import types
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as torchs
 
-from illada_kernels import KeyRanges, _bounds
+from illada_kernels import KeyRanges, _bounds, _streams
 from illada_kernels import scaled_dot_product_attention as ours
 from illada_kernels.ops.attention import sdpa
 
@@ -187,6 +188,21 @@ def test_causal_ranges_made_under_inference_mode_train():
     with torch.inference_mode():
         ours(*(x.detach() for x in draw(2, queries=7, keys=7)), is_causal=True)
     assert_as_torchs(draw(2, queries=7, keys=7), is_causal=True)
+
+
+def test_nothing_that_is_made_in_a_captured_graph_is_used_outside_of_it(monkeypatch):
+    captured = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _streams.reuse(captured) is None and _streams.reuse(torch.device("cpu")) == 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7))
+    assert _streams.reuse(captured) == 7
+
+
+def test_a_mask_that_a_captured_graph_would_not_read_again_is_refused(monkeypatch):
+    monkeypatch.setattr(sdpa, "is_captured", lambda device: True)
+    with pytest.raises(ValueError, match="attn_mask: expected KeyRanges or None while a CUDA graph is captured"):
+        ours(*draw(2), allowed())
 
 
 BAD = {
