@@ -19,6 +19,7 @@ ATTENTION = frozenset(
     ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
     + ("_transformer_encoder_layer_fwd",)
 )
+_PACKAGE = __name__.partition(".")[0]
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -86,7 +87,7 @@ class _Seen(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "").partition(".")[0]
-        if getattr(func, "namespace", "") == "illada_kernels":
+        if getattr(func, "namespace", "") == _PACKAGE:
             self.ours |= name == "attention"
         elif name in self.watched or name.startswith("_scaled_dot_product"):
             frame: Any = sys._getframe(1)

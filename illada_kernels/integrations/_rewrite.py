@@ -225,7 +225,7 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _is_library(function: types.FunctionType) -> bool:
-    return (function.__module__ or "").partition(".")[0] in ("torch", "illada_kernels")
+    return (function.__module__ or "").partition(".")[0] in ("torch", __name__.partition(".")[0])
 
 
 def _imported(function: types.FunctionType) -> list[types.ModuleType]:

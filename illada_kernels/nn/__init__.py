@@ -46,7 +46,7 @@ class _Op(torch.nn.Module):
 class Attention(_Op):
     """Runs `illada_kernels.attention` as a module.
 
-    Options, by keyword, are those of `attention`: scale, deterministic, backend.
+    Options, by keyword, are those of `attention`: scale, return_lse, deterministic, backend.
 
     Examples
     --------
@@ -59,10 +59,13 @@ class Attention(_Op):
     torch.Size([2, 6, 4, 8])
     """
 
-    accepted = ("scale", "deterministic", "backend")
+    accepted = ("scale", "return_lse", "deterministic", "backend")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges | None = None) -> Tensor:
-        """Returns (B, Sq, Hq, Dv) from q (B, Sq, Hq, D), k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv)."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns (B, Sq, Hq, Dv) from q (B, Sq, Hq, D), k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv); with return_lse
+        also lse (B, Hq, Sq)."""
         return attention(q, k, v, key_ranges, **self.options)
 
 
@@ -206,6 +209,7 @@ class Unmask(_Op):
         step: int | Tensor = 0,
         frozen: Tensor | None = None,
         head_bias: Tensor | None = None,
+        noise_positions: Tensor | None = None,
     ) -> Unmasked:
         """Commits into tokens (B, L) at positions (B, K) what hidden (B, K, D) and head_weight (V, D) propose."""
         return unmask(
@@ -218,6 +222,7 @@ class Unmask(_Op):
             step=step,
             frozen=frozen,
             head_bias=head_bias,
+            noise_positions=noise_positions,
             **self.options,
         )
 
@@ -242,8 +247,17 @@ class UnmaskFromLogits(Unmask):
         positions: Tensor,
         step: int | Tensor = 0,
         frozen: Tensor | None = None,
+        noise_positions: Tensor | None = None,
     ) -> Unmasked:
         """Commits into tokens (B, L) at positions (B, K) what logits (B, K, V) propose."""
         return unmask_from_logits(
-            logits, tokens, positions, self.rule, mask_id=self.mask_id, step=step, frozen=frozen, **self.options
+            logits,
+            tokens,
+            positions,
+            self.rule,
+            mask_id=self.mask_id,
+            step=step,
+            frozen=frozen,
+            noise_positions=noise_positions,
+            **self.options,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -76,6 +77,28 @@ def test_a_layer_gives_what_its_op_gives(name):
     inputs, op, _ = CASES[name]
     inputs, rule = inputs(), RULE if name.startswith("Unmask") else {}
     assert all(torch.equal(a, b) for a, b in zip(run(getattr(layers, name)(), inputs, rule), run(op, inputs, rule)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_argument_of_an_op_is_an_option_or_one_of_the_call(name):
+    of_the_op = set(inspect.signature(CASES[name][1]).parameters)
+    module = getattr(nn, name)
+    of_the_call = set(inspect.signature(module.forward).parameters) | set(inspect.signature(module).parameters)
+    assert of_the_call - {"self", "options"} | set(module.accepted) == of_the_op
+
+
+def test_noise_follows_the_positions_that_are_given():
+    hidden, head, tokens, positions = unmask_inputs()
+    step = nn.Unmask(**RULE, temperature=1.5, seed=4)
+    shifted = step(hidden, head, tokens.clone(), positions, noise_positions=positions + 7).proposal
+    assert torch.equal(
+        shifted,
+        ops.unmask(
+            hidden, head, tokens.clone(), positions, **RULE, temperature=1.5, seed=4, noise_positions=positions + 7
+        ).proposal,
+    )
+    out, lse = nn.Attention(return_lse=True)(*attention_inputs())
+    assert out.shape == (2, 5, 4, 8) and lse.shape == (2, 4, 5)
 
 
 def test_modules_and_layers_are_the_same_ops():
