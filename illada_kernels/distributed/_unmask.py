@@ -32,6 +32,9 @@ def unmask(
     confidence_temperature: float | Tensor = 1.0,
     seed: int | Tensor = 0,
     step: int | Tensor = 0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     forbid: Sequence[int] | None = None,
     defer: Sequence[int] = (),
     logit_bias: LogitBias | None = None,
@@ -58,7 +61,7 @@ def unmask(
     local_bias
         (n,), this rank's part of the head's bias.
     positions, rule, mask_id and the other options
-        As in `illada_kernels.unmask`, which has top_k, top_p and min_p besides. Ids are those of the whole vocab.
+        As in `illada_kernels.unmask`. Ids are those of the whole vocab.
 
     Returns
     -------
@@ -77,7 +80,8 @@ def unmask(
     wherever it is computed, and so have proposals; confidences are sums over the vocab, of the same parts where pieces
     begin at multiples of 2048, else equal up to float32's rounding. "reference" is equal up to the rounding of its
     matmul. On a GPU "reference" runs, in plain PyTorch.
-    Two all-gathers: 48 bytes a row and 2048 ids ("cpu"), or 80 bytes a row ("reference"). Logits never cross ranks.
+    Two all-gathers: 48 bytes a row and 2048 ids ("cpu"), or 80 bytes a row ("reference"). top_k and top_p add one for
+    each 4 bits of a logit, 256 bytes a row: a search for the least logit that is kept. Logits never cross ranks.
 
     Examples
     --------
@@ -108,9 +112,9 @@ def unmask(
         confidence_temperature,
         seed,
         step,
-        None,
-        None,
-        None,
+        top_k,
+        top_p,
+        min_p,
         forbid,
         defer,
         logit_bias,

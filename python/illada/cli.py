@@ -1,4 +1,4 @@
-"""The `illada` command: train, generate, eval, bench, demo.
+"""The `illada` command: train, generate, record, eval, bench, demo.
 
 Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130.
 """
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="command")
     command.add_options(commands.add_parser("train", help="train on a file or folder of text"), _DATA, _DEVICE)
     _generate_parser(commands.add_parser("generate", help="continue a prompt"))
+    _record_parser(commands.add_parser("record", help="write down how a model decodes, to train on its trajectories"))
     _eval_parser(commands.add_parser("eval", help="bits per byte on held-out text, or tasks"))
     bench = commands.add_parser("bench", help="each op against its PyTorch fallback on this machine")
     bench.add_argument("--device", help=_DEVICE)
@@ -140,6 +141,11 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--weights", choices=("same", "int8", "int4"), help="round the layers' weights, on a CPU")
     p.add_argument("--batch-size", type=int, default=8, help="prompts of --prompts decoded at a time (default 8)")
+    _decoding_options(p)
+    p.set_defaults(run=_generate)
+
+
+def _decoding_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--seed", type=int, default=0)
     how = p.add_argument_group("how to decode, as in illada.GenerationConfig").add_argument
@@ -182,13 +188,35 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
         help="show all masks at once (LLaDA)",
         **says,
     )
-    p.set_defaults(run=_generate)
 
 
 def _generate(options: argparse.Namespace) -> int:
     from .prompts import run
 
     return run(options)
+
+
+def _record_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", required=True, help="a run's folder, or one of Hugging Face")
+    p.add_argument(
+        "--prompts", required=True, metavar="FILE", help='JSON lines {"prompt": "..."}, from a file or - (input)'
+    )
+    p.add_argument("--out", required=True, metavar="FILE", help="JSON lines for illada train --objective trajectory")
+    p.add_argument("--draws", type=int, default=1, help="trajectories made of each prompt (default 1)")
+    p.add_argument("--keep", type=int, help="how many of them are kept, those of highest bound (default all)")
+    p.add_argument("--teacher", metavar="FOLDER", help="a model that takes over from a random pass on, token by token")
+    p.add_argument("--chat", action="store_true", help="apply the folder's chat template to each prompt")
+    p.add_argument("--device", help=_DEVICE)
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    p.add_argument("--batch-size", type=int, default=8, help="sequences decoded at a time (default 8)")
+    _decoding_options(p)
+    p.set_defaults(run=_record)
+
+
+def _record(options: argparse.Namespace) -> int:
+    from .prompts import run_record
+
+    return run_record(options)
 
 
 def _eval_parser(p: argparse.ArgumentParser) -> None:

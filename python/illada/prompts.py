@@ -217,6 +217,28 @@ def _stream(
         write()
 
 
+def run_record(options: argparse.Namespace) -> int:
+    """Writes the trajectories of each prompt to --out, flushed batch by batch; a summary goes to standard error."""
+    from .training.record import record
+
+    config = config_of(options)
+    model, tokenizer = open_model(options.model, options.device, options.dtype)
+    teacher = open_model(options.teacher, options.device, options.dtype)[0] if options.teacher else None
+    prompts = (_encode(tokenizer, prompt, options) for _, prompt in _lines(options.prompts))
+    how: dict[str, Any] = {"draws": options.draws, "keep": options.keep, "teacher": teacher}
+    count = tokens = passes = 0
+    with open(options.out, "w", encoding="utf-8") as out:
+        for kept in record(model, prompts, config, batch_size=options.batch_size, **how):
+            for t in kept:
+                out.write(t.line() + "\n")
+                count += 1
+                tokens += sum(k >= t.first for k in t.order)
+                passes += max(t.order) - t.first + 1
+            out.flush()
+    print(f"{count} trajectories, {tokens / max(passes, 1):.2f} tokens a pass, in {options.out}", file=sys.stderr)
+    return 0
+
+
 def _lines(name: str) -> Iterator[tuple[int, str]]:
     """Yields (line number, prompt) of JSON lines. Empty lines are skipped, and a byte order mark before the first."""
     with contextlib.ExitStack() as files:

@@ -267,6 +267,19 @@ CALLS: dict[str, dict[str, Any]] = {
     "edit": {"rule": TopK(1), "revise": Edit(0.1), "temperature": 0.4},
     "remask": {"rule": TopK(1), "revise": Remask(2), "logit_bias": ([0, 7], [1.5, -2.0]), "forbid": (9, 2)},
     "renoise": {"rule": Renoise(0.5), "temperature": 0.8},
+    "top_k": {"rule": TopK(3), "temperature": 2.0, "top_k": 3},
+    "top_p": {"rule": TopK(3), "temperature": 1.5, "top_p": 0.6, "seed": 1, "forbid": (9, 2)},
+    "min_p": {"rule": Threshold(0.1), "temperature": 1.0, "min_p": 0.2, "logit_bias": ([0, 7], [1.5, -2.0])},
+    "all three": {
+        "rule": TopK(2),
+        "temperature": torch.tensor([1.0, 0.0]),
+        "top_k": torch.tensor([5, 2]),
+        "top_p": torch.tensor([0.9, 0.1]),
+        "min_p": 0.05,
+    },
+    "nothing truncated": {"rule": TopK(2), "temperature": 1.0, "top_k": torch.tensor([0, 9999]), "top_p": 1.0},
+    "renoise top_p": {"rule": Renoise(0.5), "temperature": 0.8, "top_p": 0.5},
+    "edit top_k": {"rule": TopK(1), "revise": Edit(0.1), "temperature": 0.7, "top_k": 2},
 }
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from illada import cli
@@ -15,22 +16,36 @@ from illada.decoding.config import GenerationConfig
 from illada.decoding.generate import generate
 from illada.training import registry, runs
 from illada.training.config import TrainConfig
-from illada.training.objectives import Example, blocks, documents, sequence
+from illada.training.objectives import Example, blocks, documents, sequence, trajectories
 from illada.training.registry import OBJECTIVES, OPTIONS, Batch, checked
+from illada.training.trajectories import States, Trajectory
 from torch import Tensor
 
 from tests.helpers import enumerated as e
 
 ROOT = Path(__file__).parents[2]
 PROMPT = 2  # tokens of the prompt, where data are pairs
+ORDER = torch.tensor([2, 1, 4, 3, 6, 5, 7, 8, 9, 10, 12, 11])  # of a trajectory, block after block of two or four
 
 
 def made_of(
-    name: str, tokens: Tensor, options: dict[str, Any], *, prompt: int = 0, seed: int = 0, vocab: int = e.VOCAB
+    name: str,
+    tokens: Tensor,
+    options: dict[str, Any],
+    *,
+    prompt: int = 0,
+    seed: int = 0,
+    vocab: int = e.VOCAB,
+    order: Tensor = ORDER,
 ) -> Example:
     """The objective's example of clean tokens at the end of a run."""
     learn = (torch.arange(tokens.shape[1]) >= prompt).expand(tokens.shape) if prompt else None
-    batch = Batch(tokens, learn, e.MASK, vocab, e.generator(seed), done=1.0)
+    states = None
+    if OBJECTIVES[name].answers == "recorded":
+        order = order[..., : tokens.shape[1]].where(torch.arange(tokens.shape[1]) >= prompt, 0).expand(tokens.shape)
+        batch_size = len(tokens)
+        states = States(order.numpy(), np.full(batch_size, tokens.shape[1]), None, np.full(batch_size, 1))
+    batch = Batch(tokens, learn, e.MASK, vocab, e.generator(seed), done=1.0, states=states)
     return OBJECTIVES[name].make(batch, **checked(name, options))
 
 
@@ -56,6 +71,20 @@ def token_to_token_mean(model: Any) -> float:
     return e.blocks_bound(model, e.TEXT[:4].tolist(), 2, levels, 1 / levels) / 4
 
 
+def path_mean(model: Any, block: int | None) -> float:
+    """-log p of the trajectory, a token; the model sees all, or blocks."""
+    text, order, total = e.TEXT[:4].tolist(), ORDER[:4].tolist(), 0.0
+    for i, k in enumerate(order):
+        shown = [x if o < k else e.MASK for x, o in zip(text, order)]
+        if block is None:
+            total += float(e.ce(model, shown, text)[i])
+        else:
+            start = i // block * block
+            own = slice(start, start + block)
+            total += float(e.block_ce(model, text[:start], shown[own], text[own], block)[i - start])
+    return total / 4
+
+
 # name: the text's length, options, tokens of the prompt, the exact mean of a model
 I_DLM = {"block": 2, "causal": "both", "diffusion": 1.0, "autoregressive": 0.2}
 EXACT: dict[str, tuple[int, dict[str, Any], int, Any]] = {
@@ -73,6 +102,8 @@ EXACT: dict[str, tuple[int, dict[str, Any], int, Any]] = {
     ),
     "token_to_token": (4, {"block": 2, "rate": 0.0}, 0, token_to_token_mean),
     "uniform_canvas": (4, {"block": 2}, 0, lambda m: e.canvases_mean(m, e.TEXT[:4].tolist(), "clean")),
+    "trajectory": (4, {"scored": "next"}, 0, lambda m: path_mean(m, block=None)),
+    "block_trajectory": (4, {"block": 2, "scored": "next"}, 0, lambda m: path_mean(m, block=2)),
 }
 
 
@@ -146,6 +177,9 @@ STORIES: list[tuple[str, dict[str, Any], bool, int, int]] = [
     ("seed_diffusion", {}, False, 8, 8),
     ("token_to_token", {**BLOCKS, "levels": (0.2, 1)}, False, 8, 4),
     ("uniform_canvas", BLOCKS, False, 8, 4),
+    ("trajectory", {}, False, 8, 8),
+    ("trajectory", {"scored": "next"}, True, 8, 8),
+    ("block_trajectory", BLOCKS, False, 8, 4),
 ]
 
 
@@ -161,8 +195,14 @@ def test_a_trained_model_writes_what_it_was_trained_on(name, options, shifted, c
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
     for step in range(150):
         optimizer.zero_grad()
-        prompt = 4 if entry.answers == "must" else 0
-        made_of(name, STORY.repeat(8, 1), options, prompt=prompt, seed=step, vocab=14).loss(model).backward()
+        prompt = 4 if entry.answers in ("must", "recorded") else 0
+        column = torch.arange(len(STORY))
+        turn = (
+            column // 4 if entry.sees == "blocks" else column >= 4
+        )  # random orders, block after block or behind a prompt
+        order = (torch.rand(8, len(STORY), generator=e.generator(step)) + turn).argsort(1).argsort(1) - 3
+        how: dict[str, Any] = {"prompt": prompt, "seed": step, "vocab": 14, "order": order}
+        made_of(name, STORY.repeat(8, 1), options, **how).loss(model).backward()
         optimizer.step()
     config = GenerationConfig(max_new_tokens=count, block_length=draft, stop_ids=(), sampler=entry.sampler)
     assert generate(model, STORY[None, :4], config).tokens[0] == STORY[4 : 4 + count].tolist()
@@ -178,6 +218,7 @@ def test_every_option_is_known_and_used_and_its_defaults_are_among_what_it_may_b
         wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in entry.options.items()}
         assert checked(name, {}) == wanted
     choices = {"weighting": sequence.WEIGHTINGS, "noise": blocks.NOISE, "per": documents.PER}  # the functions' own
+    choices["scored"] = trajectories.SCORED
     assert {option: OPTIONS[option].choices for option in choices} == choices
 
 
@@ -187,6 +228,8 @@ def test_illada_train_runs_every_objective_with_its_options_and_resumes_it(name,
     monkeypatch.setattr(runs, "plot_losses", lambda *_: None)  # half of the time
     entry, data, out = OBJECTIVES[name], tmp_path / "data", tmp_path / "run"
     lines = [json.dumps({"prompt": f"{i} + {i} = ", "response": str(2 * i)}) for i in range(20)]
+    if entry.answers == "recorded":
+        lines = [Trajectory([i, 43], [61, i], [2, 1], -1.0).line() for i in range(20)]
     data.write_text("\n".join(lines))
     said: list[str] = []
     values = {**entry.options, "block": 2, "forbid_mask": True}

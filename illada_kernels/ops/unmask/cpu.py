@@ -7,8 +7,10 @@ of the vocab at a time, for as many rows as fit.
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from .problem import (
     Outputs,
     Problem,
 )
+from .ranks import log_of, lower_bound
 
 # Rows and ids whose logits are in memory at once: 32 MB. IDS_AT_ONCE is a multiple of the segment.
 ROWS_AT_ONCE = 512
@@ -124,7 +127,7 @@ def truncations(problem: Problem, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         top_p[:] = problem.top_p if problem.top_p_tensor is None else problem.top_p_tensor
     if problem.truncate & BY_MIN_P:
         min_p[:] = problem.min_p if problem.min_p_tensor is None else problem.min_p_tensor
-    return top_k, top_p, torch.where(min_p > 0, min_p, 0.0).double().log().clamp(max=0.0).float()
+    return top_k, top_p, log_of(min_p)
 
 
 def wrapped(seed: int) -> int:
@@ -212,8 +215,37 @@ def from_hidden(scan: Scan, problem: Problem) -> None:
             if low > first:  # a segment that another rank begins
                 out = torch.nn.functional.pad(out, (low - first, 0), value=-torch.inf)
             scan.run(out, 0, out.shape[1], 0, first, out.shape[1], some)
-        if problem.truncation:
+            if problem.truncation and problem.group:
+                draw_over_ranks(scan, problem, out, first, some)
+        if problem.truncation and not problem.group:
             scan.truncate(logits, 0, vocab, 0, some)
+
+
+PARTIAL = np.dtype(  # of unmask_rows.h
+    [(name, "f8") for name in ("sum", "sum_ez")]
+    + [(name, "f4") for name in ("top", "second", "best_score", "best_logit", "held_logit")]
+    + [(name, "i4") for name in ("top_id", "best_id", "bad")]
+)
+
+
+def draw_over_ranks(scan: Scan, problem: Problem, logits: Tensor, first: int, some: slice) -> None:
+    """Draws rows that `run` has seen from what all ranks keep: `logits` (rows, ids from `first` on) are this rank's."""
+    own = (scan.ids >= first) & (scan.ids < first + logits.shape[1])
+    edited = logits.clone()
+    edited[:, scan.ids[own] - first] += scan.values[own]
+    edited[:, scan.ids[own & (scan.values == -torch.inf)] - first] = -torch.inf  # whatever stood there
+    b = scan.rows[some].view(torch.int64)[:, 0] // scan.per_sequence
+    temperature = parameters(problem, problem.positions.shape[0])[1][b, :1]
+    top_k, top_p, log_min_p = (t[b, None] for t in scan.truncations)
+    least = lower_bound(problem, edited, temperature, top_k, top_p, log_min_p)
+    edited.masked_fill_(edited < least, -torch.inf)
+    drawn = torch.full_like(scan.partials[some], 255)
+    again = copy.copy(scan)
+    again.needs, again.changes, again.rows, again.partials = 0, (0, 0, 0), scan.rows[some], drawn
+    again.run(edited, 0, edited.shape[1], 0, first, edited.shape[1])
+    mine, other = (x.numpy().view(PARTIAL) for x in (scan.partials[some], drawn))
+    for field in ("best_score", "best_logit", "best_id"):
+        mine[field] = other[field]
 
 
 def of_all_ranks(problem: Problem, partials: Tensor, segment: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import rules
+from . import ranks as ranks_of
 from .noise import gumbel, gumbel_of, philox, philox_unit, scaled
 from .problem import (
     BY_MIN_P,
@@ -24,7 +25,6 @@ from .problem import (
     Outputs,
     Problem,
 )
-from .ranks import reduced
 
 LOGITS_AT_ONCE = 1 << 22  # rows go through in chunks of this many logits, so that real vocabs fit a small machine
 
@@ -159,7 +159,11 @@ def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
         noised = torch.where(temperature > 0, (logits + noise).clamp(-FLOAT32_MAX, FLOAT32_MAX), logits)
         noised = torch.where(logits == -torch.inf, logits, noised)
     if step.truncation:
-        noised = torch.where(logits >= lower_bound(step, logits, temperature, *truncation), noised, -torch.inf)
+        top_k, top_p, log_min_p = *truncation[:2], ranks_of.log_of(truncation[2])
+        least = (ranks_of.lower_bound if step.group else lower_bound)(
+            step, logits, temperature, top_k, top_p, log_min_p
+        )
+        noised = torch.where(logits >= least, noised, -torch.inf)
     if step.group:
         return _shared_rows(step, logits, noised, held, temperature, tc, (random, rank_noise, redrawn))
     proposal = noised.argmax(1, keepdim=True)  # ties to the lowest id
@@ -200,7 +204,7 @@ def _shared_rows(
     """Returns some_rows' results where these are the logits of one rank's ids."""
     tc = torch.where(tc > 0, tc, 1.0).clamp(max=HIGHEST_CONFIDENCE_TEMPERATURE)
     scale = (1 / tc).clamp(max=FLOAT32_MAX)
-    row = reduced(step, logits, noised, held, scale)
+    row = ranks_of.reduced(step, logits, noised, held, scale)
     random, rank_noise, redrawn = drawn
     entropy = (row.total.log() - row.moment / row.total).clamp(min=0.0)
     margin = (1 - ((row.second - row.top) * scale).exp()) / row.total
@@ -221,7 +225,7 @@ def _shared_rows(
 
 
 def lower_bound(
-    step: Problem, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    step: Problem, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor
 ) -> Tensor:
     """Returns the least logit that is kept in each row (N, 1): -inf where nothing is truncated.
 
@@ -240,8 +244,7 @@ def lower_bound(
         last = falling.gather(1, (kept - 1).clamp(min=0))
         bound = torch.maximum(bound, torch.where(top_p < 1, last, nothing))  # a NaN counts as 1
     if step.truncate & BY_MIN_P:
-        least = top + temperature * min_p.double().log().clamp(max=0.0).float()
-        bound = torch.maximum(bound, torch.where(min_p > 0, least, nothing))  # a NaN counts as 0
+        bound = torch.maximum(bound, top + temperature * log_min_p)
     return torch.where(temperature > 0, bound, nothing)
 
 

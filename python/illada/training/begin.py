@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import CheckpointError, DataError
 from .config import TrainConfig
-from .registry import OPTIONS
+from .registry import OBJECTIVES, OPTIONS
 
 FIELDS = {f.name for f in dataclasses.fields(TrainConfig)} - {"options"}
 
@@ -98,13 +98,13 @@ def documents_of(
     from .data import read_corpus
 
     held_out = None if eval_data is None else read_corpus(eval_data, folder)
-    if config.pairs:
+    recorded = OBJECTIVES[config.objective].answers == "recorded"
+    if config.pairs or recorded:
         if data is None:
-            raise DataError(
-                f'{config.objective}: expected --data, a file of JSON lines {{"prompt": "...", "response": "..."}}'
-            )
+            form = "what illada record wrote" if recorded else 'JSON lines {"prompt": "...", "response": "..."}'
+            raise DataError(f"{config.objective}: expected --data, a file of {form}")
         if config.eval_every is not None and held_out is None:
-            raise ValueError("eval_every: expected --eval-data too, a file of pairs that are not trained on")
+            raise ValueError("eval_every: expected --eval-data too, a file like --data that is not trained on")
         return read_corpus(data, folder), held_out or []
     if data is not None and folder.exists() and Path(data).exists() and os.path.samefile(data, folder):
         raise ValueError(f"out: expected a folder other than --data, got {folder} for both")

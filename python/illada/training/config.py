@@ -24,7 +24,7 @@ class TrainConfig:
     pairs : bool
         The data are prompts with answers, of which answers alone are learned. Objective "sft" needs them.
     cut : bool
-        Of `pairs`: an answer that is too long for the window is cut at its end, otherwise refused.
+        Of `pairs` and trajectories: an answer that is too long for the window is cut at its end, otherwise refused.
     steps, seconds : int, float
         Length of the run and of its learning-rate schedule; exactly one of them.
     length, batch_size : int
@@ -79,14 +79,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", registry.checked(self.objective, self.options))
         answers = registry.OBJECTIVES[self.objective].answers
+        if self.pairs and answers == "recorded":
+            raise ValueError(f"pairs: {self.objective} reads trajectories, which hold prompts; leave out --pairs")
         object.__setattr__(self, "pairs", self.pairs or answers == "must")
         if self.pairs and (answers == "no" or self.options.get("hole_fraction")):
-            others = ", ".join(name for name, entry in registry.OBJECTIVES.items() if entry.answers != "no")
+            others = ", ".join(name for name, entry in registry.OBJECTIVES.items() if entry.answers in ("may", "must"))
             raise ValueError(
                 f"pairs: expected an objective among {others}, without hole_fraction, got {self.objective}"
             )
-        if self.cut and not self.pairs:
-            raise ValueError("cut: it is for pairs of prompt and response only; leave out --cut")
+        if self.cut and not (self.pairs or answers == "recorded"):
+            raise ValueError("cut: it is for pairs of prompt and response, and trajectories, only; leave out --cut")
         if (self.steps is None) == (self.seconds is None):
             raise ValueError(f"steps, seconds: expected one of them, got {self.steps} and {self.seconds}")
         if self.dtype not in ("float32", "bfloat16"):

@@ -14,13 +14,14 @@ from ..config import ModelConfig
 from .config import TrainConfig
 from .objectives import Example
 from .registry import OBJECTIVES, Batch
+from .trajectories import States
 
 
 class Source(Protocol):
     """Clean batches by step."""
 
     def batch(self, step: int) -> Any:
-        """Returns int64 (B, S), or that and the prompts' lengths (B,); the same however often asked."""
+        """Returns int64 (B, S), or that and the prompts' lengths (B,) or the `States`; the same however often asked."""
 
 
 def options_for(config: TrainConfig, model: ModelConfig) -> dict[str, Any]:
@@ -46,13 +47,14 @@ def example(config: TrainConfig, options: dict[str, Any], model: ModelConfig, ba
     Raises ValueError for a batch with ids that the model does not have, or with its mask, which is not text.
     """
     tokens, prompts = batch if isinstance(batch, tuple) else (batch, None)
+    states = prompts if isinstance(prompts, States) else None
     check_ids(tokens, model, f"the batch of step {step}")
     learn = None
-    if prompts is not None:
+    if prompts is not None and states is None:
         learn = torch.arange(tokens.shape[1], device="cpu") >= torch.from_numpy(prompts)[:, None]
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
     done = step / config.steps if config.steps else 0.0
-    made = Batch(torch.from_numpy(tokens), learn, model.mask_id, model.vocab_size, generator, done)
+    made = Batch(torch.from_numpy(tokens), learn, model.mask_id, model.vocab_size, generator, done, states)
     return OBJECTIVES[config.objective].make(made, **options)
 
 
@@ -76,6 +78,12 @@ class Loader:
         self.workers, self.end = workers, config.steps or 2**62
         self.last: tuple[int, Example] | None = None
         self.ahead: Iterator[Any] | None = None
+
+    def check(self) -> None:
+        """Makes the first example here; raises what it raises, before a folder is written to."""
+        made = self.steps[0]
+        if isinstance(made, Exception):
+            raise made
 
     def example(self, step: int) -> Example:
         """Returns the example of a step, the one before last included."""

@@ -99,12 +99,18 @@ class Pairs:
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns int64 tokens (batch_size, length) and prompt lengths (batch_size,)."""
-        chosen = []
-        for index in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, at = divmod(index, len(self.rows))
-            rng = np.random.Generator(np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64)))
-            chosen.append(self.rows[rng.permutation(len(self.rows))[at]])
+        chosen = [self.rows[i] for i in shuffled(len(self.rows), step, self.batch_size, self.seed)]
         return np.stack([row for row, _ in chosen]), np.array([length for _, length in chosen])
+
+
+def shuffled(rows: int, step: int, batch_size: int, seed: int) -> list[int]:
+    """Returns the rows of a step's batch; each epoch visits all in an order drawn from (seed, epoch)."""
+    chosen = []
+    for index in range(step * batch_size, (step + 1) * batch_size):
+        epoch, at = divmod(index, rows)
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)))
+        chosen.append(int(rng.permutation(rows)[at]))
+    return chosen
 
 
 def _row(where: str, line: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> _Row:

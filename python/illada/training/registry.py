@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .objectives import Example
+    from .trajectories import States
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Batch:
     vocab_size: int
     generator: torch.Generator
     done: float  # share of the run that is over
+    states: States | None = None  # of recorded trajectories
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ OPTIONS = {
     "edits_from": Option("share of the run from which on tokens are edited", high=1.0),
     "rate": Option("visible tokens that are replaced", high=1.0),
     "replaced": Option("factor of the replaced tokens' loss"),
+    "scored": Option("every mask of a state, or those that its pass committed", str, choices=("all", "next")),
+    "passes": Option("part of each trajectory whose states are shown", high=1.0, pair=True),
 }
 
 
@@ -115,7 +119,8 @@ class Objective:
     sees : str
         What the trained model's tokens see: "all", "blocks" or "past" (causal_block 0, block or 1).
     answers : str
-        Whether data may be prompts with answers, of which answers alone are learned: "no", "may" or "must".
+        Whether data may be prompts with answers, of which answers alone are learned: "no", "may" or "must". "recorded":
+        they must be trajectories, as `illada record` writes them.
     sampler : str, optional
         Of `illada generate`, where its default does not fit.
     """
@@ -210,6 +215,20 @@ def _uniform_canvas(b: Batch, **options: Any) -> Example:
     from .objectives import uniform_canvas
 
     return uniform_canvas(b.tokens, b.mask_id, b.vocab_size, b.generator, learn=b.learn, **options)
+
+
+def _trajectory(b: Batch, **options: Any) -> Example:
+    from .objectives import trajectory
+
+    assert b.states is not None
+    return trajectory(b.tokens, mask_id=b.mask_id, generator=b.generator, **b.states.tensors(), **options)
+
+
+def _block_trajectory(b: Batch, **options: Any) -> Example:
+    from .objectives import block_trajectory
+
+    assert b.states is not None
+    return block_trajectory(b.tokens, b.states.tensors()["order"], b.mask_id, b.generator, **options)
 
 
 _LEVELS = (1e-3, 1.0)
@@ -314,6 +333,25 @@ OBJECTIVES = {
         {"block": None, "per": "tokens", "forbid_mask": None},
         sees="past",
         sampler="canvas",
+    ),
+    "trajectory": Objective(
+        _trajectory,
+        "Seed Diffusion's constrained order, distillation towards fewer passes: states of a sampler",
+        "mean of T / m CE at the m masks of a state, T tokens in all; next: of n CE at what its pass, of n, commits",
+        "each sees all that was there",
+        "Seed Diffusion (arXiv 2508.02193), d3LLM's blog",
+        {"scored": "all", "passes": (0.0, 1.0), "forbid_mask": None},
+        answers="recorded",
+    ),
+    "block_trajectory": Objective(
+        _block_trajectory,
+        "trajectory, for models with blocks",
+        "as trajectory, T, m and n a block's",
+        "as block",
+        "as trajectory",
+        {"block": None, "scored": "all", "passes": (0.0, 1.0), "forbid_mask": None},
+        sees="blocks",
+        answers="recorded",
     ),
 }
 

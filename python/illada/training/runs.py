@@ -33,6 +33,7 @@ from .pairs import Pairs
 from .registry import OBJECTIVES
 from .state import FolderLock, make_folder, replace_file
 from .trainer import Trainer
+from .trajectories import Trajectories
 
 
 @dataclass
@@ -173,6 +174,10 @@ class Run:
             template = _template(self.start_from)
             pairs = Pairs(train_documents, self.tokenizer, c.length, c.batch_size, c.seed, c.cut, template)
             return pairs, digest(pairs.ids())
+        if OBJECTIVES[c.objective].answers == "recorded":
+            end, block = self.tokenizer.eos_id, self.model_config.causal_block
+            made = Trajectories(train_documents, c.length, c.batch_size, c.seed, end, block, c.cut)
+            return made, digest(made.everything())
         ids = stream(train_documents, self.tokenizer)
         return Windows(ids, c.length, c.batch_size, c.seed), digest(ids)
 

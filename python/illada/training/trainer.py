@@ -93,6 +93,9 @@ class Trainer:
         for where, data in (("the data", source), ("the held-out data", held_out)):
             if hasattr(data, "ids"):
                 check_ids(data.ids(), model.config, where)  # type: ignore[union-attr]
+        for loader in (self.loader, self.held_out):
+            if loader is not None:
+                loader.check()
         if config.compile:
             compile_layers(model)
         self.optimizers = self._make_optimizers()
@@ -107,9 +110,6 @@ class Trainer:
             self._resume()
             self.version = self.state.version()
         self.divergence = Divergence(model.config.vocab_size, self.losses)
-        self.loader.example(self.step)
-        if self.held_out is not None:
-            self.held_out.example(0)
 
     # parallel.trainer has others of these
 

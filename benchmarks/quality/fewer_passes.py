@@ -1,0 +1,196 @@
+"""Tokens per pass at 95% right answers, before and after training on a sampler's own trajectories.
+
+    python -m benchmarks.quality.fewer_passes            trains a tiny model, tunes copies of it, measures, draws
+    python -m benchmarks.quality.fewer_passes --steps 200 --tune 50 --problems 200
+
+Each copy is tuned for as many steps from the same weights: on the data again (the control), on the model's own
+trajectories with the best of several by its bound (constrained order), on those of its one-token-a-pass sampler
+(distillation), and on states that its fast sampler reaches, from which the model before takes over (taken over).
+Writes fewer_passes.json and fewer_passes.png under benchmarks/results/<device>/. Rows: {task, model, rule, parameter,
+accuracy, tokens_per_pass, problems, ...}, and one {task, model, "at_95": tokens per pass} a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from illada.decoding.config import GenerationConfig
+from illada.model import Model
+from illada.training.data import Document
+from illada.training.objectives import Example, sft, trajectory
+from illada.training.optim import optimizers
+from illada.training.record import record
+from illada.training.trajectories import Trajectories, Trajectory
+
+from illada_kernels import EntropyBound, Threshold, TopK
+
+from .. import measure
+from ..run import RESULTS
+from .accuracy import GOAL, measure_rule
+from .toy_tasks import END, MASK, TASKS, Task, train
+
+RULES: dict[str, tuple[Any, tuple[float, ...]]] = {
+    "TopK(k)": (TopK, (1, 2, 4, 8)),
+    "Threshold(tau)": (Threshold, (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)),
+    "EntropyBound(gamma)": (EntropyBound, (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)),
+}
+COLORS = {
+    "before": "#888888",
+    "data again": "#c8553d",
+    "constrained order": "#4b8f5c",
+    "distilled": "#1b6ca8",
+    "taken over": "#7a5195",
+}
+
+
+def tuned(model: Model, batch: Callable[[int, torch.Generator], Example], steps: int, lr: float) -> Model:
+    """Returns a copy of the model after `steps` more steps, the learning rate falling to 0."""
+    model = copy.deepcopy(model).train()
+    steppers = optimizers(model, "muon", lr=lr, adamw_lr=lr / 3)
+    groups = [(group, group["lr"]) for stepper in steppers for group in stepper.param_groups]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        for group, rate in groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        batch(step, generator).loss(model).backward()
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad()
+    return model.eval()
+
+
+def on_data(task: Task, size: int) -> Callable[[int, torch.Generator], Example]:
+    def batch(step: int, generator: torch.Generator) -> Example:
+        prompts, answers = task.draw(size, generator)
+        return sft(torch.cat([prompts, answers], 1), torch.full((size,), prompts.shape[1]), MASK, generator)
+
+    return batch
+
+
+def on_trajectories(rows: list[Trajectory], size: int) -> Callable[[int, torch.Generator], Example]:
+    length = max(len(t.prompt) + len(t.response) for t in rows)
+    lines = "\n".join(t.line() for t in rows)
+    source = Trajectories([Document("recorded", lines.encode())], length, size, seed=0, eos_id=END)
+
+    def batch(step: int, generator: torch.Generator) -> Example:
+        tokens, states = source.batch(step)
+        return trajectory(torch.from_numpy(tokens), mask_id=MASK, generator=generator, **states.tensors())
+
+    return batch
+
+
+def recorded(model: Model, task: Task, count: int, rule: Any, seed: int, **how: Any) -> list[Trajectory]:
+    """Returns trajectories of `count` problems, each kept one."""
+    decoding = {name: how.pop(name) for name in ("temperature", "rank_temperature") if name in how}
+    prompts, answers = task.draw(count, torch.Generator().manual_seed(seed))
+    length = answers.shape[1]
+    config = GenerationConfig(max_new_tokens=length, block_length=length, rule=rule, stop_ids=(), seed=seed, **decoding)
+    return [t for kept in record(model, prompts.tolist(), config, batch_size=512, **how) for t in kept]
+
+
+def models(task: Task, base: Model, o: argparse.Namespace) -> dict[str, tuple[Model, float]]:
+    """Returns each model and the seconds that it took beside those of `base`."""
+    found: dict[str, tuple[Model, float]] = {"before": (base, 0.0)}
+
+    def add(name: str, make: Callable[[], Model]) -> None:
+        begun = time.perf_counter()
+        found[name] = (make(), time.perf_counter() - begun)
+        print(f"{name}: {found[name][1]:.0f} s", flush=True)
+
+    def distilled(rule: Any, model: Model = base, seed: int = 2**41, steps: int = o.tune, **how: Any) -> Model:
+        rows = recorded(base if model is base else model, task, o.prompts, rule, seed, **how)
+        return tuned(model, on_trajectories(rows, o.batch), steps, o.lr)
+
+    def taken_over() -> Model:
+        model = base
+        for turn in range(o.turns):
+            how = {"model": model, "seed": 2**41 + turn * 2**20, "steps": o.tune // o.turns}
+            model = distilled(Threshold(0.5), teacher=base, **how)
+        return model
+
+    add("data again", lambda: tuned(base, on_data(task, o.batch), o.tune, o.lr))
+    noise = {"temperature": 1.0, "rank_temperature": 0.1}
+    add("constrained order", lambda: distilled(TopK(1), draws=o.draws, keep=1, **noise))
+    add("distilled", lambda: distilled(TopK(1)))
+    add("taken over", taken_over)
+    return found
+
+
+def at_goal(rows: list[dict[str, Any]]) -> float:
+    """Returns the most tokens per pass that a measured setting reaches with 95% of the answers right, 0 for none."""
+    return max((row["tokens_per_pass"] for row in rows if row["accuracy"] >= GOAL), default=0.0)
+
+
+def draw(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.4, 3.8), sharey=True)
+    for axis, rule in zip(axes, ("Threshold(tau)", "EntropyBound(gamma)")):
+        for name, color in COLORS.items():
+            points = sorted(
+                (row["tokens_per_pass"], 100 * row["accuracy"])
+                for row in rows
+                if row.get("model") == name and row.get("rule") == rule
+            )
+            axis.plot(*zip(*points), "o-", markersize=4, color=color, label=name)
+        axis.axhline(100 * GOAL, color="gray", linewidth=0.8, linestyle=":")
+        axis.set_title(f"{rule}, {task.about}", fontsize=9)
+        axis.set_xlabel("tokens per pass")
+        axis.set_ylim(-3, 103)
+    axes[0].set_ylabel("answers exactly right, %")
+    axes[0].legend(fontsize=8, loc="lower left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.fewer_passes", description=str(__doc__).splitlines()[0]
+    )
+    parser.add_argument("--steps", type=int, help="of the training before (the task's own number)")
+    parser.add_argument("--tune", type=int, default=400, help="steps of each copy (default 400)")
+    parser.add_argument("--lr", type=float, default=0.01, help="of these steps (default 0.01)")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=8192, help="problems whose trajectories are recorded")
+    parser.add_argument("--draws", type=int, default=4, help="trajectories of which the best is kept (default 4)")
+    parser.add_argument("--turns", type=int, default=2, help="rounds of recording in which the teacher takes over")
+    parser.add_argument("--problems", type=int, default=1000)
+    parser.add_argument("--out", type=Path, help="folder to write to (default: under benchmarks/results/)")
+    options = parser.parse_args(argv)
+    task, device = TASKS["either"], measure.device_name("cpu")
+    about = {"device": device, "versions": measure.versions(), "commit": measure.commit()}
+    steps = options.steps or task.steps
+    base = train(task, steps=steps)
+    rows: list[dict[str, Any]] = []
+    training = {"training_steps": steps, "tuning_steps": options.tune, "problems": options.problems}
+    for name, (model, seconds) in models(task, base, options).items():
+        measured = [
+            {"task": task.name, "model": name, "rule": rule, "parameter": parameter}
+            | measure_rule(model, task, kind(parameter), options.problems)
+            for rule, (kind, parameters) in RULES.items()
+            for parameter in parameters
+        ]
+        goal = {"task": task.name, "model": name, "at_95": at_goal(measured), "tuning_seconds": round(seconds, 1)}
+        print(f"{name:<18} {goal['at_95']:.2f} tokens a pass with {GOAL:.0%} right", flush=True)
+        rows += [{**row, **training, **about} for row in (*measured, goal)]
+    folder = options.out or RESULTS / measure.slug(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "fewer_passes.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw(rows, task, folder / "fewer_passes.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
