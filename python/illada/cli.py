@@ -225,6 +225,11 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--length", type=int, default=128, help="tokens in a window")
     p.add_argument("--draws", type=int, default=1, help="masks drawn for each window")
     p.add_argument("--max-bytes", type=int, default=400_000)
+    p.add_argument(
+        "--next-token",
+        action=argparse.BooleanOptionalAction,
+        help="score next tokens on clean rows, which --sampler self-speculation reads (default: for runs of joint)",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help=_DEVICE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -269,7 +274,9 @@ def _eval(options: argparse.Namespace) -> int:
         raise ValueError(
             f"length: expected at most the model's max_seq_len = {model.config.max_seq_len}, got {options.length}"
         )
-    found = bound(model, held_out, tokenizer, length=options.length, draws=options.draws, seed=options.seed)
+    following = runs.decodes_next_tokens(Path(options.model)) if options.next_token is None else options.next_token
+    how = {"length": options.length, "draws": options.draws, "seed": options.seed}
+    found = bound(model, held_out, tokenizer, next_token=following, **how)
     ngrams = ngram_bits(train_documents, held_out)
     print(
         f"{found.bits_per_byte:.4f} ± {found.standard_error:.4f} bits per byte at most "

@@ -24,7 +24,7 @@ def train(python: Python, ranks: int, *arguments: str) -> subprocess.CompletedPr
 
 def test_two_ranks_train_and_one_goes_on(python: Python, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    done = train(python, 2, "--out", str(folder), *RUN, "--tensor-parallel", "2")
+    done = train(python, 2, "--out", str(folder), *RUN, "--tensor-parallel", "2", "--workers", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "1 data * 1 context * 2 tensor ranks" in done.stderr
     losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -229,6 +229,41 @@ def check_held_out_losses_are_those_of_one_process() -> None:
 
 
 @worlds(2)
+def check_loader_processes_change_nothing() -> None:
+    config = train_config(objective="block")
+    for layout in layouts():
+        model = ShardedModel(model_config(config), Ranks.connect(layout, torch.device("cpu")))
+        model.draw(3)
+        ahead = ParallelTrainer(model, Batches(), config, workers=1)
+        assert ahead.run() and ahead.losses.tolist() == _run(layout, config), layout
+
+
+def _run(layout: Layout, config: TrainConfig) -> list[float]:
+    trainer = parallel(layout, config)
+    assert trainer.run()
+    return trainer.losses.tolist()
+
+
+@worlds(2)
+def check_compiled_layers_train_as_others_where_the_batch_alone_is_shared() -> None:
+    """Dynamo's graphs run by eager kernels, because inductor's take a minute to compile."""
+    plain, compiled = train_config(objective="block"), train_config(objective="block", compile=True)
+    with pytest.MonkeyPatch.context() as patch:
+        graphs: list[Any] = []
+        patch.setattr(
+            torch, "compile", lambda f, make=torch.compile: graphs.append(f) or make(f, backend="eager", fullgraph=True)
+        )
+        assert near(_run(Layout(2, 1, 1), compiled), _run(Layout(2, 1, 1), plain))
+        assert len(graphs) == SMALL["n_layers"]
+    for layout, config, message in (
+        (Layout(1, 1, 2), compiled, "compile: expected layers that lie whole on a rank"),
+        (Layout(1, 2, 1), compiled, "compile: expected layers that lie whole on a rank"),
+        (Layout(2, 1, 1), train_config(lora=2), "lora: expected None over ranks, where q, k, v, gate and up"),
+    ):
+        assert message in raised(lambda layout=layout, config=config: parallel(layout, config))
+
+
+@worlds(2)
 def check_activations_computed_again_change_nothing() -> None:
     for layout in layouts():
         losses = []

@@ -24,6 +24,7 @@ from illada.errors import PromptError
 from illada.live import LiveText, ProgressBar, duration
 from illada.model import Model
 from illada.tokenizer import ByteTokenizer, from_json
+from illada.training import runs
 from illada.training.data import read_corpus
 from illada.training.state import FolderLock
 from illada.training.trainer import Progress
@@ -456,3 +457,17 @@ def test_folders_and_prompts_of_any_name_work_with_any_encoding_of_the_output(co
         assert done.returncode == 0, done.stderr
     done = illada("eval", "--model", folder, "--data", str(corpus), "--length", "32")
     assert done.returncode == 0 and b"bits per byte" in done.stdout, done.stderr
+
+
+def test_a_joint_run_is_evaluated_as_it_is_decoded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "plot_losses", lambda *_: None)
+    (tmp_path / "text").write_text("a b c d e f g h\n" * 40)
+    train = ["train", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "text"), "--steps", "1", "--quiet"]
+    assert main([*train, "--objective", "joint", "--length", "16", "--batch-size", "1"]) == 0
+    said = {}
+    for flag in ([], ["--next-token"], ["--no-next-token"]):
+        evaluate = ["eval", "--model", str(tmp_path / "run"), "--data", str(tmp_path / "text"), "--length", "16"]
+        assert main([*evaluate, "--max-bytes", "40", *flag]) == 0
+        said[tuple(flag)] = capsys.readouterr().out.splitlines()[-2]
+    assert said[()] == said["--next-token",] != said["--no-next-token",]
+    assert "next tokens of the causal mode" in said[()] and "blocks of 1" in said["--no-next-token",]

@@ -241,6 +241,30 @@ def test_the_bound_estimates_the_exact_any_order_bound(block, shifted):
     assert abs(bound(model, document, tokenizer, length=4, draws=100).bits_per_byte - bits) < 5 * error
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_bound_of_a_causal_mode_is_what_self_speculation_reads(shifted):
+    """Row i, which sees the clean tokens up to i, gives token i + 1, in a model with unshifted noisy rows too."""
+    model, tokenizer = tiny(1, seed=3, shifted_logits=shifted), ByteTokenizer()
+    padded = torch.tensor([tokenizer.eos_id] * 2 + [*b"abcdefg", tokenizer.eos_id])
+    nats = 0.0
+    for start in range(0, 8, 2):
+        window = padded[start : start + 4]
+        with torch.no_grad():
+            logits = model(window[None], KeyRanges.causal(4), shift=False)[0] @ model.head_weight.T
+        logits[:, MASK] = -torch.inf
+        nats -= float(logits.double().log_softmax(-1)[[1, 2], window[2:]].sum())
+    documents = [Document("a", b"abcdefg")]
+    found = bound(model, documents, tokenizer, length=4, next_token=True)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 7, rel=1e-5)
+    assert found.what == "next tokens of the causal mode" and found.tokens == 8
+    if shifted:  # where noisy rows are those before them, a block of one is the same
+        assert found.bits_per_byte == pytest.approx(
+            bound(model, documents, tokenizer, length=4).bits_per_byte, rel=1e-5
+        )
+    with pytest.raises(ValueError, match="next_token: expected a model with a causal mode, this one sees everything"):
+        bound(tiny(0), documents, tokenizer, length=4, next_token=True)
+
+
 def test_the_last_window_counts_only_what_belongs_to_the_text():
     """A model of equal logits says log2(258) a token, whatever is masked: the bound is tokens * log2(258) / bytes
     exactly, if every token counts once. The weights of a block of 2 with one of two masked average to that only over

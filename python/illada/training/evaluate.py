@@ -56,6 +56,7 @@ def bound(
     max_bytes: int | None = None,
     rows_per_pass: int = 4096,
     seed: int = 0,
+    next_token: bool = False,
 ) -> Bound:
     """Estimates an upper bound on the bits per byte of documents, each with an end-of-text token that counts too.
 
@@ -73,6 +74,9 @@ def bound(
     rows_per_pass : int
         Hidden rows of one forward pass, which bounds the memory.
     seed : int
+    next_token : bool
+        Score each token on the clean row before it, under a causal mask, as self-speculation reads them: for models of
+        the joint objectives, whose masks are not what decides. No mask is drawn, and the bound is exact.
 
     Returns
     -------
@@ -84,7 +88,7 @@ def bound(
         If there is no text, or the tokenizer does not give it back, because tokens of a text that has lost something
         bound nothing.
     ValueError
-        For a length or a number of draws that is too small.
+        For a length or a number of draws that is too small, and next_token of a model that sees everything.
 
     Notes
     -----
@@ -95,6 +99,9 @@ def bound(
     distribution that decoding draws from, which never proposes the mask.
     """
     block = model.config.causal_block
+    if next_token and not block:
+        raise ValueError("next_token: expected a model with a causal mode, this one sees everything; leave it out")
+    block = 1 if next_token else block
     scored = length // 2 // block * block if block else length
     if scored < 1:
         shortest = f"two blocks of {block}" if block else "1"
@@ -113,13 +120,19 @@ def bound(
     was_training = model.training
     model.eval()
     for _ in range(draws):
-        for rows, example in _examples(*windows, model, scored, rows_per_pass, generator):
+        made = (
+            _next_tokens(*windows, scored, rows_per_pass)
+            if next_token
+            else _examples(*windows, model, scored, rows_per_pass, generator)
+        )
+        for rows, example in made:
             losses = example.to(model.device).loss(model, reduction="none", forbid_mask=True)
             nats[rows] += losses.double().sum(1).cpu().numpy() / draws
     model.train(was_training)
     bits = nats / math.log(2)
     error = bits.std(ddof=1) * math.sqrt(len(bits)) / size if len(bits) > 1 else float("nan")
     what = f"block diffusion, blocks of {block}" if block else f"full-sequence masked diffusion, windows of {length}"
+    what = "next tokens of the causal mode" if next_token else what
     return Bound(float(bits.sum() / size), float(error), what, len(ids), size)
 
 
@@ -169,6 +182,19 @@ def _examples(
         shown = noisy[rows] if key_ranges is None else torch.cat([noisy[rows], clean[rows]], dim=1)
         counted = masked[rows] & counts[rows]
         yield rows, Example(shown, masked_targets[rows], counted, weight[rows], key_ranges, positions, previous)
+
+
+def _next_tokens(tokens: Tensor, counts: Tensor, scored: int, rows_per_pass: int) -> Iterator[tuple[slice, Example]]:
+    """Yields batches of clean windows, whose last `scored` tokens are scored on the rows before them."""
+    length = tokens.shape[1]
+    rows = torch.arange(length - scored - 1, length - 1, device="cpu")
+    batch = max(1, rows_per_pass // length)
+    for start in range(0, len(tokens), batch):
+        some = slice(start, start + batch)
+        shown, counted = tokens[some], counts[some]
+        weight = torch.ones(counted.shape, dtype=torch.float32, device="cpu")
+        ranges = KeyRanges.causal(length, device="cpu")
+        yield some, Example(shown, shown[:, length - scored :], counted, weight, ranges, None, rows, rows)
 
 
 def noisy_tail(length: int, scored: int, block: int) -> KeyRanges:

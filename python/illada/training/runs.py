@@ -255,6 +255,13 @@ def open_model(folder: str, device: str, dtype: str) -> tuple[Model, Tokenizer]:
     return model, load_tokenizer(Path(folder), c.vocab_size, c.mask_id, c.eos_id, c.pad_id)
 
 
+def decodes_next_tokens(folder: Path) -> bool:
+    """Whether the folder is a run whose objective is decoded by self-speculation."""
+    if not (folder / RUN).exists():
+        return False
+    return OBJECTIVES[Run.open(folder).train_config.objective].sampler == "self-speculation"
+
+
 def plot_losses(losses: np.ndarray, file: Path, title: str) -> None:
     """Draws the loss of every step and its running mean, as a PNG. Raises DataError where matplotlib is missing."""
     try:

@@ -59,8 +59,6 @@ def _trainer(
     tensor, context = options.tensor_parallel, options.context_parallel
     layout = Layout.of(dist.get_world_size(), tensor, context, run.model_config, config)
     on_first(lambda: checkpoint.check_target(folder, run.model_config))
-    if options.workers:
-        raise ValueError(f"workers: expected 0 on several ranks, got {options.workers}; leave out --workers")
     documents, held_out = documents_of(run.data, run.eval_data, config, folder)
     source, identity = run.source(documents)
     watch.moved(0, "weights")
@@ -72,7 +70,7 @@ def _trainer(
     elif not (folder / FILE).exists():
         model.draw(config.seed)
     measured = run.source(held_out)[0] if config.eval_every is not None else None
-    more = (watch.moved, measured, options.tensorboard)
+    more = (watch.moved, measured, options.tensorboard, options.workers)
     trainer = ParallelTrainer(model, source, config, folder, identity, lock, *more)
     if dist.get_rank() == 0:
         shape = f"{layout.data} data * {layout.context} context * {layout.tensor} tensor ranks, {device.type}"

@@ -18,12 +18,27 @@ from ..objectives import Example
 from ..optim import checkpointed
 from ..state import FolderLock
 from ..trainer import Progress, Source, Trainer
-from .layout import any_rank, on_first, same
+from .layout import Layout, any_rank, on_first, same
 from .model import ShardedModel
 from .optim import clip, optimizers
 from .share import Share
 from .state import ShardedState, tensors_of
 from .watch import WAIT
+
+
+def _check(config: TrainConfig, layout: Layout) -> None:
+    """Raises ValueError for settings that ranks do not have, with the reason."""
+    if config.lora:
+        raise ValueError(
+            "lora: expected None over ranks, where q, k, v, gate and up are matrices of their own, for which peft has "
+            "no adapters here; train the adapters in one process, or all weights over ranks"
+        )
+    if config.compile and (layout.tensor, layout.context) != (1, 1):
+        raise ValueError(
+            "compile: expected layers that lie whole on a rank while they compute, got tensor_parallel "
+            f"{layout.tensor} and context_parallel {layout.context}, whose collectives break a layer's graph; leave "
+            "out --compile, or share the batch alone"
+        )
 
 
 class ParallelTrainer(Trainer):
@@ -45,6 +60,8 @@ class ParallelTrainer(Trainer):
         Called with the step and a word when the rank gets on.
     tensorboard : bool
         As `Trainer`, on the first rank.
+    workers : int
+        As `Trainer`, of each rank.
     """
 
     def __init__(
@@ -58,15 +75,14 @@ class ParallelTrainer(Trainer):
         moved: Callable[[int, str], object] = lambda step, word: None,
         held_out: Source | None = None,
         tensorboard: bool = False,
+        workers: int = 0,
     ) -> None:
-        said = [name for name in ("lora", "compile") if getattr(config, name)]
-        if said:
-            raise ValueError(f"{said[0]}: it is for one process; train without torchrun, or leave it out")
+        _check(config, model.ranks.layout)
         self.sharded, self.ranks, self.moved = model, model.ranks, moved
         self.own_lock: FolderLock | None = None
         if folder is not None:
             on_first(lambda: self._take_lock(folder) if lock is None else None)
-        super().__init__(model.model, source, config, folder, identity, lock, held_out, tensorboard=tensorboard)
+        super().__init__(model.model, source, config, folder, identity, lock, held_out, workers, tensorboard)
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
         c = self.config
