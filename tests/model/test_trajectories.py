@@ -289,7 +289,7 @@ def test_a_run_s_model_is_recorded_and_trained_on_from_the_command_line(objectiv
     for more, message in (
         (["--pairs"], "reads trajectories, which hold prompts; leave out --pairs"),
         (["--eval-every", "1"], "eval_every: expected --eval-data too"),
-        (["--passes", "0.5", "0.2"], "passes: expected 0 <= low <= high <= 1"),
+        (["--passes", "0.5", "0.2"], "passes: expected the least before the largest"),
         (["--data", str(text)], 'text, line 1: expected {"prompt"'),
     ):
         assert main([*tuned, "--out", str(tmp_path / "no"), *more]) == 2
