@@ -176,7 +176,7 @@ ILLADA_CPU(illada_unmask_plan_cpu, const int64_t* tokens, int64_t token_stride, 
            const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride,
            const int64_t* noise_positions, int64_t mask_id, int rule, int revise, const int64_t* integers,
            const float* numbers, void* rows, int64_t* row_count)
-ILLADA_CPU(illada_unmask_head_cpu, const float* hidden, int64_t rows, int64_t dim, const void* weight,
+ILLADA_CPU(illada_unmask_head_cpu, const void* hidden, int hidden_dtype, int64_t rows, int64_t dim, const void* weight,
            const float* bias, int dtype, int64_t stride, int64_t first, int64_t ids, float* logits, int threads)
 ILLADA_CPU(illada_unmask_rows_cpu, const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count,
            const void* rows, int64_t row_count, int64_t first, int64_t ids, int64_t segments, const int64_t* edit_ids,

@@ -206,12 +206,13 @@ def from_hidden(scan: Scan, problem: Problem) -> None:
     for start in range(0, index.shape[0], rows_at_once):
         some = slice(start, start + rows_at_once)
         at = index[some]
-        x = problem.source[at // count, at % count].float()  # (rows, D)
+        x = problem.source[at // count, at % count]  # (rows, D)
+        x = x if x.dtype == head.dtype else x.float()
         for first in range(begin, own.stop, ids_at_once):
             low, ids = max(first, own.start), min(ids_at_once, own.stop - first) - max(own.start - first, 0)
             out = logits[: x.shape[0] * ids].view(x.shape[0], ids)
             where = (low - own.start, ids, out.data_ptr(), scan.threads)
-            check("unmask", scan.module.unmask_head_cpu(x.data_ptr(), *x.shape, *weight, *where))
+            check("unmask", scan.module.unmask_head_cpu(x.data_ptr(), DTYPES[x.dtype], *x.shape, *weight, *where))
             if low > first:  # a segment that another rank begins
                 out = torch.nn.functional.pad(out, (low - first, 0), value=-torch.inf)
             scan.run(out, 0, out.shape[1], 0, first, out.shape[1], some)

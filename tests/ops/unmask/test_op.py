@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch.library import opcheck
 import illada_kernels as ik
 from benchmarks.measure import peak_memory
 from illada_kernels import _extension, rules
+from illada_kernels._build import ISA_FLAGS
 from illada_kernels.ops.unmask import cases
 from illada_kernels.ops.unmask.op import OPERATOR
 from illada_kernels.ops.unmask.problem import Problem
@@ -23,6 +25,7 @@ from tests.helpers.unmask_oracle import MASK, available, step
 needs_cpu = pytest.mark.skipif(
     "cpu" not in available(), reason=f"the cpu backend is missing: {_extension.extension_reason()}"
 )
+ISAS = list(ISA_FLAGS)
 BACKENDS = [pytest.param("cpu", marks=needs_cpu), "reference"]
 
 
@@ -112,7 +115,7 @@ def test_slices_of_the_logits_are_whole_segments_within_32_mib():
 
 
 @needs_cpu
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISA_FLAGS)
 def test_a_row_has_the_same_bits_whatever_rows_and_threads_are_beside_it(isa):
     """Confidences are functions of all logits of a row: equal bits there mean equal logits. In a process of its own,
     because the instruction set is chosen when the extension is loaded."""
@@ -120,7 +123,7 @@ def test_a_row_has_the_same_bits_whatever_rows_and_threads_are_beside_it(isa):
 import torch, illada_kernels as ik
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for dim, vocab in ((3, 40), (100, 33), (600, 70), (5, 2100)):
+    for dim, vocab in ((3, 40), (100, 33), (600, 70), (2100, 9), (5, 2100)):
         row = torch.randn(dim).to(dtype)
         head, bias = torch.randn(vocab, dim).to(dtype), torch.randn(vocab).to(dtype)
         seen = set()
@@ -136,6 +139,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 seen |= {(out.proposal[0, i].item(), out.confidence[0, i].item()) for i in places}
         assert len(seen) == 1, (dtype, dim, vocab, seen)
 """
+    if ISAS.index(_extension.native().cpu_isa) < ISAS.index(isa):
+        pytest.skip(f"this processor has no {isa}")
     environment = {**os.environ, "ILLADA_CPU_ISA": isa}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-1500:]
@@ -148,13 +153,16 @@ def test_the_cpu_s_product_with_the_head_is_as_exact_as_its_sum_allows(dim, voca
     torch.manual_seed(0)
     module = _extension.native()
     for dtype, code in _extension.DTYPES.items():
-        rows, head, bias = torch.randn(13, dim), torch.randn(2 * vocab, dim).to(dtype)[::2], torch.randn(vocab)
-        out = torch.full((13, vocab), float("nan"))
-        where = (rows.data_ptr(), 13, dim, head.data_ptr(), bias.data_ptr(), code, head.stride(0))
-        assert module.unmask_head_cpu(*where, 0, vocab, out.data_ptr(), 2) == 0
-        exact = rows.double() @ head.double().T + bias.double()
-        allowed = (rows.double().abs() @ head.double().abs().T + bias.double().abs()) * (dim + 1) * 2.0**-24
-        assert ((out - exact).abs() <= allowed).all()
+        for rows_dtype, count in itertools.product({torch.float32, dtype}, (1, 3, 13)):
+            rows, bias = torch.randn(count, dim).to(rows_dtype), torch.randn(vocab)
+            head = torch.randn(2 * vocab, dim).to(dtype)[::2]
+            out = torch.full((count, vocab), float("nan"))
+            hidden = (rows.data_ptr(), _extension.DTYPES[rows_dtype], count, dim)
+            where = (*hidden, head.data_ptr(), bias.data_ptr(), code, head.stride(0))
+            assert module.unmask_head_cpu(*where, 0, vocab, out.data_ptr(), 2) == 0
+            exact = rows.double() @ head.double().T + bias.double()
+            allowed = (rows.double().abs() @ head.double().abs().T + bias.double().abs()) * (dim + 1) * 2.0**-24
+            assert ((out - exact).abs() <= allowed).all(), (dtype, rows_dtype, count)
 
 
 def test_autocast_casts_hidden_and_head():
@@ -255,10 +263,10 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 
 
 @needs_cpu
-@pytest.mark.parametrize("isa", ["scalar", "avx2"])
-def test_older_instruction_sets_give_the_same_tokens(isa, python):
-    if isa == "avx2" and _extension.native().cpu_isa == "scalar":
-        pytest.skip("this processor has no AVX2")
+@pytest.mark.parametrize("isa", ISA_FLAGS)
+def test_every_instruction_set_gives_the_same_tokens(isa, python):
+    if ISAS.index(_extension.native().cpu_isa) < ISAS.index(isa):
+        pytest.skip(f"this processor has no {isa}")
     result = python("-c", SCRIPT, isa, ILLADA_CPU_ISA=isa, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
 
