@@ -139,12 +139,13 @@ def test_rules_differ_in_passes_and_none_takes_more_than_one_token_a_pass_would(
     assert all(2 <= p <= 8 for ps in passes.values() for p in ps)
 
 
-CACHED = [("demo", cache) for cache in ("none", "prefix", "dual")] + [("Dream-7B", "dual")]
+APPROXIMATE = ["prefix", "dual", "vicinity", "interval"]
+CACHED = [("demo", cache) for cache in ("none", *APPROXIMATE)] + [("Dream-7B", "dual"), ("Dream-7B", "interval")]
 CACHED += [("SDAR-8B", "none"), ("SDAR-8B", "block_causal"), ("Qwen2.5-7B", "block_causal")]
 
 
 @pytest.mark.parametrize("preset, cache", CACHED)
-@pytest.mark.parametrize("how", ["threshold", "sampled", "random", "edit", "remask", "guided", "whole"])
+@pytest.mark.parametrize("how", ["threshold", "sampled", "random", "edit", "remask", "guided", "whole", "refreshed"])
 def test_a_batch_gives_what_each_sequence_gives_alone(preset, cache, how):
     model = model_of(preset)
     changes = {
@@ -155,7 +156,10 @@ def test_a_batch_gives_what_each_sequence_gives_alone(preset, cache, how):
         "remask": {"rule": TopK(3), "revise": Remask(1), "revise_steps": 2},
         "guided": {"rule": Threshold(0.2), "guidance": 0.5},
         "whole": {"rule": Threshold(0.2), "variable_length": False},
+        "refreshed": {"rule": Threshold(0.3), "refresh_every": 3, "max_new_tokens": 16},
     }[how]
+    if how == "refreshed" and cache not in APPROXIMATE:
+        pytest.skip("it has nothing to refresh")
     config = settings(model, cache=cache, **changes)
     together = generate(model, PROMPTS, config)
     for b, prompt in enumerate(PROMPTS):
@@ -168,13 +172,56 @@ def test_a_batch_gives_what_each_sequence_gives_alone(preset, cache, how):
 
 
 @pytest.mark.parametrize("preset", ["demo", "Dream-7B"])
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("cache", APPROXIMATE)
 @pytest.mark.parametrize("variable_length", [True, False])
-def test_a_cache_refreshed_at_every_pass_is_no_approximation(preset, cache, variable_length):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_cache_refreshed_at_every_pass_is_no_approximation(preset, cache, variable_length, dtype):
+    """Bit for bit, in every hidden row of every pass."""
+    model = model_of(preset).to(dtype)
+    common = {"rule": Threshold(0.3), "variable_length": variable_length, "max_new_tokens": 12}
+    exact, rows = hidden_rows(model, settings(model, cache="none", **common))
+    again, others = hidden_rows(model, settings(model, cache=cache, refresh_every=1, **common))
+    assert again == exact and len(rows) == len(others) and all(map(torch.equal, rows, others))
+
+
+def hidden_rows(model: Model, config: GenerationConfig):
+    seen: list[Tensor] = []
+    handle = model.register_forward_hook(lambda module, args, out: seen.append(out))
+    done = generate(model, PROMPTS, config)
+    handle.remove()
+    return done, seen
+
+
+@pytest.mark.parametrize("preset", ["demo", "Dream-7B"])
+@pytest.mark.parametrize("variable_length", [True, False])
+def test_caches_meet_at_their_limits(preset, variable_length):
+    """vicinity of none is dual, of all is no cache; interval over one block is dual with the same interval."""
     model = model_of(preset)
-    common = {"rule": TopK(1), "variable_length": variable_length, "max_new_tokens": 12}
-    exact = generate(model, PROMPTS, settings(model, cache="none", **common))
-    assert generate(model, PROMPTS, settings(model, cache=cache, refresh_every=1, **common)) == exact
+    common = {"rule": Threshold(0.3), "variable_length": variable_length, "max_new_tokens": 12}
+    found = {
+        name: generate(model, PROMPTS, settings(model, **{**common, **how}))
+        for name, how in {
+            "none": {"cache": "none"},
+            "all": {"cache": "vicinity", "vicinity": 64},
+            "dual": {"cache": "dual"},
+            "no neighbours": {"cache": "vicinity", "vicinity": 0},
+            "dual, one block": {"cache": "dual", "refresh_every": 3, "block_length": 12},
+            "interval, one block": {"cache": "interval", "refresh_every": 3, "block_length": 12},
+        }.items()
+    }
+    assert found["all"] == found["none"] and found["no neighbours"] == found["dual"]
+    assert found["interval, one block"] == found["dual, one block"]
+    assert found["dual"].tokens != found["none"].tokens
+
+
+@pytest.mark.parametrize("every, expected", [(0, []), (3, [3, 6, 9]), (5, [5, 10]), (8, [8])])
+def test_an_interval_counts_passes_over_all_blocks(every, expected):
+    """Three blocks of four passes; each first pass covers the block before, too, as its last tokens were just set."""
+    model = model_of("demo")
+    common = {"rule": TopK(1), "cache": "interval", "max_new_tokens": 12, "variable_length": False}
+    seen = widths(model, settings(model, refresh_every=every, **common), [[1, 2, 3]])
+    plain = [15, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]
+    assert seen == [15 if i in expected else width for i, width in enumerate(plain)]
 
 
 def widths(model: Model, config: GenerationConfig, prompts=PROMPTS) -> list[int]:
@@ -194,6 +241,9 @@ def widths(model: Model, config: GenerationConfig, prompts=PROMPTS) -> list[int]
         ("demo", "prefix", True, [11, 4, 15, 4]),
         ("demo", "prefix", False, [15, 8, 15, 4]),
         ("demo", "dual", False, [15, 4, 15, 4]),
+        ("demo", "interval", True, [11, 4, 8, 4]),
+        ("Dream-7B", "interval", True, [11, 5, 9, 5]),
+        ("demo", "vicinity", True, [11, 11, 15, 15]),  # 16 columns on each side are all
         ("Dream-7B", "dual", False, [15, 5, 15, 5]),
         # blocks from the sequence's start: the longest prompt ends within the second one
         ("SDAR-8B", "block_causal", True, [8, 4, 8, 4, 8, 4]),
@@ -522,7 +572,9 @@ def test_callbacks_see_every_pass_and_the_text_grow():
         ([[1]], {"rule": TopK(0)}, "rule: expected TopK of at least 1"),
         ([[1]], {"rule": TopK(1), "steps_per_block": 2}, "steps_per_block: expected None with a rule"),
         ([[1]], {"steps_per_block": 0}, "steps_per_block: expected at least 1"),
-        ([[1]], {"cache": "block_causal"}, "cache: expected one of none, prefix, dual for a model that sees"),
+        ([[1]], {"cache": "block_causal"}, "cache: expected one of none, prefix, dual, vicinity, interval for a"),
+        ([[1]], {"cache": "dual", "vicinity": 3}, "vicinity: expected none with cache 'dual'"),
+        ([[1]], {"cache": "vicinity", "vicinity": -1}, "vicinity: expected at least 0, got -1"),
         ([[1]], {"refresh_every": 2}, "refresh_every: expected 0 with cache 'none'"),
         ([[1]], {"seed": [1, 2]}, "seed: expected an int or one for each of 1 sequences, got 2"),
         ([[1]], {"guidance": float("nan")}, "guidance: expected a finite number"),

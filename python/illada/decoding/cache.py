@@ -9,6 +9,7 @@ error (Fast-dLLM, arXiv 2505.22618).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,17 +47,18 @@ class Cache:
         part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
         return part
 
-    def at(self, start: int | Tensor, num_keys: int | None = None) -> CacheWindow:
+    def at(self, start: int | Tensor, num_keys: int | None = None, keep: Tensor | None = None) -> CacheWindow:
         """Returns the window whose first token has slot `start`, an int or int64 (B,).
 
-        Queries see the first `num_keys` slots, all by default. Raises ValueError for sizes that do not fit.
+        Queries see the first `num_keys` slots, all by default. Only tokens where `keep`, bool (B, S), is true are
+        written; None: all. Raises ValueError for sizes that do not fit.
         """
         num_keys = self.capacity if num_keys is None else num_keys
         if not 0 <= num_keys <= self.capacity:
             raise ValueError(f"num_keys: expected 0 .. {self.capacity} (the capacity), got {num_keys}")
         if isinstance(start, Tensor) and (start.dim() != 1 or start.shape[0] != self.keys.shape[1]):
             raise ValueError(f"start: expected an int or a slot per sequence ({self.keys.shape[1]}), got {start.shape}")
-        return CacheWindow(self, start, num_keys)
+        return CacheWindow(self, start, num_keys, keep)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class CacheWindow:
     cache: Cache
     start: int | Tensor
     num_keys: int
+    keep: Tensor | None = None
 
     def slots(self, length: int) -> Tensor:
         """Returns the slots of `length` tokens, int64 (1, length) or (B, length)."""
@@ -82,11 +85,17 @@ class CacheWindow:
         if isinstance(self.start, Tensor):
             slots = self.slots(k.shape[1]).clamp(0, self.num_keys - 1)
             rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            keys[rows, slots], values[rows, slots] = k.detach().to(keys.dtype), v.detach().to(values.dtype)
+            keys[rows, slots] = self._kept(k.detach().to(keys.dtype), keys, (rows, slots))
+            values[rows, slots] = self._kept(v.detach().to(values.dtype), values, (rows, slots))
             return keys, values
         stop = self.start + k.shape[1]
         if not 0 <= self.start <= stop <= self.num_keys:
             raise ValueError(f"cache: expected a window within {self.num_keys} slots, got {self.start} .. {stop}")
-        keys[:, self.start : stop].copy_(k.detach())
-        values[:, self.start : stop].copy_(v.detach())
+        here = (slice(None), slice(self.start, stop))
+        keys[here].copy_(self._kept(k.detach(), keys, here))
+        values[here].copy_(self._kept(v.detach(), values, here))
         return keys, values
+
+    def _kept(self, new: Tensor, held: Tensor, where: Any) -> Tensor:
+        """Returns what is to be written: `new`, where `keep` is false what the slots hold."""
+        return new if self.keep is None else torch.where(self.keep[..., None, None], new.to(held.dtype), held[where])

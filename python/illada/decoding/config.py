@@ -55,14 +55,23 @@ class GenerationConfig:
         block is full. Remask takes tokens back during the first `revise_steps` passes of a block. A callable takes a
         `Pass` and returns a Remask.
     cache : str, optional
-        "none", "block_causal" (exact, the default for block-causal models), "prefix" or "dual". The last two are
-        approximations for models that see everything: keys outside the block are recomputed when a block begins and
-        every `refresh_every` passes (0: never again; 1: every pass, which equals "none").
+        "none", "block_causal" (exact, the default for block-causal models), "prefix", "dual", "vicinity" or "interval".
+        The last four are approximations for models that see everything. "dual" recomputes the block in each pass,
+        "prefix" also all that comes after it, "vicinity" also `vicinity` tokens on each side; all keys when a block
+        begins and every `refresh_every` passes. "interval" recomputes all keys in the first pass and every
+        `refresh_every` passes of the whole generation; a token's key is final after the block's end.
+    refresh_every : int
+        0: never again. 1: every pass, which equals "none".
+    vicinity : int
+        With cache "vicinity", as above. 0 equals "dual", as many as there are tokens equals "none".
     stop_ids : int or collection of int, optional
         Tokens that end a sequence. None: the model's `eos_ids`; (): none.
     stop_when : callable, optional
         Takes the tokens that a sequence has generated so far, a list of int, when one of its blocks is done; True ends
         the sequence there, its tokens uncut. For stop strings: `lambda ids: "\n\n" in tokenizer.decode(ids)`.
+    end_early : bool
+        Puts a stop token over everything behind it in its block as soon as it is committed, so that what would be cut
+        off costs no pass (d3LLM). What stands before it sees stop tokens there instead of masks.
     variable_length : bool, optional
         True: a block's masks appear when the block is reached (iLLaDA). False: all `max_new_tokens` masks are visible
         from the start (LLaDA). None: as published for the model's family.
@@ -90,8 +99,10 @@ class GenerationConfig:
     revise_steps: int = 16
     cache: str | None = None
     refresh_every: int = 0
+    vicinity: int = 16
     stop_ids: int | Iterable[int] | None = None
     stop_when: Callable[[list[int]], bool] | None = None
+    end_early: bool = False
     variable_length: bool | None = None
     guidance: float = 0.0
     forbid: int | Iterable[int] | None = None
@@ -110,11 +121,14 @@ class Sampling:
     revise_steps: int
     cache: str
     refresh_every: int
+    vicinity: int
     guidance: float
     seeds: list[int]
     max_passes: int  # upper bound of the passes in a block, independent of the batch: it numbers the noise
     growing_bias: tuple[Any, Any] | None
     unmask: dict[str, Any]  # passed on to `illada_kernels.unmask`
+    ends: tuple[int, ...]  # stop tokens that are put over what follows them
+    by_sequence: bool  # the schedule may hold numbers for each sequence of the batch, so that all must stay in it
 
     @property
     def remask_steps(self) -> int:

@@ -14,7 +14,7 @@ from ..errors import PromptError
 from ..model import Model
 from .config import GenerationConfig
 from .loop import Block, BlockLoop, check_filled
-from .settings import checked, resolve, resolve_block_length, seeds_of, token_lists
+from .settings import checked, has_numbers, resolve, resolve_block_length, seeds_of, stop_ids_of, token_lists
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class _Sequence:
     ticket: int
     prompt: list[int]
     seed: int
+    end: int  # columns from its start to its last token's end
     before: int  # columns from its start to the block that is next
     text: list[int] = dataclasses.field(default_factory=list)  # prompt tokens within its first block included
     filled: int = 0
@@ -54,13 +55,15 @@ class Decoder:
     Raises
     ------
     PromptError
-        For settings that contradict each other or the model, and for those that need all sequences to begin together:
-        variable_length=False for a model that sees everything, guidance, growing_bias.
+        For settings that contradict each other or the model, numbers for each sequence (tensors (B,) in a rule), and
+        samplers with a loop of their own.
 
     Notes
     -----
-    A sequence's tokens do not depend on the others, nor on when it joins. Synchronises once a block. Memory: the cache
-    for slots * max_length tokens, where `config.cache` asks for one.
+    A sequence's tokens do not depend on the others, nor on when it joins. A pass computes the rows of the sequences
+    that are there, on a GPU the next power of two of them, so that shapes are few. Synchronises once a block. Memory:
+    the cache for slots * (max_length, without `variable_length` also max_new_tokens) tokens, where `config.cache` asks
+    for one. `growing_bias` takes one call of `unmask` for each sequence.
 
     Examples
     --------
@@ -79,9 +82,6 @@ class Decoder:
     def __init__(
         self, model: Model, config: GenerationConfig | None = None, slots: int = 8, max_length: int | None = None
     ) -> None:
-        config = config or GenerationConfig()
-        if config.variable_length is None and config.sampler is None:  # sequences begin at different times
-            config = dataclasses.replace(config, variable_length=True)
         c, config = model.config, checked(config, model.config)
         length = c.max_seq_len if max_length is None else max_length
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
@@ -91,24 +91,24 @@ class Decoder:
                 f"max_length: expected {config.max_new_tokens} (max_new_tokens) to {c.max_seq_len} (max_seq_len), "
                 f"got {length}"
             )
-        if not config.variable_length and not c.causal_block:
-            raise PromptError("variable_length: expected True, because sequences of a Decoder begin at different times")
-        if config.guidance or config.growing_bias is not None:
-            name = "guidance" if config.guidance else "growing_bias"
-            raise PromptError(f"{name}: expected none in a Decoder; generate() takes it")
         self.model, self.settings, self.length = model, config, length
         self.block_length = resolve_block_length(config, c)
         self.whole = c.causal_block or 1  # a prompt's whole blocks lie before the first block that is decoded
         self.base_seed = seeds_of(config.seed, 1)[0]
         blocks = -(-config.max_new_tokens // self.block_length)
         sampling = resolve(dataclasses.replace(config, seed=[0] * slots), c, slots, self.block_length, blocks)
-        self.stop_ids = set(c.eos_ids if config.stop_ids is None else config.stop_ids)  # type: ignore[arg-type]
+        if has_numbers(config.rule) or has_numbers(config.revise):
+            raise PromptError(
+                "rule: expected numbers or 0-d tensors in a Decoder, for which sequence has which row varies"
+            )
+        self.stop_ids = set(stop_ids_of(config, c))
+        self.sees_all = not (config.variable_length or c.causal_block)  # masks of later blocks, too
         # Every sequence may end within a block, and one begins in column 0 whenever the rectangle has moved.
-        columns = -(-length // self.block_length) * self.block_length + self.block_length
+        columns = (-(-length // self.block_length) + 1 + blocks * self.sees_all) * self.block_length
         tokens = torch.full((slots, columns), c.mask_id, dtype=torch.int64, device=model.device)
         self.loop = BlockLoop(model, tokens, [0] * slots, torch.zeros_like(tokens, dtype=torch.bool), sampling, None)
-        self.loop.limits = torch.full((slots,), columns, dtype=torch.int64, device=model.device)
-        self.rows: list[_Sequence | None] = [None] * slots
+        self.slots = slots
+        self.rows: list[_Sequence | None] = []  # None: it has ended
         self.waiting: deque[_Sequence] = deque()
         self.finished: list[Finished] = []
         self.at = 0  # the column where the next block begins
@@ -131,7 +131,8 @@ class Decoder:
             )
         seeds = seeds_of(self.base_seed + ticket if seed is None else seed, 1)
         whole = len(row) // self.whole * self.whole
-        self.waiting.append(_Sequence(ticket, row, seeds[0], whole, row[whole:]))
+        end = len(row) + self.settings.max_new_tokens
+        self.waiting.append(_Sequence(ticket, row, seeds[0], end, whole, row[whole:]))
         self.tickets += 1
         return ticket
 
@@ -158,69 +159,88 @@ class Decoder:
 
     def _begin(self) -> bool:
         """Lets waiting sequences join and begins a block; returns False if there is no sequence."""
-        joiners = [b for b, row in enumerate(self.rows) if row is None][: len(self.waiting)]
-        for b in joiners:
-            self.rows[b] = self.waiting.popleft()
-        live = [(b, row) for b, row in enumerate(self.rows) if row is not None]
+        joiners = self._admit()
+        live = [row for row in self.rows if row is not None]
         if not live:
             return False
+        loop, batch = self.loop, self.loop.batch
+        loop.use(loop.bucket(len(live)))
         if joiners:
-            self._move(max(row.before for _, row in live) - self.at)
+            self._move(max(row.before for row in live) - self.at)
             if len(joiners) == len(live):  # the first pass covers all columns
-                self.loop.final = 0
+                loop.final = 0
             for b in joiners:
-                self._join(b, alone=len(joiners) < len(live))
-        loop, stop = self.loop, self.at + self.block_length
-        masks, ends = [0] * len(self.rows), [self.at] * len(self.rows)
-        for b, row in live:
-            start = self.at - row.before
-            ends[b] = start + len(row.prompt) + self.settings.max_new_tokens
-            masks[b] = min(stop, ends[b]) - max(self.at, start + len(row.prompt))
-            row.filled += masks[b]
+                self._join(b, live[b], alone=len(joiners) < len(live))
+        for b in range(len(live), loop.count):  # rows that are free, which nothing may depend on
+            loop.first_columns[b], loop.joins[b] = 0, loop.joins[0]
+        free, stop = loop.count - len(live), self.at + self.block_length
+        ends = [self.at - row.before + row.end for row in live]
+        masks = [min(stop, end) - max(self.at, end - self.settings.max_new_tokens) for end in ends]
+        for row, count in zip(live, masks):
+            row.filled += count
         column = torch.arange(self.at, stop, device=loop.device)
-        open_until = torch.tensor(ends, dtype=torch.int64, device="cpu").to(loop.device, non_blocking=True)
-        positions = torch.where((column < open_until[:, None]) & ~loop.frozen[:, self.at : stop], column, -1)
-        assert loop.limits is not None
-        loop.limits.copy_(open_until)
-        blank = any(not row.prompt and not row.before for _, row in live)
-        self.running = loop.passes_of(Block(self.blocks, positions, masks, (self.at, stop), stop, blank=blank))
+        open_until = torch.tensor([*ends, *[self.at] * free], dtype=torch.int64, device="cpu")
+        open_until = open_until.to(loop.device, non_blocking=True)
+        is_open = (column < open_until[:, None]) & ~batch.frozen[:, self.at : stop]
+        end = max(stop, *ends) if self.sees_all else stop
+        batch.limits.copy_(open_until.clamp(max=end))
+        if self.model.config.causal_block:  # whose blocks are whole
+            batch.limits.fill_(end)
+        blank = any(not row.prompt and not row.before for row in live)
+        masks += [0] * free
+        block = Block(self.blocks, torch.where(is_open, column, -1), masks, (self.at, stop), end, blank=blank)
+        self.running = loop.passes_of(block)
         return True
 
-    def _move(self, by: int) -> None:
-        """Moves the whole rectangle by columns. Keys do not change, for they know their positions, not columns."""
-        if by:
-            loop = self.loop
-            for table in (loop.tokens, loop.frozen):
-                table.copy_(table.roll(by, 1))
-            if loop.cache is not None:
-                for keys in (loop.cache.keys, loop.cache.values):
-                    keys.copy_(keys.roll(by, 2))
-            loop.starts.add_(by).clamp_(min=0)  # of rows that are free
-            self.at += by
-            loop.final = max(loop.final + by, 0)
+    def _admit(self) -> list[int]:
+        """Seats waiting sequences where others have ended, and lets the rows in use be the first ones.
 
-    def _join(self, b: int, alone: bool) -> None:
+        Returns the rows of those that have come.
+        """
+        joiners = [b for b, row in enumerate(self.rows) if row is None]
+        joiners += range(len(self.rows), self.slots)
+        joiners = joiners[: len(self.waiting)]
+        for b in joiners:
+            self.rows[b : b + 1] = [self.waiting.popleft()]
+        while None in self.rows:
+            last = self.rows.pop()
+            if last is not None:  # it moves into the first gap
+                gap = self.rows.index(None)
+                self.loop.copy_row(len(self.rows), gap)
+                self.rows[gap] = last
+        return joiners
+
+    def _move(self, by: int) -> None:
+        """Moves the rows in use by columns."""
+        if by:
+            self.loop.batch.roll(by)
+            self.loop.batch.starts.add_(by).clamp_(min=0)  # of rows that are free
+            self.at += by
+            self.loop.final = max(self.loop.final + by, 0)
+            self.loop.first_columns = [first + by for first in self.loop.first_columns]
+
+    def _join(self, b: int, row: _Sequence, alone: bool) -> None:
         """Writes a sequence's prompt so that its first block begins in the next one's column.
 
         alone: other sequences are running, so the next pass does not cover the prompt.
         """
-        row, loop = self.rows[b], self.loop
-        assert row is not None
+        loop, batch = self.loop, self.loop.batch
         start, padding = self.at - row.before, max(self.model.config.pad_id, 0)
         text = [*[padding] * start, *row.prompt]
-        columns = loop.tokens.shape[1]
+        columns = batch.tokens.shape[1]
         line = torch.tensor(text + [self.model.config.mask_id] * (columns - len(text)), dtype=torch.int64, device="cpu")
-        loop.tokens[b].copy_(line)
-        loop.frozen[b, : len(text)], loop.frozen[b, len(text) :] = True, False
-        loop.first_columns[b] = start
-        loop.starts[b], loop.seeds[b], loop.joined[b], loop.passes[b] = start, row.seed, self.blocks, 0
+        batch.tokens[b].copy_(line)
+        batch.frozen[b, : len(text)], batch.frozen[b, len(text) :] = True, False
+        loop.first_columns[b], loop.joins[b] = start, self.blocks
+        batch.starts[b], batch.limits[b] = start, self.at
+        loop.seeds[b], loop.joined[b], loop.passes[b] = row.seed, self.blocks, 0
         if alone and loop.sampling.cache == "block_causal" and row.before:
-            loop.read_prompt(b, self.at)
+            batch.read_prompt(b, self.at)
 
     def _end(self) -> None:
         """Takes out the sequences that have ended. Reads the block's tokens, the one synchronisation of a block."""
         self.running, block = None, slice(self.at, self.at + self.block_length)
-        found, passes = self.loop.tokens[:, block].tolist(), self.loop.passes.tolist()
+        found, passes = self.loop.batch.tokens[:, block].tolist(), self.loop.passes.tolist()
         self.at += self.block_length
         self.blocks += 1
         for b, row in enumerate(self.rows):

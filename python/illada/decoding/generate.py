@@ -14,7 +14,7 @@ from .config import GenerationConfig, Prompts, Sampling
 from .generation import Generation
 from .loop import Block, BlockLoop, Step, check_filled, left_padded
 from .samplers import ALONE
-from .settings import checked, resolve, resolve_block_length, token_lists
+from .settings import checked, resolve, resolve_block_length, stop_ids_of, token_lists
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def generate(
                 f"prompt {b}: {len(row)} tokens and max_new_tokens = {config.max_new_tokens} exceed max_seq_len = "
                 f"{model.config.max_seq_len}; shorten the prompt or generate less"
             )
-    stop_ids = model.config.eos_ids if config.stop_ids is None else tuple(config.stop_ids)  # type: ignore[arg-type]
+    stop_ids = stop_ids_of(config, model.config)
     if sampler == "canvas":
         return canvas.paint(model, rows, config, sampler_options, stop_ids, callback)
     if sampler is not None:
@@ -116,45 +116,81 @@ class _Continuation:
         if not model.config.causal_block:  # whose blocks are whole
             self.columns = max(self.ends, default=0)
         self.variable_length = config.variable_length or model.config.causal_block > 0
-        self.filled = [0] * len(rows)
+        self.filled, self.running = [0] * len(rows), [True] * len(rows)
+        self.live = list(range(len(rows)))  # the sequence in each row of the batch
 
     def run(self, sampling: Sampling, callback: Callable[[Step], object] | None) -> Generation:
         if not self.rows:
             return Generation([], [], [], [], 0)
         model, columns = self.model, self.columns
-        tokens = left_padded(self.rows, model, self.starts, columns)
+        self.table = left_padded(self.rows, model, self.starts, columns)
+        self.passes = torch.zeros(len(self.rows), dtype=torch.int64, device=model.device)
         column = torch.arange(columns, device=model.device)
         prompt_ends, ends = (torch.tensor(e, device=model.device)[:, None] for e in (self.prompt_ends, self.ends))
-        blank = not all(self.rows)
-        loop = BlockLoop(model, tokens, self.starts, column < prompt_ends, sampling, callback)
+        watch = None if callback is None else lambda step: callback(self.shown(step))
+        loop = BlockLoop(model, self.table.clone(), self.starts, column < prompt_ends, sampling, watch)
         open_columns = (column >= prompt_ends) & (column < ends)  # (B, columns): True where a token may be generated
         stops = torch.tensor(self.stop_ids, dtype=torch.int64, device=model.device)
-        running = [True] * len(self.rows)
+        blank = not all(self.rows)
         for index in range(self.blocks):
             begin = self.first + index * self.block_length
             block = slice(begin, min(begin + self.block_length, columns))
-            masks = [self.masks_of(b, block) if on else 0 for b, on in enumerate(running)]
-            self.filled = [f + m for f, m in zip(self.filled, masks)]
-            positions = torch.where(open_columns[:, block], column[block], -1)
+            masks = [self.masks_of(b, block) if self.running[b] else 0 for b in self.live]
+            for b, count in zip(self.live, masks):
+                self.filled[b] += count
             end = block.stop if self.variable_length else columns
+            loop.batch.limits.fill_(end)
+            positions = torch.where(open_columns[:, block], column[block], -1)
             loop.run_block(Block(index, positions, masks, (block.start, block.stop), end, blank=blank and index == 0))
             if self.stop_ids and index + 1 < self.blocks:
-                ended = torch.isin(tokens[:, block], stops) & open_columns[:, block]
+                ended = torch.isin(loop.batch.tokens[:, block], stops) & open_columns[:, block]
                 open_columns &= ~ended.any(1, keepdim=True)
-                running = open_columns.any(1).tolist()  # the one synchronisation of a block
+                for b, on in zip(self.live, open_columns.any(1).tolist()):  # the one synchronisation of a block
+                    self.running[b] &= on
             if self.stop_when is not None:
-                self.ask(self.stop_when, tokens[:, : block.stop].tolist(), running)
-                running = [on and not ended for on, ended in zip(running, self.ended)]
-                open_columns &= torch.tensor(running, device=model.device)[:, None]
-            if not any(running):
+                self.ask(self.stop_when, loop.batch.tokens[:, : block.stop].tolist())
+            if not any(self.running):
                 break
-        return self.result(tokens.tolist(), loop)
+            if not sampling.by_sequence and not all(self.running[b] for b in self.live):
+                open_columns = open_columns[self.leave(loop)]
+        self.save(loop)
+        return self.result(self.table.tolist(), loop)
 
-    def ask(self, stop_when: Callable[[list[int]], bool], table: list[list[int]], running: list[bool]) -> None:
+    def save(self, loop: BlockLoop) -> None:
+        """Writes what the batch holds to the table of all sequences."""
+        at = torch.tensor(self.live, device=self.model.device)
+        self.table[at], self.passes[at] = loop.batch.tokens, loop.passes
+
+    def leave(self, loop: BlockLoop) -> list[int]:
+        """Takes sequences that have ended out of the batch; returns the rows that the others had."""
+        self.save(loop)
+        rows = [row for row, b in enumerate(self.live) if self.running[b]]
+        ended = [row for row, b in enumerate(self.live) if not self.running[b]]
+        rows = sorted([*rows, *ended[: loop.bucket(len(rows)) - len(rows)]])  # ascending: a copy overwrites no source
+        for target, source in enumerate(rows):
+            if source != target:
+                loop.copy_row(source, target)
+        loop.use(len(rows))
+        self.live = [self.live[row] for row in rows]
+        return rows
+
+    def shown(self, step: Step) -> Step:
+        """Returns the step with a row for each sequence, also for those that have left the batch."""
+        if len(self.live) == len(self.rows):
+            return step
+        at, batch = torch.tensor(self.live, device=self.model.device), len(self.rows)
+        self.table[at] = step.tokens
+        nothing = {"positions": -1, "committed": False, "confidence": 0.0}
+        wide = {name: getattr(step, name) for name in nothing}
+        wide = {n: t.new_full((batch, t.shape[1]), nothing[n]).index_copy_(0, at, t) for n, t in wide.items()}
+        return dataclasses.replace(step, tokens=self.table, starts=self.starts, **wide)
+
+    def ask(self, stop_when: Callable[[list[int]], bool], table: list[list[int]]) -> None:
         """Asks of each sequence that is running whether its tokens so far end it."""
-        for b, row in enumerate(table):
-            if running[b] and not self.ended[b] and stop_when(row[self.prompt_ends[b] : self.ends[b]]):
+        for b, row in zip(self.live, table):
+            if self.running[b] and not self.ended[b] and stop_when(row[self.prompt_ends[b] : self.ends[b]]):
                 self.ended[b], self.ends[b] = True, min(self.ends[b], len(row))
+                self.running[b] = False
 
     def masks_of(self, b: int, block: slice) -> int:
         return max(0, min(block.stop, self.ends[b]) - max(block.start, self.prompt_ends[b]))
@@ -168,4 +204,4 @@ class _Continuation:
             stopped.append(stop is not None)
         stopped = [stop or ended for stop, ended in zip(stopped, self.ended)]
         check_filled(texts, self.model.config)
-        return Generation(texts, stopped, loop.passes.tolist(), self.filled, loop.forward_passes)
+        return Generation(texts, stopped, self.passes.tolist(), self.filled, loop.forward_passes)

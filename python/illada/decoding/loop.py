@@ -3,19 +3,24 @@
 A batch is a rectangle of columns. Sequences are padded on the left, so that a block has the same columns in all of
 them. Sequence b begins in column starts[b] and counts its positions from there. Columns that a pass computes:
 
-    cache           first pass of a block                  later passes
-    none            all columns up to `end`                the same
-    prefix          all, and all keys are written          from the block on; keys before it are as old as the block
-    dual            all, and all keys are written          the block alone; keys behind it are as old too
-    block_causal    from the last block that is not final  the block alone; exact, as final blocks never change
+    cache           first pass of a block                       later passes
+    none            all columns up to `end`                     the same
+    prefix          all, and all keys are written               from the block on; keys before it stay as they are
+    dual            all, and all keys are written               the block alone; keys behind it stay, too
+    vicinity        all, and all keys are written               the block and `vicinity` columns on each side of it
+    interval        the block and the one before                the block alone
+    block_causal    from the last block that is not final       the block alone; exact, as final blocks never change
+
+With `refresh_every` n, every n-th pass of prefix, dual, vicinity and interval is as the first pass of dual. They count
+passes from the block's begin; interval counts over all blocks, and its very first pass is such a pass.
 
 A block's last pass commits its last tokens, so its keys are final only after the next block's first pass, which covers
 both. With shifted logits a window begins no later than one column before the block, because that row predicts the
 block's first token. Autoregressive models (shifted logits, blocks of one) compute the column of the last token alone.
 
 A pass never waits for the device. Its state lives in tensors that are allocated once, schedules compute on them, and
-whether a block is done comes to the host one pass late (`LateFlag`). So later passes of a block, whose shapes are
-equal, are captured as a CUDA graph (`Replay`).
+whether a block is done comes to the host one pass late (`LateFlag`). What the host knows of a pass is its `Shape`: on a
+GPU passes of one shape are one CUDA graph, whatever their block (`Replay`).
 """
 
 from __future__ import annotations
@@ -28,12 +33,12 @@ import torch
 from torch import Tensor
 
 import illada_kernels
-from illada_kernels import Edit, KeyRanges, Remask, Renoise, TopK
+from illada_kernels import Edit, Remask, Renoise, TopK
 
 from ..config import ModelConfig
 from ..errors import DecodingError, PromptError
 from ..model import Model
-from .cache import Cache
+from .batch import Batch, Rows, Shape
 from .config import Sampling
 from .replay import LateFlag, Replay
 from .schedules import Always, Choose, Evenly, Pass
@@ -75,8 +80,20 @@ class Block:
     blank: bool = False  # some sequences are masks alone
 
 
-class BlockLoop:
-    """Holds the tokens, cache and state of a batch. Only `passes_of` and `run_block` change tokens."""
+class BlockLoop(Rows):
+    """Fills blocks of a `Batch`. The state of a pass is written in place; "block" is the one that is being filled."""
+
+    seeds: Tensor  # (B,) int64, as all below
+    passes: Tensor  # in which the sequence had masks
+    masked: Tensor  # masks when the block began
+    left: Tensor  # masks now
+    full_passes: Tensor  # passes since the block was full
+    noise_step: Tensor  # counts passes over all blocks
+    joined: Tensor  # the block with which the sequence began
+    active: Tensor  # (B,) bool
+    positions: Tensor  # (B, block_length) int64: the block's candidates
+    sure: Tensor  # (B, block_length) float32: the confidence with which their tokens were committed
+    bias: Tensor  # (B, ids) float32: values of logit_bias
 
     def __init__(
         self,
@@ -88,54 +105,86 @@ class BlockLoop:
         callback: Callable[[Step], object] | None,
     ) -> None:
         self.model, self.config, self.sampling, self.callback = model, model.config, sampling, callback
-        self.tokens, self.frozen, self.first_columns = tokens, frozen, list(starts)
         self.device = tokens.device
-        batch = len(self.first_columns)
-        self.starts = torch.tensor(self.first_columns, dtype=torch.int64, device=self.device)
-        self.seeds = torch.tensor(sampling.seeds, dtype=torch.int64, device=self.device)
-        self.unmask_options = dict(sampling.unmask)
-        self.growth: Tensor | None = None  # of the logit bias, for each token generated
-        self._bias_tensors()
-        self.guided = sampling.guidance != 0
+        self.batch = Batch(model, tokens, starts, frozen, sampling)
+        self.first_columns, self.joins = list(starts), [0] * len(starts)  # `starts` and `joined` on the host
         self.forward_passes = 0
-        self.limits: Tensor | None = None  # (B,) the column where each sequence ends, if they differ
-        self.final = 0  # columns before this one have final keys in the cache
-        self.cache: Cache | None = None
-        if sampling.cache != "none":
-            rows = batch * (2 if self.guided else 1)
-            self.cache = Cache(self.config, rows, tokens.shape[1], device=self.device, dtype=model.dtype)
-        # The state of a pass, written in place. (B,) unless said; "block" is the one that is being filled.
-        counts = torch.zeros(6, batch, dtype=torch.int64, device=self.device)
-        self.passes, self.masked, self.left, self.full_passes, self.noise_step, self.joined = counts
+        self.final = 0  # columns before this one have keys that a block's first pass leaves alone
+        self.unmask_options = dict(sampling.unmask)
+        counts = torch.zeros(6, len(starts), dtype=torch.int64, device=self.device)
+        names = ("passes", "masked", "left", "full_passes", "noise_step", "joined")
+        super().__init__(
+            **dict(zip(names, counts)),
+            seeds=torch.tensor(sampling.seeds, dtype=torch.int64, device=self.device),
+            active=torch.zeros(len(starts), dtype=torch.bool, device=self.device),
+            positions=torch.full((len(starts), sampling.block_length), -1, dtype=torch.int64, device=self.device),
+            sure=torch.zeros(len(starts), sampling.block_length, device=self.device, dtype=torch.float32),
+            bias=self._bias(len(starts)),
+        )
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)  # () passes made in the block
-        self.active = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.finished = torch.zeros((), dtype=torch.bool, device=self.device)  # () no sequence is active
         self.done = LateFlag(self.device)
+        self.ends = torch.tensor(sampling.ends, dtype=torch.int64, device=self.device)
+        self.replay = Replay(self.one_pass, self.device)
 
-    def _bias_tensors(self) -> None:
-        """Puts logit_bias and the bias that grows on the device once."""
+    def _bias(self, rows: int) -> Tensor:
+        """Puts logit_bias and the bias that grows on the device once; returns its values (rows, ids)."""
         bias, growing = self.sampling.unmask["logit_bias"], self.sampling.growing_bias
-        if bias is None and growing is None:
-            return
         ids, values = map(list, bias or ((), ()))
         more_ids, rates = map(list, growing or ((), ()))
-        self.fixed_bias = torch.tensor([*values, *[0.0] * len(rates)], dtype=torch.float32, device=self.device)
-        every = torch.tensor([*ids, *more_ids], dtype=torch.int64, device=self.device)
-        self.unmask_options["logit_bias"] = (every, self.fixed_bias.clone())
-        if growing is not None:
-            self.growth = torch.tensor([0.0] * len(values) + rates, dtype=torch.float32, device=self.device)
+        numbers = [*values, *[0.0] * len(rates)], [*[0.0] * len(values), *rates]
+        self.fixed_bias, self.growth = (torch.tensor(n, dtype=torch.float32, device=self.device) for n in numbers)
+        self.bias_ids = torch.tensor([*ids, *more_ids], dtype=torch.int64, device=self.device)
+        return self.fixed_bias.repeat(rows, 1)
 
-    # ---- hidden rows ----------------------------------------------------------------------------------------------
+    def bucket(self, sequences: int) -> int:
+        """Returns how many rows are computed for so many sequences: on a GPU a power of two, so that shapes are few."""
+        return min(1 << (sequences - 1).bit_length(), len(self.joins)) if self.replay.graphs else sequences
 
-    def window(self, block: Block, refresh: bool) -> tuple[int, int]:
-        """Returns the columns of the next forward pass."""
-        first, last = block.columns
-        if self.sampling.cache == "block_causal":
-            first = self.final if refresh else first
-        elif refresh or self.sampling.cache == "none":
+    def use(self, count: int) -> None:
+        """Lets the first `count` rows take part."""
+        super().use(count)
+        self.batch.use(count)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Gives row `target` the sequence of row `source`."""
+        super().copy_row(source, target)
+        self.batch.copy_row(source, target)
+        for numbers in (self.first_columns, self.joins):
+            numbers[target] = numbers[source]
+
+    # ---- which columns ----------------------------------------------------------------------------------------------
+
+    def due(self, block: int, step: int, adaptive: bool, passes: int) -> list[bool]:
+        """Says for each row whether this pass computes all columns; `passes` are those that a whole block takes.
+
+        interval numbers passes as if all blocks took that many, so that the batch does not decide.
+        """
+        cache, every = self.sampling.cache, self.sampling.refresh_every
+        if cache != "interval":
+            begins = cache != "block_causal" and (step == 0 or (every > 0 and step % every == 0))
+            return [begins or cache == "none"] * self.count
+        found = []
+        for joined in self.joins[: self.count]:
+            now = (block - joined) * passes + step
+            before = now - passes if step == 0 and adaptive else now - 1  # passes that were never made count too
+            found.append(now == 0 or (every > 0 and now // every > before // every))
+        return found
+
+    def window(self, block: Block, step: int, whole: bool) -> tuple[int, int]:
+        """Returns the first and the end column of a pass that computes all columns or what its cache asks for."""
+        (first, last), cache = block.columns, self.sampling.cache
+        if whole:
             first, last = 0, block.end
-        elif self.sampling.cache == "prefix":
+        elif step == 0:  # of block_causal and interval
+            first = min(self.final, first)
+            # Passes of the block before have written the column before it as well, as long as others went on.
+            first = max(first - (cache == "interval" and self.config.shifted_logits), 0)
+        elif cache == "prefix":
             last = block.end
+        elif cache == "vicinity":
+            first = max(first - self.sampling.vicinity, 0)
+            last = min(last + self.sampling.vicinity, block.end)
         if self.config.shifted_logits:
             first = max(min(first, block.columns[0] - 1), 0)
         return first, last - 1 if self.autoregressive(block) else last
@@ -143,45 +192,38 @@ class BlockLoop:
     def autoregressive(self, block: Block) -> bool:
         """Whether the block is one token, predicted from the token before it in every sequence, beside a cache."""
         one = self.config.shifted_logits and self.config.causal_block == 1 and not block.scattered
-        return one and self.cache is not None and block.columns[0] > max(self.first_columns)
+        return one and self.batch.cache is not None and block.columns[0] > max(self.first_columns[: self.count])
 
-    def hidden(self, window: tuple[int, int], end: int, shift: bool = True) -> Tensor:
-        """Returns hidden rows (B, window, dim); with guidance w, u + (w + 1) (c - u), since the head is linear."""
-        first, last = window
-        tokens, starts = self.tokens[:, first:last], self.starts
-        if self.guided:
-            hidden_prompt = torch.where(self.frozen[:, first:last], self.config.mask_id, tokens)
-            tokens, starts = torch.cat([tokens, hidden_prompt]), torch.cat([starts, starts])
-        column = torch.arange(first, last, device=self.device)
-        positions = (column - starts[:, None]).clamp(min=0)
-        cache = None if self.cache is None else self.cache.at(first, end)
-        h = self.model(tokens, self.ranges(column, starts, end), positions, cache, shift)
-        if not self.guided:
-            return h
-        with_prompt, without = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2)
-        return (without + (self.sampling.guidance + 1) * (with_prompt - without)).to(h.dtype)
+    def shape(self, block: Block, step: int, due: list[bool]) -> Shape:
+        """Returns what the host knows of a pass, and tells the device the rest of where it is."""
+        first, last = self.window(block, step, any(due))
+        interval = self.sampling.cache == "interval"
+        guarded = interval and any(due) and not (step == 0 and all(due))
+        if guarded:
+            own = self.window(block, step, False)
+            for b, whole in enumerate(due):
+                self.batch.span[b, 0], self.batch.span[b, 1] = (0, last) if whole else own
+        keys = block.end
+        if self.replay.graphs:
+            self.batch.window_start.fill_(first)
+            keys = last - first if self.batch.cache is None else self.batch.cache.capacity
+        before = self.autoregressive(block)
+        scattered = block.scattered or (self.replay.graphs and any(due))  # each block stands elsewhere in all columns
+        return Shape(
+            rows=self.count,
+            first=None if self.replay.graphs else first,
+            length=last - first,
+            keys=keys,
+            offset=None if scattered else block.columns[0] - before - first,
+            candidates=block.positions.shape[1],
+            shift=not before,
+            blank=block.blank,
+            guarded=guarded,
+            apart=self.sampling.growing_bias is not None and len(set(self.joins[: self.count])) > 1,
+            remasking=step < self.sampling.remask_steps,
+        )
 
-    def ranges(self, column: Tensor, starts: Tensor, end: int) -> KeyRanges:
-        """Returns the key ranges over the first `end` columns: neither padding nor, with blocks, later blocks."""
-        block = self.config.causal_block
-        if not block and self.limits is None:
-            return KeyRanges.padding(end - starts, end, side="left")
-        if self.limits is not None and not block:
-            high = torch.maximum(self.limits.clamp(max=end), starts)
-            return KeyRanges(torch.stack([starts, high, high, high], dim=-1)[:, None].to(torch.int32), end)
-        low = starts[:, None].expand(-1, column.shape[0])
-        high = torch.maximum(((column // block + 1) * block).clamp(max=end), low)  # starts are multiples of the block
-        return KeyRanges(torch.stack([low, high, high, high], dim=-1).to(torch.int32), end)
-
-    def read_prompt(self, b: int, end: int) -> None:
-        """Writes the keys of sequence b's columns before `end` into the cache."""
-        assert self.cache is not None
-        column, starts = torch.arange(end, device=self.device), self.starts[b : b + 1]
-        positions = (column - starts[:, None]).clamp(min=0)
-        window = self.cache.rows(b, b + 1).at(0, end)
-        self.model(self.tokens[b : b + 1, :end], self.ranges(column, starts, end), positions, window)
-
-    # ---- one block ------------------------------------------------------------------------------------------------
+    # ---- one block --------------------------------------------------------------------------------------------------
 
     def run_block(self, block: Block) -> None:
         """Fills the block's masks. A sequence takes part until none is left, with Edit until nothing changes."""
@@ -194,18 +236,17 @@ class BlockLoop:
         if most == 0:
             return
         self.begin(block)
-        (adaptive, limit), every = self.num_passes(most), self.sampling.refresh_every
-        later = Replay(lambda remasking: self.one_pass(block, False, remasking), self.device)
+        adaptive, limit = self.num_passes(most)
+        passes = self.sampling.block_length if adaptive else self.num_passes(self.sampling.block_length)[1]
         for step in range(limit):
-            refresh = step == 0 or (every > 0 and step % every == 0)
-            remasking = step < self.sampling.remask_steps
-            candidates, out = self.one_pass(block, True, remasking) if refresh else later(remasking)
+            due = self.due(block.index, step, adaptive, passes)
+            candidates, out = self.replay(self.shape(block, step, due))
             self.done.write(self.finished)
             self.forward_passes += 1
-            if refresh:
+            if step == 0:
                 self.final = block.columns[0]
             if self.callback is not None:
-                where = (self.tokens, self.first_columns, block.index, step, candidates)
+                where = (self.batch.tokens, self.first_columns[: self.count], block.index, step, candidates)
                 self.callback(Step(*where, out.committed, out.confidence, self.forward_passes))
             yield
             if adaptive and step + 1 < limit and self.done.read():
@@ -218,19 +259,21 @@ class BlockLoop:
         torch.gt(self.masked, 0, out=self.active)
         self.full_passes.zero_()
         self.step.zero_()
-        torch.sub(block.index, self.joined, out=self.noise_step).mul_(self.sampling.max_passes)
+        self.positions[:, : block.positions.shape[1]].copy_(block.positions)
+        torch.sub(block.index, self.joined, out=self.noise_step)
+        generated = self.noise_step[:, None] * self.sampling.block_length
+        self.bias.copy_(self.fixed_bias + self.growth * generated)
+        self.noise_step.mul_(self.sampling.max_passes)
         self.done.reset()
-        if self.growth is not None:
-            generated = block.index * self.sampling.block_length
-            torch.add(self.fixed_bias, self.growth, alpha=generated, out=self.unmask_options["logit_bias"][1])
 
-    def one_pass(self, block: Block, refresh: bool, remasking: bool) -> tuple[Tensor, Unmasked]:
+    def one_pass(self, shape: Shape) -> tuple[Tensor, Unmasked]:
         """Runs the model, commits, and brings the state up to date, without the host.
 
         Returns the candidates (B, K) and what became of them.
         """
-        candidates = torch.where(self.active[:, None], block.positions, -1)
-        places = candidates - self.starts[:, None]
+        candidates = torch.where(self.active[:, None], self.positions[:, : shape.candidates], -1)
+        places = candidates - self.batch.starts[:, None]
+        rows, sure = self.candidate_rows(shape, candidates), self.sure[:, : shape.candidates]
         now = Pass(
             self.step,
             self.masked,
@@ -238,72 +281,83 @@ class BlockLoop:
             places,
             self.seeds,
             self.noise_step,
-            lambda: self.tokens.gather(1, candidates.clamp(min=0)),
+            lambda: self.batch.tokens.gather(1, candidates.clamp(min=0)),
+            sure,
             self.config.mask_id,
         )
-        revise = self.revision(now, remasking)
-        out = self.commit(self.candidate_rows(block, refresh), candidates, now, revise)
+        parts = [slice(b, b + 1) for b in range(shape.rows)] if shape.apart else [slice(0, shape.rows)]
+        outs = [self.commit(p, rows[p], candidates[p], now.part(p), shape.remasking) for p in parts]
+        out = outs[0] if len(outs) == 1 else Unmasked(*map(torch.cat, zip(*outs)))
         self.passes += self.active
         self.full_passes += self.active & (self.left == 0)
-        self.left.copy_(out.remaining)
-        if not remasking:  # Remask may take tokens of a full sequence back in the next pass
+        self.left.copy_(self.covered(candidates) if len(self.ends) else out.remaining)
+        if callable(self.sampling.revise):
+            sure.copy_(torch.where(out.committed, out.confidence, sure))
+        if not shape.remasking:  # Remask may take tokens of a full sequence back in the next pass
             torch.gt(self.left, 0, out=self.active)
-            if isinstance(revise, Edit):
+            if isinstance(self.sampling.revise, Edit):
                 self.active |= out.committed.any(1) & (self.full_passes < self.sampling.revise_steps)
         self.step += 1
         self.noise_step += 1
         torch.logical_not(self.active.any(), out=self.finished)
         return candidates, out
 
-    def commit(self, rows: Tensor, candidates: Tensor, now: Pass, revise: Edit | Remask | None) -> Unmasked:
-        """Proposes tokens at the candidates and writes those that the schedule picks."""
-        rule = self.sampling.schedule(now)
+    def candidate_rows(self, shape: Shape, candidates: Tensor) -> Tensor:
+        """Runs one forward pass; returns the candidates' rows (B, K, dim), the only ones for the head."""
+        hidden = self.batch.hidden(shape, self.active)
+        if shape.offset is None:
+            row = torch.arange(shape.rows, device=self.device)[:, None]
+            hidden = hidden[row, (candidates - self.batch.window_start[:, None]).clamp(min=0)]
+        else:
+            hidden = hidden[:, shape.offset : shape.offset + shape.candidates]
+        if not shape.blank:
+            return hidden
+        # Rows of a sequence of masks alone are equal but for rounding, because attention then averages equal values.
+        # Without this the rounding, and with it the batch, would decide which position is the most confident.
+        column, batch = torch.arange(self.batch.tokens.shape[1], device=self.device), self.batch
+        outside = (column < batch.starts[:, None]) | (column >= batch.limits[:, None])
+        blank = ((batch.tokens == self.config.mask_id) | outside).all(1)
+        return torch.where(blank[:, None, None], hidden[:, :1], hidden)
+
+    def commit(self, rows: slice, hidden: Tensor, candidates: Tensor, now: Pass, remasking: bool) -> Unmasked:
+        """Proposes tokens at the candidates of `rows` and writes those that the schedule picks."""
+        rule, tokens = self.sampling.schedule(now), self.batch.tokens[rows]
+        masked = now.is_masked if isinstance(rule, Choose) else None  # before tokens are taken back
         if isinstance(rule, Renoise):
             raise PromptError("rule: expected one that fills masks, got Renoise; use sampler='canvas'")
+        if len(self.bias_ids):
+            self.unmask_options["logit_bias"] = (self.bias_ids, self.bias[rows.start])
         out = illada_kernels.unmask(
-            rows,
+            hidden,
             self.model.head_weight,
-            self.tokens,
+            tokens,
             candidates,
             TopK(0) if isinstance(rule, Choose) else rule,
             mask_id=self.config.mask_id,
-            seed=self.seeds,
-            step=self.noise_step,
-            revise=revise,
-            frozen=self.frozen,
+            seed=now.seeds,
+            step=now.noise_step,
+            revise=self.revision(now, remasking),
+            frozen=self.batch.frozen[rows],
             noise_positions=now.candidates,
             **self.unmask_options,
         )
-        if not isinstance(rule, Choose):
+        if masked is None or not isinstance(rule, Choose):
             return Unmasked(*out)
-        chosen = now.is_masked & (out.proposal >= 0) & rule.where(out.proposal, out.confidence)
+        chosen = masked & (out.proposal >= 0) & rule.where(out.proposal, out.confidence)
         # Adding what differs leaves the column alone that stands in for those that are no candidates.
         change = torch.where(chosen, out.proposal - self.config.mask_id, 0)
-        self.tokens.scatter_add_(1, candidates.clamp(min=0), change)
+        tokens.scatter_add_(1, candidates.clamp(min=0), change)
         return Unmasked(out.proposal, out.confidence, out.committed | chosen, out.remaining - chosen.sum(1))
 
-    def candidate_rows(self, block: Block, refresh: bool) -> Tensor:
-        """Runs one forward pass; returns its rows at the block's positions (B, K, dim), the only ones for the head."""
-        window, before = self.window(block, refresh), self.autoregressive(block)
-        hidden = self.hidden(window, block.end, shift=not before)
-        if before:
-            rows = hidden[:, -1:]
-        elif block.scattered:
-            row = torch.arange(block.positions.shape[0], device=self.device)[:, None]
-            rows = hidden[row, (block.positions - window[0]).clamp(min=0)]
-        else:
-            rows = hidden[:, block.columns[0] - window[0] : block.columns[1] - window[0]]
-        return self.equal_if_blank(rows, block.end) if block.blank else rows
-
-    def equal_if_blank(self, rows: Tensor, end: int) -> Tensor:
-        """Gives all rows of a sequence of masks alone the value of its first.
-
-        They are equal but for rounding, because attention then averages equal values. Without this the rounding, and
-        with it the batch, would decide which position is the most confident.
-        """
-        column = torch.arange(end, device=self.device)
-        blank = ((self.tokens[:, :end] == self.config.mask_id) | (column < self.starts[:, None])).all(1)
-        return torch.where(blank[:, None, None], rows[:, :1], rows)
+    def covered(self, candidates: Tensor) -> Tensor:
+        """Puts the first stop token among the candidates over all behind it; returns the masks left (B,)."""
+        tokens, at, mask = self.batch.tokens, candidates.clamp(min=0), self.config.mask_id
+        held = tokens.gather(1, at)
+        stop = (held[..., None] == self.ends).any(-1) & (candidates >= 0)
+        behind = (stop.cumsum(1) - stop.long() > 0) & (candidates >= 0)
+        new = torch.where(behind, held.gather(1, stop.byte().argmax(1, keepdim=True)), held)
+        tokens.scatter_add_(1, at, new - held)  # of those that are no candidates nothing changes
+        return ((new == mask) & (candidates >= 0)).sum(1)
 
     def num_passes(self, most: int) -> tuple[bool, int]:
         """Returns (whether the number of passes depends on the data, the upper bound of it) for `most` masks."""

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Whether passes are captured there."""
+    return device.type == "cuda"
+
+
 class LateFlag:
     """Brings a bool from the device without waiting for the pass that is running.
 
@@ -51,24 +56,29 @@ class Replay:
     """Runs a function that reads and writes the same tensors each time: on a GPU once, then as a captured graph.
 
     Arguments tell apart calls that run different operators. The second call with the same ones captures, because the
-    first may still compile kernels; a block with fewer passes never pays for a graph.
+    first may still compile kernels; what runs once never pays for a graph. All graphs share one pool of memory, so a
+    result holds until the next call.
     """
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
-        self.function, self.on_gpu = function, device.type == "cuda"
+        self.function, self.graphs = function, has_graphs(device)
+        self.pool: Any = None
         self.calls: dict[Hashable, int] = {}
-        self.graphs: dict[Hashable, tuple[Any, Any]] = {}
+        self.captured: dict[Hashable, tuple[Any, Any]] = {}
 
     def __call__(self, *key: Hashable) -> Any:
         """Returns function(*key); from a graph always the same tensors."""
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if not self.on_gpu or self.calls[key] == 1:
+        if not self.graphs:
             return self.function(*key)
-        if key not in self.graphs:
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] == 1:
+            return self.function(*key)
+        if key not in self.captured:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):
                 result = self.function(*key)
-            self.graphs[key] = (graph, result)
-        graph, result = self.graphs[key]
+            self.captured[key] = (graph, result)
+        graph, result = self.captured[key]
         graph.replay()
         return result

@@ -20,7 +20,7 @@ from illada_kernels import Edit, EntropyBound, Factor, Remask, Threshold, TopK
 from ..config import ModelConfig
 from ..errors import PromptError
 from .config import GenerationConfig
-from .schedules import OpenBlocks, Pass, Table
+from .schedules import Choose, OpenBlocks, Pass, Table
 
 Settings = dict[str, Any]
 
@@ -64,6 +64,8 @@ def illada(config: GenerationConfig, model: ModelConfig) -> Settings:
 class DreamCounts:
     """k = int(masks left * (1 - s / t)), in float32; all in the last pass. A pass may commit none."""
 
+    any_batch = True
+
     share: Table  # 1 - s / t of each pass
 
     @property
@@ -78,6 +80,8 @@ class DreamCounts:
 @dataclass(frozen=True, eq=False)
 class DreamOrigin:
     """Each mask falls with probability 1 - s / t, in the last pass with 1."""
+
+    any_batch = True
 
     share: Table
 
@@ -142,7 +146,9 @@ def _sdar(config: GenerationConfig, model: ModelConfig, schedule: Callable[[Pass
 
 @dataclass(frozen=True, eq=False)
 class Scheduled:
-    """A schedule of at most `passes` passes."""
+    """A schedule, or a revision, of at most `passes` passes."""
+
+    any_batch = True
 
     passes: int
     rule: Callable[[Pass], Any]
@@ -242,29 +248,62 @@ def _remdm(config: GenerationConfig, a: Tensor, sigma: Tensor) -> Settings:
     masks fall with probability (a_s - (1 - sigma) a_t) / (1 - a_t). `a` begins with 0 and ends with 1."""
     sigma, steps = torch.minimum(sigma, _most_sigma(a)), len(sigma)
     back, fall = Table(sigma.float()), Table(((a[1:] - (1 - sigma) * a[:-1]) / (1 - a[:-1])).float())
+    return {
+        "rule": Scheduled(steps, lambda now: falls(now, fall, steps)),
+        "confidence": "random",
+        **_taking_back(config, steps, back.at),
+    }
 
-    def tokens_go_back(now: Pass) -> Remask:
-        scores = torch.where(now.uniform() < back.at(now), 0.0, torch.nan)
+
+def _taking_back(config: GenerationConfig, steps: int, probability: Callable[[Pass], Tensor]) -> Settings:
+    """Tokens go back with `probability`, () or (B, K), in all passes but the last."""
+
+    def revision(now: Pass) -> Remask:
+        scores = torch.where(now.uniform() < probability(now), 0.0, torch.nan)
         return Remask(now.candidates.shape[1], scores)
 
     return {
-        "rule": Scheduled(steps, lambda now: falls(now, fall, steps)),
-        "revise": tokens_go_back,
+        "revise": Scheduled(steps, revision),
         "revise_steps": steps - 1,
-        "confidence": "random",
         "variable_length": False,
         "block_length": config.max_new_tokens,
         "steps": None,
     }
 
 
+def remdm_conf(config: GenerationConfig, model: ModelConfig) -> Settings:
+    """ReMDM-conf: tokens go back with probability sigma_i = eta_i min(1, (1 - a_s) / a_t), where eta is the softmax,
+    over the tokens that are there, of minus the probability that each had when it was committed."""
+    shown = _even(config.steps or config.max_new_tokens)
+    steps, most = len(shown) - 1, Table(_most_sigma(shown).clamp(max=1).float())
+    fall = Table(((shown[1:] - shown[:-1]) / (1 - shown[:-1])).float())
+
+    def sigma(now: Pass) -> Tensor:
+        there = (now.candidates >= 0) & ~now.is_masked
+        eta = torch.where(there, -now.sure, -torch.inf).softmax(1)
+        return torch.where(there, eta * most.at(now), 0.0)
+
+    def falling(now: Pass) -> Choose:
+        u, least = now.uniform(0), torch.where(now.step + 1 < steps, 1 - fall.at(now), 0.0)
+        return Choose(lambda proposal, confidence: u >= least)
+
+    return {"rule": Scheduled(steps, falling), **_taking_back(config, steps, sigma)}
+
+
 def d3llm(
-    config: GenerationConfig, model: ModelConfig, length: int = 32, open_at: float = 0.1, entropy: float = 0.4
+    config: GenerationConfig,
+    model: ModelConfig,
+    length: int = 32,
+    open_at: float = 0.1,
+    entropy: float = 0.4,
+    early: float = 1,
 ) -> Settings:
     """d3LLM: the next block opens when `open_at` of the one before is decoded. All proposals of open blocks with an
-    entropy of at most `entropy` nats are committed, and the surest of the first block that is not full."""
+    entropy of at most `entropy` nats are committed, always the surest of all, and one of the first block that is not
+    full. Unless `early` is 0, a stop token covers what follows it."""
     return {
         "rule": OpenBlocks(int(length), open_at, -entropy),
+        "end_early": early > 0,
         "confidence": "neg_entropy",
         "variable_length": False,
         "block_length": config.max_new_tokens,
@@ -296,6 +335,7 @@ SAMPLERS: dict[str, Callable[..., Settings]] = {
     "remdm": remdm,
     "remdm-rescale": remdm_rescale,
     "remdm-loop": remdm_loop,
+    "remdm-conf": remdm_conf,
     "d3llm": d3llm,
     **dict.fromkeys(ALONE, alone),
 }

@@ -2,7 +2,8 @@
 
 A schedule is a callable that takes a `Pass` and returns a rule of `illada_kernels` or a `Choose`. It computes on
 tensors alone, so that nothing waits for the device. Its attribute `passes`, where it has one, bounds the passes of a
-block; without one each pass is expected to commit at least a token.
+block; without one each pass is expected to commit at least a token. `any_batch = True` says that it treats each row by
+what `Pass` says of it, so that sequences that have ended may leave the batch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Pass:
     seeds: Tensor  # (B,) int64
     noise_step: Tensor  # (B,) int64: counts passes over all blocks
     held: Callable[[], Tensor]  # the candidates' tokens
+    sure: Tensor  # (B, K) float32: the confidence with which a candidate's token was committed; for a callable `revise`
     mask_id: int
 
     @functools.cached_property
@@ -39,10 +41,17 @@ class Pass:
         """Candidates that hold a mask, bool (B, K)."""
         return (self.candidates >= 0) & (self.held() == self.mask_id)
 
-    def uniform(self) -> Tensor:
-        """Returns numbers in [0, 1), float32 (B, K), independent of those of `confidence="random"`.
+    def part(self, rows: slice) -> Pass:
+        """Returns the pass as these rows alone would see it."""
+        each = (self.masked, self.left, self.candidates, self.seeds, self.noise_step)
+        masked, left, candidates, seeds, noise_step = (tensor[rows] for tensor in each)
+        held, sure = lambda: self.held()[rows], self.sure[rows]
+        return Pass(self.step, masked, left, candidates, seeds, noise_step, held, sure, self.mask_id)
 
-        They are a function of seed, pass and position, on every device.
+    def uniform(self, draw: int = 1) -> Tensor:
+        """Returns numbers in [0, 1), float32 (B, K), a function of seed, pass, position and `draw` on every device.
+
+        Draw 0 is that of `confidence="random"`.
         """
         batch, count = self.candidates.shape
         nothing = torch.zeros(batch, count, 1, device=self.candidates.device)
@@ -57,7 +66,7 @@ class Pass:
             forbid=(),
             confidence="random",
             seed=self.seeds,
-            step=self.noise_step + 2**31,  # beyond the passes
+            step=self.noise_step + draw * 2**31,  # beyond the passes
             noise_positions=self.candidates.clamp(min=0),
         )
         return out.confidence
@@ -142,8 +151,10 @@ class OpenBlocks:
     """Decodes several blocks at once, after d3LLM: see `illada.decoding.samplers.d3llm`.
 
     Block j is open once `open_at` of block j - 1 is decoded. Commits what is at least `least` confident in open blocks,
-    and always the most confident of the first block that is not full.
+    always the most confident of all of it, and in the first block that is not full at least its most confident.
     """
+
+    any_batch = True
 
     length: int
     open_at: float
@@ -162,8 +173,12 @@ class OpenBlocks:
             in_open, in_first = (
                 x.repeat_interleave(self.length, 1, output_size=count + pad)[:, :count] for x in (is_open, first)
             )
-            surest = torch.where(in_first, confidence, -torch.inf)
-            most = best(surest, torch.ones_like(now.left), now.candidates) & in_first
-            return (in_open & (confidence >= self.least)) | most
+            one = torch.ones_like(now.left)
+            most, first_most = (
+                best(torch.where(here & now.is_masked, confidence, -torch.inf), one, now.candidates) & here
+                for here in (in_open, in_first)
+            )
+            chosen = (in_open & (confidence >= self.least)) | most
+            return chosen | first_most & ~(chosen & in_first & now.is_masked).any(1, keepdim=True)
 
         return Choose(where)

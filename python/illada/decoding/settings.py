@@ -31,7 +31,7 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
     elif config.sampler_options:
         raise PromptError("sampler_options: expected none without a sampler")
     counts = {"max_new_tokens": 1, "block_length": 1, "steps": 1, "steps_per_block": 1, "revise_steps": 0}
-    counts |= {"refresh_every": 0, "top_k": 1}
+    counts |= {"refresh_every": 0, "vicinity": 0, "top_k": 1}
     plain: dict[str, Any] = {name: _count(config, name, least) for name, least in counts.items()}
     for name in ("temperature", "confidence_temperature", "rank_temperature", "guidance"):
         plain[name] = _number(name, getattr(config, name))
@@ -78,6 +78,7 @@ def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_leng
         revise_steps=config.revise_steps if config.revise is not None else 0,
         cache=_cache_mode(config, model),
         refresh_every=config.refresh_every,
+        vicinity=config.vicinity,
         guidance=config.guidance,
         seeds=seeds_of(config.seed, batch),
         max_passes=max(block_length, getattr(schedule, "passes", 0)) + config.revise_steps,
@@ -95,7 +96,29 @@ def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_leng
             "forbid": config.forbid,
             "logit_bias": config.logit_bias,
         },
+        by_sequence=_by_sequence(config.rule) or _by_sequence(config.revise),
+        ends=stop_ids_of(config, model) if config.end_early else (),
     )
+
+
+def _by_sequence(rule: Any) -> bool:
+    """Whether a rule or revision may hold numbers of each sequence: callables of the user may."""
+    if callable(rule) or isinstance(rule, Choose):
+        return not getattr(rule, "any_batch", False)
+    return has_numbers(rule)
+
+
+def has_numbers(rule: Any) -> bool:
+    """Whether a rule or revision holds a number for each sequence."""
+    if isinstance(rule, Tensor):
+        return rule.dim() > 1
+    fields = vars(rule).values() if dataclasses.is_dataclass(rule) and not callable(rule) else ()
+    return any(isinstance(value, Tensor) and value.dim() > 0 for value in fields)
+
+
+def stop_ids_of(config: GenerationConfig, model: ModelConfig) -> tuple[int, ...]:
+    """Returns the ids that end a sequence."""
+    return model.eos_ids if config.stop_ids is None else tuple(config.stop_ids)  # type: ignore[arg-type]
 
 
 def _schedule(config: GenerationConfig, block_length: int, steps: int | None) -> Schedule:
@@ -225,14 +248,19 @@ def _logit_bias(name: str, bias: Any, vocab_size: int) -> tuple[Any, Any]:
     return ids, values
 
 
+APPROXIMATE = ("prefix", "dual", "vicinity", "interval")  # caches whose keys grow old
+
+
 def _cache_mode(config: GenerationConfig, model: ModelConfig) -> str:
     cache = config.cache or ("block_causal" if model.causal_block else "none")
-    allowed = ("none", "block_causal") if model.causal_block else ("none", "prefix", "dual")
+    allowed = ("none", "block_causal") if model.causal_block else ("none", *APPROXIMATE)
     if cache not in allowed:
         kind = "a block-causal model" if model.causal_block else "a model that sees everything"
         raise PromptError(f"cache: expected one of {', '.join(allowed)} for {kind}, got {cache!r}")
-    if config.refresh_every and cache not in ("prefix", "dual"):
+    if config.refresh_every and cache not in APPROXIMATE:
         raise PromptError(f"refresh_every: expected 0 with cache {cache!r}, which has nothing to refresh")
+    if config.vicinity != GenerationConfig.vicinity and cache != "vicinity":
+        raise PromptError(f"vicinity: expected none with cache {cache!r}; it is for cache 'vicinity'")
     return cache
 
 
