@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from illada.decoding import loop, replay
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 
@@ -49,10 +49,11 @@ class Graph(TorchDispatchMode):
 
     def replay(self) -> None:
         self.log.append("replay")
-        for func, args, kwargs, outputs in self.calls:
-            for old, new in zip(outputs, _tensors(func(*args, **kwargs))):
-                if _memory(old) != _memory(new):
-                    old.copy_(new)
+        with _disable_current_modes():  # who watches operators sees none of a graph's
+            for func, args, kwargs, outputs in self.calls:
+                for old, new in zip(outputs, _tensors(func(*args, **kwargs))):
+                    if _memory(old) != _memory(new):
+                        old.copy_(new)
 
 
 class Capture:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from illada import Decoder, GenerationConfig, PromptError, generate
 from illada.decoding.replay import LateFlag, Replay
+from illada.decoding.samplers import ALONE
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from illada_kernels import Edit, EntropyBound, Factor, Threshold, TopK
 from tests.helpers.models import make, tiny
+from tests.helpers.stand_in_graphs import stand_in
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8, 9], [2, 7], [1, 8, 2, 8, 1, 8, 2, 8, 4], [40, 30, 20], [], [11]]
 
@@ -141,20 +144,24 @@ def test_a_model_of_nan_names_the_ticket():
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators that read a value on the host or bring one from there."""
+    """Counts operators that read a value on the host, bring one from there, or return new memory."""
 
     READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
     FROM_HOST = ("lift_fresh",)  # torch.tensor(...)
 
     def __init__(self):
         super().__init__()
-        self.reads = self.copies = 0
+        self.reads = self.copies = self.allocations = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         self.reads += name in self.READS
         self.copies += name in self.FROM_HOST
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.allocations += any(t.untyped_storage().data_ptr() not in given for t in made)
+        return result
 
 
 @pytest.fixture
@@ -184,19 +191,39 @@ RULES = {
     "counts": {"rule": torch.tensor([1, 1, 2, 1, 1, 2])},
     "sdar": {"sampler": "sdar-dynamic", "sampler_options": {"tau": 1.0}, "steps_per_block": 6},
     "biased": {"rule": Threshold(1.0), "logit_bias": {3: 1.0}},
+    "growing": {"rule": Threshold(1.0), "growing_bias": {3: 1.0}},
+    "guided": {"rule": Threshold(1.0), "guidance": 0.5},
+    "early": {"rule": Threshold(1.0), "stop_ids": 46, "end_early": True},
+    "origin": {"sampler": "dream-origin", "steps": 12, "variable_length": None},
+    "remdm": {"sampler": "remdm", "steps": 8, "variable_length": None},
+    "remdm-conf": {"sampler": "remdm-conf", "steps": 8, "variable_length": None},
+    "d3llm": {"sampler": "d3llm", "sampler_options": {"length": 4, "entropy": 0.0}, "variable_length": None}
+    | {"max_new_tokens": 16, "block_length": 16},
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("cache", ["none", "dual"])
-def test_no_pass_reads_a_value_copies_one_from_the_host_or_leaves_a_tensor_behind(rule, cache, small_heap):
-    model = model_of("demo")
-    changes = {"block_length": 8, "max_new_tokens": 8, "cache": cache, **RULES[rule]}
-    decoder = Decoder(model, settings(model, **changes), slots=2, max_length=24)
-    decoder.submit([1, 2, 3])
-    decoder.submit([4])
-    for _ in range(2):
-        decoder.step()
+def begun(preset: str, rule: str, cache: str) -> Decoder:
+    """A decoder of two sequences."""
+    model = model_of(preset)
+    length = {} if preset == "SDAR-8B" else {"block_length": 8}
+    refresh = {"refresh_every": 2} if cache in ("vicinity", "interval") else {}
+    config = settings(model, **{**length, "max_new_tokens": 8, "cache": cache, **refresh, **RULES[rule]})
+    decoder = Decoder(model, config, slots=2, max_length=24)
+    decoder.submit([1, 2, 3, 4])
+    decoder.submit([4, 5, 6, 7])
+    return decoder
+
+
+# every rule, and every cache
+WATCHED = [("demo", rule, cache) for rule in RULES for cache in ("none", "interval")]
+WATCHED += [("demo", "threshold", cache) for cache in ("prefix", "dual", "vicinity")]
+WATCHED += [("SDAR-8B", "threshold", "block_causal"), ("Dream-7B", "threshold", "dual")]
+
+
+@pytest.mark.parametrize("preset, rule, cache", WATCHED)
+def test_no_pass_reads_a_value_copies_one_from_the_host_or_leaves_a_tensor_behind(preset, rule, cache, small_heap):
+    decoder = begun(preset, rule, cache)
+    decoder.step()
     before, addresses = living(), state_of(decoder)
     for _ in range(3):
         with Watch() as seen:
@@ -204,6 +231,30 @@ def test_no_pass_reads_a_value_copies_one_from_the_host_or_leaves_a_tensor_behin
         assert (seen.reads, seen.copies) == (0, 0)
         assert living() == before
     assert state_of(decoder) == addresses  # the state stays where a captured graph would look for it
+
+
+@pytest.mark.parametrize("sampler", ALONE)
+def test_no_pass_of_a_loop_of_its_own_reads_a_value_or_copies_one_from_the_host(sampler):
+    model, seen = model_of("demo"), []
+    more = {"steps_per_block": 5, "sampler_options": {"calm": 0.0}} if sampler == "canvas" else {}
+    config = GenerationConfig(sampler=sampler, max_new_tokens=8, block_length=8, stop_ids=(47,), seed=5, **more)
+    with Watch() as watch:
+        generate(model, PROMPTS[:3], config, lambda step: seen.append((watch.reads, watch.copies)))
+    assert len(seen) > 2 or sampler == "draft"
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("preset, rule, cache", [w for w in WATCHED if w[0] == "demo"])
+def test_a_pass_from_a_graph_allocates_nothing(preset, rule, cache, monkeypatch):
+    """What runs beside the graph fills numbers in place: where the window is, and whether all have ended."""
+    log = stand_in(monkeypatch)
+    decoder = begun(preset, rule, cache)
+    for _ in range(5):  # each of two shapes twice
+        assert decoder.step()
+    log.clear()
+    with Watch() as seen:
+        assert decoder.step()
+    assert log == ["replay"] and (seen.reads, seen.copies, seen.allocations) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("lag", [0, 1])

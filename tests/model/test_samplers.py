@@ -336,7 +336,37 @@ def test_remdm_takes_tokens_back_with_its_probabilities(prompt, steps, eta, form
     assert back > 0 or steps == 1 or eta == 0.1 or form == "loop"
 
 
-def plain_d3llm(model: Model, prompt: list[int], block: int, bound: float):
+def plain_remdm_conf(model: Model, prompt: list[int], steps: int, seed: int):
+    mask, n, states = model.config.mask_id, len(prompt), []
+    x, sure = prompt + [mask] * NEW, {}
+    for i in range(steps):
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        most, fall = min(1, (1 - (1 - s)) / (1 - t)) if i else 1, (t - s) / t
+        p, best = logits_of(model, x, n + NEW).softmax(-1).max(-1)
+        held, before = list(range(n, n + NEW)), list(x)
+        there = [j for j in held if before[j] != mask]
+        eta = dict(zip(there, torch.tensor([-sure[j] for j in there]).softmax(0).tolist()))
+        down, up = uniform(seed, held, i), uniform(seed, held, i + 2**31)
+        for j in held:
+            if before[j] == mask and (down[j] >= 1 - fall or i == steps - 1):
+                x[j], sure[j] = int(best[j]), float(p[j])
+            elif before[j] != mask and i < steps - 1 and up[j] < eta[j] * most:
+                x[j] = mask
+        states.append(x[n:])
+    return states
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("steps", [1, 8, 20])
+def test_remdm_conf_takes_back_what_was_least_sure_when_it_was_committed(prompt, steps):
+    model = model_of("demo")
+    states = ours(model, prompt, sampler="remdm-conf", steps=steps, seed=4)
+    assert states == plain_remdm_conf(model, prompt, steps, 4)
+    back = sum(a != 49 == b for before, after in itertools.pairwise(states) for a, b in zip(before, after))
+    assert back > 0 or steps < 20
+
+
+def plain_d3llm(model: Model, prompt: list[int], block: int, bound: float, stop: int | None = None):
     mask, n, states = model.config.mask_id, len(prompt), []
     x = prompt + [mask] * NEW
     blocks = [range(b, min(b + block, n + NEW)) for b in range(n, n + NEW, block)]
@@ -348,10 +378,16 @@ def plain_d3llm(model: Model, prompt: list[int], block: int, bound: float):
         while last + 1 < len(blocks) and decoded[last] >= 0.1:
             last += 1
         first = next(j for j, share in enumerate(decoded) if share < 1)
-        chosen = {i for b in blocks[: last + 1] for i in b if x[i] == mask and entropies[i] <= bound}
-        chosen.add(min((float(entropies[i]), i) for i in blocks[first] if x[i] == mask)[1])
+        masks = [i for b in blocks[: last + 1] for i in b if x[i] == mask]
+        chosen = {i for i in masks if entropies[i] <= bound}
+        chosen.add(min((float(entropies[i]), i) for i in masks)[1])
+        if not chosen.intersection(blocks[first]):
+            chosen.add(min((float(entropies[i]), i) for i in blocks[first] if x[i] == mask)[1])
         for i in chosen:
             x[i] = int(best[i])
+        if stop in x[n:]:
+            at = x.index(stop, n)
+            x[at:] = [stop] * (n + NEW - at)
         states.append(x[n:])
     return states
 
@@ -362,6 +398,48 @@ def test_d3llm_opens_blocks_before_those_ahead_are_full(prompt, block, bound):
     model = model_of("demo")
     options = {"length": block, "entropy": bound}
     assert ours(model, prompt, sampler="d3llm", sampler_options=options) == plain_d3llm(model, prompt, block, bound)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("block, bound", [(4, 1.5), (3, 2.2)])
+def test_d3llm_ends_early_behind_a_stop_token(prompt, block, bound):
+    """The stop is the token of the last pass but two, where masks before and behind it are left."""
+    model, options = model_of("demo"), {"length": block, "entropy": bound}
+    free = plain_d3llm(model, prompt, block, bound)
+    stop = next(
+        (
+            t
+            for before, after in itertools.pairwise(free)
+            for b, t in zip(before, after)
+            if b == 49 != t and 49 in after
+        ),
+        free[-1][3],
+    )
+    states: list[list[int]] = []
+    config = {"sampler": "d3llm", "max_new_tokens": NEW, "stop_ids": stop}
+    done = generate(
+        model,
+        [prompt],
+        GenerationConfig(sampler_options=options, **config),
+        lambda step: states.append(step.tokens[0, len(prompt) :].tolist()),
+    )
+    wanted = plain_d3llm(model, prompt, block, bound, stop)
+    assert states == wanted and len(wanted) < len(free)
+    assert done.tokens == [wanted[-1][: wanted[-1].index(stop)]] and done.stopped == [True]
+    late = generate(model, [prompt], GenerationConfig(sampler_options={**options, "early": 0}, **config))
+    assert late.passes == [len(free)]
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_an_early_end_saves_passes_and_is_each_sequence_s_own(cache):
+    model = model_of("demo")
+    config = {"max_new_tokens": 12, "block_length": 6, "cache": cache, "stop_ids": tuple(range(40)), "end_early": True}
+    together = generate(model, PROMPTS, GenerationConfig(**config))
+    alone = [generate(model, [prompt], GenerationConfig(**config)) for prompt in PROMPTS]
+    assert together.tokens == [one.tokens[0] for one in alone]
+    assert together.passes == [one.passes[0] for one in alone]
+    late = generate(model, PROMPTS, GenerationConfig(**{**config, "end_early": False}))
+    assert sum(together.passes) < sum(late.passes)
 
 
 # ---- self-speculation ----------------------------------------------------------------------------------------------
@@ -489,6 +567,8 @@ def test_a_canvas_refuses_what_it_has_no_use_for():
     for changes, message in (
         ({"temperature": 1.0}, "temperature: expected 0 with sampler 'canvas'"),
         ({"cache": "none"}, "cache: expected none with sampler 'canvas'"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias: expected none with sampler 'canvas'"),
+        ({"defer": [3]}, "defer: expected none with sampler 'canvas'"),
         ({"sampler_options": {"warm": 1.0}}, "sampler_options: expected numbers of at least 0 for some of cold, hot"),
     ):
         with pytest.raises(PromptError, match=message):
@@ -503,6 +583,8 @@ def test_self_speculation_refuses_what_is_not_greedy():
     for changes, message in (
         ({"temperature": 1.0}, "temperature: expected 0 with sampler 'self-speculation'"),
         ({"rule": TopK(1)}, "rule: expected none with sampler 'self-speculation'"),
+        ({"end_early": True}, "end_early: expected none with sampler 'self-speculation'"),
+        ({"order": "left"}, "order: expected none with sampler 'self-speculation'"),
     ):
         with pytest.raises(PromptError, match=message):
             generate(model, PROMPTS, GenerationConfig(sampler="self-speculation", **changes))

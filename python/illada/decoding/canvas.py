@@ -18,7 +18,7 @@ from .config import GenerationConfig
 from .generation import Generation
 from .loop import Step, check_filled
 from .replay import LateFlag
-from .settings import seeds_of
+from .settings import NO_LOOP, refuse, seeds_of
 from .speculation import up_to
 
 _OPTIONS = {"cold": 0.4, "hot": 0.8, "bound": 0.1, "calm": 0.005}
@@ -26,9 +26,7 @@ _OPTIONS = {"cold": 0.4, "hot": 0.8, "bound": 0.1, "calm": 0.005}
 
 def check(config: GenerationConfig) -> None:
     """Raises PromptError for settings that a canvas has no use for."""
-    for name in ("rule", "revise", "steps", "cache", "growing_bias", "stop_when"):
-        if getattr(config, name) is not None:
-            raise PromptError(f"{name}: expected none with sampler 'canvas', got {getattr(config, name)!r}")
+    refuse(config, (*NO_LOOP, "logit_bias"))
     for name in ("temperature", "guidance", "rank_temperature"):
         if getattr(config, name) != 0:
             raise PromptError(f"{name}: expected 0 with sampler 'canvas'; its temperatures are sampler options")
@@ -64,6 +62,7 @@ class Canvas:
         self.tokens = torch.tensor(table, dtype=torch.int64, device=self.device)
         self.known = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=self.device)
         self.seeds = seeds_of(config.seed, len(rows))
+        self.seed_of_row = torch.tensor(self.seeds, dtype=torch.int64, device=self.device)
         self.cache = Cache(model.config, len(rows), self.columns, device=self.device, dtype=model.dtype)
         causal = up_to(torch.arange(1, longest + 1, device=self.device)[None], self.columns)
         model(self.tokens[:, :longest], causal, None, self.cache.at(0))
@@ -107,8 +106,8 @@ class Canvas:
         cold, hot, c = self.options["cold"], self.options["hot"], self.model.config
         heat = cold + (hot - cold) * to_go / self.steps
         places = torch.arange(self.length, device=self.device).expand(len(hidden), -1)
-        seeds = torch.tensor(self.seeds, dtype=torch.int64, device=self.device)
-        options: dict[str, Any] = {"mask_id": c.mask_id, "forbid": self.config.forbid, "seed": seeds, "step": step}
+        options: dict[str, Any] = {"mask_id": c.mask_id, "forbid": self.config.forbid, "step": step}
+        options["seed"] = self.seed_of_row
         options |= {"confidence": "neg_entropy", "confidence_temperature": heat or 1.0, "temperature": heat}
         options |= {name: getattr(self.config, name) for name in ("top_k", "top_p", "min_p")}
         rule = Renoise(self.options["bound"])

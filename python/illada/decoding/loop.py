@@ -202,7 +202,8 @@ class BlockLoop(Rows):
         if guarded:
             own = self.window(block, step, False)
             for b, whole in enumerate(due):
-                self.batch.span[b, 0], self.batch.span[b, 1] = (0, last) if whole else own
+                for side, column in enumerate((0, last) if whole else own):
+                    self.batch.span[b, side].fill_(column)
         keys = block.end
         if self.replay.graphs:
             self.batch.window_start.fill_(first)

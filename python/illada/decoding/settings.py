@@ -108,6 +108,18 @@ def _by_sequence(rule: Any) -> bool:
     return has_numbers(rule)
 
 
+NO_LOOP = ("rule", "revise", "revise_steps", "steps", "cache", "refresh_every", "vicinity", "growing_bias", "stop_when")
+NO_LOOP += ("end_early", "confidence", "confidence_temperature", "order", "defer", "variable_length")
+
+
+def refuse(config: GenerationConfig, names: Iterable[str]) -> None:
+    """Raises PromptError for a setting that `config.sampler`, one with a loop of its own, would not heed."""
+    for name in names:
+        given, default = getattr(config, name), getattr(GenerationConfig, name)
+        if given is not default and (isinstance(given, Tensor) or given != default):
+            raise PromptError(f"{name}: expected none with sampler {config.sampler!r}, got {given!r}")
+
+
 def has_numbers(rule: Any) -> bool:
     """Whether a rule or revision holds a number for each sequence."""
     if isinstance(rule, Tensor):

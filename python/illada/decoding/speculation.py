@@ -18,13 +18,12 @@ from .config import GenerationConfig
 from .generation import Generation
 from .loop import Step, check_filled
 from .replay import LateFlag
+from .settings import NO_LOOP, refuse
 
 
 def check(config: GenerationConfig) -> None:
     """Raises PromptError for settings that a greedy draft has no use for."""
-    for name in ("rule", "revise", "steps", "steps_per_block", "cache", "growing_bias", "stop_when"):
-        if getattr(config, name) is not None:
-            raise PromptError(f"{name}: expected none with sampler {config.sampler!r}, got {getattr(config, name)!r}")
+    refuse(config, (*NO_LOOP, "steps_per_block"))
     for name in ("temperature", "guidance", "rank_temperature"):
         if getattr(config, name) != 0:
             raise PromptError(f"{name}: expected 0 with sampler {config.sampler!r}, which is greedy")
