@@ -104,6 +104,7 @@ docs: setup
 bench: setup
 	for op in $(OPS); do $(BIN)/python -m benchmarks.run --op $$op || exit 1; done
 	$(BIN)/python -m benchmarks.quality.accuracy
+	$(BIN)/python -m benchmarks.quality.caches
 	$(BIN)/python -m benchmarks.report.plot
 	$(BIN)/python -m benchmarks.report.readme
 

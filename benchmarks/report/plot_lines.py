@@ -1,7 +1,7 @@
-"""Figures of a GPU's rows, by `python -m benchmarks.report.plot`: attention.png (TFLOP/s against length),
+"""Figures by `python -m benchmarks.report.plot`, of a GPU's rows: attention.png (TFLOP/s against length),
 attention_masks.png (speed against the density of the mask), masked_loss.png (time and memory against the share of
-masked tokens) and unmask.png (time against rows). Ours are drawn thick, floors dashed; a figure without rows is not
-drawn."""
+masked tokens) and unmask.png (time against rows); of any device: caches.png (right answers against what they cost).
+Ours are drawn thick, floors dashed; a figure without rows is not drawn."""
 
 from __future__ import annotations
 
@@ -145,11 +145,27 @@ def unmask(folder: Path) -> list[Panel]:
     return panels
 
 
+def caches(folder: Path) -> list[Panel]:
+    """For each task: accuracy against tokens a pass, then against the columns computed, a line for each cache."""
+    path, panels = folder / "caches.json", []
+    rows = json.loads(path.read_text()) if path.exists() else []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for across, what in (("tokens_per_pass", "tokens a pass"), ("columns_per_token", "columns computed a token")):
+            found: Points = {}
+            for row in rows:
+                if row["task"] == task and row["rule"] == "Threshold(tau)":
+                    found.setdefault(row["cache"], []).append((row[across], 100 * row["accuracy"]))
+            found = {cache: sorted(line) for cache, line in found.items()}
+            panels.append(Panel(f"{task}, Threshold of 0.99 to 0.5", what, "answers right, %", found))
+    return panels
+
+
 FIGURES = {
     "attention": (attention, "x"),
     "attention_masks": (attention_masks, "xy"),
     "masked_loss": (masked_loss, ""),
     "unmask": (unmask, "xy"),
+    "caches": (caches, ""),
 }
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from illada import GenerationConfig, Model, ModelConfig, generate, load, save
 from illada.cli import main
+from illada.decoding.samplers import SAMPLERS
 from illada.replay import Recorder
 from illada.tokenizer import ByteTokenizer
 
@@ -167,19 +168,83 @@ def test_every_setting_reaches_the_decoder(folder, monkeypatch):
         (("--prompt", "a", "--steps", "3"), "steps: expected a multiple of the 2 blocks of 4 tokens, got 3"),
         (("--prompts", "none.jsonl"), "none.jsonl"),
         (("--prompts", "-", "--live"), "prompts: --html and --live show what is given by --prompt"),
+        (("--prompt", "a", "--logit-bias", "5=1", "--logit-bias", "5=2"), "logit-bias: expected 5 once, got '5=2'"),
+        (("--prompt", "a", "--logit-bias", "5=1e39"), "logit_bias: expected numbers that float32 holds, got 1e+39"),
+        (("--prompt", "a", "--growing-bias", "5=1e38"), "float32 holds, 8 tokens times over, got 1e+38"),
+        (("--prompt", "a", "--revise-steps", "5"), "revise_steps: expected --edit or --remask beside it"),
+        (("--prompt", "a", "--batch-size", "0"), "batch_size: expected at least 1, got 0"),
+        (("--prompt", "a", "--prompt", "b" * 2000), "--prompt 2: prompt: 2000 tokens and max_new_tokens = 8 exceed"),
+        (("--prompt", "a", "--threshold", "2"), "Threshold.tau"),
+        (("--prompt", "a", "--html", "."), "Is a directory"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(folder, capsys, more, message):
-    assert message in fails(capsys, *command(folder, *more))
+    """And nothing is written to standard output."""
+    assert main(command(folder, *more)) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("illada: ") and error.count("\n") == 1 and message in error
 
 
-@pytest.mark.parametrize("line", ["[1]", "{", '{"prompt": ""}', '{"text": "a"}', '{"prompt": 3}'])
+@pytest.mark.parametrize("option", ["length=0", "length=2.5", "length=1e300", "open_at=7"])
+def test_sizes_of_open_blocks_are_checked(folder, capsys, option):
+    arguments = ["generate", "--model", str(folder), "--prompt", "a", "--sampler", "d3llm", "--sampler-option", option]
+    assert "sampler_options: expected a whole length and open_at of at most 1" in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS])
+def test_every_sampler_takes_prompts_from_a_file_and_from_arguments(folder, prompts, capsys, sampler):
+    few = ["generate", "--model", str(folder), "--sampler", sampler, "--max-new-tokens", "4", "--batch-size", "2"]
+    few += ["--steps", "4"] if sampler.startswith(("dream", "remdm")) else []
+    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    assert main([*few, "--prompts", str(prompts)]) == 0
+    found = {row["index"]: row for row in lines(capsys.readouterr().out)}
+    assert [found[i]["prompt"] for i in range(5)] == texts
+    assert main([*few, *(part for text in texts for part in ("--prompt", text))]) == 0
+    assert capsys.readouterr().out == "".join(text + found[i]["text"] + "\n" for i, text in enumerate(texts))
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "vicinity", "interval"])
+def test_every_cache_is_taken(folder, prompts, capsys, cache):
+    more = ["--refresh-every", "1"] if cache != "none" else []
+    assert main(command(folder, "--prompts", prompts, "--cache", cache, "--end-early", "--guidance", "0.5", *more)) == 0
+    rows = lines(capsys.readouterr().out)
+    assert main(command(folder, "--prompts", prompts, "--end-early", "--guidance", "0.5")) == 0
+    assert lines(capsys.readouterr().out) == rows and len(rows) == 5
+
+
+def test_results_of_another_run_stay_until_the_first_line_comes(folder, prompts, capsys, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("old\n")
+    for wrong in (["--top-k", "3"], ["--threshold", "2"], ["--sampler", "canvas", "--cache", "dual"]):
+        fails(capsys, *command(folder, "--prompts", prompts, "--out", out, *wrong))
+        assert out.read_text() == "old\n"
+    message = "out: expected a file other than --prompts"
+    assert message in fails(capsys, *command(folder, "--prompts", prompts, "--out", prompts))
+    assert len(prompts.read_text().splitlines()) == 5
+    assert main(command(folder, "--prompt", "a", "--prompt", "b", "--out", out)) == 0
+    assert [row["prompt"] for row in lines(out.read_text())] == ["a", "b"]
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    assert main(command(folder, "--prompts", empty, "--out", out)) == 0 and out.read_text() == ""
+
+
+@pytest.mark.parametrize("line", ["[1]", "{", '{"prompt": ""}', '{"text": "a"}', '{"prompt": 3}', "[" * 99999])
 def test_a_line_that_is_no_prompt_is_named(folder, capsys, tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text(f'\n{{"prompt": "a"}}\n{line}\n')
     assert 'bad.jsonl, line 3: expected {"prompt": "..."}, got' in fails(capsys, *command(folder, "--prompts", path))
     path.write_text(json.dumps({"prompt": "x" * 5000}))
     assert "line 1: prompt: 5000 tokens and max_new_tokens" in fails(capsys, *command(folder, "--prompts", path))
+
+
+def test_bytes_and_escapes_that_are_no_text_are_named_with_their_line(folder, capsys, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
+    assert "bad.jsonl, line 2: expected text, got half of a surrogate" in fails(
+        capsys, *command(folder, "--prompts", path)
+    )
+    path.write_bytes(b'{"prompt": "a"}\n' + b'{"prompt": "\xff"}\n')
+    assert "bad.jsonl, after line " in fails(capsys, *command(folder, "--prompts", path))
 
 
 def test_a_model_of_nan_is_one_line(folder, prompts, capsys, monkeypatch):
@@ -215,11 +280,46 @@ def test_what_is_done_stays_on_disk_when_interrupted(folder, tmp_path):
     assert lines(out.read_text())[0]["prompt"] == "a"
 
 
-def test_a_closed_pipe_ends_the_command_without_a_word(folder, prompts):
+def test_several_prompts_that_are_done_stay_on_disk_when_interrupted(folder, tmp_path):
+    """Ctrl-C comes while the second one is decoded."""
+    out = tmp_path / "out.jsonl"
+    more = (
+        "--out",
+        out,
+        "--batch-size",
+        "1",
+        "--prompt",
+        "a",
+        "--prompt",
+        "b",
+        "--max-new-tokens",
+        "900",
+        "--stop-ids",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "illada", *command(folder, *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    until = time.monotonic() + 120
+    while not (out.exists() and out.read_text()) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    shown, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error == "illada: interrupted\n"
+    assert [row["prompt"] for row in lines(out.read_text())] == ["a"] and shown.startswith("a")
+
+
+@pytest.mark.parametrize("how", ["lines", "blocks", "live", "texts"])
+def test_a_closed_pipe_ends_the_command_without_a_word(folder, prompts, how):
     reader, writer = os.pipe()
     os.close(reader)
+    more = {"lines": ("--prompts", prompts), "blocks": ("--prompt", "a"), "live": ("--prompt", "a", "--live")}
+    more["texts"] = ("--prompt", "a", "--prompt", "b")
     done = subprocess.run(
-        [sys.executable, "-m", "illada", *command(folder, "--prompts", prompts)],
+        [sys.executable, "-m", "illada", *command(folder, *more[how])],
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,

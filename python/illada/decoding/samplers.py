@@ -43,7 +43,8 @@ def apply(config: GenerationConfig, model: ModelConfig) -> GenerationConfig:
         if key in ("steps", "steps_per_block"):  # it has gone into the rule
             continue
         if given is not default and given != default and given != value:
-            raise PromptError(f"{key}: expected none with sampler {name!r}, which sets it to {value!r}; leave out one")
+            to = "" if callable(value) else f" to {value!r}"
+            raise PromptError(f"{key}: expected none with sampler {name!r}, which sets it{to}; leave out one")
     return dataclasses.replace(config, sampler=None, sampler_options={}, **settings)
 
 
@@ -301,8 +302,10 @@ def d3llm(
     """d3LLM: the next block opens when `open_at` of the one before is decoded. All proposals of open blocks with an
     entropy of at most `entropy` nats are committed, always the surest of all, and one of the first block that is not
     full. Unless `early` is 0, a stop token covers what follows it."""
+    if length != int(length) or not 1 <= length <= 2**31 or open_at > 1:
+        raise PromptError(f"sampler_options: expected a whole length and open_at of at most 1, got {length}, {open_at}")
     return {
-        "rule": OpenBlocks(int(length), open_at, -entropy),
+        "rule": OpenBlocks(min(int(length), config.max_new_tokens), open_at, -entropy),
         "end_early": early > 0,
         "confidence": "neg_entropy",
         "variable_length": False,

@@ -59,7 +59,8 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
         plain["variable_length"] = model.variable_length
     for name in ("logit_bias", "growing_bias"):
         value = getattr(config, name)
-        plain[name] = None if value is None else _logit_bias(name, value, model.vocab_size)
+        times = plain["max_new_tokens"] if name == "growing_bias" else 1
+        plain[name] = None if value is None else _logit_bias(name, value, model.vocab_size, times)
     return dataclasses.replace(config, **plain)
 
 
@@ -108,7 +109,17 @@ def _by_sequence(rule: Any) -> bool:
     return has_numbers(rule)
 
 
-NO_LOOP = ("rule", "revise", "revise_steps", "steps", "cache", "refresh_every", "vicinity", "growing_bias", "stop_when")
+NO_LOOP: tuple[str, ...] = (
+    "rule",
+    "revise",
+    "revise_steps",
+    "steps",
+    "cache",
+    "refresh_every",
+    "vicinity",
+    "growing_bias",
+    "stop_when",
+)
 NO_LOOP += ("end_early", "confidence", "confidence_temperature", "order", "defer", "variable_length")
 
 
@@ -246,8 +257,8 @@ def _share(name: str, value: Any) -> Any:
     return share
 
 
-def _logit_bias(name: str, bias: Any, vocab_size: int) -> tuple[Any, Any]:
-    """Returns (ids, values) of a dict or a pair."""
+def _logit_bias(name: str, bias: Any, vocab_size: int, times: int) -> tuple[Any, Any]:
+    """Returns (ids, values) of a dict or a pair; a value may be added `times` times."""
     if isinstance(bias, Mapping):
         bias = (list(bias), list(bias.values()))
     if not isinstance(bias, (tuple, list)) or len(bias) != 2:
@@ -255,6 +266,9 @@ def _logit_bias(name: str, bias: Any, vocab_size: int) -> tuple[Any, Any]:
     ids = _ids(name, bias[0], vocab_size)
     values = bias[1].tolist() if hasattr(bias[1], "tolist") else bias[1]
     values = [_number(name, v) for v in (values if isinstance(values, Iterable) else [values])]
+    if bad := [v for v in values if not abs(v) * times <= 3.4e38]:
+        grown = f", {times} tokens times over" if times > 1 else ""
+        raise PromptError(f"{name}: expected numbers that float32 holds{grown}, got {bad[0]}")
     if len(ids) != len(values):
         raise PromptError(f"{name}: expected a value for each id, got {len(ids)} ids and {len(values)} values")
     return ids, values
