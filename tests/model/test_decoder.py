@@ -54,16 +54,17 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize(
-    "preset, cache",
-    [("demo", "none"), ("demo", "dual"), ("demo", "prefix"), ("demo", "vicinity"), ("demo", "interval")]
-    + [("Dream-7B", "dual"), ("SDAR-8B", "none"), ("SDAR-8B", "block_causal"), ("Qwen2.5-7B", "block_causal")],
-)
+# every way with a cache that leaves a sequence's keys alone and one that does not, every cache with some ways
+JOINS = [("demo", cache, how) for cache in ("dual", "interval") for how in HOW]
+JOINS += [("demo", cache, how) for cache in ("none", "prefix", "vicinity") for how in ("threshold", "whole")]
+JOINS += [("Dream-7B", cache, how) for cache in ("dual", "interval") for how in ("threshold", "guided")]
+JOINS += [("SDAR-8B", "block_causal", how) for how in HOW if how != "sampler"] + [("SDAR-8B", "none", "threshold")]
+JOINS += [("Qwen2.5-7B", "block_causal", how) for how in ("threshold", "sampled", "stop", "guided")]
+
+
+@pytest.mark.parametrize("preset, cache, how", JOINS)
 def test_a_sequence_gives_what_it_gives_alone_whenever_it_joins(preset, cache, how):
     model = model_of(preset)
-    if how == "sampler" and preset != "demo":
-        pytest.skip("it needs blocks of its own")
     changes = {**HOW[how], "cache": cache, "refresh_every": 3 * (cache == "interval")}
     config = settings(model, **changes)
     decoder = Decoder(model, config, slots=3, max_length=24)
