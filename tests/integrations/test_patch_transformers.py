@@ -145,3 +145,17 @@ def test_the_loss_that_transformers_computes_for_the_model_is_ours(monkeypatch):
     unpatch(model)
     assert patch(model, loss=False) == ['attn_implementation="illada"']
     unpatch(model)
+
+
+def test_a_decoder_that_was_made_to_see_everything():
+    """As dllm makes Qwen into a masked-diffusion model: is_causal off, a mask of the padding alone, four dimensions."""
+    model = tiny("Qwen2ForCausalLM", "Qwen2Config")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    mask = torch.zeros(2, 1, 4, 4).masked_fill(padding[:, None, None] == 0, torch.finfo(torch.float32).min)
+    causal = model(ids, attention_mask=padding).logits
+    right = model(ids, attention_mask=mask).logits
+    assert not torch.allclose(right[0], causal[0])
+    patch(model)
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[padding.bool()], right[padding.bool()])
+    unpatch(model)

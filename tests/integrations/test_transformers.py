@@ -16,8 +16,10 @@ transformers = pytest.importorskip("transformers", reason="no transformers")
 
 from transformers import masking_utils  # noqa: E402
 
-from illada_kernels import KeyRanges  # noqa: E402
+from illada_kernels import KeyRanges, _dispatch  # noqa: E402
 from illada_kernels.integrations import transformers as illada  # noqa: E402
+from illada_kernels.ops.attention.op import OPERATOR  # noqa: E402
+from illada_kernels.ops.attention.problem import Problem  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 OLDER = ROOT / "build" / "transformers-4.57"
@@ -96,6 +98,25 @@ def build(models, name):
 def test_outputs_and_gradients(name, side):
     model, ids = build(DECODERS | ENCODERS, name)
     assert_as_sdpa(model, input_ids=ids, **({} if side is None else {"attention_mask": padding(side)}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_errors_against_float64_are_at_most_twice_those_of_sdpa(name, dtype):
+    """The numerics bar of the ops, through a whole model: outputs and each gradient, in units of their largest entry."""
+    model, ids = build(DECODERS | ENCODERS, name)
+    inputs = {"input_ids": ids, "attention_mask": padding("left")}
+    model.to(dtype)
+    exact = run(copy.deepcopy(model).double(), "sdpa", **inputs)
+    theirs, ours = (run(model, one, **inputs) for one in ("sdpa", "illada"))
+
+    def errors(found):
+        gradients = [float((a - b).abs().max()) for a, b in zip(found[1], exact[1], strict=True)]
+        return [float((found[0] - exact[0]).abs().max()), *gradients]
+
+    sizes = [float(x.abs().max()) for x in (exact[0], *exact[1])]
+    for mine, torchs, size in zip(errors(ours), errors(theirs), sizes):
+        assert mine <= 2 * torchs + torch.finfo(dtype).eps * size
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -249,6 +270,20 @@ def test_a_layer_costs_views_and_the_op_alone(name):
     assert added.pop("illada_kernels::attention") == 2
     assert set(added) <= {"aten::transpose.int", "aten::select.int", "aten::view", "aten::unsqueeze"}
     assert counts["illada", 4]["aten::_local_scalar_dense"] <= 2  # of the padding, once for each kind of layer
+
+
+def test_a_head_dim_that_no_gpu_kernel_takes_falls_back_and_says_why(monkeypatch, caplog):
+    for one in OPERATOR.backends:
+        if one.devices == ("cuda",):
+            monkeypatch.setattr(one.module(), "available", lambda: None)
+    monkeypatch.setattr(_dispatch._proven, "proven", lambda op, name: True)
+    q = torch.zeros(1, 4, 2, 80, dtype=torch.bfloat16)
+    with caplog.at_level("WARNING", logger="illada_kernels"):
+        assert _dispatch.choose("attention", OPERATOR.backends, "cuda", Problem(q, q, q)).name == "reference"
+    assert "cuda: takes q, k and v of a head_dim" in caplog.text or (
+        "cuda: " in caplog.text and "head_dim" in caplog.text
+    )
+    assert "triton: takes q and v of a head_dim of 64, 96, 128 or 256, not 80 and 80" in caplog.text
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, expect_number, expect_tensor, known
+from ..._checks import FLOATS, expect_device, expect_number, expect_tensor, known
 from ..._streams import is_captured, reuse
 from ..._torch_ops import is_plain, is_watched
 from ...key_ranges import KeyRanges
@@ -99,6 +99,7 @@ def scaled_dot_product_attention(
     if is_causal:
         ranges = _causal(q.shape[2], k.shape[2], q.device)
     elif isinstance(attn_mask, Tensor):
+        expect_device("attn_mask", attn_mask, query.device, "query")
         ranges = _remembered(attn_mask, shape, enable_gqa)
     else:
         ranges = attn_mask  # attention checks its type

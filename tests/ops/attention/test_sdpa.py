@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import types
 
 import pytest
@@ -226,9 +227,22 @@ def test_bad_arguments_are_named(name):
         ours(*draw(2), **options)
 
 
+def test_the_signature_is_torchs_and_a_backend():
+    said = inspect.signature(ours).parameters
+    plain = [
+        name if one.default is one.empty else f"{name}={one.default}"
+        for name, one in said.items()
+        if one.kind is one.POSITIONAL_OR_KEYWORD
+    ]
+    assert f"scaled_dot_product_attention({', '.join(plain)})" in " ".join(str(torchs.__doc__).split())
+    assert [name for name, one in said.items() if one.kind is one.KEYWORD_ONLY] == ["backend"]
+
+
 def test_wrong_types_are_named():
     q, k, v = draw(2)
     with pytest.raises(TypeError, match=r"attn_mask: expected torch\.bool or .* got torch\.int64"):
         ours(q, k, v, torch.ones(6, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="attn_mask: expected device cpu like query, got meta"):
+        ours(q, k, v, torch.ones(6, 9, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match="query: expected \\(\\.\\.\\., heads"):
         ours(q[0, 0], k[0, 0], v[0, 0])
