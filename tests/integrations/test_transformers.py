@@ -103,7 +103,7 @@ def test_outputs_and_gradients(name, side):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
 def test_errors_against_float64_are_at_most_twice_those_of_sdpa(name, dtype):
-    """The numerics bar of the ops, through a whole model: outputs and each gradient, in units of their largest entry."""
+    """The numerics bar of the ops, through a whole model: outputs, and each gradient."""
     model, ids = build(DECODERS | ENCODERS, name)
     inputs = {"input_ids": ids, "attention_mask": padding("left")}
     model.to(dtype)
@@ -280,9 +280,7 @@ def test_a_head_dim_that_no_gpu_kernel_takes_falls_back_and_says_why(monkeypatch
     q = torch.zeros(1, 4, 2, 80, dtype=torch.bfloat16)
     with caplog.at_level("WARNING", logger="illada_kernels"):
         assert _dispatch.choose("attention", OPERATOR.backends, "cuda", Problem(q, q, q)).name == "reference"
-    assert "cuda: takes q, k and v of a head_dim" in caplog.text or (
-        "cuda: " in caplog.text and "head_dim" in caplog.text
-    )
+    assert "cuda: takes a head_dim of 64, 96, 128, 256, alike for q and v, not 80 and 80" in caplog.text
     assert "triton: takes q and v of a head_dim of 64, 96, 128 or 256, not 80 and 80" in caplog.text
 
 
