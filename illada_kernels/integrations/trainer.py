@@ -175,7 +175,7 @@ def compute_loss(
     -----
     The loss is computed inside the model's forward, in place of the head: logits of tokens that are not masked are
     never computed. A softcap of config.final_logit_softcapping is applied; other changes that the model makes to its
-    logits raise. Synchronises when a model is seen for the first time.
+    logits raise. Synchronises once, as `masked_loss` does without max_masked, and once more for a model that is new.
     """
     for key in ("labels", "loss_weight"):
         if key not in inputs:

@@ -151,7 +151,15 @@ class Scorer:
             targets = torch.from_numpy(right).to(self.model.device)
             all_rows = torch.ones_like(targets, dtype=torch.bool)
             hidden, head = self.hidden(some), self.model.head_weight
-            loss = masked_loss(hidden, head, targets, all_rows, reduction="none", forbid=self.forbid)
+            loss = masked_loss(
+                hidden,
+                head,
+                targets,
+                all_rows,
+                reduction="none",
+                forbid=self.forbid,
+                max_masked=len(right),  # known, so that the loss does not wait for the device to count
+            )
             yield from _split(some, loss.double().cpu().numpy())
 
     def proposals(self, parts: Iterable[Part]) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:

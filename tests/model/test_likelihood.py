@@ -12,7 +12,7 @@ from illada.errors import PromptError
 from illada.likelihood import METHODS, is_greedy
 from torch import Tensor
 
-from illada_kernels import KeyRanges
+from illada_kernels import KeyRanges, masked_loss
 
 MASK = 6
 KINDS = {
@@ -232,3 +232,17 @@ def test_what_cannot_be_scored_is_named(changes, message):
         log_likelihood(tiny("full"), **{"contexts": [[1]], "continuations": [[2]], **changes})
     with pytest.raises(PromptError, match="model: expected a Model, got NoneType"):
         log_likelihood(None, [[1]], [[2]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_of_a_pass_does_not_wait_for_the_device(method, monkeypatch):
+    """With a capacity nothing is counted on the host: reading the values is the only wait of a pass."""
+    capacities = []
+
+    def counted(hidden, head, targets, masked, **options):
+        capacities.append(options["max_masked"] - targets.numel())
+        return masked_loss(hidden, head, targets, masked, **options)
+
+    monkeypatch.setattr("illada.scoring.masked_loss", counted)
+    log_likelihood(tiny("full"), [[1], [2, 3]], [[2], [1, 4, 2]], method=method, samples=4, rows_per_pass=8)
+    assert capacities and not any(capacities)
