@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 from collections.abc import Iterator
 
 import numpy as np
@@ -92,22 +93,21 @@ def log_likelihood(
     for name, value in (("samples", samples), ("rows_per_pass", rows_per_pass)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PromptError(f"{name}: expected an integer of at least 1, got {value!r}")
-    plain = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)
-    if not plain or not math.isfinite(guidance):
+    if isinstance(guidance, bool) or not isinstance(guidance, numbers.Real) or not math.isfinite(guidance):
         raise PromptError(f"guidance: expected a finite number, got {guidance!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise PromptError(f"seed: expected an integer, got {seed!r}")
     if forbid_mask is not None and not isinstance(forbid_mask, bool):
         raise PromptError(f"forbid_mask: expected True, False or None, got {forbid_mask!r}")
     texts = _texts(model.config, contexts, continuations)
-    scorer = Scorer(model, rows_per_pass, guidance, forbid_mask)
+    scorer = Scorer(model, rows_per_pass, float(guidance), forbid_mask)
     total = np.zeros(len(texts))
     if method == "confidence":
         for index, _, loss in scorer.reveal(texts, scorer.losses, best=lambda loss: loss):
             total[index] -= loss
         return torch.from_numpy(total)
     random = method == "monte_carlo"
-    made = ((text, _random(text, samples, seed) if random else _left_to_right(text)) for text in texts)
+    made = ((text, _random(text, samples, int(seed)) if random else _left_to_right(text)) for text in texts)
     for part, losses in scorer.losses(scorer.parts(made)):
         total[part.text.index] -= losses @ part.weight
     return torch.from_numpy(total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from illada import Model, ModelConfig, log_likelihood
@@ -246,3 +247,9 @@ def test_the_loss_of_a_pass_does_not_wait_for_the_device(method, monkeypatch):
     monkeypatch.setattr("illada.scoring.masked_loss", counted)
     log_likelihood(tiny("full"), [[1], [2, 3]], [[2], [1, 4, 2]], method=method, samples=4, rows_per_pass=8)
     assert capacities and not any(capacities)
+
+
+def test_numbers_of_numpy_mean_the_same():
+    model, pair = tiny("full"), ([[1]], [[2, 3]])
+    plain = log_likelihood(model, *pair, samples=3, seed=4, guidance=0.5)
+    assert torch.equal(plain, log_likelihood(model, *pair, samples=3, seed=np.int64(4), guidance=np.float32(0.5)))
