@@ -25,6 +25,7 @@ from illada_kernels.ops.attention import cases as attention_cases
 
 from ..journal import AGAIN, Journal
 from ..measure import WRONG, Case, ContextLost, reason_of
+from .variants import variant_of
 
 LIMIT = 10.0
 DIMS, ROWS = (64, 96, 128, 256), (16, 32, 64, 128)
@@ -177,9 +178,10 @@ def items(backend: str = "cuda", device: str = "cuda", dtype: torch.dtype = torc
 
 
 def needs(case: Case, contender: str) -> list[str]:
-    """What smoke must have shown for a backend of ours to be measured in a case; nothing of others than CUDA's."""
+    """What smoke must have shown for a backend of ours to be measured in a case; nothing of others than CUDA's, nor of
+    variants, which may be right where the extension's kernel is wrong."""
     backend, facts = contender.split()[0], case.facts
-    if backend != "cuda":
+    if backend != "cuda" or variant_of(contender):
         return []
     if case.op.startswith("attention"):
         kernels = ["forward", "fused" if " " in contender else "backward"]

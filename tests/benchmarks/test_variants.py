@@ -38,7 +38,34 @@ def test_only_what_has_been_built_is_measured_and_only_in_its_cases(tmp_path, mo
     (tmp_path / "rotation.so").touch()
     assert variants.measured("full_8k_kv8") == ["cuda rotation"] and variants.measured("full_2k_kv8") == []
     assert variants.variant_of("cuda rotation") == "rotation"
+    assert variants.variant_of("cuda whole pieces") == "whole pieces"
     assert variants.variant_of("cuda") is variants.variant_of("cuda deterministic=False") is None
+
+
+def test_a_variant_is_measured_where_the_extensions_kernel_failed():
+    """Head_dim 96 has a second way, which is worth a row exactly when the first is wrong."""
+    from benchmarks import run
+    from benchmarks.on_gpu import smoke
+
+    (case,) = (case for case in run.collect("attention_fwd", "cuda") if case.name == "full_8k_d96")
+    failed = {"smoke|attention forward 96: full": "relative error 0.5"}
+    assert "relative error" in str(smoke.left_out(case, "cuda", failed))
+    assert smoke.left_out(case, "cuda whole pieces", failed) is None
+
+
+def test_every_variant_is_built_even_if_one_does_not_compile(tmp_path, monkeypatch):
+    """Compilers run at once, and a variant that fails leaves no library and a failed exit status."""
+    monkeypatch.setattr(variants, "FOLDER", tmp_path)
+    monkeypatch.setattr(variants._build, "find_nvcc", lambda roots: ("nvcc", None))
+    broken, right = "rotation", "whole pieces"
+
+    def command(name, nvcc, target):
+        return ["false"] if name == broken else ["touch", str(target)]
+
+    monkeypatch.setattr(variants, "command", command)
+    assert variants.main() == 1 and variants.library(right).exists() and not variants.library(broken).exists()
+    broken = ""
+    assert variants.main() == 0 and all(variants.library(name).exists() for name in variants.VARIANTS)
 
 
 def test_calls_of_a_variant_go_to_its_library_and_others_to_the_extension(monkeypatch):
