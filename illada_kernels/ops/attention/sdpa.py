@@ -37,7 +37,8 @@ def scaled_dot_product_attention(
     query : (..., Hq, Sq, D)
     key : (..., Hkv, Sk, D)
     value : (..., Hkv, Sk, Dv)
-        Strides are free but for the last dimension. Three dimensions are a batch of single heads.
+        Strides are free but for the last dimension. Three dimensions are a batch of single heads. Leading dimensions
+        are broadcast.
     attn_mask : KeyRanges or Tensor, optional
         A tensor is broadcast to (..., Hq, Sq, Sk). Bool: True where a query may attend. Floating-point: added to the
         scores, and 0 or at most finfo(dtype).min / 2 everywhere. At most two runs of keys a query, the same for all
@@ -50,7 +51,7 @@ def scaled_dot_product_attention(
     scale : float, optional
         Default D**-0.5.
     enable_gqa : bool
-        Permits fewer key heads than query heads.
+        Permits fewer key heads than query heads; one that all share needs no permission.
     backend : str, optional
         As in `attention`.
 
@@ -91,10 +92,10 @@ def scaled_dot_product_attention(
         raise ValueError(f"dropout_p: expected 0, got {dropout_p}; the kernels have no dropout: set it to 0")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: expected None with is_causal=True, got both; use KeyRanges.causal(s) & ranges")
+    if not enable_gqa and not (query.shape[:-2] == key.shape[:-2] == value.shape[:-2]):
+        query, key, value = _broadcast(query, key, value)
     shape = (*query.shape[:-1], key.shape[-2])  # of the scores
     q, k, v = (_four_dimensions(x, enable_gqa) for x in (query, key, value))
-    if not enable_gqa and not known(q.shape[1] == k.shape[1]):
-        raise ValueError(f"key: expected {q.shape[1]} heads like query, got {k.shape[1]}; or pass enable_gqa=True")
     ranges: KeyRanges | None
     if is_causal:
         ranges = _causal(q.shape[2], k.shape[2], q.device)
@@ -106,6 +107,25 @@ def scaled_dot_product_attention(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = attention(q, k, v, ranges, scale=scale, backend=backend).transpose(1, 2)
     return out if query.dim() == 4 else out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Expands all to the same leading dimensions, as torch does; a single key head stays one, as the kernels take it."""
+    try:
+        lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    except RuntimeError:
+        name, other = ("key", key) if key.shape[:-2] != query.shape[:-2] else ("value", value)
+        raise ValueError(
+            f"{name}: expected {tuple(query.shape[:-2])} before the last two dimensions like query, got "
+            f"{tuple(other.shape[:-2])}; fewer key heads want enable_gqa=True"
+        ) from None
+    single = query.dim() > 3 and known(key.shape[-3] == 1) and known(value.shape[-3] == 1)
+    of_keys = (*lead[:-1], 1) if single else lead
+    return (
+        query.expand(*lead, *query.shape[-2:]),
+        key.expand(*of_keys, *key.shape[-2:]),
+        value.expand(*of_keys, *value.shape[-2:]),
+    )
 
 
 def _four_dimensions(x: Tensor, grouped: bool) -> Tensor:

@@ -67,9 +67,36 @@ def test_masks_are_broadcast_and_read(name, kind):
 def test_grouped_heads_only_when_asked_for():
     inputs = draw(2, kv_heads=2)
     assert_as_torchs(inputs, enable_gqa=True)
-    with pytest.raises(ValueError, match=r"key: expected 4 heads like query, got 2; .*enable_gqa"):
+    with pytest.raises(ValueError, match=r"key: expected \(2, 4\) .* like query, got \(2, 2\); .*enable_gqa"):
         ours(*inputs)
     assert_as_torchs(draw(kv_heads=2), enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    "of_q, of_k, of_v",
+    [
+        ((2, 4), (2, 1), (2, 1)),
+        ((2, 4), (1, 4), (1, 4)),
+        ((1, 4), (2, 4), (2, 4)),
+        ((2, 1), (2, 4), (2, 4)),
+        ((2, 4), (2, 1), (2, 4)),
+        ((3, 2, 4), (1, 2, 1), (3, 1, 1)),
+        ((2,), (1,), (2,)),
+    ],
+    ids=str,
+)
+def test_leading_dimensions_are_broadcast_as_by_torch(of_q, of_k, of_v):
+    torch.manual_seed(0)
+    shapes = (*of_q, 6, 8), (*of_k, 9, 8), (*of_v, 9, 6)
+    inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    assert_as_torchs(inputs)
+    assert_as_torchs(inputs, torch.rand(6, 1) * torch.arange(9) < 5)
+
+
+def test_leading_dimensions_that_do_not_fit_are_named():
+    q, k, _ = draw(2)
+    with pytest.raises(ValueError, match=r"value: expected \(2, 4\) .* got \(3, 4\)"):
+        ours(q, k, torch.zeros(3, 4, 9, 6, dtype=torch.float64))
 
 
 def test_ranges_go_straight_through():
