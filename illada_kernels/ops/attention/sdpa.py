@@ -110,7 +110,7 @@ def scaled_dot_product_attention(
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Expands all to the same leading dimensions, as torch does; a single key head stays one, as the kernels take it."""
+    """Expands all to the same leading dimensions, as torch does; but a single key head, which the kernels take."""
     try:
         lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     except RuntimeError:
