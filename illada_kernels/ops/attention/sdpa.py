@@ -149,6 +149,7 @@ def _new_causal(queries: int, keys: int, device: torch.device, where: Any = None
 _cached_causal = functools.lru_cache(64)(_new_causal)
 
 
+_MOST = 256  # masks, because a buffer that lives as long as its model is cut anew in each step of decoding
 _masks: dict[Any, tuple[weakref.ref[Tensor], tuple[int, int], KeyRanges]] = {}
 
 
@@ -169,6 +170,8 @@ def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRange
     known_base, before, ranges = _masks.get(key, (None, None, None))
     if known_base is None or known_base() is not base or before != state or ranges is None:
         ranges = _read(mask, shape, grouped)
+        if len(_masks) >= _MOST:
+            _masks.pop(next(iter(_masks), None), None)
         _masks[key] = weakref.ref(base, lambda _: _masks.pop(key, None)), state, ranges
     return ranges
 

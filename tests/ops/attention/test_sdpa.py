@@ -193,6 +193,15 @@ def test_what_is_remembered_dies_with_the_mask():
     assert len(sdpa._masks) == before
 
 
+def test_slices_of_a_long_lived_mask_are_bounded_in_number(monkeypatch):
+    monkeypatch.setattr(sdpa, "_MOST", 4)
+    mask, inputs = torch.ones(20, 9, dtype=torch.bool), draw(2)
+    sdpa._masks.clear()
+    for row in range(14):
+        ours(*inputs, mask[row : row + 6])
+    assert len(sdpa._masks) == 4
+
+
 def test_inference_tensors_are_read_in_each_call(readings):
     inputs = [x.detach() for x in draw(2)]
     with torch.inference_mode():
