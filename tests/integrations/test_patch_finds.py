@@ -160,6 +160,19 @@ class BySuper(Middle):
         return 1 + super().forward(x)
 
 
+def call_old(module, x):
+    return module._old_forward(x)
+
+
+class WrappedInPlace(Attention):
+    """As accelerate's hooks wrap a module: the forward of its class is in an attribute, another one hides it."""
+
+    def __init__(self):
+        super().__init__()
+        self._old_forward = self.forward
+        self.forward = functools.partial(call_old, self)
+
+
 class WithoutGrad(nn.Module):
     @torch.no_grad()
     def forward(self, x):

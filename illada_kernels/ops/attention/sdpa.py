@@ -170,8 +170,8 @@ def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRange
     known_base, before, ranges = _masks.get(key, (None, None, None))
     if known_base is None or known_base() is not base or before != state or ranges is None:
         ranges = _read(mask, shape, grouped)
-        if len(_masks) >= _MOST:
-            _masks.pop(next(iter(_masks), None), None)
+        for oldest in list(_masks)[: max(len(_masks) - _MOST + 1, 0)]:
+            _masks.pop(oldest, None)
         _masks[key] = weakref.ref(base, lambda _: _masks.pop(key, None)), state, ranges
     return ranges
 
