@@ -17,7 +17,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,32 +96,24 @@ def recorded(model: Model, task: Task, count: int, rule: Any, seed: int, **how: 
     return [t for kept in record(model, prompts.tolist(), config, batch_size=512, **how) for t in kept]
 
 
-def models(task: Task, base: Model, o: argparse.Namespace) -> dict[str, tuple[Model, float]]:
-    """Returns each model and the seconds that it took beside those of `base`."""
-    found: dict[str, tuple[Model, float]] = {"before": (base, 0.0)}
+def models(task: Task, base: Model, o: argparse.Namespace) -> Iterator[tuple[str, Model]]:
+    """Yields the model before, then each copy."""
 
-    def add(name: str, make: Callable[[], Model]) -> None:
-        begun = time.perf_counter()
-        found[name] = (make(), time.perf_counter() - begun)
-        print(f"{name}: {found[name][1]:.0f} s", flush=True)
-
-    def distilled(rule: Any, model: Model = base, seed: int = 2**41, steps: int = o.tune, **how: Any) -> Model:
-        rows = recorded(base if model is base else model, task, o.prompts, rule, seed, **how)
+    def distilled(model: Model, rule: Any, seed: int, steps: int = o.tune, **how: Any) -> Model:
+        rows = recorded(model, task, o.prompts, rule, seed, **how)
         return tuned(model, on_trajectories(rows, o.batch), steps, o.lr)
 
-    def taken_over() -> Model:
-        model = base
-        for turn in range(o.turns):
-            how = {"model": model, "seed": 2**41 + turn * 2**20, "steps": o.tune // o.turns}
-            model = distilled(Threshold(0.5), teacher=base, **how)
-        return model
-
-    add("data again", lambda: tuned(base, on_data(task, o.batch), o.tune, o.lr))
-    noise = {"temperature": 1.0, "rank_temperature": 0.1}
-    add("constrained order", lambda: distilled(TopK(1), draws=o.draws, keep=1, **noise))
-    add("distilled", lambda: distilled(TopK(1)))
-    add("taken over", taken_over)
-    return found
+    yield "before", base
+    yield "data again", tuned(base, on_data(task, o.batch), o.tune, o.lr)
+    yield (
+        "constrained order",
+        distilled(base, TopK(1), 2**41, draws=o.draws, keep=1, temperature=1.0, rank_temperature=0.1),
+    )
+    yield "distilled", distilled(base, TopK(1), 2**41)
+    student = base
+    for turn in range(o.turns):
+        student = distilled(student, Threshold(0.5), 2**41 + turn * 2**20, o.tune // o.turns, teacher=base)
+    yield "taken over", student
 
 
 def at_goal(rows: list[dict[str, Any]]) -> float:
@@ -160,10 +152,10 @@ def main(argv: list[str]) -> int:
         prog="python -m benchmarks.quality.fewer_passes", description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--steps", type=int, help="of the training before (the task's own number)")
-    parser.add_argument("--tune", type=int, default=400, help="steps of each copy (default 400)")
+    parser.add_argument("--tune", type=int, default=300, help="steps of each copy (default 300)")
     parser.add_argument("--lr", type=float, default=0.01, help="of these steps (default 0.01)")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--prompts", type=int, default=8192, help="problems whose trajectories are recorded")
+    parser.add_argument("--prompts", type=int, default=4096, help="problems whose trajectories are recorded")
     parser.add_argument("--draws", type=int, default=4, help="trajectories of which the best is kept (default 4)")
     parser.add_argument("--turns", type=int, default=2, help="rounds of recording in which the teacher takes over")
     parser.add_argument("--problems", type=int, default=1000)
@@ -172,21 +164,23 @@ def main(argv: list[str]) -> int:
     task, device = TASKS["either"], measure.device_name("cpu")
     about = {"device": device, "versions": measure.versions(), "commit": measure.commit()}
     steps = options.steps or task.steps
-    base = train(task, steps=steps)
     rows: list[dict[str, Any]] = []
     training = {"training_steps": steps, "tuning_steps": options.tune, "problems": options.problems}
-    for name, (model, seconds) in models(task, base, options).items():
+    folder = options.out or RESULTS / measure.slug(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+    for name, model in models(task, train(task, steps=steps), options):
+        seconds = time.perf_counter() - begun
         measured = [
             {"task": task.name, "model": name, "rule": rule, "parameter": parameter}
             | measure_rule(model, task, kind(parameter), options.problems)
             for rule, (kind, parameters) in RULES.items()
             for parameter in parameters
         ]
-        goal = {"task": task.name, "model": name, "at_95": at_goal(measured), "tuning_seconds": round(seconds, 1)}
-        print(f"{name:<18} {goal['at_95']:.2f} tokens a pass with {GOAL:.0%} right", flush=True)
+        goal = {"task": task.name, "model": name, "at_95": at_goal(measured), "seconds": round(seconds, 1)}
+        print(f"{name:<18} {goal['at_95']:.2f} tokens a pass with {GOAL:.0%} right; {seconds:.0f} s", flush=True)
         rows += [{**row, **training, **about} for row in (*measured, goal)]
-    folder = options.out or RESULTS / measure.slug(device)
-    folder.mkdir(parents=True, exist_ok=True)
+        begun = time.perf_counter()
     (folder / "fewer_passes.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(rows, task, folder / "fewer_passes.png")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import signal
@@ -60,11 +61,18 @@ def tokens(batch: int = 4, length: int = 21) -> torch.Tensor:
 
 def examples() -> dict[str, Example]:
     g = torch.Generator().manual_seed(7)
-    documents = objectives.split_windows(4, 21, 0.7, g)
+    documents, lengths = objectives.split_windows(4, 21, 0.7, g), torch.tensor([21, 20, 9, 21])
     return {
         "full": objectives.full_sequence(tokens(), SMALL["mask_id"], g),
         "packed": objectives.packed(tokens(), SMALL["mask_id"], g, documents=documents),
         "block": objectives.block_diffusion(tokens(length=20), SMALL["mask_id"], g, block=4),
+        "trajectory": objectives.trajectory(
+            tokens(),
+            torch.rand(4, 21, generator=g).argsort(1).where(torch.arange(21) < lengths[:, None], 0),
+            SMALL["mask_id"],
+            g,
+            lengths=lengths,
+        ),
     }
 
 
@@ -89,7 +97,7 @@ def check_losses_and_gradients_are_those_of_one_process() -> None:
     device = torch.device("cpu")
     for layout in layouts():
         place = Ranks.connect(layout, device)
-        for (kind, config), (name, example) in zip(kinds().items(), examples().items()):
+        for (kind, config), (name, example) in zip(itertools.cycle(kinds().items()), examples().items()):
             model = ShardedModel(config, place)
             model.draw(3)
             right, grads = alone(config, example)

@@ -211,6 +211,7 @@ def test_with_all_and_random_orders_of_one_token_a_pass_the_mean_is_the_bound():
     [
         ({"order": torch.ones(2, 3, dtype=torch.int64)}, r"order: expected \(2, 4\) like tokens, got \(2, 3\)"),
         ({"order": torch.tensor([[1, 1, 1, 1], [0, 0, -1, 0]])}, "expected a pass from 1 on in every row, found none"),
+        ({"lengths": torch.tensor([4, 3])}, "order: expected no pass behind the length of a row, got one in row 1"),
         ({"scored": "some"}, "scored: expected one of all, next, got 'some'"),
         ({"passes": (0.5, 0.2)}, r"passes: expected 0 <= low <= high <= 1, got \(0.5, 0.2\)"),
     ],

@@ -60,7 +60,8 @@ def trajectory(
     Raises
     ------
     ValueError
-        For shapes that differ, a row without a token to learn, or another `scored` or `passes`.
+        For shapes that differ, a row without a token to learn, a pass behind a row's length, or another `scored` or
+        `passes`.
 
     Notes
     -----
@@ -85,6 +86,9 @@ def trajectory(
     shown = tokens.masked_fill((order >= now) | (order == NEVER), mask_id)
     column = torch.arange(tokens.shape[1], device="cpu")
     there = column < (torch.full_like(least, tokens.shape[1]) if lengths is None else lengths)[:, None]
+    if bool((learn & ~there).any()):
+        row = int((learn & ~there).any(1).nonzero()[0])
+        raise ValueError(f"order: expected no pass behind the length of a row, got one in row {row}")
     if appear is not None:
         there &= appear <= now
     ranges = None
