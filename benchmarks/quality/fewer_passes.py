@@ -35,12 +35,12 @@ from illada_kernels import EntropyBound, Threshold, TopK
 from .. import measure
 from ..run import RESULTS
 from .accuracy import GOAL, measure_rule
-from .toy_tasks import END, MASK, TASKS, Task, train
+from .toy_tasks import END, MASK, TASKS, Task, config, train
 
 RULES: dict[str, tuple[Any, tuple[float, ...]]] = {
     "TopK(k)": (TopK, (1, 2, 4, 8)),
-    "Threshold(tau)": (Threshold, (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)),
-    "EntropyBound(gamma)": (EntropyBound, (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)),
+    "Threshold(tau)": (Threshold, (0.99, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3)),
+    "EntropyBound(gamma)": (EntropyBound, (0.01, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 3.0)),
 }
 COLORS = {
     "before": "#888888",
@@ -92,8 +92,10 @@ def recorded(model: Model, task: Task, count: int, rule: Any, seed: int, **how: 
     decoding = {name: how.pop(name) for name in ("temperature", "rank_temperature") if name in how}
     prompts, answers = task.draw(count, torch.Generator().manual_seed(seed))
     length = answers.shape[1]
-    config = GenerationConfig(max_new_tokens=length, block_length=length, rule=rule, stop_ids=(), seed=seed, **decoding)
-    return [t for kept in record(model, prompts.tolist(), config, batch_size=512, **how) for t in kept]
+    setting = GenerationConfig(
+        max_new_tokens=length, block_length=length, rule=rule, stop_ids=(), seed=seed, **decoding
+    )
+    return [t for kept in record(model, prompts.tolist(), setting, batch_size=512, **how) for t in kept]
 
 
 def models(task: Task, base: Model, o: argparse.Namespace) -> Iterator[tuple[str, Model]]:
@@ -114,6 +116,18 @@ def models(task: Task, base: Model, o: argparse.Namespace) -> Iterator[tuple[str
     for turn in range(o.turns):
         student = distilled(student, Threshold(0.5), 2**41 + turn * 2**20, o.tune // o.turns, teacher=base)
     yield "taken over", student
+
+
+def before(task: Task, steps: int, file: Path | None) -> Model:
+    """Returns the model that is tuned, from the file where there is one."""
+    if file is None or not file.exists():
+        model = train(task, steps=steps)
+        if file is not None:
+            torch.save(model.state_dict(), file)
+        return model
+    model = Model(config(task))
+    model.load_state_dict(torch.load(file, weights_only=True))
+    return model.eval()
 
 
 def at_goal(rows: list[dict[str, Any]]) -> float:
@@ -152,13 +166,16 @@ def main(argv: list[str]) -> int:
         prog="python -m benchmarks.quality.fewer_passes", description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--steps", type=int, help="of the training before (the task's own number)")
-    parser.add_argument("--tune", type=int, default=300, help="steps of each copy (default 300)")
+    parser.add_argument(
+        "--base", type=Path, help="a file of the weights before; where it is missing they are put there"
+    )
+    parser.add_argument("--tune", type=int, default=200, help="steps of each copy (default 200)")
     parser.add_argument("--lr", type=float, default=0.01, help="of these steps (default 0.01)")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--prompts", type=int, default=4096, help="problems whose trajectories are recorded")
+    parser.add_argument("--prompts", type=int, default=2048, help="problems whose trajectories are recorded")
     parser.add_argument("--draws", type=int, default=4, help="trajectories of which the best is kept (default 4)")
     parser.add_argument("--turns", type=int, default=2, help="rounds of recording in which the teacher takes over")
-    parser.add_argument("--problems", type=int, default=1000)
+    parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--out", type=Path, help="folder to write to (default: under benchmarks/results/)")
     options = parser.parse_args(argv)
     task, device = TASKS["either"], measure.device_name("cpu")
@@ -169,7 +186,7 @@ def main(argv: list[str]) -> int:
     folder = options.out or RESULTS / measure.slug(device)
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
-    for name, model in models(task, train(task, steps=steps), options):
+    for name, model in models(task, before(task, steps, options.base), options):
         seconds = time.perf_counter() - begun
         measured = [
             {"task": task.name, "model": name, "rule": rule, "parameter": parameter}
@@ -180,8 +197,8 @@ def main(argv: list[str]) -> int:
         goal = {"task": task.name, "model": name, "at_95": at_goal(measured), "seconds": round(seconds, 1)}
         print(f"{name:<18} {goal['at_95']:.2f} tokens a pass with {GOAL:.0%} right; {seconds:.0f} s", flush=True)
         rows += [{**row, **training, **about} for row in (*measured, goal)]
+        (folder / "fewer_passes.json").write_text(json.dumps(rows, indent=1) + "\n")
         begun = time.perf_counter()
-    (folder / "fewer_passes.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(rows, task, folder / "fewer_passes.png")
     return 0
 
