@@ -555,6 +555,35 @@ def test_callbacks_see_every_pass_and_the_text_grow():
     assert committed == sum(result.filled) == 24
 
 
+@pytest.mark.parametrize("cache", ["none", "interval", "block_causal"])
+def test_sequences_that_have_ended_leave_the_batch_and_callbacks_still_see_them(cache):
+    """Rows that a pass computes, and what it shows of each sequence: what that one alone shows."""
+    model = model_of("SDAR-8B" if cache == "block_causal" else "demo")
+    prompts = [[i, 2 * i, 7] for i in range(6)]
+    free = generate(model, prompts, settings(model, cache=cache, max_new_tokens=16)).tokens
+    stop = max(range(48), key=lambda t: len({row.index(t) // 4 for row in free if t in row}))
+    config = settings(model, cache=cache, max_new_tokens=16, stop_ids=(stop,))
+
+    def watched(some):
+        steps, rows = [], []
+        handle = model.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+        done = generate(model, some, config, lambda s: steps.append((s.tokens, s.tokens.tolist(), s)))
+        handle.remove()
+        assert len({id(tokens) for tokens, *_ in steps}) == 1 and rows == sorted(rows, reverse=True)
+        return done, steps, rows
+
+    together, steps, rows = watched(prompts)
+    assert len(set(rows)) >= 3 and min(rows) < 6  # every block has as many rows as are left
+    for b, prompt in enumerate(prompts):
+        alone, own, _ = watched([prompt])
+        assert (together.tokens[b], together.passes[b]) == (alone.tokens[0], alone.passes[0])
+        for (_, table, step), (_, own_table, own_step) in zip(steps, own):
+            assert table[b][step.starts[b] :] == own_table[0][own_step.starts[0] :]
+            assert step.committed[b].tolist() == own_step.committed[0].tolist()
+        after = [step for *_, step in steps[len(own) :]]
+        assert not any(step.committed[b].any() or (step.positions[b] >= 0).any() for step in after)
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------------
 
 

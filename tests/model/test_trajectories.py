@@ -110,6 +110,7 @@ def test_a_teacher_takes_over_from_a_state_of_the_student():
     ("how", "more", "message"),
     [
         ({"revise": Edit(0.9)}, {}, "revise: expected None, because the tokens of a trajectory stay"),
+        ({"end_early": True}, {}, "end_early: expected False, because it writes tokens that no pass"),
         ({"confidence": "margin"}, {}, "confidence: expected 'probability' at confidence_temperature 1"),
         ({"sampler": "canvas"}, {}, "sampler: expected one that fills masks pass by pass, got 'canvas'"),
         ({}, {"draws": 2, "keep": 3}, "keep: expected at most draws = 2, got 3"),

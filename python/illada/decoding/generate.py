@@ -175,9 +175,9 @@ class _Continuation:
         return rows
 
     def shown(self, step: Step) -> Step:
-        """Returns the step with a row for each sequence, also for those that have left the batch."""
+        """Returns the step with a row for each sequence, also for those that have left; `tokens` is one tensor."""
         if len(self.live) == len(self.rows):
-            return step
+            return dataclasses.replace(step, tokens=self.table.copy_(step.tokens))
         at, batch = torch.tensor(self.live, device=self.model.device), len(self.rows)
         self.table[at] = step.tokens
         nothing = {"positions": -1, "committed": False, "confidence": 0.0}

@@ -104,6 +104,8 @@ def _check(model: Model, config: GenerationConfig, teacher: Model | None) -> Non
     c = checked(config, model.config)
     if c.revise is not None:
         raise PromptError("revise: expected None, because the tokens of a trajectory stay what they were committed as")
+    if c.end_early:
+        raise PromptError("end_early: expected False, because it writes tokens that no pass has committed")
     if c.confidence != "probability" or c.confidence_temperature != 1:
         raise PromptError(
             "confidence: expected 'probability' at confidence_temperature 1, of which the bound is the sum, got "
