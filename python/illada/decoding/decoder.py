@@ -13,7 +13,8 @@ from torch import Tensor
 from ..errors import PromptError
 from ..model import Model
 from .config import GenerationConfig
-from .loop import Block, BlockLoop, check_filled
+from .layout import Block
+from .loop import BlockLoop, check_filled
 from .settings import checked, has_numbers, resolve, resolve_block_length, seeds_of, stop_ids_of, token_lists
 
 
@@ -168,11 +169,11 @@ class Decoder:
         if joiners:
             self._move(max(row.before for row in live) - self.at)
             if len(joiners) == len(live):  # the first pass covers all columns
-                loop.final = 0
+                loop.layout.final = 0
             for b in joiners:
                 self._join(b, live[b], alone=len(joiners) < len(live))
         for b in range(len(live), loop.count):  # rows that are free, which nothing may depend on
-            loop.first_columns[b], loop.joins[b] = 0, loop.joins[0]
+            loop.layout.first_columns[b], loop.layout.joins[b] = 0, loop.layout.joins[0]
         free, stop = loop.count - len(live), self.at + self.block_length
         ends = [self.at - row.before + row.end for row in live]
         masks = [min(stop, end) - max(self.at, end - self.settings.max_new_tokens) for end in ends]
@@ -216,8 +217,8 @@ class Decoder:
             self.loop.batch.roll(by)
             self.loop.batch.starts.add_(by).clamp_(min=0)  # of rows that are free
             self.at += by
-            self.loop.final = max(self.loop.final + by, 0)
-            self.loop.first_columns = [first + by for first in self.loop.first_columns]
+            self.loop.layout.final = max(self.loop.layout.final + by, 0)
+            self.loop.layout.first_columns = [first + by for first in self.loop.layout.first_columns]
 
     def _join(self, b: int, row: _Sequence, alone: bool) -> None:
         """Writes a sequence's prompt so that its first block begins in the next one's column.
@@ -231,7 +232,7 @@ class Decoder:
         line = torch.tensor(text + [self.model.config.mask_id] * (columns - len(text)), dtype=torch.int64, device="cpu")
         batch.tokens[b].copy_(line)
         batch.frozen[b, : len(text)], batch.frozen[b, len(text) :] = True, False
-        loop.first_columns[b], loop.joins[b] = start, self.blocks
+        loop.layout.first_columns[b], loop.layout.joins[b] = start, self.blocks
         batch.starts[b], batch.limits[b] = start, self.at
         loop.seeds[b], loop.joined[b], loop.passes[b] = row.seed, self.blocks, 0
         if alone and loop.sampling.cache == "block_causal" and row.before:

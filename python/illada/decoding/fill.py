@@ -12,7 +12,8 @@ from ..errors import PromptError
 from ..model import Model
 from .config import GenerationConfig, Prompts
 from .generation import Generation
-from .loop import Block, BlockLoop, Step, check_filled, left_padded
+from .layout import Block
+from .loop import BlockLoop, Step, check_filled, left_padded
 from .settings import checked, resolve, seeds_of, token_lists
 
 

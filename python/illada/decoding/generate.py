@@ -12,7 +12,8 @@ from ..model import Model
 from . import canvas, speculation
 from .config import GenerationConfig, Prompts, Sampling
 from .generation import Generation
-from .loop import Block, BlockLoop, Step, check_filled, left_padded
+from .layout import Block
+from .loop import BlockLoop, Step, check_filled, left_padded
 from .samplers import ALONE
 from .settings import checked, resolve, resolve_block_length, stop_ids_of, token_lists
 

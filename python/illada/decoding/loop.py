@@ -1,26 +1,9 @@
 """The loop behind `generate`, `fill` and `Decoder`: forward passes over windows of columns, one `unmask` a pass.
 
-A batch is a rectangle of columns. Sequences are padded on the left, so that a block has the same columns in all of
-them. Sequence b begins in column starts[b] and counts its positions from there. Columns that a pass computes:
-
-    cache           first pass of a block                       later passes
-    none            all columns up to `end`                     the same
-    prefix          all, and all keys are written               from the block on; keys before it stay as they are
-    dual            all, and all keys are written               the block alone; keys behind it stay, too
-    vicinity        all, and all keys are written               the block and `vicinity` columns on each side of it
-    interval        the block and the one before                the block alone
-    block_causal    from the last block that is not final       the block alone; exact, as final blocks never change
-
-With `refresh_every` n, every n-th pass of prefix, dual, vicinity and interval is as the first pass of dual. They count
-passes from the block's begin; interval counts over all blocks, and its very first pass is such a pass.
-
-A block's last pass commits its last tokens, so its keys are final only after the next block's first pass, which covers
-both. With shifted logits a window begins no later than one column before the block, because that row predicts the
-block's first token. Autoregressive models (shifted logits, blocks of one) compute the column of the last token alone.
-
-A pass never waits for the device. Its state lives in tensors that are allocated once, schedules compute on them, and
-whether a block is done comes to the host one pass late (`LateFlag`). What the host knows of a pass is its `Shape`: on a
-GPU passes of one shape are one CUDA graph, whatever their block (`Replay`).
+Which columns a pass computes is said in layout.py. A pass never waits for the device: its state lives in tensors that
+are allocated once, schedules compute on them, and whether a block is done comes to the host one pass late (`LateFlag`).
+What the host knows of a pass is its `Shape`: on a GPU passes of one shape are one CUDA graph, whatever their block
+(`Replay`).
 """
 
 from __future__ import annotations
@@ -40,6 +23,7 @@ from ..errors import DecodingError, PromptError
 from ..model import Model
 from .batch import Batch, Rows, Shape
 from .config import Sampling
+from .layout import Block, Layout
 from .replay import LateFlag, Replay
 from .schedules import Always, Choose, Evenly, Pass
 
@@ -65,19 +49,6 @@ class Step:
     committed: Tensor  # (B, K) bool
     confidence: Tensor  # (B, K) float32
     forward_passes: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """Candidates that are filled together. Unless `scattered`, candidate i stands in column columns[0] + i."""
-
-    index: int
-    positions: Tensor  # (B, K) int64: columns, -1 for no candidate
-    masks: list[int]  # masked candidates of each sequence, a number the host knows
-    columns: tuple[int, int]  # first and end column of the positions
-    end: int  # columns from here on do not exist yet
-    scattered: bool = False
-    blank: bool = False  # some sequences are masks alone
 
 
 class BlockLoop(Rows):
@@ -107,9 +78,8 @@ class BlockLoop(Rows):
         self.model, self.config, self.sampling, self.callback = model, model.config, sampling, callback
         self.device = tokens.device
         self.batch = Batch(model, tokens, starts, frozen, sampling)
-        self.first_columns, self.joins = list(starts), [0] * len(starts)  # `starts` and `joined` on the host
+        self.layout = Layout(starts, self.config, sampling)
         self.forward_passes = 0
-        self.final = 0  # columns before this one have keys that a block's first pass leaves alone
         self.unmask_options = dict(sampling.unmask)
         counts = torch.zeros(6, len(starts), dtype=torch.int64, device=self.device)
         names = ("passes", "masked", "left", "full_passes", "noise_step", "joined")
@@ -139,68 +109,27 @@ class BlockLoop(Rows):
 
     def bucket(self, sequences: int) -> int:
         """Returns how many rows are computed for so many sequences: on a GPU a power of two, so that shapes are few."""
-        return min(1 << (sequences - 1).bit_length(), len(self.joins)) if self.replay.graphs else sequences
+        return min(1 << (sequences - 1).bit_length(), len(self.layout.joins)) if self.replay.graphs else sequences
 
     def use(self, count: int) -> None:
         """Lets the first `count` rows take part."""
         super().use(count)
         self.batch.use(count)
+        self.layout.count = count
 
     def copy_row(self, source: int, target: int) -> None:
         """Gives row `target` the sequence of row `source`."""
         super().copy_row(source, target)
         self.batch.copy_row(source, target)
-        for numbers in (self.first_columns, self.joins):
-            numbers[target] = numbers[source]
-
-    # ---- which columns ----------------------------------------------------------------------------------------------
-
-    def due(self, block: int, step: int, adaptive: bool, passes: int) -> list[bool]:
-        """Says for each row whether this pass computes all columns; `passes` are those that a whole block takes.
-
-        interval numbers passes as if all blocks took that many, so that the batch does not decide.
-        """
-        cache, every = self.sampling.cache, self.sampling.refresh_every
-        if cache != "interval":
-            begins = cache != "block_causal" and (step == 0 or (every > 0 and step % every == 0))
-            return [begins or cache == "none"] * self.count
-        found = []
-        for joined in self.joins[: self.count]:
-            now = (block - joined) * passes + step
-            before = now - passes if step == 0 and adaptive else now - 1  # passes that were never made count too
-            found.append(now == 0 or (every > 0 and now // every > before // every))
-        return found
-
-    def window(self, block: Block, step: int, whole: bool) -> tuple[int, int]:
-        """Returns the first and the end column of a pass that computes all columns or what its cache asks for."""
-        (first, last), cache = block.columns, self.sampling.cache
-        if whole:
-            first, last = 0, block.end
-        elif step == 0:  # of block_causal and interval
-            first = min(self.final, first)
-            # Passes of the block before have written the column before it as well, as long as others went on.
-            first = max(first - (cache == "interval" and self.config.shifted_logits), 0)
-        elif cache == "prefix":
-            last = block.end
-        elif cache == "vicinity":
-            first = max(first - self.sampling.vicinity, 0)
-            last = min(last + self.sampling.vicinity, block.end)
-        if self.config.shifted_logits:
-            first = max(min(first, block.columns[0] - 1), 0)
-        return first, last - 1 if self.autoregressive(block) else last
-
-    def autoregressive(self, block: Block) -> bool:
-        """Whether the block is one token, predicted from the token before it in every sequence, beside a cache."""
-        one = self.config.shifted_logits and self.config.causal_block == 1 and not block.scattered
-        return one and self.batch.cache is not None and block.columns[0] > max(self.first_columns[: self.count])
+        self.layout.copy_row(source, target)
 
     def shape(self, block: Block, step: int, due: list[bool]) -> Shape:
         """Returns what the host knows of a pass, and tells the device the rest of where it is."""
-        first, last = self.window(block, step, any(due))
+        first, last = self.layout.window(block, step, any(due))
         interval = self.sampling.cache == "interval"
         guarded = interval and any(due) and not (step == 0 and all(due))
         if guarded:
-            own = self.window(block, step, False)
+            own = self.layout.window(block, step, False)
             for b, whole in enumerate(due):
                 for side, column in enumerate((0, last) if whole else own):
                     self.batch.span[b, side].fill_(column)
@@ -208,7 +137,7 @@ class BlockLoop(Rows):
         if self.replay.graphs:
             self.batch.window_start.fill_(first)
             keys = last - first if self.batch.cache is None else self.batch.cache.capacity
-        before = self.autoregressive(block)
+        before = self.layout.autoregressive(block)
         scattered = block.scattered or (self.replay.graphs and any(due))  # each block stands elsewhere in all columns
         return Shape(
             rows=self.count,
@@ -220,7 +149,7 @@ class BlockLoop(Rows):
             shift=not before,
             blank=block.blank,
             guarded=guarded,
-            apart=self.sampling.growing_bias is not None and len(set(self.joins[: self.count])) > 1,
+            apart=self.sampling.growing_bias is not None and len(set(self.layout.joins[: self.count])) > 1,
             remasking=step < self.sampling.remask_steps,
         )
 
@@ -240,14 +169,14 @@ class BlockLoop(Rows):
         adaptive, limit = self.num_passes(most)
         passes = self.sampling.block_length if adaptive else self.num_passes(self.sampling.block_length)[1]
         for step in range(limit):
-            due = self.due(block.index, step, adaptive, passes)
+            due = self.layout.due(block.index, step, adaptive, passes)
             candidates, out = self.replay(self.shape(block, step, due))
             self.done.write(self.finished)
             self.forward_passes += 1
             if step == 0:
-                self.final = block.columns[0]
+                self.layout.final = block.columns[0]
             if self.callback is not None:
-                where = (self.batch.tokens, self.first_columns[: self.count], block.index, step, candidates)
+                where = (self.batch.tokens, self.layout.first_columns[: self.count], block.index, step, candidates)
                 self.callback(Step(*where, out.committed, out.confidence, self.forward_passes))
             yield
             if adaptive and step + 1 < limit and self.done.read():
