@@ -133,7 +133,8 @@ def test_commands_that_pages_name_exist():
         if words[0] == "make":
             assert words[1] in targets, said
         elif words[0] == "illada":
-            wanted = {"train": ["--out"], "generate": ["--model", "--prompt"], "eval": ["--model"]}.get(words[1], [])
+            required = {"train": ["--out"], "generate": ["--model", "--prompt"], "eval": ["--model"]}
+            wanted = {**required, "record": ["--model", "--prompts", "--out"]}.get(words[1], [])
             wanted = [w for w in wanted if w != "--prompt" or "--prompts" not in words]
             if words[-1] == "--tasks":  # named without its value
                 words = [*words, "x"]
