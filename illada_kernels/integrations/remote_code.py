@@ -91,22 +91,24 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
         )
     configs = _configs(model)
     by_name = {id(configs[path]) for path, names in reached.items() if ATTENTION in names and configs[path] is not None}
-    replaced: list[str] = []
-    parts = {}
+    keeps = {path for path in asking if configs[path] is None or id(configs[path]) in by_name}
+    rewriters = {path: both if path in keeps else rewriter for path in reached}
     classes: dict[Any, Any] = {}
+    for path, module in model.named_modules():  # all classes before anything is changed, because a class may refuse
+        key = type(module), id(rewriters[path])
+        if key not in classes:
+            classes[key] = _subclass(type(module), rewriters[path])
+    replaced: list[str] = []
+    switched: list[str] = []
+    parts = {}
     for path, module in model.named_modules():
-        config = configs[path]
-        keeps = path in asking and id(config) in by_name
-        names = _replace(module, both if keeps else rewriter, classes)
-        replaced += [f"{path}.{name}".lstrip(".") for name in names]
-        if names:
+        if names := _replace(module, rewriters[path], *classes[type(module), id(rewriters[path])]):
             parts[path] = module
-        if path in asking and not keeps and config is not None:
-            _switch(module, config)
-    if any(_kept(module).config is not None for module in model.modules() if _KEPT in vars(module)):
-        replaced.append('attn_implementation="illada"')
+            replaced += [f"{path}.{name}".lstrip(".") for name in names]
+        if path in asking and configs[path] is not None:
+            switched += _switch(module, configs[path], "sdpa" if path in keeps else "illada")
     _kept(model).first_run = FirstRun(model, parts, loss)
-    return replaced
+    return [*replaced, *dict.fromkeys(switched)]
 
 
 def unpatch(model: torch.nn.Module) -> None:
@@ -215,12 +217,8 @@ def _configs(model: torch.nn.Module) -> dict[str, Any]:
 # ---- replacing -------------------------------------------------------------------------------------------------------
 
 
-def _replace(module: torch.nn.Module, rewriter: Rewriter, classes: dict[Any, Any]) -> list[str]:
-    """Gives the module its subclass and attributes. Returns the names of what was replaced."""
-    key = type(module), id(rewriter)
-    if key not in classes:
-        classes[key] = _subclass(type(module), rewriter)
-    ours, names = classes[key]
+def _replace(module: torch.nn.Module, rewriter: Rewriter, ours: type, names: list[str]) -> list[str]:
+    """Gives the module its subclass, in which `names` differ, and its attributes. Returns the names of all of them."""
     changed = {name: rewriter.replaced(value) for name, value in _attributes(module).items()}
     changed = {name: value for name, value in changed.items() if value is not vars(module)[name]}
     if not names and not changed:
@@ -259,12 +257,14 @@ def _derived(kind: type, bases: tuple[type, ...], members: dict[str, Any]) -> ty
     return type(kind)(kind.__name__, bases, {**how, **members})
 
 
-def _switch(module: torch.nn.Module, config: Any) -> None:
-    """Sets the attention of a configuration of transformers, and keeps what it was."""
+def _switch(module: torch.nn.Module, config: Any, name: str) -> list[str]:
+    """Sets the attention of a configuration of transformers, and keeps what it was. Returns what to say."""
     from . import transformers as illada
 
     illada.register()
+    if config._attn_implementation_internal in (name, "illada"):
+        return []
     kept = _kept(module)
-    if config._attn_implementation_internal != "illada":
-        kept.config, kept.implementation = config, config._attn_implementation_internal
-        config._attn_implementation_internal = "illada"
+    kept.config, kept.implementation = config, config._attn_implementation_internal
+    config._attn_implementation_internal = name
+    return [f'attn_implementation="{name}"']

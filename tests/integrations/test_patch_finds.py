@@ -371,6 +371,21 @@ def test_a_class_that_changed_after_patch_is_not_overwritten():
     assert type(model[0]) is Attention
 
 
+def test_a_class_that_refuses_subclasses_leaves_the_model_as_it_was():
+    class Final(Attention):
+        def __init_subclass__(cls, **options):
+            raise TypeError("Final has no subclasses")
+
+        def forward(self, x):
+            return super().forward(x)
+
+    model = nn.Sequential(Attention(), Final())
+    before = [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(TypeError, match="Final has no subclasses"):
+        patch(model)
+    assert [dict(vars(module)) for module in model.modules()] == before and type(model[0]) is Attention
+
+
 def test_a_patched_model_does_not_pickle_and_says_why():
     model = nn.Sequential(Attention())
     patch(model)

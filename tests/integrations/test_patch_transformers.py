@@ -79,6 +79,32 @@ def test_layers_by_name_and_by_interface_share_the_masks_of_transformers(by_inte
     assert len(ran) == 2
 
 
+def test_layers_by_interface_beside_layers_by_name_leave_eager_attention(ran):
+    model = mixed((True, False))
+    right = model(ids, attention_mask=padding).logits[padding.bool()]
+    model.config._attn_implementation = "eager"
+    assert patch(model)[-1] == 'attn_implementation="sdpa"'
+    torch.testing.assert_close(model(ids, attention_mask=padding).logits[padding.bool()], right)
+    assert len(ran) == 2
+    unpatch(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_layer_that_asks_the_interface_without_a_configuration(ran):
+    class Literal(nn.Module):
+        def forward(self, x):
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](self, x, x, x, None, is_causal=False)[0]
+
+    model, x = nn.Sequential(Literal()), torch.randn(2, 3, 5, 8)
+    right = model(x)
+    assert patch(model) == ["0.forward"]
+    torch.testing.assert_close(model(x), right)
+    assert ran
+    unpatch(model)
+
+
 def test_a_layer_by_name_reads_the_bounds_of_our_own_mask_function(ran):
     model = mixed()
     right = model(ids, attention_mask=padding).logits[padding.bool()]
