@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -24,19 +25,48 @@ SAYS = {  # a pattern of the last line, and what its numbers must satisfy
 }
 
 
-@pytest.mark.parametrize("name", SAYS)
-def test_an_example_runs_and_says_what_is_right(name, python, tmp_path):
-    if name == "antibodies" and not (FOLDER.parent / "build" / "antiberty").is_dir():
-        pytest.skip("make build/antiberty installs the weights, where the package index has them")
-    if name in ("antibodies", "encoder", "trainer"):
-        pytest.importorskip("transformers", reason="no transformers")
-    if name == "trainer":
-        pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-    done = python(str(FOLDER / f"{name}.py"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    pattern, right = SAYS[name]
-    found = re.match(pattern, done.stdout.splitlines()[-1])
-    assert found and right(*map(float, found.groups())), done.stdout
+# Forks for each example, because importing torch and transformers takes longer than most of them.
+RUN_EACH = """
+import os, runpy, sys, traceback
+import torch
+folder, *names = sys.argv[1:]
+for name in names:
+    if name == "import":
+        import transformers
+        continue
+    if os.fork() == 0:
+        os.mkdir(name)
+        os.chdir(name)
+        for stream in (1, 2):
+            os.dup2(os.open(f"../{name}.{stream}", os.O_CREAT | os.O_WRONLY), stream)
+        try:
+            sys.argv = [f"{folder}/{name}.py"]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(name, os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.slow
+def test_every_example_runs_and_says_what_is_right(python, tmp_path):
+    names = ["conversations", "foreign_model"]
+    if importlib.util.find_spec("transformers"):
+        names += ["import", "encoder"]
+        names += ["antibodies"] if (FOLDER.parent / "build" / "antiberty").is_dir() else []  # `make extras` has it
+        names += ["trainer"] if importlib.util.find_spec("accelerate") else []
+    done = python("-c", RUN_EACH, str(FOLDER), *names, cwd=tmp_path)
+    ran = dict(line.split() for line in done.stdout.splitlines())
+    assert list(ran) == [name for name in names if name != "import"], done.stderr
+    for name, code in ran.items():
+        out, error = (tmp_path / f"{name}.{stream}" for stream in (1, 2))
+        assert code == "0", f"{name}: {error.read_text()[-3000:]}"
+        pattern, right = SAYS[name]
+        found = re.match(pattern, out.read_text().splitlines()[-1])
+        assert found and right(*map(float, found.groups())), f"{name}: {out.read_text()}"
 
 
 def test_every_example_is_run_and_short():

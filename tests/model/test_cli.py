@@ -442,20 +442,28 @@ def test_the_demo_may_be_run_again_with_other_data_but_not_in_a_run(run, corpus,
     assert "is the folder of a training run" in fails(capsys, "demo", "--out", run)
 
 
+EACH = """
+import sys
+from illada.cli import main
+command = []
+for argument in sys.argv[1:]:
+    if argument == ";":
+        assert main(command) == 0, command
+    command = [] if argument == ";" else [*command, argument]
+"""
+
+
 def test_folders_and_prompts_of_any_name_work_with_any_encoding_of_the_output(corpus, tmp_path):
-    """A folder with a line's worth of odd signs, one of them not UTF-8, and an output that knows ASCII alone."""
+    """A folder with a line's worth of odd signs, one of them not UTF-8, and an output that knows ASCII alone; the
+    commands one after the other in one process."""
     folder = os.fsencode(tmp_path) + b"/it's $x^2 \xff \xe2\x9c\x93"
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "PYTHONIOENCODING": "ascii"}
-
-    def illada(*command):
-        return subprocess.run([sys.executable, "-m", "illada", *command], env=env, capture_output=True)
-
-    done = illada("train", "--data", str(corpus), "--out", folder, "--steps", "2", *FAST)
-    assert done.returncode == 0, done.stderr
+    commands = [["train", "--data", str(corpus), "--out", folder, "--steps", "2", *FAST]]
     for prompt in ("def é", b"\xff\xfe"):
-        done = illada("generate", "--model", folder, "--prompt", prompt, "--max-new-tokens", "4", "--live")
-        assert done.returncode == 0, done.stderr
-    done = illada("eval", "--model", folder, "--data", str(corpus), "--length", "32")
+        commands.append(["generate", "--model", folder, "--prompt", prompt, "--max-new-tokens", "4", "--live"])
+    commands.append(["eval", "--model", folder, "--data", str(corpus), "--length", "32"])
+    arguments = [argument for command in commands for argument in (*command, ";")]
+    done = subprocess.run([sys.executable, "-c", EACH, *arguments], env=env, capture_output=True)
     assert done.returncode == 0 and b"bits per byte" in done.stdout, done.stderr
 
 

@@ -94,17 +94,20 @@ def by_hint(mark):
     return hint
 
 
+# A hint says which sizes vary; what a use makes of a size that varies, "dynamic" shows of all.
+SOME = ("causal of a cache", "block diffusion packed", "cached blocks", "from dense", "and", "slice")
 HINTS = {
-    "dynamic": (True, lambda x, n: None),
-    "marked": (None, by_hint(torch._dynamo.mark_dynamic)),
-    "perhaps marked": (None, by_hint(torch._dynamo.maybe_mark_dynamic)),
+    "dynamic": (True, lambda x, n: None, tuple(USES)),
+    "marked": (None, by_hint(torch._dynamo.mark_dynamic), SOME),
+    "perhaps marked": (None, by_hint(torch._dynamo.maybe_mark_dynamic), SOME),
 }
 
 
 @pytest.mark.parametrize("how", HINTS)
 def test_dynamic_sizes_need_one_graph(how):
     torch._dynamo.reset()
-    (dynamic, hint), graphs, module = HINTS[how], [], Use(*USES)
+    dynamic, hint, names = HINTS[how]
+    graphs, module = [], Use(*names)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counting(graphs))
     for size in SIZES:
         x, n = given(*size)

@@ -31,9 +31,12 @@ from tests.helpers.unmask_oracle import INF, MASK, draw_call
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
+MOST_STEPS = 1 << 22  # that a block may take; without a fault none takes a quarter, and with one some never end
+
+
 @functools.cache
 def kernels() -> OnCpu:
-    return OnCpu()
+    return OnCpu(most_steps=MOST_STEPS)
 
 
 @pytest.fixture
@@ -301,7 +304,7 @@ def test_the_calls_that_find_faults_pass_without_one(on_cpu: Backend) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, *fault = FAULTS[name]
-    launch = OnCpu(kernel, text=faulty(kernel, *fault, extended=True))
+    launch = OnCpu(kernel, text=faulty(kernel, *fault, extended=True), most_steps=MOST_STEPS)
     launch.kernels += [k for k, source in zip(kernels().kernels, SOURCES) if source != kernel]
     with pytest.raises((KernelFault, AssertionError)):
         needs_everything(Backend(monkeypatch, launch), launch)
