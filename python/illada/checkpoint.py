@@ -335,10 +335,11 @@ def save(
         raise TypeError(f"model: expected a Model, got {type(model).__name__}; unwrap it first")
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected an integer of at least 1, got {max_shard_bytes!r}")
-    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    new: list[Path] = []  # folders that are made here
     written: list[Path] = []
     done = False
     try:
+        new += [one for one in (folder, *folder.parents) if not one.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         check_target(folder, config)
         _write(folder, model, dtype, max_shard_bytes, written)

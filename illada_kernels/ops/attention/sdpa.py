@@ -157,13 +157,13 @@ def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRange
     """Returns what `_read` does; again if the mask, or what it is a view of, has not changed since."""
     if mask.requires_grad:
         raise ValueError("attn_mask: expected requires_grad=False, got True: a learned bias is not a mask")
+    if is_watched() or not is_plain([mask]) or mask.is_inference():
+        return _read(mask, shape, grouped)
     if is_captured(mask.device):
         raise ValueError(
             "attn_mask: expected KeyRanges or None while a CUDA graph is captured, got a tensor, which is read on the "
             "host; make KeyRanges.from_dense(mask) before the capture"
         )
-    if is_watched() or not is_plain([mask]) or mask.is_inference():
-        return _read(mask, shape, grouped)
     base = mask if mask._base is None else mask._base
     key = (id(base), mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, shape, grouped)
     state = mask._version, _crc(mask)
