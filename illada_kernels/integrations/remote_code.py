@@ -59,7 +59,8 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     Notes
     -----
     Masks, dropouts and biases that `scaled_dot_product_attention` refuses raise in the forward. Patching twice changes
-    nothing. `unpatch` restores every attribute. A patched model can be copied; unpatch it to pickle it.
+    nothing. `unpatch` restores every attribute. A patched model can be copied; unpatch it to pickle it. Copied methods
+    see the globals of their files as these were when `patch` was called.
 
     Examples
     --------
