@@ -316,9 +316,13 @@ def run_record(options: argparse.Namespace) -> int:
     teacher = open_model(options.teacher, options.device, options.dtype)[0] if options.teacher else None
     prompts = (_encode(tokenizer, prompt, options) for _, prompt in _lines(options.prompts))
     how: dict[str, Any] = {"draws": options.draws, "keep": options.keep, "teacher": teacher}
+    made = record(model, prompts, config, batch_size=options.batch_size, **how)
+    first = next(made, None)  # an error in it leaves the file alone
+    if first is None:
+        raise PromptError(f'prompts: expected lines like {{"prompt": "..."}} in {options.prompts}, found none')
     count = tokens = passes = 0
     with open(options.out, "w", encoding="utf-8") as out:
-        for kept in record(model, prompts, config, batch_size=options.batch_size, **how):
+        for kept in itertools.chain([first], made):
             for t in kept:
                 out.write(t.line() + "\n")
                 count += 1

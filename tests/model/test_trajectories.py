@@ -282,8 +282,19 @@ def test_a_run_s_model_is_recorded_and_trained_on_from_the_command_line(objectiv
     how = ["--max-new-tokens", "8", "--temperature", "1", "--draws", "3", "--keep", "2", "--stop-ids"]
     assert main([*record_command, *how]) == 0
     assert "6 trajectories, 1.00 tokens a pass" in capsys.readouterr().err
-    kept = [parse("line", line) for line in out.read_text().splitlines()]
+    written = out.read_text()
+    kept = [parse("line", line) for line in written.splitlines()]
     assert len(kept) == 6 and all(kept[i].mean_bound >= kept[i + 1].mean_bound for i in (0, 2, 4))
+    (tmp_path / "none").write_text("\n")
+    for more, message in (
+        (["--keep", "9"], "keep: expected at most draws = 3, got 9"),
+        (["--edit", "0.9"], "revise: expected None"),
+        (["--max-new-tokens", "5000"], "exceed max_seq_len"),
+        (["--prompts", str(tmp_path / "none")], "found none"),
+        (["--prompts", str(tmp_path / "nowhere")], "nowhere"),
+    ):
+        assert main([*record_command, *how, *more]) == 2
+        assert message in capsys.readouterr().err and out.read_text() == written
     tuned = [*train, "--from", str(tmp_path / "base"), "--data", str(out), "--objective", objective]
     assert main([*tuned, "--out", str(tmp_path / "tuned"), "--scored", "next", "--passes", "0", "0.5"]) == 0
     assert main(["train", "--out", str(tmp_path / "tuned"), "--resume", "--quiet"]) == 0

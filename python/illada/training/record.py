@@ -30,7 +30,7 @@ def record(
     teacher: Model | None = None,
     batch_size: int = 8,
 ) -> Iterator[list[Trajectory]]:
-    """Yields, for each prompt, the trajectories that were kept: what a sampler wrote and in which pass.
+    """Returns, for each prompt, the trajectories that were kept: what a sampler wrote and in which pass.
 
     Parameters
     ----------
@@ -51,9 +51,9 @@ def record(
     batch_size : int
         Sequences decoded at a time.
 
-    Yields
-    ------
-    list of Trajectory
+    Returns
+    -------
+    iterator of lists of Trajectory
         In the order of the prompts, best first, each list as soon as its batch is done.
 
     Raises
@@ -87,6 +87,18 @@ def record(
     if keep is not None and keep > draws:
         raise ValueError(f"keep: expected at most draws = {draws}, got {keep}; draw more, or keep fewer")
     _check(model, config, teacher)
+    return _recorded(model, prompts, config, draws, draws if keep is None else keep, teacher, batch_size)
+
+
+def _recorded(
+    model: Model,
+    prompts: Iterable[Sequence[int]],
+    config: GenerationConfig,
+    draws: int,
+    keep: int,
+    teacher: Model | None,
+    batch_size: int,
+) -> Iterator[list[Trajectory]]:
     rows = ((list(prompt), number) for number, prompt in enumerate(p for p in prompts for _ in range(draws)))
     [seed] = seeds_of(config.seed, 1)
     made: list[Trajectory] = []
@@ -94,7 +106,7 @@ def record(
         seeded = dataclasses.replace(config, seed=[(seed + number) % 2**64 for _, number in some])
         made += _decoded(model, [prompt for prompt, _ in some], seeded, teacher)
         while len(made) >= draws:
-            yield best(made[:draws], draws if keep is None else keep)
+            yield best(made[:draws], keep)
             made = made[draws:]
 
 
