@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -257,6 +258,20 @@ def widths(model: Model, config: GenerationConfig, prompts=PROMPTS) -> list[int]
 def test_each_pass_computes_its_window_only(preset, cache, variable_length, expected):
     model = model_of(preset)
     assert widths(model, settings(model, rule=TopK(2), cache=cache, variable_length=variable_length)) == expected
+
+
+def test_an_interval_does_not_depend_on_how_many_passes_a_rule_takes():
+    """Blocks count as four passes each, so every second one begins with all columns, however few passes there were."""
+    model = model_of("demo")
+    for tau in (0.05, 0.3, 1.0):
+        config = settings(model, rule=Threshold(tau), cache="interval", refresh_every=8, max_new_tokens=16)
+        first: dict[int, int] = {}
+        seen: list[int] = []
+        handle = model.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].shape[1]))
+        generate(model, PROMPTS, config, lambda step, seen=seen, first=first: first.setdefault(step.block, seen[-1]))
+        handle.remove()
+        assert first == {0: 11, 1: 8, 2: 19, 3: 8}
+        assert len(seen) < 16 or tau == 1.0
 
 
 def test_stale_keys_are_an_approximation_and_the_first_pass_of_a_block_is_exact():
@@ -573,6 +588,11 @@ def test_sequences_that_have_ended_leave_the_batch_and_callbacks_still_see_them(
         return done, steps, rows
 
     together, steps, rows = watched(prompts)
+    by_hand = dataclasses.replace(config, rule=lambda now: TopK(1))  # it may know each row by its place: all stay
+    assert generate(model, prompts, by_hand).tokens == together.tokens
+    config, kept = by_hand, config
+    assert set(watched(prompts)[2]) == {6}
+    config = kept
     assert len(set(rows)) >= 3 and min(rows) < 6  # every block has as many rows as are left
     for b, prompt in enumerate(prompts):
         alone, own, _ = watched([prompt])
@@ -582,6 +602,17 @@ def test_sequences_that_have_ended_leave_the_batch_and_callbacks_still_see_them(
             assert step.committed[b].tolist() == own_step.committed[0].tolist()
         after = [step for *_, step in steps[len(own) :]]
         assert not any(step.committed[b].any() or (step.positions[b] >= 0).any() for step in after)
+
+
+def test_numbers_of_each_sequence_stay_with_it_where_others_end():
+    model, prompts = model_of("demo"), [[i, 2 * i, 7] for i in range(6)]
+    taus = torch.tensor([0.1, 0.9, 0.3, 0.2, 0.9, 0.4])
+    common = {"max_new_tokens": 16, "stop_ids": tuple(range(20))}
+    together = generate(model, prompts, settings(model, rule=Threshold(taus), **common))
+    assert len(set(map(len, together.tokens))) > 2
+    for b, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], settings(model, rule=Threshold(float(taus[b])), **common))
+        assert (together.tokens[b], together.passes[b]) == (alone.tokens[0], alone.passes[0])
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------
