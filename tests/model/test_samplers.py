@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from illada import Decoder, GenerationConfig, Model, PromptError, generate
-from illada.decoding.samplers import SAMPLERS
+from illada.decoding.samplers import ALONE, SAMPLERS
 from illada.decoding.schedules import Choose
 from torch import Tensor
 
@@ -606,6 +606,23 @@ def test_a_sampler_gives_a_batch_what_it_gives_each_alone(name):
     for b, prompt in enumerate(PROMPTS):
         alone = generate(model, [prompt], GenerationConfig(seed=b, **config))
         assert (together.tokens[b], together.passes[b]) == (alone.tokens[0], alone.passes[0])
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ALONE])
+@pytest.mark.parametrize("cache", ["vicinity", "interval"])
+def test_a_sampler_beside_a_cache_gives_a_decoder_what_it_gives_each_alone(name, cache):
+    model = model_of("demo")
+    steps = {"steps": 6} if name.startswith(("dream", "remdm")) else {}
+    steps |= {"vicinity": 2} if cache == "vicinity" else {"refresh_every": 3}
+    config = {"sampler": name, "max_new_tokens": 6, "stop_ids": tuple(range(8)), "cache": cache, **steps}
+    decoder = Decoder(model, GenerationConfig(**config), slots=2, max_length=24)
+    for prompt in PROMPTS:
+        decoder.submit(prompt)
+    while decoder.step():
+        pass
+    for done in decoder.collect():
+        alone = generate(model, [PROMPTS[done.ticket]], GenerationConfig(seed=done.ticket, **config))
+        assert (done.tokens, done.passes) == (alone.tokens[0], alone.passes[0])
 
 
 def test_a_rule_may_be_a_callable_a_choice_or_counts_of_each_pass():
