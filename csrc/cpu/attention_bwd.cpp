@@ -45,7 +45,7 @@ template <class Products> struct BackwardScratch {
     constexpr int kStep = Products::kStep;
     // a second array where units along the rows are not what they were
     auto turned = [&](float* same, int64_t size) { return kStep == 1 ? same : cut.take(size); };
-    rows = cut.take(kTileKeys * larger(ld, ld_v));
+    rows = kStep == 1 ? nullptr : cut.take(kTileKeys * ld);
     for (Keys& tile : keys) {
       tile.k = cut.take(kTileKeys / kStep * full);
       tile.k_transposed = cut.take(round_up(units<Products>(problem.dim), kWidth) * kLdScores);
@@ -80,12 +80,6 @@ template <class T> void row_deltas(const Problem& p, const Gradients& grads, flo
         delta[at] = reduce_add(sum) - (grads.dlse ? grads.dlse[at] : 0.0f);
       }
 }
-
-// What is prefetched, a few lines a register block of each product.
-struct Prefetch {
-  Ahead rows;
-  void ask() { rows.ask(); }
-};
 
 // A query tile and a key tile that meet.
 struct Pair {
@@ -123,14 +117,13 @@ template <class Products, class T> class Backward {
     const uint8_t* live = start < p.keys ? tiles.live(b, start) : nullptr;
     keys.any = live;
     if (!live) return;
-    const int size = smaller(kTileKeys, p.keys - start), ld = scratch.ld, ld_v = scratch.ld_v;
+    const int size = smaller(kTileKeys, p.keys - start);
+    const T *k = p.k.at<T>(b, start, kv_head), *v = p.v.at<T>(b, start, kv_head);
     float* rows = kStep == 1 ? keys.k : scratch.rows;
-    pack_rows<Products>(p.k.at<T>(b, start, kv_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, live, rows, ld);
-    transpose_tile(rows, ld, kTileKeys, units<Products>(p.dim), keys.k_transposed, kLdScores);
-    Products::turn(rows, ld, kTileKeys, p.dim, keys.k, scratch.full);
-    pack_rows<Products>(p.v.at<T>(b, start, kv_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, live,
-                        scratch.rows, ld_v);
-    transpose_tile(scratch.rows, ld_v, kTileKeys, units<Products>(p.dim_v), keys.v_transposed, kLdScores);
+    pack_rows<Products>(k, p.k.row_stride, size, kTileKeys, p.dim, 1.0f, live, rows, scratch.ld);
+    Products::turn(rows, scratch.ld, kTileKeys, p.dim, keys.k, scratch.full);
+    pack_transposed<Products>(k, p.k.row_stride, size, p.dim, live, keys.k_transposed);
+    pack_transposed<Products>(v, p.v.row_stride, size, p.dim_v, live, keys.v_transposed);
     std::memset(keys.dk, 0, sizeof(float) * kTileKeys * scratch.full);
     std::memset(keys.dv, 0, sizeof(float) * kTileKeys * scratch.full_v);
   }
@@ -139,11 +132,14 @@ template <class Products, class T> class Backward {
   void query_tile(int64_t b, int head, int tile, int chunk, Scratch& scratch) const {
     load_rows(b, head, tile, scratch);
     const int next = tile + 1 < p.query_tiles() ? tile + 1 : tile;
-    Prefetch next_q{{p.q.at<T>(b, int64_t(next) * kTileRows, head), p.q.row_stride, p.tile_rows(next), p.dim}},
-        next_dout{
-            {grads.dout.at<T>(b, int64_t(next) * kTileRows, head), grads.dout.row_stride, p.tile_rows(next), p.dim_v}},
-        dq{{grads.dq + ((b * p.queries + int64_t(tile) * kTileRows) * p.heads + head) * p.dim, int64_t(p.heads) * p.dim,
-            p.tile_rows(tile), p.dim}};
+    Paced next_q(Ahead(p.q.at<T>(b, int64_t(next) * kTileRows, head), p.q.row_stride, p.tile_rows(next), p.dim),
+                 register_blocks(kRowBlocks, kTileKeys)),
+        next_dout(Ahead(grads.dout.at<T>(b, int64_t(next) * kTileRows, head), grads.dout.row_stride, p.tile_rows(next),
+                        p.dim_v),
+                  register_blocks(kRowBlocks, kTileKeys)),
+        dq(Ahead(grads.dq + ((b * p.queries + int64_t(tile) * kTileRows) * p.heads + head) * p.dim,
+                 int64_t(p.heads) * p.dim, p.tile_rows(tile), p.dim),
+           register_blocks(kTileKeys / kBlockRows, p.dim_v));
     std::memset(scratch.dq, 0, sizeof(float) * kTileRows * scratch.full);
     for (int i = 0; i < kUnitKeyTiles; ++i) {
       const int start = chunk * kUnitKeys + i * kTileKeys;
@@ -176,8 +172,8 @@ template <class Products, class T> class Backward {
   }
 
   // Adds one query tile's share to a key tile's dk and dv, and the key tile's share to scratch.dq.
-  void meet(const Pair& pair, const Scratch& scratch, const Keys& keys, Prefetch& next_q, Prefetch& next_dout,
-            Prefetch& dq) const {
+  void meet(const Pair& pair, const Scratch& scratch, const Keys& keys, Paced& next_q, Paced& next_dout,
+            Paced& dq) const {
     const int ld = scratch.ld, ld_v = scratch.ld_v, full = scratch.full, full_v = scratch.full_v;
     const int cols = round_up(p.dim, kWidth), cols_v = round_up(p.dim_v, kWidth), blocks = pair.meeting.blocks;
     constexpr int kKeyBlocks = kTileKeys / kBlockRows, kLdTurned = kStep * kLdScores;
@@ -247,7 +243,7 @@ template <class Products, class T> class Backward {
                   void* gradient) const {
     for (int j = 0; j < smaller(kTileKeys, p.keys - start); ++j) {
       T* to = static_cast<T*>(gradient) + ((b * p.keys + start + j) * p.kv_heads + kv_head) * dim;
-      for (int d = 0; d < dim; d += kWidth) store_n(to + d, any ? load(from + j * ld + d) : vf{}, dim - d);
+      for (int d = 0; d < dim; d += kWidth) Products::round(to + d, any ? load(from + j * ld + d) : vf{}, dim - d);
     }
   }
 

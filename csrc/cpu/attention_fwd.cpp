@@ -84,7 +84,7 @@ void online_softmax(const Meeting& meeting, float c, float lowest, float* scores
     float* s = scores + i * kLdScores;
     vf sum = load(tile.sum + i * kWidth) * rescale[i];
     for (int j = w.first; j < w.last; j += kWidth) {
-      const vf e = exp2_scaled(load(s + j) - centre[i], c, lowest);
+      const vf e = exp2_scaled<(Products::kStep > 1)>(load(s + j) - centre[i], c, lowest);
       Products::put(s, j, e);
       sum += e;
     }
@@ -92,24 +92,27 @@ void online_softmax(const Meeting& meeting, float c, float lowest, float* scores
   }
 }
 
-template <class T>
+template <class Products, class T>
 void finish_tile(const Problem& p, int64_t b, int head, int tile, const ForwardTile& state, int ld_v, T* out,
                  float* lse) {
-  float sums[kTileRows];
+  float sums[kTileRows], inverse[kTileRows], row_lse[kTileRows];
   for (int i = 0; i < kTileRows; i += kWidth) {
     vf rows[kWidth];
     for (int r = 0; r < kWidth; ++r) rows[r] = load(state.sum + (i + r) * kWidth);
-    store(sums + i, reduce_rows(rows, [](vf a, vf b) { return a + b; }));
+    const vf sum = reduce_rows(rows, [](vf a, vf b) { return a + b; });
+    store(sums + i, sum);
+    store(inverse + i, 1.0f / sum);
+    store(row_lse + i, load(state.maximum + i) * p.score_scale() + log(sum));
   }
-  for (int i = 0; i < p.tile_rows(tile); ++i) {
-    const int64_t row = int64_t(tile) * kTileRows + i;
-    const bool none = p.bounds.of_row(b, row).empty() || sums[i] == 0.0f;  // the sum is 0 if every score is -inf
-    T* to = out + ((b * p.queries + row) * p.heads + head) * p.dim_v;
+  const int64_t first = int64_t(tile) * kTileRows;
+  T* to = out + ((b * p.queries + first) * p.heads + head) * p.dim_v;
+  float* to_lse = lse + (b * p.heads + head) * p.queries + first;
+  for (int i = 0; i < p.tile_rows(tile); ++i, to += int64_t(p.heads) * p.dim_v) {
+    const bool none = sums[i] == 0.0f;  // no key, or every score is -inf
     const float* from = state.out + i * ld_v;
-    int d = 0;
-    for (; d + kWidth <= p.dim_v; d += kWidth) store(to + d, none ? vf{} : load(from + d) / sums[i]);
-    for (; d < p.dim_v; ++d) to[d] = from_float<T>(none ? 0.0f : from[d] / sums[i]);
-    lse[(b * p.heads + head) * p.queries + row] = none ? -kInf : state.maximum[i] * p.score_scale() + std::log(sums[i]);
+    for (int d = 0; d < p.dim_v; d += kWidth)
+      Products::round(to + d, none ? vf{} : load(from + d) * inverse[i], p.dim_v - d);
+    to_lse[i] = none ? -kInf : row_lse[i];
   }
 }
 
@@ -122,33 +125,33 @@ struct ForwardUnit {
 // What is prefetched during one of the two products: what the next query tile needs, and evenly over a key tile what
 // the next one needs.
 struct Prefetch {
-  Ahead query_tile, key_tile;
-  int query_lines = 0, key_lines = 0;  // a register block
-  void ask() { query_tile.ask(query_lines), key_tile.ask(key_lines); }
+  Paced query_tile, key_tile;
+  void ask() { query_tile.ask(), key_tile.ask(); }
 };
 
 template <class Products, class T> class Forward {
  public:
   Forward(const Problem& p, const Tiles& tiles, T* out, float* lse) : p(p), tiles(tiles), out(out), lse(lse) {}
 
-  void run(const ForwardUnit& u, ForwardScratch<Products>& scratch) const {
+  void run(const ForwardUnit& u, const ForwardUnit& next_unit, ForwardScratch<Products>& scratch) const {
     const int heads = u.last_head - u.first_head, kv_head = u.first_head / p.group();
     for (int i = 0; i < (u.last - u.first) * heads; ++i) scratch.tile[i].begun = false;
     for (int start = tiles.next_key_tile(u.b, u.first, u.last, 0), next; start < p.keys; start = next) {
       next = tiles.next_key_tile(u.b, u.first, u.last, start + kTileKeys);
       pack_keys(u.b, kv_head, start, scratch);
       Prefetch scores, values;
-      ask_for_keys(u, kv_head, start, next, scores, values);
+      ask_for_keys(u, next_unit, start, next, scores, values);
       for (int t = u.first; t < u.last; ++t) {
         const Meeting meeting(p, tiles, u.b, t, start);
         if (meeting.all.empty()) continue;
         const bool last = tiles.hulls(u.b, t).first_touched(start + kTileKeys, kTileKeys, p.keys) == p.keys;
         for (int h = 0; h < heads; ++h) {
           ForwardTile* state = &scratch.tile[(t - u.first) * heads + h];
-          if (!state->begun) begin_tile(u.b, u.first_head + h, t, scratch, *state);
-          ask_for_rows(u, t, h, last, state, scores, values);
-          attend(meeting, start, *state, scratch, scores, values);
-          if (last) finish_tile(p, u.b, u.first_head + h, t, *state, scratch.ld_v, out, lse);
+          const bool first = !state->begun;
+          if (first) begin_tile(u.b, u.first_head + h, t, scratch, *state);
+          ask_for_rows(u, next_unit, t, h, last, state, scores, values);
+          attend(meeting, start, first, *state, scratch, scores, values);
+          if (last) finish_tile<Products>(p, u.b, u.first_head + h, t, *state, scratch.ld_v, out, lse);
         }
       }
     }
@@ -156,8 +159,8 @@ template <class Products, class T> class Forward {
       for (int h = 0; h < heads; ++h) {
         ForwardTile& state = scratch.tile[(t - u.first) * heads + h];
         if (state.begun) continue;  // and finished
-        begin_tile(u.b, u.first_head + h, t, scratch, state);
-        finish_tile(p, u.b, u.first_head + h, t, state, scratch.ld_v, out, lse);
+        std::memset(state.sum, 0, sizeof(float) * kTileRows * kWidth);
+        finish_tile<Products>(p, u.b, u.first_head + h, t, state, scratch.ld_v, out, lse);
       }
   }
 
@@ -167,7 +170,6 @@ template <class Products, class T> class Forward {
   void begin_tile(int64_t b, int head, int tile, const ForwardScratch<Products>& scratch, ForwardTile& state) const {
     pack_rows<Products>(q_at(b, tile, head), p.q.row_stride, p.tile_rows(tile), kTileRows, p.dim, p.query_factor(),
                         nullptr, state.q, scratch.ld);
-    std::memset(state.out, 0, sizeof(float) * kTileRows * scratch.ld_v);
     std::memset(state.sum, 0, sizeof(float) * kTileRows * kWidth);
     for (int i = 0; i < kTileRows; ++i) state.maximum[i] = -kInf;
     state.begun = true;
@@ -178,49 +180,49 @@ template <class Products, class T> class Forward {
     const uint8_t* live = tiles.live(b, start);
     if (!live) live = none;
     const int size = smaller(kTileKeys, p.keys - start);
-    pack_rows<Products>(p.k.at<T>(b, start, kv_head), p.k.row_stride, size, kTileKeys, p.dim, 1.0f, live, scratch.rows,
-                        scratch.ld);
-    transpose_tile(scratch.rows, scratch.ld, kTileKeys, units<Products>(p.dim), scratch.k_transposed, kLdScores);
+    pack_transposed<Products>(p.k.at<T>(b, start, kv_head), p.k.row_stride, size, p.dim, live, scratch.k_transposed);
     pack_rows<Products>(p.v.at<T>(b, start, kv_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, live,
                         scratch.rows, scratch.ld);
     Products::turn(scratch.rows, scratch.ld, kTileKeys, p.dim_v, scratch.v, scratch.ld_v);
   }
 
-  void ask_for_keys(const ForwardUnit& u, int kv_head, int start, int next, Prefetch& scores, Prefetch& values) const {
-    const int size = smaller(kTileKeys, p.keys - next);
-    scores.key_tile = Ahead(p.k.at<T>(u.b, next, kv_head), p.k.row_stride, size, p.dim);
-    values.key_tile = Ahead(p.v.at<T>(u.b, next, kv_head), p.v.row_stride, size, p.dim_v);
+  // The next key tile of this unit, or the first of the one that this thread is likely to run next.
+  void ask_for_keys(const ForwardUnit& u, const ForwardUnit& next_unit, int start, int next, Prefetch& scores,
+                    Prefetch& values) const {
+    const ForwardUnit& then = next < p.keys ? u : next_unit;
+    if (next >= p.keys) next = tiles.next_key_tile(then.b, then.first, then.last, 0);
+    const int size = smaller(kTileKeys, p.keys - next), kv_head = then.first_head / p.group();
     int blocks = 0;
     for (int t = u.first; t < u.last; ++t)
-      if (tiles.hulls(u.b, t).touches(start, start + kTileKeys)) blocks += kRowBlocks;
-    spread(blocks * (u.last_head - u.first_head), scores.key_tile, values.key_tile, scores.key_lines, values.key_lines);
-  }
-
-  // Divides the lines by the register blocks of the products of `blocks` blocks of rows.
-  void spread(int blocks, const Ahead& in_scores, const Ahead& in_values, int& scores, int& values) const {
-    const int score_blocks = blocks * (kTileKeys / kBlockCols),
-              value_blocks = blocks * (round_up(p.dim_v, kBlockCols) / kBlockCols);
-    scores = (in_scores.lines() + score_blocks - 1) / score_blocks;
-    values = (in_values.lines() + value_blocks - 1) / value_blocks;
+      if (tiles.hulls(u.b, t).touches(start, start + kTileKeys)) blocks += kRowBlocks * (u.last_head - u.first_head);
+    scores.key_tile =
+        Paced(Ahead(p.k.at<T>(then.b, next, kv_head), p.k.row_stride, size, p.dim), register_blocks(blocks, kTileKeys));
+    values.key_tile =
+        Paced(Ahead(p.v.at<T>(then.b, next, kv_head), p.v.row_stride, size, p.dim_v), register_blocks(blocks, p.dim_v));
   }
 
   // The queries of the next tile, unless they are there, and the rows of out that this one is about to write.
-  void ask_for_rows(const ForwardUnit& u, int t, int h, bool last, const ForwardTile* state, Prefetch& scores,
-                    Prefetch& values) const {
-    scores.query_tile = values.query_tile = Ahead();
-    const int heads = u.last_head - u.first_head, next = h + 1 < heads ? t : t + 1,
-              next_head = h + 1 < heads ? h + 1 : 0;
-    if (next < u.last && !state[1].begun)
-      scores.query_tile = Ahead(q_at(u.b, next, u.first_head + next_head), p.q.row_stride, p.tile_rows(next), p.dim);
+  void ask_for_rows(const ForwardUnit& u, const ForwardUnit& next_unit, int t, int h, bool last,
+                    const ForwardTile* state, Prefetch& scores, Prefetch& values) const {
+    const bool other_head = h + 1 < u.last_head - u.first_head, other_tile = t + 1 < u.last;
+    Ahead queries, rows;
+    if (!other_head && !other_tile) {
+      if (last) queries = queries_of(next_unit.b, next_unit.first, next_unit.first_head);
+    } else if (!state[1].begun) {
+      queries = queries_of(u.b, other_head ? t : t + 1, u.first_head + (other_head ? h + 1 : 0));
+    }
     if (last)
-      values.query_tile =
-          Ahead(out + ((u.b * p.queries + int64_t(t) * kTileRows) * p.heads + u.first_head + h) * p.dim_v,
-                int64_t(p.heads) * p.dim_v, p.tile_rows(t), p.dim_v);
-    spread(kRowBlocks, scores.query_tile, values.query_tile, scores.query_lines, values.query_lines);
+      rows = Ahead(out + ((u.b * p.queries + int64_t(t) * kTileRows) * p.heads + u.first_head + h) * p.dim_v,
+                   int64_t(p.heads) * p.dim_v, p.tile_rows(t), p.dim_v);
+    scores.query_tile = Paced(queries, register_blocks(kRowBlocks, kTileKeys));
+    values.query_tile = Paced(rows, register_blocks(kRowBlocks, p.dim_v));
+  }
+  Ahead queries_of(int64_t b, int tile, int head) const {
+    return Ahead(q_at(b, tile, head), p.q.row_stride, p.tile_rows(tile), p.dim);
   }
 
-  void attend(const Meeting& meeting, int start, const ForwardTile& state, const ForwardScratch<Products>& scratch,
-              Prefetch& next_scores, Prefetch& next_values) const {
+  void attend(const Meeting& meeting, int start, bool first, const ForwardTile& state,
+              const ForwardScratch<Products>& scratch, Prefetch& next_scores, Prefetch& next_values) const {
     constexpr int kStep = Products::kStep;
     const float c = p.score_scale() * 1.44269504f, lowest = -127.0f / c;
     const int cols_v = round_up(p.dim_v, kWidth);
@@ -234,8 +236,10 @@ template <class Products, class T> class Forward {
                                             scratch.k_transposed, kLdScores, scratch.scores, kLdScores, next_scores);
     mask_scores(meeting, start, scratch.scores);
     online_softmax<Products>(meeting, c, lowest, scratch.scores, scratch.rescale, state);
-    multiply<Products, Into::kScaleAdd, false>(meeting.blocks, cols_v, of_values, scratch.scores, kLdScores, scratch.v,
-                                               scratch.ld_v, state.out, scratch.ld_v, next_values, scratch.rescale);
+    auto* const into = first ? multiply<Products, Into::kStore, false, Prefetch>
+                             : multiply<Products, Into::kScaleAdd, false, Prefetch>;
+    into(meeting.blocks, cols_v, of_values, scratch.scores, kLdScores, scratch.v, scratch.ld_v, state.out, scratch.ld_v,
+         next_values, scratch.rescale);
   }
 
   const Problem& p;
@@ -289,14 +293,16 @@ template <class Products, class T> int forward(const Problem& p, T* out, float* 
     // rows beyond a tile's end are read as scores
     std::memset(scratch.scores, 0, sizeof(float) * kTileRows * kLdScores);
     // heads innermost: their rows are neighbours in memory
-    for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < head_slices * groups;) {
+    const int64_t units = head_slices * groups;
+    auto unit = [&](int64_t u) {
       const int64_t at = order.as<TileGroup>()[u / head_slices].index;
       const int first = int(at % per_entry) * unit_tiles, slice = int(u % head_slices);
       const int first_head = slice / slices * group + slice % slices * unit_heads, end = (slice / slices + 1) * group;
-      forward.run({at / per_entry, first_head, smaller(first_head + unit_heads, end), first,
-                   smaller(first + unit_tiles, query_tiles)},
-                  scratch);
-    }
+      return ForwardUnit{at / per_entry, first_head, smaller(first_head + unit_heads, end), first,
+                         smaller(first + unit_tiles, query_tiles)};
+    };
+    for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < units;)
+      forward.run(unit(u), unit(std::min(u + p.threads, units - 1)), scratch);
   }
   return ILLADA_OK;
 }

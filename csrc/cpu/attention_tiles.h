@@ -65,6 +65,15 @@ void pack_rows(const T* from, int64_t stride, int rows, int padded_rows, int dim
   }
 }
 
+// The same, transposed: units x kTileKeys.
+template <class Products, class T>
+void pack_transposed(const T* from, int64_t stride, int rows, int dim, const uint8_t* keep, float* to) {
+  constexpr int kStep = Products::kStep;
+  transpose_tile(kTileKeys, units<Products>(dim), to, kLdScores, [&](int i, int d) {
+    return i < rows && keep[i] ? Products::load_units(from + i * stride + d * kStep, dim - d * kStep) : vf{};
+  });
+}
+
 // ---- which key and query tiles meet ---------------------------------------------------------------------------------
 // The hulls of every query tile, (batch or 1, tile), and which keys some row of the batch entry may attend to.
 class Tiles {
@@ -155,7 +164,8 @@ struct Meeting {
       for (int row = i * kBlockRows; row < smaller(rows, (i + 1) * kBlockRows); ++row)
         few.add(ranges[row] = p.bounds.of_row(b, int64_t(tile) * kTileRows + row));
       const Window w = few.window(start, kTileKeys, kWidth);
-      block[i] = {w, !few.all_attend(start + w.first, start + w.last)};
+      if (w.empty()) block[i] = {{0, 0}, false};
+      else block[i] = {w, !few.all_attend(start + w.first, start + w.last)};
     }
   }
   // Returns the blocks' rows, of `rows`, that some column of key .. key + kWidth needs, as one window.

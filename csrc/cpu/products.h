@@ -12,6 +12,8 @@ namespace {
 struct FloatProducts {
   static constexpr int kStep = 1;  // entries of a unit
   static vf add(vf sum, float a, vf b) { return sum + b * a; }
+  // Returns the units of n entries.
+  template <class T> static vf load_units(const T* from, int n) { return load_n(from, n); }
   // Packs factor * from (dim entries) as units and returns how many; writes whole vectors.
   template <class T> static int pack(const T* from, int dim, float factor, float* to) {
     int d = 0;
@@ -19,6 +21,8 @@ struct FloatProducts {
     if (d < dim) store(to + d, load_n(from + d, dim - d) * factor);
     return dim;
   }
+  // Stores the first n results.
+  template <class T> static void round(T* to, vf x, int n) { store_n(to, x, n); }
   // Stores entries j .. j + kWidth of a row, units along the row.
   static void put(float* row, int j, vf x) { store(row + j, x); }
   // Stores entries j .. j + kWidth of kStep rows, units along the rows.
@@ -34,16 +38,19 @@ struct PairProducts {
   static vf add(vf sum, float a, vf b) {
     return add_dots(sum, bit_cast<vp>(vi{} + bit_cast<int32_t>(a)), bit_cast<vp>(b));
   }
+  static vf load_units(const bf16* from, int n) { return bit_cast<vf>(load_pairs_n(from, n)); }
   static int pack(const bf16* from, int dim, float factor, float* to) {  // factor is 1 or -1
     const vp sign = bit_cast<vp>(_mm512_set1_epi16(factor < 0 ? int16_t(0x8000) : int16_t(0)));
     bf16* pairs = reinterpret_cast<bf16*>(to);
     for (int d = 0; d < dim; d += kPairs) store_pairs(pairs + d, load_pairs_n(from + d, dim - d) ^ sign);
     return (dim + 1) / 2;
   }
-  static void put(float* row, int j, vf x) {
+  static void round(bf16* to, vf x, int n) {
+    if (n < kWidth) return store_n(to, x, n);
     const __m256bh rounded = _mm512_cvtneps_pbh(bit_cast<__m512>(x));
-    std::memcpy(reinterpret_cast<bf16*>(row) + j, &rounded, sizeof rounded);
+    std::memcpy(to, &rounded, sizeof rounded);
   }
+  static void put(float* row, int j, vf x) { round(reinterpret_cast<bf16*>(row) + j, x, kWidth); }
   static void put_rows(float* row, int j, const vf* x) {
     const vp two = bit_cast<vp>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(x[1]), bit_cast<__m512>(x[0])));
     store(row + j, bit_cast<vf>(interleave_halves(two)));

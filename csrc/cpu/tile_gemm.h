@@ -17,6 +17,43 @@ inline int round_down(int n, int step) { return n / step * step; }
 // What the GEMM computes: C = AB, C += AB, or C = diag(row_scale) C + AB.
 enum class Into { kStore, kAdd, kScaleAdd };
 
+// Prefetches rows of memory, a few cache lines each time it is asked; all at once would exhaust the core's line fill
+// buffers. Rows of one attention head lie far apart, so no hardware prefetcher follows them.
+class Ahead {
+ public:
+  Ahead() = default;
+  template <class T>
+  Ahead(const T* from, int64_t stride, int rows, int dim)
+      : row_(reinterpret_cast<const char*>(from)),
+        stride_(stride * int64_t(sizeof(T))),
+        rows_(rows),
+        bytes_(dim * int(sizeof(T))) {}
+  void ask(int lines = 4) {
+    for (int i = 0; i < lines && rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      if ((at_ += 64) >= bytes_) at_ = 0, row_ += stride_, --rows_;
+    }
+  }
+  int lines() const { return rows_ * ((bytes_ + 63) / 64); }  // still to be asked for
+
+ private:
+  const char* row_ = nullptr;
+  int64_t stride_ = 0;
+  int rows_ = 0, bytes_ = 0, at_ = 0;
+};
+
+// Rows of memory that are there after a number of calls of ask().
+class Paced {
+ public:
+  Paced() = default;
+  Paced(const Ahead& ahead, int calls) : ahead_(ahead), lines_((ahead.lines() + calls - 1) / calls) {}
+  void ask() { ahead_.ask(lines_); }
+
+ private:
+  Ahead ahead_;
+  int lines_ = 0;
+};
+
 // Computes one block of kBlockRows x (kVectors * kWidth). A(i, p) is a[i * lda + p], or a[p * lda + i] if kTransposed;
 // p counts units (products.h).
 template <class Products, Into kInto, bool kTransposed, int kVectors>
@@ -45,32 +82,10 @@ inline void multiply_block(int depth, const float* a, int64_t lda, const float* 
     }
 }
 
-// Prefetches rows of memory a few cache lines at a time; all at once would exhaust the core's line fill buffers. Rows
-// of one attention head lie far apart, so no hardware prefetcher follows them.
-class Ahead {
- public:
-  Ahead() = default;
-  template <class T>
-  Ahead(const T* from, int64_t stride, int rows, int dim)
-      : row_(reinterpret_cast<const char*>(from)),
-        stride_(stride * int64_t(sizeof(T))),
-        rows_(rows),
-        bytes_(dim * int(sizeof(T))) {}
-  void ask(int lines = 4) {
-    for (int i = 0; i < lines && rows_ > 0; ++i) {
-      __builtin_prefetch(row_ + at_, 0, 2);
-      if ((at_ += 64) >= bytes_) at_ = 0, row_ += stride_, --rows_;
-    }
-  }
-  int lines() const { return rows_ * ((bytes_ + 63) / 64); }  // still to be asked for
+// How often a GEMM of so many blocks of rows, and columns, calls ask().
+inline int register_blocks(int blocks, int cols) { return blocks * ((cols + kBlockCols - 1) / kBlockCols); }
 
- private:
-  const char* row_ = nullptr;
-  int64_t stride_ = 0;
-  int rows_ = 0, bytes_ = 0, at_ = 0;
-};
-
-// What kBlockRows rows of C need: columns, multiples of kWidth, and units of the inner dimension. Nothing if empty.
+// What kBlockRows rows of C need: columns, multiples of kWidth, and units of the inner dimension.
 struct Part {
   Window columns, depth;
 };
@@ -85,7 +100,7 @@ __attribute__((noinline)) void multiply(int blocks, int cols, const Part* parts,
     for (int i = 0; i < blocks; ++i) {
       const Part& part = parts[i];
       const int first = larger(j, part.columns.first), last = smaller(j + kBlockCols, part.columns.last);
-      if (first >= last || part.depth.empty()) continue;
+      if (first >= last || (kInto != Into::kStore && part.depth.empty())) continue;
       ahead.ask();
       const int64_t row = i * kBlockRows, depth = part.depth.first;
       const float* a_block = a + (kTransposed ? row + depth * lda : row * lda + depth);
@@ -146,14 +161,14 @@ inline void transpose(vf* r) {
   }
 }
 
-// Writes `from` (rows x dim), transposed, to `to` (dim x padded_rows). Columns rows .. padded_rows become 0;
-// padded_rows is a multiple of kWidth. Reads and writes dim rounded up to kWidth.
-inline void transpose_tile(const float* from, int ld_from, int padded_rows, int dim, float* to, int ld_to) {
-  for (int i = 0; i < padded_rows; i += kWidth)
-    for (int d = 0; d < dim; d += kWidth) {
+// Writes the rows that read(i, d) gives, kWidth units from d on of row i, transposed to `to` (units x rows). Both are
+// rounded up to multiples of kWidth.
+template <class Read> inline void transpose_tile(int rows, int units, float* to, int ld_to, const Read& read) {
+  for (int i = 0; i < rows; i += kWidth)
+    for (int d = 0; d < units; d += kWidth) {
       vf r[kWidth];
 #pragma GCC unroll 16
-      for (int k = 0; k < kWidth; ++k) r[k] = load(from + (i + k) * ld_from + d);
+      for (int k = 0; k < kWidth; ++k) r[k] = read(i + k, d);
       transpose(r);
 #pragma GCC unroll 16
       for (int k = 0; k < kWidth; ++k) store(to + (d + k) * ld_to + i, r[k]);
@@ -162,20 +177,47 @@ inline void transpose_tile(const float* from, int ld_from, int padded_rows, int 
 
 // Returns 2^(c * x) for c > 0 and x <= 0 (or barely above), relative error below 2e-7 + 2^-24 |c x|: exactly 1 at 0, 0
 // where c * x <= -127 (`lowest` is -127 / c), NaN for NaN. c * x enters two fused multiply-adds and is never rounded by
-// itself.
-inline vf exp2_scaled(vf x, float c, float lowest) {
+// itself. Polynomials are minimax with p(0) = 1, off by 2e-8 or, kShort, by 1.1e-7.
+template <bool kShort = false> inline vf exp2_scaled(vf x, float c, float lowest) {
   const float shift = 0x1.8p23f + 127;  // c * x + shift holds round(c * x) + 127 in its low mantissa bits
   x = max(vf{} + lowest, x);
   const vf biased = x * c + shift;
   const vf r = x * c - (biased - shift);  // in [-0.5, 0.5]
-  vf p = splat(0.0001535336191096819f);  // minimax with p(0) = 1: relative error below 2e-8
-  p = p * r + 0.0013398874414085574f;
-  p = p * r + 0.009618437357664352f;
-  p = p * r + 0.05550332471125967f;
-  p = p * r + 0.24022647913628908f;
-  p = p * r + 0.6931472028550663f;
+  vf p;
+  if (kShort) {
+    p = splat(0.001326472731307149f);
+    p = p * r + 0.009671512991189957f;
+    p = p * r + 0.05550733581185341f;
+    p = p * r + 0.24022242426872253f;
+    p = p * r + 0.6931470036506653f;
+  } else {
+    p = splat(0.0001535336191096819f);
+    p = p * r + 0.0013398874414085574f;
+    p = p * r + 0.009618437357664352f;
+    p = p * r + 0.05550332471125967f;
+    p = p * r + 0.24022647913628908f;
+    p = p * r + 0.6931472028550663f;
+  }
   p = p * r + 1.0f;
   return p * bit_cast<vf>(bit_cast<vi>(biased) << 23);
+}
+
+// Returns log(x) within 2 ulp for normal x > 0; NaN for NaN and inf.
+inline vf log(vf x) {
+  const vi bits = bit_cast<vi>(x) - 0x3f3504f3;  // of sqrt(1/2): m in [sqrt(1/2), sqrt(2))
+  const vf e = __builtin_convertvector(bits >> 23, vf);
+  const vf m = bit_cast<vf>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f, z = m * m;
+  vf p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  p = p * m * z - e * 2.12194440e-4f - z * 0.5f;
+  return m + p + e * 0.693359375f + (x - x);
 }
 
 }  // namespace
