@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,6 +198,31 @@ def plant(source: str | Path, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
+SWITCH = """
+static int planted_fault = 0;
+extern "C" void plant_fault(int number) { planted_fault = number; }
+__attribute__((noinline, no_sanitize_thread)) static bool planted(int number) { return planted_fault == number; }
+"""
+
+
+def skipped(*statements: str) -> tuple[str, str]:
+    """A fault of `switchable`: leaves out the statements, each a whole line, that follow one another."""
+    lines = (re.sub(r"^ *", r"\g<0>if (!FAULT) ", statement) for statement in statements)
+    return "\n".join((*statements, "")), "\n".join((*lines, ""))
+
+
+def switchable(text: str, faults: Iterable[Sequence[str]]) -> str:
+    """Returns `text` with all faults, to be compiled once. A fault is old, new, and so on, where new does what old does
+    unless the word FAULT in it is true. `Kernels.plant` chooses the fault of which it is true, by its place from 1 on.
+    """
+    for number, edits in enumerate(faults, 1):
+        for old, new in zip(edits[::2], edits[1::2]):
+            if text.count(old) != 1 or "FAULT" not in new:
+                raise ValueError(f"{text.count(old)} times in the text: {old}; to be replaced by {new}")
+            text = text.replace(old, new.replace("FAULT", f"planted({number})"))
+    return f"{SWITCH}#line 1\n{text}"
+
+
 # ---- running ---------------------------------------------------------------------------------------------------------
 class GlobalArray:
     """A copy of `tensor` in memory that kernels may touch, with guard zones around it that they may not. It starts at a
@@ -229,6 +254,10 @@ class Kernels:
     def __init__(self, library: Path, name: str) -> None:
         self._library = ctypes.CDLL(str(library))
         self._name = name
+
+    def plant(self, number: int) -> None:
+        """Chooses among the faults of a `switchable` text; 0 for none."""
+        self._library.plant_fault(number)
 
     def holds(self, function: str) -> bool:
         return hasattr(self._library, function)

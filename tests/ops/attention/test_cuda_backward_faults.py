@@ -15,7 +15,7 @@ from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cuda, reference
 from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing
+from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing, skipped, switchable
 from tests.helpers.attention_oracle import Result, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -33,16 +33,22 @@ def source(name: str) -> str:
     return f"csrc/cuda/attention_bwd_{name}_sm90a.cu"
 
 
-def planted(name: str, dim: int, old: str, new: str) -> Kernels:
-    """One kernel with its headers in it, for one dtype and head_dim (a second to compile, not ten), with a fault."""
+@functools.cache
+def with_faults(name: str, dim: int) -> Kernels:
+    """One kernel with its headers and all its faults, for one dtype and head_dim (a second to compile, not ten)."""
     text = (ROOT / source(name)).read_text()
     for header in HEADERS:
         inside = (ROOT / "csrc/cuda" / header).read_text().replace("#pragma once\n", "")
         text = text.replace(f'#include "{header}"\n', inside)
     text = re.sub(rf"      case (?!{dim}:).*\n", "", text)
     text = re.sub(r"  if \(dtype == fp16_code\).*\n", "", text)
-    assert text.count(old) == 1, f"{text.count(old)} times: {old}"
-    return compile_kernels(source(name), text=text.replace(old, new))
+    return compile_kernels(source(name), text=switchable(text, [edits[:2] for edits in FAULTS[name].values()]))
+
+
+def planted(kernel: str, name: str | None, dim: int) -> Kernels:
+    kernels = with_faults(kernel, dim)
+    kernels.plant(list(FAULTS[kernel]).index(name) + 1 if name else 0)
+    return kernels
 
 
 class Mixed(Emulated):
@@ -89,119 +95,133 @@ def right(dim: int) -> Result:
 
 
 WRONG = "wrong result"
+UNFENCED = "without fence_proxy_async"
+HULL = "block_reduce<kTileRows>(h.{0}[i], scratch, {1}{{}})"
+CLEARED = "fence_proxy_async();\n  {}bar_sync(1, kConsumers);\n}}"
+PIECES = "for (int piece = 0; piece < {}; ++piece)\n      for (int i = 0; i < 16"
+TOUCHED = "{}) || (lo[1] < end && start < hi[1]);"
+WHOLE = "{}) || (common_lo[1] <= start && end <= common_hi[1]);"
+
+
+def other_end(side: str, right: str, wrong: str) -> tuple[str, str]:
+    start = f"h.{side}[i] = "
+    return start + HULL.format(side, right), f"{start}FAULT ? {HULL.format(side, wrong)} : {HULL.format(side, right)}"
+
+
 # of each kernel, name: (old, new, what is seen of it[, head_dim])
 FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "preprocess": {
         # what the others are told
-        "dlse forgotten": ("sum - (dlse ? dlse[at] : 0.0f)", "sum", WRONG),
-        "hull from the wrong end": (
-            "h.hi[i] = block_reduce<kTileRows>(h.hi[i], scratch, Max{})",
-            "h.hi[i] = block_reduce<kTileRows>(h.hi[i], scratch, Min{})",
-            WRONG,
+        "dlse forgotten": ("sum - (dlse ? dlse[at] : 0.0f)", "sum - (dlse && !FAULT ? dlse[at] : 0.0f)", WRONG),
+        "hull from the wrong end": (*other_end("hi", "Max", "Min"), WRONG),
+        "common range of some row": (*other_end("common_hi", "Min", "Max"), WRONG),
+        "rows without keys unseen": ("t.empty_rows = r.empty();", "if (!FAULT) t.empty_rows = r.empty();", WRONG),
+        "rows past the last": (
+            "row < size.queries && ",
+            "(FAULT || row < size.queries) && ",
+            "outside every allocation",
         ),
-        "common range of some row": (
-            "h.common_hi[i] = block_reduce<kTileRows>(h.common_hi[i], scratch, Min{})",
-            "h.common_hi[i] = block_reduce<kTileRows>(h.common_hi[i], scratch, Max{})",
-            WRONG,
-        ),
-        "rows without keys unseen": ("t.empty_rows = r.empty();", "", WRONG),
-        "rows past the last": ("row < size.queries && ", "", "outside every allocation"),
     },
     "keys": {
         # order
-        "no wait for Q and dO": ("      mbar_wait(&s.full[stage], n / S::kStages % 2);\n", "", "."),
-        "no wait for K and V": ("    mbar_wait(&s.keys_full, turn % 2);\n", "", "."),
-        "stages filled while read": ("            mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);\n", "", "."),
-        "S read too early": ("  wgmma_wait<1>();\n  reg_fence(p);", "  reg_fence(p);", WRONG),
+        "no wait for Q and dO": (*skipped("      mbar_wait(&s.full[stage], n / S::kStages % 2);"), "."),
+        "no wait for K and V": (*skipped("    mbar_wait(&s.keys_full, turn % 2);"), "."),
+        "stages filled while read": (
+            *skipped("            mbar_wait(&s.empty[stage], n / S::kStages % 2 ^ 1);"),
+            ".",
+        ),
+        "S read too early": (
+            "  wgmma_wait<1>();\n  reg_fence(p);",
+            "  if (!FAULT) wgmma_wait<1>();\n  reg_fence(p);",
+            WRONG,
+        ),
         "result stored unfenced": (
             "    fence_proxy_async();\n    bar_sync(2",
-            "    bar_sync(2",
-            "without fence_proxy_async",
+            "    if (!FAULT) fence_proxy_async();\n    bar_sync(2",
+            UNFENCED,
         ),
-        "K given up while a store reads it": ("      bulk_wait_read<0>();\n", "", "."),
+        "K given up while a store reads it": (*skipped("      bulk_wait_read<0>();"), "."),
         "K overwritten by the other's dK": (
-            "    S::kSplit > 1 ? bar_sync(1, kConsumers) : bar_sync(2 + warpgroup, 128);\n",
-            "",
+            "    S::kSplit > 1 ? bar_sync(1, kConsumers)",
+            "    if (!FAULT) S::kSplit > 1 ? bar_sync(1, kConsumers)",
             ".",
             256,
         ),
         # arithmetic
         "cleared rows unfenced": (
-            "      }\n  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
-            "      }\n  bar_sync(1, kConsumers);\n}",
-            "without fence_proxy_async",
+            "      }\n  " + CLEARED.format(""),
+            "      }\n  if (!FAULT) " + CLEARED.format("/* of rows */ "),
+            UNFENCED,
         ),
-        "rows read before all are cleared": (
-            "      }\n  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
-            "      }\n  fence_proxy_async();\n}",
-            ".",
-        ),
-        "dO not cleared": ("        store16(dout + at, Vec16<T>{});\n", "", WRONG),
+        "rows read before all are cleared": ("/* of rows */ bar_sync", "if (!FAULT) bar_sync", "."),
+        "dO not cleared": (*skipped("        store16(dout + at, Vec16<T>{});"), WRONG),
         "only the first piece cleared": (
-            "for (int piece = 0; piece < pieces<D>; ++piece)\n      for (int i = 0; i < 16",
-            "for (int piece = 0; piece < 1; ++piece)\n      for (int i = 0; i < 16",
+            PIECES.format("pieces<D>"),
+            PIECES.format("(FAULT ? 1 : pieces<D>)"),
             WRONG,
             256,
         ),
-        "P not masked": ("  if (step != kFull) select(p, bits, -infinity());\n", "", WRONG),
-        "dS not masked": ("  if (step != kFull) select(ds, bits, 0);\n", "", WRONG),
-        "one head of the group": ("head = item.kv_head * group + i;", "head = item.kv_head * group;", WRONG),
+        "P not masked": (*skipped("  if (step != kFull) select(p, bits, -infinity());"), WRONG),
+        "dS not masked": (*skipped("  if (step != kFull) select(ds, bits, 0);"), WRONG),
+        "one head of the group": (
+            "head = item.kv_head * group + i;",
+            "head = item.kv_head * group + i * !FAULT;",
+            WRONG,
+        ),
         "touched only if wholly within": (
-            "start < hi[0]) || (lo[1] < end && start < hi[1]);",
-            "end <= hi[0]) || (lo[1] < end && start < hi[1]);",
+            TOUCHED.format("start < hi[0]"),
+            TOUCHED.format("(FAULT ? end <= hi[0] : start < hi[0])"),
             WRONG,
         ),
         "full if it begins within": (
-            "end <= common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]);",
-            "start < common_hi[0]) || (common_lo[1] <= start && end <= common_hi[1]);",
+            WHOLE.format("end <= common_hi[0]"),
+            WHOLE.format("(FAULT ? start < common_hi[0] : end <= common_hi[0])"),
             WRONG,
         ),
-        "MN-major lead": ("1024, STEPS * 16 * 128", "1024, STEPS * 16 * 64", WRONG, 256),
+        "MN-major lead": ("1024, STEPS * 16 * 128", "1024, STEPS * 16 * (FAULT ? 64 : 128)", WRONG, 256),
     },
     "queries": {
         # order
-        "no wait for K": ("      mbar_wait(&s.k_full[n % S::kStages], n / S::kStages % 2);\n", "", "."),
-        "no wait for V": ("  mbar_wait(&s.v_full[value_stage], n / S::kValueStages % 2);\n", "", "."),
-        "no wait for Q": ("    mbar_wait(&s.rows_full, turn % 2);\n", "", "."),
+        "no wait for K": (*skipped("      mbar_wait(&s.k_full[n % S::kStages], n / S::kStages % 2);"), "."),
+        "no wait for V": (*skipped("  mbar_wait(&s.v_full[value_stage], n / S::kValueStages % 2);"), "."),
+        "no wait for Q": (*skipped("    mbar_wait(&s.rows_full, turn % 2);"), "."),
         "V filled while read, one stage": (
-            "      mbar_wait(&s.v_empty[value_stage], n / S::kValueStages % 2 ^ 1);\n",
-            "",
+            *skipped("      mbar_wait(&s.v_empty[value_stage], n / S::kValueStages % 2 ^ 1);"),
             ".",
             256,
         ),
-        "K filled while read": ("      mbar_wait(&s.k_empty[stage], n / S::kStages % 2 ^ 1);\n", "", "."),
-        "Q overwritten": ("    mbar_wait(&s.rows_empty, turn % 2 ^ 1);\n", "", "."),
-        "dP read unfinished": ("  wgmma_wait<0>();\n  reg_fence(ds);", "  reg_fence(ds);", "."),
+        "K filled while read": (*skipped("      mbar_wait(&s.k_empty[stage], n / S::kStages % 2 ^ 1);"), "."),
+        "Q overwritten": (*skipped("    mbar_wait(&s.rows_empty, turn % 2 ^ 1);"), "."),
+        "dP read unfinished": (
+            "  wgmma_wait<0>();\n  reg_fence(ds);",
+            "  if (!FAULT) wgmma_wait<0>();\n  reg_fence(ds);",
+            ".",
+        ),
         "V of the last step kept": (
             "      else arrive_by_warp(&s.v_empty[n % S::kValueStages]);\n",
-            "",
+            "      else if (!FAULT) arrive_by_warp(&s.v_empty[n % S::kValueStages]);\n",
             "deadlock",
         ),
         # arithmetic
-        "cleared keys unfenced": (
-            "  fence_proxy_async();\n  bar_sync(1, kConsumers);\n}",
-            "  bar_sync(1, kConsumers);\n}",
-            "without fence_proxy_async",
-        ),
+        "cleared keys unfenced": ("  " + CLEARED.format(""), "  if (!FAULT) " + CLEARED.format(""), UNFENCED),
         "attended keys of one warp only": (
             "warp < kConsumers / 32; ++warp) attended",
-            "warp < 1; ++warp) attended",
+            "warp < (FAULT ? 1 : kConsumers / 32); ++warp) attended",
             WRONG,
         ),
         "unattended keys not cleared": (
-            "  if (masked) clear_unattended_keys<T, D>(s, s.k[stage], rows, key);\n",
-            "",
+            *skipped("  if (masked) clear_unattended_keys<T, D>(s, s.k[stage], rows, key);"),
             WRONG,
         ),
-        "dS not masked in queries": ("  if (masked) select(ds, rows, key, 0);\n", "", WRONG),
+        "dS not masked in queries": (*skipped("  if (masked) select(ds, rows, key, 0);"), WRONG),
         "one hull of two": (
             "      if (item.tile + i < w.tiles) hulls.merge(",
-            "      if (false) hulls.merge(",
+            "      if (!FAULT && item.tile + i < w.tiles) hulls.merge(",
             WRONG,
         ),
         "a key tile skipped": (
             "Max{}(start, lo[i] / size * size)",
-            "Max{}(start, (lo[i] + size - 1) / size * size)",
+            "Max{}(start, (lo[i] + (FAULT ? size - 1 : 0)) / size * size)",
             WRONG,
         ),
     },
@@ -210,10 +230,10 @@ FAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
 
 @pytest.mark.parametrize("kernel, name", [(kernel, name) for kernel, faults in FAULTS.items() for name in faults])
 def test_planted_faults_are_seen(kernel: str, name: str) -> None:
-    old, new, said, *rest = FAULTS[kernel][name]
+    _, _, said, *rest = FAULTS[kernel][name]
     dim = rest[0] if rest else 64
     clean = right(dim)
-    other = {kernel: planted(kernel, dim, old, new)}
+    other = {kernel: planted(kernel, name, dim)}
     seen = []
     for seed in range(8):
         try:
@@ -226,3 +246,10 @@ def test_planted_faults_are_seen(kernel: str, name: str) -> None:
             break
     print(f"{name}: {len(seen)} of {seed + 1} seeds;", seen[0] if seen else "")
     assert any(re.search(said, report) for report in seen), seen
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_without_a_fault_nothing_is_seen(dim: int) -> None:
+    for seed in range(3):
+        ours = gradients(Mixed(seed, **{kernel: planted(kernel, None, dim) for kernel in NAMES}), dim)
+        assert all(torch.equal(getattr(ours, x), getattr(right(dim), x)) for x in ("dq", "dk", "dv"))

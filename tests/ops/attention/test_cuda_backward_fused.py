@@ -15,7 +15,7 @@ from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cases, cuda, reference
 from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing
+from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing, skipped, switchable
 from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -158,16 +158,22 @@ def test_head_dim_256_takes_the_deterministic_kernels(monkeypatch: pytest.Monkey
 # ---- planted faults --------------------------------------------------------------------------------------------------
 
 
-def planted(old: str, new: str, dim: int) -> Kernels:
-    """The kernel with its headers in it, for one dtype and head_dim (a second to compile, not ten), with a fault."""
+@functools.cache
+def with_faults(dim: int) -> Kernels:
+    """The kernel with its headers and all faults in it, for one dtype and head_dim: a second to compile, not ten."""
     text = (ROOT / FUSED).read_text()
     for header in HEADERS:
         inside = (ROOT / "csrc/cuda" / header).read_text().replace("#pragma once\n", "")
         text = text.replace(f'#include "{header}"\n', inside)
     text = re.sub(rf"      case (?!{dim}:).*\n", "", text)
     text = re.sub(r"  if \(dtype == fp16_code\).*\n", "", text)
-    assert text.count(old) == 1, f"{text.count(old)} times: {old}"
-    return compile_kernels(FUSED, text=text.replace(old, new))
+    return compile_kernels(FUSED, text=switchable(text, [edits[:2] for edits in FAULTS.values()]))
+
+
+def planted(name: str | None, dim: int) -> Kernels:
+    kernels = with_faults(dim)
+    kernels.plant(list(FAULTS).index(name) + 1 if name else 0)
+    return kernels
 
 
 @functools.cache
@@ -182,45 +188,76 @@ def right(dim: int) -> Result:
     return gradients(*inputs, ranges=ranges)
 
 
+STAGED = "  fence_proxy_async();\n{}  if (t == 0) {{\n    bulk_reduce"
+BARRIER = "bar_sync(2 + warpgroup, 128);\n"
+TURNED = "(static_cast<uint8_t*>(to) + query * 128 + (key * 2 ^ query % 8 * 16), ds[i]);"
+OF_ENTRY = "item.batch, first + lane)];\n      touched = tile.hulls.touches(item.key, end)"
 # name: (old, new, what is seen of it[, head_dim])
 FAULTS: dict[str, tuple[Any, ...]] = {
     "dS read before the other warpgroup wrote it": (
-        "  mbar_wait(&s.ds_full[buffer], pending.number / kGradients % 2);\n",
-        "",
+        *skipped("  mbar_wait(&s.ds_full[buffer], pending.number / kGradients % 2);"),
         ".",
     ),
     "dS overwritten while the other warpgroup reads it": (
-        "  mbar_wait(&s.ds_empty[buffer], mine.number / kGradients % 2 ^ 1);\n",
-        "",
+        *skipped("  mbar_wait(&s.ds_empty[buffer], mine.number / kGradients % 2 ^ 1);"),
         ".",
     ),
     "the last dQ of an item forgotten": (
         "    if (pending.tile >= 0) {\n      float dq",
-        "    if (false) {\n      float dq",
+        "    if (!FAULT && pending.tile >= 0) {\n      float dq",
         WRONG,
     ),
-    "dS unfenced": ("ds_operand);\n  fence_proxy_async();\n", "ds_operand);\n", "without fence_proxy_async"),
-    "dS not turned over": ("stmatrix<true>", "stmatrix<false>", WRONG),
-    "one buffer of dS": ("store_transposed(s.ds[buffer]", "store_transposed(s.ds[0]", "."),
-    "dQ staged while it leaves": ("  if (t == 0) bulk_wait_read<0>();  //", "  //", "."),
-    "dQ read unfinished": ("  wgmma_wait<0>();\n  reg_fence(dq);\n", "", "."),
-    "dQ copied before all staged it": (
-        "  fence_proxy_async();\n  bar_sync(2 + warpgroup, 128);\n  if (t == 0) {\n    bulk_reduce",
-        "  fence_proxy_async();\n  if (t == 0) {\n    bulk_reduce",
+    "dS unfenced": (
+        "ds_operand);\n  fence_proxy_async();\n",
+        "ds_operand);\n  if (!FAULT) fence_proxy_async();\n",
+        "without fence_proxy_async",
+    ),
+    "dS not turned over": (
+        f"stmatrix<true>{TURNED}",
+        f"if (FAULT) stmatrix<false>{TURNED}\n    else stmatrix<true>{TURNED}",
+        WRONG,
+    ),
+    "one buffer of dS": ("store_transposed(s.ds[buffer]", "store_transposed(s.ds[FAULT ? 0 : buffer]", "."),
+    "dQ staged while it leaves": (
+        "  if (t == 0) bulk_wait_read<0>();  //",
+        "  if (!FAULT && t == 0) bulk_wait_read<0>();  //",
         ".",
     ),
-    "K overwritten by dK": ("    bar_sync(1, kConsumers);  // both", "    // both", "."),
-    "stage given up before dK": ("    wgmma_wait<1>();\n    reg_fence(dk);\n", "", "."),
-    "one tile of dQ": ("sums + int64_t(pending.tile) * kTileRows * D", "sums", WRONG),
-    "second half of K's columns": ("s.k + warpgroup_of_thread() * kAt", "s.k", WRONG, 128),
-    "unattended keys not cleared": ("    clear_unattended_keys(s, w, item);\n", "", WRONG),
-    "searched in the first batch entry": ("w.bounds_at(item.batch, 0) * kTileRows;", "0;", WRONG),
-    "whole in any batch entry": (
-        "item.batch, first + lane)];\n      touched = tile.hulls.touches(item.key, end)",
-        "0, first + lane)];\n      touched = tile.hulls.touches(item.key, end)",
+    "dQ read unfinished": (*skipped("  wgmma_wait<0>();", "  reg_fence(dq);"), "."),
+    "dQ copied before all staged it": (
+        STAGED.format(f"  {BARRIER}"),
+        STAGED.format(f"  if (!FAULT) {BARRIER}"),
+        ".",
+    ),
+    "K overwritten by dK": (
+        "    bar_sync(1, kConsumers);  // both",
+        "    if (!FAULT) bar_sync(1, kConsumers);  // both",
+        ".",
+    ),
+    "stage given up before dK": (*skipped("    wgmma_wait<1>();", "    reg_fence(dk);"), "."),
+    "one tile of dQ": (
+        "sums + int64_t(pending.tile) * kTileRows * D",
+        "sums + int64_t(FAULT ? 0 : pending.tile) * kTileRows * D",
         WRONG,
     ),
-    "search ends early": ("to = first + 32 - __clz(tiles);", "to = first + 31 - __clz(tiles);", WRONG),
+    "second half of K's columns": (
+        "s.k + warpgroup_of_thread() * kAt",
+        "s.k + (FAULT ? 0 : warpgroup_of_thread()) * kAt",
+        WRONG,
+        128,
+    ),
+    "unattended keys not cleared": (*skipped("    clear_unattended_keys(s, w, item);"), WRONG),
+    "searched in the first batch entry": (
+        "w.bounds_at(item.batch, 0) * kTileRows;",
+        "w.bounds_at(item.batch, 0) * kTileRows * !FAULT;",
+        WRONG,
+    ),
+    "whole in any batch entry": (OF_ENTRY, f"FAULT ? 0 : {OF_ENTRY}", WRONG),
+    "search ends early": (
+        "to = first + 32 - __clz(tiles);",
+        "to = first + 32 - FAULT - __clz(tiles);",
+        WRONG,
+    ),
 }
 
 
@@ -230,9 +267,9 @@ SEEDS = (28, *range(8))  # of 40, those under which a dQ leaves so late that the
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(name: str) -> None:
     """Sums of dq differ by their order: wrong is what is a hundredth off, or NaN."""
-    old, new, said, *rest = FAULTS[name]
+    _, _, said, *rest = FAULTS[name]
     dim = rest[0] if rest else 64
-    (inputs, ranges), clean, kernels = faulted_inputs(dim), right(dim), planted(old, new, dim)
+    (inputs, ranges), clean, kernels = faulted_inputs(dim), right(dim), planted(name, dim)
     seen = []
     for seed in SEEDS:
         try:
@@ -246,3 +283,13 @@ def test_planted_faults_are_seen(name: str) -> None:
             break
     print(f"{name}: seed {seed};", seen[0] if seen else "")
     assert any(re.search(said, report) for report in seen), seen
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_without_a_fault_nothing_is_seen(dim: int) -> None:
+    (inputs, ranges), clean = faulted_inputs(dim), right(dim)
+    for seed in SEEDS[:3]:
+        ours = gradients(*inputs, ranges=ranges, kernels=planted(None, dim), seed=seed)
+        for x in ("dq", "dk", "dv"):
+            a, b = getattr(ours, x).float(), getattr(clean, x).float()
+            assert (a - b).norm() < 0.01 * b.norm(), x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from illada_kernels.ops.attention import cases, cuda
 from illada_kernels.ops.attention.problem import Problem
 from illada_kernels.testing import attention_lse_tolerance, attention_sums, tolerance
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import ROOT, missing
+from tests.cuda_on_cpu.library import ROOT, Kernels, compile_kernels, missing, switchable
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SOURCES = ("csrc/cuda/attention_fwd_bf16_sm90a.cu", "csrc/cuda/attention_fwd_fp16_sm90a.cu")
@@ -213,15 +214,19 @@ def test_supports_names_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # ---- planted faults --------------------------------------------------------------------------------------------------
-def faulty(seed: int, *edits: str) -> Emulated:
-    """The forward in bf16 at head_dim 64 alone, to compile fast; edits: what to replace, by what, and so on."""
+@functools.cache
+def with_faults() -> Kernels:
+    """The forward in bf16 at head_dim 64 alone, to compile fast."""
     plan, rest = ((ROOT / "csrc/cuda" / name).read_text() for name in HEADERS)
-    text = plan + rest.replace(f'#include "{HEADERS[0]}"\n', "")
-    for old, new in zip(edits[::2], edits[1::2]):
-        assert text.count(old) == 1, f"{text.count(old)} times: {old}"
-        text = text.replace(old, new)
+    text = switchable(plan + rest.replace(f'#include "{HEADERS[0]}"\n', ""), FAULTS.values())
     entry = "\nILLADA_ATTENTION_FWD(illada_attention_fwd_bf16_sm90a, (run<bf16, 64>))\n"
-    return Emulated(SOURCES[0], text=text + entry, seed=seed)
+    return compile_kernels(SOURCES[0], text=text + entry)
+
+
+class Faulty(Emulated):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.kernels = [with_faults()]
 
 
 def test_columns_in_whole_pieces_give_the_same_bits(forward: Forward) -> None:
@@ -237,72 +242,99 @@ def test_columns_in_whole_pieces_give_the_same_bits(forward: Forward) -> None:
 SKIPPING = KeyRanges(
     torch.tensor([[0, 30, 30, 30]] * 64 + [[0, 700, 700, 700]] * 36, dtype=torch.int32)[None], 700
 )  # the first warpgroup passes most tiles on
-FAULTS = {
-    "bounds read before they have come": ("  copy_async_wait();\n", ""),
-    "an item is never drawn": ("item = gridDim.x + atomicAdd", "item = gridDim.x + 1 + atomicAdd"),
-    "shares of the keys loaded for another turn": ("first + u + kAhead);", "first + u + kAhead + 1);"),
-    "no wait for the values": ("  mbar_wait(&shared.v_full[stage], phase);\n  if constexpr", "  if constexpr"),
+LAST = "if (n == plan.end - 1) release(&shared.q_empty[wg]);"
+UNLESS_LAST = "if (!FAULT && n == plan.end - 1) release(&shared.q_empty[wg]);"
+FAULTS = {  # what to replace, by what, and so on
+    "bounds read before they have come": ("  copy_async_wait();\n", "  if (!FAULT) copy_async_wait();\n"),
+    "an item is never drawn": ("item = gridDim.x + atomicAdd", "item = gridDim.x + FAULT + atomicAdd"),
+    "shares of the keys loaded for another turn": ("first + u + kAhead);", "first + u + kAhead + FAULT);"),
+    "no wait for the values": (
+        "  mbar_wait(&shared.v_full[stage], phase);\n  if constexpr",
+        "  if (!FAULT) mbar_wait(&shared.v_full[stage], phase);\n  if constexpr",
+    ),
     "values released before their product is done": (
         "  wgmma_wait<0>();\n  reg_fence(rows.o);\n  release(&shared.v_empty[stage]);",
-        "  release(&shared.v_empty[stage]);\n  wgmma_wait<0>();\n  reg_fence(rows.o);",
+        "  if (FAULT) release(&shared.v_empty[stage]);\n"
+        "  wgmma_wait<0>();\n  reg_fence(rows.o);\n  if (!FAULT) release(&shared.v_empty[stage]);",
     ),
     "a skipped tile is passed on before it is there": (
         "  mbar_wait(&shared.k_full[stage], phase);\n"
         "  __syncwarp();  // because a lane that still waits could miss a phase\n",
-        "",
+        "  if (!FAULT) mbar_wait(&shared.k_full[stage], phase);\n  if (!FAULT) __syncwarp();\n",
     ),
-    "a skipped tile is not passed on": ("else skip(shared, plan, wg, n, use);", "else {}"),
+    "a skipped tile is not passed on": (
+        "else skip(shared, plan, wg, n, use);",
+        "else if (!FAULT) skip(shared, plan, wg, n, use);",
+    ),
     "queries released before their product is done": (
-        "  wgmma_wait<0>();\n  reg_fence(s);\n  release(&shared.k_empty[stage]);\n"
-        "  if (n == plan.end - 1) release(&shared.q_empty[wg]);",
-        "  if (n == plan.end - 1) release(&shared.q_empty[wg]);\n"
-        "  wgmma_wait<0>();\n  reg_fence(s);\n  release(&shared.k_empty[stage]);",
+        f"  wgmma_wait<0>();\n  reg_fence(s);\n  release(&shared.k_empty[stage]);\n  {LAST}",
+        f"  if (FAULT) {{ {LAST} }}\n"
+        f"  wgmma_wait<0>();\n  reg_fence(s);\n  release(&shared.k_empty[stage]);\n  {UNLESS_LAST}",
     ),
     "queries are not passed on where the last tile is skipped": (
-        "  release(&shared.v_empty[stage]);\n  if (n == plan.end - 1) release(&shared.q_empty[wg]);",
-        "  release(&shared.v_empty[stage]);",
+        f"  release(&shared.v_empty[stage]);\n  {LAST}",
+        f"  release(&shared.v_empty[stage]);\n  {UNLESS_LAST}",
     ),
     "values are used before they are cleaned": (
         "if (needs_cleaning<D>(problem, plan, plan.first_key(n))) mbar_wait(&shared.v_clean[stage], phase);",
-        "{}",
+        "if (!FAULT && needs_cleaning<D>(problem, plan, plan.first_key(n))) mbar_wait(&shared.v_clean[stage], phase);",
         "if (needs_cleaning<D>(p, plan, start)) clean_values",  # slowly: else it mostly is done in time
-        "for (int i = 0; i < 300; ++i) __syncwarp();\n      if (needs_cleaning<D>(p, plan, start)) clean_values",
+        "for (int i = 0; FAULT && i < 300; ++i) __syncwarp();\n"
+        "      if (needs_cleaning<D>(p, plan, start)) clean_values",
     ),
-    "cleaning is not fenced": ("Vec16<T>{});\n  }\n  fence_proxy_async();", "Vec16<T>{});\n  }"),
+    "cleaning is not fenced": (
+        "Vec16<T>{});\n  }\n  fence_proxy_async();",
+        "Vec16<T>{});\n  }\n  if (!FAULT) fence_proxy_async();",
+    ),
     "cleaning looks at the first warpgroup's rows only": (
         "i < Tile<D>::warpgroups * kRows; i += 32",
-        "i < kRows; i += 32",
+        "i < (FAULT ? 1 : Tile<D>::warpgroups) * kRows; i += 32",
     ),
     "a plan is filled before the last was read": (
         "    mbar_wait(&shared.plan_empty[slot], i / Tile<D>::plans % 2 ^ 1);\n",
-        "",
+        "    if (!FAULT) mbar_wait(&shared.plan_empty[slot], i / Tile<D>::plans % 2 ^ 1);\n",
     ),
-    "the mask is off by one": ("Min{}(x & 7, 2)", "Min{}(x & 7, 1)"),
+    "the mask is off by one": ("Min{}(x & 7, 2)", "Min{}(x & 7, FAULT ? 1 : 2)"),
     "a full tile is one that the hull holds": (
         "if (lane == 0) plan.hulls[wg] = hulls;",
-        "hulls.common_lo[0] = hulls.lo[0], hulls.common_hi[0] = hulls.hi[0]; if (lane == 0) plan.hulls[wg] = hulls;",
+        "if (FAULT) hulls.common_lo[0] = hulls.lo[0], hulls.common_hi[0] = hulls.hi[0];\n"
+        "if (lane == 0) plan.hulls[wg] = hulls;",
     ),
-    "the tile's hulls are the first warpgroup's": ("wg < Tile<D>::warpgroups; ++wg) of_tile", "wg < 1; ++wg) of_tile"),
+    "the tile's hulls are the first warpgroup's": (
+        "wg < Tile<D>::warpgroups; ++wg) of_tile",
+        "wg < (FAULT ? 1 : Tile<D>::warpgroups); ++wg) of_tile",
+    ),
     "no care for rows without keys so far": (
         "rows.top[r] == -infinity() ? 0.0f : rows.top[r] * scale_log2",
-        "rows.top[r] * scale_log2",
+        "!FAULT && rows.top[r] == -infinity() ? 0.0f : rows.top[r] * scale_log2",
     ),
-    "parts are added without their weights": ("total[v].x += w * ring", "total[v].x += ring"),
+    "parts are added without their weights": ("total[v].x += w * ring", "total[v].x += (FAULT ? 1.0f : w) * ring"),
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_seen(name: str, forward: Forward) -> None:
+def with_poison(forward: Forward, seed: int) -> None:
+    """A few calls which between them need all of the kernel."""
     calls = [
         (draw(1, 200, 400, 1, 1, 64), KeyRanges.window(400, 130, 70)[:, 100:300], 1),
         (draw(2, 5, 700, 2, 1, 64), KeyRanges.cached(torch.tensor([40, 690]), 5, 700), 8),
         (draw(2, 100, 700, 1, 1, 64), SKIPPING, 1),
         (draw(1, 5, 700, 1, 1, 64), KeyRanges.cached(torch.tensor([690]), 5, 700), 8),
     ]
-    emulated = [faulty(seed, *FAULTS[name]) for seed in range(8)]
+    for tensors, ranges, processors in calls:
+        got = forward(*poisoned(*tensors, ranges), ranges, processors=processors, emulated=Faulty(seed))
+        assert_right(got, *tensors, ranges)
+
+
+def test_the_calls_that_find_faults_pass_without_one(forward: Forward) -> None:
+    with_faults().plant(0)
+    for seed in range(3):
+        with_poison(forward, seed)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_seen(name: str, forward: Forward) -> None:
+    with_faults().plant(list(FAULTS).index(name) + 1)
     with pytest.raises(AssertionError) as seen:  # of which KernelFault is one
-        for schedule in emulated:
-            for tensors, ranges, processors in calls:
-                got = forward(*poisoned(*tensors, ranges), ranges, processors=processors, emulated=schedule)
-                assert_right(got, *tensors, ranges)
+        for seed in range(8):
+            with_poison(forward, seed)
     print(f"{name}: {seen.value}")

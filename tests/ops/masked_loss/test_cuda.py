@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from illada_kernels.ops.masked_loss.cuda import CudaRows
 from illada_kernels.ops.masked_loss.row_kernels import Formula, Rows
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import KernelFault, compile_kernels, missing, plant
+from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing, switchable
 from tests.helpers.masked_loss_oracle import TorchRows, allowed_ids, bad, live
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -22,10 +23,13 @@ TORCH = TorchRows()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def kernels(seed: int = 0, room: int = 128, text: dict[str, str] | None = None) -> CudaRows:
-    """room: of shared memory for `gradients`; 128 bytes keep nothing of a row. text: in place of a source's."""
+Planted = dict[str, Kernels]
+
+
+def kernels(seed: int = 0, room: int = 128, planted: Planted | None = None) -> CudaRows:
+    """room: of shared memory for `gradients`; 128 bytes keep nothing of a row. planted: in place of a source's."""
     emulated = Emulated(seed=seed)
-    emulated.kernels = [compile_kernels(source, text=(text or {}).get(source)) for source in (ROWS, COMPACT)]
+    emulated.kernels = [(planted or {}).get(source) or compile_kernels(source) for source in (ROWS, COMPACT)]
     return CudaRows(emulated, lambda device: room)
 
 
@@ -263,45 +267,96 @@ def test_overflow_and_nan_scales_fill_rows_with_nan_and_forbidden_ids_too() -> N
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 FAULTS = {
-    "an element behind the row": (ROWS, "if (tail < width) load", "if (tail <= width) load"),
-    "no rescaling of the sum": (ROWS, "s.sum *= exp_of(s.high - high);", ""),
-    "sums of a block not brought to its max": (ROWS, "s.sum * exp_of(s.high - high)", "s.sum"),
-    "slices not brought to one max": (ROWS, "s[1] * exp_of(before - shift)", "s[1]"),
-    "forbidden ids counted": (ROWS, "set_forbidden(o, id, -infinity(), x);", ""),
-    "forbidden ids differentiated": (ROWS, "set_forbidden(o, id, 0.0f, x);\n}", "}"),
-    "the target's column of the slice": (ROWS, "differentiate(o, first + at", "differentiate(o, at"),
-    "vectors where rows are not aligned alike": (ROWS, "out_row)) % 16 == 0)", "out_row)) % 2 == 0)"),
+    "an element behind the row": (ROWS, "if (tail < width) load", "if (FAULT ? tail <= width : tail < width) load"),
+    "no rescaling of the sum": (ROWS, "s.sum *= exp_of(s.high - high);", "if (!FAULT) s.sum *= exp_of(s.high - high);"),
+    "sums of a block not brought to its max": (
+        ROWS,
+        "s.sum * exp_of(s.high - high)",
+        "s.sum * (FAULT ? 1.0f : exp_of(s.high - high))",
+    ),
+    "slices not brought to one max": (
+        ROWS,
+        "s[1] * exp_of(before - shift)",
+        "s[1] * (FAULT ? 1.0f : exp_of(before - shift))",
+    ),
+    "forbidden ids counted": (
+        ROWS,
+        "set_forbidden(o, id, -infinity(), x);",
+        "if (!FAULT) set_forbidden(o, id, -infinity(), x);",
+    ),
+    "forbidden ids differentiated": (
+        ROWS,
+        "set_forbidden(o, id, 0.0f, x);\n}",
+        "if (!FAULT) set_forbidden(o, id, 0.0f, x);\n}",
+    ),
+    "the target's column of the slice": (ROWS, "differentiate(o, first + at", "differentiate(o, first * !FAULT + at"),
+    "vectors where rows are not aligned alike": (ROWS, "out_row)) % 16 == 0)", "out_row)) % (FAULT ? 2 : 16) == 0)"),
     "another thread's part of the kept row": (
         ROWS,
         "widen<T>(kept_vectors[i], x);",
-        "widen<T>(kept_vectors[i ^ 1], x);",
+        "widen<T>(kept_vectors[FAULT ? i ^ 1 : i], x);",
     ),
-    "room for one vector too few": (ROWS, "size_t(kScratch + 16 * kept)", "size_t(kScratch + 16 * kept - 16)"),
-    "fillers read": (ROWS, "if (start + r >= live)", "if (start + r > live)"),
-    "a slot of another turn": (ROWS, "i + AHEAD * THREADS", "i + (AHEAD + 1) * THREADS"),
-    "the rest of a kept row forgotten": (ROWS, "(row, vocab, kept, ", "(row, vocab, vocab, "),
-    "a plain kernel for a head with a bias": (ROWS, "!o.bias && ", ""),
-    "32-bit offsets": (ROWS, "T* row = logits + r * stride;", "T* row = logits + (int(r) << 30) * 8;"),
-    "losses of fillers": (COMPACT, "info[0] < held ? info[0] : held", "held"),
-    "a race in the scan": (COMPACT, "  __syncthreads();\n  *all = total;", "  *all = total;"),
-    "a tile of the compaction forgotten": (COMPACT, "count += all;", "count = all;"),
-    "factors rounded first": (COMPACT, "value * factor : 0.0f", "value * to_float(from_float<Out>(factor)) : 0.0f"),
-    "one upstream gradient for all rows": (COMPACT, "grad[grad_per_row ? index[i] : 0]", "grad[0]"),
+    "room for one vector too few": (
+        ROWS,
+        "size_t(kScratch + 16 * kept)",
+        "size_t(kScratch + 16 * kept - (FAULT ? 16 : 0))",
+    ),
+    "fillers read": (ROWS, "if (start + r >= live)", "if (FAULT ? start + r > live : start + r >= live)"),
+    "a slot of another turn": (ROWS, "i + AHEAD * THREADS", "i + (AHEAD + FAULT) * THREADS"),
+    "the rest of a kept row forgotten": (ROWS, "(row, vocab, kept, ", "(row, vocab, FAULT ? vocab : kept, "),
+    "a plain kernel for a head with a bias": (ROWS, "!o.bias && ", "(FAULT || !o.bias) && "),
+    "32-bit offsets": (
+        ROWS,
+        "T* row = logits + r * stride;",
+        "T* row = logits + (FAULT ? (int(r) << 30) * 8 : r * stride);",
+    ),
+    "losses of fillers": (
+        COMPACT,
+        "info[0] < held ? info[0] : held",
+        "FAULT ? held : info[0] < held ? info[0] : held",
+    ),
+    "a race in the scan": (
+        COMPACT,
+        "  __syncthreads();\n  *all = total;",
+        "  if (!FAULT) __syncthreads();\n  *all = total;",
+    ),
+    "a tile of the compaction forgotten": (COMPACT, "count += all;", "count = FAULT ? all : count + all;"),
+    "factors rounded first": (
+        COMPACT,
+        "value * factor : 0.0f",
+        "value * (FAULT ? to_float(from_float<Out>(factor)) : factor) : 0.0f",
+    ),
+    "one upstream gradient for all rows": (
+        COMPACT,
+        "grad[grad_per_row ? index[i] : 0]",
+        "grad[grad_per_row && !FAULT ? index[i] : 0]",
+    ),
 }
 # Kernels of one dtype compile in half the time.
 OTHER_DTYPES = ("    case ILLADA_F32: return with_type(float{});\n", "    case ILLADA_F16: return with_type(fp16{});\n")
 
 
+@functools.cache
+def with_faults(source: str) -> Kernels:
+    text = switchable((ROOT / source).read_text(), [fault for file, *fault in FAULTS.values() if file == source])
+    for case in OTHER_DTYPES if source == ROWS else ():
+        assert case in text
+        text = text.replace(case, "")
+    return compile_kernels(source, text=text)
+
+
+def plant(source: str, number: int) -> Planted:
+    """The kernels of `source` with that fault, 0 for none."""
+    with_faults(source).plant(number)
+    return {source: with_faults(source)}
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(name: str) -> None:
-    source, old, new = FAULTS[name]
-    text = plant(source, old, new)
-    if source == ROWS:
-        for case in OTHER_DTYPES:
-            assert case in text
-            text = text.replace(case, "")
+    source = FAULTS[name][0]
+    together = [other for other, (file, *_) in FAULTS.items() if file == source]
     with pytest.raises((KernelFault, AssertionError)):
-        (rows_agree if source == ROWS else moves_agree)({source: text})
+        (rows_agree if source == ROWS else moves_agree)(plant(source, together.index(name) + 1))
 
 
 TERMS = {
@@ -320,25 +375,25 @@ def test_every_term_alone_is_in_the_formula(term: str) -> None:
     run_and_check(kernels(), x, rows, formula(2000, True)._replace(**TERMS[term]), 0, 700)
 
 
-def rows_agree(text: dict[str, str]) -> None:
+def rows_agree(planted: Planted) -> None:
     x, rows = rows_of_logits(2000, torch.bfloat16)
-    run_and_check(kernels(room=600, text=text), x, rows, formula(2000, False), 3, 700)
-    run_and_check(kernels(room=600, text=text), x, rows, formula(2000, True))
-    run_and_check(kernels(room=600, text=text), x, rows, formula(2000, True)._replace(**TERMS["bias"]))
+    run_and_check(kernels(room=600, planted=planted), x, rows, formula(2000, False), 3, 700)
+    run_and_check(kernels(room=600, planted=planted), x, rows, formula(2000, True))
+    run_and_check(kernels(room=600, planted=planted), x, rows, formula(2000, True)._replace(**TERMS["bias"]))
     x, rows = rows_of_logits(30011, torch.bfloat16)  # more than the loads in flight
-    run_and_check(kernels(room=600, text=text), x, rows, formula(30011, True), 0, 15000)
+    run_and_check(kernels(room=600, planted=planted), x, rows, formula(30011, True), 0, 15000)
 
 
-def moves_agree(text: dict[str, str]) -> None:
+def moves_agree(planted: Planted) -> None:
     masked, targets, weight = masked_and_more(8200, 50)
     args = (masked, targets, weight, 50, True, 8200)
     for seed in range(3):
-        same_rows(kernels(seed=seed, text=text).compact(*args), TORCH.compact(*args))
+        same_rows(kernels(seed=seed, planted=planted).compact(*args), TORCH.compact(*args))
     x, rows = rows_of_logits(60, torch.bfloat16)
-    run_and_check(kernels(text=text), x, rows, formula(60, True))
+    run_and_check(kernels(planted=planted), x, rows, formula(60, True))
     rows = TORCH.compact(*(a[:20] for a in (masked, targets, weight)), 50, False, 20)
     results = []
-    for k in (kernels(text=text), TORCH):
+    for k in (kernels(planted=planted), TORCH):
         g = torch.Generator().manual_seed(0)
         moved, back, out = torch.empty(20, 16, dtype=torch.float16), torch.empty(20, 16), torch.empty(20)
         k.gather(torch.randn(20, 16, generator=g).half(), rows, moved, torch.randn(20, generator=g))
@@ -351,3 +406,5 @@ def moves_agree(text: dict[str, str]) -> None:
 def test_kernels_without_a_fault_pass_what_finds_them() -> None:
     rows_agree({})
     moves_agree({})
+    rows_agree(plant(ROWS, 0))
+    moves_agree(plant(COMPACT, 0))
