@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, expect_device, expect_number, expect_tensor, known
+from ..._checks import FLOATS, expect_device, expect_number, expect_tensor, holds, known
 from ..._streams import is_captured, reuse
 from ..._torch_ops import is_plain, is_watched
 from ...key_ranges import KeyRanges
@@ -92,7 +92,7 @@ def scaled_dot_product_attention(
         raise ValueError(f"dropout_p: expected 0, got {dropout_p}; the kernels have no dropout: set it to 0")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: expected None with is_causal=True, got both; use KeyRanges.causal(s) & ranges")
-    if not enable_gqa and not (query.shape[:-2] == key.shape[:-2] == value.shape[:-2]):
+    if not enable_gqa and not (_alike(query, key) and _alike(query, value)):
         query, key, value = _broadcast(query, key, value)
     shape = (*query.shape[:-1], key.shape[-2])  # of the scores
     q, k, v = (_four_dimensions(x, enable_gqa) for x in (query, key, value))
@@ -107,6 +107,10 @@ def scaled_dot_product_attention(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = attention(q, k, v, ranges, scale=scale, backend=backend).transpose(1, 2)
     return out if query.dim() == 4 else out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _alike(query: Tensor, other: Tensor) -> bool:
+    return all(holds(a == b) for a, b in zip(query.shape[:-2], other.shape[:-2]))
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
