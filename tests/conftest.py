@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 
 pytest.register_assert_rewrite("tests.helpers")
 
+from illada_kernels._toolchain import find_compiler  # noqa: E402
+from tests.helpers import compiled_before  # noqa: E402
 from tests.helpers.checkout import ROOT, build, copy_checkout, locked  # noqa: E402
 
 
@@ -38,12 +41,13 @@ def root() -> Path:
 @pytest.fixture
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs this interpreter on arguments; `path` goes first on its module path, here the checkout."""
+    checkout = (ROOT, ROOT / "python")
 
-    def run(*arguments: str, path: tuple[Path, ...] = (ROOT, ROOT / "python"), cwd: Path | None = None, **env: str):
+    def run(*arguments: str, path: tuple[Path, ...] = checkout, cwd: Path | None = None, **env: str):
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "PYTHONDONTWRITEBYTECODE": "1",
+            **({} if path == checkout else {"PYTHONDONTWRITEBYTECODE": "1"}),  # modules that a test writes may change
             **env,
         }
         command = [sys.executable, *arguments]
@@ -55,7 +59,8 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="session")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """{"sdist", "source", "wheel", "seconds"}: a source distribution, unpacked, and the wheel built from it without
-    CUDA; built once however many processes run the tests."""
+    CUDA, of the objects that the checkout's build made of the same sources by the same commands; built once however
+    many processes run the tests."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = base / "distributions"
@@ -67,7 +72,8 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             shutil.unpack_archive(next(folder.glob("*.tar.gz")), folder / "unpacked")
             source = next((folder / "unpacked").iterdir())
             begin = time.monotonic()
-            done = build("build_wheel", source, folder, ILLADA_CUDA="0", ILLADA_REQUIRE_EXT="1")
+            compiler = f"{shlex.join([sys.executable, compiled_before.__file__])} {find_compiler()}"
+            done = build("build_wheel", source, folder, ILLADA_CUDA="0", ILLADA_REQUIRE_EXT="1", CXX=compiler)
             assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
             (folder / "seconds").write_text(f"{time.monotonic() - begin:.1f}")
     return {
