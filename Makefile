@@ -7,15 +7,21 @@
 # make wheel    a manylinux wheel into dist/, checked and tried in a new environment; CUDA=0 and 1 say whether with CUDA
 # make hub      the tree that Hugging Face's `kernels` package loads, into build/hub
 # make build    compile the extension in place      make clean    remove what was built
+# make extension    the same without torch, beside `make setup`, for which `make tools` has to be done
 #
 # PYTHON chooses the interpreter of a new .venv, TORCH what is installed as torch: make setup PYTHON=python3.11 TORCH='torch>=2.10'
 # TRITON is the version that tests/gpu_code/triton_table.csv was written with; its interpreter needs numpy below 2.4.
+# Packages come without bytecode, so whoever imports one first has to write it.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0 numpy<2.4
 EXTRAS := build/transformers-4.57 build/antiberty build/kernels build/peft build/tensorboard
 OPS ?= attention_fwd attention_bwd masked_loss unmask generate train
 BIN := .venv/bin
+# no bytecode, because Python writes that of the modules it loads, a fraction; all of torch's takes 15 s
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+TOOLS := .venv/.tools
 INSTALLED := .venv/.installed
 WORKERS ?= 2
 
@@ -25,66 +31,82 @@ HAS_NVCC := $(shell { test -n "$$NVCC" || command -v nvcc || test -x "$${CUDA_HO
 
 CXX_SOURCES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
 
-.PHONY: setup demo test extras lint format docs bench wheel hub build clean
+.PHONY: tools setup demo test collect extension extras lint format docs bench wheel hub build clean
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py
+tools: $(TOOLS)
+
+# what compiles the extension, without torch
+$(TOOLS):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make setup PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install --quiet $(foreach package,$(TRITON),"$(package)")
-	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" "ninja>=1.11" wheel
-	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 0,$(HAS_GPU)),0,)} $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[model,tokenizers,test,bench,lint,docs,release]"
+	$(PIP) "setuptools>=77" "pybind11>=2.13" "ninja>=1.11" wheel
+	touch $@
+
+$(INSTALLED): pyproject.toml setup.py | $(TOOLS)
+	$(PIP) "$(TORCH)"
+	test "$$(uname -sm)" != "Linux x86_64" || $(PIP) $(foreach package,$(TRITON),"$(package)")
+	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 0,$(HAS_GPU)),0,)} $(PIP) --no-build-isolation --editable ".[model,tokenizers,test,bench,lint,docs,release]"
 	touch $@
 
 demo: setup
 	$(BIN)/python -m illada_kernels doctor
 	$(BIN)/illada demo
 
-build: setup
-	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 1,$(HAS_NVCC)),1,0)} $(BIN)/python -m illada_kernels._build
+COMPILE = ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 1,$(HAS_NVCC)),1,0)} $(BIN)/python -m illada_kernels._build
 
-# one thread per worker; the tests that are about threads set their own number
+build: setup
+	$(COMPILE)
+
+extension: tools
+	$(COMPILE)
+
+# One thread per worker; the tests that are about threads set their own number. Threads that wait sleep, because a core
+# that another worker needs is no place to spin.
 test: build extras
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# imports what the tests do: broken imports show early, and workers that start together find the bytecode
+collect: setup
+	$(BIN)/python -m pytest --collect-only --quiet >/dev/null
 
 # packages that tests want beside the environment's
 extras: $(EXTRAS)
 
 # the other version that tests/integrations runs with
-build/transformers-4.57: pyproject.toml | $(INSTALLED)
+build/transformers-4.57: pyproject.toml | $(TOOLS)
 	rm -rf $@ $@.part
-	$(BIN)/python -m pip install --quiet --target $@.part "transformers==4.57.*" "numpy<2.4"
+	$(PIP) --target $@.part "transformers==4.57.*" "numpy<2.4"
 	mv $@.part $@
 
 # a pretrained masked language model, for examples/antibodies.py; skipped where the package index lacks it
-build/antiberty: | $(INSTALLED)
+build/antiberty: | $(TOOLS)
 	rm -rf $@.part
-	$(BIN)/python -m pip install --quiet --no-deps --target $@.part antiberty==0.1.3 && mv $@.part $@ || echo "no antiberty here"
+	$(PIP) --no-deps --target $@.part antiberty==0.1.3 && mv $@.part $@ || echo "no antiberty here"
 
 # Hugging Face's kernels, apart because transformers 4.57 would import it; what it needs to load a local tree is there
-build/kernels: pyproject.toml | $(INSTALLED)
+build/kernels: pyproject.toml | $(TOOLS)
 	rm -rf $@ $@.part
-	$(BIN)/python -m pip install --quiet --no-deps --target $@.part "kernels==0.17.*"
+	$(PIP) --no-deps --target $@.part "kernels==0.17.*"
 	mv $@.part $@
 
 # peft, for illada train --lora, and TensorBoard's writer; their tests are skipped where the package index lacks them
-build/peft: | $(INSTALLED)
+build/peft: | $(TOOLS)
 	rm -rf $@.part
-	$(BIN)/python -m pip install --quiet --no-deps --target $@.part "peft==0.21.*" && mv $@.part $@ || echo "no peft here"
+	$(PIP) --no-deps --target $@.part "peft==0.21.*" && mv $@.part $@ || echo "no peft here"
 
-build/tensorboard: | $(INSTALLED)
+build/tensorboard: | $(TOOLS)
 	rm -rf $@.part
-	$(BIN)/python -m pip install --quiet --no-deps --target $@.part "tensorboard==2.21.*" protobuf absl-py && mv $@.part $@ || echo "no tensorboard here"
+	$(PIP) --no-deps --target $@.part "tensorboard==2.21.*" protobuf absl-py && mv $@.part $@ || echo "no tensorboard here"
 
 # lm-evaluation-harness with all that it needs; its tests are skipped where the package index lacks it
-build/lm-eval-0.4: | $(INSTALLED)
+build/lm-eval-0.4: | $(TOOLS)
 	rm -rf $@.part
-	$(BIN)/python -m pip install --quiet --target $@.part "lm_eval==0.4.13" "numpy<2.4" && mv $@.part $@ || echo "no lm_eval here"
+	$(PIP) --target $@.part "lm_eval==0.4.13" "numpy<2.4" && mv $@.part $@ || echo "no lm_eval here"
 
 build/lm-eval-0.5: | build/lm-eval-0.4
 	rm -rf $@.part
-	$(BIN)/python -m pip install --quiet --no-deps --target $@.part lm_eval==0.5.0.dev1 && mv $@.part $@ || echo "no lm_eval 0.5 here"
+	$(PIP) --no-deps --target $@.part lm_eval==0.5.0.dev1 && mv $@.part $@ || echo "no lm_eval 0.5 here"
 
 lint: setup
 	$(BIN)/ruff check .
