@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from typing import Any
 
@@ -14,7 +15,7 @@ import illada_kernels as ik
 from illada_kernels.ops.unmask import cuda, gpu, op
 from illada_kernels.testing import unmask_confidence_tolerance
 from tests.cuda_on_cpu.emulated import Emulated, storage_of
-from tests.cuda_on_cpu.library import ROOT, GlobalArray, plant
+from tests.cuda_on_cpu.library import ROOT, GlobalArray, Kernels, compile_kernels, switchable
 from tests.helpers.triton_interpreter import on_cpu
 from tests.helpers.unmask_oracle import MASK
 
@@ -25,6 +26,7 @@ SOURCES = (
     "csrc/cuda/unmask_bounds.cu",
 )
 HEADERS = ("csrc/cuda/unmask.cuh", "csrc/cuda/unmask_logits.cuh")
+Faults = dict[str, tuple[str, str, str]]  # kernel, old, new, as `switchable` wants them
 POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "defer", "partials", "bounds")
 NESTED = {
     **dict.fromkeys(("positions", "noise_positions", "scores", "frozen"), "data"),
@@ -120,18 +122,30 @@ def assert_same(got: Any, want: Any, vocabulary: int, by_entropy: bool = False) 
 
 
 # ---- planted faults --------------------------------------------------------------------------------------------------
-def faulty(kernel: str, file: str, old: str, new: str, extended: bool = False) -> str:
-    """The kernel with the fault, and without the instances that are not called, which take most of the compiler's
+@functools.cache
+def with_faults(kernel: str, faults: tuple[tuple[str, str], ...], extended: bool) -> Kernels:
+    """The kernel with the faults, and without the instances that are not called, which take most of the compiler's
     time."""
-    texts = {name: (ROOT / name).read_text() for name in (kernel, *HEADERS)}
-    texts[file] = plant(file, old, new)
-    text = texts[kernel]
+    text = (ROOT / kernel).read_text()
     for width in (32, 64):
         text = text.replace(f"if (rows <= {width}) return run<T, {width}>(c, o, stream);", "")
     text = text.replace("return run<T, 128>(c, o, stream);", "return int(cudaErrorInvalidValue);")
     text = text.replace("if (dtype == ILLADA_F16) return choose<fp16>(c, o, on);", "")
     text = re.sub(r"case ILLADA_B?F16: return run<.*", "", text)
-    text = re.sub(r"[\w.]+ (== ILLADA_RENOISE )?\? (\w+<.*true>) : (\w+<.*false>)", r"\2" if extended else r"\3", text)
+    if not extended:
+        text = re.sub(r"[\w.]+ == ILLADA_RENOISE \? (\w+<.*true>) : (\w+<.*false>)", r"\2", text)
+    text = re.sub(r"(?<!== )\b[\w.]+ \? (\w+<.*true>) : (\w+<.*false>)", r"\1" if extended else r"\2", text)
     for name in HEADERS:
-        text = text.replace(f'#include "{name.rpartition("/")[2]}"', texts[name].replace("#pragma once", ""))
-    return text
+        inside = (ROOT / name).read_text().replace("#pragma once", "")
+        text = text.replace(f'#include "{name.rpartition("/")[2]}"', inside)
+    return compile_kernels(kernel, text=switchable(text, faults))
+
+
+def planted(faults: Faults, kernel: str, name: str | None, extended: bool = False, **run: Any) -> OnCpu:
+    """The kernels, `kernel` with that one of its faults, or with none."""
+    of_kernel = {key: (old, new) for key, (source, old, new) in faults.items() if source == kernel}
+    one = with_faults(kernel, tuple(of_kernel.values()), extended)
+    one.plant(list(of_kernel).index(name) + 1 if name else 0)
+    launch = OnCpu(**run)
+    launch.kernels[SOURCES.index(kernel)] = one
+    return launch

@@ -20,13 +20,13 @@ from illada_kernels.ops.unmask import gpu
 from illada_kernels.testing import HALF_ULP
 from tests.cuda_on_cpu.library import KernelFault, missing, plant
 from tests.helpers.unmask_on_cpu import (
-    HEADERS,
     SOURCES,
     Backend,
+    Faults,
     OnCpu,
     assert_same,
-    faulty,
     operands,
+    planted,
     unmask,
     use,
     where,
@@ -426,58 +426,100 @@ def test_the_backend_is_not_in_the_default_order_and_insists_on_a_gpu() -> None:
 
 
 SELECT, ROWS, HEAD, _ = SOURCES
-SHARED, LOGITS = HEADERS
-ALL_LANES = "s.second = fmaxf(s.second, warp_second(top, second));"
-FAULTS = {  # kernel, the file that holds the fault, old, new
-    "operands read before they have come": (HEAD, HEAD, "mbar_wait(&s.full[stage], phase);", ""),
-    "a stage overwritten while it is read": (HEAD, HEAD, "mbar_wait(&s.empty[stage], phase ^ 1);", ""),
-    "a stage freed early": (HEAD, HEAD, "if (step > 0) release(s, (turn - 1)", "release(s, (turn)"),
-    "accumulators read before the last product": (HEAD, HEAD, "wgmma_wait<0>();", ""),
-    "logits read before all are there": (HEAD, HEAD, "mbar_wait(&s.ready[buffer], phase);", ""),
-    "logits handed on too early": (HEAD, HEAD, "mbar_init(&s.ready[i], kMultiplying);", "mbar_init(&s.ready[i], 128);"),
-    "logits overwritten while they are read": (HEAD, HEAD, "mbar_wait(&s.met[buffer], phase ^ 1);", ""),
-    "halves of a tile exchanged": (HEAD, HEAD, "smem_desc(head + kAtOnce * kDepth)", "smem_desc(head + 64 * kDepth)"),
-    "rows of another warp": (HEAD, HEAD, "i / 2 % 2 * 8, row", "i % 2 * 8, row"),
-    "ids beyond the vocabulary": (HEAD, LOGITS, "id_of(first, j) < c.vocab ? 0.0f : -infinity();", "0.0f;"),
-    "no rescaling of the sum": (HEAD, SHARED, "s.sum = fmaf(kept, s.sum,", "s.sum = fmaf(1.0f, s.sum,"),
-    "no rescaling of the entropy": (HEAD, SHARED, "fmaf(drop, s.sum, s.sum_ez)", "s.sum_ez"),
-    "the second maximum forgets earlier ids": (HEAD, SHARED, "s.second = fmaxf(s.second, fminf(s.top, top));", ";"),
-    "a repeated bias counted once": (ROWS, LOGITS, " bias[j] + value : bias[j]", " value : bias[j]"),
-    "noise of the neighbour": (ROWS, SHARED, "odd ? w.w2 : w.w0, odd ? w.w3", "odd ? w.w0 : w.w2, odd ? w.w3"),
-    "a bound on the wrong side": (ROWS, SHARED, "__clz(int(high)) + 1", "__clz(int(high)) - 1"),
-    "a first bound on the wrong side": (ROWS, SHARED, "kLog2e, 32.0f)", "kLog2e, 30.0f)"),
-    "the second maximum forgets lanes": (ROWS, SHARED, ALL_LANES, "s.second = fmaxf(s.second, second);"),
-    "a span read beyond its end": (ROWS, LOGITS, "at + 4 <= left)", "at < left)"),
-    "vectors where rows are not aligned": (ROWS, LOGITS, "if (aligned && at", "if (at"),
-    "ties go to later ids": (ROWS, ROWS, "b.best_score > a.best_score", "b.best_score >= a.best_score"),
-    "no barrier before the warps' merge": (ROWS, ROWS, "= s;\n  __syncthreads();", "= s;"),
-    "positions do not break ties": (SELECT, SELECT, "<< 31 | uint64_t(position)", "<< 31"),
-    "a sort without its last round": (SELECT, SELECT, "size <= n; size *= 2", "size < n; size *= 2"),
-    "no barrier in the sort": (SELECT, SELECT, "      }\n      __syncthreads();", "      }"),
-    "entropies of the thread's own": (SELECT, SELECT, "entropies = sum_before(entropies, scratch);", ""),
-    "ranks from 0": (SELECT, SELECT, "float(r + 2)", "float(r + 1)"),
+
+
+def unless(kernel: str, statement: str) -> tuple[str, str, str]:
+    """The fault that leaves it out."""
+    return kernel, statement, f"if (!FAULT) {statement}"
+
+
+FAULTS: Faults = {
+    "operands read before they have come": unless(HEAD, "mbar_wait(&s.full[stage], phase);"),
+    "a stage overwritten while it is read": unless(HEAD, "mbar_wait(&s.empty[stage], phase ^ 1);"),
+    "a stage freed early": (
+        HEAD,
+        "if (step > 0) release(s, (turn - 1)",
+        "if (FAULT || step > 0) release(s, (turn - !FAULT)",
+    ),
+    "accumulators read before the last product": unless(HEAD, "wgmma_wait<0>();"),
+    "logits read before all are there": unless(HEAD, "mbar_wait(&s.ready[buffer], phase);"),
+    "logits handed on too early": (
+        HEAD,
+        "mbar_init(&s.ready[i], kMultiplying);",
+        "mbar_init(&s.ready[i], FAULT ? 128 : kMultiplying);",
+    ),
+    "logits overwritten while they are read": unless(HEAD, "mbar_wait(&s.met[buffer], phase ^ 1);"),
+    "halves of a tile exchanged": (
+        HEAD,
+        "smem_desc(head + kAtOnce * kDepth)",
+        "smem_desc(head + (FAULT ? 64 : kAtOnce) * kDepth)",
+    ),
+    "rows of another warp": (HEAD, "i / 2 % 2 * 8, row", "(FAULT ? i : i / 2) % 2 * 8, row"),
+    "ids beyond the vocabulary": (
+        HEAD,
+        "id_of(first, j) < c.vocab ? 0.0f : -infinity();",
+        "FAULT || id_of(first, j) < c.vocab ? 0.0f : -infinity();",
+    ),
+    "no rescaling of the sum": (HEAD, "s.sum = fmaf(kept, s.sum,", "s.sum = fmaf(FAULT ? 1.0f : kept, s.sum,"),
+    "no rescaling of the entropy": (
+        HEAD,
+        "fmaf(drop, s.sum, s.sum_ez)",
+        "(FAULT ? s.sum_ez : fmaf(drop, s.sum, s.sum_ez))",
+    ),
+    "the second maximum forgets earlier ids": unless(HEAD, "s.second = fmaxf(s.second, fminf(s.top, top));"),
+    "a repeated bias counted once": (ROWS, " bias[j] + value : bias[j]", " (FAULT ? 0.0f : bias[j]) + value : bias[j]"),
+    "noise of the neighbour": (ROWS, "odd ? w.w2 : w.w0, odd ? w.w3", "bool(odd) != FAULT ? w.w2 : w.w0, odd ? w.w3"),
+    "a bound on the wrong side": (ROWS, "__clz(int(high)) + 1", "__clz(int(high)) + (FAULT ? -1 : 1)"),
+    "a first bound on the wrong side": (ROWS, "kLog2e, 32.0f)", "kLog2e, FAULT ? 30.0f : 32.0f)"),
+    "the second maximum forgets lanes": (
+        ROWS,
+        "s.second = fmaxf(s.second, warp_second(top, second));",
+        "s.second = fmaxf(s.second, FAULT ? second : warp_second(top, second));",
+    ),
+    "a span read beyond its end": (ROWS, "at + 4 <= left)", "at + (FAULT ? 1 : 4) <= left)"),
+    "vectors where rows are not aligned": (ROWS, "if (aligned && at", "if ((FAULT || aligned) && at"),
+    "ties go to later ids": (
+        ROWS,
+        "b.best_score > a.best_score",
+        "(FAULT ? b.best_score >= a.best_score : b.best_score > a.best_score)",
+    ),
+    "no barrier before the warps' merge": (ROWS, "= s;\n  __syncthreads();", "= s;\n  if (!FAULT) __syncthreads();"),
+    "positions do not break ties": (SELECT, "<< 31 | uint64_t(position)", "<< 31 | uint64_t(FAULT ? 0 : position)"),
+    "a sort without its last round": (SELECT, "size <= n; size *= 2", "size <= n - FAULT; size *= 2"),
+    "no barrier in the sort": (
+        SELECT,
+        "      }\n      __syncthreads();",
+        "      }\n      if (!FAULT) __syncthreads();",
+    ),
+    "entropies of the thread's own": unless(SELECT, "entropies = sum_before(entropies, scratch);"),
+    "ranks from 0": (SELECT, "float(r + 2)", "float(r + 2 - FAULT)"),
     "ids too far below to count are counted": (
         ROWS,
-        SHARED,
         ">= ILLADA_UNMASK_LEAST_SHIFTED)) return",
-        ">= -87.33f)) return",
+        ">= (FAULT ? -87.33f : ILLADA_UNMASK_LEAST_SHIFTED))) return",
     ),
-    "deferred ids rank like others": (SELECT, SELECT, "uint64_t(deferred) << 63 | ", ""),
-    "ranks by confidence in every order": (SELECT, SELECT, "if (c.order == ILLADA_FROM_LEFT) score = 0.0f;", ""),
+    "deferred ids rank like others": (SELECT, "uint64_t(deferred) << 63 | ", "uint64_t(deferred && !FAULT) << 63 | "),
+    "ranks by confidence in every order": unless(SELECT, "if (c.order == ILLADA_FROM_LEFT) score = 0.0f;"),
     "ranks perturbed by other noise": (
         SELECT,
-        SELECT,
         "row.noise_position, row.step, 2)",
-        "row.noise_position, row.step, 0)",
+        "row.noise_position, row.step, FAULT ? 0 : 2)",
     ),
-    "one rank is always committed, not more": (SELECT, SELECT, "if (!pass && r >= least)", "if (!pass && r > 0)"),
+    "one rank is always committed, not more": (
+        SELECT,
+        "if (!pass && r >= least)",
+        "if (!pass && (FAULT ? r > 0 : r >= least))",
+    ),
     "a sampled confidence above the largest": (
         SELECT,
-        SELECT,
         "return fminf(float(1.0 / sum), likeness);",
-        "return likeness;",
+        "return FAULT ? likeness : fminf(float(1.0 / sum), likeness);",
     ),
-    "parts that are not weighed": (SELECT, SELECT, "sum = fma(double(kept), part, sum);", "sum += part;"),
+    "parts that are not weighed": (
+        SELECT,
+        "sum = fma(double(kept), part, sum);",
+        "sum = FAULT ? sum + part : fma(double(kept), part, sum);",
+    ),
 }
 
 
@@ -568,11 +610,16 @@ def test_the_calls_that_find_faults_pass_without_one(on_cpu: Backend, path: str)
     needs_everything(on_cpu, on_cpu.launch, path)
 
 
+@pytest.mark.parametrize("kernel", [SELECT, ROWS, HEAD])
+def test_kernels_with_no_fault_chosen_pass_too(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = planted(FAULTS, kernel, None)
+    needs_everything(Backend(monkeypatch, launch), launch, "head" if kernel == HEAD else "spans")
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, *fault = FAULTS[name]
-    launch = OnCpu(kernel, text=faulty(kernel, *fault))
-    launch.kernels += [k for k, source in zip(kernels().kernels, SOURCES) if source != kernel]
+    kernel = FAULTS[name][0]
+    launch = planted(FAULTS, kernel, name)
     backend = Backend(monkeypatch, launch)
     with pytest.raises((KernelFault, AssertionError)):
         needs_everything(backend, launch, "head" if kernel == HEAD else "spans")

@@ -15,13 +15,13 @@ import illada_kernels as ik
 from illada_kernels.ops.unmask import gpu
 from tests.cuda_on_cpu.library import KernelFault, missing
 from tests.helpers.unmask_on_cpu import (
-    HEADERS,
     SOURCES,
     Backend,
+    Faults,
     OnCpu,
     assert_same,
-    faulty,
     operands,
+    planted,
     unmask,
     use,
     where,
@@ -195,81 +195,96 @@ def test_the_workspace_is_a_chunk_of_rows(on_cpu: Backend, monkeypatch: pytest.M
 
 # ---- planted faults --------------------------------------------------------------------------------------------------
 SELECT, ROWS, _, BOUNDS = SOURCES
-SHARED = HEADERS[0]
-FAULTS = {  # kernel, the file that holds the fault, old, new
-    "the first key that too little reaches": (BOUNDS, BOUNDS, "return at.from[0];", "return at.end;"),
-    "the last warp is not summed": (BOUNDS, BOUNDS, "lane < kWarps ?", "lane < kWarps - 1 ?"),
-    "a part of the sum is lost": (BOUNDS, BOUNDS, "(middle << 21)", "0"),
-    "what lies beyond the list is forgotten": (BOUNDS, BOUNDS, "sum + at.beyond", "sum"),
-    "the end stays where it was": (BOUNDS, BOUNDS, "high = at.from[i], above", "above"),
-    "the start stays where it was": (BOUNDS, BOUNDS, "low = at.from[i], reached", "reached"),
-    "steps round down": (BOUNDS, BOUNDS, "(high - low + kWays - 1) / kWays", "(high - low) / kWays"),
+REDRAWN = "row.noise_position, row.step, "
+FAULTS: Faults = {
+    "the first key that too little reaches": (BOUNDS, "return at.from[0];", "return FAULT ? at.end : at.from[0];"),
+    "the last warp is not summed": (BOUNDS, "lane < kWarps ?", "lane < kWarps - FAULT ?"),
+    "a part of the sum is lost": (BOUNDS, "(middle << 21)", "(FAULT ? 0 : middle << 21)"),
+    "what lies beyond the list is forgotten": (BOUNDS, "sum + at.beyond", "sum + (FAULT ? 0 : at.beyond)"),
+    "the end stays where it was": (BOUNDS, "high = at.from[i], above", "high = FAULT ? high : at.from[i], above"),
+    "the start stays where it was": (BOUNDS, "low = at.from[i], reached", "low = FAULT ? low : at.from[i], reached"),
+    "steps round down": (
+        BOUNDS,
+        "(high - low + kWays - 1) / kWays",
+        "(high - low + (FAULT ? 0 : kWays - 1)) / kWays",
+    ),
     "a list that is too short": (
         BOUNDS,
-        BOUNDS,
         "between / lightest <= kList * 15 / 16",
-        "between / lightest <= kList * 99",
+        "between / lightest <= (FAULT ? kList * 99 : kList * 15 / 16)",
     ),
-    "the list holds what lies above too": (BOUNDS, BOUNDS, "|| key_of(l) >= at.end) return;", ") return;"),
+    "the list holds what lies above too": (
+        BOUNDS,
+        "|| key_of(l) >= at.end) return;",
+        "|| (!FAULT && key_of(l) >= at.end)) return;",
+    ),
     "no barrier before the list is read": (
         BOUNDS,
-        BOUNDS,
         "of the caller\n  });\n  __syncthreads();",
-        "of the caller\n  });",
+        "of the caller\n  });\n  if (!FAULT) __syncthreads();",
     ),
     "no barrier before sums are read": (
         BOUNDS,
-        BOUNDS,
-        "if (lane == 0) s.sums[warp] = sum + at.beyond;\n  }\n  __syncthreads();",
-        "if (lane == 0) s.sums[warp] = sum + at.beyond;\n  }",
+        "  }\n  __syncthreads();\n}\n\n// Continues",
+        "  }\n  if (!FAULT) __syncthreads();\n}\n\n// Continues",
     ),
-    "top_p counts what top_k dropped": (BOUNDS, BOUNDS, "bound > -infinity() ? key_of(bound) : 1;", "1;"),
+    "top_p counts what top_k dropped": (
+        BOUNDS,
+        "bound > -infinity() ? key_of(bound) : 1;",
+        "!FAULT && bound > -infinity() ? key_of(bound) : 1;",
+    ),
     "top_p under the confidence's temperature": (
         BOUNDS,
-        BOUNDS,
         "weight_of(l, top, tempered)",
-        "weight_of(l, top, row)",
+        "weight_of(l, top, FAULT ? row : tempered)",
     ),
     "min_p lowers a bound": (
         BOUNDS,
-        BOUNDS,
         "bound = fmaxf(bound, __fadd_rn(",
-        "bound = fmaxf(-infinity(), __fadd_rn(",
+        "bound = fmaxf(FAULT ? -infinity() : bound, __fadd_rn(",
     ),
-    "min_p without the temperature": (BOUNDS, BOUNDS, "__fmul_rn(t, fminf(", "__fmul_rn(1.0f, fminf("),
-    "ids that no warp reads": (BOUNDS, BOUNDS, "start += kThreads * kIds", "start += 2 * kThreads * kIds"),
-    "another row's bound": (ROWS, ROWS, "c.bounds[r]", "c.bounds[0]"),
-    "what is dropped is drawn": (ROWS, SHARED, "kept[j] = l[j] >= bound ?", "kept[j] = true ?"),
-    "the bound itself is dropped": (ROWS, SHARED, "kept[j] = l[j] >= bound ?", "kept[j] = l[j] > bound ?"),
-    "the best token of an earlier part": (ROWS, ROWS, "b.top > a.top ? b.held_logit", "b.top > a.top ? a.held_logit"),
+    "min_p without the temperature": (BOUNDS, "__fmul_rn(t, fminf(", "__fmul_rn(FAULT ? 1.0f : t, fminf("),
+    "ids that no warp reads": (BOUNDS, "start += kThreads * kIds", "start += (1 + FAULT) * kThreads * kIds"),
+    "another row's bound": (ROWS, "c.bounds[r]", "c.bounds[FAULT ? 0 : r]"),
+    "what is dropped is drawn": (ROWS, "kept[j] = l[j] >= bound ?", "kept[j] = FAULT || l[j] >= bound ?"),
+    "the bound itself is dropped": (ROWS, "l[j] >= bound ?", "(FAULT ? l[j] > bound : l[j] >= bound) ?"),
+    "the best token of an earlier part": (
+        ROWS,
+        "b.top > a.top ? b.held_logit",
+        "!FAULT && b.top > a.top ? b.held_logit",
+    ),
     "the best token of an earlier tile": (
         ROWS,
-        SHARED,
         "ILLADA_NEEDS_TOP_ID && top > s.top)",
-        "ILLADA_NEEDS_TOP_ID && top < s.top)",
+        "ILLADA_NEEDS_TOP_ID && (FAULT ? top < s.top : top > s.top))",
     ),
-    "held tokens take no part": (ROWS, SHARED, "|| (EXTENDED && c.rule == ILLADA_RENOISE)", ""),
-    "the best token of the last part": (SELECT, SELECT, "Best{t, t, __float_as_int", "Best{0.0f, t, __float_as_int"),
-    "the token drawn is reported": (SELECT, SELECT, "shown.proposal = result.top_id;", ""),
+    "held tokens take no part": (
+        ROWS,
+        "|| (EXTENDED && c.rule == ILLADA_RENOISE)",
+        "|| (!FAULT && EXTENDED && c.rule == ILLADA_RENOISE)",
+    ),
+    "the best token of the last part": (
+        SELECT,
+        "Best{t, t, __float_as_int",
+        "Best{FAULT ? 0.0f : t, t, __float_as_int",
+    ),
+    "the token drawn is reported": (
+        SELECT,
+        "shown.proposal = result.top_id;",
+        "if (!FAULT) shown.proposal = result.top_id;",
+    ),
     "the confidence of the token drawn": (
         SELECT,
-        SELECT,
         "result.top_id = largest.id, best.logit = top;",
-        "result.top_id = largest.id;",
+        "result.top_id = largest.id, best.logit = FAULT ? best.logit : top;",
     ),
-    "redraws with the ranks' noise": (
-        SELECT,
-        SELECT,
-        "row.noise_position, row.step, 3)",
-        "row.noise_position, row.step, 2)",
-    ),
+    "redraws with the ranks' noise": (SELECT, f"{REDRAWN}3)", f"{REDRAWN}FAULT ? 2 : 3)"),
     "accepted tokens are redrawn": (
         SELECT,
-        SELECT,
         "if (proposal[k] < 0 || committed[k]) continue;",
-        "if (proposal[k] < 0) continue;",
+        "if (proposal[k] < 0 || (!FAULT && committed[k])) continue;",
     ),
-    "masks are counted": (SELECT, SELECT, "(RENOISE ? !committed[k] :", "(false ? !committed[k] :"),
+    "masks are counted": (SELECT, "(RENOISE ? !committed[k] :", "(!FAULT && RENOISE ? !committed[k] :"),
 }
 
 
@@ -291,20 +306,23 @@ def needs_everything(backend: Backend, launch: OnCpu) -> None:
     for launch.seed, way in enumerate(ways):
         both(logits, None, *args, ik.TopK(1), vocabulary=17001, **options, **way)
     canvas = torch.randint(0, 17001, (2, 5), generator=draw)
-    for launch.seed in range(2):
-        both(
-            logits, None, canvas, args[1], ik.Renoise(9.0), vocabulary=17001, top_k=400, rank_temperature=1.0, **options
-        )
+    for launch.seed, gamma in enumerate((9.0, 2.0)):  # all are accepted, and all but one
+        rule = ik.Renoise(gamma)
+        both(logits, None, canvas, args[1], rule, vocabulary=17001, top_k=400, rank_temperature=1.0, **options)
 
 
 def test_the_calls_that_find_faults_pass_without_one(on_cpu: Backend) -> None:
     needs_everything(on_cpu, on_cpu.launch)
 
 
+@pytest.mark.parametrize("kernel", [SELECT, ROWS, BOUNDS])
+def test_kernels_with_no_fault_chosen_pass_too(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = planted(FAULTS, kernel, None, extended=True, most_steps=MOST_STEPS)
+    needs_everything(Backend(monkeypatch, launch), launch)
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, *fault = FAULTS[name]
-    launch = OnCpu(kernel, text=faulty(kernel, *fault, extended=True), most_steps=MOST_STEPS)
-    launch.kernels += [k for k, source in zip(kernels().kernels, SOURCES) if source != kernel]
+    launch = planted(FAULTS, FAULTS[name][0], name, extended=True, most_steps=MOST_STEPS)
     with pytest.raises((KernelFault, AssertionError)):
         needs_everything(Backend(monkeypatch, launch), launch)
