@@ -95,6 +95,8 @@ PYBIND11_MODULE(_C, m) {
   BIND_CPU(attention_fwd_cpu);
   BIND_CPU(attention_bwd_cpu);
 
+  BIND_CPU(head_cpu);
+
   // masked_loss
   BIND_CPU(masked_loss_stats_cpu);
   BIND_CPU(masked_loss_dlogits_cpu);
@@ -104,7 +106,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("unmask_partial_bytes") = ILLADA_UNMASK_PARTIAL_BYTES;
   m.attr("unmask_segment") = ILLADA_UNMASK_SEGMENT;
   BIND_CPU(unmask_plan_cpu);
-  BIND_CPU(unmask_head_cpu);
   BIND_CPU(unmask_rows_cpu);
   BIND_CPU(unmask_truncate_cpu);
   BIND_CPU(unmask_select_cpu);

@@ -77,16 +77,16 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_truncate_cpu)(const void* logits, int
                                                          int64_t stride_k, int64_t count, const void* rows,
                                                          int64_t row_count, int64_t ids, int64_t segments,
                                                          const int64_t* edit_ids, const float* edit_values,
-                                                         int64_t edits, int64_t per_sequence, const int64_t* top_ks,
-                                                         const float* top_ps, const float* log_min_ps, void* partials,
-                                                         int threads) {
+                                                         int64_t edits, int needs, int64_t per_sequence,
+                                                         const int64_t* top_ks, const float* top_ps,
+                                                         const float* log_min_ps, void* partials, int threads) {
   const Logits in{logits, stride_b, stride_k, count, 0, ids, segments, static_cast<const Row*>(rows)};
   const Edits changes{edit_ids, edit_values, edits};
   const Truncations how{per_sequence, top_ks, top_ps, log_min_ps};
   Partial* out = static_cast<Partial*>(partials);
-  if (dtype == ILLADA_F32) draw_truncated_rows<float>(in, row_count, changes, how, out, threads);
-  else if (dtype == ILLADA_BF16) draw_truncated_rows<bf16>(in, row_count, changes, how, out, threads);
-  else if (dtype == ILLADA_F16) draw_truncated_rows<fp16>(in, row_count, changes, how, out, threads);
+  if (dtype == ILLADA_F32) draw_truncated_rows<float>(in, row_count, changes, needs, how, out, threads);
+  else if (dtype == ILLADA_BF16) draw_truncated_rows<bf16>(in, row_count, changes, needs, how, out, threads);
+  else if (dtype == ILLADA_F16) draw_truncated_rows<fp16>(in, row_count, changes, needs, how, out, threads);
   else return ILLADA_BAD_DTYPE;
   return ILLADA_OK;
 }

@@ -52,18 +52,24 @@ struct NaNs {
 struct Doubles {
   vd low, high;
 };
-inline void accumulate(Doubles& sum, vf v) {
+inline Doubles widened(vf v) {
 #if defined(__AVX512F__)
   const __m512 x = bit_cast<__m512>(v);
-  sum.low += bit_cast<vd>(_mm512_cvtps_pd(_mm512_castps512_ps256(x)));
-  sum.high += bit_cast<vd>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+  return {bit_cast<vd>(_mm512_cvtps_pd(_mm512_castps512_ps256(x))),
+          bit_cast<vd>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)))};
 #elif defined(__AVX2__)
   const __m256 x = bit_cast<__m256>(v);
-  sum.low += bit_cast<vd>(_mm256_cvtps_pd(_mm256_castps256_ps128(x)));
-  sum.high += bit_cast<vd>(_mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+  return {bit_cast<vd>(_mm256_cvtps_pd(_mm256_castps256_ps128(x))),
+          bit_cast<vd>(_mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)))};
 #else
-  for (int i = 0; i < kWidth / 2; ++i) sum.low[i] += double(v[i]), sum.high[i] += double(v[i + kWidth / 2]);
+  Doubles wide;
+  for (int i = 0; i < kWidth / 2; ++i) wide.low[i] = double(v[i]), wide.high[i] = double(v[i + kWidth / 2]);
+  return wide;
 #endif
+}
+inline void accumulate(Doubles& sum, vf v) {
+  const Doubles wide = widened(v);
+  sum.low += wide.low, sum.high += wide.high;
 }
 inline double total(const Doubles& sum) {
   const vd s = sum.low + sum.high;
@@ -241,9 +247,28 @@ struct Logits {
   }
 };
 
+// Fills the partials of segments [from, to) of `in`, of row r.
+template <class T>
+void run_segments(const Logits& in, int64_t r, const Edits& edits, int needs, int64_t from, int64_t to,
+                  Partial* partials) {
+  const Row& row = in.rows[r];
+  const T* p = static_cast<const T*>(in.data) + in.offset(r);
+  const RowNoise noise(row.seed, row.position, row.step);
+  const int64_t first_segment = in.first / kSegment;
+  Partial* out = partials + r * in.segments + first_segment;
+  Best best{-kInf, -kInf, -1};
+  if (from == 0)
+    for (const Partial* q = out - first_segment; q != out; ++q)
+      if (q->best_score > best.score) best = Best{q->best_score, q->best_logit, q->best_id};
+  for (int64_t s = from; s < to; ++s) {
+    const int n = int(std::min<int64_t>(kSegment, in.ids - s * kSegment));
+    run_segment(p + s * kSegment, n, in.first + s * kSegment, edits, row, noise, needs, best, out[s]);
+  }
+}
+
 template <class T>
 void run_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, Partial* partials, int threads) {
-  const int64_t here = (in.ids + kSegment - 1) / kSegment, first_segment = in.first / kSegment;
+  const int64_t here = (in.ids + kSegment - 1) / kSegment;
   // With few rows several threads share one. Each span starts without a bar to beat, which costs time but changes no
   // bit.
   const int64_t spans =
@@ -253,19 +278,8 @@ void run_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, Par
     const FloatMode mode;
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < rows * spans; ++item) {
-      const int64_t r = item / spans, span = item % spans;
-      const Row& row = in.rows[r];
-      const T* p = static_cast<const T*>(in.data) + in.offset(r);
-      const RowNoise noise(row.seed, row.position, row.step);
-      Partial* out = partials + r * in.segments + first_segment;
-      Best best{-kInf, -kInf, -1};
-      if (span == 0)
-        for (const Partial* q = out - first_segment; q != out; ++q)
-          if (q->best_score > best.score) best = Best{q->best_score, q->best_logit, q->best_id};
-      for (int64_t s = here * span / spans; s < here * (span + 1) / spans; ++s) {
-        const int n = int(std::min<int64_t>(kSegment, in.ids - s * kSegment));
-        run_segment(p + s * kSegment, n, in.first + s * kSegment, edits, row, noise, needs, best, out[s]);
-      }
+      const int64_t span = item % spans;
+      run_segments<T>(in, item / spans, edits, needs, here * span / spans, here * (span + 1) / spans, partials);
     }
   }
 }

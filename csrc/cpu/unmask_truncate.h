@@ -1,6 +1,6 @@
 // unmask on the CPU: the draw from the ids that top_k, top_p and min_p keep.
 //
-// Runs after a pass that left the maxima and sums of a row in its partials. All three are a least logit
+// Runs after a pass that left the maxima and sums of a row in its partials, while the row is in L2. All three are a least logit
 // (unmask_bound.h); what lies below counts as -inf, so that the ids that are kept have the noise that they always have.
 #pragma once
 #include <algorithm>
@@ -68,14 +68,17 @@ void draw_truncated(const RowLogits<T>& logits, const Row& row, const Truncation
 }
 
 template <class T>
-void draw_truncated_rows(const Logits& in, int64_t rows, const Edits& edits, const Truncations& truncations,
+void draw_truncated_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, const Truncations& truncations,
                          Partial* partials, int threads) {
+  const bool shared = rows < 4 * threads;  // by threads: the first pass of a row
+  if (shared) run_rows<T>(in, rows, edits, needs, partials, threads);
 #pragma omp parallel num_threads(threads)
   {
     const FloatMode mode;
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < rows; ++r) {
       const Row& row = in.rows[r];
+      if (!shared) run_segments<T>(in, r, edits, needs, 0, in.segments, partials);
       if (!(row.temperature > 0)) continue;
       Partial* parts = partials + r * in.segments;
       const RowLogits<T> logits{static_cast<const T*>(in.data) + in.offset(r), in.ids, edits, parts};

@@ -75,6 +75,13 @@ extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const 
                                                 int64_t kv_heads, int64_t dim, int64_t bounds_batches,
                                                 const int64_t* strides, float scale, int blocks, void* stream);
 
+// ---- the LM head (csrc/cpu/head.cpp) ---------------------------------------------------------------------------------
+// logits (rows, ids), out_stride from row to row, of ids first .. first + ids. hidden (rows, dim), contiguous, float32 or of
+// the weight's dtype; weight: `stride` from id to id; bias: float32 or null.
+ILLADA_CPU(illada_head_cpu, const void* hidden, int hidden_dtype, int64_t rows, int64_t dim, const void* weight,
+           const float* bias, int dtype, int64_t stride, int64_t first, int64_t ids, float* logits, int64_t out_stride,
+           int threads)
+
 // ---- masked_loss (csrc/cpu/masked_loss.cpp, csrc/cuda/masked_loss_*.cu) ---------------------------------------------
 // Row r of a call is row row_index[r] (null: r) of logits; its columns [0, count) are the ids first .. first + count.
 // bias: of those ids, or null. softcap 0: none. targets: (rows). forbid: ascending ids. Updates state (rows, 4)
@@ -176,18 +183,16 @@ ILLADA_CPU(illada_unmask_plan_cpu, const int64_t* tokens, int64_t token_stride, 
            const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride,
            const int64_t* noise_positions, int64_t mask_id, int rule, int revise, const int64_t* integers,
            const float* numbers, void* rows, int64_t* row_count)
-ILLADA_CPU(illada_unmask_head_cpu, const void* hidden, int hidden_dtype, int64_t rows, int64_t dim, const void* weight,
-           const float* bias, int dtype, int64_t stride, int64_t first, int64_t ids, float* logits, int threads)
 ILLADA_CPU(illada_unmask_rows_cpu, const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count,
            const void* rows, int64_t row_count, int64_t first, int64_t ids, int64_t segments, const int64_t* edit_ids,
            const float* edit_values, int64_t edits, int needs, void* partials, int threads)
-// Draws again, from the ids that top_k, top_p and min_p keep, where partials hold NO_DRAW's. As illada_unmask_rows_cpu
-// with all ids at once; sequences of per_sequence rows have their own top_ks (0: all), top_ps (1: all) and log_min_ps
+// As illada_unmask_rows_cpu with all ids at once, but draws from the ids that top_k, top_p and min_p keep. needs has
+// NO_DRAW; sequences of per_sequence rows have their own top_ks (0: all), top_ps (1: all) and log_min_ps
 // (-inf: all).
 ILLADA_CPU(illada_unmask_truncate_cpu, const void* logits, int dtype, int64_t stride_b, int64_t stride_k, int64_t count,
            const void* rows, int64_t row_count, int64_t ids, int64_t segments, const int64_t* edit_ids,
-           const float* edit_values, int64_t edits, int64_t per_sequence, const int64_t* top_ks, const float* top_ps,
-           const float* log_min_ps, void* partials, int threads)
+           const float* edit_values, int64_t edits, int needs, int64_t per_sequence, const int64_t* top_ks,
+           const float* top_ps, const float* log_min_ps, void* partials, int threads)
 ILLADA_CPU(illada_unmask_select_cpu, int64_t* tokens, int64_t token_stride, int64_t batch, int64_t length,
            const int64_t* positions, int64_t count, const uint8_t* frozen, int64_t frozen_stride, int64_t mask_id,
            int64_t vocab, int rule, int confidence, int revise, int order, const int64_t* defer, int64_t defers,

@@ -1,4 +1,4 @@
-"""unmask through the compiled extension: csrc/cpu/unmask.cpp and unmask_head.cpp.
+"""unmask through the compiled extension: csrc/cpu/unmask.cpp and head.cpp.
 
 Lists the rows that are needed, reduces their logits (given, or a slice of the vocab at a time) and selects. All
 arithmetic but the parameters' is in C++. With top_k, top_p or min_p a row's logits are needed more than once: then all
@@ -34,7 +34,7 @@ IDS_AT_ONCE = 16384
 
 
 def available() -> str | None:
-    return extension_reason("unmask_rows_cpu")
+    return extension_reason("unmask_rows_cpu", "head_cpu")
 
 
 def supports(problem: Problem) -> str | None:
@@ -68,9 +68,8 @@ def forward(problem: Problem) -> Outputs:
         scan = Scan(module, problem, vocab, rows, partials, threads)
         if problem.head_weight is None:
             source = problem.source
-            scan.run(source, source.stride(0), source.stride(1), count, 0, vocab)
-            if problem.truncation:
-                scan.truncate(source, source.stride(0), source.stride(1), count)
+            all_rows = (source, source.stride(0), source.stride(1), count)
+            scan.truncate(*all_rows) if problem.truncation else scan.run(*all_rows, 0, vocab)
         else:
             from_hidden(scan, problem)
     if problem.group:
@@ -176,12 +175,14 @@ class Scan:
         check("unmask", code)
 
     def truncate(self, logits: Tensor, stride_b: int, stride_k: int, count: int, some: slice = slice(None)) -> None:
-        """Draws from what is kept of rows that `run` has seen, from all of their logits."""
+        """As run, of all ids, but draws from what top_k, top_p and min_p keep."""
         rows, partials = self.rows[some], self.partials[some]
         source = (logits.data_ptr(), DTYPES[logits.dtype], stride_b, stride_k, count)
         which = (rows.data_ptr(), rows.shape[0], self.vocab, partials.shape[1])
         how = (self.per_sequence, *(t.data_ptr() for t in self.truncations))
-        code = self.module.unmask_truncate_cpu(*source, *which, *self.changes, *how, partials.data_ptr(), self.threads)
+        code = self.module.unmask_truncate_cpu(
+            *source, *which, *self.changes, self.needs, *how, partials.data_ptr(), self.threads
+        )
         check("unmask", code)
 
 
@@ -211,8 +212,8 @@ def from_hidden(scan: Scan, problem: Problem) -> None:
         for first in range(begin, own.stop, ids_at_once):
             low, ids = max(first, own.start), min(ids_at_once, own.stop - first) - max(own.start - first, 0)
             out = logits[: x.shape[0] * ids].view(x.shape[0], ids)
-            where = (low - own.start, ids, out.data_ptr(), scan.threads)
-            check("unmask", scan.module.unmask_head_cpu(x.data_ptr(), DTYPES[x.dtype], *x.shape, *weight, *where))
+            where = (low - own.start, ids, out.data_ptr(), ids, scan.threads)
+            check("unmask", scan.module.head_cpu(x.data_ptr(), DTYPES[x.dtype], *x.shape, *weight, *where))
             if low > first:  # a segment that another rank begins
                 out = torch.nn.functional.pad(out, (low - first, 0), value=-torch.inf)
             scan.run(out, 0, out.shape[1], 0, first, out.shape[1], some)

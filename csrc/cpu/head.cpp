@@ -1,4 +1,4 @@
-// unmask on the CPU: the LM head for a slice of the vocab, logits = hidden head^T + bias in float32.
+// unmask and masked_loss on the CPU: the LM head for a slice of the vocab, logits = hidden head^T + bias in float32.
 //
 // Every logit is the sum of its D products in one order, whatever rows and ids lie beside it and whichever thread
 // computes it: lane l of a vector adds the products l, l + lanes, ... of kDepthBytes, a tree adds the lanes, and the blocks
@@ -167,7 +167,8 @@ void multiply_group(const Head<T>& head, int64_t first, int n, int64_t after, co
 
 // ---- a slice of the vocab -------------------------------------------------------------------------------------------
 template <class How, class T, class Hidden>
-void run_few(const Head<T>& head, const Hidden* hidden, int rows, int64_t ids, float* logits, int threads) {
+void run_few(const Head<T>& head, const Hidden* hidden, int rows, int64_t ids, float* logits, int64_t out_stride,
+             int threads) {
   alignas(64) typename How::Packed packed[kFewBytes / sizeof(typename How::Packed)];
   pack<How>(hidden, head.dim, rows, rows, int(head.dim), packed);
 #pragma omp parallel num_threads(threads)
@@ -176,23 +177,24 @@ void run_few(const Head<T>& head, const Hidden* hidden, int rows, int64_t ids, f
 #pragma omp for schedule(dynamic, kGroupIds / kIds)
     for (int64_t at = 0; at < ids; at += kIds) {
       const int n = int(std::min<int64_t>(kIds, ids - at));
-      if (rows == 1) multiply_few<How, 1>(head, at, n, packed, logits + at, ids);
-      else if (rows == 2) multiply_few<How, 2>(head, at, n, packed, logits + at, ids);
-      else if (rows == 3) multiply_few<How, 3>(head, at, n, packed, logits + at, ids);
-      else multiply_few<How, 4>(head, at, n, packed, logits + at, ids);
+      if (rows == 1) multiply_few<How, 1>(head, at, n, packed, logits + at, out_stride);
+      else if (rows == 2) multiply_few<How, 2>(head, at, n, packed, logits + at, out_stride);
+      else if (rows == 3) multiply_few<How, 3>(head, at, n, packed, logits + at, out_stride);
+      else multiply_few<How, 4>(head, at, n, packed, logits + at, out_stride);
     }
   }
 }
 
 template <class How, class T, class Hidden>
-int run_head(const Head<T>& head, const Hidden* hidden, int64_t rows, int64_t ids, float* logits, int threads) {
+int run_head(const Head<T>& head, const Hidden* hidden, int64_t rows, int64_t ids, float* logits, int64_t out_stride,
+             int threads) {
   using Packed = typename How::Packed;
   const int64_t blocks = (rows + kRows - 1) / kRows, width = (head.dim + How::kStep - 1) / How::kStep * How::kStep;
   const int64_t row_bytes = width * int64_t(sizeof(Packed));
   if (head.dim == 0 || (rows <= 4 && rows * row_bytes <= kFewBytes)) {
     for (int64_t row = 0; row < rows; row += 4)
-      run_few<How>(head, hidden + row * head.dim, int(std::min<int64_t>(4, rows - row)), ids, logits + row * ids,
-                   threads);
+      run_few<How>(head, hidden + row * head.dim, int(std::min<int64_t>(4, rows - row)), ids, logits + row * out_stride,
+                   out_stride, threads);
     return ILLADA_OK;
   }
   const int group = rows <= kManyRows ? kPanelIds : kGroupIds;
@@ -215,7 +217,7 @@ int run_head(const Head<T>& head, const Hidden* hidden, int64_t rows, int64_t id
     for (int64_t at = 0; at < ids; at += group) {
       const int n = int(std::min<int64_t>(group, ids - at));
       multiply_group<How>(head, at, n, ids - at - n, packed, rows, reinterpret_cast<Packed*>(mine),
-                          reinterpret_cast<float*>(mine + panel_bytes), logits + at, ids);
+                          reinterpret_cast<float*>(mine + panel_bytes), logits + at, out_stride);
     }
   }
   return ILLADA_OK;
@@ -223,16 +225,17 @@ int run_head(const Head<T>& head, const Hidden* hidden, int64_t rows, int64_t id
 
 }  // namespace
 
-// Fills logits (rows, ids), contiguous, for ids [first, first + ids). hidden (rows, dim) is contiguous, float32 or of the
+// Fills logits (rows, ids), out_stride from row to row, for ids [first, first + ids). hidden (rows, dim) is contiguous, float32 or of the
 // weight's dtype. weight has `stride` elements from id to id, and a contiguous last dimension; bias is float32 or null.
-extern "C" int ILLADA_ISA_FN(illada_unmask_head_cpu)(const void* hidden, int hidden_dtype, int64_t rows, int64_t dim,
-                                                     const void* weight, const float* bias, int dtype, int64_t stride,
-                                                     int64_t first, int64_t ids, float* logits, int threads) {
+extern "C" int ILLADA_ISA_FN(illada_head_cpu)(const void* hidden, int hidden_dtype, int64_t rows, int64_t dim,
+                                              const void* weight, const float* bias, int dtype, int64_t stride,
+                                              int64_t first, int64_t ids, float* logits, int64_t out_stride,
+                                              int threads) {
   const auto run = [&](auto how, auto number, auto hidden_number) {
     using T = decltype(number);
     const Head<T> head{static_cast<const T*>(weight) + first * stride, bias ? bias + first : nullptr, stride, dim};
     return run_head<decltype(how)>(head, static_cast<const decltype(hidden_number)*>(hidden), rows, ids, logits,
-                                   threads);
+                                   out_stride, threads);
   };
   if (hidden_dtype != dtype && hidden_dtype != ILLADA_F32) return ILLADA_BAD_DTYPE;
   const bool floats = hidden_dtype == ILLADA_F32;
