@@ -286,6 +286,7 @@ def test_a_run_s_model_is_recorded_and_trained_on_from_the_command_line(objectiv
     kept = [parse("line", line) for line in written.splitlines()]
     assert len(kept) == 6 and all(kept[i].mean_bound >= kept[i + 1].mean_bound for i in (0, 2, 4))
     (tmp_path / "none").write_text("\n")
+    measured = ["--eval-every", "1", "--eval-data", str(out), "--workers", "1"]
     for more, message in (
         (["--keep", "9"], "keep: expected at most draws = 3, got 9"),
         (["--edit", "0.9"], "revise: expected None"),
@@ -296,7 +297,7 @@ def test_a_run_s_model_is_recorded_and_trained_on_from_the_command_line(objectiv
         assert main([*record_command, *how, *more]) == 2
         assert message in capsys.readouterr().err and out.read_text() == written
     tuned = [*train, "--from", str(tmp_path / "base"), "--data", str(out), "--objective", objective]
-    assert main([*tuned, "--out", str(tmp_path / "tuned"), "--scored", "next", "--passes", "0", "0.5"]) == 0
+    assert main([*tuned, "--out", str(tmp_path / "tuned"), "--scored", "next", "--passes", "0", "0.5", *measured]) == 0
     assert main(["train", "--out", str(tmp_path / "tuned"), "--resume", "--quiet"]) == 0
     capsys.readouterr()
     for more, message in (
