@@ -165,22 +165,22 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.fewer_passes", description=str(__doc__).splitlines()[0]
     )
-    parser.add_argument("--steps", type=int, help="of the training before (the task's own number)")
+    parser.add_argument("--steps", type=int, default=600, help="of the training before (default 600)")
     parser.add_argument(
         "--base", type=Path, help="a file of the weights before; where it is missing they are put there"
     )
-    parser.add_argument("--tune", type=int, default=200, help="steps of each copy (default 200)")
+    parser.add_argument("--tune", type=int, default=120, help="steps of each copy (default 120)")
     parser.add_argument("--lr", type=float, default=0.01, help="of these steps (default 0.01)")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--prompts", type=int, default=2048, help="problems whose trajectories are recorded")
-    parser.add_argument("--draws", type=int, default=4, help="trajectories of which the best is kept (default 4)")
-    parser.add_argument("--turns", type=int, default=2, help="rounds of recording in which the teacher takes over")
-    parser.add_argument("--problems", type=int, default=500)
+    parser.add_argument("--prompts", type=int, default=4096, help="problems whose trajectories are recorded")
+    parser.add_argument("--draws", type=int, default=2, help="trajectories of which the best is kept (default 2)")
+    parser.add_argument("--turns", type=int, default=1, help="rounds of recording in which the teacher takes over")
+    parser.add_argument("--problems", type=int, default=400)
     parser.add_argument("--out", type=Path, help="folder to write to (default: under benchmarks/results/)")
     options = parser.parse_args(argv)
     task, device = TASKS["either"], measure.device_name("cpu")
     about = {"device": device, "versions": measure.versions(), "commit": measure.commit()}
-    steps = options.steps or task.steps
+    steps = options.steps
     rows: list[dict[str, Any]] = []
     training = {"training_steps": steps, "tuning_steps": options.tune, "problems": options.problems}
     folder = options.out or RESULTS / measure.slug(device)
