@@ -68,7 +68,7 @@ test: build extras
 
 # imports what the tests do: broken imports show early, and workers that start together find the bytecode
 collect: setup
-	$(BIN)/python -m pytest --collect-only --quiet >/dev/null
+	$(BIN)/python -m pytest --collect-only --quiet >build/collected || (tail -n 50 build/collected; exit 1)
 
 # packages that tests want beside the environment's
 extras: $(EXTRAS)
