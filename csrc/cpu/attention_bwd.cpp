@@ -5,8 +5,9 @@
 //
 // A unit of work owns 256 keys of one kv head. It walks all query tiles (five GEMMs each), accumulates dk and dv alone,
 // and adds to dq in the order of the keys, waiting for its turn: results are bitwise the same for any number of
-// threads. 10 * dim flops a pair; memory: delta, and about 1 MB a thread. Everything accumulates in float32. Rows
-// without keys and keys without rows are packed as zeros, so that a NaN or inf in them stays out of the sums.
+// threads. 10 * dim flops a pair; memory: delta, and about 1 MB a thread. Pairs of bf16 (products.h) are multiplied
+// with p and ds rounded too; everything accumulates in float32. Rows without keys and keys without rows are packed as
+// zeros, so that a NaN or inf in them stays out of the sums.
 #include <omp.h>
 #include <sched.h>
 

@@ -3,14 +3,15 @@
 //   s = scale q k^T;  lse = log sum exp s;  out = exp(s - lse) v
 //
 // A unit of work owns up to 512 rows of heads that share a kv head; they share each packed tile of 128 keys. A query
-// tile of 32 rows walks the key tiles that its hulls touch with a running maximum, and computes only columns within the
-// hulls. A tile is masked only where its rows differ. 4 * dim flops a pair; memory: a few hundred KB a thread. Inputs
-// are converted to float32 as tiles are packed; everything accumulates in float32, in an order that does not depend on
-// the threads. A row without keys gives out 0 and lse -inf. Keys to which no row of the batch entry may attend are
-// packed as zeros, so that a NaN or inf in them stays out of the sums.
+// tile of 32 rows walks the key tiles that its hulls touch with a running maximum. Each 8 of its rows compute only
+// columns within their own hulls, and are masked only where they differ. 4 * dim flops a pair; memory: a few hundred KB
+// a thread. Tiles are packed as float32, or as pairs of bf16 with p rounded too (products.h); everything accumulates in
+// float32, in an order that does not depend on the threads. A row without keys gives out 0 and lse -inf. Keys to which
+// no row of the batch entry may attend are packed as zeros, so that a NaN or inf in them stays out of the sums.
 #include <omp.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "illada/api.h"
 #include "attention_tiles.h"
@@ -248,23 +249,36 @@ template <class Products, class T> class Forward {
   float* const lse;
 };
 
-// Query tiles that share packed keys, for every head.
+// Query tiles first .. last of a batch entry, which share packed keys, for every head.
 struct TileGroup {
-  int64_t keys, index;  // how many their rows attend to; batch entry * groups of an entry + group
+  int64_t keys, b;  // how many keys their hulls hold
+  int first, last;
 };
 
-// Sorts the groups by their keys, the most first, so that threads end together.
-void sort_groups(const Tiles& tiles, int64_t per_entry, int unit_tiles, int query_tiles, int64_t count,
-                 TileGroup* groups) {
-  for (int64_t i = 0; i < count; ++i) {
-    groups[i] = {0, i};
-    const int first = int(i % per_entry) * unit_tiles;
-    for (int t = first; t < smaller(first + unit_tiles, query_tiles); ++t)
-      groups[i].keys += tiles.hulls(i / per_entry, t).keys();
-  }
-  std::sort(groups, groups + count, [](const TileGroup& a, const TileGroup& b) {
-    return a.keys != b.keys ? a.keys > b.keys : a.index < b.index;
+// Returns whether two query tiles meet a common key tile.
+bool share_keys(const Hulls& a, const Hulls& b) {
+  for (int i = 0; i < 2; ++i)
+    if (a.lo[i] < a.hi[i] && b.touches(round_down(a.lo[i], kTileKeys), round_up(a.hi[i], kTileKeys))) return true;
+  return false;
+}
+
+// Divides the query tiles into groups of at most `most` that share keys. The first have most keys, so that threads end
+// together. Returns how many groups there are.
+int64_t divide(const Problem& p, const Tiles& tiles, int most, TileGroup* groups) {
+  int64_t count = 0;
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int t = 0; t < p.query_tiles(); ++t) {
+      const bool joins =
+          t > 0 && t - groups[count - 1].first < most && share_keys(tiles.hulls(b, t - 1), tiles.hulls(b, t));
+      TileGroup& group = groups[joins ? count - 1 : count++];
+      if (!joins) group = {0, b, t, t};
+      group.keys += tiles.hulls(b, t).keys();
+      group.last = t + 1;
+    }
+  std::sort(groups, groups + count, [](const TileGroup& x, const TileGroup& y) {
+    return std::make_tuple(-x.keys, x.b, x.first) < std::make_tuple(-y.keys, y.b, y.first);
   });
+  return count;
 }
 
 template <class Products, class T> int forward(const Problem& p, T* out, float* lse) {
@@ -274,32 +288,29 @@ template <class Products, class T> int forward(const Problem& p, T* out, float* 
   int unit_tiles = kUnitTiles / unit_heads;
   while (unit_tiles > 1 && p.batch * head_slices * ((query_tiles + unit_tiles - 1) / unit_tiles) < 4 * p.threads)
     unit_tiles /= 2;
-  const int64_t per_entry = (query_tiles + unit_tiles - 1) / unit_tiles, groups = p.batch * per_entry;
   Tiles tiles(p);
   Cutter count(nullptr);
   ForwardScratch<Products>(p, unit_tiles * unit_heads, count);
-  Buffer memory(sizeof(float) * count.used() * p.threads), order(sizeof(TileGroup) * groups);
-  if (!tiles || !memory || !order) return ILLADA_NO_MEMORY;
+  Buffer memory(sizeof(float) * count.used() * p.threads), groups(sizeof(TileGroup) * p.batch * query_tiles);
+  if (!tiles || !memory || !groups) return ILLADA_NO_MEMORY;
   const Forward<Products, T> forward(p, tiles, out, lse);
-  int64_t next = 0;
+  int64_t next = 0, units = 0;
 #pragma omp parallel num_threads(p.threads)
   {
     const FloatMode mode;
     tiles.fill();
 #pragma omp single
-    sort_groups(tiles, per_entry, unit_tiles, query_tiles, groups, order.as<TileGroup>());
+    units = head_slices * divide(p, tiles, unit_tiles, groups.as<TileGroup>());
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
     ForwardScratch<Products> scratch(p, unit_tiles * unit_heads, cut);
     // rows beyond a tile's end are read as scores
     std::memset(scratch.scores, 0, sizeof(float) * kTileRows * kLdScores);
     // heads innermost: their rows are neighbours in memory
-    const int64_t units = head_slices * groups;
     auto unit = [&](int64_t u) {
-      const int64_t at = order.as<TileGroup>()[u / head_slices].index;
-      const int first = int(at % per_entry) * unit_tiles, slice = int(u % head_slices);
-      const int first_head = slice / slices * group + slice % slices * unit_heads, end = (slice / slices + 1) * group;
-      return ForwardUnit{at / per_entry, first_head, smaller(first_head + unit_heads, end), first,
-                         smaller(first + unit_tiles, query_tiles)};
+      const TileGroup& tiles_of = groups.as<TileGroup>()[u / head_slices];
+      const int slice = int(u % head_slices), first_head = slice / slices * group + slice % slices * unit_heads;
+      const int last_head = smaller(first_head + unit_heads, (slice / slices + 1) * group);
+      return ForwardUnit{tiles_of.b, first_head, last_head, tiles_of.first, tiles_of.last};
     };
     for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < units;)
       forward.run(unit(u), unit(std::min(u + p.threads, units - 1)), scratch);
