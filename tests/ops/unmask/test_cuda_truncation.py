@@ -31,7 +31,7 @@ from tests.helpers.unmask_oracle import INF, MASK, draw_call
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
-MOST_STEPS = 1 << 22  # that a block may take; without a fault none takes a quarter, and with one some never end
+MOST_STEPS = 1 << 22  # that a block may take: the calls below pass under it without a fault, and some faults never end
 
 
 @functools.cache
