@@ -5,7 +5,8 @@
 
 Writes caches.json and caches.png under benchmarks/results/<device>/. Rows: {task, cache, rule, parameter, accuracy,
 tokens_per_pass, columns_per_token, ...}; accuracy is the share of problems whose whole answer is right, columns are
-those that the model computes, prompt included. All masks are shown from the start, and blocks hold two tokens.
+those that the model computes for the batch of all problems, prompts included. All masks are shown from the start, and
+blocks hold two tokens.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def table(rows: list[dict[str, Any]], task: str) -> str:
     """Returns Markdown: a line for each cache, its accuracy and tokens a pass under some rules, and its columns."""
     chosen = [("steps", 2), ("steps", 1), ("Threshold(tau)", 0.9), ("Factor(f)", 0.4)]
     found = {(r["cache"], r["rule"], r["parameter"]): r for r in rows if r["task"] == task}
-    names = {"steps": "{} passes a block", "Threshold(tau)": "Threshold({})", "Factor(f)": "Factor({})"}
+    names = {"steps": "block in passes: {}", "Threshold(tau)": "Threshold({})", "Factor(f)": "Factor({})"}
     titles = [names[rule].format(parameter) for rule, parameter in chosen]
     lines = ["| cache | " + " | ".join(titles) + " | columns a token |", "|---|" + "---:|" * (len(chosen) + 1)]
     for cache in CACHES:
