@@ -25,6 +25,7 @@ _HOMES = {
     "PromptError": "errors",
     "Recorder": "replay",
     "pack": "packing",
+    "record": "training.record",
 }
 __all__ = sorted(_HOMES)
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .model import Model as Model
     from .packing import pack as pack
     from .replay import Recorder as Recorder
+    from .training.record import record as record
 
 
 def __getattr__(name: str) -> Any:

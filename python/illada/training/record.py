@@ -73,8 +73,7 @@ def record(
     Examples
     --------
     >>> import torch
-    >>> from illada import GenerationConfig, Model, ModelConfig
-    >>> from illada.training.record import record
+    >>> from illada import GenerationConfig, Model, ModelConfig, record
     >>> _ = torch.manual_seed(0)
     >>> model = Model(ModelConfig.preset("demo", n_layers=1)).eval()
     >>> [kept] = record(model, [[72, 105]], GenerationConfig(max_new_tokens=4), draws=2, keep=1)
