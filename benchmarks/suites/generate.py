@@ -42,6 +42,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         sizes |= {"vocab_size": 32768, "mask_id": 5, "eos_id": 2, "pad_id": 1}
         shapes = [("iLLaDA-8B", 4, 96, 32, 16, exact), ("iLLaDA-8B", 4, 96, 32, 16, dual)]
         shapes += [("SDAR-8B", 4, 96, 32, 4, blocks), ("Qwen2.5-7B", 4, 96, 32, 1, blocks)]
+        shapes += [("iLLaDA-8B", 1, 960, 64, 32, exact), ("iLLaDA-8B", 1, 960, 64, 32, dual)]
         dtype = "float32"
     for preset, batch, prompt, new, block, cache in shapes:
         config = ModelConfig.preset(preset, **sizes)

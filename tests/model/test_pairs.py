@@ -126,7 +126,7 @@ def test_the_command_refuses_long_responses_before_a_run_begins_or_says_how_many
     [
         (["--pairs"], "pairs: expected an objective among packed, sft, block"),
         (["--pairs", "--objective", "block", "--hole-fraction", "0.5"], "without hole_fraction, got block"),
-        (["--cut"], "cut: it is for pairs of prompt and response only"),
+        (["--cut"], "cut: it is for pairs of prompt and response, and trajectories, only"),
         (["--objective", "sft", "--eval-every", "1"], "eval_every: expected --eval-data too"),
         (["--eval-data", "x"], "eval_data: it is for --eval-every only"),
         (["--lora", "4"], "lora: expected --from"),

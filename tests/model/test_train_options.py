@@ -137,7 +137,7 @@ def test_loader_processes_change_no_bit_and_resume_exactly(tmp_path):
 def test_what_a_loader_process_finds_wrong_is_raised_here():
     run = trainer(objective="full", workers=1)
     run.source.stream = np.full(len(run.source.stream), -1)
-    with pytest.raises(ValueError, match=r"got -1 in the batch of step 1"):
+    with pytest.raises(ValueError, match=r"got -1 in the batch of step 0"):
         run.run()
 
 

@@ -84,7 +84,8 @@ print("same", _nvrtc.fingerprint())
 
 
 @pytest.fixture
-def no_compiler(tmp_path) -> dict[str, str]:
+def no_compiler(tmp_path, monkeypatch) -> dict[str, str]:
+    monkeypatch.delenv("ILLADA_CUDA", raising=False)
     (tmp_path / "bin").mkdir()
     return {"PATH": str(tmp_path / "bin"), "CXX": "", "NVCC": "", "ILLADA_REQUIRE_EXT": "0"}
 

@@ -270,6 +270,9 @@ def _head_fits(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) ->
     )
 
 
+LARGEST = largest()  # for `_options_fit`, which is never traced
+
+
 def _options_fit(
     reduction: str,
     softcap: float | None,
@@ -284,7 +287,7 @@ def _options_fit(
         and reduction in REDUCTIONS
         and type(label_smoothing) is type(z_loss) is float
         and 0 <= label_smoothing < 1
-        and 0 <= z_loss <= largest()
+        and 0 <= z_loss <= LARGEST
         and vocab >= 1
         and softcap is max_masked is memory_budget is None
     )

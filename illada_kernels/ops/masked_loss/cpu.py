@@ -12,6 +12,7 @@ A call runs in one of five modes (`plan`). Each keeps something else for the bac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,11 +33,7 @@ ROW_BYTES = 256  # of indices, states and coefficients
 SLICE_BYTES = 8 << 20  # of logits, or of a half-precision head in float32, where the budget allows more
 
 
-supports = no_float64
-
-
-def available() -> str | None:
-    return extension_reason("masked_loss_stats_cpu", "head_cpu")
+available, supports = functools.partial(extension_reason, "masked_loss_stats_cpu", "head_cpu"), no_float64
 
 
 # ----- which mode --------------------------------------------------------------------------------------------------
@@ -321,7 +318,8 @@ def _head_product(rows: Rows, x: Tensor, w: Tensor, out: Tensor) -> None:
     head = (w.data_ptr(), 0, DTYPES[w.dtype], w.stride(0), 0, len(w))
     where = (out.data_ptr(), out.stride(0), rows.threads)
     code = rows.extension.head_cpu(x.data_ptr(), DTYPES[x.dtype], *x.shape, *head, *where)
-    check("masked_loss", code)
+    if code:
+        check("masked_loss", code)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:

@@ -411,7 +411,7 @@ def test_what_the_fused_head_cannot_take_goes_through_products(
 
 @pytest.mark.parametrize("from_logits", [False, True])
 def test_the_selftest_passes(on_cpu: Backend, from_logits: bool) -> None:
-    """Each case in one dtype from hidden rows and in the other from logits; doctor --selftest runs all on the CPU."""
+    """Each case in one dtype from hidden rows and in the other from logits; on a GPU doctor --selftest runs all."""
     runs = [run for _, run in _selftest.unmask("cuda", "cpu", from_logits)]
     half = len(runs) // 2
     for number in range(half):
