@@ -143,7 +143,8 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """Returns a config.json that `from_hf` reads back to an equal configuration.
 
-        Of the one that was read it keeps every setting whose meaning has not changed.
+        Of the one that was read it keeps every setting whose meaning has not changed. Raises ConfigError for what the
+        family's config.json cannot say.
         """
         new = hf_config.write(self)
         if self.hf:
@@ -153,6 +154,13 @@ class ModelConfig:
             if "rope_theta" in changed and isinstance(new.get("rope_parameters"), dict):
                 new["rope_parameters"] = {**new["rope_parameters"], "rope_theta": self.rope_theta}
         there = ModelConfig(**hf_config.read(new, warn=False))
+        if there.rope_scaling != self.rope_scaling:
+            new = hf_config.with_rope(new, self)
+            there = ModelConfig(**hf_config.read(new, warn=False))
+        names = {f.name for f in dataclasses.fields(self)} - {"hf", *hf_config.OWN}
+        lost = sorted(name for name in names if getattr(there, name) != getattr(self, name))
+        if lost:
+            raise ConfigError(f"{', '.join(lost)}: a config.json of the family {self.family} has no key for it")
         own = {name: getattr(self, name) for name in hf_config.OWN if getattr(there, name) != getattr(self, name)}
         return {**new, **own}
 

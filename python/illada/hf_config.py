@@ -77,6 +77,8 @@ _MAY_CHANGE_NUMBERS = re.compile(
     r"|activation|act_fn|residual|causal|logit|lora|adapter|head|gate"
 )
 
+_ON_UNLESS_SAID = re.compile(r"^use_rope|^is_causal$|multiplier")  # 0 and false change the numbers too
+
 
 class _Settings(dict[str, Any]):
     """A config.json that remembers which keys were read."""
@@ -121,6 +123,8 @@ def read(hf: Any, warn: bool = True) -> dict[str, Any]:
         fields.update(_read_ids(settings))
         if family == "sdar" and settings.get("block_size") is not None:
             fields["causal_block"] = settings["block_size"]
+        if fields.get("causal_block") == 1 and settings.get("is_causal") is False:
+            fields["causal_block"] = 0  # as transformers 5 reads it
         if family == "nemotron_labs_diffusion":  # the others are how it was trained
             settings.refuse(dlm_paradigm="bidirectional")
             settings.used |= {"block_size", "dlm_loss_weight", "ar_loss_weight", "dp_varying_mask_ratio"}
@@ -137,7 +141,20 @@ def write(config: ModelConfig) -> dict[str, Any]:
     ids = {f"{name}_token_id": getattr(config, f"{name}_id") for name in ("mask", "pad")}
     eos: Any = [*config.eos_ids] if config.more_eos_ids else config.eos_id
     ids["eos_token_id"] = eos
+    if _DEFAULTS.get(config.family, {}).get("causal_block") == 1 and config.causal_block == 0:
+        fields["is_causal"] = False
     return {**fields, **{name: None if value == -1 else value for name, value in ids.items()}}
+
+
+def with_rope(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Returns hf with the configuration's scaling of RoPE, under the key that hf has."""
+    if config.family == "llada":
+        return hf
+    others = {name: value for name, value in hf.items() if name not in ("rope_scaling", "rope_parameters")}
+    if isinstance(hf.get("rope_parameters"), dict):
+        scaling = config.rope_scaling or {"rope_type": "default"}
+        return {**others, "rope_parameters": {**scaling, "rope_theta": config.rope_theta}}
+    return {**others, "rope_scaling": config.rope_scaling}
 
 
 def all_eos_ids(value: Any, where: str) -> list[int]:
@@ -185,7 +202,7 @@ def _check_unknown(hf: _Settings, warn: bool) -> None:
         if name not in hf.used
         and name not in _HARMLESS
         and "dropout" not in name
-        and value not in (None, False, [], {}, "")
+        and (value not in (None, False, [], {}, "") or (value is not None and _ON_UNLESS_SAID.search(name)))
     }
     odd = [f"{name} = {value!r}" for name, value in unknown.items() if _MAY_CHANGE_NUMBERS.search(name)]
     if odd:

@@ -145,3 +145,53 @@ def test_the_norm_rounds_where_its_family_does(in_fp32):
     assert not torch.equal(once, twice)
     assert torch.equal(norm(x), once if in_fp32 else twice)
     assert ModelConfig.preset("SDAR-8B").norm_in_fp32 and not ModelConfig.preset("iLLaDA-8B").norm_in_fp32
+
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def yarn(factor: float) -> dict[str, object]:
+    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("scaling", [None, yarn(4.0)])
+def test_another_scaling_of_rope_is_read_back(key, scaling):
+    theirs = {**QWEN3, key: {**yarn(2.0), **({"rope_theta": 1e4} if key == "rope_parameters" else {})}}
+    config = dataclasses.replace(ModelConfig.from_hf(theirs), rope_scaling=scaling)
+    written = config.to_hf()
+    assert ModelConfig.from_hf(written).rope_scaling == scaling
+    assert {"rope_scaling", "rope_parameters"} & written.keys() == {key}
+
+
+def test_what_a_family_cannot_say_is_not_saved_as_another_model():
+    config = dataclasses.replace(ModelConfig.preset("LLaDA-8B"), rope_scaling=yarn(4.0))
+    with pytest.raises(ConfigError, match="rope_scaling: a config.json of the family llada has no key for it"):
+        config.to_hf()
+
+
+def test_a_causal_family_without_causality_sees_all_and_says_so_when_saved():
+    """transformers 5 reads is_causal: false likewise."""
+    config = ModelConfig.from_hf({**QWEN3, "is_causal": False})
+    assert config.causal_block == 0 and config.to_hf()["is_causal"] is False
+    written = dataclasses.replace(ModelConfig.from_hf(QWEN3), causal_block=0).to_hf()
+    assert written["is_causal"] is False and ModelConfig.from_hf(written).causal_block == 0
+
+
+@pytest.mark.parametrize("off", [{"use_rope": False}, {"attention_multiplier": 0.0}])
+def test_settings_that_change_the_numbers_when_they_are_off_are_refused(off):
+    with pytest.raises(ConfigError, match="may change the numbers"):
+        ModelConfig.from_hf({**QWEN3, **off})
+    ModelConfig.from_hf({**QWEN3, **dict.fromkeys(off)})  # null is no setting
