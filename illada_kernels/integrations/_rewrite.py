@@ -23,17 +23,18 @@ _BETWEEN = frozenset(("CACHE", "EXTENDED_ARG", "NOP", "PUSH_NULL"))
 
 
 class Names(NamedTuple):
-    """What code, and the code within it, looks up."""
+    """What code, and the code within it, looks up and writes."""
 
     chains: tuple[tuple[str, ...], ...]  # ("torch", "nn", "functional", "softmax"): a global or free name, attributes
     imports: tuple[str, ...]
     all: frozenset[str]  # every name, attribute and string, where no chain says what belongs to what
+    stored: frozenset[str]  # globals that the code assigns or deletes
 
 
 @functools.lru_cache(4096)
 def names_of(code: types.CodeType) -> Names:
     chains: list[list[str]] = []
-    imports, every = [], set(code.co_names)
+    imports, every, stored = [], set(code.co_names), set()
     current: list[str] | None = None
     for instruction in dis.get_instructions(code):
         name = instruction.opname
@@ -45,15 +46,18 @@ def names_of(code: types.CodeType) -> Names:
             current = None
         if name == "IMPORT_NAME":
             imports.append(instruction.argval)
+        elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            stored.add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = names_of(constant)
             chains += map(list, inner.chains)
             imports += inner.imports
             every |= inner.all
+            stored |= inner.stored
         elif isinstance(constant, str):
             every.add(constant)
-    return Names(tuple(dict.fromkeys(map(tuple, chains))), tuple(imports), frozenset(every))
+    return Names(tuple(dict.fromkeys(map(tuple, chains))), tuple(imports), frozenset(every), frozenset(stored))
 
 
 class Rewriter:
@@ -164,7 +168,14 @@ class Rewriter:
         return table
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
+        """Returns a copy with globals of its own, which cannot follow what functions write into theirs."""
         code, names = function.__code__, names_of(function.__code__)
+        used = names.stored | {chain[0] for chain in names.chains}
+        if shared := sorted(used & _written(function.__globals__)):
+            raise ValueError(
+                f"model: {function.__module__}.{function.__qualname__} uses the global {shared[0]}, which functions of "
+                "its file write: a patched copy would not see that. Keep it in an attribute of a module, or pass it on"
+            )
         scope, cells = dict(function.__globals__), tuple(types.CellType() for _ in code.co_freevars)
         scope.pop("__name__", None)  # torch.compile would look names up in the module of that name
         imports_ours = any(self._module(module, names.all) is not module for module in _imported(function))
@@ -212,6 +223,19 @@ class Rewriter:
             return self._module(builtins.__import__(name, function.__globals__, local, some, level), names)
 
         return ours
+
+
+def _written(scope: dict[str, Any]) -> set[str]:
+    """Returns the globals that functions and methods of a file assign."""
+    found: set[str] = set()
+    for value in list(scope.values()):
+        members = list(vars(value).values()) if isinstance(value, type) else [value]
+        for one in members:
+            one = getattr(one, "__func__", one)
+            for part in (one.fget, one.fset, one.fdel) if isinstance(one, property) else (one,):
+                if isinstance(part, types.FunctionType) and part.__globals__ is scope:
+                    found |= names_of(part.__code__).stored
+    return found
 
 
 _EMPTY = object()

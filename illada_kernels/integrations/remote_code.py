@@ -48,7 +48,8 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     Raises
     ------
     ValueError
-        If no attention was found; says what was looked for.
+        If no attention was found; says what was looked for. If code to be replaced uses a global that functions of its
+        file assign, which a copy would not see. The model is then as it was.
 
     Warns
     -----
@@ -102,12 +103,16 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     replaced: list[str] = []
     switched: list[str] = []
     parts = {}
-    for path, module in model.named_modules():
-        if names := _replace(module, rewriters[path], *classes[type(module), id(rewriters[path])]):
-            parts[path] = module
-            replaced += [f"{path}.{name}".lstrip(".") for name in names]
-        if path in asking and configs[path] is not None:
-            switched += _switch(module, configs[path], "sdpa" if path in keeps else "illada")
+    try:
+        for path, module in model.named_modules():
+            if names := _replace(module, rewriters[path], *classes[type(module), id(rewriters[path])]):
+                parts[path] = module
+                replaced += [f"{path}.{name}".lstrip(".") for name in names]
+            if path in asking and configs[path] is not None:
+                switched += _switch(module, configs[path], "sdpa" if path in keeps else "illada")
+    except ValueError:  # of an attribute
+        unpatch(model)
+        raise
     _kept(model).first_run = FirstRun(model, parts, loss)
     return [*replaced, *dict.fromkeys(switched)]
 

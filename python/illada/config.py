@@ -148,15 +148,15 @@ class ModelConfig:
         """
         new = hf_config.write(self)
         if self.hf:
-            old = hf_config.write(ModelConfig(**hf_config.read(self.hf, warn=False)))
+            before = ModelConfig(**hf_config.read(self.hf, warn=False))
+            old = hf_config.write(before)
             changed = {name: value for name, value in new.items() if old.get(name, ...) != value}
             new = {**self.hf, **changed}
+            if before.rope_scaling != self.rope_scaling:
+                new = hf_config.with_rope(new, self)
             if "rope_theta" in changed and isinstance(new.get("rope_parameters"), dict):
                 new["rope_parameters"] = {**new["rope_parameters"], "rope_theta": self.rope_theta}
         there = ModelConfig(**hf_config.read(new, warn=False))
-        if there.rope_scaling != self.rope_scaling:
-            new = hf_config.with_rope(new, self)
-            there = ModelConfig(**hf_config.read(new, warn=False))
         names = {f.name for f in dataclasses.fields(self)} - {"hf", *hf_config.OWN}
         lost = sorted(name for name in names if getattr(there, name) != getattr(self, name))
         if lost:

@@ -320,7 +320,7 @@ _YARN |= {"mscale", "mscale_all_dim", "llama_4_scaling_beta"}
 
 def _rope(hf: _Settings) -> dict[str, Any]:
     """Returns the base of RoPE's angles and their scaling; raises ConfigError for any but YaRN."""
-    theta, scaling = hf.number("rope_theta", None), None
+    theta, scaling, said = hf.number("rope_theta", None), None, ""
     for key in ("rope_scaling", "rope_parameters"):
         rope = hf.get(key)
         if rope is None or rope == {}:
@@ -335,8 +335,15 @@ def _rope(hf: _Settings) -> dict[str, Any]:
         if partial != 1.0 or (other if kind == "default" else set(other) - _YARN):
             names = "" if kind == "default" else f" and {', '.join(sorted(_YARN))}"
             raise ConfigError(f"config.json: {key}: expected rope_theta{names or ' alone'}, got {rope!r}")
-        scaling = {"rope_type": kind, **other} if kind == "yarn" else None
-        theta = _Settings(rope).number("rope_theta", None) if theta is None else theta
+        own, found = (
+            _Settings(rope).number("rope_theta", theta),
+            {"rope_type": kind, **other} if kind == "yarn" else None,
+        )
+        if (theta is not None and own != theta) or (said and found != scaling):
+            raise ConfigError(
+                f"config.json: {key}: {rope!r} contradicts {said or 'rope_theta'}; keep the one that is meant"
+            )
+        theta, scaling, said = own, found, key
     return {"rope_theta": 10000.0 if theta is None else theta, "rope_scaling": scaling}
 
 

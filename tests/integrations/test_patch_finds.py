@@ -393,3 +393,46 @@ def test_a_patched_model_does_not_pickle_and_says_why():
         pickle.dumps(model)
     unpatch(model)
     assert isinstance(pickle.loads(pickle.dumps(model))[0], Attention)
+
+
+# ---- globals that are written ----------------------------------------------------------------------------------------
+
+MASK = None
+
+
+class ReadsAGlobal(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=MASK)
+
+
+class WritesIt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = ReadsAGlobal()
+
+    def forward(self, x, mask):
+        global MASK
+        MASK = mask
+        return self.inner(x)
+
+
+class InAnAttribute(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = Attention()
+        self.last = nn.Identity()
+        self.last.attend = lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=MASK)
+
+    def forward(self, x):
+        return self.last.attend(self.first(x))
+
+
+@pytest.mark.parametrize("kind", [WritesIt, InAnAttribute])
+def test_a_global_that_the_file_writes_is_refused_and_nothing_is_changed(kind):
+    """A copy has globals of its own, so it would go on with the mask that stood there when it was made."""
+    model = kind()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="uses the global MASK, which functions of its file write"):
+        patch(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert all("_illada_patch" not in vars(module) for module in model.modules())
