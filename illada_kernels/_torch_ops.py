@@ -14,8 +14,6 @@ rules that they ask for.
 
 from __future__ import annotations
 
-import inspect
-import sys
 import threading
 import typing
 from collections.abc import Callable, Sequence
@@ -23,9 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import _dispatch
+from ._torch_library import active_transforms, count_flops, function, register, tell_flop_counter, vmap
 
 _PLAIN_KEYS: dict[str, set[int]] = {"meta": set()}  # device type -> dispatch keys of plain tensors; meta: none is plain
 _PLAIN_STATES: set[int] = set()  # dispatch keys that a thread adds where nothing watches
@@ -99,16 +97,6 @@ def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _active_transforms() -> tuple[bool, bool]:
-    """Returns whether torch.func differentiates here, and whether it vectorises. Dynamo runs this while it traces."""
-    kinds = torch._C._functorch.TransformType
-    active = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
-    return not active.isdisjoint((kinds.Grad, kinds.Jvp)), kinds.Vmap in active
-
-
-_active_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 class Derivative(NamedTuple):
     """How an operator is differentiated, once.
 
@@ -157,15 +145,15 @@ class Operator:
         kinds = typing.get_type_hints(problem)
         self.fields = tuple(kinds)
         self.written = [i for i, field in enumerate(self.fields) if field in mutates]
-        self.op = _register(name, kinds, outputs, self._kernel, lambda *a: fake(problem(*a)), mutates)
+        self.op = register(name, kinds, outputs, self._kernel, lambda *a: fake(problem(*a)), mutates)
         self.flops = flops
-        _count_flops(name, lambda *a: flops(problem(*a), None))
+        count_flops(name, lambda *a: flops(problem(*a), None))
         if derivative is not None:
             self.differentiated = [self.fields.index(field) for field in derivative.of]
             self.bwd = _Backward(self, derivative, kinds)
             self.op.register_autograd(self._backward, setup_context=self._setup_context)
             rules = {"backward": self._backward, "jvp": self._jvp, "vmap": self._vmap}
-            self.function = _function(name, self._forward, self._setup_context, **rules)
+            self.function = function(name, self._forward, self._setup_context, **rules)
 
     def __call__(self, problem: Any) -> Any:
         """Runs the call. problem.backend: the one that the user insists on, or ""."""
@@ -185,7 +173,7 @@ class Operator:
 
     def _watched(self, problem: Any) -> Any:
         if torch.compiler.is_compiling():  # the operator itself reads ILLADA_BACKEND, when it runs
-            differentiates, vectorises = _active_transforms()
+            differentiates, vectorises = active_transforms()
             if vectorises and self.derivative is None:
                 raise self._no_transforms()
             if differentiates:  # torch drops the tangents of a custom operator without a word
@@ -194,7 +182,7 @@ class Operator:
                     "outside of the compiled function, or compile without fullgraph, which leaves this to eager mode"
                 )
             return self.op(*problem)
-        _tell_flop_counter()
+        tell_flop_counter()
         problem = self._with_backend(problem, problem.backend or _dispatch.environment())
         if not _is_transformed():
             return self.op(*problem)
@@ -298,7 +286,7 @@ class Operator:
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         kept = None if self.folds is None else [self.fields.index(field) for field in self.folds]
-        return _vmap(self.function.apply, info.batch_size, in_dims, arguments, kept)
+        return vmap(self.function.apply, info.batch_size, in_dims, arguments, kept)
 
 
 class _Backward:
@@ -312,10 +300,10 @@ class _Backward:
         self.first = len(upstream) + len(saved)
         kinds = {**upstream, **saved, **kinds, "wanted": Sequence[bool]}
         name = f"{operator.name}_bwd"
-        self.op = _register(name, kinds, len(derivative.of), self._kernel, self._fake, ())
-        _count_flops(name, lambda *a: operator.flops(operator.problem(*a[self.first : -1]), a[-1]))
+        self.op = register(name, kinds, len(derivative.of), self._kernel, self._fake, ())
+        count_flops(name, lambda *a: operator.flops(operator.problem(*a[self.first : -1]), a[-1]))
         rules = {"backward": self._refuse, "jvp": self._refuse, "vmap": self._vmap}
-        self.function = _function(name, self._forward, lambda ctx, inputs, output: None, **rules)
+        self.function = function(name, self._forward, lambda ctx, inputs, output: None, **rules)
 
     def __call__(
         self, upstream: Sequence[Tensor | None], problem: Any, saved: Sequence[Tensor], needs: Sequence[bool]
@@ -368,93 +356,7 @@ class _Backward:
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         folds = self.operator.folds
         kept = None if folds is None else [self.first + self.operator.fields.index(field) for field in folds]
-        return _vmap(self.function.apply, info.batch_size, in_dims, arguments, kept)
+        return vmap(self.function.apply, info.batch_size, in_dims, arguments, kept)
 
     def _refuse(self, ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{self.operator.name}: is differentiable once; its backward has no derivative")
-
-
-def _register(
-    name: str,
-    kinds: dict[str, Any],
-    outputs: int,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    mutates: tuple[str, ...],
-) -> Any:
-    """Registers illada_kernels::<name> with one argument a field."""
-
-    def implementation(*arguments: Any) -> Any:
-        return kernel(*arguments)
-
-    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=k) for n, k in kinds.items()]
-    returned = Tensor if outputs == 1 else tuple.__class_getitem__((Tensor,) * outputs)
-    implementation.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
-    op = torch.library.custom_op(f"{__package__}::{name}", implementation, mutates_args=mutates)
-    op.register_fake(fake)
-    return op
-
-
-_FLOPS: dict[str, Callable[..., int]] = {}  # operators whose formulas torch's counter does not have yet
-
-
-def _count_flops(name: str, count: Callable[..., int]) -> None:
-    _FLOPS[name] = lambda *arguments, out_val=None, **_: count(*arguments)
-
-
-def _tell_flop_counter() -> None:
-    """Registers the formulas once somebody has imported torch.utils.flop_counter, which imports Triton."""
-    counter = sys.modules.get("torch.utils.flop_counter")
-    if counter is None or not _FLOPS:
-        return
-    formulas = {getattr(getattr(torch.ops, str(__package__)), name): formula for name, formula in _FLOPS.items()}
-    counter.flop_registry.update(formulas)
-    for mode in _get_current_dispatch_mode_stack():  # each has copied the registry
-        registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
-        if registry is not None:
-            registry.update(formulas)
-    _FLOPS.clear()
-
-
-def _function(name: str, forward: Any, setup_context: Any, **rules: Any) -> Any:
-    members = {"forward": forward, "setup_context": setup_context, **rules}
-    return type(f"{name}_function", (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
-
-
-def _vmap(
-    call: Callable[..., Any],
-    size: int,
-    in_dims: Sequence[Any],
-    arguments: Sequence[Any],
-    kept: Sequence[int] | None,
-) -> tuple[Any, Any]:
-    """Runs `size` calls: one after another if `kept` is None, else as one with a batch `size` times as large.
-
-    kept: places of tensors that stay as they are if they have no mapped dimension and a batch of 1.
-    """
-    mapped = [isinstance(x, Tensor) and dim is not None for x, dim in zip(arguments, in_dims)]
-
-    def nth(n: int) -> Any:
-        return call(*(x.select(dim, n) if some else x for x, dim, some in zip(arguments, in_dims, mapped)))
-
-    if kept is None:
-        each = [nth(n) for n in range(size)]
-        if not isinstance(each[0], tuple):
-            return torch.stack(each), 0
-        return tuple(torch.stack(parts) for parts in zip(*each)), (0,) * len(each[0])
-    folded = [x.movedim(dim, 0) if some else x for x, dim, some in zip(arguments, in_dims, mapped)]
-    tensors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
-    first = next(i for i in tensors if i not in kept)
-    batch = folded[first].shape[1 if mapped[first] else 0]
-    for i in tensors:
-        if not mapped[i]:
-            if i in kept and folded[i].shape[0] == 1:
-                continue
-            folded[i] = folded[i].expand(size, *folded[i].shape)
-        folded[i] = folded[i].expand(size, batch, *folded[i].shape[2:]).flatten(0, 1)
-    outputs = call(*folded)
-    many = isinstance(outputs, tuple)
-    outputs = outputs if many else (outputs,)
-    dims = tuple(None if x.shape == (0,) else 0 for x in outputs)
-    unfolded = tuple(x if d is None else x.unflatten(0, (size, batch)) for x, d in zip(outputs, dims))
-    return (unfolded, dims) if many else (unfolded[0], dims[0])
