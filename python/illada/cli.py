@@ -173,7 +173,7 @@ def _decoding_options(p: argparse.ArgumentParser) -> None:
     )
     how("--remask", type=int, metavar="N", help="take N tokens back in each pass", **says)
     how("--revise-steps", type=int, help="passes that do so (default 16)", **says)
-    how("--cache", choices=("none", "prefix", "dual", "vicinity", "interval", "block_causal"), **says)
+    how("--cache", choices=("none", "prefix", "dual", "vicinity", "interval", "delayed", "block_causal"), **says)
     how("--refresh-every", type=int, metavar="N", help="recompute all keys every N passes", **says)
     how("--vicinity", type=int, metavar="N", help="tokens on each side of the block (default 16)", **says)
     how("--end-early", action="store_true", help="put a stop token over all behind it in its block", **says)

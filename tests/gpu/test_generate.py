@@ -59,6 +59,15 @@ def test_graphs_give_the_tokens_that_passes_without_them_give(preset, cache, rul
     assert len(captures) == captured and (captured > 0 or cache == "none")
 
 
+def test_a_delayed_cache_gives_the_same_tokens_from_graphs(captures, monkeypatch):
+    model, options = model_of("demo"), {"length": 3, "entropy": 2.5, "delay": 1}
+    config = GenerationConfig(20, sampler="d3llm", sampler_options=options, cache="delayed", stop_ids=())
+    with_graphs = generate(model, PROMPTS, config)
+    assert captures
+    monkeypatch.setattr(replay, "has_graphs", lambda device: False)
+    assert generate(model, PROMPTS, config) == with_graphs
+
+
 def test_a_shape_is_captured_once_for_all_blocks(captures):
     model = model_of("demo")
     for length in (12, 20, 40):

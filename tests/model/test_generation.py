@@ -635,7 +635,7 @@ def test_numbers_of_each_sequence_stay_with_it_where_others_end():
         ([[1]], {"rule": TopK(0)}, "rule: expected TopK of at least 1"),
         ([[1]], {"rule": TopK(1), "steps_per_block": 2}, "steps_per_block: expected None with a rule"),
         ([[1]], {"steps_per_block": 0}, "steps_per_block: expected at least 1"),
-        ([[1]], {"cache": "block_causal"}, "cache: expected one of none, prefix, dual, vicinity, interval for a"),
+        ([[1]], {"cache": "block_causal"}, "cache: expected one of none, prefix, dual, vicinity, interval, delayed"),
         ([[1]], {"cache": "dual", "vicinity": 3}, "vicinity: expected none with cache 'dual'"),
         ([[1]], {"cache": "vicinity", "vicinity": -1}, "vicinity: expected at least 0, got -1"),
         ([[1]], {"refresh_every": 2}, "refresh_every: expected 0 with cache 'none'"),

@@ -63,6 +63,14 @@ def test_graphs_give_the_tokens_that_passes_without_them_give(preset, cache, how
     assert "replay" in log or cache == "none" or how == "stop"
 
 
+def test_a_delayed_cache_gives_the_same_tokens_from_graphs(monkeypatch):
+    model, options = model_of("demo"), {"length": 3, "entropy": 2.5, "delay": 1}
+    config = GenerationConfig(20, sampler="d3llm", sampler_options=options, cache="delayed", stop_ids=())
+    plain = generate(model, PROMPTS, config)
+    log = stand_in(monkeypatch)
+    assert generate(model, PROMPTS, config) == plain and "replay" in log
+
+
 def captures(log: list[str]) -> int:
     return log.count("capture")
 

@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 from illada import Decoder, GenerationConfig, Model, PromptError, generate
+from illada.decoding.cache import Cache
 from illada.decoding.samplers import ALONE, SAMPLERS
 from illada.decoding.schedules import Choose
 from torch import Tensor
 
-from illada_kernels import KeyRanges, Threshold, TopK, unmask_from_logits
+from illada_kernels import Edit, KeyRanges, Threshold, TopK, unmask_from_logits
 from illada_kernels.ops.unmask.noise import philox, philox_unit
 from tests.helpers.models import make, tiny
 
@@ -400,6 +401,103 @@ def test_d3llm_opens_blocks_before_those_ahead_are_full(prompt, block, bound):
     assert ours(model, prompt, sampler="d3llm", sampler_options=options) == plain_d3llm(model, prompt, block, bound)
 
 
+class Part:
+    """A block of d3LLM's delayed cache; the prompt is the first."""
+
+    def __init__(self, begin: int, end: int, full_at: int | None = None) -> None:
+        self.begin, self.end, self.full_at, self.cached = begin, end, full_at, False
+
+    def masks(self, x: list[int]) -> int:
+        return x[self.begin : self.end].count(49)
+
+
+def plain_delayed(model: Model, prompt: list[int], block: int, bound: float, delay: int, every: int):
+    """(states, first column of each pass), after generate_multi_block_kv_cache of hao-ai-lab/d3LLM.
+
+    Keys before the first column are those of the last pass that covered them. With shifted logits the row before it is
+    computed from the cache as it stands, where the published code reads a row of another position.
+    """
+    n, end, shifted = len(prompt), len(prompt) + NEW, model.config.shifted_logits
+    x, states, begins = prompt + [49] * NEW, [], []
+    parts = [Part(0, n, full_at=0), Part(n, min(n + block, end))]
+    cache, kept, has_cache, number = Cache(model.config, 1, end), 0, False, 0
+    while x.count(49):
+        number += 1
+        last = parts[-1]
+        if last.end < end and (last.end - last.begin - last.masks(x)) / (last.end - last.begin) >= 0.1:
+            parts.append(Part(last.end, min(last.end + block, end)))
+        fresh = kept
+        for part in parts:
+            if part.end <= kept or part.cached:
+                continue
+            if part.masks(x):
+                break
+            part.full_at = number if part.full_at is None else part.full_at
+            if number - part.full_at < delay:
+                break
+            part.cached, fresh = True, part.end
+        waiting = any(not part.masks(x) and part.full_at is not None and not part.cached for part in parts)
+        whole = not has_cache or (fresh == kept and (waiting or (every and number % every == 0)))
+        begin = 0 if whole else kept
+        early = begin - (shifted and begin > 0)
+        places = torch.arange(early, end)[None]
+        with torch.no_grad():
+            window = cache.at(early, end, places >= begin)
+            rows = model(torch.tensor([x[early:]]), KeyRanges.full(end), places, window)[0, begin - early :]
+            logits = rows @ model.head_weight.T
+        logits[:, 49] = -math.inf
+        if fresh > kept:
+            kept, has_cache = fresh, True
+        begins.append(begin)
+        entropy = dict(zip(range(begin, end), (-neg_entropy(logits.softmax(-1))).tolist()))
+        best = dict(zip(range(begin, end), logits.argmax(-1).tolist()))
+        masks = [i for i in range(n, parts[-1].end) if x[i] == 49]
+        chosen = {i for i in masks if entropy[i] <= bound} | {min(masks, key=lambda i: (entropy[i], i))}
+        first = next(part for part in parts if part.masks(x))
+        inside = [i for i in masks if first.begin <= i < first.end]
+        if not chosen.intersection(inside):
+            chosen.add(min(inside, key=lambda i: (entropy[i], i)))
+        for i in chosen:
+            x[i] = best[i]
+        states.append(x[n:])
+    return states, begins
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("preset, block, bound", [("demo", 3, 2.2), ("demo", 2, 0.4), ("Dream-7B", 2, 2.5)])
+@pytest.mark.parametrize("delay, every", [(0, 0), (1, 0), (2, 0), (2, 3), (1, 1), (100, 0)])
+def test_d3llm_caches_a_block_some_passes_after_it_is_full(monkeypatch, prompt, preset, block, bound, delay, every):
+    model, begins = model_of(preset), []
+    forward = Model.forward
+
+    def watched(self, tokens, key_ranges=None, positions=None, *others, **options):
+        begins.append(len(prompt) + NEW - tokens.shape[1])
+        return forward(self, tokens, key_ranges, positions, *others, **options)
+
+    wanted = plain_delayed(model, prompt, block, bound, delay, every)
+    monkeypatch.setattr(Model, "forward", watched)
+    options = {"length": block, "entropy": bound, "delay": delay}
+    states = ours(model, prompt, sampler="d3llm", sampler_options=options, cache="delayed", refresh_every=every)
+    shift = model.config.shifted_logits
+    assert (states, begins) == (wanted[0], [max(begin - shift, 0) for begin in wanted[1]])
+    kept = [begin for begin in begins if begin]
+    assert kept or delay > 2 or every == 1
+    if delay == 100:
+        assert states == ours(model, prompt, sampler="d3llm", sampler_options=options)
+
+
+def test_a_delayed_cache_refuses_what_it_cannot_serve():
+    model = model_of("demo")
+    for changes, message in (
+        ({"cache": "delayed"}, "cache: expected another than 'delayed'"),
+        ({"cache": "delayed", "sampler": "fast-dllm-threshold"}, "cache: expected another than 'delayed'"),
+        ({"cache": "delayed", "sampler": "d3llm", "revise": Edit(0.9)}, "revise: expected None with cache 'delayed'"),
+        ({"sampler": "d3llm", "sampler_options": {"delay": 0.5}}, "sampler_options: expected a whole number of passes"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            generate(model, PROMPTS, GenerationConfig(max_new_tokens=8, **changes))
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("block, bound", [(4, 1.5), (3, 2.2)])
 def test_d3llm_ends_early_behind_a_stop_token(prompt, block, bound):
@@ -608,8 +706,10 @@ def test_a_sampler_gives_a_batch_what_it_gives_each_alone(name):
         assert (together.tokens[b], together.passes[b]) == (alone.tokens[0], alone.passes[0])
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ALONE])
-@pytest.mark.parametrize("cache", ["vicinity", "interval"])
+BESIDE = [(name, cache) for name in SAMPLERS if name not in ALONE for cache in ("vicinity", "interval")]
+
+
+@pytest.mark.parametrize("name, cache", [*BESIDE, ("d3llm", "delayed")])
 def test_a_sampler_beside_a_cache_gives_a_decoder_what_it_gives_each_alone(name, cache):
     model = model_of("demo")
     steps = {"steps": 6} if name.startswith(("dream", "remdm")) else {}

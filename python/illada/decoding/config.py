@@ -55,11 +55,12 @@ class GenerationConfig:
         block is full. Remask takes tokens back during the first `revise_steps` passes of a block. A callable takes a
         `Pass` and returns a Remask.
     cache : str, optional
-        "none", "block_causal" (exact, the default for block-causal models), "prefix", "dual", "vicinity" or "interval".
-        The last four are approximations for models that see everything. "dual" recomputes the block in each pass,
-        "prefix" also all that comes after it, "vicinity" also `vicinity` tokens on each side; all keys when a block
-        begins and every `refresh_every` passes. "interval" recomputes all keys in the first pass and every
-        `refresh_every` passes of the whole generation; a token's key is final after the block's end.
+        "none", "block_causal" (exact, the default for block-causal models), "prefix", "dual", "vicinity", "interval" or
+        "delayed". The last five are approximations for models that see everything. "dual" recomputes the block in each
+        pass, "prefix" also all that comes after it, "vicinity" also `vicinity` tokens on each side; all keys when a
+        block begins and every `refresh_every` passes. "interval" recomputes all keys in the first pass and every
+        `refresh_every` passes of the whole generation; a token's key is final after the block's end. "delayed" belongs
+        to sampler "d3llm".
     refresh_every : int
         0: never again. 1: every pass, which equals "none".
     vicinity : int

@@ -9,6 +9,7 @@ them. Sequence b begins in column starts[b] and counts its positions from there.
     dual            all, and all keys are written               the block alone; keys behind it stay, too
     vicinity        all, and all keys are written               the block and `vicinity` columns on each side of it
     interval        the block and the one before                the block alone
+    delayed         all                                         what is not cached yet, or all: `BlockLoop.delayed`
     block_causal    from the last block that is not final       the block alone; exact, as final blocks never change
 
 With `refresh_every` n, every n-th pass of prefix, dual, vicinity and interval is as the first pass of dual. They count
@@ -82,7 +83,7 @@ class Layout:
             first = min(self.final, first)
             # Passes of the block before have written the column before it as well, as long as others went on.
             first = max(first - (cache == "interval" and self.config.shifted_logits), 0)
-        elif cache == "prefix":
+        elif cache in ("prefix", "delayed"):  # whose first column the device knows
             last = block.end
         elif cache == "vicinity":
             first = max(first - self.sampling.vicinity, 0)

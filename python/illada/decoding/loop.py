@@ -25,7 +25,7 @@ from .batch import Batch, Rows, Shape
 from .config import Sampling
 from .layout import Block, Layout
 from .replay import LateFlag, Replay
-from .schedules import Always, Choose, Evenly, Pass
+from .schedules import Always, Choose, Evenly, OpenBlocks, Pass
 
 
 class Unmasked(NamedTuple):
@@ -61,6 +61,8 @@ class BlockLoop(Rows):
     full_passes: Tensor  # passes since the block was full
     noise_step: Tensor  # counts passes over all blocks
     joined: Tensor  # the block with which the sequence began
+    cached: Tensor  # blocks in front whose keys are kept, what precedes them the first; with cache "delayed"
+    seen: Tensor  # the pass, from 1 on, in which the block behind those was first seen full, else -1
     active: Tensor  # (B,) bool
     positions: Tensor  # (B, block_length) int64: the block's candidates
     sure: Tensor  # (B, block_length) float32: the confidence with which their tokens were committed
@@ -81,8 +83,8 @@ class BlockLoop(Rows):
         self.layout = Layout(starts, self.config, sampling)
         self.forward_passes = 0
         self.unmask_options = dict(sampling.unmask)
-        counts = torch.zeros(6, len(starts), dtype=torch.int64, device=self.device)
-        names = ("passes", "masked", "left", "full_passes", "noise_step", "joined")
+        counts = torch.zeros(8, len(starts), dtype=torch.int64, device=self.device)
+        names = ("passes", "masked", "left", "full_passes", "noise_step", "joined", "cached", "seen")
         super().__init__(
             **dict(zip(names, counts)),
             seeds=torch.tensor(sampling.seeds, dtype=torch.int64, device=self.device),
@@ -133,12 +135,17 @@ class BlockLoop(Rows):
             for b, whole in enumerate(due):
                 for side, column in enumerate((0, last) if whole else own):
                     self.batch.span[b, side].fill_(column)
+        delayed = self.sampling.cache == "delayed"
+        if delayed:
+            first = max(self.delayed(block) - self.config.shifted_logits, 0)
         keys = block.end
-        if self.replay.graphs:
+        if self.replay.graphs or delayed:
             self.batch.window_start.fill_(first)
+        if self.replay.graphs:
             keys = last - first if self.batch.cache is None else self.batch.cache.capacity
         before = self.layout.autoregressive(block)
-        scattered = block.scattered or (self.replay.graphs and any(due))  # each block stands elsewhere in all columns
+        # In all columns each block stands elsewhere; a delayed window may begin behind the first candidates.
+        scattered = block.scattered or delayed or (self.replay.graphs and any(due))
         return Shape(
             rows=self.count,
             first=None if self.replay.graphs else first,
@@ -148,10 +155,34 @@ class BlockLoop(Rows):
             candidates=block.positions.shape[1],
             shift=not before,
             blank=block.blank,
-            guarded=guarded,
+            guarded=guarded or delayed,
             apart=self.sampling.growing_bias is not None and len(set(self.layout.joins[: self.count])) > 1,
             remasking=step < self.sampling.remask_steps,
         )
+
+    def delayed(self, block: Block) -> int:
+        """Says in `span` which keys each sequence writes in this pass; returns the first column of them all.
+
+        The block's parts of `length`, and before them what precedes the block, are cached one after the other: `delay`
+        passes after a part is seen full. A pass over all columns is made while one waits for that, and every
+        `refresh_every` passes. Reads the column that it returns, so this cache alone waits for the device.
+        """
+        rule, now, span = self.sampling.schedule, self.step + 1, self.batch.span
+        assert isinstance(rule, OpenBlocks)
+        at = self.positions[:, : block.positions.shape[1]]
+        masked = (at >= 0) & (self.batch.tokens.gather(1, at.clamp(min=0)) == self.config.mask_id)
+        front = 1 + (rule.count(masked) == 0).cumprod(1).sum(1)  # parts without masks that follow each other
+        waits = self.cached < front
+        self.seen.copy_(torch.where(waits & (self.seen < 0), now, self.seen))
+        ready = waits & (now - self.seen >= rule.delay)
+        whole = waits & ~ready | (self.cached == 0)
+        if self.sampling.refresh_every:
+            whole |= ~ready & (now % self.sampling.refresh_every == 0)
+        span[:, 0] = torch.where(whole, 0, block.columns[0] + (self.cached - 1) * rule.length)
+        span[:, 1] = block.end
+        self.cached += ready * (1 if rule.delay else front - self.cached)
+        self.seen.copy_(torch.where(ready, torch.where(self.cached < front, now, -1), self.seen))
+        return int(torch.where(self.active, span[:, 0], block.columns[1] - 1).min())
 
     # ---- one block --------------------------------------------------------------------------------------------------
 
@@ -187,8 +218,8 @@ class BlockLoop(Rows):
         self.masked.copy_(torch.tensor(block.masks, dtype=torch.int64, device="cpu"), non_blocking=True)
         self.left.copy_(self.masked)
         torch.gt(self.masked, 0, out=self.active)
-        self.full_passes.zero_()
-        self.step.zero_()
+        for count in (self.full_passes, self.step, self.cached, self.seen):
+            count.zero_()
         self.positions[:, : block.positions.shape[1]].copy_(block.positions)
         torch.sub(block.index, self.joined, out=self.noise_step)
         generated = self.noise_step[:, None] * self.sampling.block_length

@@ -298,14 +298,19 @@ def d3llm(
     open_at: float = 0.1,
     entropy: float = 0.4,
     early: float = 1,
+    delay: float = 2,
 ) -> Settings:
     """d3LLM: the next block opens when `open_at` of the one before is decoded. All proposals of open blocks with an
     entropy of at most `entropy` nats are committed, always the surest of all, and one of the first block that is not
-    full. Unless `early` is 0, a stop token covers what follows it."""
+    full. Unless `early` is 0, a stop token covers what follows it. With `cache="delayed"` a pass computes what is not
+    cached: the prompt and then each block are, in turn, `delay` passes after they are seen full; passes in which one
+    waits for that compute all. Every `refresh_every`-th pass does, too."""
     if length != int(length) or not 1 <= length <= 2**31 or open_at > 1:
         raise PromptError(f"sampler_options: expected a whole length and open_at of at most 1, got {length}, {open_at}")
+    if delay != int(delay) or delay >= 2**31:
+        raise PromptError(f"sampler_options: expected a whole number of passes for delay, got {delay}")
     return {
-        "rule": OpenBlocks(min(int(length), config.max_new_tokens), open_at, -entropy),
+        "rule": OpenBlocks(min(int(length), config.max_new_tokens), open_at, -entropy, int(delay)),
         "end_early": early > 0,
         "confidence": "neg_entropy",
         "variable_length": False,

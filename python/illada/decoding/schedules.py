@@ -151,7 +151,8 @@ class OpenBlocks:
     """Decodes several blocks at once, after d3LLM: see `illada.decoding.samplers.d3llm`.
 
     Block j is open once `open_at` of block j - 1 is decoded. Commits what is at least `least` confident in open blocks,
-    always the most confident of all of it, and in the first block that is not full at least its most confident.
+    always the most confident of all of it, and in the first block that is not full at least its most confident. With
+    cache "delayed" a block's keys are kept `delay` passes after it is seen full.
     """
 
     any_batch = True
@@ -159,19 +160,24 @@ class OpenBlocks:
     length: int
     open_at: float
     least: float
+    delay: int = 2
+
+    def count(self, candidates: Tensor) -> Tensor:
+        """Returns how many are true in each block, int64 (B, blocks), of bool (B, K)."""
+        padded = F.pad(candidates.long(), (0, -candidates.shape[1] % self.length))
+        return padded.view(len(candidates), -1, self.length).sum(-1)
 
     def __call__(self, now: Pass) -> Choose:
-        batch, count = now.candidates.shape
-        pad = -count % self.length
-        kinds = (now.is_masked.long(), (now.candidates >= 0).long())
-        masks, sizes = (F.pad(x, (0, pad)).view(batch, -1, self.length).sum(-1) for x in kinds)  # (B, blocks)
+        count = now.candidates.shape[1]
+        masks, sizes = self.count(now.is_masked), self.count(now.candidates >= 0)
         decoded = (sizes - masks).double() >= self.open_at * sizes.double()
         is_open = torch.cat([torch.ones_like(decoded[:, :1]), decoded[:, :-1]], 1).cumprod(1).bool()
         first = (masks > 0) & ((masks > 0).cumsum(1) == 1)  # the first block that is not full
 
         def where(proposal: Tensor, confidence: Tensor) -> Tensor:
             in_open, in_first = (
-                x.repeat_interleave(self.length, 1, output_size=count + pad)[:, :count] for x in (is_open, first)
+                x.repeat_interleave(self.length, 1, output_size=x.shape[1] * self.length)[:, :count]
+                for x in (is_open, first)
             )
             one = torch.ones_like(now.left)
             most, first_most = (

@@ -17,7 +17,7 @@ from ..config import ModelConfig
 from ..errors import PromptError
 from . import samplers
 from .config import GenerationConfig, Prompts, Sampling
-from .schedules import Always, Choose, Counts, Evenly, Rule, Schedule, Table
+from .schedules import Always, Choose, Counts, Evenly, OpenBlocks, Rule, Schedule, Table
 
 
 def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationConfig:
@@ -274,7 +274,7 @@ def _logit_bias(name: str, bias: Any, vocab_size: int, times: int) -> tuple[Any,
     return ids, values
 
 
-APPROXIMATE = ("prefix", "dual", "vicinity", "interval")  # caches whose keys grow old
+APPROXIMATE = ("prefix", "dual", "vicinity", "interval", "delayed")  # caches whose keys grow old
 
 
 def _cache_mode(config: GenerationConfig, model: ModelConfig) -> str:
@@ -285,6 +285,10 @@ def _cache_mode(config: GenerationConfig, model: ModelConfig) -> str:
         raise PromptError(f"cache: expected one of {', '.join(allowed)} for {kind}, got {cache!r}")
     if config.refresh_every and cache not in APPROXIMATE:
         raise PromptError(f"refresh_every: expected 0 with cache {cache!r}, which has nothing to refresh")
+    if cache == "delayed" and not isinstance(config.rule, OpenBlocks):
+        raise PromptError("cache: expected another than 'delayed', which is for sampler 'd3llm' and rule OpenBlocks")
+    if cache == "delayed" and config.revise is not None:
+        raise PromptError("revise: expected None with cache 'delayed', which leaves blocks that are full alone")
     if config.vicinity != GenerationConfig.vicinity and cache != "vicinity":
         raise PromptError(f"vicinity: expected none with cache {cache!r}; it is for cache 'vicinity'")
     return cache
