@@ -230,7 +230,7 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--next-token",
         action=argparse.BooleanOptionalAction,
-        help="score next tokens on clean rows, which --sampler self-speculation reads (default: for runs of joint)",
+        help="score next tokens on clean rows, which --sampler self-speculation reads (default: for models of joint)",
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help=_DEVICE)
@@ -241,7 +241,10 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     harness.add_argument("--limit", type=float, help="examples of each task, below 1 a share of them")
     harness.add_argument("--num-fewshot", type=int, help="examples shown before each question")
     harness.add_argument("--chat", action="store_true", help="apply the folder's chat template")
-    harness.add_argument("--method", default="monte_carlo", help="monte_carlo, confidence or autoregressive")
+    harness.add_argument(
+        "--method", help="monte_carlo, confidence or autoregressive (default: what the model was trained for)"
+    )
+    harness.add_argument("--mask-id", type=int, help="the mask token, where the folder does not name it")
     harness.add_argument("--samples", type=int, default=128, help="masks drawn for each continuation (monte_carlo)")
     p.set_defaults(run=_eval)
 
@@ -249,7 +252,7 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
 def _eval_tasks(options: argparse.Namespace) -> int:
     from .integrations.lm_eval import IlladaLM, evaluate, make_table
 
-    scoring = {name: getattr(options, name) for name in ("device", "dtype", "method", "samples", "seed")}
+    scoring = {name: getattr(options, name) for name in ("device", "dtype", "method", "samples", "seed", "mask_id")}
     results = evaluate(
         IlladaLM(options.model, **scoring),
         options.tasks.split(","),
@@ -276,7 +279,7 @@ def _eval(options: argparse.Namespace) -> int:
         raise ValueError(
             f"length: expected at most the model's max_seq_len = {model.config.max_seq_len}, got {options.length}"
         )
-    following = runs.decodes_next_tokens(Path(options.model)) if options.next_token is None else options.next_token
+    following = model.config.next_token if options.next_token is None else options.next_token
     how = {"length": options.length, "draws": options.draws, "seed": options.seed}
     found = bound(model, held_out, tokenizer, next_token=following, **how)
     ngrams = ngram_bits(train_documents, held_out)

@@ -42,6 +42,9 @@ class ModelConfig:
     variable_length : bool
         Decoding appends a block of masks when it is reached (iLLaDA); False: all masks are there from the start (LLaDA,
         Dream). The default of `GenerationConfig`.
+    next_token : bool
+        Rows of clean tokens were trained to predict the token after them under a causal mask, although a mask's row
+        predicts itself (the joint objectives, Nemotron-Labs-Diffusion). Likelihoods from left to right read these rows.
     rope_scaling : dict, optional
         YaRN, in the words of config.json: {"rope_type": "yarn", "factor": 16.0, ...}.
     init_std : float
@@ -86,6 +89,7 @@ class ModelConfig:
     more_eos_ids: tuple[int, ...] = ()
     forbid_mask: bool = False
     variable_length: bool = True
+    next_token: bool = False
     rope_scaling: dict[str, Any] | None = None
     hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -163,6 +167,11 @@ class ModelConfig:
             raise ConfigError(f"{', '.join(lost)}: a config.json of the family {self.family} has no key for it")
         own = {name: getattr(self, name) for name in hf_config.OWN if getattr(there, name) != getattr(self, name)}
         return {**new, **own}
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether each token is predicted from the row before it, which sees no later one: a mask is not needed."""
+        return self.shifted_logits and self.causal_block == 1
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     # Qwen with full attention and the token <|mask|> behind those that its tokenizer had
     "a2d_qwen2": {"qkv_bias": True, "mask_id": 151665, "variable_length": False},
     "a2d_qwen3": {"qk_norm": True, "mask_id": 151669, "variable_length": False},
-    "nemotron_labs_diffusion": {"mask_id": 100},
+    "nemotron_labs_diffusion": {"mask_id": 100, "next_token": True},
 }
 _ARCHITECTURES = {
     "illada": "ILLaDAForCausalLM",
@@ -57,7 +57,7 @@ _MODEL_TYPES = {  # where they are not the family's name
 _MIXTURE = re.compile(r"moe|mixtral|llada2|rnd1|diffusion_?gemma", re.IGNORECASE)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Fields of ModelConfig that a config.json may state under their own names, because the family has no name for them.
-OWN = ("rope_in_fp32", "norm_in_fp32", "shifted_logits", "causal_block", "forbid_mask", "variable_length")
+OWN = ("rope_in_fp32", "norm_in_fp32", "shifted_logits", "causal_block", "forbid_mask", "variable_length", "next_token")
 
 # Settings that change no number of a forward pass. Dropout matters to the published training code alone.
 _HARMLESS = frozenset(

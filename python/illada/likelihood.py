@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import numbers
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .decoding.config import Prompts
-from .decoding.settings import token_lists
+from .decoding.settings import expect_mask, token_lists
 from .errors import PromptError
 from .model import Model
 from .scoring import Draw, Scorer, Text, continued
@@ -44,7 +45,9 @@ def log_likelihood(
     method : str
         "monte_carlo": LLaDA's estimate, a lower bound in expectation. "confidence": iLLaDA's score, which reveals the
         continuation's tokens in the order in which the model is sure of them. "autoregressive": the exact probability
-        of the continuation read from left to right. For models with `causal_block` 1 all three are the same.
+        of the continuation read from left to right; models with `next_token` have each token scored on the clean row
+        before it, under a causal mask. For other models with `causal_block` 1 all three are the same, and
+        autoregressive ones need no mask token.
     samples : int
         Masks that "monte_carlo" draws for each continuation, their numbers of masked tokens stratified.
     rows_per_pass : int
@@ -64,7 +67,8 @@ def log_likelihood(
     Raises
     ------
     PromptError
-        For ids outside the vocab, mask ids, pairs longer than max_seq_len and settings that cannot be.
+        For ids outside the vocab, mask ids, pairs longer than max_seq_len, settings that cannot be, and models that
+        lack the mask token that these need.
 
     Notes
     -----
@@ -99,8 +103,11 @@ def log_likelihood(
         raise PromptError(f"seed: expected an integer, got {seed!r}")
     if forbid_mask is not None and not isinstance(forbid_mask, bool):
         raise PromptError(f"forbid_mask: expected True, False or None, got {forbid_mask!r}")
-    texts = _texts(model.config, contexts, continuations)
-    scorer = Scorer(model, rows_per_pass, float(guidance), forbid_mask)
+    config = _read_as(model.config, method)
+    if guidance:
+        expect_mask(config, "guidance")
+    texts = _texts(config, contexts, continuations, method)
+    scorer = Scorer(model, rows_per_pass, float(guidance), forbid_mask, config)
     total = np.zeros(len(texts))
     if method == "confidence":
         for index, _, loss in scorer.reveal(texts, scorer.losses, best=lambda loss: loss):
@@ -114,14 +121,22 @@ def log_likelihood(
 
 
 @torch.no_grad()
-def is_greedy(model: Model, contexts: Prompts, continuations: Prompts, rows_per_pass: int = 4096) -> list[bool]:
+def is_greedy(
+    model: Model,
+    contexts: Prompts,
+    continuations: Prompts,
+    rows_per_pass: int = 4096,
+    method: str = "monte_carlo",
+) -> list[bool]:
     """Returns whether greedy decoding, one token a pass, would give each continuation from as many masks.
 
-    A pair is left at the first token that differs, which for most is in the first pass.
+    A pair is left at the first token that differs, which for most is in the first pass. `method`: as in
+    `log_likelihood`; with "autoregressive" models with `next_token` decode from left to right.
     """
-    texts = _texts(model.config, contexts, continuations)
+    config = _read_as(model.config, method)
+    texts = _texts(config, contexts, continuations, "greedy decoding")
     right = [True] * len(texts)
-    scorer = Scorer(model, rows_per_pass)
+    scorer = Scorer(model, rows_per_pass, config=config)
     for index, matches, _ in scorer.reveal(texts, scorer.proposals, best=lambda confidence: -confidence):
         right[index] &= matches
     return right
@@ -130,7 +145,16 @@ def is_greedy(model: Model, contexts: Prompts, continuations: Prompts, rows_per_
 # ---- pairs and what is masked --------------------------------------------------------------------------------------
 
 
-def _texts(config: ModelConfig, contexts: Prompts, continuations: Prompts) -> list[Text]:
+def _read_as(config: ModelConfig, method: str) -> ModelConfig:
+    """Returns the configuration that says which rows are read: with clean causal rows that of a shifted model."""
+    if method != "autoregressive" or not config.next_token:
+        return config
+    return dataclasses.replace(config, causal_block=1, shifted_logits=True)
+
+
+def _texts(config: ModelConfig, contexts: Prompts, continuations: Prompts, what: str) -> list[Text]:
+    if not config.autoregressive:
+        expect_mask(config, what)
     before, after = token_lists(contexts, config, "context"), token_lists(continuations, config, "continuation")
     if len(before) != len(after):
         raise PromptError(f"continuations: expected {len(before)}, one for each context, got {len(after)}")
@@ -139,6 +163,8 @@ def _texts(config: ModelConfig, contexts: Prompts, continuations: Prompts) -> li
         for name, ids in (("context", context), ("continuation", continuation)):
             if config.mask_id in ids:
                 raise PromptError(f"{name} {index}: expected no mask_id ({config.mask_id}), it holds one")
+        if continuation and not context and config.mask_id < 0:
+            raise PromptError(f"context {index}: expected a token at least, for no mask predicts the first one here")
         first, size = len(context), len(context) + len(continuation)
         if size > config.max_seq_len:
             raise PromptError(

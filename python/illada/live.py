@@ -87,6 +87,7 @@ class LiveText:
 
     def show(self, tokens: list[int]) -> None:
         """Shows the sequence as it is now."""
+        tokens = [self.tokenizer.mask_id if token < 0 else token for token in tokens]  # of models without a mask token
         if not self.live:
             self._plain(tokens)
         else:

@@ -41,7 +41,7 @@ class Recorder:
         sure = step.confidence.tolist()
         changes: list[dict[str, Any]] = []
         for b, (row, start) in enumerate(zip(step.tokens.tolist(), step.starts)):
-            now = row[start:]
+            now = [self.tokenizer.mask_id if token < 0 else token for token in row[start:]]  # -1: the model has no mask
             old = self.before[b] + [self.tokenizer.mask_id] * (len(now) - len(self.before[b]))
             at = {column - start: sure[b][k] for k, column in enumerate(columns[b][:-1]) if column >= 0}
             for i, (was, token) in enumerate(zip(old, now)):

@@ -90,11 +90,18 @@ class Scorer:
     """Runs parts of many pairs in passes of at most `rows_per_pass` rows."""
 
     def __init__(
-        self, model: Model, rows_per_pass: int, guidance: float = 0.0, forbid_mask: bool | None = None
+        self,
+        model: Model,
+        rows_per_pass: int,
+        guidance: float = 0.0,
+        forbid_mask: bool | None = None,
+        config: ModelConfig | None = None,
     ) -> None:
-        self.model, self.config, self.guidance = model, model.config, guidance
-        forbidden = model.config.forbid_mask if forbid_mask is None else forbid_mask
-        self.forbid = (model.config.mask_id,) if forbidden else ()
+        self.model, self.guidance = model, guidance
+        self.config = config or model.config  # which rows are read
+        forbidden = self.config.forbid_mask if forbid_mask is None else forbid_mask
+        self.mask: tuple[int, ...] = (self.config.mask_id,) if self.config.mask_id >= 0 else ()
+        self.forbid = self.mask if forbidden else ()
         self.rows = max(rows_per_pass // (2 if guidance else 1), 1)
 
     def parts(self, made: Iterable[tuple[Text, Iterable[Draw]]]) -> Iterator[Part]:
@@ -168,9 +175,8 @@ class Scorer:
             right = np.concatenate([part.text.tokens[part.scored] for part in some])
             masks = torch.full((1, len(right)), self.config.mask_id, device=self.model.device)
             at = torch.arange(len(right), device=self.model.device)[None]
-            made = unmask(
-                self.hidden(some)[None], self.model.head_weight, masks, at, TopK(0), mask_id=self.config.mask_id
-            )
+            hidden, head, mask = self.hidden(some)[None], self.model.head_weight, self.config.mask_id
+            made = unmask(hidden, head, masks, at, TopK(0), mask_id=mask, forbid=self.mask)
             confidence, proposal = made.confidence[0].double().cpu().numpy(), made.proposal[0].cpu().numpy()
             for (part, sure), (_, matches) in zip(_split(some, confidence), _split(some, proposal == right)):
                 yield part, sure, matches

@@ -8,15 +8,20 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import runpy
 import sys
+from types import SimpleNamespace
 from typing import Any
 
-from illada import cli
+import torch
+from illada import Model, ModelConfig, cli, save
 from illada.integrations.lm_eval import IlladaLM, evaluate
 
 TASKS = ["local_choice", "local_answer", "local_rolling"]
 SCORING = {"method": "monte_carlo", "samples": 4, "seed": 3}
+TINY = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 40, "vocab_size": 259}
+TINY |= {"max_seq_len": 64}
 
 
 def printed(call: Any) -> str:
@@ -50,6 +55,33 @@ def truncations(lm: IlladaLM) -> list[Any]:
     return [[config.top_p, config.top_k, config.min_p] for config in hot + cold]
 
 
+def from_left(folder: str) -> dict[str, Any]:
+    """What a folder of an autoregressive model without a mask token gives, and what is logged of contexts cut."""
+    config = ModelConfig.preset("Qwen2.5-7B", **TINY, mask_id=-1, eos_id=257, pad_id=258)
+    torch.manual_seed(1)
+    save(Model(config), folder)
+    lm, requests = IlladaLM(folder, device="cpu"), lambda *some: [SimpleNamespace(args=one) for one in some]
+    lines: list[str] = []
+    logging.getLogger("illada.integrations.lm_eval").warning = lambda text, *values: lines.append(text % values)  # type: ignore[method-assign]
+    greedy = {"until": ["\n"], "max_gen_toks": 5, "do_sample": False}
+    long = requests(("x" * 80, " yes"), ("a", " yes"), ("", "b"))
+    found = {"method": lm.scoring["method"], "pairs": lm.loglikelihood(long, True), "lines": lines}
+    found["rolling"] = lm.loglikelihood_rolling(requests(("z" * 150,)), True)
+    found["answers"] = lm.generate_until(requests(("y" * 80, greedy), ("a", greedy)), True)
+    found["too long"] = error(lambda: lm.loglikelihood(requests(("a", "b"), ("c", "d" * 64)), True))
+    found["mask_id"] = IlladaLM(folder, device="cpu", mask_id=256).model.config.mask_id
+    return found
+
+
+def joint(folder: str) -> dict[str, Any]:
+    """A model whose clean rows predict is read from left to right, unless a method says otherwise."""
+    torch.manual_seed(1)
+    save(Model(ModelConfig.preset("demo", **TINY, causal_block=1, next_token=True)), folder)
+    pair = [SimpleNamespace(args=("ab", "cd"))]
+    lms = [IlladaLM(folder, device="cpu"), IlladaLM(folder, device="cpu", method="confidence")]
+    return {lm.scoring["method"]: lm.loglikelihood(pair, True)[0][0] for lm in lms}
+
+
 def run(model: str, tasks: str) -> dict[str, Any]:
     lm = IlladaLM(model, device="cpu", **SCORING)
     found = evaluate(lm, TASKS, tasks, bootstrap_iters=0)
@@ -73,6 +105,8 @@ def run(model: str, tasks: str) -> dict[str, Any]:
             lambda: evaluate(lm, TASKS[1:2], tasks, gen_kwargs={"typical_p": 0.5}, bootstrap_iters=0)
         ),
         "truncations": truncations(lm),
+        "from_left": from_left(f"{model}-from-left"),
+        "joint": joint(f"{model}-joint"),
         "too long": error(lambda: evaluate(lm, TASKS[1:2], tasks, gen_kwargs={"max_gen_toks": 99}, bootstrap_iters=0)),
     }
 

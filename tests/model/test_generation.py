@@ -308,6 +308,52 @@ def test_an_autoregressive_model_needs_no_cache(prompts):
     assert generate(model, prompts, settings(model, cache="none")) == cached
 
 
+@pytest.mark.parametrize("cache", ["none", "block_causal"])
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"rule": Threshold(0.3)}, {"forbid": [3]}])
+def test_an_autoregressive_model_needs_no_mask_token(cache, how):
+    """Every id may be proposed, the one that was the mask too; prompts may hold it."""
+    model = model_of("Qwen2.5-7B")
+    with_mask = settings(model, cache=cache, **{**how, "forbid": [*how.get("forbid", ()), 49]})
+    right = generate(model, PROMPTS, with_mask).tokens
+    model.config = dataclasses.replace(model.config, mask_id=-1)
+    assert generate(model, PROMPTS, with_mask).tokens == right
+    config, prompts = settings(model, cache=cache, **how), [*PROMPTS, [49, 2]]
+    found = generate(model, prompts, config)
+    decoder = Decoder(model, config, slots=2)
+    for prompt in prompts:
+        decoder.submit(prompt)
+    while decoder.step():
+        pass
+    assert [done.tokens for done in sorted(decoder.collect(), key=lambda done: done.ticket)] == found.tokens
+    if not how:
+        for prompt, text in zip(prompts, found.tokens):
+            row = list(prompt)
+            for token in text:
+                with torch.no_grad():
+                    last = model(torch.tensor([row]), shift=False)[0, -1]
+                assert token == int((model.head_weight @ last).argmax())
+                row.append(token)
+
+
+def test_without_a_mask_token_what_needs_one_is_named():
+    model = model_of("Qwen2.5-7B")
+    model.config = dataclasses.replace(model.config, mask_id=-1)
+    with pytest.raises(PromptError, match="prompt 1: expected a token at least, because the model has no mask"):
+        generate(model, [[1], []], settings(model))
+    with pytest.raises(PromptError, match=r"guidance needs a mask token, .* load\(folder, mask_id=...\)"):
+        generate(model, [[1]], settings(model, guidance=1.0))
+    for sampler in ("self-speculation", "draft", "canvas"):
+        with pytest.raises(PromptError, match=f"sampler '{sampler}' needs a mask token"):
+            generate(model, [[1]], GenerationConfig(max_new_tokens=4, sampler=sampler))
+    for preset in ("demo", "SDAR-8B", "Dream-7B"):
+        model = model_of(preset)
+        model.config = dataclasses.replace(model.config, mask_id=-1)
+        with pytest.raises(PromptError, match="decoding needs a mask token"):
+            generate(model, [[1]], settings(model))
+    with pytest.raises(PromptError, match="fill needs a mask token"):
+        fill(model, [[1]], GenerationConfig())
+
+
 @pytest.mark.parametrize("preset", ["demo", "SDAR-8B", "Qwen2.5-7B"])
 @pytest.mark.parametrize("variable_length", [True, False])
 def test_stop_when_ends_a_sequence_at_the_block_in_which_it_holds(preset, variable_length):

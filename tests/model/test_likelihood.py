@@ -253,3 +253,61 @@ def test_numbers_of_numpy_mean_the_same():
     model, pair = tiny("full"), ([[1]], [[2, 3]])
     plain = log_likelihood(model, *pair, samples=3, seed=4, guidance=0.5)
     assert torch.equal(plain, log_likelihood(model, *pair, samples=3, seed=np.int64(4), guidance=np.float32(0.5)))
+
+
+# ---- models without a mask token, and with clean rows that predict --------------------------------------------------
+
+
+def from_left(model: Model, context: list[int], continuation: list[int]) -> float:
+    """log p of a continuation by the rows before its tokens, under a causal mask."""
+    tokens = torch.tensor([context + continuation])
+    with torch.no_grad():
+        hidden = model(tokens, KeyRanges.causal(tokens.shape[1]), shift=False)[0]
+        logits = hidden @ model.head_weight.T
+    if model.config.forbid_mask and model.config.mask_id >= 0:
+        logits[:, model.config.mask_id] = -torch.inf
+    rows = logits.log_softmax(-1)[len(context) - 1 : -1]
+    return rows.gather(1, tokens[0, len(context) :, None]).sum().item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_autoregressive_model_needs_no_mask_token(method):
+    model = tiny("causal", mask_id=-1)
+    contexts, continuations = [*CONTEXTS, [6]], [*CONTINUATIONS, [6, 0, 6]]
+    found = log_likelihood(model, contexts, continuations, method=method, samples=2)
+    wanted = [from_left(model, *pair) for pair in zip(contexts, continuations)]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        best = int((model(torch.tensor([[1, 2]]), shift=False)[0, -1] @ model.head_weight.T).argmax())
+    assert is_greedy(model, [[1, 2], [1, 2]], [[best], [(best + 1) % 7]], method=method) == [True, False]
+    with pytest.raises(PromptError, match="context 1: expected a token at least"):
+        log_likelihood(model, [[1], []], [[2], [3]], method=method)
+    with pytest.raises(PromptError, match="guidance needs a mask token"):
+        log_likelihood(model, [[1]], [[2]], method=method, guidance=0.5)
+
+
+@pytest.mark.parametrize("kind", ["full", "shifted", "blocks", "shifted blocks"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_needs_a_mask_token_says_what_to_pass(kind, method):
+    with pytest.raises(PromptError, match=rf"{method} needs a mask token, .* load\(folder, mask_id=\.\.\.\)"):
+        log_likelihood(tiny(kind, mask_id=-1), [[1]], [[2]], method=method)
+    with pytest.raises(PromptError, match="greedy decoding needs a mask token"):
+        is_greedy(tiny(kind, mask_id=-1), [[1]], [[2]])
+
+
+@pytest.mark.parametrize("changes", [{"causal_block": 1}, {"causal_block": 0}, {"causal_block": 4}])
+def test_clean_rows_that_were_trained_to_predict_are_read_from_left_to_right(changes):
+    """The joint objectives: a mask's row predicts itself, a clean row the token behind it."""
+    model = tiny("full", next_token=True, **changes)
+    found = log_likelihood(model, CONTEXTS, CONTINUATIONS, method="autoregressive")
+    wanted = [from_left(model, *pair) for pair in zip(CONTEXTS, CONTINUATIONS)]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    noisy = tiny("full", **changes)
+    assert not torch.allclose(found, log_likelihood(noisy, CONTEXTS, CONTINUATIONS, method="autoregressive"))
+    for method in ("monte_carlo", "confidence"):  # these read masks, as of any other model
+        pairs = (CONTEXTS, CONTINUATIONS)
+        assert torch.equal(log_likelihood(model, *pairs, method=method), log_likelihood(noisy, *pairs, method=method))
+    with torch.no_grad():
+        causal = model(torch.tensor([[1, 2]]), KeyRanges.causal(2), shift=False)[0, -1]
+    best = int((causal @ model.head_weight.T)[:MASK].argmax())
+    assert is_greedy(model, [[1, 2]], [[best]], method="autoregressive") == [True]

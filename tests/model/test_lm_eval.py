@@ -16,9 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from illada import GenerationConfig, Model, ModelConfig, generate, log_likelihood, save
+from illada import GenerationConfig, Model, ModelConfig, generate, load, log_likelihood, save
 from illada.likelihood import is_greedy
 from illada.tokenizer import ByteTokenizer
+
+from illada_kernels import KeyRanges
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = {"0.4": ["lm-eval-0.4"], "0.5": ["lm-eval-0.5", "lm-eval-0.4"]}  # 0.5 shares what 0.4 needs
@@ -89,7 +91,7 @@ def harness(request, model, tmp_path_factory) -> SimpleNamespace:
         text=True,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return SimpleNamespace(**json.loads(ran.stdout.splitlines()[-1]))
+    return SimpleNamespace(folder=folder, **json.loads(ran.stdout.splitlines()[-1]))
 
 
 def ids(text: str) -> list[int]:
@@ -98,6 +100,18 @@ def ids(text: str) -> list[int]:
 
 def likelihood(model: Model, context: list[int], continuation: list[int]) -> float:
     return log_likelihood(model, [context], [continuation], samples=4, seed=3).item()
+
+
+def next_tokens(model: Model, context: list[int], continuation: list[int], forbid: bool = False) -> float:
+    """log p of a continuation by the rows before its tokens, under a causal mask."""
+    tokens = torch.tensor([context + continuation])
+    with torch.no_grad():
+        hidden = model(tokens, KeyRanges.causal(tokens.shape[1]), shift=False)[0]
+    logits = (hidden @ model.head_weight.T).double()
+    if forbid:
+        logits[:, model.config.mask_id] = -torch.inf
+    rows = logits.log_softmax(-1)[len(context) - 1 : -1]
+    return rows.gather(1, tokens[0, len(context) :, None]).sum().item()
 
 
 def arguments(sample: dict) -> list[list]:
@@ -163,4 +177,34 @@ def test_settings_that_are_not_known_are_named(harness):
     found = vars(harness)
     assert found["unknown model_args"].startswith("model_args: blok_length is not known; expected block_length, cache")
     assert found["unknown gen_kwargs"].startswith("gen_kwargs: typical_p is not known; expected block_length, cache")
-    assert found["too long"] == "max_gen_toks: expected less than the model's max_seq_len = 64, got 99"
+    assert found["too long"] == "max_gen_toks: expected less than the model's max_seq_len = 64, got 99 for request 0"
+
+
+def test_an_autoregressive_folder_without_a_mask_token_is_scored_and_decoded(harness, tmp_path):
+    found, model = harness.from_left, load(harness.folder / "model-from-left")
+    assert model.config.mask_id == -1 and found["mask_id"] == 256 and found["method"] == "autoregressive"
+    pairs = [(ids("x" * 60), ids(" yes")), (ids("a"), ids(" yes")), ([257], ids("b"))]
+    for (value, greedy), (context, continuation) in zip(found["pairs"], pairs, strict=True):
+        assert value == pytest.approx(next_tokens(model, context, continuation), rel=1e-5) and greedy is False
+    text = ids("z" * 150)
+    parts = [([257], text[:63]), (text[62:63], text[63:126]), (text[86:126], text[126:])]
+    assert found["rolling"][0] == pytest.approx(sum(next_tokens(model, *part) for part in parts), rel=1e-5)
+    for answer, prompt in zip(found["answers"], [ids("y" * 59), ids("a")], strict=True):
+        config = GenerationConfig(max_new_tokens=5, stop_ids=None)
+        assert answer == ByteTokenizer().decode(generate(model, [prompt], config).tokens[0]).partition("\n")[0]
+
+
+def test_what_loses_its_first_tokens_is_said_and_what_cannot_fit_is_named(harness):
+    first, last = harness.from_left["lines"]
+    assert first.startswith(
+        "1 of 3 requests exceed max_seq_len = 64 and lose their first tokens; request 0 the most, 20"
+    )
+    assert last.startswith("1 of 2 requests exceed")
+    assert harness.from_left["too long"].startswith("request 1: expected a continuation of at most 63 tokens")
+
+
+def test_clean_rows_that_predict_are_read_by_default(harness):
+    model = load(harness.folder / "model-joint")
+    right = next_tokens(model, ids("ab"), ids("cd"), forbid=True)
+    assert harness.joint["autoregressive"] == pytest.approx(right, rel=1e-5)
+    assert harness.joint["confidence"] != pytest.approx(right, rel=1e-3)

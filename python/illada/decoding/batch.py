@@ -129,6 +129,8 @@ class Batch(Rows):
             tokens = torch.stack([tokens, torch.where(frozen, self.config.mask_id, tokens)], 1).flatten(0, 1)
             positions, bounds = positions.repeat_interleave(2, 0), bounds.repeat_interleave(2, 0)
             keep = None if keep is None else keep.repeat_interleave(2, 0)
+        if self.config.mask_id < 0:  # what stands for a mask is not in the vocab, and nothing sees it
+            tokens = tokens.clamp(min=0)
         window = None
         if self.cache is not None:
             start = self.window_start[rows].repeat_interleave(self.fold) if shape.first is None else shape.first

@@ -15,7 +15,16 @@ from ..model import Model
 from .config import GenerationConfig
 from .layout import Block
 from .loop import BlockLoop, check_filled
-from .settings import checked, has_numbers, resolve, resolve_block_length, seeds_of, stop_ids_of, token_lists
+from .settings import (
+    checked,
+    expect_prompts,
+    has_numbers,
+    resolve,
+    resolve_block_length,
+    seeds_of,
+    stop_ids_of,
+    token_lists,
+)
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,7 @@ class Decoder:
         """
         ticket = self.tickets
         row = token_lists([prompt], self.model.config)[0]
-        if self.model.config.mask_id in row:
-            raise PromptError(f"prompt: expected no mask_id ({self.model.config.mask_id}); fill() fills holes")
+        expect_prompts([row], self.model.config)
         if len(row) + self.settings.max_new_tokens > self.length:
             raise PromptError(
                 f"prompt: {len(row)} tokens and max_new_tokens = {self.settings.max_new_tokens} exceed max_length = "

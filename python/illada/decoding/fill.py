@@ -14,7 +14,7 @@ from .config import GenerationConfig, Prompts
 from .generation import Generation
 from .layout import Block
 from .loop import BlockLoop, Step, check_filled, left_padded
-from .settings import checked, resolve, seeds_of, token_lists
+from .settings import checked, expect_mask, resolve, seeds_of, token_lists
 
 
 @torch.no_grad()
@@ -69,6 +69,7 @@ def fill(
         raise PromptError("fill: expected a model that sees both sides, this one sees no later blocks; use generate")
     if config.cache not in (None, "none"):
         raise PromptError(f"cache: expected none for fill, got {config.cache!r}")
+    expect_mask(model.config, "fill")
     rows = token_lists(sequences, model.config, "sequence")
     for b, row in enumerate(rows):
         if len(row) > model.config.max_seq_len:
@@ -136,6 +137,7 @@ def fill_hole(
         If positions stay masked because hidden rows are NaN.
     """
     c, block = model.config, model.config.causal_block
+    expect_mask(c, "fill_hole")
     before, after = token_lists([before, after], c, "fill_hole: text")
     if c.mask_id in [*before, *after]:
         raise PromptError(f"fill_hole: expected text without mask_id ({c.mask_id}); the hole alone is filled")

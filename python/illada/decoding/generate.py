@@ -15,7 +15,7 @@ from .generation import Generation
 from .layout import Block
 from .loop import BlockLoop, Step, check_filled, left_padded
 from .samplers import ALONE
-from .settings import checked, resolve, resolve_block_length, stop_ids_of, token_lists
+from .settings import checked, expect_mask, expect_prompts, resolve, resolve_block_length, stop_ids_of, token_lists
 
 
 @torch.no_grad()
@@ -71,10 +71,11 @@ def generate(
         config = dataclasses.replace(config, sampler=None, sampler_options={})
     config = checked(config, model.config)
     rows = token_lists(prompts, model.config)
+    if sampler is not None:
+        expect_mask(model.config, f"sampler {sampler!r}")
+    expect_prompts(rows, model.config)
     block_length = 1 if sampler else resolve_block_length(config, model.config)
     for b, row in enumerate(rows):
-        if model.config.mask_id in row:
-            raise PromptError(f"prompt {b}: expected no mask_id ({model.config.mask_id}); fill() fills holes in a text")
         if len(row) + config.max_new_tokens > model.config.max_seq_len:
             raise PromptError(
                 f"prompt {b}: {len(row)} tokens and max_new_tokens = {config.max_new_tokens} exceed max_seq_len = "

@@ -94,5 +94,5 @@ class Layout:
 
     def autoregressive(self, block: Block) -> bool:
         """Whether the block is one token, predicted from the token before it in every sequence, beside a cache."""
-        one = self.config.shifted_logits and self.config.causal_block == 1 and not block.scattered
+        one = self.config.autoregressive and not block.scattered
         return one and self.sampling.cache != "none" and block.columns[0] > max(self.first_columns[: self.count])

@@ -53,7 +53,11 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
     for name in ("stop_ids", "forbid", "defer"):
         value = getattr(config, name)
         plain[name] = None if value is None else tuple(_ids(name, value, model.vocab_size))
-    if plain["forbid"] is not None and model.mask_id not in plain["forbid"]:
+    if model.mask_id < 0:
+        if plain["guidance"]:
+            expect_mask(model, "guidance")
+        plain["forbid"] = plain["forbid"] or ()
+    elif plain["forbid"] is not None and model.mask_id not in plain["forbid"]:
         plain["forbid"] = (*plain["forbid"], model.mask_id)  # a mask that is proposed would never be filled
     if config.variable_length is None:
         plain["variable_length"] = model.variable_length
@@ -173,10 +177,28 @@ def resolve_block_length(config: GenerationConfig, model: ModelConfig) -> int:
     return length
 
 
+def expect_mask(config: ModelConfig, what: str) -> None:
+    """Raises PromptError for a model without a mask token."""
+    if config.mask_id < 0:
+        raise PromptError(
+            f"model: {what} needs a mask token, and this model's mask_id is -1; give an id of its vocab that no text "
+            "holds: load(folder, mask_id=...), illada eval --mask-id, mask_id among the harness's model_args"
+        )
+
+
+def expect_prompts(rows: list[list[int]], config: ModelConfig, what: str = "prompt") -> None:
+    """Raises PromptError for a prompt with a mask, and where the model has none, for one that it cannot continue."""
+    if not config.autoregressive:
+        expect_mask(config, "decoding")
+    for b, row in enumerate(rows):
+        if config.mask_id in row:
+            raise PromptError(f"{what} {b}: expected no mask_id ({config.mask_id}); fill() fills holes in a text")
+        if not row and config.mask_id < 0:
+            raise PromptError(f"{what} {b}: expected a token at least, because the model has no mask to begin with")
+
+
 def token_lists(prompts: Prompts, config: ModelConfig, what: str = "prompt") -> list[list[int]]:
     """Returns prompts as lists of ids; raises PromptError naming the prompt that is not ids of the vocab."""
-    if config.mask_id < 0:
-        raise PromptError("model: expected one with a mask token, its mask_id is -1; set it in the ModelConfig")
     if isinstance(prompts, Mapping):
         raise PromptError(f"{what}s: expected a list of token lists, got {type(prompts).__name__}; pass its input_ids")
     if isinstance(prompts, (str, bytes)) or not _is_list(prompts):

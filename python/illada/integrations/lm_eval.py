@@ -8,6 +8,7 @@ takes every option of the harness's own command; `illada eval --tasks` is the sh
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error.name} is missing: pip install 'lm_eval>=0.4.13'") from None
 
+_log = logging.getLogger(__name__)
 _NEUTRAL: dict[str, tuple[int | None, ...]] = {"num_beams": (None, 1), "repetition_penalty": (None, 1)}
 _TRUNCATIONS: dict[str, tuple[int | None, ...]] = {
     "top_p": (None, 1),
@@ -50,8 +52,11 @@ class IlladaLM(LM):
     device, dtype : str
         dtype "auto": that of the stored weights.
     method, samples, guidance, seed, rows_per_pass
-        As in `illada.log_likelihood`. Generation takes guidance and seed too, and as many sequences at a time as fit
-        into rows_per_pass.
+        As in `illada.log_likelihood`; without a method autoregressive models and those with `next_token` are read from
+        left to right, others by "monte_carlo". Generation takes guidance and seed too, and as many sequences at a time
+        as fit into rows_per_pass.
+    mask_id : int, optional
+        The mask token, where config.json does not name it. Autoregressive models need none.
     check_greedy : bool
         Find out whether a continuation is the greedy one, which tasks with exact matches of continuations need. It
         costs one more forward pass for most pairs.
@@ -69,6 +74,11 @@ class IlladaLM(LM):
     ------
     ValueError
         For settings that are not known.
+
+    Notes
+    -----
+    What does not fit into max_seq_len loses its first tokens, with a warning, as for the harness's own models. A
+    continuation or an answer that does not fit by itself is an error that names the request, before anything is scored.
     """
 
     def __init__(
@@ -77,7 +87,7 @@ class IlladaLM(LM):
         *,
         device: str | None = None,
         dtype: str = "auto",
-        method: str = "monte_carlo",
+        method: str | None = None,
         samples: int = 128,
         guidance: float = 0.0,
         seed: int = 0,
@@ -87,15 +97,19 @@ class IlladaLM(LM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         chat_template: str = "default",
+        mask_id: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
         if unknown := sorted(set(settings) - _SETTINGS):
             raise ValueError(f"model_args: {', '.join(unknown)} is not known; expected {', '.join(sorted(_SETTINGS))}")
-        if method not in METHODS:
+        if method is not None and method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.coder = open_model(pretrained, device, dtype)
+        overrides = {} if mask_id is None else {"mask_id": int(mask_id)}
+        self.model, self.coder = open_model(pretrained, device, dtype, **overrides)
+        config = self.model.config
+        method = method or ("autoregressive" if config.autoregressive or config.next_token else "monte_carlo")
         self.folder, self._device, self.check_greedy = Path(pretrained), torch.device(device), check_greedy
         self.scoring: dict[str, Any] = {"method": method, "samples": samples, "guidance": guidance, "seed": seed}
         self.rows_per_pass, self.max_gen_toks = rows_per_pass, max_gen_toks
@@ -105,7 +119,11 @@ class IlladaLM(LM):
         self.template_name = chat_template
         self.template: ChatTemplate | None = None
         # a model whose first row predicts nothing needs a token before every text
-        self.prefix = [self.model.config.eos_id] if self.model.config.shifted_logits else []
+        stated = config.hf.get("bos_token_id")
+        first: int = stated if isinstance(stated, int) else config.eos_id
+        from_left = config.shifted_logits or (config.next_token and method == "autoregressive")
+        self.prefix = [first] if from_left and 0 <= first < config.vocab_size else []
+        self.least = int(from_left)  # tokens before what is scored
 
     # ---- chat ------------------------------------------------------------------------------------------------------
 
@@ -139,7 +157,7 @@ class IlladaLM(LM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns (log-likelihood, is greedy) for each (context, continuation)."""
-        pairs = [self._pair(*request.args) for request in requests]
+        pairs = self._fitting([self._pair(*request.args) for request in requests])
         found = self._score(pairs, self.check_greedy, disable_tqdm)
         for request, answer in zip(requests, found):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
@@ -162,20 +180,44 @@ class IlladaLM(LM):
         continuation = context[len(bare) :] + continuation
         before = self.encode(bare)
         whole = self.encode(bare + continuation)
-        ids = whole[len(before) :]
-        room = self.model.config.max_seq_len - len(ids)
-        before = before or self.prefix
-        return before[max(len(before) - room, 0) :] if room > 0 else before, ids
+        return before or self.prefix, whole[len(before) :]
+
+    def _fitting(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+        """Cuts contexts from the left, with a warning; raises ValueError for a continuation that does not fit."""
+        length, least = self.model.config.max_seq_len, self.least
+        for i, (_, ids) in enumerate(pairs):
+            if least + len(ids) > length:
+                raise ValueError(
+                    f"request {i}: expected a continuation of at most {length - least} tokens, for which the model has "
+                    f"room (max_seq_len = {length}), got {len(ids)}, which begin with "
+                    f"{self.coder.decode(ids[:16])[:60]!r}; leave its document out (--samples), or shorten it"
+                )
+        self._warn([len(context) + len(ids) - length for context, ids in pairs])
+        return [(context[max(len(context) + len(ids) - length, 0) :], ids) for context, ids in pairs]
+
+    def _warn(self, over: Sequence[int]) -> None:
+        cut = [i for i, tokens in enumerate(over) if tokens > 0]
+        if cut:
+            most = max(cut, key=lambda i: over[i])
+            _log.warning(
+                "%d of %d requests exceed max_seq_len = %d and lose their first tokens; request %d the most, %d",
+                *(len(cut), len(over), self.model.config.max_seq_len, most, over[most]),
+            )
 
     def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Yields (context, continuation) so that every token counts once and the last one sees all it can."""
         length, start = self.model.config.max_seq_len, 0
         while start < len(ids):
-            end = min(start + length - (1 if start else len(self.prefix)), len(ids))
+            end = min(start + length - (1 if start else self.least), len(ids))
             yield (ids[max(end - length, 0) : start] if start else self.prefix), ids[start:end]
             start = end
 
     def _score(self, pairs: list[tuple[list[int], list[int]]], greedy: bool, quiet: bool) -> list[tuple[float, bool]]:
+        if self.model.config.mask_id < 0 and any(ids and not context for context, ids in pairs):
+            raise ValueError(
+                "a request has no context: expected bos_token_id or eos_token_id in config.json, after which the first "
+                "token comes"
+            )
         found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))  # what may not fit first
         with tqdm(total=len(pairs), desc="log-likelihood", disable=quiet) as bar:
@@ -183,7 +225,8 @@ class IlladaLM(LM):
                 contexts, continuations = zip(*(pairs[i] for i in chunk))
                 rows = self.rows_per_pass
                 nats = log_likelihood(self.model, contexts, continuations, rows_per_pass=rows, **self.scoring)
-                same = is_greedy(self.model, contexts, continuations, rows) if greedy else [False] * len(chunk)
+                how = (self.model, contexts, continuations, rows, self.scoring["method"])
+                same = is_greedy(*how) if greedy else [False] * len(chunk)
                 for i, value, match in zip(chunk, nats.tolist(), same):
                     found[i] = (value, match)
                 bar.update(len(chunk))
@@ -197,16 +240,20 @@ class IlladaLM(LM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
+        for group in groups.values():  # before anything is decoded
+            config, _, size = self._generation(requests[group[0]].args[1])
+            if self.model.config.max_seq_len - config.max_new_tokens < 1:
+                raise ValueError(
+                    f"max_gen_toks: expected less than the model's max_seq_len = {self.model.config.max_seq_len}, "
+                    f"got {size} for request {group[0]}"
+                )
         with tqdm(total=len(requests), desc="generate", disable=disable_tqdm) as bar:
             for group in groups.values():
                 config, until, size = self._generation(requests[group[0]].args[1])
                 room = self.model.config.max_seq_len - config.max_new_tokens
-                if room < 1:
-                    raise ValueError(
-                        f"max_gen_toks: expected less than the model's max_seq_len = {self.model.config.max_seq_len}, "
-                        f"got {size}"
-                    )
-                prompts = {i: (self.encode(requests[i].args[0]) or self.prefix)[-room:] for i in group}
+                whole = {i: self.encode(requests[i].args[0]) or self.prefix for i in group}
+                self._warn([len(whole.get(i, ())) - room for i in range(len(requests))])
+                prompts = {i: ids[-room:] for i, ids in whole.items()}
                 for batch in self._batches(prompts, config.max_new_tokens):
                     seeds = [config.seed + i for i in batch]  # type: ignore[operator]
                     # An answer depends on its request alone, and ends with the block that holds one of `until`.
@@ -250,7 +297,10 @@ class IlladaLM(LM):
         if unknown := sorted(set(settings) - _SETTINGS):
             raise ValueError(f"gen_kwargs: {', '.join(unknown)} is not known; expected {', '.join(sorted(_SETTINGS))}")
         block = settings.get("block_length") or self.model.config.causal_block or min(32, size)
-        config = GenerationConfig(max_new_tokens=-(-size // block) * block, **{**settings, "block_length": block})
+        if settings.get("sampler") in ALONE:  # block_length is its draft's, by default its own
+            config = GenerationConfig(max_new_tokens=size, **settings)
+        else:
+            config = GenerationConfig(max_new_tokens=-(-size // block) * block, **{**settings, "block_length": block})
         return config, [until] if isinstance(until, str) else [text for text in until if text], size
 
 

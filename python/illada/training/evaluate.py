@@ -12,6 +12,7 @@ from torch import Tensor
 
 from illada_kernels import KeyRanges
 
+from ..decoding.settings import expect_mask
 from ..errors import DataError
 from ..model import Model
 from ..tokenizer import Tokenizer, stream
@@ -89,6 +90,8 @@ def bound(
         bound nothing.
     ValueError
         For a length or a number of draws that is too small, and next_token of a model that sees everything.
+    PromptError
+        For a model that needs a mask token and has none.
 
     Notes
     -----
@@ -99,8 +102,12 @@ def bound(
     distribution that decoding draws from, which never proposes the mask.
     """
     block = model.config.causal_block
-    if next_token and not block:
+    if next_token and not (block or model.config.next_token):
         raise ValueError("next_token: expected a model with a causal mode, this one sees everything; leave it out")
+    if model.config.autoregressive and model.config.mask_id < 0:
+        next_token = True  # which is the same there, and needs no mask
+    if not next_token:
+        expect_mask(model.config, "a bound")
     block = 1 if next_token else block
     scored = length // 2 // block * block if block else length
     if scored < 1:

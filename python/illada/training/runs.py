@@ -92,7 +92,8 @@ class Run:
             own, least = model_config.causal_block, 1 if entry.sees == "blocks" else 2
             block = block or (own if own >= least else 4)
             config = dataclasses.replace(config, options={**config.options, "block": block})
-        model_config = dataclasses.replace(model_config, causal_block=entry.causal_block(block))
+        following = entry.sampler == "self-speculation"
+        model_config = dataclasses.replace(model_config, causal_block=entry.causal_block(block), next_token=following)
         run = cls(folder, data, tokenizer, model_config, config, start_from, eval_data)
         make_folder(folder)
         replace_file(folder / FILE, json.dumps(tokenizer.to_json()).encode())
@@ -245,21 +246,15 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def open_model(folder: str, device: str, dtype: str) -> tuple[Model, Tokenizer]:
+def open_model(folder: str, device: str, dtype: str, **overrides: Any) -> tuple[Model, Tokenizer]:
     """Returns the model and tokenizer in a checkpoint folder, a run's or one of Hugging Face.
 
-    dtype: a name, or "auto", that of the stored weights.
+    dtype: a name, or "auto", that of the stored weights. overrides: as in `illada.load`.
     """
-    model = checkpoint.load(folder, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    stored = None if dtype == "auto" else getattr(torch, dtype)
+    model = checkpoint.load(folder, device=device, dtype=stored, **overrides)
     c = model.config
     return model, load_tokenizer(Path(folder), c.vocab_size, c.mask_id, c.eos_id, c.pad_id)
-
-
-def decodes_next_tokens(folder: Path) -> bool:
-    """Whether the folder is a run whose objective is decoded by self-speculation."""
-    if not (folder / RUN).exists():
-        return False
-    return OBJECTIVES[Run.open(folder).train_config.objective].sampler == "self-speculation"
 
 
 def plot_losses(losses: np.ndarray, file: Path, title: str) -> None:
