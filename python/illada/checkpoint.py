@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from . import hf_config
 from .config import ModelConfig
 from .devices import usable
 from .errors import CheckpointError, CheckpointIOError, ConfigError
@@ -305,6 +306,8 @@ def save(
 ) -> None:
     """Writes the model as a Hugging Face folder that `load` reads back; other files in it stay.
 
+    In a generation_config.json that is there, ids that the model has changed are changed too.
+
     Parameters
     ----------
     model : Model
@@ -379,9 +382,11 @@ def _write(folder: Path, model: Model, dtype: torch.dtype | None, limit: int, wr
             "or save it before `pack`"
         )
     names = [f"model-{unique}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    config = folder / f"config-{unique}.json"
-    written.append(config)
+    config, generation = folder / f"config-{unique}.json", folder / f"generation-{unique}.json"
+    written += [config, generation]
     _write_json(config, _with_dtype(model.config.to_hf(), dtype or model.dtype))
+    if beside := _generation_beside(folder, model.config):
+        _write_json(generation, beside)
     mode = config.stat().st_mode & 0o777
     for name, shard in zip(names, shards):
         written.append(folder / name)
@@ -390,6 +395,8 @@ def _write(folder: Path, model: Model, dtype: torch.dtype | None, limit: int, wr
         (folder / name).chmod(mode)  # safetensors makes files that only their owner can read
         _flush(folder / name)
     old = [file for file in (*_shards_there(folder), *_killed_saves(folder)) if file not in written]
+    if beside:
+        generation.replace(folder / GENERATION)
     if len(shards) == 1:
         config.replace(folder / CONFIG)
         (folder / names[0]).replace(folder / SINGLE)
@@ -439,6 +446,22 @@ def _with_dtype(hf: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {**hf, "dtype" if "dtype" in hf else "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
+def _generation_beside(folder: Path, config: ModelConfig) -> dict[str, Any] | None:
+    """Returns the folder's generation_config.json with the configuration's ids where it says others, else None."""
+    if not (folder / GENERATION).exists():
+        return None
+    there = _read_json(folder / GENERATION)
+    before = ModelConfig(**hf_config.read(config.hf, warn=False)) if config.hf else None
+    new = dict(there) if isinstance(there, dict) else {}
+    if set(all_eos_ids(new.get("eos_token_id"), GENERATION)) - set(config.eos_ids):
+        new["eos_token_id"] = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
+    for key, name in (("pad_token_id", "pad_id"), ("mask_token_id", "mask_id")):
+        value = getattr(config, name)
+        if new.get(key) is not None and (value >= 0 if before is None else getattr(before, name) != value):
+            new[key] = None if value < 0 else value
+    return new if new != there else None
+
+
 def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
     safetensors = _safetensors()
     try:
@@ -463,7 +486,8 @@ def _shards_there(folder: Path) -> set[Path]:
 
 def _killed_saves(folder: Path) -> list[Path]:
     """Returns the configurations and indices that interrupted saves left."""
-    return [file for file in folder.glob("*-*.json") if re.fullmatch(r"(config|index)-[0-9a-f]{8}\.json", file.name)]
+    names = re.compile(r"(config|generation|index)-[0-9a-f]{8}\.json")
+    return [file for file in folder.glob("*-*.json") if names.fullmatch(file.name)]
 
 
 def _flush(path: Path) -> None:

@@ -130,6 +130,33 @@ def test_any_end_of_text_id_stops_and_all_are_kept(tmp_path):
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"eos_id": 7}, {"eos_id": 46}, {"eos_id": -1}, {"eos_id": 7, "more_eos_ids": (8,)}]
+)
+@pytest.mark.parametrize("where", ["over", "beside"])
+def test_ids_that_were_taken_away_do_not_come_back_from_generation_config(changes, where, tmp_path):
+    save(make(tiny("SDAR-8B"), dtype=torch.float32), tmp_path / "there")
+    generation = {"eos_token_id": [46, 48], "pad_token_id": 47, "temperature": 0.7, "_from_model_config": True}
+    (tmp_path / "there" / "generation_config.json").write_text(json.dumps(generation))
+    model = load(tmp_path / "there", **{"more_eos_ids": (), **changes, "pad_id": 3})
+    folder = tmp_path / ("there" if where == "over" else "beside")
+    folder.mkdir(exist_ok=True)
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    save(model, folder)
+    assert load(folder).config == model.config
+    kept = json.loads((folder / "generation_config.json").read_text())
+    assert {**generation, **{name: kept[name] for name in ("eos_token_id", "pad_token_id")}} == kept
+    assert kept["pad_token_id"] == 3 and not list(folder.glob("generation-*"))
+
+
+def test_a_generation_config_that_says_nothing_else_stays_as_it_is(tmp_path):
+    save(make(tiny("SDAR-8B"), dtype=torch.float32), tmp_path)
+    text = '{"eos_token_id": 48, "pad_token_id": 11,\n "bos_token_id": 5}'  # another pad_id than config.json's
+    (tmp_path / "generation_config.json").write_text(text)
+    save(load(tmp_path), tmp_path)
+    assert (tmp_path / "generation_config.json").read_text() == text
+
+
 # ---- rounding ----------------------------------------------------------------------------------------------------
 
 
