@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import FLOATS, cast_for_autocast, expect_layout
-from ..ops.unmask import api
-from ..ops.unmask.api import LogitBias, Unmasked
+from ..ops.unmask import Unmasked
+from ..ops.unmask.checks import LogitBias, Options, check_head, checked
+from ..ops.unmask.op import OPERATOR
 from ..rules import Edit, Remask, Rule
 from ._group import check_piece, group_name
 
@@ -101,9 +102,9 @@ def unmask(
     """
     expect_layout("hidden", hidden, FLOATS, "B", "K", "D", contiguous=True)
     hidden, local_head, local_bias = cast_for_autocast(hidden.device, hidden, local_head, local_bias)
-    api.check_head(hidden, local_head, local_bias, "local_head", "local_bias")
+    check_head(hidden, local_head, local_bias, "local_head", "local_bias")
     check_piece(local_head.shape[0], vocab_start, vocab_size)
-    options = api.Options(
+    options = Options(
         mask_id,
         confidence,
         order,
@@ -122,6 +123,6 @@ def unmask(
         frozen,
         noise_positions,
     )
-    name = group_name(group)
-    rest = (tokens, positions, rule, options, backend, name, vocab_start)
-    return api.run("hidden", hidden, local_head, local_bias, vocab_size, *rest)
+    source = "hidden", hidden, local_head, local_bias, vocab_size
+    call = checked(*source, tokens, positions, rule, options, backend, group_name(group), vocab_start)
+    return Unmasked(*OPERATOR(call))
