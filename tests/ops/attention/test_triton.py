@@ -15,7 +15,7 @@ from tests.helpers.attention_oracle import assert_close, draw, run
 
 pytest.importorskip("triton", reason="no triton")
 
-from illada_kernels.ops.attention.triton import bwd, fwd
+from illada_kernels.ops.attention.triton import bwd_keys, fwd
 from tests.helpers import attention_triton as checks
 from tests.helpers.attention_triton import meets_the_bar, triton, use_small_tiles
 from tests.helpers.triton_interpreter import interpreted
@@ -111,7 +111,7 @@ def test_the_committed_tiles_meet_the_numerics_bar(monkeypatch, dim):
 
 
 def test_more_row_tiles_than_a_key_tile_looks_at_together():
-    assert 16 * bwd.SCAN.value < 2 * 290
+    assert 16 * bwd_keys.SCAN.value < 2 * 290
     meets_the_bar(draw(1, 290, 30, 2, 1, 64, dtype=torch.float16), cases.hostile_masks(1, 290, 30)["causal"])
 
 

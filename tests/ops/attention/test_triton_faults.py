@@ -26,7 +26,7 @@ def small_tiles(monkeypatch):
 
 def plant(monkeypatch, folder: Path, file: str, old: str, new: str) -> None:
     """Until the test ends the room's Triton kernels are copies, of which `file` says `new` for `old`."""
-    for name in ("tiles", "fwd", "bwd"):
+    for name in ("tiles", "fwd", "bwd_keys", "bwd_queries", "bwd"):
         text = Path(str(importlib.import_module(f"{package.__name__}.{name}").__file__)).read_text()
         if name == file:
             assert text.count(old) >= 1, old
@@ -79,8 +79,8 @@ FAULTS = {
     "the second segment of parts is lost": (
         causal,
         "tiles",
-        "at = tl.where(key >= 0, full_end0 + key, at)",
-        "at = tl.where(key > 0, full_end0 + key, at)",
+        "at = tl.where(i >= 0, full_end0 + i, at)",
+        "at = tl.where(i > 0, full_end0 + i, at)",
     ),
     "bounds that are not ordered": (
         checks.malformed_bounds_act_as_their_clamped_form,
@@ -107,19 +107,19 @@ FAULTS = {
         "tl.full([ROWS], LOWEST, tl.float32)",
         'tl.full([ROWS], float("-inf"), tl.float32)',
     ),
-    "q and dout of rows without keys": (poison, "bwd", "wanted = lo0 < hi0", "wanted = rows >= 0"),
+    "q and dout of rows without keys": (poison, "bwd_keys", "wanted = lo0 < hi0", "wanted = rows >= 0"),
     "k of keys that no row attends to": (
         poison,
-        "bwd",
+        "bwd_queries",
         "wanted = attended_keys(keys, lo0, hi0, lo1, hi1)",
-        "wanted = keys < num_keys",
+        "wanted = attended_keys(keys, lo0 * 0, hi1, lo1, hi1)",
     ),
     "the gradient of lse": (random, "bwd", "delta -= tl.load(dlse", "delta += tl.load(dlse"),
-    "the same tile of rows again": (random, "bwd", "bits &= bits - 1", "bits &= bits"),
-    "a tile of rows that is not full": (causal, "bwd", "other=0) >= end", "other=0) >= end - 16"),
+    "the same tile of rows again": (random, "bwd_keys", "bits &= bits - 1", "bits &= bits"),
+    "a tile of rows that is not full": (causal, "bwd_keys", "other=0) >= end", "other=0) >= end - 16"),
     "rows of the next query": (
         full,
-        "bwd",
+        "bwd_queries",
         "packed = (program // tiles).to(tl.int64) * packed_rows + rows",
         "packed = (program // tiles).to(tl.int64) * packed_rows + rows + 1",
     ),

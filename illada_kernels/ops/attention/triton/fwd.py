@@ -13,7 +13,19 @@ from torch import Tensor
 
 from ..problem import Problem, contiguous_bounds
 from . import tuning
-from .tiles import LN_2, LOG2_E, allowed_pairs, attended_keys, key_plan, load_tile, part_at, store_tile
+from .tiles import (
+    LN_2,
+    LOG2_E,
+    allowed_pairs,
+    attended_keys,
+    key_in_parts,
+    key_in_whole_tiles,
+    key_plan,
+    keys_in_parts,
+    keys_in_whole_tiles,
+    load_tile,
+    store_tile,
+)
 from .tuning import FORWARD, FULL, Tile, aot, every_tile, head_parts, strides
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
@@ -21,23 +33,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 @triton.jit
 def _attend(
+    state,
     q,
     q_tail,
-    maximum,
-    total,
-    acc,
-    acc_tail,
-    k,
-    v,
+    common,
+    ranges,
     start,
-    k_row,
-    v_row,
-    num_keys,
-    scale,
-    lo0,
-    hi0,
-    lo1,
-    hi1,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     KEYS: tl.constexpr,
@@ -46,12 +47,15 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """Adds one key tile to the running maximum (of scores / log 2), sum and output of a row tile."""
+    maximum, total, acc, acc_tail = state
+    k, v, k_row, v_row, num_keys, scale = common
     lanes = tl.arange(0, KEYS)
     keys = start + lanes
     k += start.to(tl.int64) * k_row
     v += start.to(tl.int64) * v_row
     k_at, v_at = lanes.to(tl.int64) * k_row, lanes.to(tl.int64) * v_row
     if MASKED:
+        lo0, hi0, lo1, hi1 = ranges
         allowed = allowed_pairs(keys[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None])
         exists = keys < num_keys
         attended = attended_keys(keys, lo0, hi0, lo1, hi1)  # loads no other v: p is 0 there, but 0 * NaN is NaN
@@ -131,9 +135,7 @@ def attention_fwd(
     queries, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
     if bounds is not None:
         bounds += batch * bounds_batch
-    lo0, hi0, lo1, hi1, begin0, full0, full_end0, end0, begin1, full1, full_end1, end1 = key_plan(
-        bounds, queries, inside, bounds_row, num_keys, KEYS, PART
-    )
+    ranges, plan = key_plan(bounds, queries, inside, bounds_row, num_keys, KEYS, PART)
 
     q += batch * q_batch
     q_at = queries.to(tl.int64) * q_row + heads.to(tl.int64) * q_head
@@ -150,63 +152,15 @@ def attention_fwd(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD], tl.float32)
     acc_tail = tl.zeros([ROWS, TAIL if TAIL else 16], tl.float32)
-    keys_in_part = full0 - begin0 + end0 - full_end0 + full1 - begin1 + end1 - full_end1
-    for i in tl.range(0, keys_in_part, PART, num_stages=MASKED_STAGES):
-        start = part_at(i, begin0, full0, full_end0, end0, begin1, full1, full_end1)
-        maximum, total, acc, acc_tail = _attend(
-            q_head_part,
-            q_tail,
-            maximum,
-            total,
-            acc,
-            acc_tail,
-            k,
-            v,
-            start,
-            k_row,
-            v_row,
-            num_keys,
-            scale,
-            lo0,
-            hi0,
-            lo1,
-            hi1,
-            HEAD,
-            TAIL,
-            PART,
-            True,
-            NEGATIVE,
-            PRECISION,
-        )
-    whole = full_end0 - full0
-    for i in tl.range(0, whole + full_end1 - full1, KEYS, num_stages=STAGES):
-        start = tl.where(i < whole, full0 + i, full1 + i - whole)
-        maximum, total, acc, acc_tail = _attend(
-            q_head_part,
-            q_tail,
-            maximum,
-            total,
-            acc,
-            acc_tail,
-            k,
-            v,
-            start,
-            k_row,
-            v_row,
-            num_keys,
-            scale,
-            lo0,
-            hi0,
-            lo1,
-            hi1,
-            HEAD,
-            TAIL,
-            KEYS,
-            False,
-            NEGATIVE,
-            PRECISION,
-        )
+    state, common = (maximum, total, acc, acc_tail), (k, v, k_row, v_row, num_keys, scale)
+    for i in tl.range(0, keys_in_parts(plan), PART, num_stages=MASKED_STAGES):
+        start = key_in_parts(i, plan)
+        state = _attend(state, q_head_part, q_tail, common, ranges, start, HEAD, TAIL, PART, True, NEGATIVE, PRECISION)
+    for i in tl.range(0, keys_in_whole_tiles(plan), KEYS, num_stages=STAGES):
+        start = key_in_whole_tiles(i, plan)
+        state = _attend(state, q_head_part, q_tail, common, ranges, start, HEAD, TAIL, KEYS, False, NEGATIVE, PRECISION)
 
+    maximum, total, acc, acc_tail = state
     none = total == 0.0
     total = tl.where(none, 1.0, total)
     out_at = ((batch * num_queries + queries) * kv_heads * GROUP + heads) * (HEAD + TAIL)

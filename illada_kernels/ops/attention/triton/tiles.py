@@ -59,7 +59,8 @@ def key_span(begin, end, all_begin, all_end, first, KEYS: tl.constexpr, PART: tl
 
 @triton.jit
 def key_plan(bounds, queries, inside, row_stride, num_keys, KEYS: tl.constexpr, PART: tl.constexpr):
-    """Returns the ranges of a row tile, and what its two hulls visit; the second starts where the first ends."""
+    """Returns the ranges of a row tile, lo0, hi0, lo1, hi1, and what its two hulls visit, begin, full, full_end and end
+    of either; the second starts where the first ends."""
     if bounds is None:
         zero = tl.zeros_like(queries)
         lo0, hi0, lo1, hi1 = zero, zero + num_keys, zero + num_keys, zero + num_keys
@@ -71,20 +72,40 @@ def key_plan(bounds, queries, inside, row_stride, num_keys, KEYS: tl.constexpr, 
         begin0, full0, full_end0, end0 = key_span(begin, end, all_begin, all_end, 0, KEYS, PART)
         begin, end, all_begin, all_end = hull(lo1, hi1, inside, num_keys)
         begin1, full1, full_end1, end1 = key_span(begin, end, all_begin, all_end, end0, KEYS, PART)
-    return lo0, hi0, lo1, hi1, begin0, full0, full_end0, end0, begin1, full1, full_end1, end1
+    return (lo0, hi0, lo1, hi1), (begin0, full0, full_end0, end0, begin1, full1, full_end1, end1)
 
 
 @triton.jit
-def part_at(key, begin0, full0, full_end0, end0, begin1, full1, full_end1):
-    """Returns the key `key` keys after begin0, counting only begin0..full0, full_end0..end0, begin1..full1 and
-    full_end1.. ."""
-    at = begin0 + key
-    key -= full0 - begin0
-    at = tl.where(key >= 0, full_end0 + key, at)
-    key -= end0 - full_end0
-    at = tl.where(key >= 0, begin1 + key, at)
-    key -= full1 - begin1
-    return tl.where(key >= 0, full_end1 + key, at)
+def keys_in_parts(plan):
+    """Returns how many keys the plan visits in parts."""
+    begin0, full0, full_end0, end0, begin1, full1, full_end1, end1 = plan
+    return full0 - begin0 + end0 - full_end0 + full1 - begin1 + end1 - full_end1
+
+
+@triton.jit
+def key_in_parts(i, plan):
+    """Returns the i-th of the keys that the plan visits in parts."""
+    begin0, full0, full_end0, end0, begin1, full1, full_end1, _ = plan
+    at = begin0 + i
+    i -= full0 - begin0
+    at = tl.where(i >= 0, full_end0 + i, at)
+    i -= end0 - full_end0
+    at = tl.where(i >= 0, begin1 + i, at)
+    i -= full1 - begin1
+    return tl.where(i >= 0, full_end1 + i, at)
+
+
+@triton.jit
+def keys_in_whole_tiles(plan):
+    """Returns how many keys the plan visits in whole tiles."""
+    return plan[2] - plan[1] + plan[6] - plan[5]
+
+
+@triton.jit
+def key_in_whole_tiles(i, plan):
+    """Returns the i-th of the keys that the plan visits in whole tiles."""
+    full0, full1, of_first = plan[1], plan[5], plan[2] - plan[1]
+    return tl.where(i < of_first, full0 + i, full1 + i - of_first)
 
 
 @triton.jit
