@@ -11,23 +11,17 @@ blocks hold two tokens.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
-from illada.decoding.config import GenerationConfig
-from illada.decoding.generate import generate
 from illada.model import Model
 
 from illada_kernels import Factor, Threshold
 
-from .. import measure
 from ..report import plot_lines
-from ..run import RESULTS
-from .toy_tasks import TASKS, Task, train
+from .answers import Rules, about, add_tasks, folder_of, measure_rules, parser, solve, trained, write
+from .toy_tasks import Task
 
 BLOCK = 2
 CACHES: dict[str, dict[str, Any]] = {
@@ -39,49 +33,37 @@ CACHES: dict[str, dict[str, Any]] = {
     "interval, once": {"cache": "interval"},
     "interval, every 4": {"cache": "interval", "refresh_every": 4},
 }
-RULES: dict[str, tuple[Any, tuple[float, ...]]] = {
+RULES: Rules = {  # settings of each
     "steps": (lambda steps: {"steps_per_block": steps}, (2, 1)),
     "Threshold(tau)": (lambda tau: {"rule": Threshold(tau)}, (0.99, 0.95, 0.9, 0.7, 0.5)),
     "Factor(f)": (lambda f: {"rule": Factor(f)}, (0.05, 0.1, 0.4, 1.0)),
 }
 
 
-def measure_one(model: Model, task: Task, settings: dict[str, Any], problems: int) -> dict[str, float]:
-    """The problems are the same for every rule and cache."""
-    prompts, answers = task.draw(problems, torch.Generator().manual_seed(2**40))
+def measure_one(
+    model: Model, task: Task, cache: dict[str, Any], rule: dict[str, Any], problems: int
+) -> dict[str, float]:
     columns = 0
 
     def count(module: Any, args: Any) -> None:
         nonlocal columns
         columns += args[0].numel()
 
-    config = GenerationConfig(
-        max_new_tokens=answers.shape[1], block_length=BLOCK, variable_length=False, stop_ids=(), **settings
-    )
     handle = model.register_forward_pre_hook(count)
     try:
-        result = generate(model, prompts, config)
+        found, result = solve(model, task, problems, block_length=BLOCK, variable_length=False, **cache, **rule)
     finally:
         handle.remove()
-    right = task.right(prompts, torch.tensor(result.tokens)).float().mean().item()
-    return {
-        "accuracy": right,
-        "tokens_per_pass": result.tokens_per_pass,
-        "columns_per_token": columns / sum(result.filled),
-    }
+    return {**found, "columns_per_token": columns / sum(result.filled)}
 
 
 def measure_task(model: Model, task: Task, problems: int) -> list[dict[str, Any]]:
     rows = []
     for cache, how in CACHES.items():
-        for name, (rule, parameters) in RULES.items():
-            for parameter in parameters:
-                measured = measure_one(model, task, {**how, **rule(parameter)}, problems)
-                rows.append({"task": task.name, "cache": cache, "rule": name, "parameter": parameter, **measured})
-                shown = f"{measured['accuracy']:6.1%} {measured['tokens_per_pass']:6.2f}"
-                print(
-                    f"{task.name:<8} {cache:<16} {name:<15} {parameter:<5} {shown} {measured['columns_per_token']:7.1f}"
-                )
+        for row in measure_rules(RULES, partial(measure_one, model, task, how, problems=problems)):
+            rows.append({"task": task.name, "cache": cache, **row})
+            shown = f"{row['accuracy']:6.1%} {row['tokens_per_pass']:6.2f} {row['columns_per_token']:7.1f}"
+            print(f"{task.name:<8} {cache:<16} {row['rule']:<15} {row['parameter']:<5} {shown}")
     return rows
 
 
@@ -101,26 +83,16 @@ def table(rows: list[dict[str, Any]], task: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    description = str(__doc__).splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.caches", description=description)
-    parser.add_argument("--task", choices=TASKS, help="only this one")
-    parser.add_argument("--steps", type=int, help="training steps (the task's own number)")
-    parser.add_argument("--problems", type=int, default=1000)
-    parser.add_argument("--out", type=Path, help="folder to write to (default: under benchmarks/results/)")
-    options = parser.parse_args(argv)
-    device = measure.device_name("cpu")
-    about = {"problems": options.problems, "device": device, "versions": measure.versions(), "commit": measure.commit()}
-    rows = []
-    for task in [TASKS[options.task]] if options.task else TASKS.values():
-        model = train(task, steps=options.steps, report=lambda s, loss: s % 100 or print(f"step {s}, loss {loss:.3f}"))
-        rows += [{**row, **about} for row in measure_task(model, task, options.problems)]
-        print(table(rows, task.name))
-    folder = options.out or RESULTS / measure.slug(device)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "caches.json"
-    measured = {row["task"] for row in rows}
-    others = [row for row in json.loads(file.read_text()) if row["task"] not in measured] if file.exists() else []
-    file.write_text(json.dumps([*others, *rows], indent=1) + "\n")
+    command = parser("caches", str(__doc__))
+    add_tasks(command)
+    options = command.parse_args(argv)
+    rows, facts = [], {"problems": options.problems, **about()}
+    for task, model, _ in trained(options):
+        measured = measure_task(model, task, options.problems)
+        rows += [{**row, **facts} for row in measured]
+        print(table(measured, task.name))
+    folder = folder_of(options)
+    write(folder / "caches.json", rows)
     plot_lines.draw(folder)
     return 0
 

@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,10 @@ from illada.training.trajectories import Trajectories, Trajectory
 
 from illada_kernels import EntropyBound, Threshold, TopK
 
-from .. import measure
-from ..run import RESULTS
-from .accuracy import GOAL, measure_rule
+from .answers import GOAL, Rules, about, draw, folder_of, measure_rule, measure_rules, parser
 from .toy_tasks import END, MASK, TASKS, Task, config, train
 
-RULES: dict[str, tuple[Any, tuple[float, ...]]] = {
+RULES: Rules = {
     "TopK(k)": (TopK, (1, 2, 4, 8)),
     "Threshold(tau)": (Threshold, (0.99, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3)),
     "EntropyBound(gamma)": (EntropyBound, (0.01, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 3.0)),
@@ -135,71 +134,43 @@ def at_goal(rows: list[dict[str, Any]]) -> float:
     return max((row["tokens_per_pass"] for row in rows if row["accuracy"] >= GOAL), default=0.0)
 
 
-def draw(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10.4, 3.8), sharey=True)
-    for axis, rule in zip(axes, ("Threshold(tau)", "EntropyBound(gamma)")):
-        for name, color in COLORS.items():
-            points = sorted(
-                (row["tokens_per_pass"], 100 * row["accuracy"])
-                for row in rows
-                if row.get("model") == name and row.get("rule") == rule
-            )
-            axis.plot(*zip(*points), "o-", markersize=4, color=color, label=name)
-        axis.axhline(100 * GOAL, color="gray", linewidth=0.8, linestyle=":")
-        axis.set_title(f"{rule}, {task.about}", fontsize=9)
-        axis.set_xlabel("tokens per pass")
-        axis.set_ylim(-3, 103)
-    axes[0].set_ylabel("answers exactly right, %")
-    axes[0].legend(fontsize=8, loc="lower left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality.fewer_passes", description=str(__doc__).splitlines()[0]
-    )
-    parser.add_argument("--steps", type=int, default=600, help="of the training before (default 600)")
-    parser.add_argument(
+    command = parser("fewer_passes", str(__doc__))
+    command.add_argument("--steps", type=int, default=600, help="of the training before (default 600)")
+    command.add_argument(
         "--base", type=Path, help="a file of the weights before; where it is missing they are put there"
     )
-    parser.add_argument("--tune", type=int, default=120, help="steps of each copy (default 120)")
-    parser.add_argument("--lr", type=float, default=0.01, help="of these steps (default 0.01)")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--prompts", type=int, default=4096, help="problems whose trajectories are recorded")
-    parser.add_argument("--draws", type=int, default=2, help="trajectories of which the best is kept (default 2)")
-    parser.add_argument("--turns", type=int, default=1, help="rounds of recording in which the teacher takes over")
-    parser.add_argument("--problems", type=int, default=400)
-    parser.add_argument("--out", type=Path, help="folder to write to (default: under benchmarks/results/)")
-    options = parser.parse_args(argv)
-    task, device = TASKS["either"], measure.device_name("cpu")
-    about = {"device": device, "versions": measure.versions(), "commit": measure.commit()}
-    steps = options.steps
+    command.add_argument("--tune", type=int, default=120, help="steps of each copy (default 120)")
+    command.add_argument("--lr", type=float, default=0.01, help="of these steps (default 0.01)")
+    command.add_argument("--batch", type=int, default=128)
+    command.add_argument("--prompts", type=int, default=4096, help="problems whose trajectories are recorded")
+    command.add_argument("--draws", type=int, default=2, help="trajectories of which the best is kept (default 2)")
+    command.add_argument("--turns", type=int, default=1, help="rounds of recording in which the teacher takes over")
+    command.add_argument("--problems", type=int, default=400)
+    options = command.parse_args(argv)
+    task, steps = TASKS["either"], options.steps
     rows: list[dict[str, Any]] = []
-    training = {"training_steps": steps, "tuning_steps": options.tune, "problems": options.problems}
-    folder = options.out or RESULTS / measure.slug(device)
-    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"training_steps": steps, "tuning_steps": options.tune, "problems": options.problems, **about()}
+    folder = folder_of(options)
     begun = time.perf_counter()
     for name, model in models(task, before(task, steps, options.base), options):
         seconds = time.perf_counter() - begun
         measured = [
-            {"task": task.name, "model": name, "rule": rule, "parameter": parameter}
-            | measure_rule(model, task, kind(parameter), options.problems)
-            for rule, (kind, parameters) in RULES.items()
-            for parameter in parameters
+            {"task": task.name, "model": name, **row}
+            for row in measure_rules(RULES, partial(measure_rule, model, task, problems=options.problems))
         ]
         goal = {"task": task.name, "model": name, "at_95": at_goal(measured), "seconds": round(seconds, 1)}
         print(f"{name:<18} {goal['at_95']:.2f} tokens a pass with {GOAL:.0%} right; {seconds:.0f} s", flush=True)
-        rows += [{**row, **training, **about} for row in (*measured, goal)]
+        rows += [{**row, **facts} for row in (*measured, goal)]
         (folder / "fewer_passes.json").write_text(json.dumps(rows, indent=1) + "\n")
         begun = time.perf_counter()
-    draw(rows, task, folder / "fewer_passes.png")
+    panels = {
+        f"{rule}, {task.about}": {
+            name: [row for row in rows if (row["model"], row.get("rule")) == (name, rule)] for name in COLORS
+        }
+        for rule in ("Threshold(tau)", "EntropyBound(gamma)")
+    }
+    draw(folder / "fewer_passes.png", panels, tuple(COLORS.values()))
     return 0
 
 

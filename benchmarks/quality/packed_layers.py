@@ -21,7 +21,7 @@ from illada_kernels import TopK
 
 from ..floor import ceilings, floor_ms
 from ..measure import Job, interleaved, rotating
-from .accuracy import measure_rule
+from .answers import measure_rule
 from .toy_tasks import sort, train
 
 KINDS = {"packed": PackedLinear, "int8": Int8Linear, "int4": Int4Linear}

@@ -9,7 +9,7 @@ from illada.decoding.fill import fill
 from illada.decoding.generate import generate
 from illada.model import Model
 
-from benchmarks.quality.accuracy import GOAL, measure_rule
+from benchmarks.quality.answers import GOAL, measure_rule
 from benchmarks.quality.toy_tasks import MASK, Task, either, sort, train
 from illada_kernels import EntropyBound, Factor, Threshold, TopK
 
