@@ -190,6 +190,15 @@ def compile_kernels(source: str | Path, defines: tuple[str, ...] = (), text: str
     return Kernels(_cached(path.stem, [copy], depends, [*flags, "-I", str(path.parent)]), path.name)
 
 
+def with_headers(source: str | Path, headers: Iterable[str]) -> str:
+    """The text of `source` with these headers of csrc/cuda in place of their #include, so that faults reach them."""
+    text = (ROOT / source).read_text()
+    for name in headers:
+        inside = (ROOT / "csrc/cuda" / name).read_text().replace("#pragma once\n", "")
+        text = text.replace(f'#include "{name}"\n', inside)
+    return text
+
+
 def plant(source: str | Path, old: str, new: str) -> str:
     """The text of `source` with the one occurrence of `old` replaced: a copy with a fault."""
     text = (ROOT / source).read_text()

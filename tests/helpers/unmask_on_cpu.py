@@ -15,7 +15,7 @@ import illada_kernels as ik
 from illada_kernels.ops.unmask import cuda, gpu, op
 from illada_kernels.testing import unmask_confidence_tolerance
 from tests.cuda_on_cpu.emulated import Emulated, storage_of
-from tests.cuda_on_cpu.library import ROOT, GlobalArray, Kernels, compile_kernels, switchable
+from tests.cuda_on_cpu.library import GlobalArray, Kernels, compile_kernels, switchable, with_headers
 from tests.helpers.triton_interpreter import on_cpu
 from tests.helpers.unmask_oracle import MASK
 
@@ -25,7 +25,7 @@ SOURCES = (
     "csrc/cuda/unmask_head_sm90a.cu",
     "csrc/cuda/unmask_bounds.cu",
 )
-HEADERS = ("csrc/cuda/unmask.cuh", "csrc/cuda/unmask_logits.cuh")
+HEADERS = ("unmask.cuh", "unmask_logits.cuh")
 Faults = dict[str, tuple[str, str, str]]  # kernel, old, new, as `switchable` wants them
 POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "defer", "partials", "bounds")
 NESTED = {
@@ -126,7 +126,7 @@ def assert_same(got: Any, want: Any, vocabulary: int, by_entropy: bool = False) 
 def with_faults(kernel: str, faults: tuple[tuple[str, str], ...], extended: bool) -> Kernels:
     """The kernel with the faults, and without the instances that are not called, which take most of the compiler's
     time."""
-    text = (ROOT / kernel).read_text()
+    text = with_headers(kernel, HEADERS)
     for width in (32, 64):
         text = text.replace(f"if (rows <= {width}) return run<T, {width}>(c, o, stream);", "")
     text = text.replace("return run<T, 128>(c, o, stream);", "return int(cudaErrorInvalidValue);")
@@ -135,9 +135,6 @@ def with_faults(kernel: str, faults: tuple[tuple[str, str], ...], extended: bool
     if not extended:
         text = re.sub(r"[\w.]+ == ILLADA_RENOISE \? (\w+<.*true>) : (\w+<.*false>)", r"\2", text)
     text = re.sub(r"(?<!== )\b[\w.]+ \? (\w+<.*true>) : (\w+<.*false>)", r"\1" if extended else r"\2", text)
-    for name in HEADERS:
-        inside = (ROOT / name).read_text().replace("#pragma once", "")
-        text = text.replace(f'#include "{name.rpartition("/")[2]}"', inside)
     return compile_kernels(kernel, text=switchable(text, faults))
 
 

@@ -15,7 +15,7 @@ from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cuda, reference
 from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing, skipped, switchable
+from tests.cuda_on_cpu.library import KernelFault, Kernels, compile_kernels, missing, skipped, switchable, with_headers
 from tests.helpers.attention_oracle import Result, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -36,11 +36,7 @@ def source(name: str) -> str:
 @functools.cache
 def with_faults(name: str, dim: int) -> Kernels:
     """One kernel with its headers and all its faults, for one dtype and head_dim (a second to compile, not ten)."""
-    text = (ROOT / source(name)).read_text()
-    for header in HEADERS:
-        inside = (ROOT / "csrc/cuda" / header).read_text().replace("#pragma once\n", "")
-        text = text.replace(f'#include "{header}"\n', inside)
-    text = re.sub(rf"      case (?!{dim}:).*\n", "", text)
+    text = re.sub(rf"      case (?!{dim}:).*\n", "", with_headers(source(name), HEADERS))
     text = re.sub(r"  if \(dtype == fp16_code\).*\n", "", text)
     return compile_kernels(source(name), text=switchable(text, [edits[:2] for edits in FAULTS[name].values()]))
 

@@ -15,7 +15,7 @@ from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cases, cuda, reference
 from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing, skipped, switchable
+from tests.cuda_on_cpu.library import KernelFault, Kernels, compile_kernels, missing, skipped, switchable, with_headers
 from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -161,11 +161,7 @@ def test_head_dim_256_takes_the_deterministic_kernels(monkeypatch: pytest.Monkey
 @functools.cache
 def with_faults(dim: int) -> Kernels:
     """The kernel with its headers and all faults in it, for one dtype and head_dim: a second to compile, not ten."""
-    text = (ROOT / FUSED).read_text()
-    for header in HEADERS:
-        inside = (ROOT / "csrc/cuda" / header).read_text().replace("#pragma once\n", "")
-        text = text.replace(f'#include "{header}"\n', inside)
-    text = re.sub(rf"      case (?!{dim}:).*\n", "", text)
+    text = re.sub(rf"      case (?!{dim}:).*\n", "", with_headers(FUSED, HEADERS))
     text = re.sub(r"  if \(dtype == fp16_code\).*\n", "", text)
     return compile_kernels(FUSED, text=switchable(text, [edits[:2] for edits in FAULTS.values()]))
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from illada_kernels.ops.masked_loss.cuda import CudaRows
 from illada_kernels.ops.masked_loss.row_kernels import Formula, Rows
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import ROOT, KernelFault, Kernels, compile_kernels, missing, switchable
+from tests.cuda_on_cpu.library import KernelFault, Kernels, compile_kernels, missing, switchable, with_headers
 from tests.helpers.masked_loss_oracle import TorchRows, allowed_ids, bad, live
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 ROWS, COMPACT = "csrc/cuda/masked_loss_rows.cu", "csrc/cuda/masked_loss_compact.cu"
+HEADERS = ("masked_loss_vectors.cuh",)
 TORCH = TorchRows()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -338,7 +339,7 @@ OTHER_DTYPES = ("    case ILLADA_F32: return with_type(float{});\n", "    case I
 
 @functools.cache
 def with_faults(source: str) -> Kernels:
-    text = switchable((ROOT / source).read_text(), [fault for file, *fault in FAULTS.values() if file == source])
+    text = switchable(with_headers(source, HEADERS), [fault for file, *fault in FAULTS.values() if file == source])
     for case in OTHER_DTYPES if source == ROWS else ():
         assert case in text
         text = text.replace(case, "")
