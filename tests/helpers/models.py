@@ -28,6 +28,14 @@ def make(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64)
     return model.eval()
 
 
+def model_of(preset: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Model:
+    """Proposals of every confidence: the head is scaled so that probabilities spread over 0.1 .. 0.9."""
+    model = make(tiny(preset), seed, dtype)
+    with torch.no_grad():
+        model.head_weight.mul_(3.0 if model.config.tie_embeddings else 1.5)
+    return model
+
+
 def tokens_of(config: ModelConfig, batch: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 

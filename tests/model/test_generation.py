@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import illada_kernels
 from illada_kernels import Edit, EntropyBound, Factor, Remask, Threshold, TopK
-from tests.helpers.models import make, plain_forward, tiny
+from tests.helpers.models import make, model_of, plain_forward, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8, 9]]
 MODELS = ["demo", "Dream-7B", "SDAR-8B", "Qwen2.5-7B"]
 RULES = {
@@ -30,23 +31,6 @@ RULES = {
     "entropy": {"rule": EntropyBound(2.5)},
     "entropy_inclusive": {"rule": EntropyBound(5.0, inclusive=True)},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sizes here are not worth a second thread, and on a busy machine waiting for it costs 30 ms an operation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def model_of(preset: str, seed: int = 0) -> Model:
-    """Proposals of every confidence: the head is scaled so that probabilities spread over 0.1 .. 0.9."""
-    model = make(tiny(preset), seed=seed)
-    with torch.no_grad():
-        model.head_weight.mul_(3.0 if model.config.tie_embeddings else 1.5)
-    return model
 
 
 def settings(model: Model, **changes) -> GenerationConfig:

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from illada import Decoder, GenerationConfig, fill, generate
 
 from illada_kernels import Edit, Factor, Remask, Threshold, TopK
-from tests.helpers.models import make, tiny
+from tests.helpers.models import model_of
 from tests.helpers.stand_in_graphs import stand_in
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8, 9], [2, 7]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def model_of(preset: str):
-    model = make(tiny(preset))
-    with torch.no_grad():
-        model.head_weight.mul_(3.0 if model.config.tie_embeddings else 1.5)
-    return model
 
 
 def settings(model, **changes) -> GenerationConfig:

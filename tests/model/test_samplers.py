@@ -15,26 +15,15 @@ from torch import Tensor
 
 from illada_kernels import Edit, KeyRanges, Threshold, TopK, unmask_from_logits
 from illada_kernels.ops.unmask.noise import philox, philox_unit
-from tests.helpers.models import make, tiny
+from tests.helpers import models
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 30, 11], [5, 3, 5, 8, 9, 17]]
 NEW = 10  # tokens, no multiple of the blocks of 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def model_of(preset: str) -> Model:
-    """A float32 model whose probabilities spread over 0.1 .. 0.9."""
-    model = make(tiny(preset), seed=3, dtype=torch.float32)
-    with torch.no_grad():
-        model.head_weight.mul_(3.0 if model.config.tie_embeddings else 1.5)
-    return model
+    return models.model_of(preset, seed=3, dtype=torch.float32)
 
 
 def logits_of(model: Model, x: list[int], seen: int) -> Tensor:
