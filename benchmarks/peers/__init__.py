@@ -19,6 +19,8 @@ PACKAGES = {
     "cut_cross_entropy": "masked_loss: cut-cross-entropy",
     "quack": "masked_loss: quack's cross-entropy",
     "flashinfer": "unmask: FlashInfer's sampling",
+    "llama_cpp": "generate: llama.cpp, beside gguf",
+    "gguf": "generate: writes models for llama.cpp",
 }
 
 

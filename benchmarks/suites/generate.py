@@ -3,6 +3,8 @@
 Diffusion's peer is the loop that LLaDA's own generate.py runs, with the same weights and passes:
 scaled_dot_product_attention, logits of every position at every pass, softmax, top-k per sequence, no cache. The
 autoregressive row is a Qwen2.5 of the same sizes, one token a pass with its cache; its peer is transformers' generate.
+On a CPU, packed models (`illada.pack`) also meet llama.cpp with weights of equal size: whole generations, whose passes
+compute all columns there, and single passes of wide layers, whose vocab is so small that the head costs nothing.
 The floor counts what the mathematics needs: the products of the columns that must be computed, of the head for
 candidate rows, and every weight read once a pass.
 """
@@ -19,19 +21,33 @@ from illada.config import ModelConfig
 from illada.decoding.config import GenerationConfig
 from illada.decoding.generate import generate
 from illada.model import Model, apply_rope, rope_angles
+from illada.packing import pack
 from torch import Tensor
 from torch.nn import functional as F
 
 from illada_kernels import TopK
 
-from ..measure import Case, Work
+from ..measure import Case, Job, Work
+from ..peers import generate as llama_cpp
 
 PER_PASS = 2
+exact, dual = "none", "dual"
+SMALL = {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64, "ffn_dim": 1408, "vocab_size": 32768}
+WIDE = {
+    "dim": 2048,
+    "n_layers": 8,
+    "n_heads": 16,
+    "n_kv_heads": 16,
+    "head_dim": 128,
+    "ffn_dim": 5632,
+    "vocab_size": 256,
+}
+WEIGHTS = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}  # bytes of a weight
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
     """preset, sequences, prompt, new tokens, block, cache (dual is approximate, the others change nothing)."""
-    exact, dual, blocks = "none", "dual", "block_causal"
+    blocks = "block_causal"
     if device == "cuda":
         sizes, dtype = {}, "bfloat16"
         shapes = [("iLLaDA-8B", 1, 512, 64, 32, exact), ("iLLaDA-8B", 1, 512, 64, 32, dual)]
@@ -49,6 +65,91 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         size = "tiny " + preset.rpartition("-")[0] if sizes else preset
         name = f"{size}, {batch} x ({prompt} + {new}), block {block}, cache {cache}"
         yield Case("generate", name, dtype, partial(build, config, batch, prompt, new, block, cache, device, dtype))
+    if device == "cpu":
+        yield from packed_cases()
+
+
+def packed_cases() -> Iterator[Case]:
+    ids = {"mask_id": 5, "eos_id": 2, "pad_id": 1}
+    for weights in WEIGHTS:
+        dtype, more = ("bfloat16", f", {weights} weights") if weights.startswith("int") else (weights, "")
+        for rows in (32, 128):
+            config = ModelConfig.preset("LLaDA-8B", **WIDE, **ids)
+            name = f"one pass of {rows} rows, 8 layers of 2048{more}"
+            yield Case("generate", name, dtype, partial(build_pass, config, rows, weights))
+        for cache in (exact, dual) if weights in ("float32", "bfloat16") else (dual,):
+            config = ModelConfig.preset("LLaDA-8B", **SMALL, **ids)
+            name = f"small LLaDA, packed, 1 x (32 + 128), block 32, cache {cache}{more}"
+            yield Case("generate", name, dtype, partial(build_packed, config, 32, 128, 32, cache, weights))
+
+
+def packed(config: ModelConfig, weights: str) -> tuple[Model, Model]:
+    """Returns a float32 model and a packed copy of it, rounded to `weights`."""
+    torch.manual_seed(0)
+    model = Model(config).eval()
+    copy = Model(config)
+    copy.load_state_dict(model.state_dict())
+    if weights == "float32":
+        return model, pack(copy.eval())
+    return model, pack(copy.eval().bfloat16(), weights="same" if weights == "bfloat16" else weights)
+
+
+def llamas(model: Model, weights: str, columns: int) -> tuple[dict[str, llama_cpp.LlamaCpp], dict[str, str]]:
+    """Returns llama.cpp's models of these weights, and those that cannot be measured here."""
+    names = {f"llama.cpp {kind}": kind for kind in llama_cpp.KINDS[weights]}
+    if reason := llama_cpp.why_not():
+        return {}, dict.fromkeys(names, reason)
+    return {name: llama_cpp.LlamaCpp(model, kind, columns) for name, kind in names.items()}, {}
+
+
+def build_pass(config: ModelConfig, rows: int, weights: str) -> Work:
+    model, ours = packed(config, weights)
+    tokens = torch.randint(6, config.vocab_size, (1, rows))
+    theirs, absent = llamas(model, weights, rows)
+    plain = torch.no_grad()(partial(plain_hidden, model.to(ours.dtype), tokens))
+    body = config.num_parameters - 2 * config.vocab_size * config.dim
+    flops = 2 * body * rows + 4 * rows**2 * config.n_heads * config.head_dim * config.n_layers
+    peers: dict[str, Job] = {name: partial(llama, tokens[0]) for name, llama in theirs.items()}
+    work = Work({"packed": torch.no_grad()(partial(ours, tokens))}, peers, flops, body * WEIGHTS[weights])
+    if not weights.startswith("int"):  # of which torch has no plain layers
+        work.peers["PyTorch"] = plain
+    work.absent = absent
+    return work
+
+
+def build_packed(config: ModelConfig, prompt: int, new: int, block: int, cache: str, weights: str) -> Work:
+    model, ours = packed(config, weights)
+    prompts = torch.randint(6, config.vocab_size, (1, prompt))
+    settings = GenerationConfig(new, block, rule=TopK(PER_PASS), cache=cache, stop_ids=())
+    work = Work({"packed": partial(generate, ours, prompts, settings)}, {})
+    work.flops, work.bytes = needed(config, 1, prompt, new, block, cache, WEIGHTS[weights], whole=True)
+    theirs, work.absent = llamas(model, weights, prompt + new)
+    work.peers = {name: partial(llama_loop, llama, config, prompts, new, block) for name, llama in theirs.items()}
+    if not weights.startswith("int"):
+        model = model.to(ours.dtype)
+        work.peers["LLaDA's loop"] = partial(plain_loop, model, prompts, new, block, whole=True)
+        other = ModelConfig.preset("Qwen2.5-7B", **{**SMALL, "mask_id": 5, "eos_id": 2, "pad_id": 1})
+        causal = Model(other, dtype=ours.dtype).eval()
+        work.beside["transformers' generate, one token a pass"] = transformers_generate(causal, prompts, new)
+        one = GenerationConfig(new, 1, rule=TopK(1), cache="block_causal", stop_ids=())
+        work.beside["ours, one token a pass"] = partial(generate, pack(causal), prompts, one)
+    return work
+
+
+@torch.no_grad()
+def llama_loop(llama: llama_cpp.LlamaCpp, config: ModelConfig, prompts: Tensor, new: int, block: int) -> Tensor:
+    """The passes of `plain_loop` with all masks shown, on llama.cpp; reads the logits of a block's masks alone."""
+    tokens = F.pad(prompts[0], (0, new), value=config.mask_id)
+    for begin in range(len(tokens) - new, len(tokens), block):
+        part = tokens[begin : begin + block]
+        for _ in range(-(-block // PER_PASS)):
+            at = (part == config.mask_id).nonzero()[:, 0]
+            logits = llama(tokens)[begin + at]
+            logits[:, config.mask_id] = -torch.inf
+            sure, best = logits.softmax(-1).max(-1)
+            chosen = sure.topk(PER_PASS).indices
+            part[at[chosen]] = best[chosen]
+    return tokens[None, prompts.shape[1] :]
 
 
 def build(
@@ -66,13 +167,21 @@ def build(
 
 
 def needed(
-    config: ModelConfig, batch: int, prompt: int, new: int, block: int, cache: str, itemsize: int
+    config: ModelConfig,
+    batch: int,
+    prompt: int,
+    new: int,
+    block: int,
+    cache: str,
+    itemsize: float,
+    whole: bool = False,
 ) -> tuple[float, float]:
-    """(flops, bytes) of decoding with this cache."""
+    """(flops, bytes) of decoding with this cache; `whole`: all masks are there from the start."""
     embeddings = config.vocab_size * config.dim
     body = config.num_parameters - embeddings * (1 if config.tie_embeddings else 2)
     passes, flops = 0, 0.0
     for end in range(prompt + block, prompt + new + 1, block):
+        end = prompt + new if whole else end
         for step in range(-(-block // min(PER_PASS, block))):
             first_pass = 2 * block if cache == "block_causal" and end > prompt + block else end
             columns = end if cache == "none" else block if step else first_pass
@@ -97,19 +206,20 @@ def transformers_generate(model: Model, prompts: Tensor, new: int) -> Callable[[
 
 
 @torch.no_grad()
-def plain_loop(model: Model, prompts: Tensor, new: int, block: int) -> Tensor:
-    """LLaDA's generate.py for blocks that appear one after the other, low-confidence remasking, temperature 0."""
+def plain_loop(model: Model, prompts: Tensor, new: int, block: int, whole: bool = False) -> Tensor:
+    """LLaDA's generate.py, low-confidence remasking, temperature 0; unless `whole`, blocks appear one by one."""
     config, (batch, prompt) = model.config, prompts.shape
-    tokens = prompts
-    for _ in range(new // block):
-        masks = torch.full((batch, block), config.mask_id, device=prompts.device)
-        tokens = torch.cat([tokens, masks], dim=1)
+    tokens = F.pad(prompts, (0, new if whole else 0), value=config.mask_id)
+    for end in range(prompt + block, prompt + new + 1, block):
+        if not whole:
+            tokens = F.pad(tokens, (0, block), value=config.mask_id)
         for _ in range(-(-block // PER_PASS)):
             logits = plain_hidden(model, tokens) @ model.head_weight.T
             logits[..., config.mask_id] = -torch.inf
             best = logits.argmax(-1)
             confidence = logits.softmax(-1).gather(-1, best[..., None])[..., 0]
             masked = tokens == config.mask_id
+            masked[:, end:] = False
             confidence = confidence.masked_fill(~masked, -torch.inf)
             chosen = torch.zeros_like(masked)
             for b in range(batch):
