@@ -137,8 +137,27 @@ def test_loader_processes_change_no_bit_and_resume_exactly(tmp_path):
 def test_what_a_loader_process_finds_wrong_is_raised_here():
     run = trainer(objective="full", workers=1)
     run.source.stream = np.full(len(run.source.stream), -1)
-    with pytest.raises(ValueError, match=r"got -1 in the batch of step 0"):
+    with pytest.raises(ValueError, match=r"got -1 in the batch of step 1"):  # that of step 0 was there before
         run.run()
+
+
+class Counting(Windows):
+    def __init__(self) -> None:
+        super().__init__(STREAM, 16, 2, 0)
+        self.asked: list[int] = []
+
+    def batch(self, step: int) -> np.ndarray:
+        self.asked.append(step)
+        return super().batch(step)
+
+
+def test_each_batch_is_made_once_the_first_before_a_folder_is_written():
+    """The last one is the batch on which the trained weights are tried before they are saved."""
+    source = Counting()
+    run = Trainer(trainer().model, source, TrainConfig(objective="block", steps=3, length=16, batch_size=2))
+    assert source.asked == [0]
+    run.run()
+    assert source.asked == [0, 1, 2, 3]
 
 
 def test_a_loader_process_that_is_killed_is_said_in_words():

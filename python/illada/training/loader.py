@@ -80,19 +80,22 @@ class Loader:
         self.ahead: Iterator[Any] | None = None
 
     def check(self) -> None:
-        """Makes the first example here; raises what it raises, before a folder is written to."""
-        made = self.steps[0]
-        if isinstance(made, Exception):
-            raise made
+        """Makes the first example here and keeps it; raises what it raises, before a folder is written to."""
+        self.last = (0, self._checked(self.steps[0]))
 
     def example(self, step: int) -> Example:
         """Returns the example of a step, the one before last included."""
         if self.last is None or self.last[0] != step:
-            made = self._next(step) if self.workers and step < self.end else self.steps[step]
-            if isinstance(made, Exception):
-                raise made
-            self.last = (step, made)
+            ahead = self.workers and step < self.end
+            self.last = (step, self._checked(self._next(step) if ahead else self.steps[step]))
         return self.last[1]
+
+    @staticmethod
+    def _checked(made: Any) -> Example:
+        if isinstance(made, Exception):
+            raise made
+        example: Example = made
+        return example
 
     def _next(self, step: int) -> Any:
         if self.ahead is None or self.last is None or self.last[0] + 1 != step:
