@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 from illada.config import ModelConfig
-from illada.model import Model, apply_rope, rope_angles
+from illada.model import Model, RMSNorm, rope_angles
 from illada.training.objectives import Example, block_diffusion, full_sequence
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..measure import Case, Work
@@ -90,12 +90,22 @@ def plain_forward(model: Model, made: Example, dense: Tensor | None) -> Tensor:
     cos, sin = rope_angles(model.config, positions, h.dtype)
     for block in model.layers:
         c = block.config
-        qkv = block.qkv_proj(block.attn_norm(h)).unflatten(-1, (-1, c.head_dim)).split(block.heads, dim=2)
-        q, k = apply_rope(block.q_norm(qkv[0]), cos, sin), apply_rope(block.k_norm(qkv[1]), cos, sin)
+        qkv = block.qkv_proj(plain_norm(block.attn_norm, h)).unflatten(-1, (-1, c.head_dim)).split(block.heads, dim=2)
+        q, k = (plain_norm(norm, x) for norm, x in ((block.q_norm, qkv[0]), (block.k_norm, qkv[1])))
+        q, k = plain_rope(q, cos, sin), plain_rope(k, cos, sin)
         q, k, v = (x.transpose(1, 2) for x in (q, k, qkv[2]))
         grouped = {"enable_gqa": True} if c.n_kv_heads != c.n_heads else {}
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, **grouped).transpose(1, 2).flatten(2)
         h = h + block.o_proj(out)
-        gate, up = block.gate_up_proj(block.ffn_norm(h)).chunk(2, dim=-1)
+        gate, up = block.gate_up_proj(plain_norm(block.ffn_norm, h)).chunk(2, dim=-1)
         h = h + block.down_proj(F.silu(gate) * up)
-    return model.norm(h)
+    return plain_norm(model.norm, h)
+
+
+def plain_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], None, norm.eps) * norm.weight if isinstance(norm, RMSNorm) else x
+
+
+def plain_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import illada_kernels
 from illada_kernels import KeyRanges
 
+from . import cpu_gradients
 from .config import ModelConfig
 from .decoding.cache import CacheWindow
 
@@ -35,6 +36,9 @@ class RMSNorm(nn.Module):
 
     def normalized(self, x: Tensor, weight: Tensor) -> Tensor:
         """Returns `forward` with this weight."""
+        if cpu_gradients.wanted(x, weight):
+            normalized: Tensor = cpu_gradients.RMSNorm.apply(x, weight, self.eps)
+            return normalized
         if self.in_fp32 and x.dtype != torch.float64:
             return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * weight.float()).to(x.dtype)
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight
@@ -85,6 +89,9 @@ def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x[i], x[i + head_dim / 2]) of x (B, S, H, head_dim) in the dtype of cos; returns x's dtype."""
+    if cpu_gradients.wanted(x, cos, sin):
+        rotated: Tensor = cpu_gradients.Rope.apply(x, cos, sin)
+        return rotated
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 

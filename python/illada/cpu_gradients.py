@@ -1,0 +1,76 @@
+"""RMSNorm and RoPE for training on a CPU, each with a backward of its own.
+
+torch has no fused backward of them there: its own norm writes the rows twice as often, and its RoPE runs over half a
+head at a time. The forward is model.py's to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+
+def wanted(x: Tensor, *others: Tensor) -> bool:
+    """Whether the functions here compute x's gradient: of plain tensors on a CPU, where nothing traces."""
+    return (
+        x.device.type == "cpu"
+        and all(type(tensor) in (Tensor, Parameter) for tensor in (x, *others))
+        and x.dtype in (torch.float32, torch.float64)
+        and torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in (x, *others))
+        and all(tensor.dtype == x.dtype for tensor in others)
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+class RMSNorm(torch.autograd.Function):
+    """n * weight with n = x * r, r = 1 / sqrt(mean(x^2) + eps).
+
+    dx = r * (dy * weight - n * mean(dy * n * weight)), dweight = sum of dy * n over all rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        n = x * r
+        ctx.save_for_backward(n, r, weight)
+        return n * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        n, r, weight = ctx.saved_tensors
+        product = dy * n
+        rows = product.view(-1, len(weight))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            mean = torch.mv(rows, weight, out=rows.new_empty(len(rows))).div_(-len(weight))
+            dx = (dy * weight).addcmul_(n, mean.view_as(r)).mul_(r)
+        return dx, rows.sum(0) if ctx.needs_input_grad[1] else None, None
+
+
+class Rope(torch.autograd.Function):
+    """x * [cos, cos] + [x2, x1] * [-sin, sin] for x = [x1, x2]; the backward turns dy the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _turned(dy, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    swapped = torch.cat([second, first], dim=-1)
+    return (x * torch.cat([cos, cos], dim=-1)).add_(swapped.mul_(torch.cat([-sin, sin], dim=-1)))
