@@ -6,10 +6,12 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import illada
 import pytest
 from illada.cli import main
+from safetensors.torch import load_file
 
 from tests.helpers.checkout import ROOT
 
@@ -17,9 +19,16 @@ Python = Callable[..., subprocess.CompletedProcess[str]]
 RUN = ("--data", "README.md", "--steps", "3", "--length", "32", "--batch-size", "4", "--optimizer", "adamw", "--quiet")
 
 
-def train(python: Python, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+PEFT = ROOT / "build" / "peft"
+
+
+def train(python: Python, ranks: int, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-    return python(*launcher, "-m", "illada", "train", *arguments, cwd=ROOT, OMP_NUM_THREADS="1")
+    return python(*launcher, "-m", "illada", "train", *arguments, cwd=ROOT, OMP_NUM_THREADS="1", **more)
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_two_ranks_train_and_one_goes_on(python: Python, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,13 +36,37 @@ def test_two_ranks_train_and_one_goes_on(python: Python, tmp_path: Path, capsys:
     done = train(python, 2, "--out", str(folder), *RUN, "--tensor-parallel", "2", "--workers", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "1 data * 1 context * 2 tensor ranks" in done.stderr
-    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert len(losses) == 3 and illada.load(folder).config.dim == 128
+    assert len(losses_of(folder)) == 3 and illada.load(folder).config.dim == 128
     assert main(["train", "--out", str(folder), "--resume"]) == 2
     assert "holds a state in shards: go on with torchrun, on any number of ranks" in capsys.readouterr().err
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     on = python("-m", "illada", "train", "--out", str(folder), "--resume", "--quiet", **alone)
     assert on.returncode == 0 and "resumed at step 3" in on.stderr, on.stderr[-3000:]
+
+
+@pytest.mark.skipif(not PEFT.exists(), reason="make build/peft installs it, where the package index has it")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_of_two_ranks_are_those_of_one_process(python: Python, tmp_path: Path, dtype: str) -> None:
+    """Both folders hold adapters by the checkpoint's names, and it with them merged, in --dtype. In bfloat16 losses are
+    compared alone: AdamW's first steps have a gradient's sign, which a rounding may turn."""
+    config = illada.ModelConfig.preset("demo", n_layers=2, dim=32, ffn_dim=50, n_heads=2, head_dim=16, n_kv_heads=1)
+    illada.save(illada.Model(config), tmp_path / "base")
+    (tmp_path / "base" / "illada_tokenizer.json").write_text('{"kind": "bytes", "merges": []}')
+    common = (*RUN, "--from", str(tmp_path / "base"), "--lora", "2", "--lr", "0.02", "--dtype", dtype)
+    path = {"path": (ROOT, ROOT / "python", PEFT)}
+    alone = python("-m", "illada", "train", "--out", str(tmp_path / "one"), *common, cwd=ROOT, **path)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    done = train(python, 2, "--out", str(tmp_path / "two"), *common, **path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    mine, right = (losses_of(tmp_path / run) for run in ("two", "one"))
+    assert len(mine) == 3 and mine == pytest.approx(right, rel=1e-5 if dtype == "float32" else 2**-7)
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        one, two = (load_file(tmp_path / run / file) for run in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, weight in one.items():
+            assert two[name].dtype == weight.dtype and two[name].shape == weight.shape, name
+            if dtype == "float32":
+                assert (two[name] - weight).abs().max() <= 1e-4 * weight.abs().max(), (file, name)
 
 
 def test_a_world_that_does_not_divide_is_refused_and_leaves_nothing(python: Python, tmp_path: Path) -> None:

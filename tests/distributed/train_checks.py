@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import torch
 import torch.distributed as dist
 from illada import Model, ModelConfig
 from illada.errors import CheckpointError, CheckpointIOError
-from illada.training import objectives
+from illada.training import lora, objectives
 from illada.training.config import TrainConfig
 from illada.training.objectives import Example
 from illada.training.parallel.layout import Layout, Ranks
 from illada.training.parallel.model import ShardedModel, whole
 from illada.training.parallel.share import Share
+from illada.training.parallel.state import tensors_of
 from illada.training.parallel.trainer import ParallelTrainer
 from illada.training.parallel.watch import Watch
 from illada.training.trainer import Trainer
@@ -31,9 +33,11 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from illada_kernels import TopK, distributed, unmask
 from tests.helpers import ranks
+from tests.helpers.checkout import ROOT
 from tests.helpers.ranks import worlds
 
 EPS = torch.finfo(torch.float32).eps
+PEFT = ROOT / "build" / "peft"
 SMALL: dict[str, Any] = {
     "dim": 32,
     "n_layers": 2,
@@ -148,7 +152,8 @@ def check_layouts_that_do_not_divide_are_refused() -> None:
     assert "batch_size: expected a multiple of the 4 data-parallel ranks, got 6" in said(world=4)
     assert "accumulate: expected at most the 3 sequences of a rank, got 4" in said(world=2, accumulate=4)
     assert "context_parallel: expected at least 1 rank, got 0" in said(context=0)
-    assert said(tensor=2, context=world // 2) == ""
+    assert "lora: expected tensor_parallel 1, because" in said(tensor=2, world=2, lora=2, optimizer="adamw")
+    assert said(context=world, lora=2, optimizer="adamw") == said(tensor=2, context=world // 2) == ""
 
 
 def check_generated_tokens_are_those_of_one_process() -> None:
@@ -266,9 +271,39 @@ def check_compiled_layers_train_as_others_where_the_batch_alone_is_shared() -> N
     for layout, config, message in (
         (Layout(1, 1, 2), compiled, "compile: expected layers that lie whole on a rank"),
         (Layout(1, 2, 1), compiled, "compile: expected layers that lie whole on a rank"),
-        (Layout(2, 1, 1), train_config(lora=2), "lora: expected None over ranks, where q, k, v, gate and up"),
     ):
         assert message in raised(lambda layout=layout, config=config: parallel(layout, config))
+
+
+@worlds(2)
+def check_adapters_train_as_in_one_process_and_go_on_in_another_layout() -> None:
+    """Two ranks share the batch for two steps, then the sequences; the state holds adapters and their moments alone."""
+    if not PEFT.exists():  # test_train.py says so
+        return
+    sys.path.insert(0, str(PEFT))
+    config = train_config(lora=3, lr=0.02)
+    shape = model_config(config)
+    torch.manual_seed(3)
+    one = Model(shape)
+    base = {name: weight.detach().clone() for name, weight in one.named_parameters()}
+    torch.manual_seed(5)
+    lora.add(one, 3)
+    alone = Trainer(one, Batches(), config)
+    alone.run()
+    right = {name: weight for name, weight in one.named_parameters() if weight.requires_grad}
+    for layout, stop in ((Layout(2, 1, 1), 2), (Layout(1, 2, 1), 4)):
+        model = ShardedModel(shape, Ranks.connect(layout, torch.device("cpu")), adapters=3)
+        model.draw(3)
+        model.draw_adapters(5)
+        trainer = ParallelTrainer(model, Batches(), config, ranks.folder / "adapters", "x")
+        trainer.run(should_stop=lambda trainer=trainer, stop=stop: trainer.step >= stop)
+        assert near(trainer.losses.tolist(), alone.losses.tolist()[:stop]), (layout, trainer.losses, alone.losses)
+        assert all("lora_" in name for name in tensors_of(model.trained(), trainer.optimizers))
+    adapters = dict(model.gathered_adapters())
+    assert adapters.keys() == right.keys() and len(right) == 2 * 4 * 2
+    for name, weight in adapters.items():
+        assert (weight - right[name]).abs().max() < 1e-3 * right[name].abs().max(), name  # as the losses, `near`
+    assert all(torch.equal(weight, base[name]) for name, weight in model.gathered())
 
 
 @worlds(2)

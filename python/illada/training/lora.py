@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..config import ModelConfig
 from ..errors import DataError
 from ..model import Model
 from ..tensor_names import entries
@@ -39,10 +43,21 @@ def add(model: Model, rank: int) -> None:
     peft = _peft()
     model.requires_grad_(False)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(_MATRICES))
-    peft.inject_adapter_in_model(config, model)
+    peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=next(model.layers.parameters()).is_meta)
     for parameter in model.parameters():
         if parameter.requires_grad:  # master weights, whatever the model's dtype is
             parameter.data = parameter.data.float()
+
+
+def drawn(config: ModelConfig, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and value of each adapter that `add` would draw for a model of this dtype, a layer at a time."""
+    for index in range(config.n_layers):
+        one = Model(dataclasses.replace(config, n_layers=1), device="meta", dtype=dtype)
+        one.layers.to_empty(device="cpu")
+        add(one, rank)
+        for name, weight in one.named_parameters():
+            if weight.requires_grad:
+                yield name.replace("layers.0.", f"layers.{index}.", 1), weight.detach()
 
 
 def merge(model: Model) -> None:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from ... import checkpoint
 from ...live import ProgressBar
 from ...model import Model
+from .. import lora
 from ..begin import begun, documents_of
 from ..runs import Run, StopSignals, plot_losses
 from ..state import FolderLock
@@ -63,12 +65,9 @@ def _trainer(
     source, identity = run.source(documents)
     watch.moved(0, "weights")
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    model = ShardedModel(run.model_config, Ranks.connect(layout, device), dtype)
+    model = ShardedModel(run.model_config, Ranks.connect(layout, device), dtype, config.lora)
     model.moved = lambda: watch.moved(watch.step, "weights")
-    if run.start_from is not None and not (folder / FILE).exists():
-        model.load(Path(run.start_from))
-    elif not (folder / FILE).exists():
-        model.draw(config.seed)
+    _fill(model, run)
     measured = run.source(held_out)[0] if config.eval_every is not None else None
     more = (watch.moved, measured, options.tensorboard, options.workers)
     trainer = ParallelTrainer(model, source, config, folder, identity, lock, *more)
@@ -76,6 +75,17 @@ def _trainer(
         shape = f"{layout.data} data * {layout.context} context * {layout.tensor} tensor ranks, {device.type}"
         print(shape + (f"; resumed at step {trainer.step}" if trainer.step else ""), file=sys.stderr)
     return trainer
+
+
+def _fill(model: ShardedModel, run: Run) -> None:
+    """Gives the model the weights that its first step begins with; of a state, those that it does not hold."""
+    config, begins = run.train_config, not (run.folder / FILE).exists()
+    if run.start_from is not None and (config.lora or begins):
+        model.load(Path(run.start_from))
+    elif begins:
+        model.draw(config.seed)
+    if config.lora and begins:
+        model.draw_adapters(config.seed)
 
 
 def _run(run: Run, trainer: ParallelTrainer, options: argparse.Namespace) -> int:
@@ -97,13 +107,24 @@ def _run(run: Run, trainer: ParallelTrainer, options: argparse.Namespace) -> int
 
 
 def export(run: Run, sharded: ShardedModel) -> None:
-    """Writes the weights into the run's folder as a Hugging Face checkpoint; the first rank holds them all."""
-    model = Model(run.model_config, device="meta")
-    if dist.get_rank() == 0:
+    """Writes the weights into the run's folder as a Hugging Face checkpoint; the first rank holds them all.
+
+    With adapters they are in the dtype in which one process would hold the checkpoint, and `Run.export` merges them.
+    """
+    model = Model(run.model_config, device="meta", dtype=sharded.dtype if sharded.adapters else torch.float32)
+    first = dist.get_rank() == 0
+    if first:
         model.to_empty(device="cpu")
-    weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in sharded.gathered():
-            if dist.get_rank() == 0:
-                weights[name].copy_(tensor)
+    _take(dict(model.named_parameters()), sharded.gathered())
+    if sharded.adapters:
+        if first:
+            lora.add(model, sharded.adapters)
+        _take(dict(model.named_parameters()), sharded.gathered_adapters())
     on_first(lambda: run.export(model))
+
+
+@torch.no_grad()
+def _take(weights: dict[str, torch.nn.Parameter], gathered: Iterator[tuple[str, torch.Tensor]]) -> None:
+    for name, tensor in gathered:
+        if dist.get_rank() == 0:
+            weights[name].copy_(tensor)

@@ -37,6 +37,11 @@ class Layout:
                 f"{world}; choose --nproc-per-node accordingly"
             )
         data = world // (tensor * context)
+        if train.lora is not None and tensor > 1:
+            raise ValueError(
+                "lora: expected tensor_parallel 1, because an adapter's matrix A serves q, k and v, which tensor ranks "
+                f"share, got {tensor}; leave out --tensor-parallel: ranks that share the batch hold 1/n of the weights"
+            )
         for what, count in (("heads", model.n_heads), ("key heads", model.n_kv_heads), ("ffn columns", model.ffn_dim)):
             if count % tensor:
                 raise ValueError(f"tensor_parallel: expected a divisor of the model's {count} {what}, got {tensor}")

@@ -25,6 +25,7 @@ from illada_kernels import distributed, masked_loss
 from ...checkpoint import Stored, read_config
 from ...config import ModelConfig
 from ...model import Layer, Model, RMSNorm, init_weight
+from .. import lora
 from .layout import Ranks
 from .share import Share
 
@@ -76,20 +77,22 @@ class ShardedModel(nn.Module):
     ranks : Ranks
     dtype : torch.dtype
         Of the arithmetic; weights, their gradients and sums over ranks are float32.
+    adapters : int, optional
+        Rank of adapters (`lora.add`), which alone are trained. Matrices stay fused then, because no state holds them;
+        tensor must be 1.
     """
 
-    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype = torch.float32, adapters: int | None = None
+    ) -> None:
         super().__init__()
-        self.ranks, self.config = ranks, config
+        self.ranks, self.config, self.dtype, self.adapters = ranks, config, dtype, adapters
         self.moved: Callable[[], object] = lambda: None  # called for each weight that is filled or gathered
         self.model = model = Model(config, device="meta", dtype=torch.float32)
-        for layer in model.layers:
-            assert isinstance(layer, Layer)
-            q, k, v = (heads * config.head_dim for heads in layer.heads)
-            layer.qkv_proj = Parts(layer.qkv_proj, q=q, k=k, v=v)  # type: ignore[assignment]
-            layer.gate_up_proj = Parts(  # type: ignore[assignment]
-                layer.gate_up_proj, gate=config.ffn_dim, up=config.ffn_dim
-            )
+        if adapters is not None:
+            lora.add(model, adapters)
+        else:
+            self._split_matmuls()
         if ranks.layout.tensor > 1:
             self._share_matmuls()
         if ranks.layout.context > 1:
@@ -106,6 +109,15 @@ class ShardedModel(nn.Module):
             module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(self, "hidden")
         self.to_empty(device=ranks.device)
+
+    def _split_matmuls(self) -> None:
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            q, k, v = (heads * self.config.head_dim for heads in layer.heads)
+            layer.qkv_proj = Parts(layer.qkv_proj, q=q, k=k, v=v)  # type: ignore[assignment]
+            layer.gate_up_proj = Parts(  # type: ignore[assignment]
+                layer.gate_up_proj, gate=self.config.ffn_dim, up=self.config.ffn_dim
+            )
 
     def _share_matmuls(self) -> None:
         tensor, mesh = self.ranks.layout.tensor, self.ranks.mesh["tensor"]
@@ -163,10 +175,17 @@ class ShardedModel(nn.Module):
         root.reshard()  # after a forward without a backward they lie whole
         return dict(self.model.named_parameters())  # type: ignore[arg-type]
 
+    def trained(self) -> dict[str, DTensor]:
+        """Returns those of `weights` that are trained: all of them, or the adapters."""
+        return {name: weight for name, weight in self.weights().items() if weight.requires_grad}
+
     def places(self) -> dict[str, list[tuple[int, DTensor]]]:
         """Returns for each weight of `Model` the parameters that hold its rows, each with its first row."""
         found: dict[str, list[tuple[int, DTensor]]] = {}
         for name, parameter in self.weights().items():
+            if ".lora_" in name:
+                continue
+            name = name.replace(".base_layer.", ".")
             path, _, kind = name.rpartition(".")
             parent = path.rpartition(".")[0]
             fused = isinstance(self.model.get_submodule(parent), Parts) if parent else False
@@ -183,8 +202,7 @@ class ShardedModel(nn.Module):
             for first, parameter in places[name]:
                 last = first + len(parameter)
                 if start < last and first < start + len(tensor):
-                    local = local_part(tensor[max(first - start, 0) : last - start], parameter)
-                    parameter.to_local().copy_(local)
+                    put(tensor[max(first - start, 0) : last - start], max(start - first, 0), parameter)
 
     def load(self, folder: Path) -> None:
         """Takes the weights of a Hugging Face folder, one tensor at a time. Raises as `checkpoint.load`."""
@@ -207,11 +225,40 @@ class ShardedModel(nn.Module):
         self.fill(drawn())
 
     @torch.no_grad()
+    def draw_adapters(self, seed: int) -> None:
+        """Draws the adapters that a seed gives one process."""
+        assert self.adapters is not None
+        torch.manual_seed(seed)
+        weights = self.weights()
+        for name, full in lora.drawn(self.config, self.adapters, self.dtype):
+            self.moved()
+            weights[name].to_local().copy_(local_part(full, weights[name]))
+
+    @torch.no_grad()
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the weights of `Model`, whole, one at a time; every rank takes part."""
         for name, rows in self.places().items():
             self.moved()
             yield name, torch.cat([whole(parameter) for _, parameter in rows])
+
+    @torch.no_grad()
+    def gathered_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the adapters as `gathered` does the weights."""
+        for name, weight in self.trained().items() if self.adapters is not None else ():
+            yield name, whole(weight)
+
+
+def put(rows: Tensor, at: int, parameter: DTensor) -> None:
+    """Copies what this rank holds of `rows`, those of a parameter from row `at` on."""
+    local = parameter.to_local()
+    if len(rows) == len(parameter):
+        local.copy_(local_part(rows, parameter))
+        return
+    mesh = parameter.device_mesh  # a fused matrix: no tensor ranks share it
+    begin = -(-len(parameter) // mesh.size()) * mesh.get_local_rank()  # torch.chunk's, as FSDP2 shards
+    low, high = max(at, begin), min(at + len(rows), begin + len(local))
+    if low < high:
+        local[low - begin : high - begin] = rows[low - at : high - at]
 
 
 def local_part(full: Tensor, parameter: DTensor) -> Tensor:

@@ -18,7 +18,7 @@ from .model import ShardedModel, local_part, whole
 
 def optimizers(model: ShardedModel, name: str, lr: float, adamw_lr: float, weight_decay: float) -> list[Any]:
     """Returns what `training.optim.optimizers` gives one process, over sharded weights."""
-    weights = model.weights()
+    weights = model.trained()
     if name == "adamw":
         return [adamw(by_mesh(weights.values()), lr, weight_decay)]
     matrices = [w for path, w in weights.items() if path.startswith("layers.") and w.dim() == 2]

@@ -28,11 +28,6 @@ from .watch import WAIT
 
 def _check(config: TrainConfig, layout: Layout) -> None:
     """Raises ValueError for settings that ranks do not have, with the reason."""
-    if config.lora:
-        raise ValueError(
-            "lora: expected None over ranks, where q, k, v, gate and up are matrices of their own, for which peft has "
-            "no adapters here; train the adapters in one process, or all weights over ranks"
-        )
     if config.compile and (layout.tensor, layout.context) != (1, 1):
         raise ValueError(
             "compile: expected layers that lie whole on a rank while they compute, got tensor_parallel "
@@ -102,7 +97,7 @@ class ParallelTrainer(Trainer):
         assert isinstance(state, ShardedState)
         saved = state.find()
         if saved is not None:
-            state.read(saved, tensors_of(self.sharded.weights(), self.optimizers))
+            state.read(saved, tensors_of(self.sharded.trained(), self.optimizers))
             self.step, self.seconds = saved["step"], saved["seconds"]
         logs: list[Log] = []
         on_first(lambda: logs.append(Log(state.log, self.step, self.tensorboard)))
@@ -117,7 +112,7 @@ class ParallelTrainer(Trainer):
         self.moved(self.step, "save")
         if self.log is not None:
             self.log.flush()
-        tensors = tensors_of(self.sharded.weights(), self.optimizers)
+        tensors = tensors_of(self.sharded.trained(), self.optimizers)
         self.state.write(tensors, step=self.step, seconds=self.seconds)
         self.version = self.state.version()
 
