@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from illada import checkpoint
-from illada.checkpoint import entries, load, read_config, save
+from illada.checkpoint import load, read_config, save
+from illada.checkpoint import read as write
 from illada.config import PRESETS
 from illada.errors import CheckpointError, CheckpointIOError, ConfigError
 from illada.model import Model
+from illada.tensor_names import entries
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.models import make, tiny, tokens_of
@@ -225,7 +226,7 @@ def test_a_failure_at_any_write_leaves_the_previous_checkpoint(tmp_path, monkeyp
     old, new = (make(tiny(), seed=s, dtype=torch.float32) for s in (1, 2))
     save(old, tmp_path, max_shard_bytes=before)
     names = {f.name for f in tmp_path.iterdir()}
-    real = {name: getattr(checkpoint, name) for name in ("_write_shard", "_write_json", "_flush")}
+    real = {name: getattr(write, name) for name in ("_write_shard", "_write_json", "_flush")}
     for fail_at in range(1, 100):
         calls, committed = 0, False
 
@@ -243,7 +244,7 @@ def test_a_failure_at_any_write_leaves_the_previous_checkpoint(tmp_path, monkeyp
             return call
 
         for name in real:
-            monkeypatch.setattr(checkpoint, name, failing(name))
+            monkeypatch.setattr(write, name, failing(name))
         try:
             save(new, tmp_path, max_shard_bytes=max_shard_bytes)
         except CheckpointIOError as error:
@@ -254,7 +255,7 @@ def test_a_failure_at_any_write_leaves_the_previous_checkpoint(tmp_path, monkeyp
             assert {f.name for f in tmp_path.iterdir()} == names  # nothing half written stays
     assert committed and fail_at >= 5
     for name in real:
-        monkeypatch.setattr(checkpoint, name, real[name])
+        monkeypatch.setattr(write, name, real[name])
     save(new, tmp_path, max_shard_bytes=max_shard_bytes)
     assert_same(load(tmp_path), new)
 

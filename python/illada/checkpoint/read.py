@@ -20,13 +20,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from . import hf_config
-from .config import ModelConfig
-from .devices import usable
-from .errors import CheckpointError, CheckpointIOError, ConfigError
-from .hf_config import all_eos_ids
-from .model import Model, named_weights
-from .tensor_names import Entry, entries, head_name
+from .. import hf_config
+from ..config import ModelConfig
+from ..devices import usable
+from ..errors import CheckpointError, CheckpointIOError, ConfigError
+from ..hf_config import all_eos_ids
+from ..model import Model, named_weights
+from ..tensor_names import Entry, entries, head_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
