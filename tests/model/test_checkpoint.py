@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from illada.checkpoint import load, read_config, save
-from illada.checkpoint import read as write
+from illada.checkpoint import load, read_config, save, write
 from illada.config import PRESETS
 from illada.errors import CheckpointError, CheckpointIOError, ConfigError
 from illada.model import Model
