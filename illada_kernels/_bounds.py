@@ -13,7 +13,8 @@ from ._checks import holds, known
 
 
 def clamp_bounds(bounds: Tensor, num_keys: int) -> Tensor:
-    """Bounds in normal form, as every backend reads them: each at least the one before it and at most num_keys."""
+    """Returns bounds in normal form, as every backend reads them: each at least the one before it and at most
+    num_keys."""
     lo0, hi0, lo1, hi1 = bounds.clamp(0, num_keys).unbind(-1)
     hi0 = torch.maximum(lo0, hi0)
     lo1 = torch.maximum(hi0, lo1)
@@ -21,7 +22,7 @@ def clamp_bounds(bounds: Tensor, num_keys: int) -> Tensor:
 
 
 def savable(bounds: Any) -> Any:
-    """Bounds that autograd can save: not an inference tensor. A compiled call keeps what it is given."""
+    """Returns bounds that autograd can save: not an inference tensor. A compiled call keeps what it is given."""
     if torch.compiler.is_compiling() or not isinstance(bounds, Tensor) or not bounds.is_inference():
         return bounds
     with torch.inference_mode(False):
@@ -29,14 +30,15 @@ def savable(bounds: Any) -> Any:
 
 
 def pack(lo0: Tensor, hi0: Tensor | int, lo1: Tensor | None = None, hi1: Tensor | None = None) -> Tensor:
-    """Bounds from (B or 1, Sq or 1) parts. A missing second range is empty, at the end of the first."""
+    """Returns bounds from (B or 1, Sq or 1) parts. A missing second range is empty, at the end of the first."""
     end = hi0 if isinstance(hi0, Tensor) else torch.full_like(lo0, hi0)
     parts = torch.broadcast_tensors(lo0, end, end if lo1 is None else lo1, end if hi1 is None else hi1)
     return torch.stack(parts, dim=-1).to(torch.int32)
 
 
 def documents(cu_seqlens: Tensor, tokens: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Start and end of the document of each token, both (..., N) like `tokens`; the token itself where it has none."""
+    """Returns start and end of the document of each token, both (..., N) like `tokens`; the token itself where it has
+    none."""
     if not holds(cu_seqlens.shape[0] >= 1):
         raise ValueError("cu_seqlens: expected N + 1 offsets, got none; a batch without documents is [0]")
     tokens = tokens.to(cu_seqlens.dtype)
@@ -49,7 +51,8 @@ def documents(cu_seqlens: Tensor, tokens: Tensor, limit: int) -> tuple[Tensor, T
 
 
 def runs(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds (B, S, 4) of the first and the last run of True in bool (B, S, Sk), and the number of runs (B, S)."""
+    """Returns bounds (B, S, 4) of the first and the last run of True in bool (B, S, Sk), and how many runs there are,
+    (B, S)."""
     num_keys = mask.shape[2]
     if known(num_keys == 0):
         zeros = torch.zeros(*mask.shape[:2], 4, dtype=torch.int32, device=mask.device)
@@ -85,7 +88,7 @@ def refuse(bad: Tensor, values: Tensor, expected: str, came: Callable[[int, int,
 
 
 def canonical(bounds: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Two ranges (..., 2) that do not touch; if only one has keys it is the first."""
+    """Returns two ranges (..., 2) that do not touch; if only one has keys it is the first."""
     lo0, hi0, lo1, hi1 = clamp_bounds(bounds, num_keys).unbind(-1)
     empty = lo0 == hi0
     join = empty | (hi0 == lo1)
@@ -94,7 +97,7 @@ def canonical(bounds: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
 
 
 def intersect(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Bounds of the intersection of two canonical pairs of ranges, and how many ranges it has; 3 do not fit.
+    """Returns bounds of the intersection of two canonical pairs of ranges, and how many ranges it has; 3 do not fit.
 
     At most one of a0 & b1 and a1 & b0 has keys (ranges are ordered), and parts never touch (canonical ranges do not).
     """

@@ -61,7 +61,8 @@ NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v --e
 
 
 def check_ptxas(log: str) -> list[str]:
-    """What in ptxas' report makes a kernel slow: serialised wgmma (C7510, C7511, C7512, C7515) and register spills."""
+    """Returns what in ptxas' report makes a kernel slow: serialised wgmma (C7510, C7511, C7512, C7515) and register
+    spills."""
     problems = [line.strip() for line in log.splitlines() if re.search(r"\bC75(10|11|12|15)\b", line)]
     kernel = "?"
     for line in log.splitlines():
@@ -74,12 +75,13 @@ def check_ptxas(log: str) -> list[str]:
 
 
 def escape(path: Path | str) -> str:
-    """A path as ninja's own syntax wants it; what reaches the shell through $in and $out, ninja quotes itself."""
+    """Returns a path as ninja's own syntax wants it; what reaches the shell through $in and $out, ninja quotes
+    itself."""
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def shell(path: Path | str) -> str:
-    """A path inside a ninja command: quoted for the shell, dollars doubled for ninja."""
+    """Returns a path inside a ninja command: quoted for the shell, dollars doubled for ninja."""
     return shlex.quote(str(path)).replace("$", "$$")
 
 
@@ -142,7 +144,7 @@ def write_ninja(root: Path, work: Path, binary: Path, nvcc: str | None, notes: l
 
 
 def run_ninja(work: Path, lock: int, notes: list[str]) -> None:
-    """Ninja holds the lock too, so that one whose parent was killed is waited for."""
+    """Runs ninja, which holds the lock too, so that one whose parent was killed is waited for."""
     command = [find_ninja(notes), "-C", str(work)]
     if jobs := os.environ.get("MAX_JOBS"):
         if not re.fullmatch(r"[1-9]\d*", jobs):
@@ -156,7 +158,8 @@ def run_ninja(work: Path, lock: int, notes: list[str]) -> None:
 
 
 def check_loads(binary: Path, notes: list[str]) -> None:
-    """An extension may link and still miss a symbol, since Python's own are missing until it is loaded."""
+    """Checks that the extension has all symbols: it may link and still miss one, since Python's own are missing until
+    it is loaded."""
     if os.statvfs(binary.parent).f_flag & os.ST_NOEXEC:
         return note(notes, f"{binary.parent} is mounted noexec, so the extension could not be tried there")
     load = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW)"
@@ -168,7 +171,7 @@ def check_loads(binary: Path, notes: list[str]) -> None:
 
 @contextlib.contextmanager
 def locked(work: Path) -> Iterator[int]:
-    """One build at a time in a folder; ninja itself does not see to that."""
+    """Lets one build at a time into a folder, because ninja itself does not see to that."""
     work.mkdir(parents=True, exist_ok=True)
     with open(work / ".lock", "w") as lock:
         if sys.platform != "win32":
@@ -203,7 +206,8 @@ def compile_extension(root: Path, work: Path, output: Path, nvcc: str | None, no
 
 
 def fingerprint(folder: Path) -> str:
-    """A short hash of every source file under `folder`: tells whether a binary was built from what is there now."""
+    """Returns a short hash of every source file under `folder`: tells whether a binary was built from what is there
+    now."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -211,7 +215,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def try_to_build(root: Path, work: Path, output: Path, notes: list[str]) -> dict[str, object]:
-    """With CUDA, else without, unless CUDA is demanded. Raises BuildError if there is no extension."""
+    """Builds with CUDA, else without, unless CUDA is demanded. Raises BuildError if there is no extension."""
     nvcc, reason = find_nvcc(notes)
     archs = None
     if nvcc:

@@ -30,7 +30,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def holds(condition: Any) -> bool:
-    """Whether a comparison is true, under tracing too.
+    """Returns whether a comparison is true, under tracing too.
 
     A comparison of traced sizes becomes a guard; one that only data can decide becomes an assertion at run time.
     """
@@ -45,7 +45,7 @@ def holds(condition: Any) -> bool:
 
 
 def known(condition: Any) -> bool:
-    """Whether a comparison is true whatever the traced sizes are: adds neither a guard nor an assertion."""
+    """Returns whether a comparison is true whatever the traced sizes are: adds neither a guard nor an assertion."""
     if not isinstance(condition, torch.SymBool) and not torch.compiler.is_compiling():
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -54,25 +54,26 @@ def known(condition: Any) -> bool:
 
 
 def is_integer(value: object) -> bool:
-    """int, NumPy integer or torch.SymInt; not a bool."""
+    """Returns whether it is an int, NumPy integer or torch.SymInt, not a bool."""
     return isinstance(value, (int, torch.SymInt, numbers.Integral)) and not isinstance(value, (bool, torch.SymBool))
 
 
 def is_number(value: object) -> bool:
-    """A real Python, NumPy or symbolic number; not a bool."""
+    """Returns whether it is a real Python, NumPy or symbolic number, not a bool."""
     kinds = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
     return isinstance(value, kinds) and not isinstance(value, (bool, torch.SymBool))
 
 
 def plain(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """A NumPy scalar as a Python number; under Dynamo, which takes it for an array, as a tensor of this dtype."""
+    """Returns a NumPy scalar as a Python number; under Dynamo, which takes it for an array, as a tensor of this
+    dtype."""
     if type(value).__module__ != "numpy" or value.ndim > 0:
         return value
     return torch.as_tensor(value, dtype=dtype) if torch.compiler.is_compiling() else value.item()
 
 
 def shown(value: object) -> str:
-    """str(value), for messages: Dynamo has no f-strings of symbolic numbers."""
+    """Returns str(value), for messages: Dynamo has no f-strings of symbolic numbers."""
     text = "{}"
     return text.format(value)
 
@@ -90,7 +91,8 @@ def largest(dtype: torch.dtype = torch.float32) -> float:
 
 
 def expect_integer(name: str, value: object, low: int, high: int, *, tensor: bool = False) -> None:
-    """An integer in [low, high]; with `tensor` also an integer tensor of shape () or (B,), whose values are not read.
+    """Expects an integer in [low, high]; with `tensor` also an integer tensor of shape () or (B,), whose values are not
+    read.
 
     A traced value meets `high` unread: that would narrow what a graph serves, for sizes that no memory holds.
     """
@@ -110,7 +112,7 @@ def expect_integer(name: str, value: object, low: int, high: int, *, tensor: boo
 def expect_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, *, tensor: bool = False
 ) -> None:
-    """A finite number in [low, high]; with `tensor` also a floating-point tensor of shape () or (B,), not read.
+    """Expects a finite number in [low, high]; with `tensor` also a floating-point tensor of shape () or (B,), not read.
 
     A traced number is checked against finite limits alone: whatever reaches an operator has them.
     """
@@ -137,7 +139,7 @@ def _expect_per_sequence(name: str, value: Tensor) -> None:
 
 
 def expect_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """One of a few constants."""
+    """Expects one of a few constants."""
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -146,7 +148,7 @@ def expect_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def expect_tensor(name: str, value: object, *dtypes: torch.dtype, advice: str = "") -> None:
-    """A tensor of one of the dtypes."""
+    """Expects a tensor of one of the dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of {_names(dtypes)}, got {_kind(value)}")
     if value.layout is not torch.strided:
@@ -160,7 +162,7 @@ def expect_tensor(name: str, value: object, *dtypes: torch.dtype, advice: str = 
 
 
 def expect_shape(name: str, value: Tensor, *sizes: Size, like: str = "", advice: str = "") -> None:
-    """A tensor of this shape.
+    """Expects a tensor of this shape.
 
     A size is a number, a name for any number ("B"), or a tuple of alternatives `(batch, 1)`. `...` in the first place
     stands for any leading dimensions. `like` tells where the sizes come from: "to match q (2, 8, 4, 64)".
@@ -179,7 +181,7 @@ def expect_shape(name: str, value: Tensor, *sizes: Size, like: str = "", advice:
 
 
 def expect_device(name: str, value: Tensor, device: torch.device, like: str = "") -> None:
-    """A tensor on the device of `like`."""
+    """Expects a tensor on the device of `like`."""
     if value.device != device:
         raise ValueError(
             f"{name}: expected device {device}{f' like {like}' if like else ''}, got {value.device}; "
@@ -188,7 +190,7 @@ def expect_device(name: str, value: Tensor, device: torch.device, like: str = ""
 
 
 def expect_contiguous(name: str, value: Tensor) -> None:
-    """A tensor whose last dimension is contiguous. The other strides are free."""
+    """Expects a tensor whose last dimension is contiguous. The other strides are free."""
     dense = value.stride(-1) == 1
     if not (known(dense) or known(value.shape[-1] <= 1) or holds(dense)):
         raise ValueError(
@@ -213,7 +215,7 @@ def expect_layout(
     like: str = "",
     contiguous: bool = False,
 ) -> None:
-    """A tensor of one of the dtypes and of this shape, on this device, that of `like`."""
+    """Expects a tensor of one of the dtypes and of this shape, on this device, that of `like`."""
     expect_tensor(name, value, *dtypes)
     assert isinstance(value, Tensor)
     expect_shape(name, value, *sizes, like=f"to match {like}" if like else "")
@@ -289,5 +291,5 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def _kind(value: object) -> str:
-    """The type of what came, with the dtype of a tensor."""
+    """Returns the type of what came, with the dtype of a tensor."""
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__

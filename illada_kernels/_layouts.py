@@ -260,7 +260,7 @@ class Layouts:
         Parameters
         ----------
         anchors : Tensor, int32 or int64, (N,) or (B, N)
-            Position in the context at which each block begins. A negative one is no block: its rows see nothing.
+            Position in the context at which each block begins. A negative one is not a block: its rows see nothing.
         length : int
             Tokens of the context. There are length + N * block keys.
         block : int

@@ -32,7 +32,8 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
 
 @functools.cache
 def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a half-precision product to a float32 matrix (2.9 did not: it wants one dtype)."""
+    """Returns whether this torch adds a half-precision product to a float32 matrix (2.9 did not: it wants one
+    dtype)."""
     a, out = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
     try:
         torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
@@ -47,7 +48,7 @@ _sums_before: list[tuple[str, bool, bool | None]] = []  # (setting, reduced sums
 
 
 def _reduced_sums(setting: str, allowed: bool, split_k: bool | None) -> None:
-    """Since 2.10 a setting is a pair, and a bool alone would allow split k again."""
+    """Sets whether sums may be reduced; since 2.10 by a pair, because a bool alone would allow split k again."""
     setattr(torch.backends.cuda.matmul, setting, allowed if split_k is None else (allowed, split_k))
 
 

@@ -22,7 +22,7 @@ def why(error: BaseException) -> str:
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(result, None) or (None, reason). Broken installations raise anything, SystemExit included."""
+    """Returns (result, None) or (None, reason). Broken installations raise anything, SystemExit included."""
     try:
         return function(), None
     except KeyboardInterrupt:
@@ -72,7 +72,8 @@ def extension_facts() -> dict[str, Any]:
 
 
 def op_facts(op: str) -> list[dict[str, Any]]:
-    """One row per backend, in the op's default order: reason None if available, its place in the order per device."""
+    """Returns one row per backend, in the op's default order: reason None if available, its place in the order per
+    device."""
     room, error = attempt(lambda: importlib.import_module(f"illada_kernels.ops.{OPS[op]}"))
     if error:
         return [{"backend": name, "reason": f"the op cannot be imported: {error}"} for name in BACKENDS]

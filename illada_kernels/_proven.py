@@ -79,7 +79,7 @@ def _read() -> dict[str, dict[str, str]]:
 
 
 def committed(op: str, backend: str) -> bool:
-    """Whether a committed result lets this kernel in on GPUs of this compute capability."""
+    """Returns whether a committed result lets this kernel in on GPUs of this compute capability."""
     import torch
 
     if not torch.cuda.is_available():
@@ -91,8 +91,8 @@ def committed(op: str, backend: str) -> bool:
 
 @functools.cache
 def proven(op: str, backend: str) -> bool:
-    """Whether this kernel, in its present form, has passed the selftest on this GPU and driver, or a committed result
-    lets it in and it has not failed here. Reads the files once."""
+    """Returns whether this kernel, in its present form, has passed the selftest on this GPU and driver, or a committed
+    result lets it in and it has not failed here. Reads the files once."""
     try:
         remembered, now = _read().get(machine(), {}).get(f"{op}/{backend}"), kernel(op, backend)
         return remembered == now or (remembered != f"failed {now}" and committed(op, backend))

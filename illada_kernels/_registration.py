@@ -63,6 +63,6 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
 
 
 def _is_half_imported(name: str) -> bool:
-    """Whether a module of this package is what imports torch: then the first use of a public name registers."""
+    """Returns whether a module of this package is what imports torch: then the first use of a public name registers."""
     spec = getattr(sys.modules[name], "__spec__", None) if name.startswith(f"{__package__}.") else None
     return getattr(spec, "_initializing", False)

@@ -43,7 +43,8 @@ def randn(*shape: int, seed: int, device: str) -> Tensor:
 
 
 def attention_case(ranges: Any, dim: int, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Grouped heads, strided inputs, NaN in every key that no row may see, gradients through out and lse, twice."""
+    """Checks grouped heads, strided inputs, NaN in every key that no row may see, gradients through out and lse,
+    twice."""
     from . import attention
     from .ops.attention import cases
 
@@ -247,7 +248,7 @@ def unmask(backend: str, device: str, from_logits: bool = False) -> Iterator[Cas
 
 
 def cases(op: str, backend: str, device: str) -> Iterator[Case]:
-    """The cases of `op`: those of the function above with its room's name."""
+    """Returns the cases of `op`: those of the function above with its room's name."""
     room = OPS[op]
     return globals()[room](backend, device, **({"from_logits": True} if op != room else {}))
 

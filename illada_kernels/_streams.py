@@ -33,7 +33,7 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
 
 
 def is_captured(device: torch.device) -> bool:
-    """Whether what is launched on the device now goes into a CUDA graph."""
+    """Returns whether what is launched on the device now goes into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

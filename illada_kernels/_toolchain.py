@@ -54,7 +54,7 @@ def switch(name: str) -> str | None:
 
 
 def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str]:
-    """(exit status, stdout and stderr as text), in English. A program that cannot be started has status 127."""
+    """Returns (exit status, stdout and stderr as text), in English. A program that cannot be started has status 127."""
     out, env = subprocess.PIPE, {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, pass_fds=pass_fds, env=env)
@@ -64,7 +64,7 @@ def run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str]:
 
 
 def first_error(log: str, status: int) -> str:
-    """The line of a log that says what went wrong: the first with "error" or "fatal" in it, else the last."""
+    """Returns the line of a log that says what went wrong: the first with "error" or "fatal" in it, else the last."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("FAILED: ")]
     named = [line for line in lines if re.search(r"\berror\b|\bfatal\b|undefined reference|cannot find", line, re.I)]
     return (named or lines[-1:] or [f"exit status {status}"])[0][:300]
@@ -93,7 +93,7 @@ def version_line(command: str) -> str:
 
 
 def extra_flags(variable: str, notes: list[str] | None = None) -> str:
-    """The flags in $CPPFLAGS, $CXXFLAGS or $LDFLAGS, for a shell, without those that would change numbers."""
+    """Returns the flags in $CPPFLAGS, $CXXFLAGS or $LDFLAGS, for a shell, without those that would change numbers."""
     try:
         words = shlex.split(os.environ.get(variable, ""))
     except ValueError as error:
@@ -109,7 +109,7 @@ def note(notes: list[str] | None, line: str) -> None:
 
 
 def trial(command: str) -> str | None:
-    """None, or why this compiler cannot compile C++17 with OpenMP."""
+    """Returns None, or why this compiler cannot compile C++17 with OpenMP."""
     flags = f"{extra_flags('CPPFLAGS')} {extra_flags('CXXFLAGS')}"
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +123,7 @@ def trial(command: str) -> str | None:
 
 
 def find_compiler(notes: list[str] | None = None) -> str:
-    """The first of $CXX, g++, clang++ and c++ that works, as a shell command."""
+    """Returns the first of $CXX, g++, clang++ and c++ that works, as a shell command."""
     passed_over: list[str] = []
     wanted = os.environ.get("CXX")
     for name in filter(None, (wanted, "g++", "clang++", "c++")):
@@ -144,7 +144,7 @@ def find_compiler(notes: list[str] | None = None) -> str:
 
 
 def find_ninja(notes: list[str] | None = None) -> str:
-    """The path of a ninja that runs: pip's, which lies in its package or beside Python, or the one on PATH."""
+    """Returns the path of a ninja that runs: pip's, which lies in its package or beside Python, or the one on PATH."""
     spec = importlib.util.find_spec("ninja")
     packaged = [Path(str(spec.origin)).parent / "data" / "bin" / "ninja"] if spec else []
     packaged += [Path(sysconfig.get_path("scripts")) / "ninja"]
@@ -176,7 +176,7 @@ def find_includes() -> list[str]:
 
 
 def find_nvcc(notes: list[str] | None = None) -> tuple[str | None, str]:
-    """(a shell command or None, reason)."""
+    """Returns (a shell command or None, reason)."""
     if switch("ILLADA_CUDA") == "0":
         return None, "ILLADA_CUDA=0"
     homes = filter(None, (os.environ.get("CUDA_HOME"), CUDA))
@@ -205,14 +205,14 @@ def check_nvcc(nvcc: str) -> None:
 
 
 def cuda_library_dirs(nvcc: str) -> list[str]:
-    """Where nvcc itself would look for libcudart_static.a."""
+    """Returns where nvcc itself would look for libcudart_static.a."""
     _, log = run([*shlex.split(nvcc), "--dryrun", "-shared", "x.o", "-o", "x.so"])
     lines = [line for line in log.splitlines() if "LIBRARIES=" in line]
     return [flag.strip('"')[2:] for line in lines for flag in shlex.split(line.split("LIBRARIES=", 1)[1])]
 
 
 def known_archs(nvcc: str) -> set[str]:
-    """The numbers that nvcc can compile for ("80", "90"); empty if it does not say."""
+    """Returns the numbers that nvcc can compile for ("80", "90"); empty if it does not say."""
     status, log = run([*shlex.split(nvcc), "--list-gpu-code"])
     return set(re.findall(r"\bsm_(\d+)", log)) if status == 0 else set()
 
@@ -236,8 +236,8 @@ def number(arch: str) -> int:
 
 
 def cuda_archs(notes: list[str] | None = None, known: set[str] | None = None) -> str:
-    """What to compile for: $ILLADA_CUDA_ARCHS, else $TORCH_CUDA_ARCH_LIST, else the default, as '80;90a'. Leaves out
-    what is older than 8.0, which the kernels need, and what nvcc does not know (`known`, if given)."""
+    """Returns what to compile for: $ILLADA_CUDA_ARCHS, else $TORCH_CUDA_ARCH_LIST, else the default, as '80;90a'.
+    Leaves out what is older than 8.0, which the kernels need, and what nvcc does not know (`known`, if given)."""
     variable = next((name for name in ARCH_LISTS if os.environ.get(name, "").strip()), None)
     if variable is None:
         return DEFAULT_ARCHS

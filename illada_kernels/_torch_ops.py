@@ -218,7 +218,7 @@ class Operator:
         return getattr(module, "direct", module.forward)(problem)
 
     def _kernel(self, *arguments: Any) -> Any:
-        """The registered operator's implementation."""
+        """Implements the registered operator."""
         problem = self.problem(*arguments)
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         if tensors[0].is_meta:
@@ -227,7 +227,7 @@ class Operator:
         return self.choose(problem).module().forward(problem)
 
     def _forward(self, *arguments: Any) -> Any:
-        """The autograd.Function's forward. Under nested transforms the tensors are still wrapped, a level down."""
+        """Runs the autograd.Function's forward. Under nested transforms the tensors are still wrapped, a level down."""
         if type(arguments[-1]) is _dispatch.Resolved:  # __call__ has looked at everything
             return self._run(arguments)
         if torch._C._functorch.maybe_current_level() is not None:

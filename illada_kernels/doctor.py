@@ -62,7 +62,7 @@ def report() -> dict[str, Any]:
 
 
 def compilers() -> dict[str, str]:
-    """The version of each compiler that a build would use now, or why there is none."""
+    """Returns the version of each compiler that a build would use now, or why there is none."""
     cxx, no_cxx = attempt(lambda: _build.version_line(_build.find_compiler()))
     ninja, no_ninja = attempt(lambda: _build.version_line(_build.find_ninja()))
     found, broken = attempt(_build.find_nvcc)
@@ -75,7 +75,7 @@ def compilers() -> dict[str, str]:
 
 
 def build_info() -> dict[str, Any]:
-    """_build_info.json, and whether the sources beside it (in a checkout) are still those it was built from."""
+    """Returns _build_info.json, and whether the sources beside it (in a checkout) are still those it was built from."""
     info, error = attempt(lambda: json.loads((PACKAGE / "_build_info.json").read_text()))
     needed = ("compiler", "seconds") if isinstance(info, dict) and info.get("extension") else ("extension", "reason")
     if error or not isinstance(info, dict) or not all(name in info for name in needed):
@@ -87,7 +87,8 @@ def build_info() -> dict[str, Any]:
 
 
 def child(arguments: list[str], timeout: float) -> tuple[list[dict[str, Any]], str | None]:
-    """The JSON lines that `python -m ARGUMENTS` prints, and how it died if it did. It sees the modules we see."""
+    """Returns the JSON lines that `python -m ARGUMENTS` prints, and how it died if it did. It sees the modules we
+    see."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [sys.executable, "-m", *arguments]
     try:
@@ -117,12 +118,12 @@ def probe() -> dict[str, Any]:
 
 
 def selftest(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """selftest_one for every op, backend and device that the report calls available."""
+    """Runs selftest_one for every op, backend and device that the report calls available."""
     return [selftest_one(*which) for which in to_selftest(found)]
 
 
 def to_selftest(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(op, backend, device); the reference is what the others are compared with."""
+    """Returns (op, backend, device); the reference is what the others are compared with."""
     rows = [(op, row) for op in OPS for row in found["ops"][op] if row["backend"] != "reference"]
     return [(op, row["backend"], device) for op, row in rows for device in row.get("devices", ())]
 
@@ -174,7 +175,7 @@ def extension_lines(build: dict[str, Any], extension: dict[str, Any]) -> list[st
 
 
 def table(ops: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """A line per op and backend; reasons, which many share, follow once each under a number."""
+    """Returns a line per op and backend; reasons, which many share, follow once each under a number."""
     lines = [f"{'op':<24} {'backend':<10} {'default order':<16} state"]
     reasons: list[str] = []
 

@@ -1,8 +1,8 @@
 // Dot products of bf16 pairs, where the instruction set has them (AVX512-BF16): 2 kWidth multiply-adds an instruction.
 // Internal linkage, like vec.h: compiled once per instruction set.
 //
-// The instruction accumulates in float32, rounds to nearest even, and takes subnormal inputs, products and sums as 0, in any
-// float mode. So a sum of D products is as exact as one of fused multiply-adds down to 2^-126.
+// The instruction accumulates in float32, rounds to nearest even, and takes subnormal inputs, products and sums as 0,
+// in any float mode. So a sum of D products is as exact as one of fused multiply-adds down to 2^-126.
 #pragma once
 #include "vec.h"
 

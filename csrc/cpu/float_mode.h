@@ -1,6 +1,7 @@
-// How a thread rounds: to nearest, subnormals kept. torch.set_flush_denormal changes the calling thread alone, and OpenMP's threads
-// keep what their creator had, so that without this a result would depend on which thread computed it. Every parallel region
-// and every entry from Python begins with a FloatMode; what the thread had before comes back at its end.
+// How a thread rounds: to nearest, subnormals kept. torch.set_flush_denormal changes the calling thread alone, and
+// OpenMP's threads keep what their creator had, so that without this a result would depend on which thread computed it.
+// Every parallel region and every entry from Python begins with a FloatMode; what the thread had before comes back at
+// its end.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,11 @@
 // unmask and masked_loss on the CPU: the LM head for a slice of the vocab, logits = hidden head^T + bias in float32.
 //
 // Every logit is the sum of its D products in one order, whatever rows and ids lie beside it and whichever thread
-// computes it: lane l of a vector adds the products l, l + lanes, ... of kDepthBytes, a tree adds the lanes, and the blocks
-// of kDepthBytes follow one another. So equal rows get equal bits, and no batch decides between them; a BLAS chooses its
-// order by the number of rows and threads. The head is read from memory once. 2 D flops a logit; scratch: the packed rows,
-// and up to kGroupIds logits a row and thread. With AVX512-BF16 bf16 is multiplied as it is (dot_bf16.h), else as float32.
+// computes it: lane l of a vector adds the products l, l + lanes, ... of kDepthBytes, a tree adds the lanes, and the
+// blocks of kDepthBytes follow one another. So equal rows get equal bits, and no batch decides between them; a BLAS
+// chooses its order by the number of rows and threads. The head is read from memory once. 2 D flops a logit; scratch:
+// the packed rows, and up to kGroupIds logits a row and thread. With AVX512-BF16 bf16 is multiplied as it is
+// (dot_bf16.h), else as float32.
 #include <omp.h>
 
 #include <algorithm>
@@ -127,9 +128,9 @@ void multiply_tile(int depth, const typename How::Packed* rows, const typename H
   for (int i = 0; i < kRows * kIds; i += kWidth) add_lanes(lanes + i, kWidth, first, sums + i);
 }
 
-// Logits of n <= kGroupIds ids from `first` on, of which `after` more follow: copies a panel of ids to L1 and multiplies
-// all rows by it, asking memory for the next panel meanwhile. packed: blocks of kRows rows, kDepth entries at a time. sums:
-// (rows rounded up to kRows) x (n rounded up to kIds).
+// Logits of n <= kGroupIds ids from `first` on, of which `after` more follow: copies a panel of ids to L1 and
+// multiplies all rows by it, asking memory for the next panel meanwhile. packed: blocks of kRows rows, kDepth entries
+// at a time. sums: (rows rounded up to kRows) x (n rounded up to kIds).
 template <class How, class T>
 void multiply_group(const Head<T>& head, int64_t first, int n, int64_t after, const typename How::Packed* packed,
                     int64_t rows, typename How::Packed* panel, float* sums, float* out, int64_t out_stride) {
@@ -225,8 +226,9 @@ int run_head(const Head<T>& head, const Hidden* hidden, int64_t rows, int64_t id
 
 }  // namespace
 
-// Fills logits (rows, ids), out_stride from row to row, for ids [first, first + ids). hidden (rows, dim) is contiguous, float32 or of the
-// weight's dtype. weight has `stride` elements from id to id, and a contiguous last dimension; bias is float32 or null.
+// Fills logits (rows, ids), out_stride from row to row, for ids [first, first + ids). hidden (rows, dim) is contiguous,
+// float32 or of the weight's dtype. weight has `stride` elements from id to id, and a contiguous last dimension; bias
+// is float32 or null.
 extern "C" int ILLADA_ISA_FN(illada_head_cpu)(const void* hidden, int hidden_dtype, int64_t rows, int64_t dim,
                                               const void* weight, const float* bias, int dtype, int64_t stride,
                                               int64_t first, int64_t ids, float* logits, int64_t out_stride,

@@ -1,6 +1,6 @@
-// Every csrc/cpu/*.cpp is compiled once per instruction set, with ILLADA_ISA set to scalar, avx2, avx512 or avx512_bf16.
-// The code is written against vec.h, whose vectors are as wide as the instruction set. ILLADA_ISA_FN(name) is a function's
-// exported name.
+// Every csrc/cpu/*.cpp is compiled once per instruction set, with ILLADA_ISA set to scalar, avx2, avx512 or
+// avx512_bf16. The code is written against vec.h, whose vectors are as wide as the instruction set. ILLADA_ISA_FN(name)
+// is a function's exported name.
 #pragma once
 
 #ifndef ILLADA_ISA

@@ -28,9 +28,9 @@ template <class T> ILLADA_DEVICE void widen(const uint4& bits, float (&x)[Vec16<
   for (int k = 0; k < 4; ++k) widen(T{}, words[k], x + Vec16<T>::size / 4 * k);
 }
 
-// Calls body(number, bits) for vectors from, from + THREADS, ... of `vectors`. Keeps AHEAD loads in flight: loads a slot
-// of the ring again once its body is done. Unrolled over the slots, because a move of a pending load's registers would
-// wait for the load. ONCE: the row is not read again.
+// Calls body(number, bits) for vectors from, from + THREADS, ... of `vectors`. Keeps AHEAD loads in flight: loads a
+// slot of the ring again once its body is done. Unrolled over the slots, because a move of a pending load's registers
+// would wait for the load. ONCE: the row is not read again.
 template <int THREADS, int AHEAD, bool ONCE, class Body>
 ILLADA_DEVICE void over_vectors(const uint4* row, int from, int vectors, Body body) {
   uint4 ring[AHEAD];

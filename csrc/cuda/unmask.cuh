@@ -4,9 +4,9 @@
 //   max and second max of l;  sums of e = exp(z) and e * z, z = (l - max) / Tc in units of log 2;  best l + T * Gumbel
 //
 // A warp takes IDS * 32 ids at once (unmask_logits.cuh). The order of every sum depends only on the row's logits and on
-// where the caller cuts the vocab. Noise costs Philox per pair of ids; logarithms only where the random word leaves an id
-// a chance to win, by bounds that err to one side, so the argmax is exact. A NaN or +inf logit sets the maximum to +inf
-// for good: the row is bad. EXTENDED kernels also truncate, and know Renoise; the others do not pay for it.
+// where the caller cuts the vocab. Noise costs Philox per pair of ids; logarithms only where the random word leaves an
+// id a chance to win, by bounds that err to one side, so the argmax is exact. A NaN or +inf logit sets the maximum to
+// +inf for good: the row is bad. EXTENDED kernels also truncate, and know Renoise; the others do not pay for it.
 #pragma once
 #include "illada/philox.h"
 #include "unmask_logits.cuh"
@@ -63,8 +63,8 @@ template <bool EXTENDED = false> ILLADA_DEVICE Row load_row(const Call& c, int64
   return row;
 }
 
-// The weight exp((x - top) / Tc) of an id or of a sum, and the exponent in units of log 2. Both are 0 where the weight is
-// no normal number, so that a row without other ids near its maximum has exactly no entropy.
+// The weight exp((x - top) / Tc) of an id or of a sum, and the exponent in units of log 2. Both are 0 where the weight
+// is not a normal number, so that a row without other ids near its maximum has exactly no entropy.
 struct Weight {
   float z, e;
 };
@@ -172,8 +172,8 @@ template <int IDS> ILLADA_DEVICE int32_t lowest_id(const float (&l)[IDS], int32_
   return __reduce_min_sync(0xffffffffu, id);
 }
 
-// Folds this lane's edited logits l of ids first .. first + IDS * 32 into the row's statistics. Noise is drawn for those
-// that reach `bound`.
+// Folds this lane's edited logits l of ids first .. first + IDS * 32 into the row's statistics. Noise is drawn for
+// those that reach `bound`.
 template <bool EXTENDED = false, int IDS>
 ILLADA_DEVICE void meet(const float (&l)[IDS], int64_t first, const Row& row, int needs, Running& s,
                         float bound = -infinity()) {

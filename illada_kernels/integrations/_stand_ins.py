@@ -40,7 +40,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """torch.nn.functional.cross_entropy by `masked_loss_from_logits`, float32 whatever the logits are.
+    """Computes torch.nn.functional.cross_entropy by `masked_loss_from_logits`, float32 whatever the logits are.
 
     Class weights, probabilities as targets and the old arguments go to torch. The mean of no token is NaN, as in torch.
     """

@@ -274,7 +274,7 @@ _checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def _logits(outputs: Any) -> Tensor:
-    """The logits of a model's outputs: by their name, or the first of a tuple."""
+    """Returns the logits of a model's outputs: by their name, or the first of a tuple."""
     if isinstance(outputs, dict) and "logits" not in outputs:
         raise ValueError(
             f"model: expected an output named 'logits', got {', '.join(outputs)}; use masked_loss in its code"
@@ -289,7 +289,7 @@ def _instead(x: Tensor, value: Tensor) -> Tensor:
 
 
 def _next(x: Tensor, last: int) -> Tensor:
-    """Row i gets what row i + 1 had."""
+    """Gives row i what row i + 1 had."""
     return torch.cat([x[:, 1:], torch.full_like(x[:, :1], last)], dim=1)
 
 

@@ -71,7 +71,7 @@ def attention_forward(
     is_causal: bool | None = None,
     **unsupported: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that `register` registers.
+    """Computes attention for transformers: the function that `register` registers.
 
     Parameters
     ----------
@@ -134,7 +134,8 @@ def mask_bounds(
     cache_position: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """The mask function that `register` registers: the bounds of KeyRanges over kv_length keys, (B or 1, 1, Sq, 4).
+    """Returns the bounds of KeyRanges over kv_length keys, (B or 1, 1, Sq, 4): the mask function that `register`
+    registers.
 
     Parameters
     ----------
@@ -179,7 +180,7 @@ def mask_bounds(
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """The real keys, bool (B, kv_length)."""
+    """Returns the real keys, bool (B, kv_length)."""
     if attention_mask is None:
         return None
     missing = kv_offset + kv_length - attention_mask.shape[-1]
@@ -188,7 +189,8 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> T
 
 
 def _parts(function: MaskFunction, masking: Any) -> list[tuple[str, Any]] | None:
-    """What a mask function is the intersection of: (kind, its number or tensor) each; None if a part is not known."""
+    """Returns the parts whose intersection a mask function is, (kind, its number or tensor) each; None if one is not
+    known."""
     if function is masking.causal_mask_function:
         return [("causal", None)]
     if function is getattr(masking, "bidirectional_mask_function", None):
@@ -223,7 +225,8 @@ def _same_bounds(
 
 
 def _bounds(parts: list[tuple[str, Any]], position: Tensor, keys: int, padding: Tensor | None) -> Tensor | None:
-    """Bounds (B or 1, Sq, 4) of one range a row: the intersection of all parts. None if the real keys have gaps.
+    """Returns bounds (B or 1, Sq, 4) of one range a row: the intersection of all parts. None if the real keys have
+    gaps.
 
     position: (Sq,), of the queries among the keys.
     """

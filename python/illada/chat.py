@@ -86,7 +86,7 @@ def load_chat_template(folder: Path, name: str = "default") -> ChatTemplate:
             found = {entry["name"]: entry["template"] for entry in found}
         sources = found if isinstance(found, dict) else {"default": found} if found else {}
         if name == "default" and (folder / _FILE).exists():
-            sources["default"] = (folder / _FILE).read_text(encoding="utf-8-sig")  # a byte order mark is no prompt
+            sources["default"] = (folder / _FILE).read_text(encoding="utf-8-sig")  # a byte order mark is not a prompt
         if not all(isinstance(source, str) for source in sources.values()):
             raise TypeError("a template is not a text")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 
 def wanted(x: Tensor, *others: Tensor) -> bool:
-    """Whether the functions here compute x's gradient: of plain tensors on a CPU, where nothing traces."""
+    """Returns whether the functions here compute x's gradient: of plain tensors on a CPU, where nothing traces."""
     return (
         x.device.type == "cpu"
         and all(type(tensor) in (Tensor, Parameter) for tensor in (x, *others))

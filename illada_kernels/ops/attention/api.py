@@ -149,7 +149,8 @@ def attention(
 
 
 def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `check_tensors` would find nothing, in a fifth of its time; symbolic and odd things are left to it."""
+    """Returns whether `check_tensors` would find nothing, in a fifth of its time; symbolic and odd things are left to
+    it."""
     if not (type(q) is type(k) is type(v) is Tensor and q.dtype == k.dtype == v.dtype and q.dtype in FLOATS):
         return False
     shapes = q.shape, k.shape, v.shape

@@ -28,7 +28,7 @@ class Case:
         return self.mask(self, device)
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Random q, k, v and the gradient of out."""
+        """Returns random q, k, v and the gradient of out."""
         shapes = [
             (self.queries, self.heads),
             (self.keys, self.kv_heads),
@@ -41,18 +41,18 @@ class Case:
         return q, k, v, dout
 
     def pairs(self) -> float:
-        """Allowed (batch entry, row, key) triples."""
+        """Returns how many (batch entry, row, key) triples are allowed."""
         ranges = self.key_ranges("cpu")
         return self.batch * self.queries * self.keys * (1.0 if ranges is None else ranges.density().item())
 
 
 def flops(case: Case, direction: str = "forward") -> float:
-    """What the mathematics needs: two products of head_dim per allowed pair and head forward, five backward."""
+    """Returns what the mathematics needs: two products of head_dim per allowed pair and head forward, five backward."""
     return {"forward": 4, "backward": 10}[direction] * case.pairs() * case.heads * case.head_dim
 
 
 def bytes(case: Case, dtype: torch.dtype, direction: str = "forward") -> float:
-    """What must move: every tensor once. Forward q k v out lse; backward those, dout, and dq dk dv."""
+    """Returns what must move: every tensor once. Forward q k v out lse; backward those, dout, and dq dk dv."""
     rows = case.batch * case.queries * case.heads
     columns = case.batch * case.keys * case.kv_heads
     queries, keys = {"forward": (2, 2), "backward": (4, 4)}[direction]  # tensors the size of q, and of k

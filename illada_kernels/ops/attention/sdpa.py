@@ -181,7 +181,8 @@ def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRange
 
 
 def _crc(mask: Tensor) -> int:
-    """CRC-32 of the memory from the mask's first to its last element, at 2 GB/s; 0 on other devices than the CPU."""
+    """Returns the CRC-32 of the memory from the mask's first to its last element, at 2 GB/s; 0 on other devices than
+    the CPU."""
     if mask.device.type != "cpu" or mask.numel() == 0:
         return 0
     elements = 1 + sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride()))
@@ -189,7 +190,7 @@ def _crc(mask: Tensor) -> int:
 
 
 def _read(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRanges:
-    """mask, broadcast to the scores' shape, as ranges (B or 1, Sq or 1, 4). Synchronises once."""
+    """Returns the mask, broadcast to the scores' shape, as ranges (B or 1, Sq or 1, 4). Synchronises once."""
     expect_tensor("attn_mask", mask, torch.bool, *FLOATS)
     try:
         whole = mask.expand(shape)

@@ -238,7 +238,7 @@ def needs(*tensors: Tensor | None) -> list[bool]:
 
 
 def _rows_fit(rows: Tensor, targets: Tensor, masked: Tensor, weight: Tensor | None) -> bool:
-    """Whether `check_rows` would find nothing. Symbolic, traced and odd things are left to it."""
+    """Returns whether `check_rows` would find nothing. Symbolic, traced and odd things are left to it."""
     if not (type(rows) is type(targets) is type(masked) is Tensor and rows.dtype in FLOATS):
         return False
     shape, device = targets.shape, rows.device

@@ -73,7 +73,8 @@ def plain(
     bias: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """What a user would write: the logits of the masked rows in the inputs' dtype, F.cross_entropy in float32."""
+    """Returns what a user would write: the logits of the masked rows in the inputs' dtype, F.cross_entropy in
+    float32."""
     return plain_from_logits(F.linear(hidden[masked], head_weight, bias), targets, masked, weight, **options)
 
 

@@ -118,7 +118,7 @@ def forward(problem: Problem) -> Results:
 
 
 def direct(problem: Problem) -> Results:
-    """As forward, but keeps only as much as the rows need that are masked."""
+    """Runs as forward, but keeps only as much as the rows need that are masked."""
     p = plan(problem)
     rows = Rows(problem, p.vocab)
     return _forward(problem, p._replace(rows=rows.count), rows)

@@ -38,7 +38,7 @@ def jvp(problem: Problem, kept: tuple[Tensor, ...], tangents: tuple[Tensor | Non
 
 
 def _is_batched(x: Tensor) -> bool:
-    """Whether vmap holds several masks in x, whose numbers of rows may differ."""
+    """Returns whether vmap holds several masks in x, whose numbers of rows may differ."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):
             return True

@@ -82,7 +82,7 @@ def unmask(
         (B, L) int64, written in place.
     positions
         (B, K) int64, where the candidates stand in `tokens`; distinct within a sequence. A position below 0 or from L
-        on is no candidate. Duplicates stay in range; which of them is written is not defined.
+        on is not a candidate. Duplicates stay in range; which of them is written is not defined.
     rule
         `TopK`, `Threshold`, `Factor` or `EntropyBound`: which masked candidates commit, ranked by falling confidence,
         ties to the lowest position. `Renoise`: which of all candidates are accepted; the others become noise.

@@ -175,7 +175,7 @@ class Scan:
         check("unmask", code)
 
     def truncate(self, logits: Tensor, stride_b: int, stride_k: int, count: int, some: slice = slice(None)) -> None:
-        """As run, of all ids, but draws from what top_k, top_p and min_p keep."""
+        """Runs as run, of all ids, but draws from what top_k, top_p and min_p keep."""
         rows, partials = self.rows[some], self.partials[some]
         source = (logits.data_ptr(), DTYPES[logits.dtype], stride_b, stride_k, count)
         which = (rows.data_ptr(), rows.shape[0], self.vocab, partials.shape[1])

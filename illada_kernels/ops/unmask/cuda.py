@@ -150,19 +150,19 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    """And the extension holds the kernel: NVRTC compiles those for any GPU."""
+    """Returns whether the GPU is a Hopper and the extension holds its kernels; NVRTC compiles those for any GPU."""
     return cuda_reason() is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def head_blocks(problem: Problem) -> int:
-    """Blocks of the fused kernel, 0 where it cannot serve this call."""
+    """Returns the blocks of the fused kernel, 0 where it cannot serve this call."""
     if problem.head_weight is None or unfused_reason(problem) or not is_hopper(problem.tokens.device):
         return 0
     return min(processors(problem.tokens.device), -(-problem.vocab // TILE))
 
 
 def unfused_reason(problem: Problem) -> str | None:
-    """None, or why hidden and head_weight do not suit the fused kernel: bulk copies take whole 16 bytes."""
+    """Returns None, or why hidden and head_weight do not suit the fused kernel: bulk copies take whole 16 bytes."""
     hidden, head = problem.source, problem.head_weight
     assert head is not None
     if problem.truncation:

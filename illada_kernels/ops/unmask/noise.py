@@ -36,8 +36,8 @@ def philox_unit(words: tuple[Tensor, ...]) -> Tensor:
 
 
 def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocab: int) -> Tensor:
-    """(N, V) Gumbel noise, float32. seed, position, step: (N, 1) int64. The winning tail lies at u near 0, where
-    float32 is dense."""
+    """Returns (N, V) Gumbel noise, float32. seed, position, step: (N, 1) int64. The winning tail lies at u near 0,
+    where float32 is dense."""
     pairs = torch.arange((vocab + 1) // 2, device=seed.device)
     w0, w1, w2, w3 = philox(seed, pairs, position, step, 0)
     both = torch.stack([philox_unit((w0, w1)), philox_unit((w2, w3))], dim=-1)

@@ -13,9 +13,9 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # proposal, confidence, committ
 FLOAT32_MAX = torch.finfo(torch.float32).max
 # T * g stays finite for every Gumbel value: they are below 45.
 HIGHEST_TEMPERATURE = 2.0**120
-# Beyond this its reciprocal is no normal float32, and times -inf it would be NaN.
+# Beyond this its reciprocal is not a normal float32, and times -inf it would be NaN.
 HIGHEST_CONFIDENCE_TEMPERATURE = 2.0**126
-# z = (l - max l) / Tc below which exp(z) is no normal float32 and an id does not count in the entropy.
+# z = (l - max l) / Tc below which exp(z) is not a normal float32 and an id does not count in the entropy.
 LEAST_SHIFTED = -87.3
 # Bits of `needs`, as in api.h: the sums and maxima of a row that a call asks for.
 # NO_DRAW: the CPU draws later; TOP_ID: on GPUs, the id of the largest logit.
@@ -113,7 +113,7 @@ class Problem(NamedTuple):
         return entropy | second | held | (NEEDS_TOP_ID if self.rule == rules.RENOISE else 0)
 
     def is_empty(self) -> bool:
-        """Whether there is no candidate or no token."""
+        """Returns whether there is no candidate or no token."""
         return self.positions.numel() == 0 or self.tokens.numel() == 0
 
     def nothing(self) -> Outputs:

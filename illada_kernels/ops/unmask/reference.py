@@ -143,7 +143,7 @@ def all_rows(step: Problem, masked: Tensor, held: Tensor) -> Rows:
 
 
 def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
-    """Rows start, start + 1, ...; per_row: all_rows' list, each (N, 1)."""
+    """Returns rows start, start + 1, ...; per_row: all_rows' list, each (N, 1)."""
     masked, held, position, seed, at_step, temperature, tc, *truncation = per_row
     logits = row_logits(step, start, masked.shape[0])  # (N, V)
     random = philox_unit(philox(seed, torch.zeros_like(position), position, at_step, 1)[:2])
@@ -249,7 +249,7 @@ def lower_bound(
 
 
 def row_logits(step: Problem, start: int, rows: int) -> Tensor:
-    """l: the logits of the N rows from `start` on, with bias, and -inf at what is forbidden."""
+    """Returns l, the logits of the N rows from `start` on, with bias, and -inf at what is forbidden."""
     source = step.source.flatten(0, 1)[start : start + rows]
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
     logits = source.to(dtype)

@@ -59,7 +59,7 @@ def load(
     CheckpointIOError
         (an OSError) For files that are missing or cannot be read.
     ConfigError
-        For a config.json of a model that is not supported, and for overrides that are no fields of ModelConfig.
+        For a config.json of a model that is not supported, and for overrides that are not fields of ModelConfig.
     CheckpointError
         For tensors that are not exactly those of config.json.
 

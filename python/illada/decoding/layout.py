@@ -93,6 +93,7 @@ class Layout:
         return first, last - 1 if self.autoregressive(block) else last
 
     def autoregressive(self, block: Block) -> bool:
-        """Whether the block is one token, predicted from the token before it in every sequence, beside a cache."""
+        """Returns whether the block is one token, predicted from the token before it in every sequence, beside a
+        cache."""
         one = self.config.autoregressive and not block.scattered
         return one and self.sampling.cache != "none" and block.columns[0] > max(self.first_columns[: self.count])

@@ -305,7 +305,7 @@ class BlockLoop(Rows):
         if masked is None or not isinstance(rule, Choose):
             return Unmasked(*out)
         chosen = masked & (out.proposal >= 0) & rule.where(out.proposal, out.confidence)
-        # Adding what differs leaves the column alone that stands in for those that are no candidates.
+        # Adding what differs leaves the column alone that stands in for those that are not candidates.
         change = torch.where(chosen, out.proposal - self.config.mask_id, 0)
         tokens.scatter_add_(1, candidates.clamp(min=0), change)
         return Unmasked(out.proposal, out.confidence, out.committed | chosen, out.remaining - chosen.sum(1))
@@ -317,7 +317,7 @@ class BlockLoop(Rows):
         stop = (held[..., None] == self.ends).any(-1) & (candidates >= 0)
         behind = (stop.cumsum(1) - stop.long() > 0) & (candidates >= 0)
         new = torch.where(behind, held.gather(1, stop.byte().argmax(1, keepdim=True)), held)
-        tokens.scatter_add_(1, at, new - held)  # of those that are no candidates nothing changes
+        tokens.scatter_add_(1, at, new - held)  # of those that are not candidates nothing changes
         return ((new == mask) & (candidates >= 0)).sum(1)
 
     def num_passes(self, most: int) -> tuple[bool, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def has_graphs(device: torch.device) -> bool:
-    """Whether passes are captured there."""
+    """Returns whether passes are captured there."""
     return device.type == "cuda"
 
 

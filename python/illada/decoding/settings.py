@@ -107,7 +107,7 @@ def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_leng
 
 
 def _by_sequence(rule: Any) -> bool:
-    """Whether a rule or revision may hold numbers of each sequence: callables of the user may."""
+    """Returns whether a rule or revision may hold numbers of each sequence: callables of the user may."""
     if callable(rule) or isinstance(rule, Choose):
         return not getattr(rule, "any_batch", False)
     return has_numbers(rule)
@@ -136,7 +136,7 @@ def refuse(config: GenerationConfig, names: Iterable[str]) -> None:
 
 
 def has_numbers(rule: Any) -> bool:
-    """Whether a rule or revision holds a number for each sequence."""
+    """Returns whether a rule or revision holds a number for each sequence."""
     if isinstance(rule, Tensor):
         return rule.dim() > 1
     fields = vars(rule).values() if dataclasses.is_dataclass(rule) and not callable(rule) else ()

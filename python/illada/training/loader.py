@@ -141,6 +141,6 @@ def _as_it_is(made: Any) -> Any:
 
 
 def _leave_signals(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes, but the run ends after its step."""
+    """Ignores Ctrl-C, which a terminal sends to all processes, because the run ends after its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -97,7 +97,8 @@ def optimizers(
 
 @contextlib.contextmanager
 def checkpointed(model: Model, enabled: bool) -> Iterator[None]:
-    """Inside it a layer saves its input alone and the backward, which must be inside too, runs the layer again."""
+    """Lets layers save less: inside it a layer saves its input alone and the backward, which must be inside too, runs
+    the layer again."""
     layers = list(model.layers) if enabled else []
     own = [vars(layer).get("forward") for layer in layers]  # a compiled one
     for layer in layers:

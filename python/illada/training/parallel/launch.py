@@ -18,7 +18,7 @@ SECONDS_TO_END = 10.0
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or what sets the same variables, has started this process."""
+    """Returns whether torchrun, or what sets the same variables, has started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 

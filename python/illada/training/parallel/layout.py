@@ -126,7 +126,7 @@ def same(value: float) -> float:
 
 
 def any_rank(condition: bool) -> bool:
-    """Whether it holds on any rank."""
+    """Returns whether it holds on any rank."""
     tensor = torch.tensor(int(condition), device="cpu")
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return bool(tensor)

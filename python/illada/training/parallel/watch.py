@@ -178,7 +178,8 @@ class Watch:
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
     def leaves_to_first(self, error: BaseException, seconds: float = 5.0) -> bool:
-        """Whether the first rank has failed alike, or does within these seconds: then it alone prints and cleans up."""
+        """Returns whether the first rank has failed alike, or does within these seconds: then it alone prints and
+        cleans up."""
         deadline = time.monotonic() + seconds
         while self.rank != 0 and time.monotonic() < deadline:
             if said := self._posted(0):
@@ -206,7 +207,7 @@ def _place(frame: FrameType | None) -> tuple[bool, str]:
 
 
 def _is_about_others(error: BaseException) -> bool:
-    """Whether a collective failed, because of another rank."""
+    """Returns whether a collective failed, because of another rank."""
     words = ("Connection", "connection", "gloo", "NCCL", "Timed out", "timed out", "Socket")
     return isinstance(error, (RuntimeError, dist.DistBackendError)) and any(word in str(error) for word in words)
 
