@@ -9,6 +9,7 @@ from torch import Tensor
 from ..key_ranges import KeyRanges
 from ..ops.attention import scaled_dot_product_attention as ours
 from ..ops.masked_loss import masked_loss_from_logits
+from .transformers import MaskBounds, ranges_of
 
 
 def scaled_dot_product_attention(
@@ -23,10 +24,10 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """Computes `illada_kernels.scaled_dot_product_attention`.
 
-    An int32 mask (B or 1, 1, Sq, 4) is the bounds that our mask function for transformers builds.
+    A mask may be what our mask function for transformers builds.
     """
-    if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.int32 and attn_mask.dim() == 4:
-        attn_mask = KeyRanges(attn_mask[:, 0], key.shape[-2])
+    if isinstance(attn_mask, MaskBounds):
+        attn_mask = ranges_of(attn_mask, key.shape[-2])
     return ours(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 

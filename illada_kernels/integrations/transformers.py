@@ -5,8 +5,8 @@
     model = AutoModel.from_pretrained(folder, attn_implementation="illada")
 
 Masks of models are built as the bounds of KeyRanges, from the arguments where they are causal, bidirectional, sliding
-windows, packed or padded, else from the mask's function evaluated once. They travel as an int32 tensor (B or 1, 1, Sq,
-4), since transformers hands on four-dimensional tensors untouched.
+windows, packed or padded, else from the mask's function evaluated once. They travel as a `MaskBounds`, since
+transformers hands on four-dimensional tensors untouched.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def register(name: str = "illada") -> None:
     >>> illada.register()  # then AutoModel.from_pretrained(folder, attn_implementation="illada")
     """
     try:
-        masking = importlib.import_module("transformers.masking_utils")
+        masking = _masking()
         modeling = importlib.import_module("transformers.modeling_utils")
         masking.AttentionMaskInterface.register(name, mask_bounds)
         modeling.AttentionInterface.register(name, attention_forward)
@@ -58,6 +58,34 @@ def register(name: str = "illada") -> None:
 
 
 _names: set[str] = set()
+_loaded: list[Any] = []
+
+
+def _masking() -> Any:
+    """Returns transformers' file of mask functions. A compiled graph would break at an import."""
+    if not _loaded:
+        _loaded.append(importlib.import_module("transformers.masking_utils"))
+    return _loaded[0]
+
+
+class MaskBounds(Tensor):
+    """The bounds of KeyRanges, int32 (B or 1, 1, Sq, 4), where transformers expects a mask.
+
+    A class of its own, because an int32 mask of four keys has the same shape. Slices, copies and moves keep the class.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return memo.setdefault(id(self), self.clone())
+
+
+def ranges_of(mask: MaskBounds, num_keys: int) -> KeyRanges:
+    """Returns the ranges; raises ValueError where code has computed something else from the bounds."""
+    if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != 4:
+        raise ValueError(
+            f"attention_mask: expected what the mask function returned, int32 (B or 1, 1, Sq, 4), got {mask.dtype} "
+            f'{tuple(mask.shape)}: the model computes with its mask, use "sdpa" or "eager" for it'
+        )
+    return KeyRanges(mask.as_subclass(Tensor)[:, 0], num_keys)
 
 
 def attention_forward(
@@ -110,8 +138,8 @@ def attention_forward(
         is_causal = bool(is_causal) and query.shape[2] > 1  # one query is the last: it sees all keys
     else:
         is_causal = False
-    if attention_mask is not None and attention_mask.dtype == torch.int32 and dropout == 0:
-        ranges = KeyRanges(attention_mask[:, 0], key.shape[2])  # straight to the op, whose layout is the result's
+    if isinstance(attention_mask, MaskBounds) and dropout == 0:
+        ranges = ranges_of(attention_mask, key.shape[2])  # straight to the op, whose layout is the result's
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return attention(q, k, v, ranges, scale=scaling), None
     mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
@@ -133,7 +161,7 @@ def mask_bounds(
     *,
     cache_position: Tensor | None = None,
     **_: Any,
-) -> Tensor:
+) -> MaskBounds:
     """Returns the bounds of KeyRanges over kv_length keys, (B or 1, 1, Sq, 4): the mask function that `register`
     registers.
 
@@ -152,7 +180,7 @@ def mask_bounds(
     Synchronises once where there is padding, or where the closure is not one that is known; else never. Where nothing
     but numbers decides, the same bounds are returned again: do not write to them.
     """
-    masking = importlib.import_module("transformers.masking_utils")
+    masking = _masking()
     function = masking.causal_mask_function if mask_function is None else mask_function
     padding = _padding(attention_mask, kv_length, kv_offset)
     parts = _parts(function, masking)
@@ -168,7 +196,7 @@ def mask_bounds(
         queries = torch.arange(q_length, device=device) + q_offset  # type: ignore[arg-type]
     bounds = None if parts is None else _bounds(parts, queries - kv_offset, kv_length, padding)
     if bounds is not None:
-        return bounds[:, None]
+        return bounds[:, None].as_subclass(MaskBounds)
     index = (
         torch.arange(batch_size, device=device)[:, None, None, None],
         torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device),
@@ -176,7 +204,8 @@ def mask_bounds(
         (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :],
     )
     allowed = function(*index).expand(batch_size, -1, len(queries), kv_length)
-    return KeyRanges.from_dense(allowed if padding is None else allowed & padding[:, None, None]).bounds[:, None]
+    ranges = KeyRanges.from_dense(allowed if padding is None else allowed & padding[:, None, None])
+    return ranges.bounds[:, None].as_subclass(MaskBounds)
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
@@ -215,13 +244,13 @@ def _parts(function: MaskFunction, masking: Any) -> list[tuple[str, Any]] | None
 @functools.lru_cache(64)
 def _same_bounds(
     parts: tuple[tuple[str, Any], ...], queries: int, first: int, keys: int, device: torch.device, where: Any
-) -> Tensor:
+) -> MaskBounds:
     """Returns bounds (1, 1, queries, 4) that depend on no tensor, which all steps of a shape share."""
     with torch.inference_mode(False):  # for training too
         position = torch.arange(first, first + queries, device=device)
         bounds = _bounds(list(parts), position, keys, None)
     assert bounds is not None
-    return bounds[:, None]
+    return bounds[:, None].as_subclass(MaskBounds)
 
 
 def _bounds(parts: list[tuple[str, Any]], position: Tensor, keys: int, padding: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ from transformers import masking_utils  # noqa: E402
 
 from illada_kernels import KeyRanges, _dispatch  # noqa: E402
 from illada_kernels.integrations import transformers as illada  # noqa: E402
+from illada_kernels.integrations._stand_ins import scaled_dot_product_attention as stand_in  # noqa: E402
 from illada_kernels.ops.attention.op import OPERATOR  # noqa: E402
 from illada_kernels.ops.attention.problem import Problem  # noqa: E402
 
@@ -284,6 +285,72 @@ def test_a_head_dim_that_no_gpu_kernel_takes_falls_back_and_says_why(monkeypatch
     assert "triton: takes q and v of a head_dim of 64, 96, 128 or 256, not 80 and 80" in caplog.text
 
 
+MARKED = {
+    "a slice of the batch": lambda mask: mask[1:2],
+    "a slice of all keys": lambda mask: mask[:, :, :, :12],
+    "moved": lambda mask: mask.to(torch.device("cpu"), copy=True),
+    "beams": lambda mask: mask.repeat_interleave(2, 0),
+    "chosen rows": lambda mask: mask.index_select(0, torch.tensor([1, 0])),
+    "detached": lambda mask: mask.detach().contiguous().clone(),
+    "expanded": lambda mask: mask[:1].expand(3, -1, -1, -1),
+    "copied": copy.deepcopy,
+    "saved by autograd": lambda mask: Saved.of(mask),
+}
+
+
+class Saved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mask):
+        ctx.save_for_backward(mask)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Saved.found = ctx.saved_tensors[0]
+        return grad, None
+
+    @staticmethod
+    def of(mask):
+        Saved.apply(torch.zeros(1, requires_grad=True), mask).backward()
+        return Saved.found
+
+
+@pytest.mark.parametrize("way", MARKED)
+def test_what_models_do_to_a_mask_keeps_it_ours(way):
+    function = masking_utils.causal_mask_function
+    where = {"q_length": 12, "q_offset": 0} if V5 else {"cache_position": torch.arange(12)}
+    mask = illada.mask_bounds(
+        batch_size=2, kv_length=12, mask_function=function, attention_mask=padding("left").bool(), **where
+    )
+    changed = MARKED[way](mask)
+    assert type(changed) is illada.MaskBounds
+    x, module = torch.randn(len(changed), 2, 12, 8), torch.nn.Module()
+    ranges = KeyRanges(changed.as_subclass(torch.Tensor)[:, 0].contiguous(), 12)
+    right = torch.nn.functional.scaled_dot_product_attention(x, x, x, ranges.dense()[:, None]).nan_to_num()
+    for found in (illada.attention_forward(module, x, x, x, changed)[0].transpose(1, 2), stand_in(x, x, x, changed)):
+        torch.testing.assert_close(found, right)
+
+
+def test_a_mask_that_a_model_computes_with_is_named():
+    mask = illada.mask_bounds(batch_size=1, q_length=3, kv_length=3, cache_position=torch.arange(3))
+    x = torch.randn(1, 1, 3, 8)
+    for changed in (mask.float(), mask[:, :, None], mask[..., :2]):
+        for call in (lambda m: illada.attention_forward(torch.nn.Module(), x, x, x, m), lambda m: stand_in(x, x, x, m)):
+            with pytest.raises(ValueError, match="attention_mask: expected what the mask function returned"):
+                call(changed)
+
+
+def test_a_model_is_one_graph():
+    if not V5:
+        pytest.skip("4.57 breaks graphs at its own masks")
+    model, ids = build(DECODERS, "Llama")
+    model.set_attn_implementation("illada")
+    right = model(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, right)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +362,21 @@ def test_dropout_and_changed_scores_are_refused():
         illada.attention_forward(module, x, x, x, None, softcap=30.0)
     with pytest.raises(ValueError, match="s_aux: expected None"):
         illada.attention_forward(module, x, x, x, None, s_aux=torch.zeros(2))
+
+
+@pytest.mark.parametrize("keys", [4, 5])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_an_integer_mask_of_the_users_own_is_refused_as_a_mask(keys, dtype):
+    """Of four keys it has the shape and the dtype of bounds."""
+    x = torch.randn(1, 1, keys, 8)
+    mask = torch.ones(1, 1, keys, keys, dtype=dtype).tril()
+    for call in (
+        lambda: illada.attention_forward(torch.nn.Module(), x, x, x, mask),
+        lambda: stand_in(x, x, x, mask),
+        lambda: stand_in(x, x, x, mask[:, :, :1]),
+    ):
+        with pytest.raises(TypeError, match=r"attn_mask: expected torch\.bool or"):
+            call()
 
 
 def test_an_attention_function_without_its_mask_function_is_refused():
