@@ -212,31 +212,32 @@ template <class Products, class T> class Backward {
     const float score_scale = p.score_scale(), c = score_scale * 1.44269504f, lowest = -127.0f / c;
     const Meeting& meeting = pair.meeting;
     const Window w = meeting.block[block].columns;
-    for (int i = block * kBlockRows; i < smaller((block + 1) * kBlockRows, p.tile_rows(pair.tile)); i += kStep) {
-      float *s = scratch.p + i * kLdScores, *ds = scratch.ds + i * kLdScores;
-      const vf zero[kStep] = {};
-      for (int j = meeting.all.first; j < w.first; j += kWidth)
-        Products::put_rows(s, j, zero), Products::put_rows(ds, j, zero);
-      for (int j = w.first; j < w.last; j += kWidth) {
-        vf probability[kStep], gradient[kStep];
-#pragma GCC unroll 2
-        for (int r = 0; r < kStep; ++r) {
-          const int row = r * kLdScores + j;
-          probability[r] = exp2_scaled(load(s + row) - scratch.offset[i + r], c, lowest);
-          gradient[r] = probability[r] * (load(ds + row) - scratch.delta[i + r]) * score_scale;
-          if (kMasked) {
-            const vi allowed = allowed_lanes(meeting.ranges[i + r], pair.start + j);
-            probability[r] = allowed ? probability[r] : vf{};
-            gradient[r] = allowed ? gradient[r] : vf{};
-          }
-          if (kStep > 1) Products::put(scratch.ds_rows + (i + r) * kLdScores, j, gradient[r]);
+    const int first = block * kBlockRows;
+    float *s = scratch.p + first * kLdScores, *ds = scratch.ds + first * kLdScores;
+    auto put = [](float* rows, int j, const vf* x) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kBlockRows; r += kStep) Products::put_rows(rows + r * kLdScores, j, x + r);
+    };
+    const vf zero[kBlockRows] = {};
+    for (int j = meeting.all.first; j < w.first; j += kWidth) put(s, j, zero), put(ds, j, zero);
+    for (int j = w.first; j < w.last; j += kWidth) {
+      vf probability[kBlockRows], gradient[kBlockRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kBlockRows; ++r) probability[r] = load(s + r * kLdScores + j) - scratch.offset[first + r];
+      exp2_scaled<false>(probability, c, lowest);
+#pragma GCC unroll 4
+      for (int r = 0; r < kBlockRows; ++r) {
+        gradient[r] = probability[r] * (load(ds + r * kLdScores + j) - scratch.delta[first + r]) * score_scale;
+        if (kMasked) {
+          const vi allowed = allowed_lanes(meeting.ranges[first + r], pair.start + j);
+          probability[r] = allowed ? probability[r] : vf{};
+          gradient[r] = allowed ? gradient[r] : vf{};
         }
-        Products::put_rows(s, j, probability);
-        Products::put_rows(ds, j, gradient);
+        if (kStep > 1) Products::put(scratch.ds_rows + (first + r) * kLdScores, j, gradient[r]);
       }
-      for (int j = larger(w.first, w.last); j < meeting.all.last; j += kWidth)
-        Products::put_rows(s, j, zero), Products::put_rows(ds, j, zero);
+      put(s, j, probability), put(ds, j, gradient);
     }
+    for (int j = larger(w.first, w.last); j < meeting.all.last; j += kWidth) put(s, j, zero), put(ds, j, zero);
   }
 
   // Stores a key tile's gradient (batch, keys, kv_heads, dim); zeros if no row attends to the tile.

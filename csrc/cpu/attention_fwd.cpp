@@ -3,7 +3,7 @@
 //   s = scale q k^T;  lse = log sum exp s;  out = exp(s - lse) v
 //
 // A unit of work owns up to 512 rows of heads that share a kv head; they share each packed tile of 128 keys. A query
-// tile of 32 rows walks the key tiles that its hulls touch with a running maximum. Each 8 of its rows compute only
+// tile of 32 rows walks the key tiles that its hulls touch with a running maximum. Each 4 of its rows compute only
 // columns within their own hulls, and are masked only where they differ. 4 * dim flops a pair; memory: a few hundred KB
 // a thread. Tiles are packed as float32, or as pairs of bf16 with p rounded too (products.h); everything accumulates in
 // float32, in an order that does not depend on the threads. A row without keys gives out 0 and lse -inf. Keys to which
@@ -62,34 +62,43 @@ void mask_scores(const Meeting& meeting, int key, float* scores) {
 template <class Products>
 void online_softmax(const Meeting& meeting, float c, float lowest, float* scores, float* rescale,
                     const ForwardTile& tile) {
-  const int rows = meeting.blocks * kBlockRows;
   float centre[kTileRows];
-  for (int i = 0; i < rows; i += kWidth) {
-    vf row_max[kWidth];
-    for (int r = 0; r < kWidth; ++r) {
-      const Window w = meeting.block[(i + r) / kBlockRows].columns;
-      const float* s = scores + (i + r) * kLdScores;
-      vf m = splat(-kInf);
-      for (int j = w.first; j < w.last; j += kWidth) m = max(load(s + j), m);
-      row_max[r] = m;
-    }
+  vf row_max[kTileRows];
+  for (vf& m : row_max) m = splat(-kInf);
+  for (int i = 0; i < meeting.blocks; ++i) {
+    const Window w = meeting.block[i].columns;
+    vf* m = row_max + i * kBlockRows;
+    for (int j = w.first; j < w.last; j += kWidth)
+#pragma GCC unroll 4
+      for (int r = 0; r < kBlockRows; ++r) m[r] = max(load(scores + (i * kBlockRows + r) * kLdScores + j), m[r]);
+  }
+  for (int i = 0; i < meeting.blocks * kBlockRows; i += kWidth) {
     const vf before = load(tile.maximum + i),
-             after = max(reduce_rows(row_max, [](vf a, vf b) { return max(a, b); }), before);
+             after = max(reduce_rows(row_max + i, [](vf a, vf b) { return max(a, b); }), before);
     const vf finite = after == -kInf ? vf{} : after;  // 0 where no key was seen so far
     store(tile.maximum + i, after);
     store(centre + i, finite);
-    store(rescale + i, exp2_scaled(before - finite, c, lowest));
+    vf factor[1] = {before - finite};
+    exp2_scaled<false>(factor, c, lowest);
+    store(rescale + i, factor[0]);
   }
-  for (int i = 0; i < rows; ++i) {
-    const Window w = meeting.block[i / kBlockRows].columns;
-    float* s = scores + i * kLdScores;
-    vf sum = load(tile.sum + i * kWidth) * rescale[i];
+  for (int i = 0; i < meeting.blocks; ++i) {
+    const Window w = meeting.block[i].columns;
+    const int row = i * kBlockRows;
+    float* s = scores + row * kLdScores;
+    vf sum[kBlockRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kBlockRows; ++r) sum[r] = load(tile.sum + (row + r) * kWidth) * rescale[row + r];
     for (int j = w.first; j < w.last; j += kWidth) {
-      const vf e = exp2_scaled<(Products::kStep > 1)>(load(s + j) - centre[i], c, lowest);
-      Products::put(s, j, e);
-      sum += e;
+      vf e[kBlockRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kBlockRows; ++r) e[r] = load(s + r * kLdScores + j) - centre[row + r];
+      exp2_scaled<(Products::kStep > 1)>(e, c, lowest);
+#pragma GCC unroll 4
+      for (int r = 0; r < kBlockRows; ++r) Products::put(s + r * kLdScores, j, e[r]), sum[r] += e[r];
     }
-    store(tile.sum + i * kWidth, sum);
+#pragma GCC unroll 4
+    for (int r = 0; r < kBlockRows; ++r) store(tile.sum + (row + r) * kWidth, sum[r]);
   }
 }
 

@@ -6,10 +6,12 @@
 
 namespace {
 
-// A block of C held in registers: kBlockRows x 2 vectors. 8 x 2 uses 16 of AVX-512's 32 registers, 4 x 2 fits the 16 of
-// AVX2 and SSE. Per step of the inner dimension: 2 vector loads, kBlockRows scalars, 2 * kBlockRows multiply-adds.
-constexpr int kBlockRows = kWidth == 16 ? 8 : 4;
-constexpr int kBlockCols = 2 * kWidth;
+// A block of C held in registers: 4 rows x kBlockVectors vectors. 4 x 4 uses 16 of AVX-512's 32 registers, 4 x 2 fits the
+// 16 of AVX2 and SSE. Per step of the inner dimension: kBlockVectors vector loads, 4 scalars, 4 * kBlockVectors
+// multiply-adds.
+constexpr int kBlockRows = 4;
+constexpr int kBlockVectors = kWidth == 16 ? 4 : 2;
+constexpr int kBlockCols = kBlockVectors * kWidth;
 
 inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 inline int round_down(int n, int step) { return n / step * step; }
@@ -26,20 +28,24 @@ class Ahead {
   Ahead(const T* from, int64_t stride, int rows, int dim)
       : row_(reinterpret_cast<const char*>(from)),
         stride_(stride * int64_t(sizeof(T))),
-        rows_(rows),
-        bytes_(dim * int(sizeof(T))) {}
+        row_lines_((dim * int(sizeof(T)) + 63) / 64),
+        left_(rows * row_lines_) {}
   void ask(int lines = 4) {
-    for (int i = 0; i < lines && rows_ > 0; ++i) {
-      __builtin_prefetch(row_ + at_, 0, 2);
-      if ((at_ += 64) >= bytes_) at_ = 0, row_ += stride_, --rows_;
+    const int from = left_, to = from > lines ? from - lines : 0;
+    const char* row = row_;  // in registers: each prefetch would wait for the one before to store its place
+    int line = line_;
+    for (int i = from; i > to; --i) {
+      __builtin_prefetch(row + line * 64, 0, 3);  // Zen 4 forgets what is to go to L2 alone, if rows lie 2 KB apart
+      if (++line == row_lines_) line = 0, row += stride_;
     }
+    row_ = row, line_ = line, left_ = to;
   }
-  int lines() const { return rows_ * ((bytes_ + 63) / 64); }  // still to be asked for
+  int lines() const { return left_; }  // still to be asked for
 
  private:
   const char* row_ = nullptr;
   int64_t stride_ = 0;
-  int rows_ = 0, bytes_ = 0, at_ = 0;
+  int row_lines_ = 0, left_ = 0, line_ = 0;
 };
 
 // Rows of memory that are there after a number of calls of ask().
@@ -54,32 +60,62 @@ class Paced {
   int lines_ = 0;
 };
 
-// Computes one block of kBlockRows x (kVectors * kWidth). A(i, p) is a[i * lda + p], or a[p * lda + i] if kTransposed;
-// p counts units (products.h).
+// C, A and B of a GEMM. A(i, p) is a[i * lda + p], or a[p * lda + i] if transposed; p counts units (products.h).
+struct Operands {
+  const float* a;
+  int64_t lda;
+  const float* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+  const float* row_scale;
+};
+
+// Computes the block of kBlockRows x (kVectors * kWidth) at `row` and `column`. Not inlined, because GCC would keep
+// addresses in vector registers, from where they come only after the multiply-adds that are waiting.
 template <class Products, Into kInto, bool kTransposed, int kVectors>
-inline void multiply_block(int depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                           const float* row_scale) {
+__attribute__((noinline)) void multiply_block(const Operands& x, int row, int column, Window depth) {
+  const int64_t lda = x.lda, ldb = x.ldb;
+  const float* a = x.a + (kTransposed ? row + depth.first * lda : row * lda + depth.first);
+  const float* b = x.b + depth.first * ldb + column;
   vf acc[kBlockRows][kVectors] = {};
-  for (int p = 0; p < depth; ++p) {
-    vf row[kVectors];
+  auto step = [&](int p) __attribute__((always_inline)) {
+    vf vector[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) row[j] = load(b + p * ldb + j * kWidth);
-#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) vector[j] = load(b + p * ldb + j * kWidth);
+#pragma GCC unroll 4
     for (int i = 0; i < kBlockRows; ++i) {
       const float factor = kTransposed ? a[p * lda + i] : a[i * lda + p];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) acc[i][j] = Products::add(acc[i][j], factor, row[j]);
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = Products::add(acc[i][j], factor, vector[j]);
     }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kBlockRows; ++i)
+  };
+  const int units = depth.last - depth.first;
+  if (units > 0) step(0);  // begins to load sooner than the loop would
+  for (int p = 1; p < units; ++p) step(p);
+  const int64_t ldc = x.ldc;
+  const float* row_scale = x.row_scale + row;
+  float* c = x.c + row * ldc + column;
+#pragma GCC unroll 4
+  for (int i = 0; i < kBlockRows; ++i, c += ldc) {
+    const float scale = kInto == Into::kScaleAdd ? row_scale[i] : 1.0f;
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      float* to = c + i * ldc + j * kWidth;
+      float* to = c + j * kWidth;
       if (kInto == Into::kAdd) acc[i][j] += load(to);
-      if (kInto == Into::kScaleAdd) acc[i][j] += load(to) * row_scale[i];
+      if (kInto == Into::kScaleAdd) acc[i][j] += load(to) * scale;
       store(to, acc[i][j]);
     }
+  }
+}
+
+// The same, of `vectors` vectors, at most kVectors.
+template <class Products, Into kInto, bool kTransposed, int kVectors>
+void multiply_vectors(int vectors, const Operands& x, int row, int column, Window depth) {
+  if constexpr (kVectors > 1)
+    if (vectors < kVectors)
+      return multiply_vectors<Products, kInto, kTransposed, kVectors - 1>(vectors, x, row, column, depth);
+  multiply_block<Products, kInto, kTransposed, kVectors>(x, row, column, depth);
 }
 
 // How often a GEMM of so many blocks of rows, and columns, calls ask().
@@ -96,22 +132,19 @@ template <class Products, Into kInto, bool kTransposed, class Asking>
 __attribute__((noinline)) void multiply(int blocks, int cols, const Part* parts, const float* a, int64_t lda,
                                         const float* b, int64_t ldb, float* c, int64_t ldc, Asking& ahead,
                                         const float* row_scale = nullptr) {
+  const Operands operands = {a, lda, b, ldb, c, ldc, row_scale};
   for (int j = 0; j < cols; j += kBlockCols)
     for (int i = 0; i < blocks; ++i) {
       const Part& part = parts[i];
-      const int first = larger(j, part.columns.first), last = smaller(j + kBlockCols, part.columns.last);
-      if (first >= last || (kInto != Into::kStore && part.depth.empty())) continue;
+      int first = j, last = j + kBlockCols;
+      if (first < part.columns.first || last > part.columns.last) {
+        first = larger(first, part.columns.first), last = smaller(last, part.columns.last);
+        if (first >= last) continue;
+      }
+      if (kInto != Into::kStore && part.depth.empty()) continue;
       ahead.ask();
-      const int64_t row = i * kBlockRows, depth = part.depth.first;
-      const float* a_block = a + (kTransposed ? row + depth * lda : row * lda + depth);
-      const float* b_block = b + depth * ldb + first;
-      float* c_block = c + row * ldc + first;
-      const float* scale_block = kInto == Into::kScaleAdd ? row_scale + row : nullptr;
-      const int units = part.depth.last - part.depth.first;
-      if (last - first == kBlockCols)
-        multiply_block<Products, kInto, kTransposed, 2>(units, a_block, lda, b_block, ldb, c_block, ldc, scale_block);
-      else
-        multiply_block<Products, kInto, kTransposed, 1>(units, a_block, lda, b_block, ldb, c_block, ldc, scale_block);
+      multiply_vectors<Products, kInto, kTransposed, kBlockVectors>((last - first) / kWidth, operands, i * kBlockRows,
+                                                                    first, part.depth);
     }
 }
 
@@ -175,31 +208,65 @@ template <class Read> inline void transpose_tile(int rows, int units, float* to,
     }
 }
 
-// Returns 2^(c * x) for c > 0 and x <= 0 (or barely above), relative error below 2e-7 + 2^-24 |c x|: exactly 1 at 0, 0
-// where c * x <= -127 (`lowest` is -127 / c), NaN for NaN. c * x enters two fused multiply-adds and is never rounded by
-// itself. Polynomials are minimax with p(0) = 1, off by 2e-8 or, kShort, by 1.1e-7.
-template <bool kShort = false> inline vf exp2_scaled(vf x, float c, float lowest) {
-  const float shift = 0x1.8p23f + 127;  // c * x + shift holds round(c * x) + 127 in its low mantissa bits
-  x = max(vf{} + lowest, x);
-  const vf biased = x * c + shift;
-  const vf r = x * c - (biased - shift);  // in [-0.5, 0.5]
-  vf p;
-  if (kShort) {
-    p = splat(0.001326472731307149f);
-    p = p * r + 0.009671512991189957f;
-    p = p * r + 0.05550733581185341f;
-    p = p * r + 0.24022242426872253f;
-    p = p * r + 0.6931470036506653f;
-  } else {
-    p = splat(0.0001535336191096819f);
-    p = p * r + 0.0013398874414085574f;
-    p = p * r + 0.009618437357664352f;
-    p = p * r + 0.05550332471125967f;
-    p = p * r + 0.24022647913628908f;
-    p = p * r + 0.6931472028550663f;
+constexpr int kRoots = kWidth == 4 ? 1 : kWidth;  // SSE looks nothing up
+
+// Returns 2^(n / kRoots), where the low bits of `biased` hold n + 127 * kRoots; 0 if that is 0.
+inline vf power_of_root(vi biased) {
+#if defined(__AVX2__)
+  constexpr float kPowers[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                                 1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                                 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};  // 2^(i / 16)
+  vi lookup;  // what n / kRoots, taken as exponent and mantissa, lacks
+  for (int i = 0; i < kRoots; ++i)
+    lookup[i] = bit_cast<int32_t>(kPowers[i * 16 / kRoots]) - (127 * kRoots + i) * (1 << 23) / kRoots;
+#if defined(__AVX512F__)
+  const vi found = bit_cast<vi>(_mm512_permutexvar_epi32(bit_cast<__m512i>(biased), bit_cast<__m512i>(lookup)));
+  return bit_cast<vf>(found + (biased << 19));
+#else
+  const vi found = bit_cast<vi>(_mm256_permutevar8x32_epi32(bit_cast<__m256i>(lookup), bit_cast<__m256i>(biased)));
+  return bit_cast<vf>(found + (biased << 20));
+#endif
+#else
+  return bit_cast<vf>(biased << 23);
+#endif
+}
+
+struct Polynomial {
+  int degree;
+  float factor[6];  // of x^degree, ..., x
+};
+
+// Returns 2^x - 1 for |x| <= 1 / (2 kRoots), minimax: 2^x is off by at most 3e-8 of itself or, if short, 5e-7.
+constexpr Polynomial power_less_1(bool is_short) {
+  if (kRoots == 1)
+    return {6, {0.000153533619f, 0.00133988744f, 0.00961843736f, 0.0555033247f, 0.240226479f, 0.693147203f}};
+  if (kRoots == 8) return {3, {0.0554962233f, 0.240257636f, 0.693147242f}};
+  if (is_short) return {2, {0.240226433f, 0.693187714f}};
+  return {3, {0.0555021353f, 0.240234286f, 0.693147182f}};
+}
+
+// Turns each x into 2^(c * x) for c > 0 and x <= 0 (or barely above), relative error below 2e-7 + 2^-24 |c x|: exactly 1
+// at 0, 0 where c * x <= -127 (`lowest` is -127 / c), NaN for NaN. c * x enters two fused multiply-adds and is never
+// rounded by itself. kShort: relative error below 6e-7. Vectors go side by side, otherwise each would wait for its chain.
+template <bool kShort, int kVectors> inline void exp2_scaled(vf (&x)[kVectors], float c, float lowest) {
+  constexpr float kShift = 0x1.8p23f / kRoots + 127;  // c * x + kShift holds their integer in its low mantissa bits
+  constexpr Polynomial kRest = power_less_1(kShort);
+  vf biased[kVectors], p[kVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) x[i] = max(splat(lowest), x[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) biased[i] = x[i] * c + kShift;
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) x[i] = x[i] * c - (biased[i] - kShift), p[i] = splat(kRest.factor[0]);
+#pragma GCC unroll 8
+  for (int k = 1; k < kRest.degree; ++k)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) p[i] = p[i] * x[i] + kRest.factor[k];
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) {
+    const vf power = power_of_root(bit_cast<vi>(biased[i]));
+    x[i] = p[i] * x[i] * power + power;
   }
-  p = p * r + 1.0f;
-  return p * bit_cast<vf>(bit_cast<vi>(biased) << 23);
 }
 
 // Returns log(x) within 2 ulp for normal x > 0; NaN for NaN and inf.
