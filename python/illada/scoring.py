@@ -13,6 +13,7 @@ from torch import Tensor
 from illada_kernels import KeyRanges, TopK, masked_loss, unmask
 
 from .config import ModelConfig
+from .decoding.batch import guided
 from .model import Model
 
 
@@ -148,8 +149,8 @@ class Scorer:
         h = h[torch.from_numpy(rows).to(device)]
         if not self.guidance:
             return h
-        with_context, without = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2)
-        return (without + (self.guidance + 1) * (with_context - without)).to(h.dtype)
+        given, free = h.chunk(2)
+        return guided(given, free, self.guidance)
 
     def losses(self, parts: Iterable[Part]) -> Iterator[tuple[Part, np.ndarray]]:
         """Yields each part with the cross-entropy of its scored positions, float64 (m,)."""

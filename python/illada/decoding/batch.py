@@ -122,7 +122,7 @@ class Batch(Rows):
     def _forward(
         self, rows: slice, columns: Tensor, tokens: Tensor, frozen: Tensor, shape: Shape, keep: Tensor | None
     ) -> Tensor:
-        """Runs the model; with guidance w returns u + (w + 1) (c - u), as the head is linear."""
+        """Runs the model, with guidance on both rows of each sequence."""
         positions = (columns - self.starts[rows, None]).clamp(min=0)  # (B, S)
         bounds = self.bounds(rows, columns)
         if self.guidance:
@@ -138,8 +138,8 @@ class Batch(Rows):
         h = self.model(tokens, KeyRanges(bounds, shape.keys), positions, window, shape.shift)
         if not self.guidance:
             return h
-        guided, free = h.to(torch.promote_types(h.dtype, torch.float32)).unflatten(0, (-1, 2)).unbind(1)
-        return (free + (self.guidance + 1) * (guided - free)).to(h.dtype)
+        given, free = h.unflatten(0, (-1, 2)).unbind(1)
+        return guided(given, free, self.guidance)
 
     def bounds(self, rows: slice, columns: Tensor) -> Tensor:
         """Returns the bounds of KeyRanges: no padding, nothing beyond `limits`, and with blocks no later block."""
@@ -148,3 +148,13 @@ class Batch(Rows):
             high = torch.minimum((columns // block + 1) * block, high)
         low, high = torch.broadcast_tensors(low, torch.maximum(high, low))
         return torch.stack([low, high, high, high], dim=-1).to(torch.int32)
+
+
+def guided(given: Tensor, free: Tensor, guidance: float) -> Tensor:
+    """Returns free + (guidance + 1) (given - free), the rows for guided logits because the head is linear.
+
+    given, free: hidden rows with and without the prompt.
+    """
+    dtype, wide = given.dtype, torch.promote_types(given.dtype, torch.float32)
+    given, free = given.to(wide), free.to(wide)
+    return (free + (guidance + 1) * (given - free)).to(dtype)

@@ -15,7 +15,7 @@ from ..errors import PromptError
 from ..model import Model
 from .cache import Cache
 from .config import GenerationConfig
-from .generation import Generation
+from .generation import Generation, until_stop
 from .loop import Step, check_filled
 from .replay import LateFlag
 from .settings import NO_LOOP, refuse, seeds_of
@@ -149,12 +149,8 @@ def paint(
         running = [on and not stop for on, stop in zip(running, (found & new).any(1).tolist())]
         if not any(running):
             break
-    texts, stopped = [], []
-    for row, prompt, count in zip(canvas.tokens.tolist(), rows, filled):
-        text = row[len(prompt) : len(prompt) + min(count, config.max_new_tokens)]
-        stop = next((i for i, token in enumerate(text) if token in stop_ids), None)
-        texts.append(text[:stop])
-        stopped.append(stop is not None)
-    check_filled(texts, model.config)
     filled = [min(f, config.max_new_tokens) for f in filled]
+    table = zip(canvas.tokens.tolist(), rows, filled)
+    texts, stopped = until_stop([row[len(prompt) : len(prompt) + count] for row, prompt, count in table], stop_ids)
+    check_filled(texts, model.config)
     return Generation(texts, stopped, passes, filled, canvas.passes)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import PromptError
 from ..model import Model
 from .config import GenerationConfig
+from .generation import first_stop
 from .layout import Block
 from .loop import BlockLoop, check_filled
 from .settings import (
@@ -259,7 +260,7 @@ class Decoder:
             row.text += found[b][len(row.text) % self.block_length :]
             inside = len(row.prompt) % self.whole  # prompt tokens in `text`
             text = row.text[inside:][: self.settings.max_new_tokens]
-            end = next((i for i, token in enumerate(text) if token in self.stop_ids), None)
+            end = first_stop(text, self.stop_ids)
             if end is None and self.settings.stop_when is not None and self.settings.stop_when(list(text)):
                 end = len(text)
             if end is None and len(text) < self.settings.max_new_tokens:

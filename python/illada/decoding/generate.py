@@ -11,7 +11,7 @@ from ..errors import PromptError
 from ..model import Model
 from . import canvas, speculation
 from .config import GenerationConfig, Prompts, Sampling
-from .generation import Generation
+from .generation import Generation, until_stop
 from .layout import Block
 from .loop import BlockLoop, Step, check_filled, left_padded
 from .samplers import ALONE
@@ -198,12 +198,8 @@ class _Continuation:
         return max(0, min(block.stop, self.ends[b]) - max(block.start, self.prompt_ends[b]))
 
     def result(self, table: list[list[int]], loop: BlockLoop) -> Generation:
-        texts, stopped = [], []
-        for row, begin, end in zip(table, self.prompt_ends, self.ends):
-            text = row[begin:end]
-            stop = next((i for i, token in enumerate(text) if token in self.stop_ids), None)
-            texts.append(text[:stop])
-            stopped.append(stop is not None)
+        new = [row[begin:end] for row, begin, end in zip(table, self.prompt_ends, self.ends)]
+        texts, stopped = until_stop(new, self.stop_ids)
         stopped = [stop or ended for stop, ended in zip(stopped, self.ended)]
         check_filled(texts, self.model.config)
         return Generation(texts, stopped, self.passes.tolist(), self.filled, loop.forward_passes)

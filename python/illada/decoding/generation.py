@@ -1,7 +1,8 @@
-"""Generation: what `generate` and `fill` return."""
+"""Generation: what `generate` and `fill` return, and where a text stops."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -33,3 +34,14 @@ class Generation:
     def tokens_per_pass(self) -> float:
         """Tokens filled per forward pass of a sequence, over all sequences."""
         return sum(self.filled) / max(sum(self.passes), 1)
+
+
+def first_stop(text: list[int], stop_ids: Collection[int]) -> int | None:
+    """Returns the place of the first stop token, None without one."""
+    return next((i for i, token in enumerate(text) if token in stop_ids), None)
+
+
+def until_stop(texts: list[list[int]], stop_ids: Collection[int]) -> tuple[list[list[int]], list[bool]]:
+    """Returns what each text has before its first stop token, and whether it has one."""
+    ends = [first_stop(text, stop_ids) for text in texts]
+    return [text[:end] for text, end in zip(texts, ends)], [end is not None for end in ends]

@@ -191,15 +191,18 @@ def fast_dllm_factor(config: GenerationConfig, model: ModelConfig, factor: float
     return {**_canvas(config, model), "rule": Factor(factor)}
 
 
+def block_length_of(config: GenerationConfig, model: ModelConfig) -> int:
+    """Returns the block length that is set, the model's, or 32."""
+    return config.block_length or model.causal_block or min(32, config.max_new_tokens)
+
+
 def _canvas(config: GenerationConfig, model: ModelConfig) -> Settings:
-    block = config.block_length or model.causal_block or min(32, config.max_new_tokens)
-    return {"variable_length": False, "block_length": block}
+    return {"variable_length": False, "block_length": block_length_of(config, model)}
 
 
 def llada21(config: GenerationConfig, model: ModelConfig, tau: float = 0.95, edit: float = 0.9) -> Settings:
     """LLaDA2.1: all above tau; committed tokens are replaced above `edit`, until 16 passes after the block is full."""
-    block = config.block_length or model.causal_block or min(32, config.max_new_tokens)
-    return {"rule": Threshold(tau), "revise": Edit(edit), "block_length": block}
+    return {"rule": Threshold(tau), "revise": Edit(edit), "block_length": block_length_of(config, model)}
 
 
 def remdm(config: GenerationConfig, model: ModelConfig, eta: float = 0.02) -> Settings:

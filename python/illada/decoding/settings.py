@@ -171,7 +171,7 @@ def _schedule(config: GenerationConfig, block_length: int, steps: int | None) ->
 
 def resolve_block_length(config: GenerationConfig, model: ModelConfig) -> int:
     """Returns the block length of `generate`; raises PromptError if it does not fit the model."""
-    length = config.block_length or model.causal_block or min(32, config.max_new_tokens)
+    length = samplers.block_length_of(config, model)
     if model.causal_block and length != model.causal_block:
         raise PromptError(f"block_length: expected {model.causal_block}, the model's own blocks, got {length}")
     return length

@@ -15,7 +15,7 @@ from ..errors import PromptError
 from ..model import Model
 from .cache import Cache
 from .config import GenerationConfig
-from .generation import Generation
+from .generation import Generation, until_stop
 from .loop import Step, check_filled
 from .replay import LateFlag
 from .settings import NO_LOOP, refuse
@@ -98,12 +98,8 @@ def speculate(
             callback(Step(*where, taken, confidence, passes))
         if flag.read():
             break
-    texts, stopped = [], []
-    for row, first, last in zip(tokens.tolist(), begin.tolist(), known.tolist()):
-        text = row[first:last]
-        cut = next((i for i, token in enumerate(text) if token in stop_ids), None)
-        texts.append(text[:cut])
-        stopped.append(cut is not None)
+    new = [row[a:b] for row, a, b in zip(tokens.tolist(), begin.tolist(), known.tolist())]
+    texts, stopped = until_stop(new, stop_ids)
     check_filled(texts, c)
     return Generation(texts, stopped, (2 * rounds).tolist(), (known - begin).tolist(), passes)
 
