@@ -82,3 +82,13 @@ def assert_close(ours: Result, q, k, v, dout, dlse, ranges=None, scale=None) -> 
     )
     for name, x in (("out", ours.out), ("dq", ours.dq)):
         assert not x.transpose(1, 2)[empty].any(), f"{name} of a row without keys"
+
+
+def poisoned(inputs: tuple[Tensor, ...], ranges: KeyRanges, poison: float) -> tuple[Tensor, ...]:
+    """Keys that no row of their batch entry may attend to, and rows without keys, hold `poison`."""
+    q, k, v, dout, dlse = (x.clone() for x in inputs)
+    allowed = ranges.dense().expand(q.shape[0], q.shape[1], -1)
+    keys, rows = ~allowed.any(1), ~allowed.any(2)
+    k[keys], v[keys], q[rows], dout[rows] = poison, poison, poison, poison
+    dlse.transpose(1, 2)[rows] = poison
+    return q, k, v, dout, dlse

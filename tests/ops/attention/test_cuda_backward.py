@@ -15,7 +15,7 @@ from illada_kernels.ops.attention import cases, cuda, reference
 from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import missing
-from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
+from tests.helpers.attention_oracle import HALF, Result, assert_close, draw, poisoned
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SOURCES = {name: f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("preprocess", "keys", "queries")}
@@ -134,16 +134,6 @@ def test_extreme_logits_stay_finite(use: Processors) -> None:
 
 
 # ---- rows and keys that must not matter ------------------------------------------------------------------------------
-
-
-def poisoned(inputs: tuple[Tensor, ...], ranges: KeyRanges, poison: float) -> tuple[Tensor, ...]:
-    """Keys that no row of their batch entry may attend to, and rows without keys, hold `poison`."""
-    q, k, v, dout, dlse = (x.clone() for x in inputs)
-    allowed = ranges.dense().expand(q.shape[0], q.shape[1], -1)
-    keys, rows = ~allowed.any(1), ~allowed.any(2)
-    k[keys], v[keys], q[rows], dout[rows] = poison, poison, poison, poison
-    dlse.transpose(1, 2)[rows] = poison
-    return q, k, v, dout, dlse
 
 
 def poison_masks() -> dict[str, KeyRanges]:

@@ -15,17 +15,11 @@ from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cuda, reference
 from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import KernelFault, Kernels, compile_kernels, missing, skipped, switchable, with_headers
+from tests.cuda_on_cpu.library import KernelFault, Kernels, compile_kernels, missing, skipped
+from tests.helpers.attention_cuda import with_faults
 from tests.helpers.attention_oracle import Result, draw
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-HEADERS = (
-    "attention_bwd_keys_sm90a.cuh",
-    "attention_bwd_sm90a.cuh",
-    "attention_tile_sm90a.cuh",
-    "attention_bwd_workspace.cuh",
-    "key_ranges.cuh",
-)
 NAMES = ("preprocess", "keys", "queries")
 
 
@@ -34,15 +28,12 @@ def source(name: str) -> str:
 
 
 @functools.cache
-def with_faults(name: str, dim: int) -> Kernels:
-    """One kernel with its headers and all its faults, for one dtype and head_dim (a second to compile, not ten)."""
-    text = re.sub(rf"      case (?!{dim}:).*\n", "", with_headers(source(name), HEADERS))
-    text = re.sub(r"  if \(dtype == fp16_code\).*\n", "", text)
-    return compile_kernels(source(name), text=switchable(text, [edits[:2] for edits in FAULTS[name].values()]))
+def with_all_faults(name: str, dim: int) -> Kernels:
+    return with_faults(source(name), dim, FAULTS[name].values())
 
 
 def planted(kernel: str, name: str | None, dim: int) -> Kernels:
-    kernels = with_faults(kernel, dim)
+    kernels = with_all_faults(kernel, dim)
     kernels.plant(list(FAULTS[kernel]).index(name) + 1 if name else 0)
     return kernels
 

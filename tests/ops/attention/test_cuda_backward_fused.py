@@ -15,18 +15,12 @@ from illada_kernels import KeyRanges
 from illada_kernels.ops.attention import cases, cuda, reference
 from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import KernelFault, Kernels, compile_kernels, missing, skipped, switchable, with_headers
-from tests.helpers.attention_oracle import HALF, Result, assert_close, draw
+from tests.cuda_on_cpu.library import KernelFault, Kernels, compile_kernels, missing, skipped
+from tests.helpers.attention_cuda import with_faults
+from tests.helpers.attention_oracle import HALF, Result, assert_close, draw, poisoned
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 PREPROCESS, FUSED = (f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("preprocess", "fused"))
-HEADERS = (
-    "attention_bwd_keys_sm90a.cuh",
-    "attention_bwd_sm90a.cuh",
-    "attention_tile_sm90a.cuh",
-    "attention_bwd_workspace.cuh",
-    "key_ranges.cuh",
-)
 WRONG = "wrong result"
 
 
@@ -42,16 +36,6 @@ def gradients(*inputs: Any, ranges: KeyRanges | None = None, kernels: Kernels | 
         patch.setattr(cuda, "launch", emulated)
         patch.setattr(cuda, "processors", lambda device: 2)
         return Result(out, lse, *cuda.backward(problem, dout, dlse, out, lse))
-
-
-def poisoned(inputs: tuple[Tensor, ...], ranges: KeyRanges, poison: float) -> tuple[Tensor, ...]:
-    """Keys that no row of their batch entry may attend to, and rows without keys, hold `poison`."""
-    q, k, v, dout, dlse = (x.clone() for x in inputs)
-    allowed = ranges.dense().expand(q.shape[0], q.shape[1], -1)
-    keys, rows = ~allowed.any(1), ~allowed.any(2)
-    k[keys], v[keys], q[rows], dout[rows] = poison, poison, poison, poison
-    dlse.transpose(1, 2)[rows] = poison
-    return q, k, v, dout, dlse
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -159,15 +143,12 @@ def test_head_dim_256_takes_the_deterministic_kernels(monkeypatch: pytest.Monkey
 
 
 @functools.cache
-def with_faults(dim: int) -> Kernels:
-    """The kernel with its headers and all faults in it, for one dtype and head_dim: a second to compile, not ten."""
-    text = re.sub(rf"      case (?!{dim}:).*\n", "", with_headers(FUSED, HEADERS))
-    text = re.sub(r"  if \(dtype == fp16_code\).*\n", "", text)
-    return compile_kernels(FUSED, text=switchable(text, [edits[:2] for edits in FAULTS.values()]))
+def with_all_faults(dim: int) -> Kernels:
+    return with_faults(FUSED, dim, FAULTS.values())
 
 
 def planted(name: str | None, dim: int) -> Kernels:
-    kernels = with_faults(dim)
+    kernels = with_all_faults(dim)
     kernels.plant(list(FAULTS).index(name) + 1 if name else 0)
     return kernels
 
