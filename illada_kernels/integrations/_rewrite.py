@@ -60,6 +60,31 @@ def names_of(code: types.CodeType) -> Names:
     return Names(tuple(dict.fromkeys(map(tuple, chains))), tuple(imports), frozenset(every), frozenset(stored))
 
 
+OTHERWISE = ""  # what `read_of_class` says where a class is compared, written to or kept
+
+
+@functools.lru_cache(4096)
+def read_of_class(code: types.CodeType) -> frozenset[str]:
+    """Returns what code reads of type(x), x.__class__ and super(), attributes by name, and OTHERWISE for other uses."""
+    steps = [step for step in dis.get_instructions(code) if step.opname not in (*_BETWEEN, "PRECALL")]
+    found: set[str] = set()
+    for i, step in enumerate(steps):
+        after, is_super = -1, step.argval == "super"
+        if step.opname == "LOAD_SUPER_ATTR":
+            found.add(step.argval)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == "__class__":
+            after = i + 1
+        elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in ("type", "super"):
+            after = next((j for j in range(i + 1, min(i + 8, len(steps))) if steps[j].opname.startswith("CALL")), i) + 1
+        if 0 <= after < len(steps):
+            attribute = steps[after].opname in ("LOAD_ATTR", "LOAD_METHOD")
+            found.add(steps[after].argval if attribute else "__init__" if is_super else OTHERWISE)
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            found |= read_of_class(one)
+    return frozenset(found)
+
+
 class Rewriter:
     """Replaces the values of `wanted`, {name: (theirs, ours)}, in what is given to `replaced`.
 

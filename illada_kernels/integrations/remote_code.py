@@ -4,24 +4,28 @@
     patch(model)
 
 Remote code cannot be edited, and replacing torch's functions would reach every model in the process. `patch` finds the
-methods whose code leads to a function that it replaces, and gives the modules that have them a subclass of their class
-with copies of these methods, in which the name means ours. Nothing else changes, and nothing is added to a call.
+methods whose code leads to a function that it replaces, and gives the modules that have them copies of these methods,
+in which the name means ours: as attributes, so that type(module) stays what it is, or, where an attribute would not be
+looked at (properties, super(), class methods), in a subclass. Nothing else changes, and nothing is added to a call.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import pickle
 import sys
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from . import _stand_ins
 from ._first_run import FirstRun
-from ._rewrite import INTERFACE, Rewriter, names_of
+from ._rewrite import INTERFACE, OTHERWISE, Rewriter, names_of, read_of_class
 
 ATTENTION = "scaled_dot_product_attention"
 
@@ -49,7 +53,8 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     ------
     ValueError
         If no attention was found; says what was looked for. If code to be replaced uses a global that functions of its
-        file assign, which a copy would not see. The model is then as it was.
+        file assign, which a copy would not see, or if a module needs a subclass and its code compares or writes to its
+        own class. The model is then as it was.
 
     Warns
     -----
@@ -99,13 +104,13 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     for path, module in model.named_modules():  # all classes before anything is changed, because a class may refuse
         key = type(module), id(rewriters[path])
         if key not in classes:
-            classes[key] = _subclass(type(module), rewriters[path])
+            classes[key] = _changes(type(module), rewriters[path])
     replaced: list[str] = []
     switched: list[str] = []
     parts = {}
     try:
         for path, module in model.named_modules():
-            if names := _replace(module, rewriters[path], *classes[type(module), id(rewriters[path])]):
+            if names := _replace(module, rewriters[path], classes[type(module), id(rewriters[path])]):
                 parts[path] = module
                 replaced += [f"{path}.{name}".lstrip(".") for name in names]
             if path in asking and configs[path] is not None:
@@ -126,14 +131,23 @@ def unpatch(model: torch.nn.Module) -> None:
     model = _inner(model)
     patched = [(path, module) for path, module in model.named_modules() if _KEPT in vars(module)]
     for path, module in patched:
-        if type(module) is not _kept(module).ours:
+        kept = _kept(module)
+        if type(module) is not kept.ours:
             raise ValueError(
                 f"model: expected the class that patch gave {path or 'the model'}, got {type(module).__name__} of "
                 f"{type(module).__module__}; undo what changed it after patch (fully_shard, parametrize), then unpatch"
             )
+        for name, function in kept.methods.items():
+            if getattr(vars(module).get(name), "__func__", None) is not function:
+                raise ValueError(
+                    f"model: expected {f'{path}.{name}'.lstrip('.')} to be what patch made of it, got another; undo "
+                    "what wrapped it after patch (accelerate), then unpatch"
+                )
     for _, module in patched:
         kept = vars(module).pop(_KEPT)
         object.__setattr__(module, "__class__", kept.theirs)
+        for name in (*kept.methods, *kept.added):
+            del vars(module)[name]
         vars(module).update(kept.attributes)
         if kept.config is not None:
             kept.config._attn_implementation_internal = kept.implementation
@@ -150,9 +164,20 @@ class _Kept:
     def __init__(self, kind: type) -> None:
         self.theirs = self.ours = kind
         self.attributes: dict[str, Any] = {}
+        self.methods: dict[str, types.FunctionType] = {}  # that are attributes of the module while it is patched
+        self.added: tuple[str, ...] = ()
         self.config: Any = None
         self.implementation: str | None = None  # of config, before
         self.first_run: FirstRun | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        new = object.__new__(_Kept)
+        memo[id(self)] = new
+        vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise pickle.PicklingError("the model is patched by illada_kernels; unpatch the model before pickling it")
 
 
 def _kept(module: torch.nn.Module) -> _Kept:
@@ -223,37 +248,88 @@ def _configs(model: torch.nn.Module) -> dict[str, Any]:
 # ---- replacing -------------------------------------------------------------------------------------------------------
 
 
-def _replace(module: torch.nn.Module, rewriter: Rewriter, ours: type, names: list[str]) -> list[str]:
-    """Gives the module its subclass, in which `names` differ, and its attributes. Returns the names of all of them."""
+class _Changes(NamedTuple):
+    """What a class needs: methods as attributes of its instances, or a subclass."""
+
+    ours: type
+    methods: dict[str, Any]
+    names: list[str]
+
+
+def _replace(module: torch.nn.Module, rewriter: Rewriter, changes: _Changes) -> list[str]:
+    """Gives the module its methods or its subclass, and its attributes. Returns the names of all of them."""
     changed = {name: rewriter.replaced(value) for name, value in _attributes(module).items()}
     changed = {name: value for name, value in changed.items() if value is not vars(module)[name]}
+    methods = {name: value for name, value in changes.methods.items() if name not in vars(module)}  # else it is hidden
+    names = [name for name in changes.names if name in methods or not changes.methods]
     if not names and not changed:
         return []
     kept = _kept(module)
     kept.attributes = {name: vars(module)[name] for name in changed}
     vars(module).update(changed)
-    kept.ours = ours
-    object.__setattr__(module, "__class__", ours)
+    kept.ours, kept.methods = changes.ours, methods
+    object.__setattr__(module, "__class__", changes.ours)
+    vars(module).update({name: types.MethodType(function, module) for name, function in methods.items()})
+    if methods:
+        kept.added = (_REPLICATE,)
+        vars(module)[_REPLICATE] = functools.partial(_replica, module)
     return [*names, *changed]
 
 
-def _subclass(kind: type, rewriter: Rewriter) -> tuple[type, list[str]]:
-    """Returns a subclass with the replaced members, and their names.
+_REPLICATE = "_replicate_for_data_parallel"
 
-    A base whose members are replaced gets a subclass that stands before it in the order of resolution, so that super()
-    finds it there.
+
+def _replica(module: torch.nn.Module) -> torch.nn.Module:
+    """Does what torch.nn.DataParallel asks of a module; the replica's methods are its own."""
+    replica: torch.nn.Module = getattr(type(module), _REPLICATE)(module)
+    for name, function in _kept(module).methods.items():
+        vars(replica)[name] = types.MethodType(function, replica)
+    return replica
+
+
+def _changes(kind: type, rewriter: Rewriter) -> _Changes:
+    """Returns what replaces the members of a class that lead to something wanted.
+
+    A base whose members are replaced in a subclass gets a subclass of its own that stands before it in the order of
+    resolution, so that super() finds it there.
     """
     changed: dict[type, dict[str, Any]] = {}
+    found: set[str] = set()
+    plain = True
     for base, name, value in _members(kind):
         new = rewriter.replaced(value, member=True)
         if new is not value:
             changed.setdefault(base, {})[name] = new
+            plain &= name not in found and isinstance(value, types.FunctionType) and not name.startswith("__")
+        found.add(name)
     if not changed:
-        return kind, []
+        return _Changes(kind, {}, [])
+    every = {name: value for members in reversed(changed.values()) for name, value in members.items()}
     own = changed.pop(kind, {})
+    names = list(dict.fromkeys([*own, *(name for members in changed.values() for name in members)]))
+    reads = {function: read_of_class(function.__code__) for function in _functions(kind)}
+    if plain and not any(every.keys() & read for read in reads.values()):
+        return _Changes(kind, every, names)
+    if using := [function for function, read in reads.items() if OTHERWISE in read]:
+        raise ValueError(
+            f"model: {using[0].__module__}.{using[0].__qualname__} compares or writes to the module's own class, and "
+            f"{', '.join(names)} of {kind.__name__} can only be replaced in a subclass; compare with isinstance, write "
+            "to the class by its name"
+        )
     bases = (kind, *(_derived(base, (base,), members) for base, members in changed.items()))
-    names = dict.fromkeys([*own, *(name for members in changed.values() for name in members)])
-    return _derived(kind, bases, own), list(names)
+    return _Changes(_derived(kind, bases, own), {}, names)
+
+
+def _functions(kind: type) -> Iterator[types.FunctionType]:
+    """Yields the functions of a class and its bases, but those of libraries and what has run."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "transformers", "builtins", "abc"):
+            continue
+        for name, value in vars(base).items():
+            parts = (value.fget, value.fset) if isinstance(value, property) else (getattr(value, "__func__", value),)
+            for one in parts if name not in _RUN_ALREADY else ():
+                if isinstance(one := inspect.unwrap(one) if callable(one) else one, types.FunctionType):
+                    yield one
 
 
 def _derived(kind: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:

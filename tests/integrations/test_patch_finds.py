@@ -395,6 +395,120 @@ def test_a_patched_model_does_not_pickle_and_says_why():
     assert isinstance(pickle.loads(pickle.dumps(model))[0], Attention)
 
 
+# ---- code that asks for its class ------------------------------------------------------------------------------------
+
+
+class Counts(Attention):
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        self.__class__.last = x.shape
+        return super().forward(x)
+
+
+class Counted(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        self.count()
+        return F.scaled_dot_product_attention(x, x, x) if type(self) is Counted else x
+
+    def count(self):
+        self.__class__.calls += 1
+
+
+class ReadsItsClass(nn.Module):
+    def attend(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+    def forward(self, x):
+        return type(self).attend(self, x)
+
+
+class OtherMethodOfSuper(Attention):
+    def forward(self, x):
+        return self.attend(x)
+
+    def attend(self, x):
+        return super().forward(x)
+
+
+class BaseWithHelper(nn.Module):
+    def attend(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class ReachesHelperBySuper(BaseWithHelper):
+    def forward(self, x):
+        return super().attend(x)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_code_that_compares_or_writes_to_its_class_does_what_it_did(ran):
+    model = nn.Sequential(Counted(), Counted())
+    Counted.calls = 0
+    right = model(q)
+    assert Counted.calls == 4
+    patch(model)
+    torch.testing.assert_close(model(q), right)
+    assert len(ran) == 2 and Counted.calls == 8 and type(model[0]) is Counted and "calls" not in vars(model[0])
+    assert type(copy.deepcopy(model)[1]) is Counted
+    unpatch(model)
+    assert "forward" not in vars(model[0])
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("kind", [ReadsItsClass, OtherMethodOfSuper, ReachesHelperBySuper])
+def test_what_is_read_of_a_class_is_ours_too(kind, ran):
+    model = nn.Sequential(kind())
+    right = model(q)
+    patch(model)
+    torch.testing.assert_close(model(q), right)
+    assert ran
+    unpatch(model)
+    assert type(model[0]) is kind
+
+
+def test_where_only_a_subclass_would_do_code_that_uses_its_class_is_refused():
+    model = nn.Sequential(Attention(), Counts())
+    with pytest.raises(ValueError, match=r"Counts\.forward compares or writes to the module's own class"):
+        patch(model)
+    assert [type(module) for module in model] == [Attention, Counts] and "forward" not in vars(model[0])
+
+
+def test_a_copy_and_a_replica_run_with_their_own_weights(ran):
+    class Weighted(Attention):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.scale * F.scaled_dot_product_attention(x, x, x)
+
+    model = nn.Sequential(Weighted())
+    right = model(q)
+    patch(model)
+    for other in (copy.deepcopy(model[0]), model[0]._replicate_for_data_parallel()):
+        other.scale = nn.Parameter(torch.full((), 2.0)) if "scale" in other._parameters else torch.full((), 2.0)
+        torch.testing.assert_close(other(q), 2 * right)
+    torch.testing.assert_close(model(q), right)
+    assert len(ran) == 3
+
+
+def test_a_method_that_was_wrapped_after_patch_is_not_thrown_away():
+    model = nn.Sequential(Attention())
+    patch(model)
+    ours = model[0].forward
+    model[0].forward = functools.partial(ours)
+    with pytest.raises(ValueError, match=r"expected 0\.forward to be what patch made of it"):
+        unpatch(model)
+    model[0].forward = ours
+    unpatch(model)
+    assert type(model[0]) is Attention and "forward" not in vars(model[0])
+
+
 # ---- globals that are written ----------------------------------------------------------------------------------------
 
 MASK = None
