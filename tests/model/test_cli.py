@@ -28,6 +28,7 @@ from illada.training import runs
 from illada.training.data import read_corpus
 from illada.training.state import FolderLock
 from illada.training.trainer import Progress
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 TEXT = "def f(x):\n    return x + 1\n" * 60
@@ -191,7 +192,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(run, corpu
         assert f"{name} is missing: put it back, or start again in another folder" in said
         (copy / "away").rename(copy / name)
     (copy / "run.json").write_text("{")
-    assert "is damaged" in fails(capsys, "train", "--resume", "--out", copy)
+    assert "run.json is damaged" in fails(capsys, "train", "--resume", "--out", copy)
+    shutil.copy(run / "run.json", copy)
+    (copy / "illada_tokenizer.json").write_text("{}")
+    assert "illada_tokenizer.json is damaged" in fails(capsys, "train", "--resume", "--out", copy)
 
 
 def test_a_finished_run_can_be_resumed_and_is_left_as_it_is(run, capsys):
@@ -390,6 +394,21 @@ def test_a_lower_rate_works_as_the_message_says(tmp_path, corpus, capsys):
     assert main(again) == 0
     capsys.readouterr()
     assert "of which --lr alone may change: leave out --seed 3" in fails(capsys, *again, "--seed", "3")
+
+
+def test_a_checkpoint_with_nan_is_neither_trained_nor_evaluated(run, tmp_path, corpus, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, copy / "model.safetensors")
+    more = ("--from", copy, "--steps", "1", "--length", "64", "--quiet", "--objective", "block", "--device", "cpu")
+    for _ in range(2):  # it leaves nothing that would be in the way of the next attempt
+        said = fails(capsys, "train", "--data", corpus, "--out", tmp_path / "run", *more)
+        assert "model: expected finite weights, but norm.weight holds NaN or inf; begin with other weights" in said
+    assert not (tmp_path / "run").exists()
+    said = fails(capsys, "eval", "--model", copy, "--data", corpus, "--device", "cpu")
+    assert "loss on this text is not finite; check its weights" in said
 
 
 def test_weights_of_nan_are_not_exported(tmp_path, corpus, capsys):

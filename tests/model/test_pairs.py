@@ -48,6 +48,7 @@ def test_pairs_are_prompt_answer_and_end_of_text_to_the_right():
         ({"prompt": "a", "response": 3}, 'expected {"prompt"'),
         ({"prompt": "abcdefgh", "response": "x"}, "d, line 1: the prompt has 8 tokens, which leaves no room"),
         ({"prompt": "a", "response": ""}, "the response is empty, so there is nothing to learn"),
+        ({"prompt": "a", "response": " \n"}, "the response is empty, so there is nothing to learn"),
         (
             {"prompt": "ab", "response": "1234567"},
             "9 tokens, more than --length 8, as have 1 of 1 lines; give --l",

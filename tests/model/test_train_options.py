@@ -234,6 +234,19 @@ def test_a_run_that_diverges_ends_while_its_numbers_are_finite_and_keeps_the_las
     assert again.step == 25 and not again.run(should_stop=lambda: again.step >= 60)
 
 
+def test_a_run_that_diverges_within_its_first_losses_ends():
+    run = trainer(steps=60, objective="full", optimizer="adamw", lr=50.0)
+    with pytest.raises(ArithmeticError, match=r"step 19: the run diverges, for its last 20 losses are"):
+        run.run()
+
+
+def test_a_high_first_loss_of_a_checkpoint_is_no_divergence():
+    """50 as it is; the first one by chance a tenth of that."""
+    watch = Divergence(50000, np.zeros(0))
+    for step in range(60):
+        watch.check(5.0 if step == 0 else 50.0, step)
+
+
 def test_noise_of_single_losses_is_no_divergence():
     watch = Divergence(256, np.full(20, 0.5))
     for step in range(200):

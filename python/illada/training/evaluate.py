@@ -92,6 +92,8 @@ def bound(
         For a length or a number of draws that is too small, and next_token of a model that sees everything.
     PromptError
         For a model that needs a mask token and has none.
+    ArithmeticError
+        For a loss that is not finite.
 
     Notes
     -----
@@ -136,6 +138,8 @@ def bound(
             losses = example.to(model.device).loss(model, reduction="none", forbid_mask=True)
             nats[rows] += losses.double().sum(1).cpu().numpy() / draws
     model.train(was_training)
+    if not np.isfinite(nats).all():
+        raise ArithmeticError("the model's loss on this text is not finite; check its weights for NaN and inf")
     bits = nats / math.log(2)
     error = bits.std(ddof=1) * math.sqrt(len(bits)) / size if len(bits) > 1 else float("nan")
     what = f"block diffusion, blocks of {block}" if block else f"full-sequence masked diffusion, windows of {length}"

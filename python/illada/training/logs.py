@@ -68,7 +68,8 @@ class Divergence:
     """Sees that a run diverges before its numbers are no longer finite.
 
     The mean of the last 20 losses must stay below 4 times the larger of the first 20's and log(vocab), which is the
-    loss of a model that knows nothing. A mean, because with weights 1/t a single loss may be ten times the usual one.
+    loss of a model that knows nothing. A mean, because with weights 1/t a single loss may be ten times the usual one:
+    so the first 20, in which a run may diverge too, count as at most ten times the first of them or log(vocab).
     """
 
     def __init__(self, vocab_size: int, losses: np.ndarray) -> None:
@@ -86,6 +87,7 @@ class Divergence:
         if len(self.first) < 20:
             self.first.append(loss)
         mean, begun = (float(np.mean(losses)) for losses in (self.last, self.first))
+        begun = min(begun, 10 * max(self.first[0], self.limit))
         if judge and len(self.last) == 20 and mean > 4 * max(begun, self.limit):
             raise ArithmeticError(
                 f"step {step}: the run diverges, for its last 20 losses are {mean:.3g} on average and the first were "

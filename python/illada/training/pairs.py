@@ -129,7 +129,7 @@ def _row(where: str, line: str, tokenizer: Tokenizer, template: ChatTemplate | N
         prompt, response = (tokenizer.encode(text, special=True) for text in encoded)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    if not len(response):
+    if not texts[1].strip():
         raise DataError(f"{where}: the response is empty, so there is nothing to learn; leave the line out")
     return _Row(where, prompt, response)
 

@@ -125,9 +125,11 @@ class Run:
         file = folder / RUN
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
-            tokenizer = from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
             model, train = ModelConfig(**saved["model"]), TrainConfig(**saved["train"])
-            return cls(folder, saved["data"], tokenizer, model, train, saved["from"], saved.get("eval_data"))
+            data, start_from, eval_data = saved["data"], saved["from"], saved.get("eval_data")
+            file = folder / FILE
+            tokenizer = from_json(json.loads(file.read_text(encoding="utf-8")))
+            return cls(folder, data, tokenizer, model, train, start_from, eval_data)
         except FileNotFoundError as error:
             hint = f"{folder} holds no run to resume; start one without --resume"
             if _run_files(folder):

@@ -106,8 +106,9 @@ class RunState:
         try:
             saved = torch.load(self.file, map_location=device, weights_only=True)
         except Exception as error:  # arbitrary bytes make the unpickler raise anything
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{self.file} is damaged ({first}); delete it to start over") from None
+            first = str(error).partition("\n")[0].partition(". ")[0]  # torch goes on to say how to load what it refused
+            reason = first or type(error).__name__
+            raise CheckpointError(f"{self.file} is damaged ({reason}); delete it to start over") from None
         if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
             raise CheckpointError(
                 f"{self.file} is not a training state of this program; delete it, or choose another folder"

@@ -104,6 +104,9 @@ class Trainer:
         self.log: Log | None = None
         self.tensorboard = tensorboard
         self.state = self._make_state(folder, config.flat(), identity) if folder else None
+        begins = self.state is None or not self.state.file.exists()
+        if begins and (bad := self._not_finite()) is not None:
+            raise ValueError(f"model: expected finite weights, but {bad} holds NaN or inf; begin with other weights")
         self.lock = self._make_lock(folder) if folder and lock is None else None
         if self.state is not None:
             self.state.sweep()
@@ -176,9 +179,12 @@ class Trainer:
         )
         self.version = self.state.version()
 
+    def _not_finite(self) -> str | None:
+        """Returns the name of a weight that holds NaN or inf."""
+        return next((name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())), None)
+
     def _check_weights(self) -> None:
-        bad = next((name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())), None)
-        if bad is not None:
+        if (bad := self._not_finite()) is not None:
             raise ArithmeticError(f"step {self.step}: {bad} has become NaN or inf, and was not saved; {ADVICE}")
         with torch.no_grad():
             loss = self._loss(self._example())

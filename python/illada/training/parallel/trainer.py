@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..logs import ADVICE, Log
+from ..logs import Log
 from ..objectives import Example
 from ..optim import checkpointed
 from ..state import FolderLock
@@ -116,18 +115,14 @@ class ParallelTrainer(Trainer):
         self.state.write(tensors, step=self.step, seconds=self.seconds)
         self.version = self.state.version()
 
-    def _check_weights(self) -> None:
+    def _not_finite(self) -> str | None:
         weights = self.sharded.weights()
         bad = next((name for name, w in weights.items() if not bool(w.to_local().isfinite().all())), None)
-        if any_rank(bad is not None):
-            names: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(names, bad)
-            name = next(name for name in names if name is not None)
-            raise ArithmeticError(f"step {self.step}: {name} has become NaN or inf, and was not saved; {ADVICE}")
-        with torch.no_grad():
-            loss = self._loss(self._example())
-        if not math.isfinite(loss):
-            raise ArithmeticError(f"step {self.step}: the loss is {loss}, and the weights were not saved; {ADVICE}")
+        if not any_rank(bad is not None):
+            return None
+        names: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(names, bad)
+        return next(name for name in names if name is not None)
 
     def run(
         self,
