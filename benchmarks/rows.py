@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import measure
 from .counts import gpu_profile, peak_memory
 from .floor import floor_ms
 from .journal import Journal
@@ -65,6 +66,7 @@ def run_case(
     notes = {name: note for name, note in watched.notes.items() if name in times}
     for name, value in (("facts", case.facts), ("failed", watched.failed), ("notes", notes)):
         shared |= {name: value} if value else {}
+    shared |= {"clock": "processor"} if measure.clock is measure.CLOCKS["processor"] else {}
     about = {"rates": rates, "device": device_name(device), "versions": versions(), "commit": commit()}
     rows = []
     for backend in [name for name in work.ours if name in times] or [None]:

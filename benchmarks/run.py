@@ -4,7 +4,9 @@
     python -m benchmarks.run --op unmask --case topk --json out.json  only cases whose name contains "topk", elsewhere
     python -m benchmarks.run --op unmask --cases a,b --journal file   these two in this order, their rows into a journal
     python -m benchmarks.run --op unmask --ours none                  ceilings and peers alone
+    OMP_NUM_THREADS=1 python -m benchmarks.run --op generate --clock processor --json one_thread.json
 
+With `--clock processor` a time is what one thread took of the processor, for a machine that others use as well.
 A case that is measured again replaces its rows in the file; the others stay. Columns: ours, the share of the floor
 reached (1 is the limit of the hardware), the fastest peer, and how many times faster we are than it. A contender that
 raises is recorded with its reason; with --journal, one that hangs or dies too (on_gpu restarts what it ended).
@@ -180,8 +182,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ours", default="all", metavar="NAMES", help="backends of ours: cuda,triton or none (all)")
     parser.add_argument("--peers", choices=("all", "quick"), default="all", help="quick: those that hardly compile")
     parser.add_argument("--journal", type=Path, help="rows go there; a case that ended there is not run again")
+    parser.add_argument("--clock", choices=tuple(measure.CLOCKS), default="wall", help="of a CPU (wall)")
     parser.add_argument("--by", default="", help="the name of this process in the journal")
     options = parser.parse_args(argv)
+    if options.clock == "processor":
+        if options.device != "cpu" or torch.get_num_threads() > 1 or not options.json:
+            parser.error("--clock processor: expected a CPU, one thread (OMP_NUM_THREADS=1) and --json")
+        measure.clock = measure.CLOCKS["processor"]
     ops = [op.strip() for op in options.op.split(",")]
     if unknown := [op for op in ops if op not in FILES]:
         parser.error(f"--op: expected some of {', '.join(FILES)}, got {', '.join(unknown)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp {api.__version__} does not load the model that was written as {kind}")
         api.llama_set_causal_attn(self.context, False)
         self.batch = api.llama_batch_init(columns, 0, 1)
+        used = re.findall(r"(\w+) = 1", api.llama_print_system_info().decode())
+        self.note = f"llama-cpp-python {api.__version__}, with {', '.join(used)}"
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Returns the logits (S, vocab) of one sequence (S,), a view of what the next call overwrites."""

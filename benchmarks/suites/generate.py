@@ -113,7 +113,7 @@ def build_pass(config: ModelConfig, rows: int, weights: str) -> Work:
     work = Work({"packed": torch.no_grad()(partial(ours, tokens))}, peers, flops, body * WEIGHTS[weights])
     if not weights.startswith("int"):  # of which torch has no plain layers
         work.peers["PyTorch"] = plain
-    work.absent = absent
+    work.absent, work.notes = absent, {name: llama.note for name, llama in theirs.items()}
     return work
 
 
@@ -124,6 +124,7 @@ def build_packed(config: ModelConfig, prompt: int, new: int, block: int, cache: 
     work = Work({"packed": partial(generate, ours, prompts, settings)}, {})
     work.flops, work.bytes = needed(config, 1, prompt, new, block, cache, WEIGHTS[weights], whole=True)
     theirs, work.absent = llamas(model, weights, prompt + new)
+    work.notes = {name: llama.note for name, llama in theirs.items()}
     work.peers = {name: partial(llama_loop, llama, config, prompts, new, block) for name, llama in theirs.items()}
     if not weights.startswith("int"):
         model = model.to(ours.dtype)

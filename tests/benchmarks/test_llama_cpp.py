@@ -45,10 +45,11 @@ def test_llama_cpp_gives_the_logits_of_the_same_weights(kind, rounding):
 
 
 @installed
-def test_llama_cpp_writes_the_tokens_of_our_loop_and_llada_s(monkeypatch):
+def test_llama_cpp_writes_the_tokens_of_our_loop_and_llada_s():
     work = suite.build_packed(config(), 16, 16, 8, "none", "float32")
     ours = torch.tensor(work.ours["packed"]().tokens)
     assert set(work.peers) == {"llama.cpp F32", "LLaDA's loop"} and not work.absent
+    assert work.notes["llama.cpp F32"].startswith("llama-cpp-python 0.")
     for peer in work.peers.values():
         assert torch.equal(peer(), ours)
 
