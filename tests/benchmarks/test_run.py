@@ -29,7 +29,7 @@ def test_contenders_run_in_turn_after_an_unmeasured_warm_up(monkeypatch):
 
 def test_short_jobs_are_repeated_within_a_sample_and_timed_per_call(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure, "clock", lambda: clock[0])
     calls = 0
 
     def job():
@@ -39,6 +39,30 @@ def test_short_jobs_are_repeated_within_a_sample_and_timed_per_call(monkeypatch)
 
     times = measure.interleaved({"job": job}, rounds=3)
     assert calls == 2 + 3 * 10 and times["job"]["p20"] == pytest.approx(0.2)
+
+
+def test_the_processor_s_clock_stands_while_a_job_waits(monkeypatch):
+    def waits():
+        time.sleep(0.05)
+
+    assert measure.sample(waits, 1, "cpu") >= 50
+    monkeypatch.setattr(measure, "clock", measure.CLOCKS["processor"])
+    assert measure.sample(waits, 1, "cpu") < 25
+
+
+def test_the_processor_s_clock_is_for_one_thread_and_a_file_of_its_own(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(measure, "clock", measure.clock)  # main() sets it
+    cases = [Case("unmask", "a", "float32", lambda: Work({"ours": lambda: None}, {}))]
+    monkeypatch.setattr(run, "collect", lambda op, device, quick=False: cases)
+    path = tmp_path / "rows.json"
+    command = ["--op", "unmask", "--device", "cpu", "--rounds", "3", "--clock", "processor"]
+    for threads, more in ((2, ["--json", str(path)]), (1, [])):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with pytest.raises(SystemExit):
+            run.main([*command, *more])
+        assert "--clock processor: expected a CPU, one thread" in capsys.readouterr().err
+    assert run.main([*command, "--json", str(path)]) == 0
+    assert [row["clock"] for row in json.loads(path.read_text())] == ["processor"]
 
 
 def test_no_round_begins_after_the_time_is_up_but_three_always_run():
