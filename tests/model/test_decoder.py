@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 
 import pytest
 import torch
-from illada import Decoder, GenerationConfig, PromptError, generate
+from illada import Decoder, DecodingError, GenerationConfig, PromptError, generate
 from illada.decoding.replay import LateFlag, Replay
 from illada.decoding.samplers import ALONE
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,6 +117,29 @@ def test_settings_and_prompts_that_do_not_fit_are_refused():
     assert decoder.submit([1] * 6) == 0  # what was refused took no ticket
 
 
+@pytest.mark.parametrize("preset", ["demo", "Dream-7B", "SDAR-8B", "Qwen2.5-7B"])
+@pytest.mark.parametrize("variable_length", [True, False])
+def test_no_more_room_is_needed_than_one_sequence_needs(preset, variable_length):
+    """The longest ends while a short one that came late goes on; one more comes when columns have moved."""
+    model = model_of(preset)
+    prompts = [[1] * 13, [6, 7], [5, 3, 5], [2]]
+    config = settings(model, rule=TopK(2), max_new_tokens=12, variable_length=variable_length)
+    decoder = Decoder(model, config, slots=2, max_length=25)
+    decoder.submit(prompts[0])
+    each, passes = 12 if preset == "Qwen2.5-7B" else 6, 0
+    later = {each * 2 // 3: prompts[1], each * 7 // 5: prompts[2], each * 11 // 5: prompts[3]}
+    while decoder.step():
+        passes += 1
+        if passes in later:
+            decoder.submit(later.pop(passes))
+    assert not later
+    done = decoder.collect()
+    assert sorted(one.ticket for one in done) == [0, 1, 2, 3]
+    for one in done:
+        alone = generate(model, [prompts[one.ticket]], dataclasses.replace(config, seed=5 + one.ticket))
+        assert (one.tokens, one.passes) == (alone.tokens[0], alone.passes[0])
+
+
 def test_a_model_of_nan_names_the_ticket():
     model = model_of("demo")
     with torch.no_grad():
@@ -125,6 +149,50 @@ def test_a_model_of_nan_names_the_ticket():
     with pytest.raises(RuntimeError, match="ticket 0: 10 positions stayed masked"):
         while decoder.step():
             pass
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_a_sequence_of_nan_leaves_the_others_alone(slots):
+    model = model_of("Dream-7B")
+    with torch.no_grad():
+        model.embed.weight[7] = math.nan
+    prompts = [[1, 7], [7], [4, 5, 6], [9], [8, 8]]
+    config = settings(model, rule=TopK(2))
+    decoder, named = Decoder(model, config, slots=slots), []
+    for prompt in prompts:
+        decoder.submit(prompt)
+    while True:
+        try:
+            if not decoder.step():
+                break
+        except DecodingError as error:
+            named.append(str(error).split(":")[0])
+    assert named == ["ticket 0", "ticket 1"]
+    done = {one.ticket: one.tokens for one in decoder.collect()}
+    seeds = {b: dataclasses.replace(config, seed=5 + b) for b in (2, 3, 4)}
+    assert done == {b: generate(model, [prompts[b]], seeds[b]).tokens[0] for b in seeds}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_decoder_whose_pass_was_broken_off_says_so(error):
+    model, passes = model_of("demo"), []
+
+    def rule(now):
+        passes.append(now)
+        if len(passes) == 7:
+            raise error
+        return TopK(4)
+
+    decoder = Decoder(model, settings(model, rule=rule, block_length=10), slots=1)
+    for prompt in ([1, 2], [3], [4]):
+        decoder.submit(prompt)
+    with pytest.raises(error):
+        while decoder.step():
+            pass
+    for _ in range(2):
+        with pytest.raises(DecodingError, match=f"step: {error.__name__} has ended a pass half way; submit what"):
+            decoder.step()
+    assert [done.ticket for done in decoder.collect()] == [0, 1] and len(passes) == 7
 
 
 # ---- what a pass costs ---------------------------------------------------------------------------------------------

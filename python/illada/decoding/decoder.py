@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import PromptError
+from ..errors import DecodingError, PromptError
 from ..model import Model
 from .config import GenerationConfig
 from .generation import first_stop
@@ -114,7 +114,7 @@ class Decoder:
             )
         self.stop_ids = set(stop_ids_of(config, c))
         self.sees_all = not (config.variable_length or c.causal_block)  # masks of later blocks, too
-        # Every sequence may end within a block, and one begins in column 0 whenever the rectangle has moved.
+        # Every sequence may end within a block. Where columns are short the rectangle moves, so that one begins in 0.
         columns = (-(-length // self.block_length) + 1 + blocks * self.sees_all) * self.block_length
         tokens = torch.full((slots, columns), c.mask_id, dtype=torch.int64, device=model.device)
         self.loop = BlockLoop(model, tokens, [0] * slots, torch.zeros_like(tokens, dtype=torch.bool), sampling, None)
@@ -125,6 +125,8 @@ class Decoder:
         self.at = 0  # the column where the next block begins
         self.blocks = self.tickets = 0
         self.running: Iterator[None] | None = None
+        self.failed: deque[DecodingError] = deque()  # of sequences that `step` has not named yet
+        self.broken: str | None = None  # what ended a pass half way
 
     def submit(self, prompt: Sequence[int] | Tensor, seed: int | None = None) -> int:
         """Queues a prompt; returns its ticket.
@@ -150,15 +152,28 @@ class Decoder:
     def step(self) -> bool:
         """Makes one forward pass; returns False if there was nothing to do.
 
-        Raises DecodingError if positions of a sequence stay masked, because hidden rows are NaN.
+        Raises DecodingError if positions of a sequence stay masked, because hidden rows are NaN: once for each such
+        sequence, which has left then, while the others go on. After an error within a pass (Ctrl-C, a rule that raises)
+        its sequences are lost, and every later call raises DecodingError; `collect` still has those that had ended.
         """
         while True:
-            if self.running is None and not self._begin():
-                return False
-            assert self.running is not None
-            if next(self.running, self) is not self:
-                return True
-            self._end()
+            if self.failed:
+                raise self.failed.popleft()
+            if self.broken is not None:
+                raise DecodingError(
+                    f"step: {self.broken} has ended a pass half way; submit what `collect` does not return to a new "
+                    "Decoder"
+                )
+            try:
+                if self.running is None and not self._begin():
+                    return False
+                assert self.running is not None
+                if next(self.running, self) is not self:
+                    return True
+                self._end()
+            except BaseException as error:
+                self.broken = type(error).__name__
+                raise
 
     def collect(self) -> list[Finished]:
         """Returns the sequences that have ended since the last call, in the order in which they ended."""
@@ -175,7 +190,8 @@ class Decoder:
             return False
         loop, batch = self.loop, self.loop.batch
         loop.use(loop.bucket(len(live)))
-        if joiners:
+        columns = max([self.at + self.block_length, *(self.at - row.before + row.end for row in live if self.sees_all)])
+        if joiners or columns > batch.tokens.shape[1]:  # others have ended that began further left
             self._move(max(row.before for row in live) - self.at)
             if len(joiners) == len(live):  # the first pass covers all columns
                 loop.layout.final = 0
@@ -224,6 +240,9 @@ class Decoder:
         """Moves the rows in use by columns."""
         if by:
             self.loop.batch.roll(by)
+            if by < 0:  # what comes in on the right was padding
+                self.loop.batch.tokens[:, by:] = self.model.config.mask_id
+                self.loop.batch.frozen[:, by:] = False
             self.loop.batch.starts.add_(by).clamp_(min=0)  # of rows that are free
             self.at += by
             self.loop.layout.final = max(self.loop.layout.final + by, 0)
@@ -266,5 +285,9 @@ class Decoder:
             if end is None and len(text) < self.settings.max_new_tokens:
                 continue
             self.rows[b] = None
-            check_filled([text[:end]], self.model.config, f"ticket {row.ticket}")
+            try:
+                check_filled([text[:end]], self.model.config, f"ticket {row.ticket}")
+            except DecodingError as error:  # the others' rows must be brought up to date
+                self.failed.append(error)
+                continue
             self.finished.append(Finished(row.ticket, text[:end], end is not None, passes[b], row.filled))
