@@ -79,19 +79,9 @@ def allowed(keep, id, stop, forbid, n_forbid, f):
 
 
 @triton.jit
-def scan(
-    row,
-    width,
-    first,
-    bias,
-    softcap,
-    forbid,
-    n_forbid,
-    CAPPED: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def scan(row, width, first, terms, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr):
     """Returns (max of z or LOWEST, sum of exp(z - max), sum of allowed z) of the ids from `first` on."""
+    bias, softcap, forbid, n_forbid = terms
     high = tl.full([BLOCK], LOWEST, tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -116,23 +106,11 @@ def scan(
 
 
 @triton.jit
-def update(
-    row,
-    width,
-    first,
-    target,
-    bias,
-    softcap,
-    forbid,
-    n_forbid,
-    state,
-    CAPPED: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def update(row, width, first, target, terms, state, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr):
     """Adds the ids first .. first + width to the row's state; returns its max and its sum."""
+    bias, softcap, forbid, n_forbid = terms
     later = first > 0
-    high, sums, total = scan(row, width, first, bias, softcap, forbid, n_forbid, CAPPED, SMOOTHED, BLOCK)
+    high, sums, total = scan(row, width, first, terms, CAPPED, SMOOTHED, BLOCK)
     before = tl.load(state, mask=later, other=float("-inf"))
     most = tl.maximum(high, before)
     sums = sums * tl.exp2((high - most) * LOG2E)
@@ -167,18 +145,15 @@ def differentiate(
     high,
     sums,
     scale,
-    n_allowed,
-    smoothing,
-    z_loss,
-    bias,
-    softcap,
-    forbid,
-    n_forbid,
+    loss_terms,
+    terms,
     f,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Writes the gradients of the tile that starts at column `begin`; returns the next f."""
+    n_allowed, smoothing, z_loss = loss_terms
+    bias, softcap, forbid, n_forbid = terms
     column = begin + tl.arange(0, BLOCK)
     inside = column < width
     x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
@@ -231,20 +206,9 @@ def stats_kernel(
         i = tl.load(slot + r)
     if (i >= 0) & (i < held) & (start + i < tl.load(info)):
         row = row_of(logits, r, inner, outer_stride, stride)
-        update(
-            row,
-            width,
-            first,
-            tl.load(targets + i),
-            bias,
-            softcap,
-            forbid,
-            n_forbid,
-            state + 4 * i.to(tl.int64),
-            CAPPED,
-            SMOOTHED,
-            BLOCK,
-        )
+        terms = bias, softcap, forbid, n_forbid
+        target, at = tl.load(targets + i), state + 4 * i.to(tl.int64)
+        update(row, width, first, target, terms, at, CAPPED, SMOOTHED, BLOCK)
 
 
 @triton.jit(do_not_specialize=["start", "held", "first", "n_forbid", "inner", "capacity", "vocab", "n_allowed"])
@@ -296,27 +260,9 @@ def dlogits_kernel(
         f = 0
         if forbid is not None:
             f = forbidden_from(forbid, n_forbid, first + begin)
-        differentiate(
-            row,
-            out,
-            begin,
-            width,
-            first,
-            target,
-            tl.load(at),
-            tl.load(at + 1),
-            by,
-            n_allowed,
-            smoothing,
-            z_loss,
-            bias,
-            softcap,
-            forbid,
-            n_forbid,
-            f,
-            CAPPED,
-            BLOCK,
-        )
+        terms, loss_terms = (bias, softcap, forbid, n_forbid), (n_allowed, smoothing, z_loss)
+        high, sums = tl.load(at), tl.load(at + 1)
+        differentiate(row, out, begin, width, first, target, high, sums, by, loss_terms, terms, f, CAPPED, BLOCK)
     else:
         fill(out, begin, width, value, BLOCK)
 
@@ -348,37 +294,16 @@ def gradients_kernel(
     by = tl.load(scale + i, mask=live, other=0.0)
     target = tl.load(targets + i, mask=live, other=0)
     value = tl.where(live & ((by != by) | (target < 0) | (target >= width)), float("nan"), 0.0)
+    terms, loss_terms = (bias, softcap, forbid, n_forbid), (n_allowed, smoothing, z_loss)
     high = 0.0
     sums = 0.0
     if live:
-        high, sums = update(
-            row, width, 0, target, bias, softcap, forbid, n_forbid, state + 4 * i.to(tl.int64), CAPPED, SMOOTHED, BLOCK
-        )
+        high, sums = update(row, width, 0, target, terms, state + 4 * i.to(tl.int64), CAPPED, SMOOTHED, BLOCK)
     tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
     if live & (value == 0.0):
         f = 0
         for begin in range(0, width, BLOCK):
-            f = differentiate(
-                row,
-                row,
-                begin,
-                width,
-                0,
-                target,
-                high,
-                sums,
-                by,
-                n_allowed,
-                smoothing,
-                z_loss,
-                bias,
-                softcap,
-                forbid,
-                n_forbid,
-                f,
-                CAPPED,
-                BLOCK,
-            )
+            f = differentiate(row, row, begin, width, 0, target, high, sums, by, loss_terms, terms, f, CAPPED, BLOCK)
     else:
         for begin in range(0, width, BLOCK):
             fill(row, begin, width, value, BLOCK)
