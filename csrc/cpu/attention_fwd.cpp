@@ -25,22 +25,27 @@ constexpr int kUnitTiles = 16;  // query tiles that share a packed key tile
 struct ForwardTile {  // the running state of one query tile of one head
   float *q, *out;  // (rows x ld), (rows x ld_v)
   float *maximum, *sum;  // (rows), (rows x kWidth): summed over lanes at the end
+  const float* queries;  // q, or the queries where they lie
+  int64_t ld_queries;
   bool begun;
 };
 
 template <class Products> struct ForwardScratch {
-  int ld, ld_v;  // of rows of units along the head_dim, and of v and out
+  int ld, ld_v;  // of q, and of v and out
   ForwardTile tile[kUnitTiles];
-  float *rows, *k_transposed, *v, *scores, *rescale;
+  float *k_transposed, *v, *scores, *rescale;
   ForwardScratch(const Problem& p, int tiles, Cutter& cut)
-      : ld(leading_dim(units<Products>(larger(p.dim, p.dim_v)))),
-        ld_v(Products::kStep == 1 ? ld : leading_dim(p.dim_v)) {
+      : ld(leading_dim(units<Products>(p.dim))), ld_v(leading_dim(p.dim_v)) {
     for (int i = 0; i < tiles; ++i)
-      tile[i] = {cut.take(kTileRows * ld), cut.take(kTileRows * ld_v), cut.take(kTileRows),
-                 cut.take(kTileRows * kWidth), false};
-    rows = cut.take(kTileKeys * ld);
+      tile[i] = {cut.take(kTileRows * ld),
+                 cut.take(kTileRows * ld_v),
+                 cut.take(kTileRows),
+                 cut.take(kTileRows * kWidth),
+                 nullptr,
+                 0,
+                 false};
     k_transposed = cut.take(round_up(units<Products>(p.dim), kWidth) * kLdScores);
-    v = Products::kStep == 1 ? rows : cut.take(kTileKeys / Products::kStep * ld_v);
+    v = cut.take(kTileKeys / Products::kStep * ld_v);
     scores = cut.take(kTileRows * kLdScores);
     rescale = cut.take(kTileRows);
   }
@@ -119,9 +124,9 @@ void finish_tile(const Problem& p, int64_t b, int head, int tile, const ForwardT
   float* to_lse = lse + (b * p.heads + head) * p.queries + first;
   for (int i = 0; i < p.tile_rows(tile); ++i, to += int64_t(p.heads) * p.dim_v) {
     const bool none = sums[i] == 0.0f;  // no key, or every score is -inf
-    const float* from = state.out + i * ld_v;
-    for (int d = 0; d < p.dim_v; d += kWidth)
-      Products::round(to + d, none ? vf{} : load(from + d) * inverse[i], p.dim_v - d);
+    const float *from = state.out + i * ld_v, factor = inverse[i];
+    for (int d = 0; none && d < p.dim_v; d += kWidth) Products::round(to + d, vf{}, p.dim_v - d);
+    for (int d = 0; !none && d < p.dim_v; d += kWidth) Products::round(to + d, load(from + d) * factor, p.dim_v - d);
     to_lse[i] = none ? -kInf : row_lse[i];
   }
 }
@@ -158,7 +163,7 @@ template <class Products, class T> class Forward {
         for (int h = 0; h < heads; ++h) {
           ForwardTile* state = &scratch.tile[(t - u.first) * heads + h];
           const bool first = !state->begun;
-          if (first) begin_tile(u.b, u.first_head + h, t, scratch, *state);
+          if (first) begin_tile(u.b, u.first_head + h, t, last, scratch, *state);
           ask_for_rows(u, next_unit, t, h, last, state, scores, values);
           attend(meeting, start, first, *state, scratch, scores, values);
           if (last) finish_tile<Products>(p, u.b, u.first_head + h, t, *state, scratch.ld_v, out, lse);
@@ -177,9 +182,18 @@ template <class Products, class T> class Forward {
  private:
   const T* q_at(int64_t b, int tile, int head) const { return p.q.at<T>(b, int64_t(tile) * kTileRows, head); }
 
-  void begin_tile(int64_t b, int head, int tile, const ForwardScratch<Products>& scratch, ForwardTile& state) const {
-    pack_rows<Products>(q_at(b, tile, head), p.q.row_stride, p.tile_rows(tile), kTileRows, p.dim, p.query_factor(),
-                        nullptr, state.q, scratch.ld);
+  // Packs the queries, unless they are multiplied only once.
+  void begin_tile(int64_t b, int head, int tile, bool once, const ForwardScratch<Products>& scratch,
+                  ForwardTile& state) const {
+    const T* from = q_at(b, tile, head);
+    const int rows = p.tile_rows(tile);
+    state.queries = once && rows % kBlockRows == 0 && p.query_factor() == 1.0f
+                        ? Products::in_place(from, p.q.row_stride, p.dim, state.ld_queries)
+                        : nullptr;
+    if (!state.queries) {
+      pack_rows<Products>(from, p.q.row_stride, rows, kTileRows, p.dim, p.query_factor(), nullptr, state.q, scratch.ld);
+      state.queries = state.q, state.ld_queries = scratch.ld;
+    }
     std::memset(state.sum, 0, sizeof(float) * kTileRows * kWidth);
     for (int i = 0; i < kTileRows; ++i) state.maximum[i] = -kInf;
     state.begun = true;
@@ -191,9 +205,7 @@ template <class Products, class T> class Forward {
     if (!live) live = none;
     const int size = smaller(kTileKeys, p.keys - start);
     pack_transposed<Products>(p.k.at<T>(b, start, kv_head), p.k.row_stride, size, p.dim, live, scratch.k_transposed);
-    pack_rows<Products>(p.v.at<T>(b, start, kv_head), p.v.row_stride, size, kTileKeys, p.dim_v, 1.0f, live,
-                        scratch.rows, scratch.ld);
-    Products::turn(scratch.rows, scratch.ld, kTileKeys, p.dim_v, scratch.v, scratch.ld_v);
+    pack_turned<Products>(p.v.at<T>(b, start, kv_head), p.v.row_stride, size, p.dim_v, live, scratch.v, scratch.ld_v);
   }
 
   // The next key tile of this unit, or the first of the one that this thread is likely to run next.
@@ -242,7 +254,7 @@ template <class Products, class T> class Forward {
       of_scores[i] = {w, {0, units<Products>(p.dim)}};
       of_values[i] = {{0, cols_v}, {w.first / kStep, w.last / kStep}};
     }
-    multiply<Products, Into::kStore, false>(meeting.blocks, kTileKeys, of_scores, state.q, scratch.ld,
+    multiply<Products, Into::kStore, false>(meeting.blocks, kTileKeys, of_scores, state.queries, state.ld_queries,
                                             scratch.k_transposed, kLdScores, scratch.scores, kLdScores, next_scores);
     mask_scores(meeting, start, scratch.scores);
     online_softmax<Products>(meeting, c, lowest, scratch.scores, scratch.rescale, state);

@@ -65,7 +65,18 @@ void pack_rows(const T* from, int64_t stride, int rows, int padded_rows, int dim
   }
 }
 
-// The same, transposed: units x kTileKeys.
+// Writes kTileKeys rows of `from`, of which there are `rows`, as units along the rows (kTileKeys / kStep x ld).
+template <class Products, class T>
+void pack_turned(const T* from, int64_t stride, int rows, int dim, const uint8_t* keep, float* to, int ld) {
+  if constexpr (Products::kStep == 1) pack_rows<Products>(from, stride, rows, kTileKeys, dim, 1.0f, keep, to, ld);
+  else
+    for (int i = 0; i < kTileKeys; i += 2, to += ld) {
+      auto row = [&](int k) { return k < rows && keep[k] ? from + k * stride : nullptr; };
+      Products::turn_two(row(i), row(i + 1), dim, to);
+    }
+}
+
+// The same as pack_rows, transposed: units x kTileKeys.
 template <class Products, class T>
 void pack_transposed(const T* from, int64_t stride, int rows, int dim, const uint8_t* keep, float* to) {
   constexpr int kStep = Products::kStep;

@@ -21,6 +21,9 @@ struct FloatProducts {
     if (d < dim) store(to + d, load_n(from + d, dim - d) * factor);
     return dim;
   }
+  // Returns rows of memory as rows of units, with the distance between them, if they are that already, or null.
+  static const float* in_place(const float* rows, int64_t stride, int, int64_t& ld) { return ld = stride, rows; }
+  template <class T> static const float* in_place(const T*, int64_t, int, int64_t&) { return nullptr; }
   // Stores the first n results.
   template <class T> static void round(T* to, vf x, int n) { store_n(to, x, n); }
   // Stores entries j .. j + kWidth of a row, units along the row.
@@ -45,6 +48,11 @@ struct PairProducts {
     for (int d = 0; d < dim; d += kPairs) store_pairs(pairs + d, load_pairs_n(from + d, dim - d) ^ sign);
     return (dim + 1) / 2;
   }
+  static const float* in_place(const bf16* rows, int64_t stride, int dim, int64_t& ld) {
+    ld = stride / 2;
+    const bool whole = dim % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(rows) % 4 == 0;
+    return whole ? reinterpret_cast<const float*>(rows) : nullptr;
+  }
   static void round(bf16* to, vf x, int n) {
     if (n < kWidth) return store_n(to, x, n);
     const __m256bh rounded = _mm512_cvtneps_pbh(bit_cast<__m512>(x));
@@ -56,15 +64,17 @@ struct PairProducts {
     store(row + j, bit_cast<vf>(interleave_halves(two)));
   }
   static void turn(const float* from, int ld, int rows, int dim, float* to, int ld_to) {
-    for (int i = 0; i < rows; i += 2, from += 2 * ld, to += ld_to) {
-      const bf16 *even = reinterpret_cast<const bf16*>(from), *odd = reinterpret_cast<const bf16*>(from + ld);
-      for (int d = 0; d < dim; d += kPairs) {
-        const __m512i a = bit_cast<__m512i>(load_pairs(even + d)), b = bit_cast<__m512i>(load_pairs(odd + d));
-        const __m512i low = bit_cast<__m512i>(first_halves()),
-                      high = _mm512_add_epi16(low, _mm512_set1_epi16(kPairs / 2));
-        store_pairs(reinterpret_cast<bf16*>(to + d), bit_cast<vp>(_mm512_permutex2var_epi16(a, low, b)));
-        store_pairs(reinterpret_cast<bf16*>(to + d + kWidth), bit_cast<vp>(_mm512_permutex2var_epi16(a, high, b)));
-      }
+    for (int i = 0; i < rows; i += 2, from += 2 * ld, to += ld_to)
+      turn_two(reinterpret_cast<const bf16*>(from), reinterpret_cast<const bf16*>(from + ld), dim, to);
+  }
+  // Turns two rows of dim entries, of which null is zeros, into units along the rows; writes whole pairs of vectors.
+  static void turn_two(const bf16* even, const bf16* odd, int dim, float* to) {
+    const __m512i low = bit_cast<__m512i>(first_halves()), high = _mm512_add_epi16(low, _mm512_set1_epi16(kPairs / 2));
+    for (int d = 0; d < dim; d += kPairs) {
+      const __m512i a = bit_cast<__m512i>(even ? load_pairs_n(even + d, dim - d) : vp{}),
+                    b = bit_cast<__m512i>(odd ? load_pairs_n(odd + d, dim - d) : vp{});
+      store_pairs(reinterpret_cast<bf16*>(to + d), bit_cast<vp>(_mm512_permutex2var_epi16(a, low, b)));
+      store_pairs(reinterpret_cast<bf16*>(to + d + kWidth), bit_cast<vp>(_mm512_permutex2var_epi16(a, high, b)));
     }
   }
 

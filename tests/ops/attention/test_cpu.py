@@ -423,6 +423,21 @@ def test_rows_of_a_slice_are_rows_of_the_whole(backend):
     torch.testing.assert_close(part, whole[:, 32:64], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif("cpu" not in NAMES, reason="needs the compiled extension")
+@pytest.mark.parametrize("dim", [63, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_multiplied_where_they_lie_give_the_bits_of_packed_ones(dtype, dim):
+    """The CPU's kernel packs queries of several key tiles, of odd dimensions, of a negative scale, and last rows."""
+    q, k, v, *_ = draw(1, 256, 256, 4, 2, dim, dtype=dtype)
+    packed, one_tile = KeyRanges.packed(torch.tensor([0, 128, 256]), 256), slice(0, 128)
+    out = attention(q, k, v, packed, scale=0.3, backend="cpu")
+    assert torch.equal(attention(-q, k, v, packed, scale=-0.3, backend="cpu"), out)
+    alone = attention(*(x[:, one_tile] for x in (q, k, v)), scale=0.3, backend="cpu")
+    assert torch.equal(alone, out[:, one_tile])
+    last_rows = attention(q[:, :33], k[:, one_tile], v[:, one_tile], scale=0.3, backend="cpu")
+    assert torch.equal(last_rows, out[:, :33])
+
+
 # ---- random shapes, strides and masks --------------------------------------------------------------------------------
 
 
