@@ -243,12 +243,12 @@ def _even(steps: int) -> Tensor:
 
 
 def _most_sigma(a: Tensor) -> Tensor:
-    """(1 - a_s) / a_t: with more, masks would fall with a probability above 1."""
+    """Returns (1 - a_s) / a_t: with more, masks would fall with a probability above 1."""
     return (1 - a[1:]) / a[:-1]
 
 
 def _remdm(config: GenerationConfig, a: Tensor, sigma: Tensor) -> Settings:
-    """From a share `a` of tokens that are shown to the next, in as many passes: tokens go back with probability sigma,
+    """Goes from a share `a` of shown tokens to the next, in as many passes: tokens go back with probability sigma,
     masks fall with probability (a_s - (1 - sigma) a_t) / (1 - a_t). `a` begins with 0 and ends with 1."""
     sigma, steps = torch.minimum(sigma, _most_sigma(a)), len(sigma)
     back, fall = Table(sigma.float()), Table(((a[1:] - (1 - sigma) * a[:-1]) / (1 - a[:-1])).float())
@@ -260,7 +260,7 @@ def _remdm(config: GenerationConfig, a: Tensor, sigma: Tensor) -> Settings:
 
 
 def _taking_back(config: GenerationConfig, steps: int, probability: Callable[[Pass], Tensor]) -> Settings:
-    """Tokens go back with `probability`, () or (B, K), in all passes but the last."""
+    """Takes tokens back with `probability`, () or (B, K), in all passes but the last."""
 
     def revision(now: Pass) -> Remask:
         scores = torch.where(now.uniform() < probability(now), 0.0, torch.nan)
@@ -322,7 +322,7 @@ def d3llm(
 
 
 def alone(config: GenerationConfig, model: ModelConfig) -> Settings:
-    """A sampler with a loop of its own: see `ALONE`."""
+    """Refuses a sampler with a loop of its own: see `ALONE`."""
     raise PromptError(f"sampler: {config.sampler!r} runs in generate() alone, whose prompts begin together")
 
 

@@ -10,17 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import illada_kernels as ik
-from illada_kernels import _extension
 from illada_kernels.ops.unmask.noise import gumbel_of, philox
 from illada_kernels.testing import HALF_ULP, unmask_confidence_tolerance
 from tests.helpers.unmask_oracle import INF, MASK, RULES, available, draw_call, plain, rows_with_top, step
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param not in available():
-        pytest.skip(f"{request.param}: {_extension.extension_reason()}")
-    return request.param
 
 
 # ---- the specification against a plain loop -------------------------------------------------------------------------

@@ -8,18 +8,8 @@ import pytest
 import torch
 
 import illada_kernels as ik
-from illada_kernels import _extension
 from illada_kernels.ops.unmask.noise import philox
-from tests.helpers.unmask_oracle import INF, available, step
-
-BACKENDS = ["cpu", "reference"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param not in available():
-        pytest.skip(f"{request.param}: {_extension.extension_reason()}")
-    return request.param
+from tests.helpers.unmask_oracle import INF, step
 
 
 def redrawn(seed: int, position: int, at_step: int, vocab: int) -> int:

@@ -10,18 +10,8 @@ import torch
 from torch import Tensor
 
 import illada_kernels as ik
-from illada_kernels import _extension
 from illada_kernels.ops.unmask.noise import gumbel
-from tests.helpers.unmask_oracle import INF, MASK, available, step, truncated_set
-
-BACKENDS = ["cpu", "reference"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param not in available():
-        pytest.skip(f"{request.param}: {_extension.extension_reason()}")
-    return request.param
+from tests.helpers.unmask_oracle import INF, MASK, step, truncated_set
 
 
 def column(value: int) -> Tensor:
