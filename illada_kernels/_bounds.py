@@ -81,10 +81,21 @@ def refuse(bad: Tensor, values: Tensor, expected: str, came: Callable[[int, int,
     if bad.is_meta or bad.numel() == 0:
         return
     at = bad.flatten().to(torch.int32).argmax()
-    found, index, value = torch.stack([bad.any().to(torch.int64), at, values.flatten()[at].to(torch.int64)]).tolist()
-    if found:
-        batch, row = divmod(index, bad.shape[1])
-        raise ValueError(f"{expected}, {came(batch, row, value)}")
+    first = torch.stack([bad.any().to(torch.int64), at, values.flatten()[at].to(torch.int64)])
+    for found, index, value in _unwrapped(first).tolist():
+        if found:
+            batch, row = divmod(index, bad.shape[1])
+            raise ValueError(f"{expected}, {came(batch, row, value)}")
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """Returns x (n,) as (batch, n), where the batch is that of all torch.func.vmap around this call."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        where = functorch.maybe_get_bdim(x)
+        x = functorch.get_unwrapped(x)
+        x = x if where < 0 else x.movedim(where, 0)
+    return x.reshape(-1, x.shape[-1])
 
 
 def canonical(bounds: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:

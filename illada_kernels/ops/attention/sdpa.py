@@ -37,8 +37,8 @@ def scaled_dot_product_attention(
     query : (..., Hq, Sq, D)
     key : (..., Hkv, Sk, D)
     value : (..., Hkv, Sk, Dv)
-        Strides are free but for the last dimension. Three dimensions are a batch of single heads. Leading dimensions
-        are broadcast.
+        Strides are free but for the last dimension. Three dimensions are a batch of single heads, with enable_gqa the
+        heads of one sequence. Leading dimensions are broadcast, heads too without enable_gqa.
     attn_mask : KeyRanges or Tensor, optional
         A tensor is broadcast to (..., Hq, Sq, Sk). Bool: True where a query may attend. Floating-point: added to the
         scores, and 0 or at most finfo(dtype).min / 2 everywhere. At most two runs of keys a query, the same for all
@@ -51,7 +51,8 @@ def scaled_dot_product_attention(
     scale : float, optional
         Default D**-0.5.
     enable_gqa : bool
-        Permits fewer key heads than query heads; one that all share needs no permission.
+        Permits fewer key heads, and fewer value heads, than query heads, numbers that divide it; one that all share
+        needs no permission. Numbers that differ between key and value cost a copy with as many heads as query has.
     backend : str, optional
         As in `attention`.
 
@@ -85,15 +86,17 @@ def scaled_dot_product_attention(
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         expect_tensor(name, x, *FLOATS)
-        if x.dim() < 3 or x.dim() != query.dim():
-            raise ValueError(f"{name}: expected (..., heads, sequence, head_dim) like query, got {tuple(x.shape)}")
+        if x.dim() < 3:
+            raise ValueError(f"{name}: expected (..., heads, sequence, head_dim), got {tuple(x.shape)}")
     expect_number("dropout_p", dropout_p)
     if not known(dropout_p == 0):
         raise ValueError(f"dropout_p: expected 0, got {dropout_p}; the kernels have no dropout: set it to 0")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: expected None with is_causal=True, got both; use KeyRanges.causal(s) & ranges")
-    if not enable_gqa and not (_alike(query, key) and _alike(query, value)):
-        query, key, value = _broadcast(query, key, value)
+    rank = max(query.dim(), key.dim(), value.dim())
+    query, key, value = (x if x.dim() == rank else x[(None,) * (rank - x.dim())] for x in (query, key, value))
+    if not (_alike(query, key) and _alike(query, value)):
+        query, key, value = (_grouped if enable_gqa else _broadcast)(query, key, value)
     shape = (*query.shape[:-1], key.shape[-2])  # of the scores
     q, k, v = (_four_dimensions(x, enable_gqa) for x in (query, key, value))
     ranges: KeyRanges | None
@@ -130,6 +133,25 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
         key.expand(*of_keys, *key.shape[-2:]),
         value.expand(*of_keys, *value.shape[-2:]),
     )
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Expands all to the same dimensions before the heads; gives key and value the same number of heads."""
+    try:
+        lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except RuntimeError:
+        name, other = ("key", key) if key.shape[:-3] != query.shape[:-3] else ("value", value)
+        raise ValueError(
+            f"{name}: expected {tuple(query.shape[:-3])} before the heads like query, got {tuple(other.shape[:-3])}"
+        ) from None
+    heads = query.shape[-3]
+    if not known(key.shape[-3] == value.shape[-3]):
+        for name, x in (("key", key), ("value", value)):
+            if not holds(x.shape[-3] > 0) or not holds(heads % x.shape[-3] == 0):
+                raise ValueError(f"{name}: expected a number of heads that divides query's {heads}, got {x.shape[-3]}")
+        key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
+    query, key, value = (x.expand(*lead, *x.shape[-3:]) for x in (query, key, value))
+    return query, key, value
 
 
 def _four_dimensions(x: Tensor, grouped: bool) -> Tensor:

@@ -93,6 +93,46 @@ def test_leading_dimensions_are_broadcast_as_by_torch(of_q, of_k, of_v):
     assert_as_torchs(inputs, torch.rand(6, 1) * torch.arange(9) < 5)
 
 
+@pytest.mark.parametrize(
+    "of_q, of_k, of_v",
+    [
+        ((2, 4), (2, 2), (2, 1)),
+        ((2, 4), (2, 2), (2, 4)),
+        ((2, 6), (2, 2), (2, 3)),
+        ((2, 4), (1, 2), (1, 2)),
+        ((1, 4), (2, 2), (2, 2)),
+        ((2, 4), (1, 2), (2, 4)),
+        ((3, 2, 4), (1, 2, 2), (3, 1, 1)),
+        ((4,), (2,), (1,)),
+        ((2, 4), (2,), (2,)),
+    ],
+    ids=str,
+)
+def test_grouped_heads_are_broadcast_as_by_torch(of_q, of_k, of_v):
+    torch.manual_seed(0)
+    shapes = (*of_q, 6, 8), (*of_k, 9, 8), (*of_v, 9, 6)
+    inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    assert_as_torchs(inputs, enable_gqa=True)
+    assert_as_torchs(inputs, torch.rand(6, 1) * torch.arange(9) < 5, enable_gqa=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs, enable_gqa=True), torchs(*inputs, enable_gqa=True))
+
+
+def test_ranks_that_differ_are_broadcast():
+    q, k, v = draw(2)
+    assert_as_torchs([q, *(x[0].detach().requires_grad_() for x in (k, v))])
+    assert_as_torchs([q[0].detach().requires_grad_(), k, v])
+
+
+def test_grouped_heads_that_do_not_fit_are_named():
+    q, k, v = draw(2)
+    with pytest.raises(ValueError, match=r"value: expected a number of heads that divides query's 4, got 3"):
+        ours(q, k, v[:, :3], enable_gqa=True)
+    with pytest.raises(ValueError, match=r"key: expected \(2,\) before the heads like query, got \(3,\)"):
+        ours(q, torch.zeros(3, 4, 9, 8, dtype=torch.float64), v, enable_gqa=True)
+
+
 def test_leading_dimensions_that_do_not_fit_are_named():
     q, k, _ = draw(2)
     with pytest.raises(ValueError, match=r"value: expected \(2, 4\) .* got \(3, 4\)"):
@@ -240,6 +280,21 @@ def test_a_mask_that_a_captured_graph_would_not_read_again_is_refused(monkeypatc
     monkeypatch.setattr(sdpa, "is_captured", lambda device: True)
     with pytest.raises(ValueError, match="attn_mask: expected KeyRanges or None while a CUDA graph is captured"):
         ours(*draw(2), allowed())
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_masks_under_vmap_are_read_and_refused_as_alone(levels):
+    q, k, v = (x.detach() for x in draw(3, 2))
+    masks = torch.stack([allowed(), allowed().flip(-1), allowed().flip(0)]).expand(3, 2, 4, 6, 9).clone()
+    call = ours
+    for _ in range(levels):
+        call = torch.func.vmap(call)
+    if levels == 2:
+        masks = masks[:, :, :1]
+    torch.testing.assert_close(call(q, k, v, masks), torchs(q, k, v, masks).nan_to_num())
+    masks[2, ..., 5, :] = torch.arange(9) % 2 == 0
+    with pytest.raises(ValueError, match="batch entry 0, row 5 has 5"):
+        call(q, k, v, masks)
 
 
 BAD = {
