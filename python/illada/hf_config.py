@@ -106,6 +106,11 @@ class _Settings(dict[str, Any]):
             raise ConfigError(f"config.json: {name}: expected a number, got {value!r}")
         return value
 
+    def flag(self, name: str, default: bool) -> Any:
+        """Returns a setting that is true or false: the default where the key is missing, false where it is null."""
+        value = self.get(name, default)
+        return False if value is None else value
+
     def refuse(self, **supported: Any) -> None:
         """Raises ConfigError for a key whose value is neither null nor the supported one."""
         for name, value in supported.items():
@@ -230,12 +235,37 @@ _LLADA_FIXED = {  # what the published code would compute otherwise: written, be
     "include_bias": False,
 }
 
+# What the published configuration class (`ModelConfig` of configuration_llada.py) takes a missing key as; those that
+# differ from the models that were released.
+_LLADA_MISSING = {
+    "block_type": "sequential",
+    "activation_type": "swiglu",
+    "layer_norm_type": "default",
+    "rope": False,
+    "weight_tying": True,
+    "max_sequence_length": 1024,
+    "embedding_size": 50304,
+    "vocab_size": 50257,
+}
+
 
 def _read_llada(hf: _Settings, family: str) -> dict[str, Any]:
-    hf.refuse(**_LLADA_FIXED)
+    missing = {name: value for name, value in _LLADA_MISSING.items() if name not in hf}
+    for name, supported in _LLADA_FIXED.items():
+        value = missing.get(name, hf.get(name, supported))
+        if value != supported and not (value is None and supported is False):
+            said = f"is missing, which LLaDA's code takes as {value!r}," if name in missing else f"= {value!r}"
+            raise ConfigError(f"config.json: {name} {said} is not supported, expected {supported!r}")
+    hf.update(missing)
     hf.get("attention_layer_norm_with_affine")  # of a norm that is off
     heads, dim = hf.number("n_heads"), hf.number("d_model")
-    kv_heads = 1 if hf.get("multi_query_attention") else heads
+    shared = hf.get("multi_query_attention")
+    kv_heads = 1 if shared else heads
+    if shared is not None and hf.number("n_kv_heads", kv_heads) != kv_heads:
+        raise ConfigError(
+            f"config.json: n_kv_heads = {hf['n_kv_heads']} contradicts multi_query_attention = {shared}; keep the one "
+            "that is meant"
+        )
     return {
         "dim": dim,
         "n_layers": hf.number("n_layers"),
@@ -243,14 +273,14 @@ def _read_llada(hf: _Settings, family: str) -> dict[str, Any]:
         "n_kv_heads": hf.number("n_kv_heads", kv_heads),
         "head_dim": hf.number("head_dim", dim // max(heads, 1)),
         "ffn_dim": hf.number("mlp_hidden_size", None) or hf.number("mlp_ratio") * dim,
-        "vocab_size": hf.number("embedding_size", hf.number("vocab_size", None)) or hf.number("vocab_size"),
+        "vocab_size": hf.number("embedding_size", None) or hf.number("vocab_size"),
         "rope_theta": hf.number("rope_theta", 10000.0),
-        "rope_in_fp32": hf.get("rope_full_precision", True),
+        "rope_in_fp32": hf.flag("rope_full_precision", True),
         "norm_eps": hf.number("rms_norm_eps", 1e-5),
-        "tie_embeddings": hf.get("weight_tying", False),
-        "qkv_bias": hf.get("include_qkv_bias", False),
+        "tie_embeddings": hf.flag("weight_tying", True),
+        "qkv_bias": hf.flag("include_qkv_bias", False),
         "qk_norm": hf.get("qk_norm", False),
-        "max_seq_len": hf.number("max_sequence_length", _DEFAULTS[family]["max_seq_len"]),
+        "max_seq_len": hf.number("max_sequence_length"),
         "init_std": hf.number("init_std", 0.02),
     }
 

@@ -54,6 +54,37 @@ def test_settings_that_change_numbers_are_refused_by_name(hf, message):
         ModelConfig.from_hf(hf)
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("rope", "rope is missing, which LLaDA's code takes as False, is not supported, expected True"),
+        ("block_type", "block_type is missing, which LLaDA's code takes as 'sequential'"),
+        ("activation_type", "activation_type is missing, which LLaDA's code takes as 'swiglu'"),
+        ("layer_norm_type", "layer_norm_type is missing, which LLaDA's code takes as 'default'"),
+    ],
+)
+def test_a_key_that_a_llada_folder_lacks_is_what_its_code_takes_it_as(name, message):
+    without = {key: value for key, value in LLADA.items() if key != name}
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(without)
+    with pytest.raises(ConfigError, match=rf"{name} = None is not supported"):  # no less than nothing
+        ModelConfig.from_hf({**LLADA, name: None})
+
+
+def test_keys_that_a_llada_folder_lacks_have_its_code_s_defaults():
+    names = ("weight_tying", "max_sequence_length", "embedding_size", "vocab_size", "include_qkv_bias", "rms_norm_eps")
+    names += ("rope_theta", "rope_full_precision", "include_bias", "scale_logits", "alibi", "bias_for_layer_norm")
+    ids = {"mask_token_id": 50300, "eos_token_id": 50256, "pad_token_id": 50256}
+    config = ModelConfig.from_hf({key: value for key, value in {**LLADA, **ids}.items() if key not in names})
+    assert config.tie_embeddings and config.rope_in_fp32 and not config.qkv_bias
+    assert (config.max_seq_len, config.vocab_size, config.norm_eps, config.rope_theta) == (1024, 50304, 1e-5, 1e4)
+    nulls = ModelConfig.from_hf({**LLADA, "weight_tying": None, "embedding_size": None, "include_qkv_bias": None})
+    assert not nulls.tie_embeddings and nulls.vocab_size == LLADA["vocab_size"] and not nulls.qkv_bias
+    for shared, heads in ((True, 32), (False, 8)):
+        with pytest.raises(ConfigError, match=f"n_kv_heads = {heads} contradicts multi_query_attention = {shared}"):
+            ModelConfig.from_hf({**LLADA, "n_kv_heads": heads, "multi_query_attention": shared})
+
+
 def test_settings_that_change_nothing_pass_and_unknown_ones_are_named():
     harmless = {
         "use_cache": True,
