@@ -27,6 +27,7 @@ import pytest
 import torch
 
 from illada_kernels._dispatch import Backend
+from tests.helpers.triton_types import made_once
 
 triton = pytest.importorskip("triton", reason="no triton")
 
@@ -71,6 +72,7 @@ def interpreted(room: ModuleType, backend: str = "triton", overflow: bool = Fals
         options = replace(interpreter.interpreter_builder.options, sanitize_overflow=overflow)
         patch.setattr(interpreter.interpreter_builder, "options", options)
         _redirect(patch)
+        made_once(patch)
         yield
 
 
@@ -78,7 +80,9 @@ def _redirect(patch: pytest.MonkeyPatch) -> None:
     twins: dict[Callable[..., Any], interpreter.InterpretedFunction] = {}
 
     def twin(kernel: JITFunction) -> interpreter.InterpretedFunction:
-        return twins.setdefault(kernel.fn, interpreter.InterpretedFunction(kernel.fn))
+        if kernel.fn not in twins:
+            twins[kernel.fn] = interpreter.InterpretedFunction(kernel.fn)
+        return twins[kernel.fn]
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
