@@ -16,7 +16,7 @@ from illada_kernels.ops.attention import cases, cuda, reference
 from illada_kernels.ops.attention.problem import Problem
 from tests.cuda_on_cpu.emulated import Emulated
 from tests.cuda_on_cpu.library import KernelFault, Kernels, compile_kernels, missing, skipped
-from tests.helpers.attention_cuda import with_faults
+from tests.helpers.attention_cuda import backward, with_faults
 from tests.helpers.attention_oracle import HALF, Result, assert_close, draw, poisoned
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -110,9 +110,12 @@ def test_columns_in_whole_pieces_give_the_same_bits() -> None:
     """The way out for head_dim 96: products of 128 columns."""
     inputs = draw(1, 130, 300, 2, 1, 96, dtype=torch.bfloat16)
     ranges = cases.hostile_masks(1, 130, 300)["random"]
-    defines = ("ILLADA_WHOLE_PIECES",)
+
+    def variant(source: str) -> Kernels:
+        return compile_kernels(source, text=backward(source, 96), defines=("ILLADA_WHOLE_PIECES",))
+
     theirs = gradients(*inputs, ranges=ranges)
-    mine = gradients(*inputs, ranges=ranges, kernels=compile_kernels(FUSED, defines=defines))
+    mine = gradients(*inputs, ranges=ranges, kernels=variant(FUSED))
     assert torch.equal(mine.dk, theirs.dk) and torch.equal(mine.dv, theirs.dv)
     assert_close(mine, *inputs, ranges)
     assert ranges is not None
@@ -120,9 +123,11 @@ def test_columns_in_whole_pieces_give_the_same_bits() -> None:
     out, lse = reference.forward(problem)
     sources = [PREPROCESS, *(f"csrc/cuda/attention_bwd_{name}_sm90a.cu" for name in ("keys", "queries"))]
     results = []
-    for d in ((), defines):
+    for compiled in (compile_kernels, variant):
+        emulated = Emulated()
+        emulated.kernels = [compiled(source) for source in sources]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda, "launch", Emulated(*sources, defines=d))
+            patch.setattr(cuda, "launch", emulated)
             patch.setattr(cuda, "processors", lambda device: 3)
             results.append(cuda.backward(problem, inputs[3], inputs[4], out, lse))
     assert all(torch.equal(a, b) for a, b in zip(*results))

@@ -14,11 +14,11 @@ from illada_kernels.ops.attention import cases, cuda
 from illada_kernels.ops.attention.problem import Problem
 from illada_kernels.testing import attention_lse_tolerance, attention_sums, tolerance
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import ROOT, Kernels, compile_kernels, missing, switchable
+from tests.cuda_on_cpu.library import Kernels, compile_kernels, missing, switchable
+from tests.helpers import attention_cuda
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SOURCES = ("csrc/cuda/attention_fwd_bf16_sm90a.cu", "csrc/cuda/attention_fwd_fp16_sm90a.cu")
-HEADERS = ("attention_fwd_plan_sm90a.cuh", "attention_fwd_sm90a.cuh")
 Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -216,11 +216,7 @@ def test_supports_names_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> No
 # ---- planted faults --------------------------------------------------------------------------------------------------
 @functools.cache
 def with_faults() -> Kernels:
-    """The forward in bf16 at head_dim 64 alone, to compile fast."""
-    plan, rest = ((ROOT / "csrc/cuda" / name).read_text() for name in HEADERS)
-    text = switchable(plan + rest.replace(f'#include "{HEADERS[0]}"\n', ""), FAULTS.values())
-    entry = "\nILLADA_ATTENTION_FWD(illada_attention_fwd_bf16_sm90a, (run<bf16, 64>))\n"
-    return compile_kernels(SOURCES[0], text=text + entry)
+    return compile_kernels(SOURCES[0], text=switchable(attention_cuda.forward(64), FAULTS.values()))
 
 
 class Faulty(Emulated):
@@ -231,7 +227,7 @@ class Faulty(Emulated):
 
 def test_columns_in_whole_pieces_give_the_same_bits(forward: Forward) -> None:
     """The way out for head_dim 96: MMAs of 128 columns."""
-    variant = Emulated(SOURCES[0], defines=("ILLADA_WHOLE_PIECES",), seed=1)
+    variant = Emulated(SOURCES[0], text=attention_cuda.forward(96), defines=("ILLADA_WHOLE_PIECES",), seed=1)
     for ranges, processors in ((KeyRanges.window(400, 130, 70)[:, 100:300], 1), (None, 4)):
         tensors = draw(1, 200, 400, 1, 1, 96)
         expected = forward(*tensors, ranges, processors=processors)

@@ -196,133 +196,159 @@ def test_the_workspace_is_a_chunk_of_rows(on_cpu: Backend, monkeypatch: pytest.M
 # ---- planted faults --------------------------------------------------------------------------------------------------
 SELECT, ROWS, _, BOUNDS = SOURCES
 REDRAWN = "row.noise_position, row.step, "
-FAULTS: Faults = {
-    "the first key that too little reaches": (BOUNDS, "return at.from[0];", "return FAULT ? at.end : at.from[0];"),
-    "the last warp is not summed": (BOUNDS, "lane < kWarps ?", "lane < kWarps - FAULT ?"),
-    "a part of the sum is lost": (BOUNDS, "(middle << 21)", "(FAULT ? 0 : middle << 21)"),
-    "what lies beyond the list is forgotten": (BOUNDS, "sum + at.beyond", "sum + (FAULT ? 0 : at.beyond)"),
-    "the end stays where it was": (BOUNDS, "high = at.from[i], above", "high = FAULT ? high : at.from[i], above"),
-    "the start stays where it was": (BOUNDS, "low = at.from[i], reached", "low = FAULT ? low : at.from[i], reached"),
-    "steps round down": (
-        BOUNDS,
-        "(high - low + kWays - 1) / kWays",
-        "(high - low + (FAULT ? 0 : kWays - 1)) / kWays",
-    ),
-    "a list that is too short": (
-        BOUNDS,
-        "between / lightest <= kList * 15 / 16",
-        "between / lightest <= (FAULT ? kList * 99 : kList * 15 / 16)",
-    ),
-    "the list holds what lies above too": (
-        BOUNDS,
-        "|| key_of(l) >= at.end) return;",
-        "|| (!FAULT && key_of(l) >= at.end)) return;",
-    ),
-    "no barrier before the list is read": (
-        BOUNDS,
-        "of the caller\n  });\n  __syncthreads();",
-        "of the caller\n  });\n  if (!FAULT) __syncthreads();",
-    ),
-    "no barrier before sums are read": (
-        BOUNDS,
-        "  }\n  __syncthreads();\n}\n\n// Continues",
-        "  }\n  if (!FAULT) __syncthreads();\n}\n\n// Continues",
-    ),
-    "top_p counts what top_k dropped": (
-        BOUNDS,
-        "bound > -infinity() ? key_of(bound) : 1;",
-        "!FAULT && bound > -infinity() ? key_of(bound) : 1;",
-    ),
-    "top_p under the confidence's temperature": (
-        BOUNDS,
-        "weight_of(l, top, tempered)",
-        "weight_of(l, top, FAULT ? row : tempered)",
-    ),
-    "min_p lowers a bound": (
-        BOUNDS,
-        "bound = fmaxf(bound, __fadd_rn(",
-        "bound = fmaxf(FAULT ? -infinity() : bound, __fadd_rn(",
-    ),
-    "min_p without the temperature": (BOUNDS, "__fmul_rn(t, fminf(", "__fmul_rn(FAULT ? 1.0f : t, fminf("),
-    "ids that no warp reads": (BOUNDS, "start += kThreads * kIds", "start += (1 + FAULT) * kThreads * kIds"),
-    "another row's bound": (ROWS, "c.bounds[r]", "c.bounds[FAULT ? 0 : r]"),
-    "what is dropped is drawn": (ROWS, "kept[j] = l[j] >= bound ?", "kept[j] = FAULT || l[j] >= bound ?"),
-    "the bound itself is dropped": (ROWS, "l[j] >= bound ?", "(FAULT ? l[j] > bound : l[j] >= bound) ?"),
-    "the best token of an earlier part": (
-        ROWS,
-        "b.top > a.top ? b.held_logit",
-        "!FAULT && b.top > a.top ? b.held_logit",
-    ),
-    "the best token of an earlier tile": (
-        ROWS,
-        "ILLADA_NEEDS_TOP_ID && top > s.top)",
-        "ILLADA_NEEDS_TOP_ID && (FAULT ? top < s.top : top > s.top))",
-    ),
-    "held tokens take no part": (
-        ROWS,
-        "|| (EXTENDED && c.rule == ILLADA_RENOISE)",
-        "|| (!FAULT && EXTENDED && c.rule == ILLADA_RENOISE)",
-    ),
-    "the best token of the last part": (
-        SELECT,
-        "Best{t, t, __float_as_int",
-        "Best{FAULT ? 0.0f : t, t, __float_as_int",
-    ),
-    "the token drawn is reported": (
-        SELECT,
-        "shown.proposal = result.top_id;",
-        "if (!FAULT) shown.proposal = result.top_id;",
-    ),
-    "the confidence of the token drawn": (
-        SELECT,
-        "result.top_id = largest.id, best.logit = top;",
-        "result.top_id = largest.id, best.logit = FAULT ? best.logit : top;",
-    ),
-    "redraws with the ranks' noise": (SELECT, f"{REDRAWN}3)", f"{REDRAWN}FAULT ? 2 : 3)"),
-    "accepted tokens are redrawn": (
-        SELECT,
-        "if (proposal[k] < 0 || committed[k]) continue;",
-        "if (proposal[k] < 0 || (!FAULT && committed[k])) continue;",
-    ),
-    "masks are counted": (SELECT, "(RENOISE ? !committed[k] :", "(!FAULT && RENOISE ? !committed[k] :"),
+FAULTS: dict[str, Faults] = {  # by the call that sees them
+    "one id and half of them": {
+        "the end stays where it was": (BOUNDS, "high = at.from[i], above", "high = FAULT ? high : at.from[i], above"),
+        "the start stays where it was": (
+            BOUNDS,
+            "low = at.from[i], reached",
+            "low = FAULT ? low : at.from[i], reached",
+        ),
+        "a list that is too short": (
+            BOUNDS,
+            "between / lightest <= kList * 15 / 16",
+            "between / lightest <= (FAULT ? kList * 99 : kList * 15 / 16)",
+        ),
+        "the list holds what lies above too": (
+            BOUNDS,
+            "|| key_of(l) >= at.end) return;",
+            "|| (!FAULT && key_of(l) >= at.end)) return;",
+        ),
+        "no barrier before sums are read": (
+            BOUNDS,
+            "  }\n  __syncthreads();\n}\n\n// Continues",
+            "  }\n  if (!FAULT) __syncthreads();\n}\n\n// Continues",
+        ),
+    },
+    "min_p": {
+        "min_p without the temperature": (BOUNDS, "__fmul_rn(t, fminf(", "__fmul_rn(FAULT ? 1.0f : t, fminf("),
+        "ids that no warp reads": (BOUNDS, "start += kThreads * kIds", "start += (1 + FAULT) * kThreads * kIds"),
+        "another row's bound": (ROWS, "c.bounds[r]", "c.bounds[FAULT ? 0 : r]"),
+        "what is dropped is drawn": (ROWS, "kept[j] = l[j] >= bound ?", "kept[j] = FAULT || l[j] >= bound ?"),
+    },
+    "top_k": {
+        "the first key that too little reaches": (BOUNDS, "return at.from[0];", "return FAULT ? at.end : at.from[0];"),
+        "steps round down": (
+            BOUNDS,
+            "(high - low + kWays - 1) / kWays",
+            "(high - low + (FAULT ? 0 : kWays - 1)) / kWays",
+        ),
+        "the bound itself is dropped": (ROWS, "l[j] >= bound ?", "(FAULT ? l[j] > bound : l[j] >= bound) ?"),
+    },
+    "top_p": {
+        "a part of the sum is lost": (BOUNDS, "(middle << 21)", "(FAULT ? 0 : middle << 21)"),
+        "what lies beyond the list is forgotten": (BOUNDS, "sum + at.beyond", "sum + (FAULT ? 0 : at.beyond)"),
+        "top_p under the confidence's temperature": (
+            BOUNDS,
+            "weight_of(l, top, tempered)",
+            "weight_of(l, top, FAULT ? row : tempered)",
+        ),
+    },
+    "all of them": {
+        "top_p counts what top_k dropped": (
+            BOUNDS,
+            "bound > -infinity() ? key_of(bound) : 1;",
+            "!FAULT && bound > -infinity() ? key_of(bound) : 1;",
+        ),
+        "min_p lowers a bound": (
+            BOUNDS,
+            "bound = fmaxf(bound, __fadd_rn(",
+            "bound = fmaxf(FAULT ? -infinity() : bound, __fadd_rn(",
+        ),
+    },
+    "all are accepted": {
+        "the last warp is not summed": (BOUNDS, "lane < kWarps ?", "lane < kWarps - FAULT ?"),
+        "no barrier before the list is read": (
+            BOUNDS,
+            "of the caller\n  });\n  __syncthreads();",
+            "of the caller\n  });\n  if (!FAULT) __syncthreads();",
+        ),
+        "the best token of an earlier part": (
+            ROWS,
+            "b.top > a.top ? b.held_logit",
+            "!FAULT && b.top > a.top ? b.held_logit",
+        ),
+        "the best token of an earlier tile": (
+            ROWS,
+            "ILLADA_NEEDS_TOP_ID && top > s.top)",
+            "ILLADA_NEEDS_TOP_ID && (FAULT ? top < s.top : top > s.top))",
+        ),
+        "held tokens take no part": (
+            ROWS,
+            "|| (EXTENDED && c.rule == ILLADA_RENOISE)",
+            "|| (!FAULT && EXTENDED && c.rule == ILLADA_RENOISE)",
+        ),
+        "the best token of the last part": (
+            SELECT,
+            "Best{t, t, __float_as_int",
+            "Best{FAULT ? 0.0f : t, t, __float_as_int",
+        ),
+        "the token drawn is reported": (
+            SELECT,
+            "shown.proposal = result.top_id;",
+            "if (!FAULT) shown.proposal = result.top_id;",
+        ),
+        "the confidence of the token drawn": (
+            SELECT,
+            "result.top_id = largest.id, best.logit = top;",
+            "result.top_id = largest.id, best.logit = FAULT ? best.logit : top;",
+        ),
+        "accepted tokens are redrawn": (
+            SELECT,
+            "if (proposal[k] < 0 || committed[k]) continue;",
+            "if (proposal[k] < 0 || (!FAULT && committed[k])) continue;",
+        ),
+    },
+    "all but one are accepted": {
+        "redraws with the ranks' noise": (SELECT, f"{REDRAWN}3)", f"{REDRAWN}FAULT ? 2 : 3)"),
+        "masks are counted": (SELECT, "(RENOISE ? !committed[k] :", "(!FAULT && RENOISE ? !committed[k] :"),
+    },
+}
+ALL_FAULTS = {name: fault for faults in FAULTS.values() for name, fault in faults.items()}
+
+CALLS: dict[str, tuple[int, Any, dict[str, Any]]] = {  # the seed of the schedule, the rule, options
+    "one id and half of them": (0, ik.TopK(1), {"top_k": torch.tensor([1, 9000])}),
+    "top_k": (1, ik.TopK(1), {"top_k": torch.tensor([30, 300])}),
+    "top_p": (2, ik.TopK(1), {"top_p": torch.tensor([0.5, 0.97])}),
+    "all of them": (3, ik.TopK(1), {"top_k": 200, "top_p": 0.7, "min_p": 1e-6}),
+    "min_p": (4, ik.TopK(1), {"min_p": torch.tensor([0.3, 0.01])}),
+    "all are accepted": (0, ik.Renoise(9.0), {"top_k": 400, "rank_temperature": 1.0}),
+    "all but one are accepted": (1, ik.Renoise(2.0), {"top_k": 400, "rank_temperature": 1.0}),
 }
 
 
-def needs_everything(backend: Backend, launch: OnCpu) -> None:
-    """A few calls which between them need all of what truncates and renoises."""
+def make(call: str, launch: OnCpu) -> None:
+    """Checks one of CALLS, which between them need all of what truncates and renoises."""
     draw = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 3, 17001, generator=draw) * 3
     logits[:, 2] = (logits[:, 2] / 3).round()
     logits[0, 0, 16500:] += 4
-    options: dict[str, Any] = {"mask_id": -1, "temperature": torch.tensor([3.0, 1.5]), "confidence_temperature": 0.5}
-    ways: list[dict[str, Any]] = [
-        {"top_k": torch.tensor([1, 9000])},
-        {"top_k": torch.tensor([30, 300])},
-        {"top_p": torch.tensor([0.5, 0.97])},
-        {"top_k": 200, "top_p": 0.7, "min_p": 1e-6},
-        {"min_p": torch.tensor([0.3, 0.01])},
-    ]
-    args = (torch.full((2, 5), -1), torch.tensor([[4, 0, 2], [1, 2, 3]]))
-    for launch.seed, way in enumerate(ways):
-        both(logits, None, *args, ik.TopK(1), vocabulary=17001, **options, **way)
     canvas = torch.randint(0, 17001, (2, 5), generator=draw)
-    for launch.seed, gamma in enumerate((9.0, 2.0)):  # all are accepted, and all but one
-        rule = ik.Renoise(gamma)
-        both(logits, None, canvas, args[1], rule, vocabulary=17001, top_k=400, rank_temperature=1.0, **options)
+    launch.seed, rule, way = CALLS[call]
+    tokens, positions = torch.full((2, 5), -1), torch.tensor([[4, 0, 2], [1, 2, 3]])
+    options: dict[str, Any] = {"mask_id": -1, "temperature": torch.tensor([3.0, 1.5]), "confidence_temperature": 0.5}
+    tokens = canvas if isinstance(rule, ik.Renoise) else tokens
+    both(logits, None, tokens, positions, rule, vocabulary=17001, **options, **way)
 
 
-def test_the_calls_that_find_faults_pass_without_one(on_cpu: Backend) -> None:
-    needs_everything(on_cpu, on_cpu.launch)
+@pytest.mark.parametrize("call", CALLS)
+def test_the_calls_that_find_faults_pass_without_one(call: str, on_cpu: Backend) -> None:
+    make(call, on_cpu.launch)
 
 
-@pytest.mark.parametrize("kernel", [SELECT, ROWS, BOUNDS])
-def test_kernels_with_no_fault_chosen_pass_too(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = planted(FAULTS, kernel, None, extended=True, most_steps=MOST_STEPS)
-    needs_everything(Backend(monkeypatch, launch), launch)
+@pytest.mark.parametrize("call", CALLS)
+def test_kernels_with_no_fault_chosen_pass_too(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = OnCpu(most_steps=MOST_STEPS)
+    for kernel in (SELECT, ROWS, BOUNDS):
+        place = SOURCES.index(kernel)
+        launch.kernels[place] = planted(ALL_FAULTS, kernel, None, extended=True).kernels[place]
+    Backend(monkeypatch, launch)
+    make(call, launch)
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = planted(FAULTS, FAULTS[name][0], name, extended=True, most_steps=MOST_STEPS)
+@pytest.mark.parametrize("call, name", [(call, name) for call, faults in FAULTS.items() for name in faults])
+def test_planted_faults_are_seen(call: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = planted(ALL_FAULTS, ALL_FAULTS[name][0], name, extended=True, most_steps=MOST_STEPS)
+    Backend(monkeypatch, launch)
     with pytest.raises((KernelFault, AssertionError)):
-        needs_everything(Backend(monkeypatch, launch), launch)
+        make(call, launch)
