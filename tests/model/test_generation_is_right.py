@@ -13,7 +13,8 @@ from benchmarks.quality.answers import GOAL, measure_rule
 from benchmarks.quality.toy_tasks import MASK, Task, either, sort, train
 from illada_kernels import EntropyBound, Factor, Threshold, TopK
 
-TASK = sort(5, steps=360)
+DIGITS = 4
+TASK = sort(DIGITS, steps=200)
 PROBLEMS = 400
 
 
@@ -30,7 +31,7 @@ def model() -> Model:
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", [TopK(1), Threshold(0.95), Factor(0.1), EntropyBound(0.05)], ids=lambda r: str(r))
 def test_at_least_95_percent_of_the_answers_are_exactly_right(model, rule):
-    """400 problems, about 1% of the 100,000 there are; training saw 46,000 draws."""
+    """400 problems, 4% of the 10,000 there are."""
     measured = measure_rule(model, TASK, rule, PROBLEMS)
     assert measured["accuracy"] >= GOAL
     assert measured["tokens_per_pass"] == 1 if isinstance(rule, TopK) else measured["tokens_per_pass"] > 1.5
@@ -41,7 +42,7 @@ def test_at_least_95_percent_of_the_answers_are_exactly_right(model, rule):
 def test_stale_keys_keep_the_answers_right(model, cache):
     """After the first pass the prompt's keys are never renewed."""
     prompts, _ = TASK.draw(PROBLEMS, torch.Generator().manual_seed(7))
-    config = GenerationConfig(max_new_tokens=5, block_length=5, cache=cache, stop_ids=())
+    config = GenerationConfig(max_new_tokens=DIGITS, block_length=DIGITS, cache=cache, stop_ids=())
     answers = torch.tensor(generate(model, prompts, config).tokens)
     assert TASK.right(prompts, answers).float().mean() >= GOAL
 
@@ -51,8 +52,9 @@ def test_holes_in_an_answer_are_filled_with_what_was_there(model):
     prompts, answers = TASK.draw(PROBLEMS, torch.Generator().manual_seed(8))
     holes = torch.rand(answers.shape, generator=torch.Generator().manual_seed(9)) < 0.5
     filled = torch.tensor(fill(model, torch.cat([prompts, answers.masked_fill(holes, MASK)], 1)).tokens)
-    assert torch.equal(filled[:, :6], prompts) and torch.equal(filled[:, 6:][~holes], answers[~holes])
-    assert (filled[:, 6:] == answers).all(1).float().mean() >= GOAL
+    asked, filled = filled.split([DIGITS + 1, DIGITS], 1)
+    assert torch.equal(asked, prompts) and torch.equal(filled[~holes], answers[~holes])
+    assert (filled == answers).all(1).float().mean() >= GOAL
 
 
 @pytest.mark.parametrize("task", [TASK, sort(8, 0), either(8, 0)], ids=["sort5", "sort8", "either8"])

@@ -189,10 +189,12 @@ def test_every_objective_has_a_story():
 
 @pytest.mark.parametrize("name, options, shifted, count, draft", STORIES)
 def test_a_trained_model_writes_what_it_was_trained_on(name, options, shifted, count, draft):
+    """After 150 steps or fewer."""
     entry = OBJECTIVES[name]
     shape = {"vocab_size": 14, "dim": 32, "n_layers": 2, "head_dim": 16, "ffn_dim": 64, "init_std": 0.1}
     model = e.tiny(shifted, causal_block=entry.causal_block(options.get("block")), **shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
+    config = GenerationConfig(max_new_tokens=count, block_length=draft, stop_ids=(), sampler=entry.sampler)
     for step in range(150):
         optimizer.zero_grad()
         prompt = 4 if entry.answers in ("must", "recorded") else 0
@@ -204,8 +206,11 @@ def test_a_trained_model_writes_what_it_was_trained_on(name, options, shifted, c
         how: dict[str, Any] = {"prompt": prompt, "seed": step, "vocab": 14, "order": order}
         made_of(name, STORY.repeat(8, 1), options, **how).loss(model).backward()
         optimizer.step()
-    config = GenerationConfig(max_new_tokens=count, block_length=draft, stop_ids=(), sampler=entry.sampler)
-    assert generate(model, STORY[None, :4], config).tokens[0] == STORY[4 : 4 + count].tolist()
+        if step % 25 == 24:
+            written = generate(model, STORY[None, :4], config).tokens[0]
+            if written == STORY[4 : 4 + count].tolist():
+                return
+    raise AssertionError(f"wrote {written}")
 
 
 # ---- the command line, the settings, the guide -----------------------------------------------------------------------
