@@ -395,13 +395,20 @@ def test_an_attention_function_without_its_mask_function_is_refused():
 
 
 # ---- both versions ---------------------------------------------------------------------------------------------------
+OF_TRAINER = (
+    "test_loss_and_gradients_are_those_of_the_formula",
+    "test_trainer_learns_and_evaluates",
+    "test_the_denominator_is_that_of_the_whole_step_however_it_is_split",
+)
 
 
 @pytest.mark.skipif(not V5, reason="this is the older version")
 @pytest.mark.skipif(not OLDER.exists(), reason="make test installs transformers 4.57 into build/")
 def test_the_same_in_4_57():
     path = os.pathsep.join([str(OLDER), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    files = [__file__, str(Path(__file__).with_name("test_patch_transformers.py"))]
+    trainer = Path(__file__).with_name("test_trainer.py")
+    files = [__file__, str(trainer.with_name("test_patch_transformers.py"))]
+    files += [f"{trainer}::{name}" for name in OF_TRAINER]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
