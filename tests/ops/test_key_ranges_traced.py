@@ -76,10 +76,10 @@ def counting(graphs):
     return backend
 
 
-@pytest.mark.parametrize("name", USES)
-def test_sizes_that_vary_need_two_graphs(name):
+def test_sizes_that_vary_need_two_graphs():
+    """Of all uses together: a use that needed one for each size would make the others need it too."""
     torch._dynamo.reset()
-    graphs, module = [], Use(name)
+    graphs, module = [], Use(*USES)
     compiled = torch.compile(module, fullgraph=True, backend=counting(graphs))
     for size in SIZES:
         assert same(compiled(*given(*size)), module(*given(*size)))
@@ -94,20 +94,20 @@ def by_hint(mark):
     return hint
 
 
-# A hint says which sizes vary; what a use makes of a size that varies, "dynamic" shows of all.
+# A hint says which sizes vary; what each use makes of sizes that vary is shown above.
 SOME = ("causal of a cache", "block diffusion packed", "cached blocks", "from dense", "and", "slice")
 HINTS = {
-    "dynamic": (True, lambda x, n: None, tuple(USES)),
-    "marked": (None, by_hint(torch._dynamo.mark_dynamic), SOME),
-    "perhaps marked": (None, by_hint(torch._dynamo.maybe_mark_dynamic), SOME),
+    "dynamic": (True, lambda x, n: None),
+    "marked": (None, by_hint(torch._dynamo.mark_dynamic)),
+    "perhaps marked": (None, by_hint(torch._dynamo.maybe_mark_dynamic)),
 }
 
 
 @pytest.mark.parametrize("how", HINTS)
 def test_dynamic_sizes_need_one_graph(how):
     torch._dynamo.reset()
-    dynamic, hint, names = HINTS[how]
-    graphs, module = [], Use(*names)
+    dynamic, hint = HINTS[how]
+    graphs, module = [], Use(*SOME)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counting(graphs))
     for size in SIZES:
         x, n = given(*size)
