@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all is imported: what modules hold stays, and looking through it again and again takes a while
 pytest.register_assert_rewrite("tests.helpers")
 
 from illada_kernels._toolchain import find_compiler  # noqa: E402
@@ -24,6 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, together: none of them is what the last process is waited for, and none of their fixtures
     (a trained model, a wheel) is made by two processes."""
     items.sort(key=lambda item: not (item.get_closest_marker("slow") or "distributions" in item.fixturenames))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
