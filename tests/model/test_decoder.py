@@ -222,9 +222,8 @@ class Watch(TorchDispatchMode):
 @pytest.fixture
 def small_heap():
     """Keeps what other tests have left out of the garbage collector's sight: to walk it takes most of a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # for good, as what was imported is: an unfreeze would be of all
 
 
 def living() -> int:
