@@ -76,6 +76,7 @@ def counting(graphs):
     return backend
 
 
+@pytest.mark.slow
 def test_sizes_that_vary_need_two_graphs():
     """Of all uses together: a use that needed one for each size would make the others need it too."""
     torch._dynamo.reset()
