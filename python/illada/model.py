@@ -167,7 +167,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):
-            self.embed = nn.Embedding(config.vocab_size, config.dim)
+            # given, not drawn: torch's normal_ on "meta" would import its compiler, which takes a second
+            self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
             self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_in_fp32)
             self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)

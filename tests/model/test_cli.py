@@ -283,6 +283,8 @@ assert not {"torch", "numpy", "illada_kernels"} & set(sys.modules), "imported to
 for name in illada.__all__:
     assert getattr(illada, name).__name__ == name, name
 from illada import GenerationConfig, Model, ModelConfig, fill, load
+Model(ModelConfig.preset("demo", n_layers=1))
+assert "torch._dynamo" not in sys.modules, "a second of every start"
 try:
     illada.nonsense
 except AttributeError:
