@@ -42,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     if options.out and os.path.exists(options.out) and os.path.exists(options.prompts or ""):
         if os.path.samefile(options.out, options.prompts):
             raise PromptError(f"out: expected a file other than --prompts, got {options.out} for both")
+    if options.out and options.html and os.path.realpath(options.out) == os.path.realpath(options.html):
+        raise PromptError(f"out: expected a file other than --html, got {options.out} for both")
     config = config_of(options)
     for path in (options.html, options.out):  # before minutes of decoding
         if path:
@@ -336,6 +338,8 @@ def run_record(options: argparse.Namespace) -> int:
 def _lines(name: str) -> Iterator[tuple[int, str]]:
     """Yields (line number, prompt) of JSON lines. Empty lines are skipped, and a byte order mark before the first."""
     with contextlib.ExitStack() as files:
+        if name == "-" and sys.stdin is None:
+            raise PromptError("prompts: expected lines from standard input, which is closed; name a file")
         source = sys.stdin if name == "-" else files.enter_context(open(name, encoding="utf-8"))
         number = 0
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .decoding.config import Prompts
 from .decoding.loop import Step
 from .tokenizer import Tokenizer
 
@@ -30,13 +31,15 @@ class Recorder:
     (4, True)
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
-        self.tokenizer, self.prompts = tokenizer, prompts
+    def __init__(self, tokenizer: Tokenizer, prompts: Prompts) -> None:
+        self.tokenizer, self.prompts = tokenizer, [[int(token) for token in prompt] for prompt in prompts]
         self.pieces: dict[int, str] = {}
         self.passes: list[list[dict[str, Any]]] = []  # of each pass, of each sequence that changed
-        self.before = [list(prompt) for prompt in prompts]
+        self.before = [list(prompt) for prompt in self.prompts]
 
     def __call__(self, step: Step) -> None:
+        if len(step.starts) != len(self.prompts):
+            raise ValueError(f"prompts: expected those of {len(step.starts)} sequences, got {len(self.prompts)}")
         columns = torch.nn.functional.pad(step.positions, (0, 1), value=-1).tolist()
         sure = step.confidence.tolist()
         changes: list[dict[str, Any]] = []

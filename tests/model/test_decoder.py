@@ -92,6 +92,7 @@ def test_a_sequence_joins_where_another_ends_and_not_after_the_last():
     [
         ({"slots": 0}, "slots: expected an int of at least 1, got 0"),
         ({"max_length": 3}, r"max_length: expected 10 \(max_new_tokens\) to 64 \(max_seq_len\), got 3"),
+        ({"max_length": "64"}, "max_length: expected 10 .* got '64'"),
         ({"max_length": 65}, "max_length: expected 10 .* got 65"),
     ],
 )

@@ -657,6 +657,19 @@ def test_numbers_of_each_sequence_stay_with_it_where_others_end():
         ([[1, 49]], {}, r"prompt 0: expected no mask_id \(49\); fill"),
         ([[1] * 57], {}, "prompt 0: 57 tokens and max_new_tokens = 8 exceed max_seq_len = 64; shorten the prompt"),
         ([torch.zeros(2, 2)], {}, "prompt 0: expected integers"),
+        ([[1]], {"temperature": -1.0}, "temperature: expected a number of at least 0, got -1.0"),
+        ([[1]], {"confidence_temperature": -1}, "confidence_temperature: expected a number of at least 0, got -1"),
+        ([[1]], {"confidence": "sure"}, "confidence: expected one of probability, margin, .* got 'sure'"),
+        ([[1]], {"order": None}, "order: expected one of confidence, left, got None"),
+        ([[1]], {"end_early": "no"}, "end_early: expected True or False, got 'no'"),
+        ([[1]], {"variable_length": "no"}, "variable_length: expected True or False, got 'no'"),
+        ([[1]], {"rule": torch.tensor([-1, 5])}, "rule: expected counts of at least 0, got -1"),
+        (
+            [[1], [2]],
+            {"rule": torch.tensor([[1, 2, 3]])},
+            r"rule: expected counts for each of 2 sequences, got \(1, 3\)",
+        ),
+        ([[1]], {"revise": lambda now: Edit(0.5)}, "revise: expected a callable that returns a Remask, got Edit"),
         ([[1]], {"steps": 3}, "steps: expected a multiple of the 2 blocks of 4 tokens, got 3"),
         ([[1]], {"steps": 4, "rule": TopK(1)}, "steps: expected None with a rule"),
         ([[1]], {"steps": 4, "steps_per_block": 2}, "steps: expected None with steps_per_block"),
@@ -681,7 +694,7 @@ def test_what_cannot_be_generated_is_refused_with_the_reason(prompts, changes, m
 
 def test_models_that_cannot_are_refused():
     with pytest.raises(PromptError, match="mask_id is -1"):
-        generate(make(tiny("Qwen2.5-7B", mask_id=-1)), [[1]])
+        generate(make(tiny("demo", mask_id=-1)), [[1]])
     sdar = model_of("SDAR-8B")
     with pytest.raises(PromptError, match="block_length: expected 4, the model's own blocks, got 8"):
         generate(sdar, [[1]], GenerationConfig(max_new_tokens=8, block_length=8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from illada import GenerationConfig, Model, ModelConfig, generate, load, save
@@ -329,6 +331,30 @@ def test_a_closed_pipe_ends_the_command_without_a_word(folder, prompts, how):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def run(folder: Path, redirection: str, *more: str) -> subprocess.CompletedProcess:
+    """Runs the command in a shell."""
+    words = shlex.join([sys.executable, "-m", "illada", *command(folder, *more)])
+    return subprocess.run(["sh", "-c", f"{words} {redirection}"], capture_output=True, text=True, timeout=120)
+
+
+def test_streams_that_were_closed_before_are_like_dev_null_or_named(folder, tmp_path):
+    done = run(folder, ">&-", "--prompt", "a", "--out", tmp_path / "out")
+    assert done.returncode == 0 and done.stdout == "" and done.stderr.startswith("8 tokens in 8 passes")
+    assert [row["prompt"] for row in lines((tmp_path / "out").read_text())] == ["a"]
+    done = run(folder, "2>&-", "--prompt", "a")
+    assert done.returncode == 0 and done.stdout.startswith("a") and "tokens in" not in done.stdout
+    done = run(folder, "<&-", "--prompts", "-")
+    assert done.returncode == 2
+    assert done.stderr == "illada: prompts: expected lines from standard input, which is closed; name a file\n"
+
+
+def test_the_page_and_the_lines_go_to_two_files(folder, tmp_path, capsys):
+    (tmp_path / "other").symlink_to(tmp_path / "page")
+    for other in ("page", "other"):
+        more = ("--prompt", "a", "--html", str(tmp_path / "page"), "--out", str(tmp_path / other))
+        assert "out: expected a file other than --html" in fails(capsys, *command(folder, *more))
+
+
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +380,19 @@ def test_a_recording_holds_every_change(folder):
     assert rows == recorder.before and all(256 not in row for row in rows)
     assert recorder.page().count("</script>") == 2  # the record holds none, whatever the text
     assert "http" not in recorder.page() and "<iframe" in recorder._repr_html_()
+
+
+def test_a_recording_takes_every_kind_of_prompts_and_refuses_those_of_others():
+    model = Model(ModelConfig.preset("demo", n_layers=1, dim=32)).eval()
+    config = GenerationConfig(max_new_tokens=4, stop_ids=())
+    wanted = None
+    for prompts in ([[60, 47]], torch.tensor([[60, 47]]), [torch.tensor([60, 47])], np.array([[60, 47]]), ((60, 47),)):
+        recorder = Recorder(ByteTokenizer(), prompts)
+        generate(model, prompts, config, recorder)
+        wanted = wanted or recorder.page()
+        assert recorder.page() == wanted
+    with pytest.raises(ValueError, match="prompts: expected those of 2 sequences, got 1"):
+        generate(model, [[1], [2]], config, Recorder(ByteTokenizer(), [[1]]))
 
 
 def test_a_browser_plays_the_page(folder, tmp_path):

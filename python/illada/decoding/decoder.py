@@ -97,21 +97,21 @@ class Decoder:
         length = c.max_seq_len if max_length is None else max_length
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise PromptError(f"slots: expected an int of at least 1, got {slots!r}")
-        if not config.max_new_tokens <= length <= c.max_seq_len:
+        if not isinstance(length, int) or not config.max_new_tokens <= length <= c.max_seq_len:
             raise PromptError(
                 f"max_length: expected {config.max_new_tokens} (max_new_tokens) to {c.max_seq_len} (max_seq_len), "
-                f"got {length}"
+                f"got {length!r}"
             )
         self.model, self.settings, self.length = model, config, length
         self.block_length = resolve_block_length(config, c)
         self.whole = c.causal_block or 1  # a prompt's whole blocks lie before the first block that is decoded
         self.base_seed = seeds_of(config.seed, 1)[0]
         blocks = -(-config.max_new_tokens // self.block_length)
-        sampling = resolve(dataclasses.replace(config, seed=[0] * slots), c, slots, self.block_length, blocks)
         if has_numbers(config.rule) or has_numbers(config.revise):
             raise PromptError(
                 "rule: expected numbers or 0-d tensors in a Decoder, for which sequence has which row varies"
             )
+        sampling = resolve(dataclasses.replace(config, seed=[0] * slots), c, slots, self.block_length, blocks)
         self.stop_ids = set(stop_ids_of(config, c))
         self.sees_all = not (config.variable_length or c.causal_block)  # masks of later blocks, too
         # Every sequence may end within a block. Where columns are short the rectangle moves, so that one begins in 0.

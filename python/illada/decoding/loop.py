@@ -335,9 +335,12 @@ class BlockLoop(Rows):
     def revision(self, now: Pass, remasking: bool) -> Edit | Remask | None:
         """Returns the pass's revision. Remask ends after `revise_steps`, otherwise the block could not fill up."""
         revise = self.sampling.revise
-        if isinstance(revise, Edit):
-            return revise
-        return (revise(now) if callable(revise) else revise) if remasking else None
+        if isinstance(revise, Edit) or revise is None or not remasking:
+            return revise if isinstance(revise, Edit) else None
+        found = revise(now) if callable(revise) else revise
+        if not isinstance(found, Remask):
+            raise PromptError(f"revise: expected a callable that returns a Remask, got {found!r} from it")
+        return found
 
 
 def left_padded(rows: list[list[int]], model: Model, starts: list[int], columns: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from illada_kernels import Edit, Remask, TopK
+from illada_kernels.rules import CONFIDENCES, ORDERS
 
 from ..config import ModelConfig
 from ..errors import PromptError
@@ -35,6 +36,15 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
     plain: dict[str, Any] = {name: _count(config, name, least) for name, least in counts.items()}
     for name in ("temperature", "confidence_temperature", "rank_temperature", "guidance"):
         plain[name] = _number(name, getattr(config, name))
+        if name != "guidance" and not isinstance(plain[name], Tensor) and plain[name] < 0:
+            raise PromptError(f"{name}: expected a number of at least 0, got {plain[name]!r}")
+    for name, known in (("confidence", CONFIDENCES), ("order", ORDERS)):
+        if getattr(config, name) not in known:
+            raise PromptError(f"{name}: expected one of {', '.join(known)}, got {getattr(config, name)!r}")
+    for name in ("end_early", "variable_length"):
+        value = getattr(config, name)
+        if value not in (True, False) and not (value is None and name == "variable_length"):
+            raise PromptError(f"{name}: expected True or False, got {value!r}")
     for name in ("top_p", "min_p"):
         plain[name] = _share(name, getattr(config, name))
     cold = not isinstance(plain["temperature"], Tensor) and plain["temperature"] == 0
@@ -75,7 +85,7 @@ def resolve(config: GenerationConfig, model: ModelConfig, batch: int, block_leng
             f"steps: expected a multiple of the {blocks} blocks of {block_length} tokens, got {config.steps}; choose "
             "another number of steps, or another block_length"
         )
-    schedule = _schedule(config, block_length, config.steps and config.steps // blocks)
+    schedule = _schedule(config, block_length, config.steps and config.steps // blocks, batch)
     return Sampling(
         schedule=schedule,
         block_length=block_length,
@@ -148,7 +158,7 @@ def stop_ids_of(config: GenerationConfig, model: ModelConfig) -> tuple[int, ...]
     return model.eos_ids if config.stop_ids is None else tuple(config.stop_ids)  # type: ignore[arg-type]
 
 
-def _schedule(config: GenerationConfig, block_length: int, steps: int | None) -> Schedule:
+def _schedule(config: GenerationConfig, block_length: int, steps: int | None, batch: int) -> Schedule:
     """Returns the rule of each pass; `steps` is the number of passes of a block that `config.steps` asks for."""
     rule = config.rule
     if steps is not None and config.steps_per_block is not None:
@@ -161,6 +171,10 @@ def _schedule(config: GenerationConfig, block_length: int, steps: int | None) ->
     if isinstance(rule, Tensor):
         if rule.dim() not in (1, 2) or not _is_integral(rule) or rule.shape[0] < 1:
             raise PromptError(f"rule: expected integers (passes,) or (passes, B), got {rule.dtype} {tuple(rule.shape)}")
+        if rule.dim() == 2 and rule.shape[1] != batch:
+            raise PromptError(f"rule: expected counts for each of {batch} sequences, got {tuple(rule.shape)}")
+        if rule.numel() and int(rule.min()) < 0:
+            raise PromptError(f"rule: expected counts of at least 0, got {int(rule.min())}")
         return Counts(Table(rule.detach()))
     if callable(rule):
         return rule
