@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from illada_kernels import _extension
-from illada_kernels._build import ISA_FLAGS
+from tests.helpers.instruction_sets import run_under_each
 
 pytestmark = pytest.mark.skipif(_extension.extension_reason() is not None, reason="the compiled extension is missing")
 
@@ -70,7 +70,6 @@ for name, call in kernels.items():
         torch.set_flush_denormal(False)
         assert bool(flushed) == (threads != 2)  # what the caller had is his again
         assert all(map(torch.equal, bits(results), bits(right))), (name, threads)
-print("same")
 """
 
 # smaller than what torch's own operations would use threads for, and so hang in the child
@@ -103,17 +102,12 @@ def run(python: Any, script: str, **env: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["threads first", "flushing first"])
-def test_flush_denormal_changes_no_bit_and_stays_as_the_caller_set_it(early, python):
-    assert run(python, FLUSH.format(early=early)) == "same"
+def test_flush_denormal_changes_no_bit_where_threads_begin_flushing(python):
+    assert run(python, FLUSH.format(early=True) + 'print("same")') == "same"
 
 
-@pytest.mark.parametrize("isa", ISA_FLAGS)
-def test_every_instruction_set_keeps_subnormals(isa, python):
-    names = list(ISA_FLAGS)
-    if names.index(_extension.native().cpu_isa) < names.index(isa):
-        pytest.skip(f"this processor has no {isa}")
-    assert run(python, FLUSH.format(early=False), ILLADA_CPU_ISA=isa) == "same"
+def test_every_instruction_set_keeps_subnormals(python):
+    run_under_each(python, CALLS + FLUSH.format(early=False))
 
 
 def test_a_child_of_fork_computes_the_same_after_its_parent_used_threads(python):

@@ -3,21 +3,16 @@ tensors."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada_kernels import KeyRanges, attention
-from illada_kernels._build import ISA_FLAGS
 from illada_kernels.ops.attention import op
 from illada_kernels.ops.attention.problem import Problem
 from tests.helpers.attention_oracle import NAMES, draw, run
+from tests.helpers.instruction_sets import run_under_each
 
 backends = pytest.mark.parametrize("backend", NAMES)
 MASK = KeyRanges.block_diffusion(6, 2)  # 12 rows, 12 keys
@@ -143,34 +138,20 @@ def test_environment_chooses_the_backend_of_forward_and_backward(monkeypatch):
 
 
 SUBPROCESS = """
-import sys; sys.path[:0] = {paths!r}
 import torch
 from tests.helpers.attention_oracle import assert_close, draw, run
-from illada_kernels import _extension
 from illada_kernels.ops.attention import cases
-assert _extension.native().cpu_isa == {isa!r}, _extension.native().cpu_isa
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for name in ("full", "hulls_overlap", "every_third_row_empty"):
         inputs = draw(2, 77, 150, 4, 2, 40, 24, dtype=dtype)
         ranges = cases.hostile_masks(2, 77, 150)[name]
         assert_close(run("cpu", *inputs, ranges), *inputs, ranges)
-print("fine")
 """
 
 
 @pytest.mark.skipif("cpu" not in NAMES, reason="the extension is not built")
-@pytest.mark.parametrize("isa", ISA_FLAGS)
-def test_every_instruction_set_meets_the_numerics_bar(isa):
-    order = list(ISA_FLAGS)
-    from illada_kernels import _extension
-
-    if "ILLADA_CPU_ISA" not in os.environ and order.index(_extension.native().cpu_isa) < order.index(isa):
-        pytest.skip(f"this processor has no {isa}")
-    root = Path(__file__).parents[3]
-    script = SUBPROCESS.format(paths=[str(root)], isa=isa)
-    environment = {**os.environ, "ILLADA_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
-    assert done.stdout == "fine\n", done.stderr
+def test_every_instruction_set_meets_the_numerics_bar(python):
+    run_under_each(python, SUBPROCESS)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 import typing
 
 import pytest
@@ -16,16 +13,15 @@ from torch.library import opcheck
 import illada_kernels as ik
 from benchmarks.measure import peak_memory
 from illada_kernels import _extension, rules
-from illada_kernels._build import ISA_FLAGS
 from illada_kernels.ops.unmask import cases
 from illada_kernels.ops.unmask.op import OPERATOR
 from illada_kernels.ops.unmask.problem import Problem
+from tests.helpers.instruction_sets import run_under_each
 from tests.helpers.unmask_oracle import MASK, available, step
 
 needs_cpu = pytest.mark.skipif(
     "cpu" not in available(), reason=f"the cpu backend is missing: {_extension.extension_reason()}"
 )
-ISAS = list(ISA_FLAGS)
 BACKENDS = [pytest.param("cpu", marks=needs_cpu), "reference"]
 
 
@@ -115,10 +111,8 @@ def test_slices_of_the_logits_are_whole_segments_within_32_mib():
 
 
 @needs_cpu
-@pytest.mark.parametrize("isa", ISA_FLAGS)
-def test_a_row_has_the_same_bits_whatever_rows_and_threads_are_beside_it(isa):
-    """Confidences are functions of all logits of a row: equal bits there mean equal logits. In a process of its own,
-    because the instruction set is chosen when the extension is loaded."""
+def test_a_row_has_the_same_bits_whatever_rows_and_threads_are_beside_it(python):
+    """Confidences are functions of all logits of a row: equal bits there mean equal logits."""
     code = """
 import torch, illada_kernels as ik
 torch.manual_seed(0)
@@ -139,11 +133,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 seen |= {(out.proposal[0, i].item(), out.confidence[0, i].item()) for i in places}
         assert len(seen) == 1, (dtype, dim, vocab, seen)
 """
-    if ISAS.index(_extension.native().cpu_isa) < ISAS.index(isa):
-        pytest.skip(f"this processor has no {isa}")
-    environment = {**os.environ, "ILLADA_CPU_ISA": isa}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-1500:]
+    run_under_each(python, code)
 
 
 @needs_cpu
@@ -241,9 +231,7 @@ def test_numbers_and_device_tensors_mean_the_same():
 
 
 SCRIPT = """
-import sys, torch, illada_kernels as ik
-from illada_kernels import _extension, rules
-assert _extension.native().cpu_isa == sys.argv[1], _extension.native().cpu_isa
+import torch, illada_kernels as ik
 torch.manual_seed(0)
 cuts = ({}, {"top_k": 70}, {"top_p": 0.8}, {"min_p": 0.05})
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -263,12 +251,8 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 
 
 @needs_cpu
-@pytest.mark.parametrize("isa", ISA_FLAGS)
-def test_every_instruction_set_gives_the_same_tokens(isa, python):
-    if ISAS.index(_extension.native().cpu_isa) < ISAS.index(isa):
-        pytest.skip(f"this processor has no {isa}")
-    result = python("-c", SCRIPT, isa, ILLADA_CPU_ISA=isa, OMP_NUM_THREADS="1")
-    assert result.returncode == 0, result.stderr
+def test_every_instruction_set_gives_the_same_tokens(python):
+    run_under_each(python, SCRIPT, OMP_NUM_THREADS="1")
 
 
 # ---- what bad arguments raise ---------------------------------------------------------------------------------------
