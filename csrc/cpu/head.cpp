@@ -24,7 +24,7 @@ constexpr int kRows = kWidth == 16 ? 4 : 2, kIds = 4;  // the sums of so many ar
 constexpr int kDepthBytes = 2048;  // of a row or an id; kRows rows and kPanelIds ids of them fit L1
 constexpr int kPanelIds = 8;
 constexpr int kGroupIds = 128, kManyRows = 32;  // more rows are read again for each group of ids, not for each panel
-constexpr int64_t kFewBytes = 24 << 10;  // of packed rows that stay in L1 beside the head that streams by
+constexpr int64_t kFewBytes = 64 << 10;  // of packed rows, read from L1 or L2 while the head streams by
 constexpr int kAheadBytes = 16384;  // where the head streams by; 2048 reads memory at half this rate
 static_assert(kRows * kIds % kWidth == 0, "the lanes of kWidth vectors of sums are added together");
 
