@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,30 @@ def test_a_full_disk_while_saving_leaves_the_previous_state(tmp_path):
     run.log.write(json.dumps({"step": 3, "loss": 0.0, "lr": 0.0}) + "\n")  # a line that the state does not know
     run.log.flush()
     assert trainer(tmp_path).step == 3
+
+
+def test_a_first_save_that_fails_speaks_of_no_previous_one(tmp_path):
+    with pytest.raises(CheckpointIOError, match=r"f: not saved \(No such file or directory\); free space"):
+        replace_file(tmp_path / "gone" / "f", b"")
+
+
+def test_a_disk_without_room_for_a_save_is_found_before_the_first_step(tmp_path, monkeypatch):
+    def disk(free: int, total: int = 10**12):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(total, total - free, free))
+
+    for optimizer in ("adamw", "muon"):
+        folder = tmp_path / optimizer
+        disk(0)
+        with pytest.raises(CheckpointIOError, match=r"a save takes 0\.\d MB, but 0\.0 MB are free; free space or save"):
+            trainer(folder, steps=1, optimizer=optimizer, lr=1e-3)
+        assert not list(folder.iterdir())
+        disk(0, total=0)  # a file system that does not say
+        run = trainer(folder, steps=1, optimizer=optimizer, lr=1e-3)
+        run.run()
+        size, needed = (folder / "state.pt").stat().st_size, run._state_bytes()
+        assert needed <= size <= 1.5 * needed  # what is there beside tensors weighs that much in a tiny model
+        disk(needed)
+        assert trainer(folder, steps=1, optimizer=optimizer, lr=1e-3).step == 1
 
 
 def test_replacing_a_file_is_a_rename_of_what_is_on_disk(tmp_path, monkeypatch):

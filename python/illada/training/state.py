@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -90,6 +91,15 @@ class RunState:
             return None
         return found.st_mtime_ns, found.st_ino
 
+    def expect_room(self, needed: int) -> None:
+        """Raises CheckpointIOError where the disk has no room for a save of so many bytes."""
+        disk = shutil.disk_usage(self.file.parent)
+        if disk.free < needed and disk.total > 0:  # 0: a file system that does not say
+            raise CheckpointIOError(
+                f"{self.file.parent}: a save takes {needed / 1e6:.1f} MB, but {disk.free / 1e6:.1f} MB are free; free "
+                "space or save elsewhere"
+            )
+
     def sweep(self) -> None:
         """Removes what killed saves left. Only for the one who holds the folder's lock."""
         for file in self.file.parent.iterdir():
@@ -167,7 +177,7 @@ def replace_file(file: Path, content: bytes) -> None:
             os.close(folder)
     except OSError as error:
         raise CheckpointIOError(
-            f"{file}: not saved ({error.strerror or error}), the previous one is still there; "
+            f"{file}: not saved ({error.strerror or error}){', the previous one is still there' * file.exists()}; "
             "free space or save elsewhere"
         ) from error
     finally:

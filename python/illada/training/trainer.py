@@ -69,6 +69,8 @@ class Trainer:
         For data or a model that the settings do not fit: the first batch is made here.
     CheckpointError
         For a folder in use, or a state in it that is damaged or of another run.
+    CheckpointIOError
+        For a folder that cannot be made, or has no room for a save.
     DataError
         For `tensorboard` where the package is missing.
     """
@@ -104,6 +106,8 @@ class Trainer:
         self.log: Log | None = None
         self.tensorboard = tensorboard
         self.state = self._make_state(folder, config.flat(), identity) if folder else None
+        if self.state is not None:
+            self.state.expect_room(self._state_bytes())
         begins = self.state is None or not self.state.file.exists()
         if begins and (bad := self._not_finite()) is not None:
             raise ValueError(f"model: expected finite weights, but {bad} holds NaN or inf; begin with other weights")
@@ -113,6 +117,16 @@ class Trainer:
             self._resume()
             self.version = self.state.version()
         self.divergence = Divergence(model.config.vocab_size, self.losses)
+
+    def _state_bytes(self) -> int:
+        """Returns the least size of a state: weights, and moments like them, two of AdamW and one of Muon."""
+        trained = [
+            (3 if isinstance(optimizer, torch.optim.AdamW) else 2, parameter)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+        return sum(copies * parameter.numel() * parameter.element_size() for copies, parameter in trained)
 
     # parallel.trainer has others of these
 

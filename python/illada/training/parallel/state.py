@@ -83,9 +83,9 @@ class ShardedState(RunState):
             dcp.save(tensors, storage_writer=writer)
         except dcp.CheckpointException as error:
             on_first(lambda: shutil.rmtree(shards, ignore_errors=True))
+            kept = ", the previous state is still there" * self.file.exists()
             raise CheckpointIOError(
-                f"{shards}: not saved ({_reason(error)}), the previous state is still there; free space or save "
-                "elsewhere"
+                f"{shards}: not saved ({_reason(error)}){kept}; free space or save elsewhere"
             ) from None
         on_first(lambda: self._commit(shards, values))
 
