@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 
 def wanted(x: Tensor, *others: Tensor) -> bool:
-    """Returns whether the functions here compute x's gradient: of plain tensors on a CPU, where nothing traces."""
+    """Returns whether the functions here compute the gradients: of plain tensors on a CPU, where nothing traces."""
     return (
         x.device.type == "cpu"
         and all(type(tensor) in (Tensor, Parameter) for tensor in (x, *others))
@@ -26,6 +26,15 @@ def wanted(x: Tensor, *others: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Returns whether `Rope` rotates x: it has no gradient of the angles, and works in place on what has x's shape."""
+    return (
+        wanted(x, cos, sin)
+        and not (cos.requires_grad or sin.requires_grad)
+        and torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1]) == x.shape[:-1]
     )
 
 
@@ -47,11 +56,11 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         n, r, weight = ctx.saved_tensors
         product = dy * n
-        rows = product.view(-1, len(weight))
+        rows = product.reshape(-1, len(weight))  # a view, unless x is transposed
         dx = None
         if ctx.needs_input_grad[0]:
             mean = torch.mv(rows, weight, out=rows.new_empty(len(rows))).div_(-len(weight))
-            dx = (dy * weight).addcmul_(n, mean.view_as(r)).mul_(r)
+            dx = (dy * weight).addcmul_(n, mean.view(r.shape)).mul_(r)
         return dx, rows.sum(0) if ctx.needs_input_grad[1] else None, None
 
 

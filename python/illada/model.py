@@ -89,7 +89,7 @@ def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x[i], x[i + head_dim / 2]) of x (B, S, H, head_dim) in the dtype of cos; returns x's dtype."""
-    if cpu_gradients.wanted(x, cos, sin):
+    if cpu_gradients.turns(x, cos, sin):
         rotated: Tensor = cpu_gradients.Rope.apply(x, cos, sin)
         return rotated
     first, second = x.to(cos.dtype).chunk(2, dim=-1)

@@ -84,6 +84,22 @@ def test_what_is_frozen_gets_no_gradient(frozen):
     assert (x.grad is None) == (frozen == "x") and (weight.grad is None) == (frozen == "weight")
 
 
+def test_a_norm_takes_rows_in_any_order():
+    x, weight = arguments(torch.float64)["norm"][2]
+    for turned in (lambda x: x.transpose(0, 1), lambda x: x.permute(2, 0, 1, 3), lambda x: x[:0]):
+        f = lambda x, weight, turned=turned: NORM.normalized(turned(x), weight).square().sum()  # noqa: E731
+        assert torch.autograd.gradcheck(f, (x, weight))
+
+
+def test_angles_that_are_learned_or_of_more_rows_than_x_are_torchs_own():
+    x, angle = rows(torch.float64)[:1], torch.randn(3, 5, 1, 8, dtype=torch.float64)
+    for learned in (False, True):
+        angle.requires_grad_(learned)
+        assert rope(x, angle).shape == (3, 5, 2, 16)
+        assert torch.autograd.gradcheck(rope, (x.detach().requires_grad_(), angle))
+        assert torch.autograd.gradcheck(rope, (x.detach().requires_grad_(), angle[:1]))
+
+
 class Count(TorchDispatchMode):
     """Counts the operations that write as many numbers as the rows have."""
 
