@@ -218,7 +218,7 @@ inline vf power_of_root(vi biased) {
                                  1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};  // 2^(i / 16)
   vi lookup;  // what n / kRoots, taken as exponent and mantissa, lacks
   for (int i = 0; i < kRoots; ++i)
-    lookup[i] = bit_cast<int32_t>(kPowers[i * 16 / kRoots]) - (127 * kRoots + i) * (1 << 23) / kRoots;
+    lookup[i] = bit_cast<int32_t>(kPowers[i * 16 / kRoots]) - (127 * kRoots + i) * ((1 << 23) / kRoots);
 #if defined(__AVX512F__)
   const vi found = bit_cast<vi>(_mm512_permutexvar_epi32(bit_cast<__m512i>(biased), bit_cast<__m512i>(lookup)));
   return bit_cast<vf>(found + (biased << 19));
@@ -246,8 +246,9 @@ constexpr Polynomial power_less_1(bool is_short) {
 }
 
 // Turns each x into 2^(c * x) for c > 0 and x <= 0 (or barely above), relative error below 2e-7 + 2^-24 |c x|: exactly 1
-// at 0, 0 where c * x <= -127 (`lowest` is -127 / c), NaN for NaN. c * x enters two fused multiply-adds and is never
-// rounded by itself. kShort: relative error below 6e-7. Vectors go side by side, otherwise each would wait for its chain.
+// at 0, between 0 and 2^-126 where c * x < -126, 0 where c * x <= -127 (`lowest` is -127 / c), NaN for NaN. But for SSE,
+// c * x enters two fused multiply-adds and is never rounded by itself. kShort: relative error below 6e-7. Vectors go side
+// by side, otherwise each would wait for its chain.
 template <bool kShort, int kVectors> inline void exp2_scaled(vf (&x)[kVectors], float c, float lowest) {
   constexpr float kShift = 0x1.8p23f / kRoots + 127;  // c * x + kShift holds their integer in its low mantissa bits
   constexpr Polynomial kRest = power_less_1(kShort);
