@@ -226,7 +226,8 @@ def remdm_loop(
     shown: float = 0.9,
 ) -> Settings:
     """ReMDM-loop: MDLM until the share `shown` is there at time t = `begin`, then sigma = eta and that share is kept,
-    from t = `end` on MDLM again."""
+    from t = `end` on MDLM again. A pass across `begin` or `end` goes to the share of its end by MDLM; in the authors'
+    code it would go on as it began, and with few passes show all tokens at once."""
     if not 0 <= end < begin <= 1 or not shown <= 1:
         raise PromptError(
             f"sampler_options: expected 0 <= end < begin <= 1 and shown <= 1, got {end}, {begin}, {shown}"
