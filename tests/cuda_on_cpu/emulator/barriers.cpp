@@ -177,14 +177,15 @@ Lanes warp_meet(const char* name, uint32_t mask, uint64_t value) {
   WarpMeeting& m = b.warps[warp][mask];
   const uint32_t phase = m.phase;
   if (!m.arrived) m.name = name;
-  if (strcmp(m.name, name)) fault("lanes of one warp are in different collectives: %s and %s", m.name, name);
+  if (m.name != name && strcmp(m.name, name))
+    fault("lanes of one warp are in different collectives: %s and %s", m.name, name);
   m.arrived |= 1u << lane;
   m.values[phase & 1].at[lane] = value;
   const uint64_t key = uint64_t(b.rank) << 48 | uint64_t(warp) << 32 | mask;
   if (m.arrived == mask) {
     m.arrived = 0;
     ++m.phase;
-    wake(Waits::warp, key);
+    wake(Waits::warp, key, size_t(self - cluster->fibers.data()) - lane, 32);  // no other warp's lanes wait for it
   }
   while (m.phase == phase) sleep_on(Waits::warp, key, lane);
   return m.values[phase & 1];

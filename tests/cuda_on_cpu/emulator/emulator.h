@@ -26,7 +26,13 @@ constexpr size_t kStack = 128 << 10;  // of a fiber
 // splitmix64: the only source of chance, so a seed repeats a run exactly (with one host thread, or within a cluster)
 struct Random {
   uint64_t state = 0;
-  uint64_t next();
+  uint64_t next() {
+    state += 0x9e3779b97f4a7c15ull;
+    uint64_t z = state;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+  }
   bool chance(uint32_t of_2_32) { return uint32_t(next()) < of_2_32; }
 };
 
@@ -148,7 +154,8 @@ Issuer issuer_here();  // the running fiber, lazy or not as the schedule wants
 
 // ---- scheduler.cpp ---------------------------------------------------------------------------------------------
 void sleep_on(Waits what, uint64_t key, int detail);  // until wake
-void wake(Waits what, uint64_t key);
+// Wakes the fibers that wait for this, among `count` of the cluster from `first` on.
+void wake(Waits what, uint64_t key, size_t first = 0, size_t count = ~size_t(0));
 void maybe_yield(uint32_t chance);
 bool carry_out_one();  // one asynchronous operation, chosen at random among those under way; false if there is none
 template <class Ready> void wait_until(Waits what, uint64_t key, int detail, Ready ready) {

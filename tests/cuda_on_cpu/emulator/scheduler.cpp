@@ -1,6 +1,7 @@
 // Fibers and their scheduler; faults and deadlocks.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
@@ -30,14 +31,6 @@ thread_local Issuer carried_out;
 static thread_local void* scheduler_stack;
 thread_local Body running_body;
 thread_local void* running_arguments;
-
-uint64_t Random::next() {
-  state += 0x9e3779b97f4a7c15ull;
-  uint64_t z = state;
-  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-  return z ^ z >> 31;
-}
 
 // ---- faults ----------------------------------------------------------------------------------------------------
 static std::mutex fault_lock;
@@ -87,13 +80,15 @@ void sleep_on(Waits what, uint64_t key, int detail) {
   yield();
 }
 
-void wake(Waits what, uint64_t key) {
+void wake(Waits what, uint64_t key, size_t first, size_t count) {
   cluster->idle_polls = 0;
-  for (Fiber& f : cluster->fibers)
-    if (f.waits == what && f.key == key) {
-      f.waits = Waits::nothing;
-      cluster->ready.push_back(&f);
-    }
+  const size_t end = first + std::min(count, cluster->fibers.size() - first);
+  for (size_t i = first; i < end; ++i) {
+    Fiber& f = cluster->fibers[i];
+    if (f.waits != what || f.key != key) continue;
+    f.waits = Waits::nothing;
+    cluster->ready.push_back(&f);
+  }
 }
 
 void maybe_yield(uint32_t chance) {
