@@ -138,7 +138,7 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_noise_cpu)(int64_t seed, int64_t posi
   if (ids % kSegment) return ILLADA_BAD_ARGUMENT;
   const RowNoise row{uint64_t(seed), uint32_t(position), uint32_t(step)};
   for (int64_t id = 0; id < ids; id += kWidth) {
-    const Words<1> w = philox_groups<1>(row, first_pairs(id));
+    const Words<1> w = philox_groups<1>(row, [=](int) { return first_pairs(id); });
     const vu high = w.top(0), low = w.low(0);
     for (int i = 0; i < kWidth; ++i) {
       words[2 * (id + i)] = high[i], words[2 * (id + i) + 1] = low[i];

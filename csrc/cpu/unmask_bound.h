@@ -2,10 +2,12 @@
 //
 // An id is kept while all larger logits together weigh less than a target. For top_k each weighs 1 and the target is k;
 // for top_p each weighs exp((l - max l) / T) and the target is p of the sum. A histogram that is linear in l finds the
-// bin in which the weight reaches the target (a small k needs none: a sample bounds it). The ids of the bin are listed,
-// and the list is narrowed by the bits of its logits until few are left to sort. A bin of more than kListed ids is
-// narrowed first, by passes over the row. Weights add up in float64 and in order of id, and a thread has a row to
-// itself: the bound depends on the row alone. Memory: 90 KiB a thread.
+// bin in which the weight reaches the target. A sample spares most of it: it bounds a small k, and for top_p it says
+// below which logit the bound hardly lies, so that only ids above are weighed; the sum is then that of the first pass,
+// and where they do not reach the target all are weighed. The ids of the bin are listed, and the list is narrowed by
+// the bits of its logits until few are left to sort. A bin of more than kListed ids is narrowed first, by passes over
+// the row. Weights add up in float64 and in order of id, and a thread has a row to itself: the bound depends on the row
+// alone. Memory: 90 KiB a thread.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -71,12 +73,12 @@ template <class T> struct RowLogits {
       }
     }
   }
-  // Copies some logits of each segment, without their edits; returns their number, kSampled at most.
-  int sample(float top, float* out) const {
-    constexpr int each = 32;
+  // Copies some logits of each segment, without their edits; returns their number, `most` at most.
+  int sample(float top, int most, float* out) const {
+    const int each = most / 64;
     int n = 0;
-    const int64_t step = std::max<int64_t>(1, segments() * each / kSampled);
-    for (int64_t s = 0; s < segments() && n + each <= kSampled; s += step)
+    const int64_t step = std::max<int64_t>(1, segments() / 64);
+    for (int64_t s = 0; s < segments() && n + each <= most; s += step)
       for (int64_t i = s * kSegment; i < std::min(ids, s * kSegment + each); ++i) {
         const float l = to_float(data[i]);
         out[n++] = l <= top ? l : -kInf;  // what is above, or a NaN, is forbidden
@@ -140,7 +142,7 @@ template <class T> class Bound {
   float by_count(int64_t k) {
     weigh_ = Weigh{false, top_, 0};
     target_ = double(k);
-    const int n = row_.sample(top_, logits_);
+    const int n = row_.sample(top_, kSampled, logits_);
     const double expected = target_ * n / double(row_.ids);
     const int64_t rank = int64_t(expected + 4 * std::sqrt(expected) + 3);
     if (rank < n) {
@@ -157,15 +159,23 @@ template <class T> class Bound {
     return narrow(key_of(-kInf), key_of(top_), 0);
   }
 
-  // `floor`: ids below it count for nothing.
-  float by_mass(float temperature, float p, float floor) {
+  // `floor`: ids below it count for nothing. `total`: what all ids weigh, or 0 where that is not known.
+  float by_mass(float temperature, float p, float floor, double total) {
     if (!(p > 0)) return top_;
     weigh_ = Weigh{true, top_, std::min(1.0f / temperature, kLargest)};
+    const float guess = std::max(top_ - 20.0f * temperature, -kLargest);
+    if (total > 0) {
+      target_ = double(p) * total;
+      floor_ = std::max(floor, safe_floor(guess, p));
+      if (floor_ > guess) {
+        kept_bins(floor_);
+        if (bins_.total() >= target_) return in_linear_bin(floor_);
+      }
+    }
     floor_ = floor;
-    const float guess = std::max(std::max(top_ - 20.0f * temperature, -kLargest), floor);
-    linear_bins(guess);
+    linear_bins(std::max(guess, floor));
     target_ = double(p) * bins_.total();
-    return in_linear_bin(guess);
+    return in_linear_bin(std::max(guess, floor));
   }
 
  private:
@@ -174,6 +184,45 @@ template <class T> class Bound {
   }
   vi linear_bin(vf v, float scale) const {
     return __builtin_convertvector(min((top_ - v) * scale, splat(float(kBins - 1))), vi);
+  }
+  // Adds the first n of logits_ to bins_, which end at `guess`.
+  void add_listed(int n, float guess) {
+    const float scale = scale_of(guess);
+    for (int i = n; i % (4 * kWidth); ++i) logits_[i] = -kInf;  // weighs 1e-38
+    for (int j = 0; j < n; j += 4 * kWidth) {
+      vf v[4], w[4];
+      vi bin[4];
+      for (int c = 0; c < 4; ++c) v[c] = load(logits_ + j + c * kWidth), bin[c] = linear_bin(v[c], scale);
+      weigh_(v, w);
+      bins_.add(bin, w);
+    }
+  }
+  // Fills bins_ with the ids from `guess` on.
+  void kept_bins(float guess) {
+    int n = 0;
+    bins_.clear();
+    row_.each(guess, [&](const vf(&v)[4]) {
+      for (int c = 0; c < 4; ++c) n += append(logits_ + n, v[c], v[c] >= guess);
+      if (n < kListed - 4 * kWidth) return;
+      add_listed(n, guess);
+      n = 0;
+    });
+    add_listed(n, guess);
+  }
+  // Returns a logit that the bound is hardly below, or -inf: two standard deviations beyond p of a sample.
+  float safe_floor(float guess, float p) {
+    const int n = row_.sample(top_, kListed, logits_);
+    bins_.clear();
+    add_listed(n, guess);
+    double squares = 0;
+    for (int i = 0; i < n; i += kWidth) {
+      const vf w = exp((load(logits_ + i) - top_) * weigh_.scale);
+      squares += double(reduce_add(w * w));
+    }
+    const double total = bins_.total();
+    const double share = p + 2 * std::sqrt(p * (1 - double(p)) * squares) / total;
+    double above = 0;
+    return share < 1 ? top_ - float(bins_.crossing(above, share * total) + 1) / scale_of(guess) : -kInf;
   }
   // Fills bins_. All ids below `guess` lie in the last bin.
   void linear_bins(float guess) {

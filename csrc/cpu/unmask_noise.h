@@ -99,12 +99,13 @@ struct Words {
   vu low(int g) const { return bit_cast<vu>((w1[g] & 0xffffffff) | w3[g] << 32); }
 };
 
-// Returns the words of N * kWidth / 2 pairs: lane i of group g has index pairs[i] + g * kWidth / 2.
-template <int N> inline __attribute__((always_inline)) Words<N> philox_groups(const RowNoise& row, v64 pairs) {
+// Returns the words of N groups of kWidth / 2 pairs, whose indices pairs_of(group) gives.
+template <int N, class Pairs>
+inline __attribute__((always_inline)) Words<N> philox_groups(const RowNoise& row, const Pairs& pairs_of) {
   const v64 m0 = v64{} + illada::kPhiloxM0, m1 = v64{} + illada::kPhiloxM1;
   Words<N> w;
   v64 p[N], q[N];
-  for (int g = 0; g < N; ++g) p[g] = mul32(pairs + g * (kWidth / 2), m0);
+  for (int g = 0; g < N; ++g) p[g] = mul32(pairs_of(g), m0);
   for (int g = 0; g < N; ++g) q[g] = mul32(high32(p[g]) ^ row.first, m1);
   for (int g = 0; g < N; ++g)
     w.w0[g] = high32(q[g]) ^ row.a1, w.w1[g] = q[g], w.w2[g] = p[g] ^ row.b2, w.w3[g] = row.b3;
@@ -144,18 +145,51 @@ inline bool can_win(vu top, const float* logits, float temperature, float bar) {
 
 // Offers the ids of one group whose top word is at most `threshold`. Not inlined, because it is rare and needs
 // registers.
-__attribute__((noinline)) void offer_hits(const RowNoise& noise, float temperature, const float* logits,
-                                          int64_t first_id, uint32_t threshold, Best& best) {
-  const Words<1> words = philox_groups<1>(noise, first_pairs(first_id));
+__attribute__((noinline)) void offer_hits(const RowNoise& noise, float temperature, const float* logits, v64 pairs,
+                                          uint32_t threshold, Best& best) {
+  const Words<1> words = philox_groups<1>(noise, [=](int) { return pairs; });
   const vu high = words.top(0), low = words.low(0);
   for (int i = 0; i < kWidth; ++i)
     if (high[i] <= threshold && logits[i] > -kInf)
       best.offer(logits[i], illada::noised_score(logits[i], temperature, illada::gumbel(high[i], low[i])),
-                 int32_t(first_id + i));
+                 int32_t(2 * pairs[i / 2] + i % 2));
 }
 
+// The pairs of a block of which an id is kept, and their logits.
+struct KeptPairs {
+  static constexpr int kStep = kSideBySide * kWidth / 2;  // pairs that go through the rounds together
+  int count = 0;
+  alignas(64) uint64_t index[kBlock / 2 + kStep];
+  alignas(64) float logits[kBlock + 2 * kStep];
+
+  // Takes those of kWidth ids, of pairs `at`, that are above -inf.
+  void add(vf v, v64 at) {
+#if defined(__AVX512F__)
+    const __m512i x = bit_cast<__m512i>(v);
+    const __mmask8 kept = _mm512_cmpneq_epi64_mask(x, _mm512_set1_epi64(int64_t(0xff800000ff800000)));
+    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi64(kept, bit_cast<__m512i>(at)));
+    _mm512_storeu_si512(logits + 2 * count, _mm512_maskz_compress_epi64(kept, x));
+    count += __builtin_popcount(kept);
+#else
+    if (!any(v > -kInf)) return;
+    for (int i = 0; i < kWidth; i += 2)
+      if (v[i] > -kInf || v[i + 1] > -kInf)
+        logits[2 * count] = v[i], logits[2 * count + 1] = v[i + 1], index[count++] = at[i / 2];
+#endif
+  }
+  // Fills the last step with -inf.
+  void finish() {
+    for (int i = count; i % kStep; ++i) index[i] = 0, logits[2 * i] = logits[2 * i + 1] = -kInf;
+  }
+  v64 pairs(int first) const {
+    v64 at;
+    std::memcpy(&at, index + first, sizeof at);
+    return at;
+  }
+};
+
 // Offers those of kBlock ids from first_id on that can beat or tie `best`. Their logits are at most `top`; if kSparse,
-// many are -inf.
+// many are -inf, and only pairs of the others are drawn.
 template <bool kSparse>
 inline void noise_block(const RowNoise& noise, float temperature, const float* logits, int64_t first_id, float top,
                         Best& best) {
@@ -165,21 +199,27 @@ inline void noise_block(const RowNoise& noise, float temperature, const float* l
   if (need > 44.5) return;  // a 64-bit uniform gives at most 44.37
   const double limit = std::exp(-need) * 1.0001 * 0x1p32;  // g >= need implies u <= exp(-need)
   const uint32_t threshold = limit < 4294967295.0 ? uint32_t(limit) : 0xffffffff;
-  v64 pairs = first_pairs(first_id);
-  for (int j = 0; j < kBlock; j += kSideBySide * kWidth, pairs += kSideBySide * (kWidth / 2)) {
-    if (kSparse) {
-      vf largest = load(logits + j);
-      for (int g = 1; g < kSideBySide; ++g) largest = max(load(logits + j + g * kWidth), largest);
-      if (!any(largest > -kInf)) continue;
-    }
-    const Words<kSideBySide> words = philox_groups<kSideBySide>(noise, pairs);
+  // kSideBySide groups of ids, whose pairs pairs_of(group) gives
+  const auto step = [&](const float* l, const auto& pairs_of) {
+    const Words<kSideBySide> words = philox_groups<kSideBySide>(noise, pairs_of);
     vu lowest = words.top(0);
     for (int g = 1; g < kSideBySide; ++g) lowest = words.top(g) < lowest ? words.top(g) : lowest;
-    if (__builtin_expect(!any_at_most(lowest, threshold), 1)) continue;
+    if (__builtin_expect(!any_at_most(lowest, threshold), 1)) return;
     for (int g = 0; g < kSideBySide; ++g)
-      if (can_win(words.top(g), logits + j + g * kWidth, temperature, float(best.score - 2 * slack)))
-        offer_hits(noise, temperature, logits + j + g * kWidth, first_id + j + g * kWidth, threshold, best);
+      if (can_win(words.top(g), l + g * kWidth, temperature, float(best.score - 2 * slack)))
+        offer_hits(noise, temperature, l + g * kWidth, pairs_of(g), threshold, best);
+  };
+  v64 pairs = first_pairs(first_id);
+  if (kSparse) {
+    KeptPairs kept;
+    for (int j = 0; j < kBlock; j += kWidth, pairs += kWidth / 2) kept.add(load(logits + j), pairs);
+    kept.finish();
+    for (int i = 0; i < kept.count; i += KeptPairs::kStep)
+      step(kept.logits + 2 * i, [&](int g) { return kept.pairs(i + g * (kWidth / 2)); });
+    return;
   }
+  for (int j = 0; j < kBlock; j += kSideBySide * kWidth, pairs += kSideBySide * (kWidth / 2))
+    step(logits + j, [&](int g) { return pairs + g * (kWidth / 2); });
 }
 
 }  // namespace

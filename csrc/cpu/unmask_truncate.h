@@ -39,7 +39,12 @@ void draw_truncated(const RowLogits<T>& logits, const Row& row, const Truncation
   if (by_count || how.top_p < 1) {
     Bound<T> find(logits, top);
     if (by_count) bound = find.by_count(how.top_k);
-    if (how.top_p < 1) bound = std::max(bound, find.by_mass(row.temperature, how.top_p, bound));
+    // what all ids weigh, where the first pass has weighed them at this temperature
+    double total = 0;
+    if (!by_count && row.scale == 1.0f / row.temperature)
+      for (int64_t s = 0; s < logits.segments(); ++s)
+        total += parts[s].sum * std::exp((double(parts[s].top) - top) * row.scale);
+    if (how.top_p < 1) bound = std::max(bound, find.by_mass(row.temperature, how.top_p, bound, total));
   }
   volatile float drop = row.temperature * how.log_min_p;  // rounds before the sum: no fused multiply-add
   bound = std::max(bound, top + drop);
