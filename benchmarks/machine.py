@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from illada_kernels.doctor import build_info
+
 
 def device_name(device: str) -> str:
     if device == "cuda":
@@ -58,7 +60,8 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit, with a + if what is measured differs from it; ILLADA_COMMIT where the checkout came without git."""
+    """The commit, with a + if what is measured differs from it, a stale extension too; ILLADA_COMMIT where the checkout
+    came without git."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -69,7 +72,11 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--", "../csrc", "../illada_kernels", "../python", "*.py")
     head = git("rev-parse", "--short", "HEAD")
-    return head + ("+" if changed else "") if head else os.environ.get("ILLADA_COMMIT", "unknown")
+    return (
+        head + ("+" if changed or build_info().get("stale") else "")
+        if head
+        else os.environ.get("ILLADA_COMMIT", "unknown")
+    )
 
 
 def gpu_limits() -> dict[str, Any]:

@@ -26,6 +26,9 @@ from typing import Any
 
 import torch
 
+from illada_kernels._extension import STALE
+from illada_kernels.doctor import build_info
+
 from . import measure, peers
 from .floor import ceilings
 from .journal import AGAIN, Journal
@@ -201,6 +204,9 @@ def main(argv: list[str]) -> int:
         cases = select([case for op in ops for case in known[op]], options.cases, options.case)
     except ValueError as error:
         print(error, file=sys.stderr)
+        return 1
+    if not (options.json or options.journal) and build_info().get("stale"):
+        print(f"no result is written here: {STALE}", file=sys.stderr)
         return 1
     name = measure.device_name(options.device)
     folder = RESULTS / measure.slug(name)

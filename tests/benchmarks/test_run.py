@@ -185,6 +185,10 @@ def test_runner_measures_the_cases_that_are_asked_for_and_prints_and_writes_them
     assert all(line["rows"][0]["best_peer"] == "plain" and line["by"] == "p" for line in ended.values())
     assert run.main(["--op", "unmask", "--cases", "other,on", "--device", "cpu"]) == 1
     assert "no case is named on;" in capsys.readouterr().err
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "build_info", lambda: {"stale": True})
+    assert run.main(["--op", "unmask", "--device", "cpu", "--rounds", "3"]) == 1
+    assert "older than this code" in capsys.readouterr().err and not (tmp_path / "results").exists()
 
 
 def test_an_absent_suite_is_told_not_raised(monkeypatch, capsys):
