@@ -97,6 +97,11 @@ PYBIND11_MODULE(_C, m) {
 
   BIND_CPU(head_cpu);
 
+  // layer
+  BIND_CPU(layer_rms_norm_cpu);
+  BIND_CPU(layer_rope_cpu);
+  BIND_CPU(layer_swiglu_cpu);
+
   // masked_loss
   BIND_CPU(masked_loss_stats_cpu);
   BIND_CPU(masked_loss_dlogits_cpu);

@@ -51,7 +51,12 @@ _learn_plain_keys(torch.device("cpu"))  # other devices when a tensor of theirs 
 
 def is_watched() -> bool:
     """True if something must see the operator: compiler, trace, mode, transform, forward-mode AD, profiler."""
-    return _is_below() or torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled()
+    return is_traced() or torch.autograd._profiler_enabled()
+
+
+def is_traced() -> bool:
+    """As is_watched, but for a profiler, which changes nothing."""
+    return _is_below() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _is_below() -> bool:

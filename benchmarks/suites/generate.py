@@ -20,7 +20,7 @@ from illada.checkpoint import save
 from illada.config import ModelConfig
 from illada.decoding.config import GenerationConfig
 from illada.decoding.generate import generate
-from illada.model import Model, apply_rope, rope_angles
+from illada.model import Model, rope_angles
 from illada.packing import pack
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +29,7 @@ from illada_kernels import TopK
 
 from ..measure import Case, Job, Work
 from ..peers import generate as llama_cpp
+from ..peers.layer import plain_norm, plain_rope
 
 PER_PASS = 2
 exact, dual = "none", "dual"
@@ -239,11 +240,12 @@ def plain_hidden(model: Model, tokens: Tensor) -> Tensor:
         allowed = number[:, None] >= number
     h = model.embed(tokens)
     for layer in model.layers:
-        q, k, v = layer.qkv_proj(layer.attn_norm(h)).unflatten(-1, (-1, config.head_dim)).split(layer.heads, dim=2)
-        q, k = apply_rope(layer.q_norm(q), *rope), apply_rope(layer.k_norm(k), *rope)
+        qkv = layer.qkv_proj(plain_norm(layer.attn_norm, h)).unflatten(-1, (-1, config.head_dim))
+        q, k, v = qkv.split(layer.heads, dim=2)
+        q, k = plain_rope(plain_norm(layer.q_norm, q), *rope), plain_rope(plain_norm(layer.k_norm, k), *rope)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
         h = h + layer.o_proj(out.transpose(1, 2).flatten(2))
-        gate, up = layer.gate_up_proj(layer.ffn_norm(h)).chunk(2, dim=-1)
+        gate, up = layer.gate_up_proj(plain_norm(layer.ffn_norm, h)).chunk(2, dim=-1)
         h = h + layer.down_proj(F.silu(gate) * up)
-    return model.norm(h)
+    return plain_norm(model.norm, h)

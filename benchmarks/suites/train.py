@@ -12,12 +12,13 @@ from functools import partial
 
 import torch
 from illada.config import ModelConfig
-from illada.model import Model, RMSNorm, rope_angles
+from illada.model import Model, rope_angles
 from illada.training.objectives import Example, block_diffusion, full_sequence
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..measure import Case, Work
+from ..peers.layer import plain_norm, plain_rope
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
@@ -100,12 +101,3 @@ def plain_forward(model: Model, made: Example, dense: Tensor | None) -> Tensor:
         gate, up = block.gate_up_proj(plain_norm(block.ffn_norm, h)).chunk(2, dim=-1)
         h = h + block.down_proj(F.silu(gate) * up)
     return plain_norm(model.norm, h)
-
-
-def plain_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], None, norm.eps) * norm.weight if isinstance(norm, RMSNorm) else x
-
-
-def plain_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

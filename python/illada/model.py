@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import illada_kernels
 from illada_kernels import KeyRanges
+from illada_kernels.layer import add_rms_norm, kernels_for, rms_norm, swiglu
 
 from . import cpu_gradients
 from .config import ModelConfig
 from .decoding.cache import CacheWindow
 
 Rope = tuple[Tensor, Tensor]  # cos and sin
+Kernels = ModuleType | None  # what illada_kernels.layer.kernels_for says of a pass
 
 
 class RMSNorm(nn.Module):
@@ -31,17 +33,22 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
         self.eps, self.in_fp32 = eps, in_fp32
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalized(x, self.weight)
+    def forward(self, x: Tensor, kernels: Kernels = None) -> Tensor:
+        return self.normalized(x, self.weight, kernels)
 
-    def normalized(self, x: Tensor, weight: Tensor) -> Tensor:
+    def normalized(self, x: Tensor, weight: Tensor, kernels: Kernels = None) -> Tensor:
         """Returns `forward` with this weight."""
-        if cpu_gradients.wanted(x, weight):
+        if kernels is None and cpu_gradients.wanted(x, weight):
             normalized: Tensor = cpu_gradients.RMSNorm.apply(x, weight, self.eps)
             return normalized
-        if self.in_fp32 and x.dtype != torch.float64:
-            return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * weight.float()).to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight
+        return rms_norm(x, weight, self.eps, self.in_fp32, kernels=kernels)
+
+    def of_sum(self, x: Tensor, delta: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        """Returns x + delta and its norm."""
+        if kernels is None:
+            x = x + delta
+            return x, self(x)
+        return add_rms_norm(x, delta, self.weight, self.eps, self.in_fp32, kernels=kernels)
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
@@ -113,23 +120,40 @@ class Layer(nn.Module):
         self.down_proj = nn.Linear(c.ffn_dim, c.dim, bias=False)
 
     def forward(
-        self, h: Tensor, rope: Rope, key_ranges: KeyRanges | None, index: int, cache: CacheWindow | None
+        self,
+        h: Tensor,
+        rope: Rope,
+        key_ranges: KeyRanges | None,
+        index: int,
+        cache: CacheWindow | None,
+        kernels: Kernels = None,
     ) -> Tensor:
         """Returns the next hidden rows (B, S, dim); `index` is this layer's place in the cache."""
-        h = h + self.o_proj(self.attend(self.attn_norm(h), rope, key_ranges, index, cache))
-        gate, up = self.gate_up_proj(self.ffn_norm(h)).chunk(2, dim=-1)
-        return h + self.down_proj(F.silu(gate) * up)
+        x = self.attn_norm(h, kernels)
+        h, x = self.ffn_norm.of_sum(h, self.o_proj(self.attend(x, rope, key_ranges, index, cache, kernels)), kernels)
+        return h + self.down_proj(swiglu(self.gate_up_proj(x), kernels=kernels))
 
     def attend(
-        self, x: Tensor, rope: Rope, key_ranges: KeyRanges | None, index: int, cache: CacheWindow | None
+        self,
+        x: Tensor,
+        rope: Rope,
+        key_ranges: KeyRanges | None,
+        index: int,
+        cache: CacheWindow | None,
+        kernels: Kernels,
     ) -> Tensor:
         """Returns the heads' outputs side by side, (B, S, n_heads * head_dim)."""
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim)).split(self.heads, dim=2)  # (B, S, H, D)
-        q, k = self.q_norm(q), self.k_norm(k)
+        qkv = self.qkv_proj(x).view(*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = qkv.split_with_sizes(self.heads, 2)  # (B, S, H, D)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q, kernels), self.k_norm(k, kernels)
         cos, sin = rope if self.config.rope_in_fp32 else (rope[0].to(q.dtype), rope[1].to(q.dtype))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(index, k, v)
+            q, k, v = cache.rotate(index, q, k, v, cos, sin, kernels)
+        elif kernels is None:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        else:
+            q, k = illada_kernels.layer.apply_rope(q, k, cos, sin, kernels=kernels)
         return self.mix(q, k, v, key_ranges).flatten(2)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges | None) -> Tensor:
@@ -241,9 +265,10 @@ class Model(nn.Module):
             key_ranges = self._own_ranges(tokens, cache)
         h = self.embed(tokens)
         rope = rope_angles(self.config, positions, h.dtype)
+        kernels = kernels_for(h, *rope)
         for index, layer in enumerate(self.layers):
-            h = layer(h, rope, key_ranges, index, cache)
-        h = self.norm(h)
+            h = layer(h, rope, key_ranges, index, cache, kernels)
+        h = self.norm(h, kernels)
         return _shift(h, positions) if shift and self.config.shifted_logits else h
 
     def _positions(self, tokens: Tensor, positions: Tensor | None, cache: CacheWindow | None) -> Tensor:

@@ -193,7 +193,14 @@ def test_pictures_of_masks_are_what_key_ranges_says():
             "integrations",
             [
                 f"illada_kernels.{x}"
-                for x in ("nn", "distributed", "integrations", "integrations.trainer", "integrations.transformers")
+                for x in (
+                    "nn",
+                    "layer",
+                    "distributed",
+                    "integrations",
+                    "integrations.trainer",
+                    "integrations.transformers",
+                )
             ],
         ),
     ],

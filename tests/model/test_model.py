@@ -99,12 +99,12 @@ def test_sequences_of_unequal_length_share_a_cache():
 def test_cache_windows_stay_within_the_cache():
     config = tiny()
     cache = Cache(config, batch=1, capacity=4)
-    k = torch.ones(1, 2, config.n_kv_heads, config.head_dim)
+    k, cos = torch.ones(1, 2, config.n_kv_heads, config.head_dim), torch.ones(1, 2, 1, config.head_dim // 2)
     with pytest.raises(ValueError, match=r"within 4 slots, got 3 \.\. 5"):
-        cache.at(3).update(0, k, k)
+        cache.at(3).rotate(0, k, k, k, cos, 0 * cos)
     with pytest.raises(ValueError, match="num_keys"):
         cache.at(0, 5)
-    cache.at(torch.tensor([9])).update(0, k, k)
+    cache.at(torch.tensor([9])).rotate(0, k, k, k, cos, 0 * cos)
     assert cache.keys[0, 0, :3].abs().max() == 0 and cache.keys[0, 0, 3].min() == 1
     assert cache.keys[1:].abs().max() == 0
 

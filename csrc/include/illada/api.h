@@ -75,6 +75,22 @@ extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const 
                                                 int64_t kv_heads, int64_t dim, int64_t bounds_batches,
                                                 const int64_t* strides, float scale, int blocks, void* stream);
 
+// ---- a layer between its matmuls (csrc/cpu/layer.cpp) ----------------------------------------------------------------
+// sum = x + delta, or x where delta is null and sum is not written; out = norm(sum). All are (rows, dim), contiguous.
+// in_fp32: rounds once, after the weight; else before it too.
+ILLADA_CPU(illada_layer_rms_norm_cpu, int dtype, const void* x, const void* delta, const void* weight, int64_t rows,
+           int64_t dim, float eps, int in_fp32, void* sum, void* out, int threads)
+// q (batch, length, heads, dim); k, v with kv_heads; cos and sin (batch or 1, length, dim / 2). rotated, of q, is
+// contiguous. Token i of sequence b has slot starts[b] + i (null: start + i), clamped, of keys and values (batch, slots,
+// kv_heads, dim). Only where keep (batch, length) is true is written; null: all. values null: v is not looked at.
+// strides[0..14]: batch, row and head of q, k, v, keys and values; strides[15]: batch of cos and sin.
+ILLADA_CPU(illada_layer_rope_cpu, int dtype, const void* q, const void* k, const void* v, const float* cos,
+           const float* sin, int64_t batch, int64_t length, int64_t heads, int64_t kv_heads, int64_t dim,
+           const int64_t* strides, void* rotated, void* keys, void* values, int64_t slots, int64_t start,
+           const int64_t* starts, const uint8_t* keep, int threads)
+// gate_up (rows, 2 * width): gate, then up; out (rows, width). Contiguous.
+ILLADA_CPU(illada_layer_swiglu_cpu, int dtype, const void* gate_up, int64_t rows, int64_t width, void* out, int threads)
+
 // ---- the LM head (csrc/cpu/head.cpp) ---------------------------------------------------------------------------------
 // logits (rows, ids), out_stride from row to row, of ids first .. first + ids. hidden (rows, dim), contiguous, float32 or of
 // the weight's dtype; weight: `stride` from id to id; bias: float32 or null.

@@ -9,10 +9,12 @@ error (Fast-dLLM, arXiv 2505.22618).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from illada_kernels.layer import rope_to_cache
 
 from ..config import ModelConfig
 
@@ -79,23 +81,20 @@ class CacheWindow:
         row = torch.arange(length, device=self.cache.keys.device)[None]
         return row + (self.start[:, None] if isinstance(self.start, Tensor) else self.start)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k and v (B, S, n_kv_heads, head_dim); returns views of the layer's first num_keys slots."""
-        keys, values = self.cache.keys[layer, :, : self.num_keys], self.cache.values[layer, :, : self.num_keys]
-        if isinstance(self.start, Tensor):
-            slots = self.slots(k.shape[1]).clamp(0, self.num_keys - 1)
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            keys[rows, slots] = self._kept(k.detach().to(keys.dtype), keys, (rows, slots))
-            values[rows, slots] = self._kept(v.detach().to(values.dtype), values, (rows, slots))
-            return keys, values
-        stop = self.start + k.shape[1]
-        if not 0 <= self.start <= stop <= self.num_keys:
-            raise ValueError(f"cache: expected a window within {self.num_keys} slots, got {self.start} .. {stop}")
-        here = (slice(None), slice(self.start, stop))
-        keys[here].copy_(self._kept(k.detach(), keys, here))
-        values[here].copy_(self._kept(v.detach(), values, here))
-        return keys, values
+    def rotate(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kernels: ModuleType | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Applies RoPE to q and k and writes k and v (B, S, n_kv_heads, head_dim) into this window.
 
-    def _kept(self, new: Tensor, held: Tensor, where: Any) -> Tensor:
-        """Returns what is to be written: `new`, where `keep` is false what the slots hold."""
-        return new if self.keep is None else torch.where(self.keep[..., None, None], new.to(held.dtype), held[where])
+        Returns q, and views of the layer's first num_keys keys and values.
+        """
+        keys, values = self.cache.keys[layer, :, : self.num_keys], self.cache.values[layer, :, : self.num_keys]
+        q = rope_to_cache(q, k, v, cos, sin, keys, values, self.start, self.keep, kernels=kernels)
+        return q, keys, values

@@ -24,7 +24,7 @@ from illada_kernels import distributed, masked_loss
 
 from ...checkpoint import Stored, read_config
 from ...config import ModelConfig
-from ...model import Layer, Model, RMSNorm, init_weight
+from ...model import Kernels, Layer, Model, RMSNorm, init_weight
 from .. import lora
 from .layout import Ranks
 from .share import Share
@@ -50,9 +50,8 @@ class SharedNorm(RMSNorm):
         super().__init__(len(norm.weight), norm.eps, norm.in_fp32)
         self.weight, self.group = norm.weight, group
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the normalised x."""
-        return self.normalized(x, _Shared.apply(self.weight, self.group))
+    def forward(self, x: Tensor, kernels: Kernels = None) -> Tensor:
+        return self.normalized(x, _Shared.apply(self.weight, self.group), kernels)
 
 
 class _Shared(torch.autograd.Function):

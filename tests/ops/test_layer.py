@@ -1,0 +1,294 @@
+"""illada_kernels.layer: csrc/cpu/layer.cpp against torch's operations, and who gets which."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from illada_kernels import _extension, layer
+from illada_kernels.testing import assert_close, one_precision_up
+from tests.helpers.instruction_sets import run_under_each
+from tests.helpers.layer_calls import DTYPES, angles, heads
+
+compiled = pytest.mark.skipif(_extension.extension_reason("layer_rope_cpu") is not None, reason="no extension")
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+SIZES = [1, 2, 15, 16, 17, 33, 64, 130, 1024]
+
+
+K = None if _extension.extension_reason("layer_rope_cpu") else _extension.native()
+rms_norm, swiglu, apply_rope = (partial(f, kernels=K) for f in (layer.rms_norm, layer.swiglu, layer.apply_rope))
+
+
+def meets_the_bar(function, *tensors, name="result", **options):
+    exact = function(*(x.to(one_precision_up(x.dtype)) for x in tensors), **options)
+    plain, ours = function(*tensors, **options), function(*tensors, **options, kernels=K)
+    assert_close(ours, plain, exact, 4 * torch.finfo(torch.float32).eps, name)
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("dim", SIZES)
+def test_norm_and_swiglu_meet_the_numerics_bar(dtype, dim):
+    for shape in ((dim,), (3, dim), (2, 1, 5, dim), (0, dim)):
+        x, weight = 3 * torch.randn(shape).to(dtype), torch.randn(dim).to(dtype)
+        for in_fp32 in (False, True):
+            meets_the_bar(layer.rms_norm, x, weight, eps=1e-5, in_fp32=in_fp32, name=f"norm {shape}")
+        meets_the_bar(normed_sum, x, x.flip(0), weight, name=f"norm of a sum {shape}")
+        meets_the_bar(layer.swiglu, torch.cat([x, 2 * x.flip(-1)], -1), name=f"swiglu {shape}")
+
+
+def normed_sum(x, delta, weight, kernels=None):
+    total, out = layer.add_rms_norm(x, delta, weight, 1e-5, kernels=kernels)
+    assert torch.equal(total, x + delta)
+    return out
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("dim", [2, 6, 30, 32, 34, 64, 128])
+@pytest.mark.parametrize("shared", [True, False])
+def test_rope_meets_the_numerics_bar(dtype, dim, shared):
+    for batch, length in ((1, 1), (3, 5), (2, 0)):
+        q, k, _ = heads(batch, length, 4, 2, dim, dtype)
+        cos, sin = angles(1 if shared else batch, length, dim)
+        for x in (q, k):  # the dtype of cos is that of torch's products
+            meets_the_bar(rotated_alone, x, cos.to(dtype), sin.to(dtype))
+
+
+def rotated_alone(x, cos, sin, kernels=None):
+    return layer.apply_rope(x, x, cos, sin, kernels=kernels)[0]
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("start", [0, 2, "each", "beyond"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_slots_of_the_cache_hold_what_torch_writes_and_nothing_else_is_touched(dtype, start, kept):
+    q, k, v = heads(2, 3, 4, 2, 6, dtype)
+    cos, sin = angles(2, 3, 6)
+    if isinstance(start, str):  # sequence 1 lies beyond: of its tokens the last one is in the last slot
+        start = torch.tensor([4, 1] if start == "each" else [0, 9])
+    keep = torch.tensor([[True, False, True], [False, False, True]]) if kept else None
+    whole = torch.full((2, 2, 4, 9, 2, 6), 7.0, dtype=dtype)  # sequences 1 and 2 of 4, slots 0 .. 7 of 9
+
+    def write(store, kernels):
+        return layer.rope_to_cache(q, k, v, cos, sin, *store[:, 1, 1:3, :8], start, keep, kernels=kernels)
+
+    ours, theirs = whole.clone(), whole.clone()
+    out, expected = write(ours, K), write(theirs, None)
+    written = (theirs[:, 1] != 7).any(-1)
+    assert torch.equal((ours[:, 1] != 7).any(-1), written) and written.sum() == 2 * 2 * (
+        3 if kept else 4 if isinstance(start, torch.Tensor) and start[1] == 9 else 6
+    )
+    assert torch.equal(ours[:, 0], whole[:, 0])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected, rtol=2 * eps, atol=4 * eps)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2 * eps, atol=4 * eps)
+    assert torch.equal(ours[1], theirs[1])  # values are copied
+
+
+@compiled
+@dtypes
+def test_equal_rows_get_equal_bits_whatever_the_batch_and_threads(dtype):
+    x, weight = torch.randn(300, 520).to(dtype), torch.randn(520).to(dtype)
+    q, k, _ = heads(150, 2, 8, 2, 64, dtype)
+    cos, sin = angles(150, 2, 64)
+    norm, product, rotated = rms_norm(x, weight, 1e-5), swiglu(x), apply_rope(q, k, cos, sin)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(rms_norm(x, weight, 1e-5), norm) and torch.equal(swiglu(x), product)
+        assert torch.equal(apply_rope(q, k, cos, sin)[0], rotated[0])
+    finally:
+        torch.set_num_threads(threads)
+    for i in (0, 7, 149):
+        assert torch.equal(rms_norm(x[i], weight, 1e-5), norm[i]) and torch.equal(swiglu(x[i]), product[i])
+        alone = apply_rope(*(t[i : i + 1] for t in (q, k, cos, sin)))
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, rotated))
+
+
+@compiled
+@dtypes
+def test_extreme_numbers_give_what_torch_gives_and_stay_in_their_row(dtype):
+    far = torch.finfo(dtype).max
+    gate = torch.tensor([0.0, -0.0, 1e-30, 88.0, -88.0, -104.0, 1e4, -1e4, far, -far, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat([gate, torch.ones(13)]).to(dtype)
+    # exp(88.8) is float32's largest: below -88.8 a gate is 0 instead of at most 88.8 exp(-88.8) = 3e-37
+    torch.testing.assert_close(swiglu(x), layer.swiglu(x), rtol=4 * torch.finfo(dtype).eps, atol=1e-36, equal_nan=True)
+    rows, weight = torch.ones(3, 20).to(dtype), torch.ones(20).to(dtype)
+    rows[1, 3] = torch.nan
+    out = rms_norm(rows, weight, 0.0)
+    assert out[1].isnan().all() and torch.equal(out[::2], rows[::2])
+    assert torch.equal(rms_norm(0 * rows[:1], weight, 1e-5), 0 * rows[:1])
+
+
+@compiled
+def test_strided_inputs_and_transposed_heads_are_read_where_they_lie():
+    x = torch.randn(40, 6).T
+    assert torch.equal(rms_norm(x, torch.ones(80)[::2], 1e-5), rms_norm(x.contiguous(), torch.ones(40), 1e-5))
+    assert torch.equal(swiglu(x), swiglu(x.contiguous()))
+    q, k, _ = heads(2, 4, 3, 3, 8, torch.float32)
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k)]
+    angle = angles(1, 4, 8)
+    for a, b in zip(apply_rope(*turned, *angle), apply_rope(q, k, *angle)):
+        assert torch.equal(a, b)
+
+
+SUBPROCESS = """
+from tests.ops import test_layer as t
+for dtype in t.DTYPES:
+    for dim in (1, 17, 130):
+        t.test_norm_and_swiglu_meet_the_numerics_bar(dtype, dim)
+        t.test_rope_meets_the_numerics_bar(dtype, 2 * dim, False)
+    t.test_extreme_numbers_give_what_torch_gives_and_stay_in_their_row(dtype)
+    t.test_slots_of_the_cache_hold_what_torch_writes_and_nothing_else_is_touched(dtype, "beyond", True)
+"""
+
+
+@compiled
+def test_every_instruction_set_meets_the_numerics_bar(python):
+    run_under_each(python, SUBPROCESS)
+
+
+# ---- who gets which --------------------------------------------------------------------------------------------------
+
+
+def everything(x, weight, q, k, cos, sin):
+    kernels = layer.kernels_for(x, weight, q, k)
+    keys, values = torch.zeros(2, 2, 5, 2, 6, dtype=q.dtype)
+    rotated = layer.rope_to_cache(q, k, k, cos, sin, keys, values, 1, kernels=kernels)
+    norms = layer.rms_norm(x, weight, 1e-5, kernels=kernels), *layer.add_rms_norm(x, x, weight, 1e-5, kernels=kernels)
+    both = layer.apply_rope(q, k, cos, sin, kernels=kernels)
+    return *norms, layer.swiglu(x, kernels=kernels), *both, rotated, keys, values
+
+
+def inputs(dtype=torch.float32):
+    q, k, _ = heads(2, 3, 4, 2, 6, dtype)
+    return torch.randn(2, 3, 20).to(dtype), torch.rand(20).to(dtype), q, k, *angles(1, 3, 6)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The entry points of the extension that ran."""
+    ran = []
+
+    class Counted:
+        def __getattr__(self, name):
+            return lambda *a: ran.append(name) or getattr(_extension.native(), name)(*a)
+
+    monkeypatch.setattr(layer, "_extension", Counted)
+    return ran
+
+
+@compiled
+def test_what_wants_a_gradient_or_is_traced_gets_torch(calls, monkeypatch):
+    args = inputs()
+    monkeypatch.setenv("ILLADA_BACKEND", "reference")
+    expected = everything(*args)
+    assert calls == []
+    monkeypatch.delenv("ILLADA_BACKEND")
+    ours = everything(*args)
+    assert len(calls) == OPS
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b, rtol=4e-7, atol=4e-7)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert all(torch.equal(a, b) for a, b in zip(everything(*args), ours))
+    assert len(calls) == 2 * OPS
+    del calls[:]
+
+    wanted = [x.clone().requires_grad_() for x in args[:4]]
+    sum(out.sum() for out in everything(*wanted, *args[4:])[:7]).backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in wanted) and calls == []
+    with torch.no_grad():
+        everything(*wanted, *args[4:])
+    assert len(calls) == OPS
+    del calls[:]
+
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")(*args)
+    program = torch.export.export(Everything(), args).module()(*args)
+    mapped = torch.vmap(lambda x: layer.swiglu(x, kernels=layer.kernels_for(x)))(args[0])
+    tangent = torch.func.jvp(lambda x: layer.swiglu(x, kernels=layer.kernels_for(x)), args[:1], args[:1])[1]
+    doubled = everything(*(x.double() for x in args))
+    assert calls == [] and tangent.abs().max() > 0
+    for found in (compiled, program, doubled):
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a.float(), b, rtol=4e-7, atol=4e-7)
+    torch.testing.assert_close(mapped, layer.swiglu(args[0]), rtol=4e-7, atol=4e-7)
+
+
+OPS = 5  # of `everything`
+
+
+class Everything(torch.nn.Module):
+    def forward(self, *args):
+        return everything(*args)
+
+
+@compiled
+def test_kernels_leave_alone_what_they_cannot_take():
+    """Whoever hands kernels on to tensors of another kind gets torch's result, gradients included."""
+    x, weight, q, k, cos, sin = inputs()
+    torch.testing.assert_close(rms_norm(x.double(), weight.double(), 1e-5), layer.rms_norm(x.double(), weight, 1e-5))
+    assert rms_norm(x.bfloat16(), weight, 1e-5).dtype == torch.float32
+    leaf = weight.clone().requires_grad_()
+    rms_norm(x, leaf, 1e-5).sum().backward()
+    assert leaf.grad is not None
+    assert apply_rope(q.to("meta"), k.to("meta"), cos.to("meta"), sin.to("meta"))[0].is_meta
+    once = torch.compile(swiglu, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(once(x), layer.swiglu(x))
+    odd = torch.randn(2, 3, 4, 12)[..., ::2]  # heads that do not lie in one piece
+    for a, b in zip(apply_rope(odd, odd, cos, sin), layer.apply_rope(odd, odd, cos, sin)):
+        assert torch.equal(a, b)
+
+
+@compiled
+def test_inference_tensors_and_parameters_are_plain(calls):
+    with torch.inference_mode():
+        x, weight, *rest = inputs()
+        everything(x, torch.nn.Parameter(weight, requires_grad=False), *rest)
+    assert len(calls) == OPS
+
+
+def test_autograd_notices_that_the_cache_was_written():
+    _, _, q, k, cos, sin = inputs()
+    keys, values = torch.ones(2, 2, 5, 2, 6)
+    leaf = torch.ones(2, 5, 2, 6, requires_grad=True)
+    product = (leaf * keys).sum()
+    layer.rope_to_cache(q, k, k, cos, sin, keys, values, 0, kernels=K)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"start": 3}, r"within 5 slots, got 3 \.\. 6"),
+        ({"start": -1}, r"within 5 slots, got -1 \.\. 2"),
+        ({"start": torch.zeros(3, dtype=torch.int64)}, r"start: expected an int or int64 \(2,\)"),
+        ({"start": torch.zeros(2)}, "start: .*float32"),
+        ({"keep": torch.ones(2, 3)}, r"keep: expected bool \(2, 3\), got torch.float32"),
+        ({"keep": torch.ones(2, 1, dtype=torch.bool)}, r"keep: .*\(2, 1\)"),
+        ({"v": torch.zeros(2, 3, 1, 6)}, r"expected .*kv_heads, D\), got .*\(2, 3, 1, 6\)"),
+        ({"keys": torch.zeros(2, 5, 4, 6)}, r"\(2, 5, 4, 6\)"),
+        ({"values": torch.zeros(1, 5, 2, 6)}, r"\(1, 5, 2, 6\)"),
+        ({"q": torch.zeros(2, 4, 4, 6)}, r"\(2, 4, 4, 6\)"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_written(change, message):
+    q, k, v = heads(2, 3, 4, 2, 6, torch.float32)
+    cos, sin = angles(1, 3, 6)
+    given = {"keys": torch.zeros(2, 5, 2, 6), "values": torch.zeros(2, 5, 2, 6), "start": 0, "q": q, "k": k, "v": v}
+    with pytest.raises(ValueError, match=message):
+        layer.rope_to_cache(cos=cos, sin=sin, **{**given, **change}, kernels=K)
+    assert not given["keys"].any() and not given["values"].any()
+
+
+def test_angles_and_weights_that_do_not_fit_are_torchs_errors():
+    q, k, _ = heads(2, 3, 4, 2, 6, torch.float32)
+    for cos in (torch.ones(1, 4, 1, 3), torch.ones(1, 3, 1, 4), torch.ones(5, 3, 1, 3)):
+        with pytest.raises(RuntimeError, match="must match"):
+            apply_rope(q, k, cos, cos)
+    with pytest.raises(RuntimeError, match="must match"):
+        rms_norm(torch.ones(2, 8), torch.ones(7), 1e-5)
