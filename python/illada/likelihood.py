@@ -103,7 +103,7 @@ def log_likelihood(
         raise PromptError(f"seed: expected an integer, got {seed!r}")
     if forbid_mask is not None and not isinstance(forbid_mask, bool):
         raise PromptError(f"forbid_mask: expected True, False or None, got {forbid_mask!r}")
-    config = _read_as(model.config, method)
+    config = read_as(model.config, method)
     if guidance:
         expect_mask(config, "guidance")
     texts = _texts(config, contexts, continuations, method)
@@ -133,7 +133,7 @@ def is_greedy(
     A pair is left at the first token that differs, which for most is in the first pass. `method`: as in
     `log_likelihood`; with "autoregressive" models with `next_token` decode from left to right.
     """
-    config = _read_as(model.config, method)
+    config = read_as(model.config, method)
     texts = _texts(config, contexts, continuations, "greedy decoding")
     right = [True] * len(texts)
     scorer = Scorer(model, rows_per_pass, config=config)
@@ -145,7 +145,12 @@ def is_greedy(
 # ---- pairs and what is masked --------------------------------------------------------------------------------------
 
 
-def _read_as(config: ModelConfig, method: str) -> ModelConfig:
+def longest_pair(config: ModelConfig) -> int:
+    """Returns how many tokens fit; where each is predicted from the row before it, the last one needs no row."""
+    return config.max_seq_len + config.autoregressive
+
+
+def read_as(config: ModelConfig, method: str) -> ModelConfig:
     """Returns the configuration that says which rows are read: with clean causal rows that of a shifted model."""
     if method != "autoregressive" or not config.next_token:
         return config
@@ -166,7 +171,7 @@ def _texts(config: ModelConfig, contexts: Prompts, continuations: Prompts, what:
         if continuation and not context and config.mask_id < 0:
             raise PromptError(f"context {index}: expected a token at least, for no mask predicts the first one here")
         first, size = len(context), len(context) + len(continuation)
-        if size > config.max_seq_len:
+        if size > longest_pair(config) - (config.autoregressive and not context):
             raise PromptError(
                 f"context {index}: {first} tokens and a continuation of {len(continuation)} exceed max_seq_len = "
                 f"{config.max_seq_len}; cut the context"

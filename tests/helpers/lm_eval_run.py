@@ -68,7 +68,7 @@ def from_left(folder: str) -> dict[str, Any]:
     found = {"method": lm.scoring["method"], "pairs": lm.loglikelihood(long, True), "lines": lines}
     found["rolling"] = lm.loglikelihood_rolling(requests(("z" * 150,)), True)
     found["answers"] = lm.generate_until(requests(("y" * 80, greedy), ("a", greedy)), True)
-    found["too long"] = error(lambda: lm.loglikelihood(requests(("a", "b"), ("c", "d" * 64)), True))
+    found["too long"] = error(lambda: lm.loglikelihood(requests(("a", "b"), ("c", "d" * 65)), True))
     found["mask_id"] = IlladaLM(folder, device="cpu", mask_id=256).model.config.mask_id
     return found
 

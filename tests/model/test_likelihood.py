@@ -286,6 +286,17 @@ def test_an_autoregressive_model_needs_no_mask_token(method):
         log_likelihood(model, [[1]], [[2]], method=method, guidance=0.5)
 
 
+def test_the_last_token_of_an_autoregressive_model_needs_no_position():
+    model = tiny("causal", mask_id=-1)
+    context, continuation = [1, 2, 3] * 10, [4, 5, 0]  # 33 tokens, of which 32 are read
+    found = log_likelihood(model, [context], [continuation])
+    assert found.item() == pytest.approx(from_left(model, context, continuation), rel=1e-6)
+    with pytest.raises(PromptError, match="exceed max_seq_len = 32"):
+        log_likelihood(model, [[1, *context]], [continuation])
+    with pytest.raises(PromptError, match="exceed max_seq_len = 32"):
+        log_likelihood(tiny("causal"), [[]], [[1] * 33])
+
+
 @pytest.mark.parametrize("kind", ["full", "shifted", "blocks", "shifted blocks"])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_needs_a_mask_token_says_what_to_pass(kind, method):

@@ -183,11 +183,12 @@ def test_settings_that_are_not_known_are_named(harness):
 def test_an_autoregressive_folder_without_a_mask_token_is_scored_and_decoded(harness, tmp_path):
     found, model = harness.from_left, load(harness.folder / "model-from-left")
     assert model.config.mask_id == -1 and found["mask_id"] == 256 and found["method"] == "autoregressive"
-    pairs = [(ids("x" * 60), ids(" yes")), (ids("a"), ids(" yes")), ([257], ids("b"))]
+    pairs = [(ids("x" * 61), ids(" yes")), (ids("a"), ids(" yes")), ([257], ids("b"))]
     for (value, greedy), (context, continuation) in zip(found["pairs"], pairs, strict=True):
         assert value == pytest.approx(next_tokens(model, context, continuation), rel=1e-5) and greedy is False
     text = ids("z" * 150)
-    parts = [([257], text[:63]), (text[62:63], text[63:126]), (text[86:126], text[126:])]
+    # as the harness's own windows: 65 tokens, of which the last is no input
+    parts = [([257], text[:64]), (text[63:64], text[64:128]), (text[85:128], text[128:])]
     assert found["rolling"][0] == pytest.approx(sum(next_tokens(model, *part) for part in parts), rel=1e-5)
     for answer, prompt in zip(found["answers"], [ids("y" * 59), ids("a")], strict=True):
         config = GenerationConfig(max_new_tokens=5, stop_ids=None)
@@ -197,10 +198,10 @@ def test_an_autoregressive_folder_without_a_mask_token_is_scored_and_decoded(har
 def test_what_loses_its_first_tokens_is_said_and_what_cannot_fit_is_named(harness):
     first, last = harness.from_left["lines"]
     assert first.startswith(
-        "1 of 3 requests exceed max_seq_len = 64 and lose their first tokens; request 0 the most, 20"
+        "1 of 3 requests exceed max_seq_len = 64 and lose their first tokens; request 0 the most, 19"
     )
     assert last.startswith("1 of 2 requests exceed")
-    assert harness.from_left["too long"].startswith("request 1: expected a continuation of at most 63 tokens")
+    assert harness.from_left["too long"].startswith("request 1: expected a continuation of at most 64 tokens")
 
 
 def test_clean_rows_that_predict_are_read_by_default(harness):

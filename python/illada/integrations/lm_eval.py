@@ -21,7 +21,7 @@ from ..chat import ChatTemplate, load_chat_template
 from ..decoding.config import GenerationConfig
 from ..decoding.generate import generate
 from ..decoding.samplers import ALONE
-from ..likelihood import METHODS, is_greedy, log_likelihood
+from ..likelihood import METHODS, is_greedy, log_likelihood, longest_pair, read_as
 from ..training.runs import open_model
 
 try:
@@ -124,6 +124,7 @@ class IlladaLM(LM):
         from_left = config.shifted_logits or (config.next_token and method == "autoregressive")
         self.prefix = [first] if from_left and 0 <= first < config.vocab_size else []
         self.least = int(from_left)  # tokens before what is scored
+        self.longest = longest_pair(read_as(config, method))
 
     # ---- chat ------------------------------------------------------------------------------------------------------
 
@@ -184,12 +185,12 @@ class IlladaLM(LM):
 
     def _fitting(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
         """Cuts contexts from the left, with a warning; raises ValueError for a continuation that does not fit."""
-        length, least = self.model.config.max_seq_len, self.least
+        length, least = self.longest, self.least
         for i, (_, ids) in enumerate(pairs):
             if least + len(ids) > length:
                 raise ValueError(
                     f"request {i}: expected a continuation of at most {length - least} tokens, for which the model has "
-                    f"room (max_seq_len = {length}), got {len(ids)}, which begin with "
+                    f"room (max_seq_len = {self.model.config.max_seq_len}), got {len(ids)}, which begin with "
                     f"{self.coder.decode(ids[:16])[:60]!r}; leave its document out (--samples), or shorten it"
                 )
         self._warn([len(context) + len(ids) - length for context, ids in pairs])
@@ -206,7 +207,7 @@ class IlladaLM(LM):
 
     def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Yields (context, continuation) so that every token counts once and the last one sees all it can."""
-        length, start = self.model.config.max_seq_len, 0
+        length, start = self.longest, 0
         while start < len(ids):
             end = min(start + length - (1 if start else self.least), len(ids))
             yield (ids[max(end - length, 0) : start] if start else self.prefix), ids[start:end]
