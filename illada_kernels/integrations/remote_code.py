@@ -65,8 +65,10 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     Notes
     -----
     Masks, dropouts and biases that `scaled_dot_product_attention` refuses raise in the forward. Patching twice changes
-    nothing. `unpatch` restores every attribute. A patched model can be copied; unpatch it to pickle it. Copied methods
-    see the globals of their files as these were when `patch` was called.
+    nothing. `unpatch` restores every attribute. copy.deepcopy gives a patched model. A module's copy.copy would run
+    with the weights of the module it was made of: unpatch the model before that, and before pickling it. Copied methods
+    see the globals of their files as these were when `patch` was called. A patched module is in a cycle with its
+    methods, so that its memory is freed only by Python's garbage collector; `unpatch` breaks the cycle.
 
     Examples
     --------

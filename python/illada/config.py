@@ -170,7 +170,7 @@ class ModelConfig:
 
     @property
     def autoregressive(self) -> bool:
-        """Whether each token is predicted from the row before it, which sees no later one: a mask is not needed."""
+        """True if each token is predicted from the row before it, which sees no later one: a mask is not needed."""
         return self.shifted_logits and self.causal_block == 1
 
     @property

@@ -252,9 +252,7 @@ def step_as_rank(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()  # a rank that ends with threads of gloo may abort
 
 
-if (
-    __name__ == "__main__"
-):  # both ranks of test_two_ranks_step_as_one, forked because importing takes longer than a step
+if __name__ == "__main__":  # both ranks of test_two_ranks_step_as_one, forked because importing outlasts a step
     assert transformers.Trainer  # imported before
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
