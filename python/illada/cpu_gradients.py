@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 
@@ -39,29 +38,49 @@ def turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 class RMSNorm(torch.autograd.Function):
-    """n * weight with n = x * r, r = 1 / sqrt(mean(x^2) + eps).
+    """n * weight with n = x * r, r = 1 / sqrt(mean(x^2) + eps); and an empty tensor.
 
     dx = r * (dy * weight - n * mean(dy * n * weight)), dweight = sum of dy * n over all rows.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         n = x * r
-        ctx.save_for_backward(n, r, weight)
-        return n * weight
+        source = n.new_empty(0)  # an output leads autograd to x and weight
+        ctx.save_for_backward(n, r, weight, source)
+        return n * weight, source
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        n, r, weight = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> Any:
+        n, r, weight, source = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = RMSNorm.gradients(n, r, weight, dy, ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # create_graph
+            gradients = tuple(g if g is None else _Once.apply(g, dy, source) for g in gradients)
+        return *gradients, None
+
+    @staticmethod
+    def gradients(n: Tensor, r: Tensor, weight: Tensor, dy: Tensor, wanted: Any) -> tuple[Tensor | None, ...]:
         product = dy * n
         rows = product.reshape(-1, len(weight))  # a view, unless x is transposed
         dx = None
-        if ctx.needs_input_grad[0]:
+        if wanted[0]:
             mean = torch.mv(rows, weight, out=rows.new_empty(len(rows))).div_(-len(weight))
             dx = (dy * weight).addcmul_(n, mean.view(r.shape)).mul_(r)
-        return dx, rows.sum(0) if ctx.needs_input_grad[1] else None, None
+        return dx, rows.sum(0) if wanted[1] else None
+
+
+class _Once(torch.autograd.Function):
+    """Returns a gradient whose own derivative raises, whichever of the gradient's sources is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError("RMSNorm on a CPU: expected one backward, got a second derivative; use torch.func for it")
 
 
 class Rope(torch.autograd.Function):
@@ -73,7 +92,6 @@ class Rope(torch.autograd.Function):
         return _turned(x, cos, sin)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         return _turned(dy, cos, -sin), None, None

@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
     def normalized(self, x: Tensor, weight: Tensor, kernels: Kernels = None) -> Tensor:
         """Returns `forward` with this weight."""
         if kernels is None and cpu_gradients.wanted(x, weight):
-            normalized: Tensor = cpu_gradients.RMSNorm.apply(x, weight, self.eps)
+            normalized: Tensor = cpu_gradients.RMSNorm.apply(x, weight, self.eps)[0]
             return normalized
         return rms_norm(x, weight, self.eps, self.in_fp32, kernels=kernels)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -98,6 +99,18 @@ def test_angles_that_are_learned_or_of_more_rows_than_x_are_torchs_own():
         assert rope(x, angle).shape == (3, 5, 2, 16)
         assert torch.autograd.gradcheck(rope, (x.detach().requires_grad_(), angle))
         assert torch.autograd.gradcheck(rope, (x.detach().requires_grad_(), angle[:1]))
+
+
+def test_second_derivatives_are_right_or_refused():
+    """Not left out: with allow_unused=True torch takes what is not in the graph for a zero."""
+    function, _, inputs = arguments(torch.float64)["rope"]
+    assert torch.autograd.gradgradcheck(function, inputs)
+    function, _, inputs = arguments(torch.float64)["norm"]
+    for of, upstream in itertools.product((0, 1), (lambda y: y, torch.square)):
+        first = torch.autograd.grad(upstream(function(*inputs)).sum(), inputs, create_graph=True)[of]
+        for x in inputs:
+            with pytest.raises(RuntimeError, match="RMSNorm on a CPU: expected one backward"):
+                torch.autograd.grad(first.sum(), x, allow_unused=True, retain_graph=True)
 
 
 class Count(TorchDispatchMode):
