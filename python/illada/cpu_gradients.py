@@ -54,7 +54,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> Any:
         n, r, weight, source = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # which would round mv's rows
             gradients = RMSNorm.gradients(n, r, weight, dy, ctx.needs_input_grad)
         if torch.is_grad_enabled():  # create_graph
             gradients = tuple(g if g is None else _Once.apply(g, dy, source) for g in gradients)
@@ -66,7 +66,7 @@ class RMSNorm(torch.autograd.Function):
         rows = product.reshape(-1, len(weight))  # a view, unless x is transposed
         dx = None
         if wanted[0]:
-            mean = torch.mv(rows, weight, out=rows.new_empty(len(rows))).div_(-len(weight))
+            mean = torch.mv(rows, weight).div_(-len(weight))
             dx = (dy * weight).addcmul_(n, mean.view(r.shape)).mul_(r)
         return dx, rows.sum(0) if wanted[1] else None
 

@@ -113,6 +113,20 @@ def test_second_derivatives_are_right_or_refused():
                 torch.autograd.grad(first.sum(), x, allow_unused=True, retain_graph=True)
 
 
+@pytest.mark.parametrize("what", ["norm", "rope"])
+def test_many_backwards_at_once_and_under_autocast_are_each_backward(what):
+    function, _, inputs = arguments()[what]
+    out, wanted = function(*inputs), [x for x in inputs if x.requires_grad]
+    upstream = torch.randn(3, *out.shape)
+    each = [torch.autograd.grad(out, wanted, one, retain_graph=True) for one in upstream]
+    together = torch.autograd.grad(out, wanted, upstream, is_grads_batched=True, retain_graph=True)
+    for i, right in enumerate(each):
+        torch.testing.assert_close([x[i] for x in together], list(right))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = torch.autograd.grad(out, wanted, upstream[0])
+    assert all(map(torch.equal, cast, each[0]))
+
+
 class Count(TorchDispatchMode):
     """Counts the operations that write as many numbers as the rows have."""
 
