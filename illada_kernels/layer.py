@@ -290,7 +290,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _fit(x: Tensor, like: Tensor) -> bool:
-    """Whether x is what a kernel may read and write beside `like`: a tensor in a CPU's memory, of its dtype."""
+    """Returns whether x is what a kernel may read and write beside `like`: a tensor in a CPU's memory, of its dtype."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or like.requires_grad)):
         return False
     plain = type(x) in _TYPES and type(like) in _TYPES and x.is_cpu and like.is_cpu
@@ -322,13 +322,14 @@ def _norm(
 
 
 def _rope_fits(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether layer_rope_cpu takes these: one dtype, heads of even width that lie in one piece, and angles for them."""
+    """Returns whether layer_rope_cpu takes these: one dtype, heads of even width in one piece, and angles for them."""
     batch, length, _, dim = q.shape
     shape = (length, 1, dim // 2)
     return (
         _fit(q, k)
         and _fit(v, k)
         and _fit(cos, sin)
+        and k.shape == v.shape == (batch, length, k.shape[2], dim)
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
         and dim % 2 == 0
         and cos.shape == sin.shape

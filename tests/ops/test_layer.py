@@ -292,3 +292,17 @@ def test_angles_and_weights_that_do_not_fit_are_torchs_errors():
             apply_rope(q, k, cos, cos)
     with pytest.raises(RuntimeError, match="must match"):
         rms_norm(torch.ones(2, 8), torch.ones(7), 1e-5)
+
+
+@compiled
+def test_keys_of_another_shape_than_queries_never_reach_a_kernel():
+    """The kernel goes by the queries' batch, length and width: it would read and write beyond these keys."""
+    q, cos = torch.randn(2, 5, 4, 8), torch.randn(1, 5, 1, 4)
+    for shape in ((1, 5, 2, 8), (2, 1, 2, 8)):
+        k = torch.randn(shape)
+        wanted = layer.apply_rope(q, k, cos, cos)
+        for a, b in zip(apply_rope(q, k, cos, cos), wanted):
+            torch.testing.assert_close(a, b)
+    for shape in ((2, 4, 2, 8), (2, 5, 2, 6)):
+        with pytest.raises(RuntimeError, match="must match"):
+            apply_rope(q, torch.randn(shape), cos, cos)
