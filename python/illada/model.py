@@ -265,7 +265,8 @@ class Model(nn.Module):
             key_ranges = self._own_ranges(tokens, cache)
         h = self.embed(tokens)
         rope = rope_angles(self.config, positions, h.dtype)
-        kernels = kernels_for(h, *rope)
+        # frozen embeddings want no gradient where adapters behind them do
+        kernels = None if torch.is_grad_enabled() else kernels_for(h, *rope)
         for index, layer in enumerate(self.layers):
             h = layer(h, rope, key_ranges, index, cache, kernels)
         h = self.norm(h, kernels)

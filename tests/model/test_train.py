@@ -151,8 +151,17 @@ def test_a_disk_without_room_for_a_save_is_found_before_the_first_step(tmp_path,
         run.run()
         size, needed = (folder / "state.pt").stat().st_size, run._state_bytes()
         assert needed <= size <= 1.5 * needed  # what is there beside tensors weighs that much in a tiny model
-        disk(needed)
-        assert trainer(folder, steps=1, optimizer=optimizer, lr=1e-3).step == 1
+        disk(0)
+        assert trainer(folder, steps=1, optimizer=optimizer, lr=1e-3).step == 1  # is over, and saves no more
+
+    disk(10**11)
+    run = trainer(tmp_path / "stopped", steps=2)
+    run.run(should_stop=lambda: run.step >= 1)
+    disk(0)
+    with pytest.raises(CheckpointIOError, match="free space or save"):
+        trainer(tmp_path / "stopped", steps=2)
+    disk(10**11)
+    assert trainer(tmp_path / "stopped", steps=2).step == 1
 
 
 def test_replacing_a_file_is_a_rename_of_what_is_on_disk(tmp_path, monkeypatch):

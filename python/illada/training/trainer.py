@@ -106,15 +106,17 @@ class Trainer:
         self.log: Log | None = None
         self.tensorboard = tensorboard
         self.state = self._make_state(folder, config.flat(), identity) if folder else None
-        if self.state is not None:
-            self.state.expect_room(self._state_bytes())
         begins = self.state is None or not self.state.file.exists()
+        if begins and self.state is not None:
+            self.state.expect_room(self._state_bytes())
         if begins and (bad := self._not_finite()) is not None:
             raise ValueError(f"model: expected finite weights, but {bad} holds NaN or inf; begin with other weights")
         self.lock = self._make_lock(folder) if folder and lock is None else None
         if self.state is not None:
             self.state.sweep()
             self._resume()
+            if not begins and self.done < 1:
+                self.state.expect_room(self._state_bytes())
             self.version = self.state.version()
         self.divergence = Divergence(model.config.vocab_size, self.losses)
 
