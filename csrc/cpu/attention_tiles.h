@@ -158,7 +158,7 @@ struct Meeting {
     Window columns;
     bool masked;  // else every row attends to every column
   } block[kRowBlocks] = {};
-  RowRanges ranges[kTileRows];  // of masked blocks
+  RowRanges ranges[kTileRows] = {};  // of masked blocks; rows that are not there attend to nothing
   int blocks;
 
   Meeting(const Problem& p, const Tiles& tiles, int64_t b, int tile, int start) {

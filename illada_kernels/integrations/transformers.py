@@ -85,7 +85,9 @@ def ranges_of(mask: MaskBounds, num_keys: int) -> KeyRanges:
             f"attention_mask: expected what the mask function returned, int32 (B or 1, 1, Sq, 4), got {mask.dtype} "
             f'{tuple(mask.shape)}: the model computes with its mask, use "sdpa" or "eager" for it'
         )
-    return KeyRanges(mask.as_subclass(Tensor)[:, 0], num_keys)
+    with torch._C.DisableTorchFunctionSubclass():
+        bounds = mask[:, 0]
+    return KeyRanges(bounds, num_keys)
 
 
 def attention_forward(
@@ -219,12 +221,12 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> T
 
 def _parts(function: MaskFunction, masking: Any) -> list[tuple[str, Any]] | None:
     """Returns the parts whose intersection a mask function is, (kind, its number or tensor) each; None if one is not
-    known."""
+    known, as no closure is under torch.compile, which cannot read it."""
     if function is masking.causal_mask_function:
         return [("causal", None)]
     if function is getattr(masking, "bidirectional_mask_function", None):
         return []
-    if getattr(function, "__module__", None) != masking.__name__:
+    if torch.compiler.is_compiling() or getattr(function, "__module__", None) != masking.__name__:
         return None
     maker = function.__qualname__.partition(".")[0]
     cells = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
