@@ -258,6 +258,7 @@ def _read_llada(hf: _Settings, family: str) -> dict[str, Any]:
             raise ConfigError(f"config.json: {name} {said} is not supported, expected {supported!r}")
     hf.update(missing)
     hf.get("attention_layer_norm_with_affine")  # of a norm that is off
+    hf.get("vocab_size")  # which embedding_size outranks
     heads, dim = hf.number("n_heads"), hf.number("d_model")
     shared = hf.get("multi_query_attention")
     kv_heads = 1 if shared else heads

@@ -193,12 +193,14 @@ def test_a_contradictory_configuration_is_named(change, message):
         dataclasses.replace(tiny(), **change)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_configuration_survives_its_config_json(preset):
     config = ModelConfig.preset(preset)
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
+@pytest.mark.filterwarnings("error")
 def test_published_config_json_files_are_understood():
     llada = {
         "activation_type": "silu",
