@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
-from illada import Decoder, GenerationConfig, Model, PromptError, generate
+from illada import Decoder, GenerationConfig, Model, PromptError, generate, record
 from illada.decoding.cache import Cache
 from illada.decoding.samplers import ALONE, SAMPLERS
 from illada.decoding.schedules import Choose
@@ -679,6 +680,25 @@ def test_self_speculation_refuses_what_is_not_greedy():
         generate(model, [[1], []], GenerationConfig(sampler="self-speculation", max_new_tokens=4))
     with pytest.raises(PromptError, match=r"runs in generate\(\) alone"):
         Decoder(model, GenerationConfig(sampler="self-speculation"))
+
+
+def test_models_whose_clean_rows_predict_are_decoded_by_self_speculation():
+    model = model_of("demo")
+    model.config = dataclasses.replace(model.config, causal_block=1, next_token=True)
+    named = generate(model, PROMPTS, GenerationConfig(sampler="self-speculation", max_new_tokens=NEW))
+    assert generate(model, PROMPTS, GenerationConfig(max_new_tokens=NEW)).tokens == named.tokens
+    by_masks = GenerationConfig(sampler="sdar-static", max_new_tokens=NEW)
+    assert generate(model, PROMPTS, by_masks).tokens != named.tokens
+    message = r"which is greedy; models with next_token have it by default: name another$"
+    with pytest.raises(PromptError, match=message):
+        generate(model, PROMPTS, GenerationConfig(temperature=1.0))
+    with pytest.raises(
+        PromptError, match=r"alone, .*; it is what models with next_token have by default, name another$"
+    ):
+        Decoder(model)
+    with pytest.raises(PromptError, match="got 'self-speculation', the default of a model with next_token"):
+        record(model, PROMPTS, GenerationConfig(max_new_tokens=NEW))
+    assert len(list(record(model, PROMPTS, by_masks))) == len(PROMPTS)
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------------

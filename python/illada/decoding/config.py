@@ -27,7 +27,8 @@ class GenerationConfig:
         Tokens that are unmasked together. None: `causal_block` for block-causal models, else 32.
     sampler : str, optional
         A published sampler by its name, one of `illada.decoding.samplers.SAMPLERS`. It sets the fields that make it;
-        setting one of these too is an error.
+        setting one of these too is an error. None: "self-speculation" for models with `next_token`, else what the
+        other fields say.
     sampler_options : dict, optional
         Numbers of the sampler, for example {"tau": 0.95}.
     steps : int, optional

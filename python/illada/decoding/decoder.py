@@ -16,6 +16,7 @@ from .config import GenerationConfig
 from .generation import first_stop
 from .layout import Block
 from .loop import BlockLoop, check_filled
+from .samplers import of_model
 from .settings import (
     checked,
     expect_prompts,
@@ -93,7 +94,8 @@ class Decoder:
     def __init__(
         self, model: Model, config: GenerationConfig | None = None, slots: int = 8, max_length: int | None = None
     ) -> None:
-        c, config = model.config, checked(config, model.config)
+        c = model.config
+        config = checked(of_model(config or GenerationConfig(), c), c)
         length = c.max_seq_len if max_length is None else max_length
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise PromptError(f"slots: expected an int of at least 1, got {slots!r}")

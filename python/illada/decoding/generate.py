@@ -9,12 +9,11 @@ import torch
 
 from ..errors import PromptError
 from ..model import Model
-from . import canvas, speculation
+from . import canvas, samplers, speculation
 from .config import GenerationConfig, Prompts, Sampling
 from .generation import Generation, until_stop
 from .layout import Block
 from .loop import BlockLoop, Step, check_filled, left_padded
-from .samplers import ALONE
 from .settings import checked, expect_mask, expect_prompts, resolve, resolve_block_length, stop_ids_of, token_lists
 
 
@@ -64,10 +63,15 @@ def generate(
     >>> len(done.tokens[0]), done.forward_passes
     (4, 4)
     """
-    sampler, sampler_options = None, {}
-    if config is not None and config.sampler in ALONE:
+    sampler, sampler_options, asked = None, {}, config or GenerationConfig()
+    config = samplers.of_model(asked, model.config)
+    if config.sampler in samplers.ALONE:
         sampler, sampler_options = config.sampler, dict(config.sampler_options)
-        (canvas if sampler == "canvas" else speculation).check(config)
+        try:
+            (canvas if sampler == "canvas" else speculation).check(config)
+        except PromptError as error:
+            default = "; models with next_token have it by default: name another" if asked.sampler is None else ""
+            raise PromptError(f"{error}{default}") from None
         config = dataclasses.replace(config, sampler=None, sampler_options={})
     config = checked(config, model.config)
     rows = token_lists(prompts, model.config)

@@ -324,11 +324,20 @@ def d3llm(
 
 def alone(config: GenerationConfig, model: ModelConfig) -> Settings:
     """Refuses a sampler with a loop of its own: see `ALONE`."""
-    raise PromptError(f"sampler: {config.sampler!r} runs in generate() alone, whose prompts begin together")
+    default = "; it is what models with next_token have by default, name another" if model.next_token else ""
+    raise PromptError(f"sampler: {config.sampler!r} runs in generate() alone, whose prompts begin together{default}")
 
 
 # Drafts of masks, which the model's causal mode verifies or not (speculation.py); DiffusionGemma's (canvas.py).
 ALONE = ("self-speculation", "draft", "canvas")
+
+
+def of_model(config: GenerationConfig, model: ModelConfig) -> GenerationConfig:
+    """Returns the settings, with self-speculation where none is named for a model whose clean rows predict."""
+    if config.sampler is None and model.next_token:
+        return dataclasses.replace(config, sampler="self-speculation")
+    return config
+
 
 SAMPLERS: dict[str, Callable[..., Settings]] = {
     "llada": llada,

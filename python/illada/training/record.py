@@ -13,7 +13,7 @@ from ..decoding.config import GenerationConfig
 from ..decoding.fill import fill
 from ..decoding.generate import generate
 from ..decoding.loop import Step
-from ..decoding.samplers import ALONE
+from ..decoding.samplers import ALONE, of_model
 from ..decoding.settings import checked, resolve_block_length, seeds_of
 from ..errors import PromptError
 from ..model import Model
@@ -110,8 +110,9 @@ def _recorded(
 
 
 def _check(model: Model, config: GenerationConfig, teacher: Model | None) -> None:
-    if config.sampler in ALONE:
-        raise PromptError(f"sampler: expected one that fills masks pass by pass, got {config.sampler!r}")
+    if (sampler := of_model(config, model.config).sampler) in ALONE:
+        default = ", the default of a model with next_token" if config.sampler is None else ""
+        raise PromptError(f"sampler: expected one that fills masks pass by pass, got {sampler!r}{default}")
     c = checked(config, model.config)
     if c.revise is not None:
         raise PromptError("revise: expected None, because the tokens of a trajectory stay what they were committed as")
