@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+from . import tokenizer_config
 from .errors import DataError
 
-VOCAB, MERGES, _CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
+VOCAB, MERGES = "vocab.json", "merges.txt"
 
 # How Qwen2 cuts text before pairs are joined: contractions, words, single digits, signs, line breaks, white space.
 _QWEN2 = (
@@ -27,13 +26,13 @@ def tokenizer_json(folder: Path) -> str:
         raise DataError("vocab.json and merges.txt need tokenizers: pip install 'illada-kernels[tokenizers]'") from None
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    config = _read_json(folder / _CONFIG)
+    config = tokenizer_config.read(folder)
     name = str(config.get("tokenizer_class") or "")
     kind = name.removesuffix("Fast")
     if kind not in ("Qwen2Tokenizer", "DreamTokenizer", "GPT2Tokenizer"):
         raise DataError(
-            f"{folder / _CONFIG}: tokenizer_class: expected Qwen2Tokenizer, DreamTokenizer or GPT2Tokenizer with "
-            f"{VOCAB} and {MERGES}, got {name!r}; save a tokenizer.json with transformers"
+            f"{folder / tokenizer_config.FILE}: tokenizer_class: expected Qwen2Tokenizer, DreamTokenizer or "
+            f"GPT2Tokenizer with {VOCAB} and {MERGES}, got {name!r}; save a tokenizer.json with transformers"
         )
     try:
         made = tokenizers.Tokenizer(models.BPE.from_file(str(folder / VOCAB), str(folder / MERGES)))
@@ -53,17 +52,7 @@ def tokenizer_json(folder: Path) -> str:
         made.add_tokens([tokenizers.AddedToken(token["content"], special=bool(token.get("special")), **options)])
         if made.token_to_id(token["content"]) != index:
             raise DataError(
-                f"{folder / _CONFIG}: added_tokens_decoder: expected {token['content']!r} to have the next id "
-                f"{made.token_to_id(token['content'])}, got {index}"
+                f"{folder / tokenizer_config.FILE}: added_tokens_decoder: expected {token['content']!r} to have the "
+                f"next id {made.token_to_id(token['content'])}, got {index}"
             )
     return str(made.to_str())
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({error}); download it again") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{file}: expected an object, got {type(found).__name__}")
-    return found

@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from . import tokenizer_config
 from .errors import DataError
 
-_FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
-_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "cls_token", "sep_token")
+_FILE = "chat_template.jinja"
 
 
 class ChatTemplate:
@@ -72,14 +72,7 @@ class ChatTemplate:
 
 def load_chat_template(folder: Path, name: str = "default") -> ChatTemplate:
     """Returns the chat template in a folder; raises DataError where there is none of that name."""
-    config: Any = {}
-    if (folder / _CONFIG).exists():
-        try:
-            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder / _CONFIG} cannot be read ({error}); download it again") from None
-        if not isinstance(config, dict):
-            raise DataError(f"{folder / _CONFIG}: expected an object, got {type(config).__name__}")
+    config = tokenizer_config.read(folder)
     found = config.get("chat_template")
     try:
         if isinstance(found, list):  # several, each with a name
@@ -93,13 +86,10 @@ def load_chat_template(folder: Path, name: str = "default") -> ChatTemplate:
         raise DataError(f"{folder}: the chat template cannot be read ({error}); download it again") from None
     if name not in sources:
         there = f", only {', '.join(sorted(sources))}" if sources else ""
-        raise DataError(f"{folder} holds no chat template {name!r}{there}; expected it in {_FILE} or {_CONFIG}")
-    tokens = {
-        key: value.get("content", "") if isinstance(value, dict) else value
-        for key in _TOKENS
-        if (value := config.get(key))
-    }
-    return ChatTemplate(sources[name], tokens)
+        raise DataError(
+            f"{folder} holds no chat template {name!r}{there}; expected it in {_FILE} or {tokenizer_config.FILE}"
+        )
+    return ChatTemplate(sources[name], tokenizer_config.special_tokens(config))
 
 
 def _environment() -> tuple[Any, type[Exception]]:

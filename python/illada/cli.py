@@ -132,6 +132,7 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
         "--prompts", metavar="FILE", help='JSON lines {"prompt": "..."}, from a file or - (standard input)'
     )
     p.add_argument("--chat", action="store_true", help="apply the folder's chat template to each prompt")
+    _bos_option(p)
     p.add_argument("--out", metavar="FILE", help="write JSON lines there, one as soon as a prompt is done")
     p.add_argument("--html", metavar="FILE", help="write a page that replays the denoising of --prompt")
     p.add_argument("--live", action="store_true", help="show masks turning into text")
@@ -146,6 +147,14 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch-size", type=int, default=8, help="prompts of --prompts decoded at a time (default 8)")
     _decoding_options(p)
     p.set_defaults(run=_generate)
+
+
+def _bos_option(p: argparse._ActionsContainer) -> None:
+    p.add_argument(
+        "--add-bos-token",
+        action=argparse.BooleanOptionalAction,
+        help="begin prompts with the BOS token, once (default: as the folder's tokenizer does by itself)",
+    )
 
 
 def _decoding_options(p: argparse.ArgumentParser) -> None:
@@ -211,6 +220,7 @@ def _record_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--keep", type=int, help="how many of them are kept, those of highest bound (default all)")
     p.add_argument("--teacher", metavar="FOLDER", help="a model that takes over from a random pass on, token by token")
     p.add_argument("--chat", action="store_true", help="apply the folder's chat template to each prompt")
+    _bos_option(p)
     p.add_argument("--device", help=_DEVICE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     p.add_argument("--batch-size", type=int, default=8, help="sequences decoded at a time (default 8)")
@@ -244,6 +254,7 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     harness.add_argument("--limit", type=float, help="examples of each task, below 1 a share of them")
     harness.add_argument("--num-fewshot", type=int, help="examples shown before each question")
     harness.add_argument("--chat", action="store_true", help="apply the folder's chat template")
+    _bos_option(harness)
     harness.add_argument(
         "--method", help="monte_carlo, confidence or autoregressive (default: what the model was trained for)"
     )
@@ -255,7 +266,8 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
 def _eval_tasks(options: argparse.Namespace) -> int:
     from .integrations.lm_eval import IlladaLM, evaluate, make_table
 
-    scoring = {name: getattr(options, name) for name in ("device", "dtype", "method", "samples", "seed", "mask_id")}
+    names = ("device", "dtype", "method", "samples", "seed", "mask_id", "add_bos_token")
+    scoring = {name: getattr(options, name) for name in names}
     results = evaluate(
         IlladaLM(options.model, **scoring),
         options.tasks.split(","),

@@ -22,11 +22,12 @@ from .decoding.config import GenerationConfig
 from .decoding.decoder import Decoder, Finished
 from .decoding.generate import Generation, generate
 from .decoding.loop import Step
-from .decoding.samplers import ALONE
+from .decoding.samplers import ALONE, of_model
 from .errors import PromptError
 from .live import LiveText
 from .replay import Recorder
 from .tokenizer import Tokenizer
+from .tokenizer_config import begun, bos_of
 from .training.runs import open_model
 
 
@@ -113,11 +114,11 @@ def _pairs(texts: list[str], name: str, kind: Callable[[str], Any]) -> dict[Any,
 
 
 def _encode(tokenizer: Tokenizer, text: str, options: argparse.Namespace) -> list[int]:
-    content = os.fsencode(text)
+    content, folder = os.fsencode(text), Path(options.model)
     if options.chat:
         message = {"role": "user", "content": content.decode("utf-8", "replace")}
-        content = load_chat_template(Path(options.model)).render([message]).encode()
-    return [int(i) for i in tokenizer.encode(content, special=True)]
+        content = load_chat_template(folder).render([message]).encode()
+    return begun(tokenizer.encode(content, special=True).tolist(), bos_of(folder, tokenizer, options.add_bos_token))
 
 
 class Output:
@@ -262,7 +263,7 @@ def _stream(
     lines = _lines(options.prompts) if options.prompts else iter(enumerate(options.prompt, 1))
     source: Iterator[tuple[int, str, list[int]]]
     source = ((number, prompt, _encode(tokenizer, prompt, options)) for number, prompt in lines)
-    if config.sampler in ALONE:
+    if of_model(config, model.config).sampler in ALONE:
         return _batches(model, config, options.batch_size, source, results)
     slots, room = options.batch_size, None
     if not options.prompts:  # all are known

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from . import bpe_files
+from . import bpe_files, tokenizer_config
 from .byte_pairs import join, learn_merges
 from .errors import DataError
 
@@ -35,6 +35,7 @@ class Tokenizer(Protocol):
     mask_id: int
     eos_id: int
     pad_id: int
+    bos: tuple[int, ...]  # ids with which a prompt begins by default
 
     @property
     def vocab_size(self) -> int: ...
@@ -57,6 +58,7 @@ class ByteTokenizer:
     """Bytes, with learned merges if any: id 259 + i stands for the bytes of the two ids in merges[i]."""
 
     mask_id, eos_id, pad_id = MASK_ID, EOS_ID, PAD_ID
+    bos: tuple[int, ...] = ()
 
     def __init__(self, merges: Sequence[tuple[int, int]] = ()):
         self.merges = [(int(a), int(b)) for a, b in merges]
@@ -120,7 +122,7 @@ class JsonTokenizer:
     behind the vocab.
     """
 
-    def __init__(self, text: str, mask_id: int = -1, eos_id: int = -1, pad_id: int = -1):
+    def __init__(self, text: str, mask_id: int = -1, eos_id: int = -1, pad_id: int = -1, bos: Sequence[int] = ()):
         try:
             import tokenizers
         except ModuleNotFoundError:
@@ -133,7 +135,7 @@ class JsonTokenizer:
             raise DataError(f"not a tokenizers JSON file ({error})") from None
         self.inner.no_truncation()  # transformers saves these two along, and they would change texts silently
         self.inner.no_padding()
-        self.text = text
+        self.text, self.bos = text, tuple(map(int, bos))
         size = self.inner.get_vocab_size(with_added_tokens=True)
         given = (mask_id, eos_id, pad_id)
         named = (
@@ -175,7 +177,8 @@ class JsonTokenizer:
         return self.inner.decode([i for i in ids if i not in special and i < size], skip_special_tokens=False)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "tokenizers", "json": self.text, "ids": [self.mask_id, self.eos_id, self.pad_id]}
+        ids = [self.mask_id, self.eos_id, self.pad_id]
+        return {"kind": "tokenizers", "json": self.text, "ids": ids, "bos": list(self.bos)}
 
 
 def from_json(saved: Any) -> Tokenizer:
@@ -185,7 +188,8 @@ def from_json(saved: Any) -> Tokenizer:
         if kind == "bytes":
             return ByteTokenizer([(a, b) for a, b in saved["merges"]])
         if kind == "tokenizers":
-            return JsonTokenizer(saved["json"], *saved["ids"])
+            mask, eos, pad = saved["ids"]
+            return JsonTokenizer(saved["json"], mask, eos, pad, saved.get("bos", ()))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"tokenizer: damaged ({error})") from None
     raise DataError(f"tokenizer: expected kind 'bytes' or 'tokenizers', got {kind!r}")
@@ -245,14 +249,18 @@ def _tokenizer_there(folder: Path, vocab_size: int, mask_id: int, eos_id: int, p
         except ValueError as error:
             raise DataError(f"{folder / FILE} is not JSON ({error}); save the checkpoint again") from None
     if (folder / "tokenizer.json").exists():
-        return JsonTokenizer(_read(folder / "tokenizer.json", "a tokenizer"), mask_id, eos_id, pad_id)
-    if (folder / bpe_files.VOCAB).exists() and (folder / bpe_files.MERGES).exists():
-        return JsonTokenizer(bpe_files.tokenizer_json(folder), mask_id, eos_id, pad_id)
-    if vocab_size == FIRST_MERGE:
+        text = _read(folder / "tokenizer.json", "a tokenizer")
+    elif (folder / bpe_files.VOCAB).exists() and (folder / bpe_files.MERGES).exists():
+        text = bpe_files.tokenizer_json(folder)
+    elif vocab_size == FIRST_MERGE:
         return ByteTokenizer()
-    raise DataError(
-        f"{folder} holds no tokenizer: expected {FILE}, tokenizer.json or vocab.json and merges.txt beside it"
-    )
+    else:
+        raise DataError(
+            f"{folder} holds no tokenizer: expected {FILE}, tokenizer.json or vocab.json and merges.txt beside it"
+        )
+    made = JsonTokenizer(text, mask_id, eos_id, pad_id)
+    made.bos = tokenizer_config.default_bos(folder, made)
+    return made
 
 
 def _read(file: Path, expected: str) -> str:

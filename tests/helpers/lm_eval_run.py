@@ -11,12 +11,16 @@ import json
 import logging
 import runpy
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lm_eval
 import torch
 from illada import Model, ModelConfig, cli, save
 from illada.integrations.lm_eval import IlladaLM, evaluate
+
+from tests.helpers import bos_folder
 
 TASKS = ["local_choice", "local_answer", "local_rolling"]
 SCORING = {"method": "monte_carlo", "samples": 4, "seed": 3}
@@ -36,6 +40,10 @@ def error(call: Any) -> str:
     except ValueError as caught:
         return str(caught)
     return ""
+
+
+def requests(*some: Any) -> list[Any]:
+    return [SimpleNamespace(args=one) for one in some]
 
 
 def samples(results: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +68,7 @@ def from_left(folder: str) -> dict[str, Any]:
     config = ModelConfig.preset("Qwen2.5-7B", **TINY, mask_id=-1, eos_id=257, pad_id=258)
     torch.manual_seed(1)
     save(Model(config), folder)
-    lm, requests = IlladaLM(folder, device="cpu"), lambda *some: [SimpleNamespace(args=one) for one in some]
+    lm = IlladaLM(folder, device="cpu")
     lines: list[str] = []
     logging.getLogger("illada.integrations.lm_eval").warning = lambda text, *values: lines.append(text % values)  # type: ignore[method-assign]
     greedy = {"until": ["\n"], "max_gen_toks": 5, "do_sample": False}
@@ -77,9 +85,43 @@ def joint(folder: str) -> dict[str, Any]:
     """A model whose clean rows predict is read from left to right, unless a method says otherwise."""
     torch.manual_seed(1)
     save(Model(ModelConfig.preset("demo", **TINY, causal_block=1, next_token=True)), folder)
-    pair = [SimpleNamespace(args=("ab", "cd"))]
+    pair = requests(("ab", "cd"))
     lms = [IlladaLM(folder, device="cpu"), IlladaLM(folder, device="cpu", method="confidence")]
-    return {lm.scoring["method"]: lm.loglikelihood(pair, True)[0][0] for lm in lms}
+    found: dict[str, Any] = {lm.scoring["method"]: lm.loglikelihood(pair, True)[0][0] for lm in lms}
+    asked = {"until": ["\n"], "max_gen_toks": 5}
+    found["answers"] = [lm.generate_until(requests(("ab", asked), ("", asked)), True) for lm in lms]
+    found["hot"] = error(lambda: lms[0].generate_until(requests(("ab", {**asked, "temperature": 0.5})), True))
+    return found
+
+
+def beside(folder: str) -> list[dict[str, Any]]:
+    """What we and the harness's own model find of a folder whose tokenizer writes BOS, for each add_bos_token."""
+    from lm_eval.models.huggingface import HFLM
+
+    bos_folder.write(Path(folder))
+    Path(folder, "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    pairs = requests(("a b", " on and"), ("", "on and"), ("x ", "yes"), ("on " * 40, "and"))
+    asked = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    chat = [{"role": "user", "content": "on"}]
+    found = []
+    for add in (None, True, False):
+        ours = IlladaLM(folder, device="cpu", add_bos_token=add)
+        theirs = HFLM(pretrained=folder, device="cpu", dtype="float32", add_bos_token=add)
+        both: dict[str, Any] = {"bos": ours.bos}
+        for name, lm in (("ours", ours), ("theirs", theirs)):
+            rolling = [("on and on" * 30,)]
+            if lm is theirs and lm_eval.__version__ >= "0.5":
+                rolling = [("", text) for (text,) in rolling]
+            both[name] = {
+                "pairs": lm.loglikelihood(pairs, True),
+                "rolling": lm.loglikelihood_rolling(requests(*rolling), True),
+                "answers": lm.generate_until(requests(("a b", asked), ("zq", asked)), True),
+            }
+            prompt = lm.apply_chat_template(chat)
+            both[name]["chat"] = lm.generate_until(requests((prompt, asked)), True)
+            both[name]["chat pairs"] = lm.loglikelihood(requests((prompt, "and")), True)
+        found.append(both)
+    return found
 
 
 def run(model: str, tasks: str) -> dict[str, Any]:
@@ -107,6 +149,7 @@ def run(model: str, tasks: str) -> dict[str, Any]:
         "truncations": truncations(lm),
         "from_left": from_left(f"{model}-from-left"),
         "joint": joint(f"{model}-joint"),
+        "beside": beside(f"{model}-beside"),
         "too long": error(lambda: evaluate(lm, TASKS[1:2], tasks, gen_kwargs={"max_gen_toks": 99}, bootstrap_iters=0)),
     }
 

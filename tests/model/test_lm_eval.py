@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -147,10 +148,7 @@ def test_rolling_likelihood_counts_every_token_once_in_windows_of_the_context_le
         for start in range(64, len(tokens), 63):
             end = min(start + 63, len(tokens))
             wanted += likelihood(model, tokens[max(0, end - 64) : start], tokens[start:end])
-        found = sample["resps"]
-        while isinstance(found, list):  # 0.5 has a pair where 0.4 has a number
-            found = found[0]
-        assert float(found) == pytest.approx(wanted, rel=1e-5)
+        assert first(sample["resps"]) == pytest.approx(wanted, rel=1e-5)
         total += wanted
     size = sum(len(document["text"]) for document in DOCUMENTS)
     bits = harness.results["local_rolling"]["bits_per_byte,none"]
@@ -209,3 +207,36 @@ def test_clean_rows_that_predict_are_read_by_default(harness):
     right = next_tokens(model, ids("ab"), ids("cd"), forbid=True)
     assert harness.joint["autoregressive"] == pytest.approx(right, rel=1e-5)
     assert harness.joint["confidence"] != pytest.approx(right, rel=1e-3)
+
+
+def test_joint_models_answer_without_a_sampler_being_named(harness):
+    model = load(harness.folder / "model-joint")
+    config = GenerationConfig(max_new_tokens=5, sampler="self-speculation")
+    wanted = [generate(model, [prompt], config).tokens[0] for prompt in (ids("ab"), [model.config.eos_id])]
+    answers = [ByteTokenizer().decode(tokens).partition("\n")[0] for tokens in wanted]
+    assert harness.joint["answers"] == [answers, answers]
+    assert harness.joint["hot"].endswith("greedy; models with next_token have it by default: name another")
+
+
+def test_contexts_begin_with_bos_as_those_of_the_harness_s_own_model(harness):
+    default, asked, none = harness.beside
+    assert [one["bos"] for one in harness.beside] == [[0], [0], []] and default["ours"] == asked["ours"]
+    for one in harness.beside:
+        ours, theirs = one["ours"], one["theirs"]
+        for kind in ("pairs", "chat pairs"):
+            for (value, greedy), (other, same) in zip(ours[kind], theirs[kind], strict=True):
+                assert value == pytest.approx(other, rel=1e-5) and greedy == same
+        assert ours["answers"] == theirs["answers"] and ours["chat"] == theirs["chat"]
+        assert ours["chat"] == default["ours"]["chat"]  # the template writes BOS, whatever is asked for
+    assert default["ours"]["answers"] != none["ours"]["answers"]
+    assert default["ours"]["pairs"][1] == none["ours"]["pairs"][1]  # an empty context is BOS in any case
+    # There BOS is put before a text that begins with it; here it comes once.
+    [wanted] = none["theirs"]["rolling"]
+    for one in harness.beside:
+        assert first(one["ours"]["rolling"]) == pytest.approx(first(wanted), rel=1e-5)
+
+
+def first(found: Any) -> float:
+    while isinstance(found, list):  # 0.5 has a pair where 0.4 has a number
+        found = found[0]
+    return float(found)

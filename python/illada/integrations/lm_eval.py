@@ -20,8 +20,9 @@ from tqdm import tqdm
 from ..chat import ChatTemplate, load_chat_template
 from ..decoding.config import GenerationConfig
 from ..decoding.generate import generate
-from ..decoding.samplers import ALONE
+from ..decoding.samplers import ALONE, of_model
 from ..likelihood import METHODS, is_greedy, log_likelihood, longest_pair, read_as
+from ..tokenizer_config import begun, bos_of, special_id
 from ..training.runs import open_model
 
 try:
@@ -64,6 +65,9 @@ class IlladaLM(LM):
         Tokens to generate where a task does not say.
     batch_size : int or str
         At most so many sequences in a batch of generation. 1, the harness's default, and "auto" set no limit.
+    add_bos_token : bool, optional
+        Begin contexts with the BOS token, once: a chat template may have written it. None: as the folder's tokenizer
+        does by itself, which is what the harness's own models do.
     chat_template : str
         Which of the folder's chat templates `--apply_chat_template` uses.
     **settings
@@ -98,6 +102,7 @@ class IlladaLM(LM):
         max_batch_size: int | None = None,
         chat_template: str = "default",
         mask_id: int | None = None,
+        add_bos_token: bool | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -105,6 +110,8 @@ class IlladaLM(LM):
             raise ValueError(f"model_args: {', '.join(unknown)} is not known; expected {', '.join(sorted(_SETTINGS))}")
         if method is not None and method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        if add_bos_token not in (None, True, False):
+            raise ValueError(f"add_bos_token: expected True, False or None, got {add_bos_token!r}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         overrides = {} if mask_id is None else {"mask_id": int(mask_id)}
         self.model, self.coder = open_model(pretrained, device, dtype, **overrides)
@@ -118,13 +125,21 @@ class IlladaLM(LM):
         self.batch_limit = limit if limit and limit > 1 else 2**31
         self.template_name = chat_template
         self.template: ChatTemplate | None = None
-        # a model whose first row predicts nothing needs a token before every text
-        stated = config.hf.get("bos_token_id")
-        first: int = stated if isinstance(stated, int) else config.eos_id
+        self.bos = bos_of(self.folder, self.coder, add_bos_token)
         from_left = config.shifted_logits or (config.next_token and method == "autoregressive")
-        self.prefix = [first] if from_left and 0 <= first < config.vocab_size else []
+        self.prefix = self.bos or (self._first() if from_left or config.next_token else [])
         self.least = int(from_left)  # tokens before what is scored
         self.longest = longest_pair(read_as(config, method))
+
+    def _first(self) -> list[int]:
+        """Returns what an empty context is for a model whose first row predicts nothing: BOS, else the end of a text.
+
+        As the tokenizer names them, as in the harness, else config.json.
+        """
+        config = self.model.config
+        named = [special_id(self.folder, self.coder, role) for role in ("bos_token", "eos_token")]
+        ids = [*named, config.hf.get("bos_token_id"), config.eos_id]
+        return [i for i in ids if isinstance(i, int) and 0 <= i < config.vocab_size][:1]
 
     # ---- chat ------------------------------------------------------------------------------------------------------
 
@@ -151,7 +166,7 @@ class IlladaLM(LM):
         return self.template
 
     def encode(self, text: str) -> list[int]:
-        """Returns a text's ids."""
+        """Returns a text's ids, to which BOS is not added."""
         return [int(i) for i in self.coder.encode(text.encode(), special=self.template is not None)]
 
     # ---- likelihood ------------------------------------------------------------------------------------------------
@@ -166,7 +181,8 @@ class IlladaLM(LM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """Returns the log-likelihood of each text, in windows of max_seq_len; with 0.5's requests (it, False)."""
-        windows = [list(self._windows(self.encode(request.args[-1]))) for request in requests]
+        texts = [begun(self.encode(request.args[-1]), self.prefix)[len(self.prefix) :] for request in requests]
+        windows = [list(self._windows(ids)) for ids in texts]
         found = iter(self._score([pair for text in windows for pair in text], False, disable_tqdm))
         answers: list[Any] = []
         for request, text in zip(requests, windows):
@@ -179,9 +195,9 @@ class IlladaLM(LM):
         """Encodes both as one text; white space at the context's end belongs to the continuation, as in the harness."""
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
-        before = self.encode(bare)
-        whole = self.encode(bare + continuation)
-        return before or self.prefix, whole[len(before) :]
+        first = self.bos if bare else self.prefix
+        before, whole = (begun(self.encode(text), first) for text in (bare, bare + continuation))
+        return before, whole[len(before) :]
 
     def _fitting(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
         """Cuts contexts from the left, with a warning; raises ValueError for a continuation that does not fit."""
@@ -209,7 +225,7 @@ class IlladaLM(LM):
         """Yields (context, continuation) so that every token counts once and the last one sees all it can."""
         length, start = self.longest, 0
         while start < len(ids):
-            end = min(start + length - (1 if start else self.least), len(ids))
+            end = min(start + length - (1 if start else max(len(self.prefix), self.least)), len(ids))
             yield (ids[max(end - length, 0) : start] if start else self.prefix), ids[start:end]
             start = end
 
@@ -252,13 +268,13 @@ class IlladaLM(LM):
             for group in groups.values():
                 config, until, size = self._generation(requests[group[0]].args[1])
                 room = self.model.config.max_seq_len - config.max_new_tokens
-                whole = {i: self.encode(requests[i].args[0]) or self.prefix for i in group}
+                whole = {i: begun(self.encode(requests[i].args[0]), self.bos) or self.prefix for i in group}
                 self._warn([len(whole.get(i, ())) - room for i in range(len(requests))])
                 prompts = {i: ids[-room:] for i, ids in whole.items()}
                 for batch in self._batches(prompts, config.max_new_tokens):
                     seeds = [config.seed + i for i in batch]  # type: ignore[operator]
                     # An answer depends on its request alone, and ends with the block that holds one of `until`.
-                    early = until and config.sampler not in ALONE  # whose loops have no such end
+                    early = until and not self._alone(config)  # its loop has no such end
                     one = dataclasses.replace(config, seed=seeds, stop_when=self._holds(until) if early else None)
                     done = generate(self.model, [prompts[i] for i in batch], one)
                     for i, tokens in zip(batch, done.tokens):
@@ -266,6 +282,9 @@ class IlladaLM(LM):
                         self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                     bar.update(len(batch))
         return answers
+
+    def _alone(self, config: GenerationConfig) -> bool:
+        return of_model(config, self.model.config).sampler in ALONE
 
     def _holds(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
         return lambda ids: any(stop in self.coder.decode(ids) for stop in until)
@@ -298,9 +317,8 @@ class IlladaLM(LM):
         if unknown := sorted(set(settings) - _SETTINGS):
             raise ValueError(f"gen_kwargs: {', '.join(unknown)} is not known; expected {', '.join(sorted(_SETTINGS))}")
         block = settings.get("block_length") or self.model.config.causal_block or min(32, size)
-        if settings.get("sampler") in ALONE:  # block_length is its draft's, by default its own
-            config = GenerationConfig(max_new_tokens=size, **settings)
-        else:
+        config = GenerationConfig(max_new_tokens=size, **settings)
+        if not self._alone(config):  # whose block_length is its draft's, by default its own
             config = GenerationConfig(max_new_tokens=-(-size // block) * block, **{**settings, "block_length": block})
         return config, [until] if isinstance(until, str) else [text for text in until if text], size
 

@@ -12,6 +12,7 @@ import numpy as np
 from ..chat import ChatTemplate
 from ..errors import DataError
 from ..tokenizer import Tokenizer
+from ..tokenizer_config import begun
 from .data import Document
 
 _FORM = '{"prompt": "...", "response": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
@@ -31,8 +32,8 @@ class Pairs:
     """Fine-tuning batches. A row is prompt, response, then end-of-text ids up to `length`; the prompt is not learned.
 
     A line is {"prompt": text, "response": text}, or {"messages": [...]} that ends with the assistant's: what the chat
-    template makes of the others is the prompt. Names of special tokens become these tokens, as templates need; the
-    mask's is refused.
+    template makes of the others is the prompt. A prompt begins with the tokenizer's BOS, where it has one. Names of
+    special tokens become these tokens, as templates need; the mask's is refused.
 
     Parameters
     ----------
@@ -131,7 +132,7 @@ def _row(where: str, line: str, tokenizer: Tokenizer, template: ChatTemplate | N
         raise DataError(f"{where}: {error}") from None
     if not texts[1].strip():
         raise DataError(f"{where}: the response is empty, so there is nothing to learn; leave the line out")
-    return _Row(where, prompt, response)
+    return _Row(where, np.array(begun(prompt.tolist(), tokenizer.bos), dtype=np.int64), response)
 
 
 def _conversation(where: str, messages: Any, template: ChatTemplate | None) -> tuple[str, str]:
