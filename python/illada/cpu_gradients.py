@@ -33,7 +33,8 @@ def turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return (
         wanted(x, cos, sin)
         and not (cos.requires_grad or sin.requires_grad)
-        and torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1]) == x.shape[:-1]
+        and cos.dim() <= x.dim()  # torch.broadcast_shapes would import sympy, which takes half a second
+        and all(angles in (1, rows) for angles, rows in zip(cos.shape[-2::-1], x.shape[-2::-1]))
     )
 
 

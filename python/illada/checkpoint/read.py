@@ -15,7 +15,7 @@ from ..config import ModelConfig
 from ..devices import usable
 from ..errors import CheckpointError, ConfigError
 from ..hf_config import all_eos_ids
-from ..model import Model
+from ..model import Model, allocate
 from ..tensor_names import Entry, entries, head_name
 from .files import (
     CONFIG,
@@ -83,7 +83,8 @@ def load(
     device = usable(device, meta=True)
     config = read_config(folder, **overrides)
     stored = Stored(folder, config)
-    model = Model(config, device="meta").to(dtype or stored.dtype).to_empty(device=device)
+    model = Model(config, device="meta").to(dtype or stored.dtype)
+    allocate(model, device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, start, tensor in stored:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ... import checkpoint
 from ...live import ProgressBar
-from ...model import Model
+from ...model import Model, allocate
 from .. import lora
 from ..begin import begun, documents_of
 from ..runs import Run, StopSignals, plot_losses
@@ -114,7 +114,7 @@ def export(run: Run, sharded: ShardedModel) -> None:
     model = Model(run.model_config, device="meta", dtype=sharded.dtype if sharded.adapters else torch.float32)
     first = dist.get_rank() == 0
     if first:
-        model.to_empty(device="cpu")
+        allocate(model, "cpu")
     _take(dict(model.named_parameters()), sharded.gathered())
     if sharded.adapters:
         if first:
