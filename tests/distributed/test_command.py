@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import illada
 import pytest
@@ -14,6 +14,7 @@ import torch
 from illada.cli import main
 from safetensors.torch import load_file
 
+from tests.helpers import forks
 from tests.helpers.checkout import ROOT
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
@@ -23,9 +24,18 @@ RUN = ("--data", "README.md", "--steps", "3", "--length", "32", "--batch-size", 
 PEFT = ROOT / "build" / "peft"
 
 
-def train(python: Python, ranks: int, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+def train(python: Python, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-    return python(*launcher, "-m", "illada", "train", *arguments, cwd=ROOT, OMP_NUM_THREADS="1", **more)
+    return python(*launcher, "-m", "illada", "train", *arguments, cwd=ROOT, OMP_NUM_THREADS="1")
+
+
+def ranks_of(world: int) -> list[dict[str, str]]:
+    """What torchrun sets for each rank on one machine."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    alike = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **alike} for rank in range(world)]
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -40,7 +50,7 @@ def test_two_ranks_train_and_one_goes_on(python: Python, tmp_path: Path, capsys:
     assert len(losses_of(folder)) == 3 and illada.load(folder).config.dim == 128
     assert main(["train", "--out", str(folder), "--resume"]) == 2
     assert "holds a state in shards: go on with torchrun, on any number of ranks" in capsys.readouterr().err
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    (alone,) = ranks_of(1)
     on = python("-m", "illada", "train", "--out", str(folder), "--resume", "--quiet", **alone)
     assert on.returncode == 0 and "resumed at step 3" in on.stderr, on.stderr[-3000:]
 
@@ -55,14 +65,18 @@ def test_adapters_of_two_ranks_are_those_of_one_process(python: Python, tmp_path
     illada.save(illada.Model(config), tmp_path / "base")
     (tmp_path / "base" / "illada_tokenizer.json").write_text('{"kind": "bytes", "merges": []}')
     common = (*RUN, "--from", str(tmp_path / "base"), "--lora", "2", "--lr", "0.02", "--dtype")
-    path = {"path": (ROOT, ROOT / "python", PEFT)}
-    alone = python("-m", "illada", "train", "--out", str(tmp_path / "alone"), *common, "float32", cwd=ROOT, **path)
-    assert alone.returncode == 0, alone.stderr[-3000:]
+    alone = forks.Command(["train", "--out", str(tmp_path / "alone"), *common, "float32"])
+    together = [
+        [forks.Command(["train", "--out", str(tmp_path / name), *common, name], env=env) for env in ranks_of(2)]
+        for name in ("float32", "bfloat16")
+    ]
+    imports = ("torch._dynamo", "peft", "illada.training.parallel.command")
+    more = {"path": (ROOT, ROOT / "python", PEFT), "cwd": ROOT, "OMP_NUM_THREADS": "1"}
+    done = forks.run(python, tmp_path / "forks", [[alone], *together], imports, **more)
+    assert all(code == 0 for group in done for code, _ in group), done
     right = losses_of(tmp_path / "alone")
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        done = train(python, 2, "--out", str(tmp_path / name), *common, name, **path)
-        assert done.returncode == 0, done.stderr[-3000:]
         mine, exact = losses_of(tmp_path / name), dtype == torch.float32
         assert len(mine) == 3 and mine == pytest.approx(right, rel=1e-5 if exact else 2**-7)
         for file, kept in (("model.safetensors", dtype), ("adapter/adapter_model.safetensors", torch.float32)):

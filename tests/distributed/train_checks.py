@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import itertools
 import os
 import re
@@ -53,6 +54,14 @@ SMALL: dict[str, Any] = {
     "init_std": 0.2,
 }
 LAYOUTS = {2: [(1, 1, 2), (1, 2, 1), (2, 1, 1)], 4: [(2, 1, 2), (1, 2, 2)]}  # data, context, tensor
+
+
+def prepare() -> None:
+    """Imports what ranks would import at their first steps."""
+    importlib.import_module("torch._dynamo")
+    if PEFT.exists():
+        sys.path.insert(0, str(PEFT))
+        importlib.import_module("peft")
 
 
 def layouts() -> list[Layout]:
@@ -280,7 +289,6 @@ def check_adapters_train_as_in_one_process_and_go_on_in_another_layout() -> None
     """Two ranks share the batch for two steps, then the sequences; the state holds adapters and their moments alone."""
     if not PEFT.exists():  # test_train.py says so
         return
-    sys.path.insert(0, str(PEFT))
     config = train_config(lora=3, lr=0.02)
     shape = model_config(config)
     torch.manual_seed(3)

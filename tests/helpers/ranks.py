@@ -1,13 +1,15 @@
 """Runs checks in several processes that talk through gloo: `python -m tests.helpers.ranks FOLDER MODULE WORLD ...`.
 
 Imports torch once, because that takes seconds, and forks the ranks of every world from there. A check is a function of
-the module named check_...; it runs on every rank. Each rank leaves FOLDER/WORLD.CHECK.RANK: "", or a traceback.
+the module named check_...; it runs on every rank, after the module's `prepare`, which runs once. Each rank leaves
+FOLDER/WORLD.CHECK.RANK: "", or a traceback.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import importlib
 import os
 import signal
@@ -96,7 +98,8 @@ def run_world(some: dict[str, Check], world: int, breaks: bool) -> None:
 
 
 def main(module: str, sizes: list[int]) -> None:
-    importlib.import_module("torch._dynamo")  # FSDP2 imports it at its first step: once for all ranks
+    getattr(importlib.import_module(module), "prepare", lambda: None)()
+    gc.freeze()  # otherwise each rank's collector writes to, and so copies, what all of them share
     for world in sizes:
         found = checks(module, world)
         run_world({n: f for n, f in found.items() if not getattr(f, "breaks", False)}, world, False)

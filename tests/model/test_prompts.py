@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -17,11 +16,13 @@ import pytest
 import torch
 from illada import GenerationConfig, Model, ModelConfig, generate, load, save
 from illada.cli import main
+from illada.decoding.decoder import Decoder
 from illada.decoding.samplers import SAMPLERS
 from illada.replay import Recorder
 from illada.tokenizer import ByteTokenizer
 
 from illada_kernels import Remask, Threshold, TopK
+from tests.helpers import forks
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
@@ -282,53 +283,32 @@ def test_what_is_done_stays_on_disk_when_interrupted(folder, tmp_path):
     assert lines(out.read_text())[0]["prompt"] == "a"
 
 
-def test_several_prompts_that_are_done_stay_on_disk_when_interrupted(folder, tmp_path):
-    """Ctrl-C comes while the second one is decoded."""
-    out = tmp_path / "out.jsonl"
-    more = (
-        "--out",
-        out,
-        "--batch-size",
-        "1",
-        "--prompt",
-        "a",
-        "--prompt",
-        "b",
-        "--max-new-tokens",
-        "900",
-        "--stop-ids",
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "illada", *command(folder, *more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    until = time.monotonic() + 120
-    while not (out.exists() and out.read_text()) and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    shown, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error == "illada: interrupted\n"
-    assert [row["prompt"] for row in lines(out.read_text())] == ["a"] and shown.startswith("a")
+def test_several_prompts_that_are_done_stay_on_disk_when_interrupted(folder, tmp_path, capsys, monkeypatch):
+    """Ctrl-C comes in the second one's second pass."""
+    out, step, passes = tmp_path / "out.jsonl", Decoder.step, iter(range(9))
+
+    def interrupted(decoder: Decoder) -> int:
+        made = step(decoder)
+        if out.exists() and out.read_text() and next(passes) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return made
+
+    monkeypatch.setattr(Decoder, "step", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        more = ("--out", out, "--batch-size", "1", "--prompt", "a", "--prompt", "b", "--stop-ids")
+        assert main(command(folder, *more)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    shown = capsys.readouterr()
+    assert [row["prompt"] for row in lines(out.read_text())] == ["a"]
+    assert shown.out.startswith("a") and shown.err == "illada: interrupted\n"
 
 
-@pytest.mark.parametrize("how", ["lines", "blocks", "live", "texts"])
-def test_a_closed_pipe_ends_the_command_without_a_word(folder, prompts, how):
-    reader, writer = os.pipe()
-    os.close(reader)
-    more = {"lines": ("--prompts", prompts), "blocks": ("--prompt", "a"), "live": ("--prompt", "a", "--live")}
-    more["texts"] = ("--prompt", "a", "--prompt", "b")
-    done = subprocess.run(
-        [sys.executable, "-m", "illada", *command(folder, *more[how])],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=120,
-    )
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
+def test_a_closed_pipe_ends_the_command_without_a_word(folder, prompts, python, tmp_path):
+    ways = (("--prompts", prompts), ("--prompt", "a"), ("--prompt", "a", "--live"), ("--prompt", "a", "--prompt", "b"))
+    commands = [[forks.Command(command(folder, *more), forks.CLOSED_PIPE)] for more in ways]
+    assert forks.run(python, tmp_path / "forks", commands, ["torch"]) == [[(141, "")]] * len(ways)
 
 
 def run(folder: Path, redirection: str, *more: str) -> subprocess.CompletedProcess:
