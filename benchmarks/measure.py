@@ -49,7 +49,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    op: str  # attention_fwd, attention_bwd, masked_loss, unmask, generate, train
+    op: str  # of run.FILES
     name: str
     dtype: str
     build: Callable[[], Work]

@@ -43,6 +43,7 @@ FILES = {
     "attention_bwd": "attention",
     "masked_loss": "masked_loss",
     "unmask": "unmask",
+    "layer": "layer",
     "generate": "generate",
     "train": "train",
 }

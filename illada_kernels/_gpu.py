@@ -75,3 +75,21 @@ def launch(function: str, device: torch.device, *arguments: Any) -> None:
         code = getattr(module, function)(*plain, stream)
     if code:
         raise RuntimeError(f"{function}: {torch.cuda.CudaError(code)}")
+
+
+def row_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """Returns (x, inner, outer_stride, stride): row r of the flattened leading dimensions starts at element
+    r // inner * outer_stride + r % inner * stride. Copies x only if its rows need three strides or more."""
+    dims: list[tuple[int, int]] = []  # (size, stride), outermost first, neighbours merged
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    if len(dims) > 2:
+        return row_strides(x.contiguous())
+    if len(dims) == 2:
+        return x, dims[1][0], dims[0][1], dims[1][1]
+    return x, max(x.shape[:-1].numel(), 1), 0, dims[0][1] if dims else x.shape[-1]

@@ -247,6 +247,78 @@ def unmask(backend: str, device: str, from_logits: bool = False) -> Iterator[Cas
         yield f"top 3, 180 rows, {dtype}", many
 
 
+# ---- layer ----------------------------------------------------------------------------------------------------------
+
+
+def norm_case(dim: int, in_fp32: bool, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Checks the rounded sum, and norms of rows that lie apart, one of NaN among them."""
+    from .layer import add_rms_norm, kernels_for, rms_norm
+
+    x, delta = (randn(7, 3, dim, seed=s, device=device).to(dtype).transpose(0, 1) for s in (1, 2))
+    weight = randn(dim, seed=3, device=device).to(dtype)
+    x[1, 2] = torch.nan
+    kernels = kernels_for(x, weight, backend=backend)
+
+    def run() -> list[Tensor]:
+        return [y.nan_to_num(7.0) for y in add_rms_norm(x, delta, weight, 1e-6, in_fp32, kernels=kernels)]
+
+    total, out = run()
+    summed = x + delta
+    same("sum", total, summed.nan_to_num(7.0))
+    plain, exact = (
+        rms_norm(summed.to(to), weight.to(to), 1e-6, in_fp32).nan_to_num(7.0) for to in (dtype, torch.float64)
+    )
+    assert_close(out, plain, exact, 4 * torch.finfo(torch.float32).eps, "norm")
+    same("norm, second run", run()[1], out)
+
+
+def rope_case(dim: int, per_sequence: bool, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Checks heads of one product, and windows clamped at both ends of a cache that lies in a larger one."""
+    from .layer import kernels_for, rope_to_cache
+
+    batch, length, slots = 4, 5, 9
+    q, k, v = randn(batch, length, 17, dim, seed=1, device=device).to(dtype).split((11, 3, 3), 2)
+    angle = randn(batch, length, 1, dim // 2, seed=2, device=device)
+    cos, sin = angle.cos(), angle.sin()
+    start = torch.tensor([2, -3, 7, -9], device=device) if per_sequence else 3
+    keep = torch.arange(batch * length, device=device).view(batch, length) % 3 != 1 if per_sequence else None
+    kernels = kernels_for(q, cos, backend=backend)
+
+    def run(to: torch.dtype, kernels: Any) -> list[Tensor]:
+        held = torch.full((2, batch, slots + 2, 3, dim), 3.0, dtype=to, device=device)
+        keys, values = held[:, :, 1:-1]
+        turn = (cos, sin) if kernels else (cos.to(to), sin.to(to))
+        out = rope_to_cache(q.to(to), k.to(to), v.to(to), *turn, keys, values, start, keep, kernels=kernels)
+        return [out, *held]
+
+    got, exact = run(dtype, kernels), run(torch.float64, None)
+    for name, mine, ref in zip(("q", "keys", "values"), got, exact):
+        assert_close(mine, ref.to(dtype), ref, 8 * torch.finfo(torch.float32).eps, name)
+    same("values", got[2], exact[2].to(dtype))
+
+
+def swiglu_case(width: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    from .layer import kernels_for, swiglu
+
+    x = 4 * randn(5, 4 * width, seed=1, device=device).to(dtype)[:, : 2 * width]
+    x[0, :4] = torch.tensor([-104.0, 88.0, -1e4, 1e4], device=device)[: 2 * width]
+    out = swiglu(x, kernels=kernels_for(x, backend=backend))
+    assert_close(out, swiglu(x), swiglu(x.double()), 8 * torch.finfo(torch.float32).eps, "swiglu")
+
+
+def layer(backend: str, device: str) -> Iterator[Case]:
+    for dtype in (*halves(device), torch.float32)[:3]:
+        for dim in (1, 96, 4096, 9001):
+            for in_fp32 in (False, True):
+                yield f"norm of {dim}, {in_fp32}, {dtype}", partial(norm_case, dim, in_fp32, dtype, backend, device)
+        for dim in (2, 96, 128):
+            for each in (False, True):
+                run = partial(rope_case, dim, each, dtype, backend, device)
+                yield f"rope, head_dim {dim}, {'a start each' if each else 'one start'}, {dtype}", run
+        for width in (2, 1025, 14336):
+            yield f"swiglu of {width}, {dtype}", partial(swiglu_case, width, dtype, backend, device)
+
+
 def cases(op: str, backend: str, device: str) -> Iterator[Case]:
     """Returns the cases of `op`: those of the function above with its room's name."""
     room = OPS[op]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HARDWARE = "tests/cuda_on_cpu/test_hardware.py"
-OPS = ("attention", "masked_loss", "masked_loss_from_logits", "unmask", "unmask_from_logits")
+OPS = ("attention", "masked_loss", "masked_loss_from_logits", "unmask", "unmask_from_logits")  # in CUDA and Triton
 TEST_PROCESSES = 10
 
 FORWARD = (
@@ -32,9 +32,9 @@ UNMASK = (
 LOSS = "half_v126k,half_v126k_no_grad,half_v126k_minimum,tenth_v126k,half_v155k"
 TRITON = (
     "full_8k_kv8,block_diffusion_4k_b32_kv8,full_8k_kv8 backward,block_diffusion_4k_b32_kv8 backward,half_v126k,"
-    "tenth_v126k,entropy_2x32_v126k_t1,hidden_16x32_v126k_t0"
+    "tenth_v126k,entropy_2x32_v126k_t1,hidden_16x32_v126k_t0,layer_1x32,layer_32x32"
 )
-MEASURED = ("attention_fwd", "attention_bwd", "masked_loss", "unmask")
+MEASURED = ("attention_fwd", "attention_bwd", "masked_loss", "unmask", "layer")
 # of profile.py, by the kernels that they launch
 PROFILED = "attention_fwd|attention_bwd_keys|attention_bwd_queries|attention_bwd_fused|head_kernel|rows_gradients"
 
@@ -120,7 +120,7 @@ def plan(out: Path, settings: Settings | None = None) -> list[Stage]:
     large = tests("large", "tests/gpu", 1, "-m", "large", limit=30.0)
 
     def selftests(backend: str) -> tuple[Worker, ...]:
-        return tuple(selftest(op, backend, out) for op in OPS)
+        return tuple(selftest(op, backend, out) for op in (*OPS, *(["layer"] if backend == "triton" else [])))
 
     def measured(name: str, seconds: float, about: str, ops: Iterable[str], cases: str, ours: str = "cuda") -> Stage:
         return Stage(name, seconds, about, (benchmark(name, ops, cases, out, settings, ours),))

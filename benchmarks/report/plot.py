@@ -14,7 +14,7 @@ from typing import Any
 from ..run import FILES, RESULTS
 from . import plot_lines
 
-COLORS = dict(zip(FILES, ("#1b6ca8", "#5aa9d6", "#c8553d", "#4b8f5c", "#7a5195", "#b8860b")))
+COLORS = dict(zip(FILES, ("#1b6ca8", "#5aa9d6", "#c8553d", "#4b8f5c", "#8c8c8c", "#7a5195", "#b8860b")))
 
 
 def rows_of(folder: Path, absent: bool = False) -> list[dict[str, Any]]:

@@ -21,9 +21,11 @@ from benchmarks.peers.attention import DOCUMENTS, GpuCase
 from benchmarks.report import plot, readme
 from benchmarks.rows import run_case
 from benchmarks.suites import attention as attention_suite
+from benchmarks.suites import layer as layer_suite
 from benchmarks.suites import masked_loss as masked_loss_suite
 from benchmarks.suites import unmask as unmask_suite
 from illada_kernels.ops.attention import cases as shapes
+from illada_kernels.ops.layer import cpu as cpu_layer
 from illada_kernels.ops.unmask.cases import TRUNCATIONS, Shape
 from tests.helpers.unmask_oracle import truncated_set
 
@@ -179,6 +181,28 @@ def test_a_proposal_that_is_wrong_is_told():
     assert unmask_suite.error_of((best + 1) % 19, hidden, weight, 19) > 0.1
     best[1, 1] = -1
     assert unmask_suite.error_of(best, hidden, weight, 19) == float("inf")
+
+
+@pytest.mark.parametrize("name", layer_suite.FUNCTIONS)
+def test_a_layer_that_is_wrong_is_told_and_its_peers_give_what_ours_gives(name, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(layer_suite, "sets_beyond_cache", lambda *_: 1)  # so that the peers meet the same inputs
+    work = layer_suite.build(name, 1, 5, "float32", "cpu")
+    backend = next(iter(work.ours))
+    assert work.check(backend) < 1e-5
+    ours = work.ours[backend]()
+    for peer in work.peers.values():
+        for mine, theirs in zip(ours, peer()):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    entry = {"norm": "norm", "rope": "rope", "swiglu": "swiglu", "layer": "rope"}[name]
+    right = getattr(cpu_layer, entry)
+
+    def off(*arguments):
+        out = right(*arguments)
+        return tuple(1.1 * x for x in out) if isinstance(out, tuple) else 1.1 * out
+
+    monkeypatch.setattr(cpu_layer, entry, off)
+    assert work.check(backend) > measure.WRONG
 
 
 def test_rows_that_pad_a_peer_change_nothing():

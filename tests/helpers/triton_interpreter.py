@@ -1,6 +1,6 @@
 """Runs the Triton kernels of a room on a CPU, in Triton's interpreter, within a `with` block and nowhere else.
 
-    with interpreted(op):                      # op: the room's module that holds BACKENDS
+    with interpreted(op):                      # op: the room's module that holds OPERATOR, or BACKENDS alone
         attention(q, k, v, backend="triton")   # tensors on the CPU
 
 Triton chooses its interpreter while it decorates a kernel (TRITON_INTERPRET=1), once per process, and a process that
@@ -44,6 +44,8 @@ class KernelFault(Exception):
 class Available:
     """A backend's module that says it can run here."""
 
+    DEVICE = "cpu"  # which the module of ops.layer names
+
     def __init__(self, module: Any) -> None:
         self.module = module
 
@@ -63,12 +65,12 @@ def on_cpu(backend: Backend) -> Backend:
 def interpreted(room: ModuleType, backend: str = "triton", overflow: bool = False) -> Iterator[None]:
     """`backend` of the room takes tensors on the CPU, and Triton kernels run in the interpreter. `overflow`: integer
     arithmetic that leaves its type is an error; half as fast."""
-    operator = room.OPERATOR
-    names = [b.name for b in operator.backends]
+    holder, held = (room.OPERATOR, "backends") if hasattr(room, "OPERATOR") else (room, "BACKENDS")
+    names = [b.name for b in getattr(holder, held)]
     assert backend in names, f"{room.__name__} has {names}"
-    here = tuple(on_cpu(b) if b.name == backend else b for b in operator.backends)
+    here = tuple(on_cpu(b) if b.name == backend else b for b in getattr(holder, held))
     with pytest.MonkeyPatch.context() as patch, _language_restored():
-        patch.setattr(operator, "backends", here)
+        patch.setattr(holder, held, here)
         options = replace(interpreter.interpreter_builder.options, sanitize_overflow=overflow)
         patch.setattr(interpreter.interpreter_builder, "options", options)
         _redirect(patch)

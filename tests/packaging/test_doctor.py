@@ -209,6 +209,8 @@ def swap(tokens: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_selftest_notices_a_backend_that_is_a_little_wrong(op, monkeypatch, capsys):
+    if op == "layer":
+        return a_selftest_notices_a_norm_that_is_a_little_wrong(monkeypatch, capsys)
     right = getattr(illada_kernels, op)
 
     def wrong(*arguments, **options):
@@ -225,6 +227,20 @@ def test_selftest_notices_a_backend_that_is_a_little_wrong(op, monkeypatch, caps
     monkeypatch.setitem(illada_kernels.__dict__, op, wrong)
     _selftest.main(op, "cpu", "cpu")
     assert json.loads(capsys.readouterr().out)["passed"] is False
+
+
+def a_selftest_notices_a_norm_that_is_a_little_wrong(monkeypatch, capsys):
+    from illada_kernels.ops.layer import cpu
+
+    for name, of in (("norm", lambda r: (r[0], off(r[1]))), ("rope", off), ("swiglu", off)):
+        with monkeypatch.context() as patch:
+            right = getattr(cpu, name)
+            patch.setattr(cpu, name, lambda *a, right=right, of=of: of(right(*a)))
+            _selftest.main("layer", "cpu", "cpu")
+        failed = {
+            case["case"].split()[0].strip(",") for case in json.loads(capsys.readouterr().out)["cases"] if case["error"]
+        }
+        assert failed == {name}
 
 
 def test_a_selftest_process_that_dies_is_a_failure(monkeypatch, capsys):

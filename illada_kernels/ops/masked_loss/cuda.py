@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..._extension import DTYPES, extension_reason
-from ..._gpu import cuda_reason, launch, rows_reason
+from ..._gpu import cuda_reason, launch, row_strides, rows_reason
 from . import gpu
 from .problem import Problem, Results, no_float64
-from .row_kernels import Formula, Rows, row_strides, rows_of
+from .row_kernels import Formula, Rows, rows_of
 
 Launch = Callable[..., None]  # (entry point, device, *arguments)
 

@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..row_kernels import POWER_TIMES_GRAD, SCALE_OVER_POWER, Formula, Rows, row_strides, rows_of
+from ...._gpu import row_strides
+from ..row_kernels import POWER_TIMES_GRAD, SCALE_OVER_POWER, Formula, Rows, rows_of
 from . import compact
 from . import rows as rows_kernels
 

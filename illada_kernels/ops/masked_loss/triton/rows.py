@@ -22,7 +22,7 @@ NO_ID = tl.constexpr(1 << 62)
 
 @triton.jit
 def row_of(x, r, inner, outer_stride, stride):
-    """Returns the address of row r of the flattened leading dimensions (row_kernels.row_strides)."""
+    """Returns the address of row r of the flattened leading dimensions (_gpu.row_strides)."""
     return x + ((r // inner).to(tl.int64) * outer_stride + (r % inner).to(tl.int64) * stride)
 
 

@@ -8,41 +8,25 @@ import pytest
 import torch
 
 from illada_kernels import _extension, layer
-from illada_kernels.testing import assert_close, one_precision_up
+from illada_kernels.ops.layer import cpu
+from tests.helpers import layer_calls as checks
 from tests.helpers.instruction_sets import run_under_each
-from tests.helpers.layer_calls import DTYPES, angles, heads
+from tests.helpers.layer_calls import DTYPES, angles, everything, heads, inputs
 
-compiled = pytest.mark.skipif(_extension.extension_reason("layer_rope_cpu") is not None, reason="no extension")
+compiled = pytest.mark.skipif(cpu.available() is not None, reason="no extension")
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 SIZES = [1, 2, 15, 16, 17, 33, 64, 130, 1024]
 
 
-K = None if _extension.extension_reason("layer_rope_cpu") else _extension.native()
+K = None if cpu.available() else cpu
 rms_norm, swiglu, apply_rope = (partial(f, kernels=K) for f in (layer.rms_norm, layer.swiglu, layer.apply_rope))
-
-
-def meets_the_bar(function, *tensors, name="result", **options):
-    exact = function(*(x.to(one_precision_up(x.dtype)) for x in tensors), **options)
-    plain, ours = function(*tensors, **options), function(*tensors, **options, kernels=K)
-    assert_close(ours, plain, exact, 4 * torch.finfo(torch.float32).eps, name)
 
 
 @compiled
 @dtypes
 @pytest.mark.parametrize("dim", SIZES)
 def test_norm_and_swiglu_meet_the_numerics_bar(dtype, dim):
-    for shape in ((dim,), (3, dim), (2, 1, 5, dim), (0, dim)):
-        x, weight = 3 * torch.randn(shape).to(dtype), torch.randn(dim).to(dtype)
-        for in_fp32 in (False, True):
-            meets_the_bar(layer.rms_norm, x, weight, eps=1e-5, in_fp32=in_fp32, name=f"norm {shape}")
-        meets_the_bar(normed_sum, x, x.flip(0), weight, name=f"norm of a sum {shape}")
-        meets_the_bar(layer.swiglu, torch.cat([x, 2 * x.flip(-1)], -1), name=f"swiglu {shape}")
-
-
-def normed_sum(x, delta, weight, kernels=None):
-    total, out = layer.add_rms_norm(x, delta, weight, 1e-5, kernels=kernels)
-    assert torch.equal(total, x + delta)
-    return out
+    checks.norm_and_swiglu_meet_the_bar(K, dtype, dim)
 
 
 @compiled
@@ -50,48 +34,21 @@ def normed_sum(x, delta, weight, kernels=None):
 @pytest.mark.parametrize("dim", [2, 6, 30, 32, 34, 64, 128])
 @pytest.mark.parametrize("shared", [True, False])
 def test_rope_meets_the_numerics_bar(dtype, dim, shared):
-    for batch, length in ((1, 1), (3, 5), (2, 0)):
-        q, k, _ = heads(batch, length, 4, 2, dim, dtype)
-        cos, sin = angles(1 if shared else batch, length, dim)
-        for x in (q, k):  # the dtype of cos is that of torch's products
-            meets_the_bar(rotated_alone, x, cos.to(dtype), sin.to(dtype))
-
-
-def rotated_alone(x, cos, sin, kernels=None):
-    return layer.apply_rope(x, x, cos, sin, kernels=kernels)[0]
+    checks.rope_meets_the_bar(K, dtype, dim, shared)
 
 
 @compiled
 @dtypes
-@pytest.mark.parametrize("start", [0, 2, "each", "beyond"])
+@pytest.mark.parametrize("start", checks.STARTS)
 @pytest.mark.parametrize("kept", [False, True])
 def test_slots_of_the_cache_hold_what_torch_writes_and_nothing_else_is_touched(dtype, start, kept):
-    q, k, v = heads(2, 3, 4, 2, 6, dtype)
-    cos, sin = angles(2, 3, 6)
-    if isinstance(start, str):  # sequence 1 lies beyond: of its tokens the last one is in the last slot
-        start = torch.tensor([4, 1] if start == "each" else [0, 9])
-    keep = torch.tensor([[True, False, True], [False, False, True]]) if kept else None
-    whole = torch.full((2, 2, 4, 9, 2, 6), 7.0, dtype=dtype)  # sequences 1 and 2 of 4, slots 0 .. 7 of 9
-
-    def write(store, kernels):
-        return layer.rope_to_cache(q, k, v, cos, sin, *store[:, 1, 1:3, :8], start, keep, kernels=kernels)
-
-    ours, theirs = whole.clone(), whole.clone()
-    out, expected = write(ours, K), write(theirs, None)
-    written = (theirs[:, 1] != 7).any(-1)
-    assert torch.equal((ours[:, 1] != 7).any(-1), written) and written.sum() == 2 * 2 * (
-        3 if kept else 4 if isinstance(start, torch.Tensor) and start[1] == 9 else 6
-    )
-    assert torch.equal(ours[:, 0], whole[:, 0])
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out, expected, rtol=2 * eps, atol=4 * eps)
-    torch.testing.assert_close(ours[0], theirs[0], rtol=2 * eps, atol=4 * eps)
-    assert torch.equal(ours[1], theirs[1])  # values are copied
+    checks.slots_hold_what_torch_writes(K, dtype, start, kept)
 
 
 @compiled
 @dtypes
 def test_equal_rows_get_equal_bits_whatever_the_batch_and_threads(dtype):
+    checks.equal_rows_get_equal_bits(K, dtype, 300, 520)
     x, weight = torch.randn(300, 520).to(dtype), torch.randn(520).to(dtype)
     q, k, _ = heads(150, 2, 8, 2, 64, dtype)
     cos, sin = angles(150, 2, 64)
@@ -103,41 +60,21 @@ def test_equal_rows_get_equal_bits_whatever_the_batch_and_threads(dtype):
         assert torch.equal(apply_rope(q, k, cos, sin)[0], rotated[0])
     finally:
         torch.set_num_threads(threads)
-    for i in (0, 7, 149):
-        assert torch.equal(rms_norm(x[i], weight, 1e-5), norm[i]) and torch.equal(swiglu(x[i]), product[i])
-        alone = apply_rope(*(t[i : i + 1] for t in (q, k, cos, sin)))
-        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, rotated))
 
 
 @compiled
 @dtypes
 def test_extreme_numbers_give_what_torch_gives_and_stay_in_their_row(dtype):
-    far = torch.finfo(dtype).max
-    gate = torch.tensor([0.0, -0.0, 1e-30, 88.0, -88.0, -104.0, 1e4, -1e4, far, -far, torch.inf, -torch.inf, torch.nan])
-    x = torch.cat([gate, torch.ones(13)]).to(dtype)
-    # exp(88.8) is float32's largest: below -88.8 a gate is 0 instead of at most 88.8 exp(-88.8) = 3e-37
-    torch.testing.assert_close(swiglu(x), layer.swiglu(x), rtol=4 * torch.finfo(dtype).eps, atol=1e-36, equal_nan=True)
-    rows, weight = torch.ones(3, 20).to(dtype), torch.ones(20).to(dtype)
-    rows[1, 3] = torch.nan
-    out = rms_norm(rows, weight, 0.0)
-    assert out[1].isnan().all() and torch.equal(out[::2], rows[::2])
-    assert torch.equal(rms_norm(0 * rows[:1], weight, 1e-5), 0 * rows[:1])
+    checks.extreme_numbers_give_what_torch_gives(K, dtype)
 
 
 @compiled
 def test_strided_inputs_and_transposed_heads_are_read_where_they_lie():
-    x = torch.randn(40, 6).T
-    assert torch.equal(rms_norm(x, torch.ones(80)[::2], 1e-5), rms_norm(x.contiguous(), torch.ones(40), 1e-5))
-    assert torch.equal(swiglu(x), swiglu(x.contiguous()))
-    q, k, _ = heads(2, 4, 3, 3, 8, torch.float32)
-    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k)]
-    angle = angles(1, 4, 8)
-    for a, b in zip(apply_rope(*turned, *angle), apply_rope(q, k, *angle)):
-        assert torch.equal(a, b)
+    checks.strided_inputs_are_read_where_they_lie(K)
 
 
 SUBPROCESS = """
-from tests.ops import test_layer as t
+from tests.ops.layer import test_cpu as t
 for dtype in t.DTYPES:
     for dim in (1, 17, 130):
         t.test_norm_and_swiglu_meet_the_numerics_bar(dtype, dim)
@@ -155,20 +92,6 @@ def test_every_instruction_set_meets_the_numerics_bar(python):
 # ---- who gets which --------------------------------------------------------------------------------------------------
 
 
-def everything(x, weight, q, k, cos, sin):
-    kernels = layer.kernels_for(x, weight, q, k)
-    keys, values = torch.zeros(2, 2, 5, 2, 6, dtype=q.dtype)
-    rotated = layer.rope_to_cache(q, k, k, cos, sin, keys, values, 1, kernels=kernels)
-    norms = layer.rms_norm(x, weight, 1e-5, kernels=kernels), *layer.add_rms_norm(x, x, weight, 1e-5, kernels=kernels)
-    both = layer.apply_rope(q, k, cos, sin, kernels=kernels)
-    return *norms, layer.swiglu(x, kernels=kernels), *both, rotated, keys, values
-
-
-def inputs(dtype=torch.float32):
-    q, k, _ = heads(2, 3, 4, 2, 6, dtype)
-    return torch.randn(2, 3, 20).to(dtype), torch.rand(20).to(dtype), q, k, *angles(1, 3, 6)
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """The entry points of the extension that ran."""
@@ -178,7 +101,7 @@ def calls(monkeypatch):
         def __getattr__(self, name):
             return lambda *a: ran.append(name) or getattr(_extension.native(), name)(*a)
 
-    monkeypatch.setattr(layer, "_extension", Counted)
+    monkeypatch.setattr(cpu, "native", Counted)
     return ran
 
 
