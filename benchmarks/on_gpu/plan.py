@@ -80,12 +80,19 @@ def builds() -> tuple[Worker, ...]:
     return tuple(Worker(name, python(module), journaled=False) for name, module in modules.items())
 
 
-def benchmark(name: str, ops: Iterable[str], cases: str, out: Path, settings: Settings, ours: str) -> Worker:
-    """One process that measures `cases`, in order."""
+def benchmark(
+    name: str, ops: Iterable[str], cases: str, out: Path, settings: Settings, ours: str, limit: float = 15
+) -> Worker:
+    """One process that measures `cases`, in order. `limit`: seconds a call, of quick peers."""
     command = ["benchmarks.run", "--op", ",".join(ops), "--device", "cuda", "--cases", settings.cases or cases]
     command += ["--journal", str(out / "journal.jsonl"), "--by", name, "--rounds", str(settings.rounds)]
     command += ["--seconds", str(settings.case_seconds), "--ours", settings.ours or ours]
-    command += ["--peers", "all" if settings.all_peers else "quick", "--limit", "60" if settings.all_peers else "15"]
+    command += [
+        "--peers",
+        "all" if settings.all_peers else "quick",
+        "--limit",
+        f"{max(60, limit) if settings.all_peers else limit:g}",
+    ]
     return Worker(name, python(*command))
 
 
@@ -144,10 +151,12 @@ def more(out: Path, settings: Settings | None = None) -> list[Stage]:
     """By name only: every case that the suites have."""
     settings = settings or Settings()
     everything = benchmark("everything", MEASURED, "", out, settings, "all")
-    models = benchmark("models", ("generate", "train"), "", out, settings, "all")
+    models = benchmark(
+        "models", ("generate", "train"), "", out, settings, "all", limit=60
+    )  # a generation takes seconds
     return [
         Stage("everything", 3600, "every case of every op", (everything,)),
-        Stage("models", 400, "the thin model: generate and train", (models,)),
+        Stage("models", 900, "the thin model: generate and train", (models,)),
     ]
 
 

@@ -1,4 +1,5 @@
 """Decoding as a whole, random weights: diffusion, two tokens a pass, and the same kind of model read left to right.
+On a GPU also 256 tokens by 1, 2 and 4 a pass for 1, 8 and 32 sequences, and single passes (gpu_passes.py).
 
 Diffusion's peer is the loop that LLaDA's own generate.py runs, with the same weights and passes:
 scaled_dot_product_attention, logits of every position at every pass, softmax, top-k per sequence, no cache. The
@@ -30,8 +31,11 @@ from illada_kernels import TopK
 from ..measure import Case, Job, Work
 from ..peers import generate as llama_cpp
 from ..peers.layer import plain_norm, plain_rope
+from . import gpu_passes
 
 PER_PASS = 2
+BATCHES = (1, 8, 32)
+LONG = 3e15  # flops of a generation without a cache that would take a GPU many seconds
 exact, dual = "none", "dual"
 SMALL = {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64, "ffn_dim": 1408, "vocab_size": 32768}
 WIDE = {
@@ -54,6 +58,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         shapes = [("iLLaDA-8B", 1, 512, 64, 32, exact), ("iLLaDA-8B", 1, 512, 64, 32, dual)]
         shapes += [("iLLaDA-8B", 8, 512, 64, 32, dual), ("SDAR-8B", 1, 512, 64, 4, blocks)]
         shapes += [("Qwen2.5-7B", 1, 512, 64, 1, blocks), ("Qwen2.5-7B", 8, 512, 64, 1, blocks)]
+        shapes += [("iLLaDA-8B", 1, 512, 32, 32, dual)]  # a block with its refresh
+        shapes += [("Qwen2.5-7B", batch, 512, 256, 1, blocks) for batch in BATCHES]
     else:  # a model of 10 million parameters, half of them the head
         sizes = {"dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 704}
         sizes |= {"vocab_size": 32768, "mask_id": 5, "eos_id": 2, "pad_id": 1}
@@ -68,6 +74,16 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield Case("generate", name, dtype, partial(build, config, batch, prompt, new, block, cache, device, dtype))
     if device == "cpu":
         yield from packed_cases()
+        return
+    config = ModelConfig.preset("iLLaDA-8B")
+    for batch in BATCHES:
+        for per_pass in (1, 2, 4):
+            name = f"iLLaDA-8B, {batch} x (512 + 256), block 32, cache dual, {per_pass} a pass"
+            shape = (config, batch, 512, 256, 32, dual, device, dtype, per_pass)
+            yield Case("generate", name, dtype, partial(build, *shape))
+        for fp8 in (False, True):
+            name = f"one cached pass, iLLaDA-8B, {batch} x 32 rows, 768 keys" + (", FP8 linears" if fp8 else "")
+            yield Case("generate", name, dtype, partial(gpu_passes.build, config, batch, 32, 768, fp8, device, dtype))
 
 
 def packed_cases() -> Iterator[Case]:
@@ -155,17 +171,31 @@ def llama_loop(llama: llama_cpp.LlamaCpp, config: ModelConfig, prompts: Tensor, 
 
 
 def build(
-    config: ModelConfig, batch: int, prompt: int, new: int, block: int, cache: str, device: str, dtype: str
+    config: ModelConfig,
+    batch: int,
+    prompt: int,
+    new: int,
+    block: int,
+    cache: str,
+    device: str,
+    dtype: str,
+    per_pass: int = PER_PASS,
 ) -> Work:
     torch.manual_seed(0)
     model = Model(config, device=device, dtype=getattr(torch, dtype)).eval()
     prompts = torch.randint(6, config.vocab_size - 1000, (batch, prompt), device=device)
-    settings = GenerationConfig(new, block, rule=TopK(min(PER_PASS, block)), cache=cache, stop_ids=())
-    flops, moved = needed(config, batch, prompt, new, block, cache, getattr(torch, dtype).itemsize)
-    ours = {"default": partial(generate, model, prompts, settings)}
+    settings = GenerationConfig(new, block, rule=TopK(min(per_pass, block)), cache=cache, stop_ids=())
+    itemsize = getattr(torch, dtype).itemsize
+    flops, moved = needed(config, batch, prompt, new, block, cache, itemsize, per_pass=per_pass)
+    work = Work({"default": partial(generate, model, prompts, settings)}, {}, flops, moved)
+    without = needed(config, batch, prompt, new, block, exact, itemsize, per_pass=per_pass)[0]
     if block == 1:
-        return Work(ours, {"transformers' generate": transformers_generate(model, prompts, new)}, flops, moved)
-    return Work(ours, {"LLaDA's loop": partial(plain_loop, model, prompts, new, block)}, flops, moved)
+        work.peers["transformers' generate"] = transformers_generate(model, prompts, new)
+    elif without < LONG:
+        work.peers["LLaDA's loop"] = partial(plain_loop, model, prompts, new, block, per_pass=per_pass)
+    else:
+        work.absent["LLaDA's loop"] = f"{without * 1e-15:.0f} PFLOP a generation, too many to measure beside"
+    return work
 
 
 def needed(
@@ -177,6 +207,7 @@ def needed(
     cache: str,
     itemsize: float,
     whole: bool = False,
+    per_pass: int = PER_PASS,
 ) -> tuple[float, float]:
     """(flops, bytes) of decoding with this cache; `whole`: all masks are there from the start."""
     embeddings = config.vocab_size * config.dim
@@ -184,12 +215,12 @@ def needed(
     passes, flops = 0, 0.0
     for end in range(prompt + block, prompt + new + 1, block):
         end = prompt + new if whole else end
-        for step in range(-(-block // min(PER_PASS, block))):
+        for step in range(-(-block // min(per_pass, block))):
             first_pass = 2 * block if cache == "block_causal" and end > prompt + block else end
             columns = end if cache == "none" else block if step else first_pass
             columns = columns - 1 if block == 1 else columns  # the token's own row predicts only the next one
             attention = 4 * columns * end * config.n_heads * config.head_dim * config.n_layers
-            flops += batch * (2 * body * columns + attention + 2 * embeddings * (block - step * PER_PASS))
+            flops += batch * (2 * body * columns + attention + 2 * embeddings * (block - step * per_pass))
             passes += 1
     return flops, passes * itemsize * (body + embeddings)
 
@@ -208,14 +239,16 @@ def transformers_generate(model: Model, prompts: Tensor, new: int) -> Callable[[
 
 
 @torch.no_grad()
-def plain_loop(model: Model, prompts: Tensor, new: int, block: int, whole: bool = False) -> Tensor:
+def plain_loop(
+    model: Model, prompts: Tensor, new: int, block: int, whole: bool = False, per_pass: int = PER_PASS
+) -> Tensor:
     """LLaDA's generate.py, low-confidence remasking, temperature 0; unless `whole`, blocks appear one by one."""
     config, (batch, prompt) = model.config, prompts.shape
     tokens = F.pad(prompts, (0, new if whole else 0), value=config.mask_id)
     for end in range(prompt + block, prompt + new + 1, block):
         if not whole:
             tokens = F.pad(tokens, (0, block), value=config.mask_id)
-        for _ in range(-(-block // PER_PASS)):
+        for _ in range(-(-block // per_pass)):
             logits = plain_hidden(model, tokens) @ model.head_weight.T
             logits[..., config.mask_id] = -torch.inf
             best = logits.argmax(-1)
@@ -225,7 +258,7 @@ def plain_loop(model: Model, prompts: Tensor, new: int, block: int, whole: bool 
             confidence = confidence.masked_fill(~masked, -torch.inf)
             chosen = torch.zeros_like(masked)
             for b in range(batch):
-                chosen[b, confidence[b].topk(PER_PASS).indices] = True
+                chosen[b, confidence[b].topk(per_pass).indices] = True
             tokens = torch.where(chosen & masked, best, tokens)
     return tokens[:, prompt:]
 

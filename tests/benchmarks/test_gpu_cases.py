@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 
 import pytest
 import torch
+from illada.config import ModelConfig
 from torch.nn.attention import SDPBackend
 
 import illada_kernels as ik
@@ -21,6 +23,8 @@ from benchmarks.peers.attention import DOCUMENTS, GpuCase
 from benchmarks.report import plot, readme
 from benchmarks.rows import run_case
 from benchmarks.suites import attention as attention_suite
+from benchmarks.suites import generate as generate_suite
+from benchmarks.suites import gpu_passes
 from benchmarks.suites import layer as layer_suite
 from benchmarks.suites import masked_loss as masked_loss_suite
 from benchmarks.suites import unmask as unmask_suite
@@ -203,6 +207,66 @@ def test_a_layer_that_is_wrong_is_told_and_its_peers_give_what_ours_gives(name, 
 
     monkeypatch.setattr(cpu_layer, entry, off)
     assert work.check(backend) > measure.WRONG
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+TINY = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1100}
+TINY |= {"mask_id": 5, "eos_id": 2, "pad_id": 1}
+
+
+def test_decoding_on_a_gpu_has_every_batch_and_number_of_tokens_a_pass():
+    names = [case.name for case in run.collect("generate", "cuda")]
+    assert len(set(names)) == len(names)
+    for batch in (1, 8, 32):
+        long = [name for name in names if f", {batch} x (512 + 256)" in name]
+        assert sorted(name.split(", ")[-1] for name in long if "iLLaDA" in name) == [f"{n} a pass" for n in (1, 2, 4)]
+        assert sum("Qwen2.5" in name for name in long) == 1
+        passes = [name for name in names if name.startswith(f"one cached pass, iLLaDA-8B, {batch} x 32 rows")]
+        assert [name.endswith("FP8 linears") for name in passes] == [False, True]
+    assert "iLLaDA-8B, 1 x (512 + 32), block 32, cache dual" in names
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, 4])
+def test_the_loop_beside_decoding_writes_its_tokens_with_as_many_a_pass(per_pass):
+    config = ModelConfig.preset("LLaDA-8B", **TINY)
+    work = generate_suite.build(config, 2, 7, 8, 8, "none", "cpu", "float32", per_pass)
+    ours, theirs = work.ours["default"](), work.peers["LLaDA's loop"]()
+    assert ours.forward_passes == -(-8 // per_pass) and ours.tokens == theirs.tolist()
+    flops = [generate_suite.needed(config, 2, 7, 8, 8, "none", 4, per_pass=n)[0] for n in (per_pass, 8)]
+    assert flops[0] > flops[1] and work.flops == flops[0]
+
+
+def test_a_loop_that_would_take_minutes_is_left_out_with_the_reason(monkeypatch):
+    monkeypatch.setattr(generate_suite, "LONG", 1.0)
+    work = generate_suite.build(ModelConfig.preset("LLaDA-8B", **TINY), 1, 7, 8, 8, "dual", "cpu", "float32", 1)
+    assert not work.peers and "PFLOP" in work.absent["LLaDA's loop"]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_cached_pass_is_measured_beside_a_look_at_its_weights(fp8, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    config = ModelConfig.preset("iLLaDA-8B", **TINY)
+    work = gpu_passes.build(config, 3, 4, 12, fp8, "cpu", "bfloat16")
+    assert work.ours["default"]().shape == (3, 4, 64) and len(work.beside["weights read once"]()) == 2 * 4
+    body = 2 * (64 * (4 + 2 * 2) * 16 + 64 * 64 + 3 * 64 * 96)
+    assert work.flops == 2 * body * 12 + 4 * 2 * 3 * 4 * 12 * 64
+    assert work.bytes == body * (1 if fp8 else 2) + 2 * 2 * 3 * 12 * 32 * 2
+    if fp8:  # e4m3 has 3 bits after the leading one: rounded by 2% in the mean, weights and rows, in four products
+        error = float(re.search(r"by ([\d.]+)%", work.notes["default"])[1])
+        assert 0.5 < error < 10
+
+
+def test_fp8_linears_round_each_row_by_its_own_scale():
+    linear = torch.nn.Linear(32, 16, bias=True).bfloat16()
+    linear.weight.data[3] *= 1e-3
+    x = torch.randn(2, 5, 32).bfloat16()
+    x[1, 2] *= 1e3
+    ours = gpu_passes.Fp8Linear(linear, gpu_passes.rounded)(x)
+    exact = torch.nn.functional.linear(x.float(), linear.weight.float(), linear.bias.float())
+    scale = x.float().norm(dim=-1, keepdim=True) * linear.weight.float().norm(dim=-1)
+    assert (
+        (ours.float() - exact).abs() / (scale + exact.abs())
+    ).max() < 0.06  # 2^-4 for each of both, of which few add up
 
 
 def test_rows_that_pad_a_peer_change_nothing():
