@@ -95,8 +95,9 @@ def from_hidden(shape: shapes.Shape, dtype: torch.dtype, temperature: float, dev
 
 
 def with_option(kind: str, shape: shapes.Shape, dtype: torch.dtype, name: str, device: str) -> Work:
-    """A row at temperature 1 with one more option, a name of cases.TRUNCATIONS or "renoise", and beside it the row
-    without. Peers are plain torch: Hugging Face's processors, DiffusionGemma's step."""
+    """A row at temperature 1 with one more option, a name of cases.TRUNCATIONS, of cases.RANKED, "at_least" or
+    "renoise", and beside it the row without. Peers, of two of these, are plain torch: Hugging Face's processors,
+    DiffusionGemma's step."""
     size = shape.vocabulary if kind == "logits" else shape.dim
     sets = [(torch.randn(shape.batch, shape.count, size, device=device).mul_(2).to(dtype),) for _ in range(2)]
     head: tuple[Tensor, ...] = ()
@@ -104,7 +105,7 @@ def with_option(kind: str, shape: shapes.Shape, dtype: torch.dtype, name: str, d
         head = (torch.randn(shape.vocabulary, size, device=device).div_(size**0.5).to(dtype),)
     tokens, positions = fresh_tokens(shape, device)
     renoises = name == "renoise"
-    option: dict[str, Any] = {} if renoises else dict(shapes.TRUNCATIONS[name])
+    option: dict[str, Any] = {**shapes.TRUNCATIONS, **shapes.RANKED}.get(name, {})
     function: Callable[..., Any] = ik.unmask if head else ik.unmask_from_logits
 
     def ours(backend: str, rule: Any, option: dict[str, Any]) -> Callable[[Tensor], Any]:
@@ -118,10 +119,15 @@ def with_option(kind: str, shape: shapes.Shape, dtype: torch.dtype, name: str, d
         step = unmask_peers.truncated_step(1.0, **option)
         return step(logits, tokens.clone(), COMMITTED_PER_STEP, shape.mask_id)
 
-    rule, plain = (ik.Renoise(GAMMA), ik.EntropyBound(GAMMA)) if renoises else (ik.TopK(COMMITTED_PER_STEP),) * 2
+    rules: dict[str, tuple[Any, Any]] = {
+        "renoise": (ik.Renoise(GAMMA), ik.EntropyBound(GAMMA)),
+        "at_least": (ik.Threshold(0.5, COMMITTED_PER_STEP), ik.Threshold(0.5)),
+    }
+    rule, plain = rules.get(name, (ik.TopK(COMMITTED_PER_STEP),) * 2)
+    has_peer = renoises or name in shapes.TRUNCATIONS
     return Work(
         ours={b: rotating(ours(b, rule, option), sets) for b in backends(device)},
-        peers={"diffusion_gemma" if renoises else "processors": rotating(peer, sets)},
+        peers={"diffusion_gemma" if renoises else "processors": rotating(peer, sets)} if has_peer else {},
         beside={f"{b} without": rotating(ours(b, plain, {}), sets) for b in backends(device)},
         flops=shapes.flops(shape) if head else 4.0 * shape.rows * shape.vocabulary,
         bytes=(shapes.head_bytes if head else shapes.logit_bytes)(shape, sets[0][0].element_size()),
@@ -279,6 +285,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
     for dtype in dict.fromkeys((single, torch.bfloat16)):
         yield case("hidden", from_hidden, shapes.LLADA, dtype, 1.0)
     yield case("hidden", from_hidden, shapes.LLADA, single, 0.0)
-    for kind, name in itertools.product(("logits", "hidden"), (*shapes.TRUNCATIONS, "renoise")):
+    options = [*itertools.product(("logits", "hidden"), (*shapes.TRUNCATIONS, "renoise"))]
+    for kind, name in [*options, *(("logits", name) for name in (*shapes.RANKED, "at_least"))]:
         build = functools.partial(with_option, kind, shapes.LLADA, single, name, device)
         yield Case("unmask", f"{kind}_{shapes.LLADA.name}_t1_{name}", "float32", build)

@@ -30,7 +30,7 @@ from benchmarks.suites import masked_loss as masked_loss_suite
 from benchmarks.suites import unmask as unmask_suite
 from illada_kernels.ops.attention import cases as shapes
 from illada_kernels.ops.layer import cpu as cpu_layer
-from illada_kernels.ops.unmask.cases import TRUNCATIONS, Shape
+from illada_kernels.ops.unmask.cases import RANKED, TRUNCATIONS, Shape
 from tests.helpers.unmask_oracle import truncated_set
 
 RATES = {"gemm": 1e12, "copy": 1e11}
@@ -300,7 +300,7 @@ def test_every_kind_of_unmask_case_runs(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["logits", "hidden"])
-@pytest.mark.parametrize("name", [*TRUNCATIONS, "renoise"])
+@pytest.mark.parametrize("name", [*TRUNCATIONS, *RANKED, "at_least", "renoise"])
 def test_every_option_of_unmask_has_a_case_that_runs_beside_the_row_without(kind, name):
     work = unmask_suite.with_option(kind, Shape("s", 2, 5, 2100, 16, 32), torch.float32, name, "cpu")
     for job in {**work.ours, **work.peers, **work.beside}.values():

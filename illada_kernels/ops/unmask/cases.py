@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ TRUNCATIONS: dict[str, dict[str, float]] = {
     "top_p0.9": {"top_p": 0.9},
     "min_p0.05": {"min_p": 0.05},
     "top_k_top_p_min_p": {"top_k": 200, "top_p": 0.9, "min_p": 0.02},
+}
+# Options of what is sure and of the ranks, which draw from all ids.
+RANKED: dict[str, dict[str, Any]] = {
+    "sampled": {"confidence": "sampled"},
+    "deferred": {"defer": (2, 11)},
+    "perturbed": {"rank_temperature": 0.5},
+    "left": {"order": "left"},
 }
 SMALL = (
     Shape("one_id", 1, 1, 1, 3, 5),
