@@ -65,7 +65,12 @@ OTHERWISE = ""  # what `read_of_class` says where a class is compared, written t
 
 @functools.lru_cache(4096)
 def read_of_class(code: types.CodeType) -> frozenset[str]:
-    """Returns what code reads of type(x), x.__class__ and super(), attributes by name, and OTHERWISE for other uses."""
+    """Returns what a method's code reads of type(x), x.__class__ and super(), attributes by name, and OTHERWISE for
+    other uses, but of the types of its arguments and for types that are only written into a text."""
+    return _read_of_class(code, code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+
+
+def _read_of_class(code: types.CodeType, arguments: tuple[str, ...]) -> frozenset[str]:
     steps = [step for step in dis.get_instructions(code) if step.opname not in (*_BETWEEN, "PRECALL")]
     found: set[str] = set()
     for i, step in enumerate(steps):
@@ -76,12 +81,15 @@ def read_of_class(code: types.CodeType) -> frozenset[str]:
             after = i + 1
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in ("type", "super"):
             after = next((j for j in range(i + 1, min(i + 8, len(steps))) if steps[j].opname.startswith("CALL")), i) + 1
-        if 0 <= after < len(steps):
+            given = steps[i + 1 : after - 1]  # what is loaded for the call
+            if not is_super and len(given) == 1 and given[0].opname.startswith("LOAD_FAST"):
+                after = -1 if given[0].argval in arguments else after
+        if 0 <= after < len(steps) and not steps[after].opname.startswith(("FORMAT_", "CONVERT_")):
             attribute = steps[after].opname in ("LOAD_ATTR", "LOAD_METHOD")
             found.add(steps[after].argval if attribute else "__init__" if is_super else OTHERWISE)
     for one in code.co_consts:
         if isinstance(one, types.CodeType):
-            found |= read_of_class(one)
+            found |= _read_of_class(one, ())
     return frozenset(found)
 
 
@@ -134,7 +142,9 @@ class Rewriter:
     def _parts(self, value: Any, member: bool) -> Iterator[Any]:
         """Yields what a value holds or its code names."""
         kind = type(value)
-        if kind is types.FunctionType:
+        if (inner := _compiled(value)) is not None:
+            yield inner
+        elif kind is types.FunctionType:
             if member or not _is_library(value):
                 yield from self._named(value)
         elif kind in (types.MethodType, staticmethod, classmethod):
@@ -166,6 +176,8 @@ class Rewriter:
 
     def _copy(self, value: Any) -> Any:
         kind = type(value)
+        if (inner := _compiled(value)) is not None:
+            return _compiled_as(value, self.replaced(inner))
         if kind is types.FunctionType:
             return self._function(value)
         if kind is types.MethodType:
@@ -206,7 +218,7 @@ class Rewriter:
         imports_ours = any(self._module(module, names.all) is not module for module in _imported(function))
         if imports_ours:
             scope["__builtins__"] = {**vars(builtins), "__import__": self._import(function, names.all)}
-        new = types.FunctionType(code, scope, function.__name__, None, cells)
+        new = types.FunctionType(_fresh(code), scope, function.__name__, None, cells)
         self._copies[id(function)] = function, new  # before the rest, which may lead back here
         for name in names.all & scope.keys():
             scope[name] = self._in_code(scope[name], names.all)
@@ -250,6 +262,12 @@ class Rewriter:
         return ours
 
 
+def _fresh(code: types.CodeType) -> types.CodeType:
+    """Returns equal code that is not the same, otherwise graphs that torch.compile made of the original would run."""
+    inner = (_fresh(one) if isinstance(one, types.CodeType) else one for one in code.co_consts)
+    return code.replace(co_consts=tuple(inner))
+
+
 def _written(scope: dict[str, Any]) -> set[str]:
     """Returns the globals that functions and methods of a file assign."""
     found: set[str] = set()
@@ -271,6 +289,19 @@ def _content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # not assigned yet
         return _EMPTY
+
+
+def _compiled(value: Any) -> Any:
+    """Returns what torch.compile or torch.compiler.disable made a function of; None for other values."""
+    return vars(value).get("_torchdynamo_orig_callable") if type(value) is types.FunctionType else None
+
+
+def _compiled_as(function: types.FunctionType, new: Any) -> Any:
+    """Returns `new` under what torch made `function` with, its backend and options."""
+    cells = dict(zip(function.__code__.co_freevars, map(_content, function.__closure__ or ())))
+    if callable(context := cells.get("self")):
+        return context(new)
+    return torch.compiler.disable(new) if vars(function).get("_torchdynamo_disable") else torch.compile(new)
 
 
 def _is_library(function: types.FunctionType) -> bool:

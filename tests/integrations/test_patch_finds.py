@@ -27,6 +27,16 @@ def calls_helper(x, depth=1):
     return helper(x) if depth == 0 else calls_helper(x, depth - 1)  # leads back to itself
 
 
+@torch.compile(backend="eager")
+def compiled(x):
+    return helper(x)
+
+
+@torch.compiler.disable
+def kept_out_of_graphs(x):
+    return helper(x)
+
+
 ops = types.ModuleType("a_file_of_the_same_package")
 ops.attend = helper
 TABLE = {"sdpa": helper, "eager": torch.softmax}
@@ -94,6 +104,24 @@ class AnAlias(nn.Module):
 class AHelper(nn.Module):
     def forward(self, x):
         return calls_helper(x)
+
+
+class ACompiledHelper(nn.Module):
+    """As Fast-dLLM's LLaDA."""
+
+    def forward(self, x):
+        return compiled(x)
+
+
+class AHelperOutsideOfGraphs(nn.Module):
+    def forward(self, x):
+        return kept_out_of_graphs(x)
+
+
+class ACompiledForward(nn.Module):
+    @torch.compile(backend="eager")
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
 
 
 class AHelperOfAModule(nn.Module):
@@ -332,6 +360,37 @@ def test_a_compiled_model_is_patched_inside(ran):
     assert not ran and type(inner[0]) is Attention
 
 
+class BreaksTheGraph(nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return helper(x)
+
+
+@pytest.mark.parametrize("kind", [AHelper, BreaksTheGraph, ACompiledHelper])
+def test_graphs_of_before_patch_do_not_run_after_it(kind, monkeypatch):
+    calls = []
+
+    def backend(graph, inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setitem(globals(), "compiled", torch.compile(helper, backend=backend))
+    model = nn.Sequential(kind(), kind())
+    if kind is not ACompiledHelper:
+        model.compile(backend=backend)
+    right = model(q)
+    assert not any("illada_kernels.attention" in call for call in calls)
+    patch(model)
+    for _ in range(2):  # the first one is watched, as eager
+        torch.testing.assert_close(model(q), right)
+    assert any("illada_kernels.attention" in call for call in calls)
+    unpatch(model)
+    calls.clear()
+    torch.testing.assert_close(model(q), right)
+    assert not any("illada_kernels.attention" in call for call in calls)
+
+
 @pytest.mark.parametrize("first", ["inner", "outer"])
 @pytest.mark.parametrize("undo", ["inner", "outer"])
 def test_patches_within_patches_leave_nothing_behind(first, undo, ran):
@@ -469,6 +528,47 @@ def test_what_is_read_of_a_class_is_ours_too(kind, ran):
     assert ran
     unpatch(model)
     assert type(model[0]) is kind
+
+
+class SaysTypes(nn.Module):
+    """As Dream's model: the type of an argument is asked, and types are written into messages."""
+
+    @property
+    def attend(self):
+        return F.scaled_dot_product_attention
+
+    def forward(self, x, mask=None, *, cache=None):
+        if type(mask) is str or type(cache) is dict:
+            raise TypeError(f"{type(self)} and {self.__class__!r} take no {type(x.shape)}")
+        return self.attend(x, x, x)
+
+
+def test_types_of_arguments_and_in_messages_are_not_the_module_s_class(ran):
+    model = nn.Sequential(SaysTypes())
+    right = model(q)
+    patch(model)
+    torch.testing.assert_close(model(q), right)
+    assert ran
+    unpatch(model)
+    assert type(model[0]) is SaysTypes
+
+
+class ComparesAnother(SaysTypes):
+    def forward(self, x):
+        return super().forward(x) if all(type(module) is ComparesAnother for module in self.modules()) else x
+
+
+class ComparesAName(SaysTypes):
+    def forward(self, x):
+        me = self
+        return super().forward(x) if type(me) is ComparesAName else x
+
+
+@pytest.mark.parametrize("kind", [ComparesAnother, ComparesAName])
+def test_types_of_what_may_be_the_module_are_its_class(kind):
+    model = nn.Sequential(kind())
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.forward compares or writes to the module's own class"):
+        patch(model)
 
 
 def test_where_only_a_subclass_would_do_code_that_uses_its_class_is_refused():
