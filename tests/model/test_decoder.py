@@ -10,7 +10,7 @@ import pytest
 import torch
 from illada import Decoder, DecodingError, GenerationConfig, PromptError, generate
 from illada.decoding.replay import LateFlag, Replay
-from illada.decoding.samplers import ALONE
+from illada.decoding.samplers import ALONE, SAMPLERS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -269,9 +269,14 @@ def begun(preset: str, rule: str, cache: str) -> Decoder:
     return decoder
 
 
-# every rule, and every cache
+# every rule, every cache, and every sampler whose loop this is
 WATCHED = [("demo", rule, cache) for rule in RULES for cache in ("none", "interval")]
 WATCHED += [("demo", "threshold", cache) for cache in ("prefix", "dual", "vicinity")]
+NAMED = [name for name in SAMPLERS if name not in (*ALONE, *(how.get("sampler") for how in RULES.values()))]
+for name in NAMED:
+    RULES[name] = {"sampler": name, "variable_length": None, "max_new_tokens": 16, "block_length": 16}
+    RULES[name] |= {"steps": 16} if name.startswith(("dream", "remdm")) else {}
+WATCHED += [("demo", name, "dual") for name in NAMED]
 WATCHED += [("SDAR-8B", "threshold", "block_causal"), ("Dream-7B", "threshold", "dual")]
 
 
@@ -286,6 +291,16 @@ def test_no_pass_reads_a_value_copies_one_from_the_host_or_leaves_a_tensor_behin
         assert (seen.reads, seen.copies) == (0, 0)
         assert living() == before
     assert state_of(decoder) == addresses  # the state stays where a captured graph would look for it
+
+
+def test_a_pass_with_delayed_keys_reads_one_number():
+    """Where its window begins, which depends on what is full."""
+    decoder = begun("demo", "d3llm", "delayed")
+    assert decoder.step()
+    for _ in range(3):
+        with Watch() as seen:
+            assert decoder.step()
+        assert seen.reads == 1
 
 
 @pytest.mark.parametrize("sampler", ALONE)
