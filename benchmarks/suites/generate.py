@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from illada.checkpoint import save
 from illada.config import ModelConfig
+from illada.decoding.cache import Cache
 from illada.decoding.config import GenerationConfig
 from illada.decoding.generate import generate
 from illada.model import Model, rope_angles
@@ -26,7 +27,7 @@ from illada.packing import pack
 from torch import Tensor
 from torch.nn import functional as F
 
-from illada_kernels import TopK
+from illada_kernels import KeyRanges, TopK, unmask
 
 from ..measure import Case, Job, Work
 from ..peers import generate as llama_cpp
@@ -191,6 +192,7 @@ def build(
     without = needed(config, batch, prompt, new, block, exact, itemsize, per_pass=per_pass)[0]
     if block == 1:
         work.peers["transformers' generate"] = transformers_generate(model, prompts, new)
+        work.beside["its passes alone"] = partial(own_passes, model, prompts, new)
     elif without < LONG:
         work.peers["LLaDA's loop"] = partial(plain_loop, model, prompts, new, block, per_pass=per_pass)
     else:
@@ -236,6 +238,24 @@ def transformers_generate(model: Model, prompts: Tensor, new: int) -> Callable[[
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": model.config.pad_id}
     attended = torch.ones_like(prompts)
     return lambda: other.generate(prompts, attention_mask=attended, **options)[:, prompts.shape[1] :]
+
+
+@torch.no_grad()
+def own_passes(model: Model, prompts: Tensor, new: int) -> Tensor:
+    """The passes of an autoregressive generation without the loop around them: the prompt, then a token a pass."""
+    (batch, prompt), config = prompts.shape, model.config
+    tokens = F.pad(prompts, (0, new), value=config.mask_id)
+    cache = Cache(config, batch, prompt + new, device=model.device, dtype=model.dtype)
+    for end in range(prompt, prompt + new):
+        first = 0 if end == prompt else end - 1
+        at = torch.arange(first, end, device=model.device)[None]
+        ranges = (
+            KeyRanges.causal(prompt, device=model.device) if first == 0 else KeyRanges.full(end, device=model.device)
+        )
+        hidden = model(tokens[:, first:end], ranges, at, cache.at(first, end), shift=False)
+        where = torch.full((batch, 1), end, device=model.device)
+        unmask(hidden[:, -1:], model.head_weight, tokens, where, TopK(1), mask_id=config.mask_id)
+    return tokens[:, prompt:]
 
 
 @torch.no_grad()

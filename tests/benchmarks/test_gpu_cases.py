@@ -236,6 +236,13 @@ def test_the_loop_beside_decoding_writes_its_tokens_with_as_many_a_pass(per_pass
     assert flops[0] > flops[1] and work.flops == flops[0]
 
 
+def test_the_passes_beside_an_autoregressive_generation_write_its_tokens(monkeypatch):
+    monkeypatch.setattr(generate_suite, "transformers_generate", lambda *_: None)
+    config = ModelConfig.preset("Qwen2.5-7B", **TINY)
+    work = generate_suite.build(config, 2, 7, 8, 1, "block_causal", "cpu", "float32")
+    assert work.ours["default"]().tokens == work.beside["its passes alone"]().tolist()
+
+
 def test_a_loop_that_would_take_minutes_is_left_out_with_the_reason(monkeypatch):
     monkeypatch.setattr(generate_suite, "LONG", 1.0)
     work = generate_suite.build(ModelConfig.preset("LLaDA-8B", **TINY), 1, 7, 8, 8, "dual", "cpu", "float32", 1)
