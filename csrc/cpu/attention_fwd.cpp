@@ -315,13 +315,13 @@ template <class Products, class T> int forward(const Problem& p, T* out, float* 
   Buffer memory(sizeof(float) * count.used() * p.threads), groups(sizeof(TileGroup) * p.batch * query_tiles);
   if (!tiles || !memory || !groups) return ILLADA_NO_MEMORY;
   const Forward<Products, T> forward(p, tiles, out, lse);
-  int64_t next = 0, units = 0;
+  int64_t next = 0, group_count = 0;
 #pragma omp parallel num_threads(p.threads)
   {
     const FloatMode mode;
     tiles.fill();
 #pragma omp single
-    units = head_slices * divide(p, tiles, unit_tiles, groups.as<TileGroup>());
+    group_count = divide(p, tiles, unit_tiles, groups.as<TileGroup>());
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
     ForwardScratch<Products> scratch(p, unit_tiles * unit_heads, cut);
     // rows beyond a tile's end are read as scores
@@ -333,8 +333,17 @@ template <class Products, class T> int forward(const Problem& p, T* out, float* 
       const int last_head = smaller(first_head + unit_heads, (slice / slices + 1) * group);
       return ForwardUnit{tiles_of.b, first_head, last_head, tiles_of.first, tiles_of.last};
     };
-    for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < units;)
-      forward.run(unit(u), unit(std::min(u + p.threads, units - 1)), scratch);
+    // A thread takes all heads of a group, because what the prefetchers load around one head's rows belongs to other
+    // heads. Of the last groups it takes one unit at a time, so that threads end together.
+    const int64_t whole = std::max<int64_t>(0, group_count - p.threads), units = group_count * head_slices,
+                  jobs = whole + (group_count - whole) * head_slices;
+    auto first_unit = [&](int64_t job) {
+      return job < whole ? job * head_slices : std::min(whole * head_slices + job - whole, units);
+    };
+    for (int64_t job; (job = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < jobs;) {
+      const int64_t end = first_unit(job + 1), likely = std::min(first_unit(job + p.threads), units - 1);
+      for (int64_t u = first_unit(job); u < end; ++u) forward.run(unit(u), unit(u + 1 < end ? u + 1 : likely), scratch);
+    }
   }
   return ILLADA_OK;
 }
