@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -13,12 +14,15 @@ import torch
 
 pytest.importorskip("triton", reason="no triton")
 
-from illada_kernels import _proven, layer
+from illada.decoding.cache import Cache
+
+from illada_kernels import KeyRanges, _proven, layer
 from illada_kernels.ops.layer import api, cpu
 from illada_kernels.ops.layer import triton as package
 from illada_kernels.ops.layer.triton import launch, rows
 from tests.helpers import layer_calls as checks
 from tests.helpers.layer_calls import DTYPES, angles, everything, heads, inputs
+from tests.helpers.models import model_of
 from tests.helpers.triton_interpreter import Available, KernelFault, interpreted
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -110,6 +114,27 @@ def test_every_function_goes_through_the_kernels_that_a_pass_is_given(monkeypatc
     assert sorted(ran) == ["norm", "norm", "rope", "rope", "swiglu"]
     for a, b in zip(ours, expected):
         torch.testing.assert_close(a, b, rtol=4e-7, atol=4e-7)
+
+
+@pytest.mark.parametrize("preset", ["SDAR-8B", "Qwen2.5-7B"])
+def test_a_model_s_cached_pass_goes_through_the_kernels(preset, monkeypatch):
+    """SDAR norms its heads and rounds once; Qwen has grouped heads and biases."""
+    model = model_of(preset, dtype=torch.float32)
+    tokens, ranges = torch.randint(6, 40, (2, 4)), KeyRanges.full(9)
+    start, keep = torch.tensor([5, 1]), torch.tensor([[True] * 4, [True, False, True, True]])
+
+    def run(backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr("illada.model.kernels_for", partial(layer.kernels_for, backend=backend))
+        cache = Cache(model.config, 2, 9)
+        with torch.no_grad():
+            hidden = model(tokens, ranges, start[:, None] + torch.arange(4), cache.at(start, keep=keep))
+        return hidden, cache.keys, cache.values
+
+    launched, right = [], launch.norm
+    monkeypatch.setattr(launch, "norm", lambda *a: launched.append(1) or right(*a))
+    for ours, theirs in zip(run("triton"), run("reference")):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert len(launched) == 1 + model.config.n_layers * (4 if model.config.qk_norm else 2)
 
 
 def test_a_gpu_gets_torch_until_its_selftest_has_passed(monkeypatch):
