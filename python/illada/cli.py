@@ -166,7 +166,8 @@ def _bos_option(p: argparse._ActionsContainer) -> None:
 def _decoding_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--seed", type=int, default=0)
-    how = p.add_argument_group("how to decode, as in illada.GenerationConfig").add_argument
+    group = p.add_argument_group("how to decode, as in illada.GenerationConfig")
+    how, masks = group.add_argument, group.add_mutually_exclusive_group().add_argument
     says: dict[str, Any] = {"default": argparse.SUPPRESS}
     how("--sampler", help="a published one: llada, dream-entropy, sdar-dynamic, d3llm ...", **says)
     how("--sampler-option", action="append", metavar="NAME=NUMBER", help="of the sampler, for example tau=0.95", **says)
@@ -174,6 +175,7 @@ def _decoding_options(p: argparse.ArgumentParser) -> None:
     how("--steps-per-block", type=int, **says)
     how("--block-length", type=int, **says)
     how("--threshold", type=float, help="commit what is at least this sure (default: one token a pass)", **says)
+    how("--at-least", type=int, metavar="N", help="with --threshold: the N most sure always (default 1)", **says)
     how("--temperature", type=float, help="default 0", **says)
     how("--confidence", choices=("probability", "margin", "neg_entropy", "random", "sampled"), **says)
     how("--confidence-temperature", type=float, **says)
@@ -201,13 +203,9 @@ def _decoding_options(p: argparse.ArgumentParser) -> None:
     how("--logit-bias", action="append", metavar="ID=NUMBER", **says)
     how("--growing-bias", action="append", metavar="ID=NUMBER", help="times the tokens of the blocks before", **says)
     how("--guidance", type=float, help="classifier-free guidance", **says)
-    how(
-        "--all-masks",
-        dest="variable_length",
-        action="store_false",
-        help="show all masks at once (LLaDA)",
-        **says,
-    )
+    says["dest"] = "variable_length"
+    masks("--all-masks", action="store_false", help="show all masks at once (LLaDA)", **says)
+    masks("--append-blocks", action="store_true", help="show a block's masks when it is reached (iLLaDA)", **says)
 
 
 def _generate(options: argparse.Namespace) -> int:

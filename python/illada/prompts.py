@@ -87,7 +87,9 @@ def config_of(options: argparse.Namespace) -> GenerationConfig:
         if name in said:
             values[name] = _pairs(said[name], name.replace("_", "-"), int)
     if "threshold" in said:
-        values["rule"] = Threshold(said["threshold"])
+        values["rule"] = Threshold(said["threshold"], said.get("at_least", 1))
+    elif "at_least" in said:
+        raise PromptError("at_least: expected --threshold beside it")
     if "edit" in said and "remask" in said:
         raise PromptError("edit: expected none with --remask; a pass either replaces tokens or takes them back")
     if "edit" in said:

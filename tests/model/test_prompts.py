@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import shlex
 import shutil
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from illada import GenerationConfig, Model, ModelConfig, generate, load, save
-from illada.cli import main
+from illada.cli import _decoding_options, main
 from illada.decoding.decoder import Decoder
 from illada.decoding.samplers import SAMPLERS
 from illada.replay import Recorder
@@ -156,6 +158,18 @@ def test_every_setting_reaches_the_decoder(folder, monkeypatch):
         == 0
     )
     assert seen[1].sampler == "d3llm" and seen[1].sampler_options == {"length": 4.0}
+    assert main(command(folder, "--prompt", "a", "--threshold", "0.9", "--at-least", "2", "--append-blocks")) == 0
+    assert (seen[2].rule.tau, seen[2].rule.at_least, seen[2].variable_length) == (0.9, 2, True)
+
+
+def test_every_field_of_the_settings_has_an_option():
+    parser = argparse.ArgumentParser()
+    _decoding_options(parser)
+    options = {action.dest for action in parser._actions}
+    others = {"rule": "threshold", "revise": "edit", "sampler_options": "sampler_option"}
+    fields = {others.get(f.name, f.name) for f in dataclasses.fields(GenerationConfig)}
+    assert fields - options == {"stop_when"}  # a function
+    assert options - fields == {"help", "at_least", "remask"}
 
 
 @pytest.mark.parametrize(
@@ -175,6 +189,8 @@ def test_every_setting_reaches_the_decoder(folder, monkeypatch):
         (("--prompt", "a", "--logit-bias", "5=1e39"), "logit_bias: expected numbers that float32 holds, got 1e+39"),
         (("--prompt", "a", "--growing-bias", "5=1e38"), "float32 holds, 8 tokens times over, got 1e+38"),
         (("--prompt", "a", "--revise-steps", "5"), "revise_steps: expected --edit or --remask beside it"),
+        (("--prompt", "a", "--at-least", "2"), "at_least: expected --threshold beside it"),
+        (("--prompt", "a", "--threshold", "0.5", "--at-least", "-1"), "at_least"),
         (("--prompt", "a", "--batch-size", "0"), "batch_size: expected at least 1, got 0"),
         (("--prompt", "a", "--prompt", "b" * 2000), "--prompt 2: prompt: 2000 tokens and max_new_tokens = 8 exceed"),
         (("--prompt", "a", "--threshold", "2"), "Threshold.tau"),
