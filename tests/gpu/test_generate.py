@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from illada import Decoder, GenerationConfig, Model, generate
 from illada.decoding import replay
 
 from illada_kernels import Edit, Factor, Threshold, TopK
+from illada_kernels.layer import kernels_for
 from tests.helpers.models import make, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -57,6 +60,20 @@ def test_graphs_give_the_tokens_that_passes_without_them_give(preset, cache, rul
     monkeypatch.setattr(replay, "has_graphs", lambda device: False)
     assert generate(model, PROMPTS, config) == with_graphs
     assert len(captures) == captured and (captured > 0 or cache == "none")
+
+
+@pytest.mark.parametrize(
+    "preset, cache", [("demo", "dual"), ("SDAR-8B", "block_causal"), ("Qwen2.5-7B", "block_causal")]
+)
+def test_graphs_of_triton_s_rows_give_the_tokens_that_passes_without_them_give(preset, cache, captures, monkeypatch):
+    pytest.importorskip("triton", reason="no triton")
+    monkeypatch.setattr("illada.model.kernels_for", partial(kernels_for, backend="triton"))
+    model = model_of(preset)
+    config = settings(model, cache=cache, rule=Threshold(0.3))
+    with_graphs = generate(model, PROMPTS, config)
+    assert captures
+    monkeypatch.setattr(replay, "has_graphs", lambda device: False)
+    assert generate(model, PROMPTS, config) == with_graphs
 
 
 def test_a_delayed_cache_gives_the_same_tokens_from_graphs(captures, monkeypatch):
