@@ -67,6 +67,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         shapes = [("iLLaDA-8B", 4, 96, 32, 16, exact), ("iLLaDA-8B", 4, 96, 32, 16, dual)]
         shapes += [("SDAR-8B", 4, 96, 32, 4, blocks), ("Qwen2.5-7B", 4, 96, 32, 1, blocks)]
         shapes += [("iLLaDA-8B", 1, 960, 64, 32, exact), ("iLLaDA-8B", 1, 960, 64, 32, dual)]
+        shapes += [("Qwen2.5-7B", 1, 960, 64, 1, blocks)]
         dtype = "float32"
     for preset, batch, prompt, new, block, cache in shapes:
         config = ModelConfig.preset(preset, **sizes)
