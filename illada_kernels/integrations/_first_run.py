@@ -19,6 +19,7 @@ ATTENTION = frozenset(
     ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
     + ("_transformer_encoder_layer_fwd",)
 )
+_FLASH = frozenset(("_flash_attn_forward", "_flash_attn_varlen_forward"))  # flash-attn's operators
 _PACKAGE = __name__.partition(".")[0]
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -62,7 +63,10 @@ class FirstRun:
         if outputs is None:  # it raised
             return
         self.stop(path)
-        said = [f"torch's {name} ran at {', '.join(sorted(at))}" for name, at in sorted(seen.places.items())]
+        said = [
+            f"{'flash-attn' if name in _FLASH else 'torch'}'s {name} ran at {', '.join(sorted(at))}"
+            for name, at in sorted(seen.places.items())
+        ]
         if path == "" and not seen.ours:
             said.append("none of our attention ran")
         if said:
@@ -89,7 +93,7 @@ class _Seen(TorchFunctionMode):
         name = getattr(func, "__name__", "").partition(".")[0]
         if getattr(func, "namespace", "") == _PACKAGE:
             self.ours |= name == "attention"
-        elif name in self.watched or name.startswith("_scaled_dot_product"):
+        elif name in self.watched or name.startswith("_scaled_dot_product") or name in _FLASH:
             frame: Any = sys._getframe(1)
             while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
                 frame = frame.f_back

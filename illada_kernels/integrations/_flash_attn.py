@@ -1,0 +1,99 @@
+"""What `patch` puts in place of flash-attn's functions: the same arguments, our attention."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..key_ranges import KeyRanges
+from ..ops.attention import attention
+
+
+def wanted() -> dict[str, tuple[Any, Any]]:
+    """Returns {name: (theirs, ours)}; nothing where flash-attn is not imported."""
+    theirs = sys.modules.get("flash_attn")
+    ours = (flash_attn_func, flash_attn_varlen_func)
+    return {f.__name__: (getattr(theirs, f.__name__), f) for f in ours if hasattr(theirs, f.__name__)}
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    """Computes attention of q (B, Sq, Hq, D) to k and v (B, Sk, Hkv, D); a causal mask ends in the last key."""
+    _refuse(dropout_p, softcap, alibi_slopes, return_attn_probs)
+    ranges = None
+    if causal or tuple(window_size) != (-1, -1):
+        queries, keys = q.shape[1], k.shape[1]
+        last = torch.arange(keys - queries, keys, device=q.device)
+        ranges = _ranges(torch.zeros_like(last), torch.full_like(last, keys), last, causal, window_size, keys)
+    return attention(q, k, v, ranges, scale=softmax_scale)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Computes attention within sequences that lie end to end: q (total, Hq, D), k and v (total, Hkv, D)."""
+    _refuse(dropout_p, softcap, alibi_slopes, return_attn_probs)
+    if block_table is not None:
+        raise ValueError("block_table: expected None, paged caches are not supported; unpatch the model")
+    row = torch.arange(len(q), device=q.device)
+    begins, ends = cu_seqlens_q.long(), cu_seqlens_k.long()
+    sequence = torch.searchsorted(begins, row, right=True) - 1
+    low, high = ends[sequence], ends[sequence + 1]
+    last = high - begins[sequence + 1] + row
+    ranges = _ranges(low, high, last, causal, window_size, len(k))
+    return attention(q[None], k[None], v[None], ranges, scale=softmax_scale)[0]
+
+
+def _ranges(
+    low: Tensor, high: Tensor, last: Tensor, causal: bool, window_size: tuple[int, int], keys: int
+) -> KeyRanges:
+    """Returns ranges of queries that see keys from `low` to `high` and stand at the key `last`, all (Sq,)."""
+    left, right = window_size[0], 0 if causal else window_size[1]
+    if left >= 0:
+        low = torch.minimum(torch.maximum(low, last - left), high)
+    if right >= 0:
+        high = torch.maximum(torch.minimum(high, last + right + 1), low)
+    return KeyRanges(torch.stack([low, high, high, high], -1)[None].to(torch.int32), keys)
+
+
+def _refuse(dropout_p: float, softcap: float, alibi_slopes: Tensor | None, return_attn_probs: bool) -> None:
+    asked = {
+        "dropout_p": dropout_p,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "return_attn_probs": return_attn_probs,
+    }
+    for name, value in asked.items():
+        if value is not None and (isinstance(value, Tensor) or value):
+            raise ValueError(
+                f"{name}: expected none in a patched model, got {value!r}; leave it out, or unpatch the model"
+            )
