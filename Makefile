@@ -40,7 +40,7 @@ tools: $(TOOLS)
 $(TOOLS):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make setup PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) "setuptools>=77" "pybind11>=2.13" "ninja>=1.11" wheel
+	$(PIP) "setuptools>=77" "ninja>=1.11" wheel
 	touch $@
 
 $(INSTALLED): pyproject.toml setup.py | $(TOOLS)

@@ -1,6 +1,6 @@
 """Compiles csrc/ into `illada_kernels._C`: writes build.ninja for g++ (or $CXX) and, where found, nvcc, and runs ninja.
 
-Standard library only; pybind11 supplies headers and ninja runs the commands. Torch is not needed and not looked at.
+Standard library only; ninja runs the commands. Torch is not needed and not looked at.
 
     python -m illada_kernels._build        build in place, for a checkout
 
@@ -34,7 +34,7 @@ from ._toolchain import (
     cuda_library_dirs,
     extra_flags,
     find_compiler,
-    find_includes,
+    find_include,
     find_ninja,
     find_nvcc,
     first_error,
@@ -88,13 +88,13 @@ def shell(path: Path | str) -> str:
 def write_ninja(root: Path, work: Path, binary: Path, nvcc: str | None, notes: list[str]) -> list[Path]:
     """Writes work/build.ninja, which links `binary`; returns the logs that ptxas will leave there."""
     csrc = root / "csrc"
-    includes, cxx = find_includes(), find_compiler(notes).replace("$", "$$")
+    python, cxx = find_include(), find_compiler(notes).replace("$", "$$")
     user, link = (
         " ".join(extra_flags(name, notes) for name in names).replace("$", "$$")
         for names in (("CPPFLAGS", "CXXFLAGS"), ("LDFLAGS",))
     )
     isas = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["scalar"]
-    include_flags = " ".join(f"-isystem {shell(p)}" for p in includes) + f" -I{shell(csrc / 'include')}"
+    include_flags = f"-isystem {shell(python)} -I{shell(csrc / 'include')}"
     lines = [
         f"builddir = {escape(work)}",
         "rule cxx",

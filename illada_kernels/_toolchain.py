@@ -162,14 +162,12 @@ def find_ninja(notes: list[str] | None = None) -> str:
     raise BuildError("ninja not found: `pip install ninja`")
 
 
-def find_includes() -> list[str]:
+def find_include() -> str:
+    """Returns the folder of Python's headers."""
     python = sysconfig.get_paths()["include"]
     if not (Path(python) / "Python.h").exists():
         raise BuildError(f"Python.h not found in {python}: install Python's headers, e.g. `apt install python3-dev`")
-    spec = importlib.util.find_spec("pybind11")
-    if spec is None or spec.origin is None:
-        raise BuildError("pybind11 not found: `pip install pybind11`")
-    return [python, str(Path(spec.origin).parent / "include")]
+    return python
 
 
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
