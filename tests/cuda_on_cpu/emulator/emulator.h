@@ -51,16 +51,18 @@ struct Block;
 struct Accumulator;
 struct BulkStore;
 
-struct Fiber {
-  Block* block = nullptr;
-  int thread = 0;  // linear index in the block
-  uint3 index{};
-  char* stack = nullptr;
+struct alignas(64) Fiber {
+  // a cache line of what every switch needs
   void* stack_pointer = nullptr;
+  Block* block = nullptr;
+  uint3 index{};
+  int thread = 0;  // linear index in the block
   Waits waits = Waits::nothing;
-  uint64_t key = 0;                                           // which barrier, mbarrier... it waits on
-  int detail = 0;                                             // parity, groups...: for the report
-  const void* pc = nullptr;                                   // the kernel's line, for reports
+  bool slow = false;   // it runs only when no other can
+  int detail = 0;      // parity, groups...: for the report
+  uint64_t key = 0;    // which barrier, mbarrier... it waits on
+  const void* pc = nullptr;  // the kernel's line, for reports
+  char* stack = nullptr;
   uint32_t cluster_phase = 0;                                 // of the cluster barrier: arrivals of this thread
   int registers = 0;                                          // set by setmaxnreg
   std::vector<std::pair<uint32_t, uint32_t>> unfenced_bytes;  // (address, bytes) of ordinary stores

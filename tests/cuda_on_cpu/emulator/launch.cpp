@@ -69,6 +69,8 @@ static void run_cluster(const Grid& grid, uint64_t number, Pool& pool) {
       f.thread = t;
       f.index = {t % grid.threads.x, t / grid.threads.x % grid.threads.y, t / (grid.threads.x * grid.threads.y)};
       f.stack = pool.stacks[r * threads + t];
+      Random of_warp{c.slow_warps + uint64_t(t / 32) * 64 + r};
+      f.slow = c.slow_warps && of_warp.next() % 4 == 0;
       prepare(f);
       c.ready.push_back(&f);
     }
