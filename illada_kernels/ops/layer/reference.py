@@ -37,9 +37,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def write_to_cache(new: Tensor, held: Tensor, start: int | Tensor, keep: Tensor | None) -> None:
     """Writes new (B, S, kv_heads, D) into slots of held (B, slots, kv_heads, D), without a gradient."""
     batch, length = new.shape[:2]
-    where: tuple[slice | Tensor, Tensor | slice] = (slice(None), slice(start, start + length))
+    where: tuple[slice | Tensor, slice | Tensor]
     if isinstance(start, Tensor):
         places = torch.arange(length, device=new.device)[None] + start[:, None]
         where = (torch.arange(batch, device=new.device)[:, None], places.clamp(0, held.shape[1] - 1))
+    else:
+        where = (slice(None), slice(start, start + length))
     new = new.detach().to(held.dtype)
     held[where] = new if keep is None else torch.where(keep[..., None, None], new, held[where])

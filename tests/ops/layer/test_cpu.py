@@ -149,6 +149,21 @@ class Everything(torch.nn.Module):
         return everything(*args)
 
 
+@pytest.mark.parametrize("start", [1, torch.tensor([2, 0])])
+@pytest.mark.parametrize("kept", [False, True])
+def test_writing_to_the_cache_compiles_whole(start, kept):
+    q, k, v = heads(2, 3, 4, 2, 6, torch.float32)
+    turn, keep = angles(1, 3, 6), torch.tensor([[True, False, True], [False, False, True]]) if kept else None
+
+    def write(store):
+        return layer.rope_to_cache(q, k, v, *turn, *store, start, keep)
+
+    eager, traced = torch.zeros(2, 2, 2, 5, 2, 6)
+    out = torch.compile(write, fullgraph=True, backend="aot_eager")(traced)
+    torch.testing.assert_close(out, write(eager))
+    torch.testing.assert_close(traced, eager)
+
+
 @compiled
 def test_kernels_leave_alone_what_they_cannot_take():
     """Whoever hands kernels on to tensors of another kind gets torch's result, gradients included."""
