@@ -6,6 +6,7 @@ Prints one JSON line as each stage begins and one with what it found, so that th
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 from collections.abc import Callable
@@ -108,3 +109,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    gc.freeze()  # otherwise the end looks through all of torch

@@ -6,7 +6,10 @@ be equal: logits are small integers, exact in every dtype, so that ties are many
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -336,5 +339,27 @@ def main(op: str, backend: str, device: str) -> None:
     print(json.dumps(result))
 
 
+def each(which: list[tuple[str, ...]], seconds: int) -> None:
+    """Runs main for each in a fork, which is killed after `seconds`; {"ended": exit code} follows what it prints."""
+    for one in which:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(seconds)
+            code = 1
+            try:
+                error = attempt(partial(main, *one))[1]
+                if error is not None:
+                    print(json.dumps({"passed": False, "cases": [], "error": error}))
+                sys.stdout.flush()
+                code = int(error is not None)
+            finally:
+                os._exit(code)
+        print(json.dumps({"ended": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    gc.freeze()  # otherwise the end looks through all of torch
+    if sys.argv[1] == "--each":
+        each(list(zip(*(iter(sys.argv[3:]),) * 3)), int(sys.argv[2]))
+    else:
+        main(*sys.argv[1:])

@@ -96,12 +96,14 @@ def child(arguments: list[str], timeout: float) -> tuple[list[dict[str, Any]], s
     except subprocess.TimeoutExpired:
         return [], f"did not end within {timeout:.0f} s"
     lines = [attempt(partial(json.loads, line))[0] for line in done.stdout.splitlines()]
-    death = None
-    if done.returncode < 0:
-        death = f"died of {signal.Signals(-done.returncode).name}"
-    elif done.returncode:
-        death = f"exited with {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-    return [line for line in lines if isinstance(line, dict)], death
+    return [line for line in lines if isinstance(line, dict)], death_of(done.returncode, done.stderr)
+
+
+def death_of(code: int, stderr: str = "") -> str | None:
+    """Returns how a process with this exit code died, None for 0."""
+    if code < 0:
+        return f"died of {signal.Signals(-code).name}"
+    return f"exited with {code}: {(stderr.strip().splitlines() or ['no message'])[-1]}" if code else None
 
 
 def probe() -> dict[str, Any]:
@@ -117,23 +119,53 @@ def probe() -> dict[str, Any]:
     return found
 
 
+Which = tuple[str, str, str]  # op, backend, device
+SELFTEST_SECONDS = 600
+
+
 def selftest(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Runs selftest_one for every op, backend and device that the report calls available."""
-    return [selftest_one(*which) for which in to_selftest(found)]
+    """Tests every op, backend and device that the report calls available, each in a process of its own."""
+    each = to_selftest(found)
+    on_cpu = [which for which in each if which[2] == "cpu"]
+    outcomes = dict(zip(on_cpu, selftest_in_forks(on_cpu)))
+    return [outcomes[which] if which in outcomes else selftest_one(*which) for which in each]
 
 
-def to_selftest(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+def selftest_in_forks(each: list[Which]) -> list[dict[str, Any]]:
+    """Runs _selftest in forks of one process, because importing torch takes longer than most tests."""
+    flat = [part for which in each for part in which]
+    command = ["illada_kernels._selftest", "--each", str(SELFTEST_SECONDS), *flat]
+    lines, death = child(command, SELFTEST_SECONDS * len(each)) if each else ([], None)
+    rest, outcomes = iter(lines), []
+    for which in each:
+        said: list[dict[str, Any]] = []
+        code = None
+        for line in rest:
+            if "ended" in line:
+                code = line["ended"]
+                break
+            said.append(line)
+        slow = f"did not end within {SELFTEST_SECONDS} s" if code == -signal.SIGALRM else None
+        outcomes.append(outcome(which, said, (death or "it was not run") if code is None else slow or death_of(code)))
+    return outcomes
+
+
+def outcome(which: Which, lines: list[dict[str, Any]], death: str | None) -> dict[str, Any]:
+    """Returns what the selftest of one op, backend and device has said, failed if its process died."""
+    result = {**dict(zip(("op", "backend", "device"), which)), "passed": False, "cases": []}
+    result |= lines[-1] if lines else {"error": death or "printed nothing"}
+    return result | ({"passed": False, "error": result.get("error") or death} if death else {})
+
+
+def to_selftest(found: dict[str, Any]) -> list[Which]:
     """Returns (op, backend, device); the reference is what the others are compared with."""
     rows = [(op, row) for op in OPS for row in found["ops"][op] if row["backend"] != "reference"]
     return [(op, row["backend"], device) for op, row in rows for device in row.get("devices", ())]
 
 
-def selftest_one(op: str, backend: str, device: str, seconds: float = 600) -> dict[str, Any]:
+def selftest_one(op: str, backend: str, device: str, seconds: float = SELFTEST_SECONDS) -> dict[str, Any]:
     """Runs _selftest in a process of its own, which is killed after `seconds`."""
-    lines, death = child(["illada_kernels._selftest", op, backend, device], seconds)
-    result = {"op": op, "backend": backend, "device": device, "passed": False, "cases": []}
-    result |= lines[-1] if lines else {"error": death or "printed nothing"}
-    return result | ({"passed": False, "error": death} if death else {})
+    return outcome((op, backend, device), *child(["illada_kernels._selftest", op, backend, device], seconds))
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------

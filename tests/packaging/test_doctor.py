@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,6 +255,38 @@ def test_a_selftest_process_that_dies_is_a_failure(monkeypatch, capsys):
     assert doctor.main(["doctor", "--selftest", "--json"]) == 1
     (outcome,) = json.loads(capsys.readouterr().out)["selftest"]
     assert outcome["passed"] is False and outcome["error"] == "died of SIGSEGV"
+
+
+def test_a_selftest_that_dies_hangs_or_raises_ends_no_other(monkeypatch, capfd):
+    def main(op, backend, device):
+        if op == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if op == "hangs":
+            time.sleep(60)
+        if op == "raises":
+            raise RuntimeError("no kernel")
+        print(json.dumps({"passed": True, "cases": [op]}))
+
+    which = [(op, "cpu", "cpu") for op in ("passes", "dies", "hangs", "raises", "passes too")]
+
+    def child(arguments, timeout):
+        assert arguments[:3] == ["illada_kernels._selftest", "--each", "1"] and len(arguments) == 3 + 3 * len(which)
+        _selftest.each(which, 1)
+        return [json.loads(line) for line in capfd.readouterr().out.splitlines()], None
+
+    monkeypatch.setattr(_selftest, "main", main)
+    monkeypatch.setattr(doctor, "child", child)
+    monkeypatch.setattr(doctor, "SELFTEST_SECONDS", 1)
+    outcomes = doctor.selftest_in_forks(which)
+    assert [(o["op"], o["passed"], o.get("error")) for o in outcomes] == [
+        ("passes", True, None),
+        ("dies", False, "died of SIGKILL"),
+        ("hangs", False, "did not end within 1 s"),
+        ("raises", False, "RuntimeError: no kernel"),
+        ("passes too", True, None),
+    ]
+    monkeypatch.setattr(doctor, "child", lambda *_: ([], "died of SIGILL"))  # while it imports torch
+    assert {(o["passed"], o["error"]) for o in doctor.selftest_in_forks(which)} == {(False, "died of SIGILL")}
 
 
 # ---- what a passed selftest opens -----------------------------------------------------------------------------------
