@@ -276,11 +276,12 @@ def norm_case(dim: int, in_fp32: bool, dtype: torch.dtype, backend: str, device:
 
 
 def rope_case(dim: int, per_sequence: bool, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Checks heads of one product, and windows clamped at both ends of a cache that lies in a larger one."""
+    """Checks windows clamped at both ends of caches that lie in larger ones. No tensor lies as another does."""
     from .layer import kernels_for, rope_to_cache
 
     batch, length, slots = 4, 5, 9
     q, k, v = randn(batch, length, 17, dim, seed=1, device=device).to(dtype).split((11, 3, 3), 2)
+    k, v = k.transpose(1, 2).contiguous().transpose(1, 2), torch.cat([v, v], -1)[..., :dim]
     angle = randn(batch, length, 1, dim // 2, seed=2, device=device)
     cos, sin = angle.cos(), angle.sin()
     start = torch.tensor([2, -3, 7, -9], device=device) if per_sequence else 3
@@ -288,8 +289,8 @@ def rope_case(dim: int, per_sequence: bool, dtype: torch.dtype, backend: str, de
     kernels = kernels_for(q, cos, backend=backend)
 
     def run(to: torch.dtype, kernels: Any) -> list[Tensor]:
-        held = torch.full((2, batch, slots + 2, 3, dim), 3.0, dtype=to, device=device)
-        keys, values = held[:, :, 1:-1]
+        held = [torch.full((batch, slots + 2, 3, dim + more), 3.0, dtype=to, device=device) for more in (16, 32)]
+        keys, values = (x[:, 1:-1, :, :dim] for x in held)
         turn = (cos, sin) if kernels else (cos.to(to), sin.to(to))
         out = rope_to_cache(q.to(to), k.to(to), v.to(to), *turn, keys, values, start, keep, kernels=kernels)
         return [out, *held]

@@ -1,5 +1,6 @@
 """Every Triton kernel configuration compiles ahead of time for sm_80, sm_90 and sm_100, within shared memory."""
 
+import re
 import subprocess
 import sys
 
@@ -65,6 +66,37 @@ def test_the_hash_follows_source_arguments_and_architecture() -> None:
 def test_too_much_shared_memory_is_named() -> None:
     rows = [Row("attention.fwd", 80, "", 1, 166913, 0, 1), Row("attention.fwd", 90, "", 1, 232448, 0, 1)]
     assert triton_code.too_large(rows) == ["attention.fwd sm_80: 166913 bytes of shared memory, at most 166912 fit"]
+
+
+@pytest.fixture(scope="module")
+def layer_ptx() -> dict[str, list[str]]:
+    """Instructions of the kernels of a layer's rows in bfloat16, for sm_90."""
+    if triton_code.read_table()[0] != triton_code.version():
+        pytest.skip("another version of Triton may order them in another way")
+    wanted = ("layer.norm of a sum, 4096 bf16", "layer.rope to cache bf16")
+    found = {c.name: c for c in triton_code.configurations() if c.name in wanted}
+    return {name: triton_code.compiled(c, 90).asm["ptx"].splitlines() for name, c in found.items()}
+
+
+def places(lines: list[str], word: str) -> list[int]:
+    return [i for i, line in enumerate(lines) if word in line]
+
+
+def test_norms_of_small_rows_are_not_flushed_to_zero(layer_ptx: dict[str, list[str]]) -> None:
+    """Their mean of squares is subnormal: without it they would be divided by 0."""
+    lines = layer_ptx["layer.norm of a sum, 4096 bf16"]
+    assert places(lines, "sqrt.rn.f32") and not places(lines, ".ftz")
+
+
+def test_no_load_of_a_layers_rows_waits_for_another(layer_ptx: dict[str, list[str]]) -> None:
+    """x, delta and weight are in flight together, and so are heads of k and v with what tells their slot."""
+    norm = layer_ptx["layer.norm of a sum, 4096 bf16"]
+    assert len(places(norm, "ld.global.v4")) == 6 and places(norm, "ld.global")[-1] < places(norm, "bar.sync")[0]
+    lines = layer_ptx["layer.rope to cache bf16"]
+    order = [found[0] for line in lines if (found := re.search(r"(ld|st)\.global\.(v2|b64|b8)", line))]
+    halves = ["ld.global.v2"] * 2, ["st.global.v2"] * 2
+    kept = [*halves[0], "ld.global.b64", "ld.global.b8", *halves[1]]  # start and keep
+    assert order == [*halves[0], *halves[1], *kept, *kept]
 
 
 def test_table_is_up_to_date_and_every_configuration_fits() -> None:

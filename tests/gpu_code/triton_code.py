@@ -74,7 +74,8 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(f"{room}.{name}", *configuration)
 
 
-def compile_configuration(configuration: Configuration, arch: int) -> Row:
+def compiled(configuration: Configuration, arch: int) -> Any:
+    """Returns Triton's CompiledKernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -85,9 +86,13 @@ def compile_configuration(configuration: Configuration, arch: int) -> Row:
     types = {name: kind.removesuffix(":16") for name, kind in signature.items()}
     source = ASTSource(kernel, types, configuration.constexprs, attributes)
     options = {name: value for name, value in configuration.options.items() if name != "archs"}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, stack, instructions = _read_cubin(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_configuration(configuration: Configuration, arch: int) -> Row:
+    kernel = compiled(configuration, arch)
+    registers, stack, instructions = _read_cubin(kernel.asm["cubin"])
+    shared = kernel.metadata.shared
     return Row(configuration.name, arch, configuration.hash(arch), registers, shared, stack, instructions)
 
 

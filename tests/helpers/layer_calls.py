@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -45,6 +46,16 @@ def norm_and_swiglu_meet_the_bar(kernels: ModuleType, dtype: torch.dtype, dim: i
             meets_the_bar(kernels, layer.rms_norm, x, weight, eps=1e-5, in_fp32=in_fp32, name=f"norm {shape}")
         meets_the_bar(kernels, normed_sum, x, x.flip(0), weight, name=f"norm of a sum {shape}")
         meets_the_bar(kernels, layer.swiglu, torch.cat([x, 2 * x.flip(-1)], -1), name=f"swiglu {shape}")
+
+
+def halves_are_rounded_once(kernels: ModuleType, dtype: torch.dtype, dim: int, device: str = "cpu") -> None:
+    """Checks that results are the exact ones rounded: half a unit off, and 1% for float32. Rounding twice is off by
+    up to a whole one."""
+    x, weight = torch.randn(9, 2 * dim).to(device, dtype), torch.randn(2 * dim).to(device, dtype)
+    for function, tensors in ((layer.swiglu, (x,)), (partial(layer.rms_norm, eps=1e-5, in_fp32=True), (x, weight))):
+        exact = function(*(t.double() for t in tensors))
+        off = (function(*tensors, kernels=kernels).double() - exact).abs()
+        assert (off <= 0.505 * torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal).all()
 
 
 def rotated_alone(x: Tensor, cos: Tensor, sin: Tensor, kernels=None) -> Tensor:
@@ -117,6 +128,10 @@ def extreme_numbers_give_what_torch_gives(kernels: ModuleType, dtype: torch.dtyp
     out = layer.rms_norm(rows, weight, 0.0, kernels=kernels)
     assert out[1].isnan().all() and torch.equal(out[::2], rows[::2])  # a NaN stays in its row
     assert torch.equal(layer.rms_norm(0 * rows[:1], weight, 1e-5, kernels=kernels), 0 * rows[:1])
+    if dtype != torch.float16:  # squares that float32 holds as subnormals
+        small = torch.linspace(-3e-20, 3e-20, 20).to(device, dtype)
+        normed, plain = layer.rms_norm(small, weight, 0.0, kernels=kernels), layer.rms_norm(small, weight, 0.0)
+        torch.testing.assert_close(normed, plain, rtol=2 * eps + 1e-5, atol=0)
 
 
 def strided_inputs_are_read_where_they_lie(kernels: ModuleType, device: str = "cpu") -> None:
@@ -132,6 +147,53 @@ def strided_inputs_are_read_where_they_lie(kernels: ModuleType, device: str = "c
     turn = angles(1, 4, 8, device)
     for a, b in zip(layer.apply_rope(*turned, *turn, kernels=kernels), layer.apply_rope(q, k, *turn, kernels=kernels)):
         assert torch.equal(a, b)
+
+
+def apart(x: Tensor, by: int, dims: tuple[int, ...] = (0, 1, 2, 3)) -> tuple[Tensor, Tensor]:
+    """Returns a tensor of sevens, and x in a part of it with strides of its own: `by` more in every dimension, which
+    lie in this order."""
+    whole = torch.full([x.shape[d] + by for d in dims], 7.0, dtype=x.dtype, device=x.device)
+    part = whole.permute(*(dims.index(d) for d in range(4)))[tuple(slice(size) for size in x.shape)]
+    return whole, part.copy_(x)
+
+
+def each_tensor_has_strides_of_its_own(kernels: ModuleType, device: str = "cpu") -> None:
+    q, k, v = (t.clone() for t in heads(3, 4, 5, 3, 8, torch.float32, device))
+    turn, start = angles(3, 4, 8, device), torch.tensor([0, 2, 1], device=device)
+    keys, values = torch.zeros(2, 3, 6, 3, 8, device=device)
+    for order in ((0, 1, 2, 3), (2, 1, 0, 3), (1, 0, 2, 3)):
+        parts = [apart(t, by, order if by % 2 else (0, 2, 1, 3)) for by, t in enumerate((q, k, v, keys, values), 1)]
+        wanted = [t.clone() for t in (keys, values)]
+        out = layer.rope_to_cache(q, k, v, *turn, *wanted, start, kernels=kernels)
+        q_, k_, v_, *written = (part for _, part in parts)
+        assert torch.equal(layer.rope_to_cache(q_, k_, v_, *turn, *written, start, kernels=kernels), out)
+        for (whole, part), want in zip(parts[3:], wanted):
+            assert torch.equal(part, want) and (whole == 7).sum() == whole.numel() - part.numel()
+        both = layer.apply_rope(q, k, *turn, kernels=kernels)
+        for a, b in zip(layer.apply_rope(q_, k_, *turn, kernels=kernels), both):
+            assert torch.equal(a, b)
+
+
+def offsets_beyond_2_to_31(kernels: ModuleType, file: str) -> None:
+    """Rows, tokens and heads that lie 2**30 elements apart in a sparse file."""
+    far, tokens, few = 2**30, 3, 3
+    store = torch.from_file(file, shared=True, size=5 * far, dtype=torch.float16)
+    x = store.as_strided((tokens, 16), (far, 1)).copy_(torch.randn(tokens, 16))
+    weight = torch.randn(16).half()
+    assert torch.equal(
+        layer.rms_norm(x, weight, 1e-5, kernels=kernels), layer.rms_norm(x.clone(), weight, 1e-5, kernels=kernels)
+    )
+    assert torch.equal(layer.swiglu(x, kernels=kernels), layer.swiglu(x.clone(), kernels=kernels))
+    for token, head in ((far, 8), (8, far)):
+        q, k, v, keys, values = (
+            store.as_strided((1, tokens, few, 8), (1, token, head, 1), 256 * i).copy_(torch.randn(1, tokens, few, 8))
+            for i in range(5)
+        )
+        near = [t.clone() for t in (q, k, v, keys, values)]
+        turn = angles(1, tokens, 8)
+        out = layer.rope_to_cache(q, k, v, *turn, keys, values, 0, kernels=kernels)
+        assert torch.equal(layer.rope_to_cache(*near[:3], *turn, *near[3:], 0, kernels=kernels), out)
+        assert torch.equal(keys, near[3]) and torch.equal(values, near[4])
 
 
 def everything(x, weight, q, k, cos, sin, backend=None):

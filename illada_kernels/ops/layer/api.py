@@ -167,7 +167,7 @@ def swiglu(gate_up: Tensor, *, kernels: ModuleType | None = None) -> Tensor:
     >>> swiglu(torch.tensor([0.0, 100.0, 5.0, 2.0]))
     tensor([  0., 200.])
     """
-    if kernels is None or gate_up.shape[-1] % 2 or not _fit(kernels, gate_up):
+    if kernels is None or not gate_up.dim() or gate_up.shape[-1] % 2 or not _fit(kernels, gate_up):
         return reference.swiglu(gate_up)
     product: Tensor = kernels.swiglu(gate_up)
     return product
@@ -201,7 +201,7 @@ def apply_rope(
     >>> apply_rope(q, q, angle.cos(), angle.sin())[0].round().flatten()
     tensor([-0., 1.])
     """
-    if kernels is not None and _fit(kernels, q, k) and _fit(kernels, cos, sin):
+    if kernels is not None and _rope_fits(kernels, cos, sin, q, k):
         rotated = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         call = _call(q, k, k, rotated, rotated, cos, sin)
         if call is not None:
@@ -230,7 +230,7 @@ def rope_to_cache(
     k, v : Tensor (B, S, kv_heads, D)
     cos, sin : Tensor (B or 1, S, 1, D / 2)
     keys, values : Tensor (B, slots, kv_heads, D)
-        Written in place, without a gradient.
+        Written in place, without a gradient. Each element has memory of its own, apart from that of q, k and v.
     start : int or int64 Tensor (B,)
         The slot of a sequence's first token. An int must let all tokens fit; slots of a tensor are clamped, and of
         tokens that share one the last is there.
@@ -245,6 +245,8 @@ def rope_to_cache(
 
     Raises
     ------
+    TypeError
+        For a start that is neither an int nor a Tensor, and a keep that is not a Tensor.
     ValueError
         For shapes or dtypes that do not fit each other, and an int start from which the tokens do not fit.
 
@@ -258,7 +260,7 @@ def rope_to_cache(
     >>> keys.flatten().tolist(), values.flatten().tolist()
     ([0.0, 0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0, 2.0, 0.0, 0.0])
     """
-    if kernels is not None and _fit(kernels, q, k, v, keys, values) and _fit(kernels, cos, sin):
+    if kernels is not None and _rope_fits(kernels, cos, sin, q, k, v, keys, values):
         call = _call(q, k, v, keys, values, cos, sin)
         if call is not None and all(x.device == q.device for x in (start, keep) if isinstance(x, Tensor)):
             _expect_window(start, keep, call.batch, call.length, call.slots)
@@ -292,9 +294,15 @@ def _expect_window(start: int | Tensor, keep: Tensor | None, batch: int, length:
                 f"start: expected an int or int64 ({batch},) and a slot for it, got {start.dtype} of shape "
                 f"{tuple(start.shape)} and {slots} slots"
             )
+    elif not isinstance(start, int) and not hasattr(start, "__index__"):  # as numpy's and torch's symbolic ones have
+        raise TypeError(f"start: expected an int or int64 ({batch},), got {type(start).__name__}")
     elif not 0 <= start <= start + length <= slots:
         raise ValueError(f"start: expected a window within {slots} slots, got {start} .. {start + length}")
-    if keep is not None and (keep.shape != (batch, length) or keep.dtype != torch.bool):
+    if keep is None:
+        return
+    if not isinstance(keep, Tensor):
+        raise TypeError(f"keep: expected a bool Tensor ({batch}, {length}), got {type(keep).__name__}")
+    if keep.shape != (batch, length) or keep.dtype != torch.bool:
         raise ValueError(f"keep: expected bool ({batch}, {length}), got {keep.dtype} of shape {tuple(keep.shape)}")
 
 
@@ -315,8 +323,12 @@ def _fit(kernels: ModuleType, *tensors: Tensor) -> bool:
 
 
 def _norm_fits(kernels: ModuleType, x: Tensor, weight: Tensor, *delta: Tensor) -> bool:
-    fit = _fit(kernels, x, weight, *delta)
-    return fit and weight.shape == x.shape[-1:] and weight.untyped_storage().nbytes() > 0
+    fit = _fit(kernels, x, weight, *delta) and weight.shape == x.shape[-1:]
+    return fit and weight.numel() > 0 < weight.untyped_storage().nbytes() and x.dim() > 0
+
+
+def _rope_fits(kernels: ModuleType, cos: Tensor, sin: Tensor, q: Tensor, *heads: Tensor) -> bool:
+    return cos.device == q.device and _fit(kernels, q, *heads) and _fit(kernels, cos, sin)
 
 
 def _call(

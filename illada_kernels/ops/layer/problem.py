@@ -23,7 +23,7 @@ class Rope(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def rope(shapes: Sequence[Sequence[int]], *strides: Sequence[int]) -> Rope | None:
     """Returns what kernels need to know of q, k, v, keys, values (`shapes`, `strides`), cos and sin (`shapes`), or None
-    where they do not fit each other or a head does not lie in one piece."""
+    where they do not fit each other, a head does not lie in one piece or elements of a cache share memory."""
     q, k, v, keys, values, cos, sin = shapes
     if any(len(shape) != 4 for shape in shapes):
         return None
@@ -36,6 +36,8 @@ def rope(shapes: Sequence[Sequence[int]], *strides: Sequence[int]) -> Rope | Non
         and cos[0] in (1, batch)
         and dim % 2 == 0
         and all(stride[3] == 1 for stride in strides)
+        and _lies_apart(keys, strides[3])
+        and _lies_apart(values, strides[4])
     )
     if not fit:
         return None
@@ -43,3 +45,14 @@ def rope(shapes: Sequence[Sequence[int]], *strides: Sequence[int]) -> Rope | Non
     return Rope(
         batch, length, heads, kv_heads, dim, slots, array.array("q", [*(s for x in strides for s in x[:3]), angles])
     )
+
+
+def _lies_apart(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Returns whether no two elements share memory, so that no two programs write to one place."""
+    reach = 1  # elements from the first to the last of the dimensions so far, from the smallest stride on
+    for stride, size in sorted(zip(strides, shape)):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach += stride * (size - 1)
+    return True

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from illada_kernels import _extension, layer
-from illada_kernels.ops.layer import cpu
+from illada_kernels.ops.layer import api, cpu
 from tests.helpers import layer_calls as checks
 from tests.helpers.instruction_sets import run_under_each
 from tests.helpers.layer_calls import DTYPES, angles, everything, heads, inputs
@@ -27,6 +27,12 @@ rms_norm, swiglu, apply_rope = (partial(f, kernels=K) for f in (layer.rms_norm, 
 @pytest.mark.parametrize("dim", SIZES)
 def test_norm_and_swiglu_meet_the_numerics_bar(dtype, dim):
     checks.norm_and_swiglu_meet_the_bar(K, dtype, dim)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_halves_are_rounded_once(dtype):
+    checks.halves_are_rounded_once(K, dtype, 33)
 
 
 @compiled
@@ -71,6 +77,12 @@ def test_extreme_numbers_give_what_torch_gives_and_stay_in_their_row(dtype):
 @compiled
 def test_strided_inputs_and_transposed_heads_are_read_where_they_lie():
     checks.strided_inputs_are_read_where_they_lie(K)
+    checks.each_tensor_has_strides_of_its_own(K)
+
+
+@compiled
+def test_offsets_beyond_2_to_31(tmp_path):
+    checks.offsets_beyond_2_to_31(K, str(tmp_path / "sparse"))
 
 
 SUBPROCESS = """
@@ -206,6 +218,9 @@ def test_autograd_notices_that_the_cache_was_written():
         ({"start": -1}, r"within 5 slots, got -1 \.\. 2"),
         ({"start": torch.zeros(3, dtype=torch.int64)}, r"start: expected an int or int64 \(2,\)"),
         ({"start": torch.zeros(2)}, "start: .*float32"),
+        ({"start": 1.0}, r"start: expected an int or int64 \(2,\), got float"),
+        ({"start": None}, r"start: expected an int or int64 \(2,\), got NoneType"),
+        ({"keep": [[True] * 3] * 2}, r"keep: expected a bool Tensor \(2, 3\), got list"),
         ({"keep": torch.ones(2, 3)}, r"keep: expected bool \(2, 3\), got torch.float32"),
         ({"keep": torch.ones(2, 1, dtype=torch.bool)}, r"keep: .*\(2, 1\)"),
         ({"v": torch.zeros(2, 3, 1, 6)}, r"expected .*kv_heads, D\), got .*\(2, 3, 1, 6\)"),
@@ -218,7 +233,8 @@ def test_what_does_not_fit_is_named_before_anything_is_written(change, message):
     q, k, v = heads(2, 3, 4, 2, 6, torch.float32)
     cos, sin = angles(1, 3, 6)
     given = {"keys": torch.zeros(2, 5, 2, 6), "values": torch.zeros(2, 5, 2, 6), "start": 0, "q": q, "k": k, "v": v}
-    with pytest.raises(ValueError, match=message):
+    error = TypeError if message.endswith(("got float", "got NoneType", "got list")) else ValueError
+    with pytest.raises(error, match=message):
         layer.rope_to_cache(cos=cos, sin=sin, **{**given, **change}, kernels=K)
     assert not given["keys"].any() and not given["values"].any()
 
@@ -230,6 +246,61 @@ def test_angles_and_weights_that_do_not_fit_are_torchs_errors():
             apply_rope(q, k, cos, cos)
     with pytest.raises(RuntimeError, match="must match"):
         rms_norm(torch.ones(2, 8), torch.ones(7), 1e-5)
+
+
+def test_rows_without_elements_and_tensors_without_rows_get_what_torch_gives():
+    assert rms_norm(torch.ones(3, 0), torch.ones(5)[:0], 1e-5).shape == (3, 0)  # a view of memory that is there
+    assert swiglu(torch.ones(3, 0)).shape == (3, 0) and swiglu(torch.ones(0, 6)).shape == (0, 3)
+    with pytest.raises(RuntimeError, match="at least 1-dimensional"):
+        rms_norm(torch.tensor(1.0), torch.tensor(1.0), 1e-5)
+    with pytest.raises(RuntimeError, match="at least a 1-dimensional"):
+        swiglu(torch.tensor(1.0))
+
+
+@compiled
+@pytest.mark.parametrize("which", ["keys", "values"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_a_cache_whose_elements_share_memory_never_reaches_a_kernel(which, dim):
+    q, k, v = heads(2, 3, 4, 2, 6, torch.float32)
+    caches = dict.fromkeys(("keys", "values"), torch.zeros(2, 3, 2, 6))
+    caches[which] = caches[which].narrow(dim, 0, 1).expand(2, 3, 2, 6)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+        layer.rope_to_cache(q, k, v, *angles(1, 3, 6), **caches, start=0, kernels=K)
+
+
+def test_angles_on_another_device_never_reach_a_kernel(monkeypatch):
+    """Tensors on two GPUs, as far as the functions look at them."""
+
+    class Fake:
+        dtype, requires_grad = torch.float32, False
+
+        def __init__(self, index, *shape):
+            self.device, self.shape = torch.device("cuda", index), shape
+
+        def stride(self):
+            return (2, 2, 2, 1)
+
+        def is_inference(self):
+            return True
+
+    class Kernels:
+        DEVICE = "cuda"
+
+        def rope(self, *arguments):
+            return "kernel"
+
+    monkeypatch.setattr(api, "_TYPES", (Fake,))
+    monkeypatch.setattr(api.reference, "rotated", lambda *_: "torch")
+    monkeypatch.setattr(api.reference, "write_to_cache", lambda *_: None)
+    x, here, there = Fake(0, 1, 1, 1, 2), Fake(0, 1, 1, 1, 1), Fake(1, 1, 1, 1, 1)
+    for cos, sin, wanted in (
+        (here, here, "kernel"),
+        (there, there, "torch"),
+        (here, there, "torch"),
+        (there, here, "torch"),
+    ):
+        assert layer.rope_to_cache(x, x, x, cos, sin, x, x, 0, kernels=Kernels()) == wanted
+    assert layer.apply_rope(x, x, there, there, kernels=Kernels()) == ("torch", "torch")
 
 
 @compiled

@@ -59,7 +59,7 @@ def test_slots_of_the_cache_hold_what_torch_writes_and_nothing_else_is_touched(d
     checks.slots_hold_what_torch_writes(K, dtype, start, kept, many)
 
 
-def test_the_cpu_and_triton_write_the_same_slots():
+def the_same_slots():
     """Out of order, clamped at both ends, and shared: of these the last token is there."""
     if cpu.available() is not None:
         pytest.skip("no extension")
@@ -74,6 +74,10 @@ def test_the_cpu_and_triton_write_the_same_slots():
         assert (stores != 7).any()
 
 
+def test_the_cpu_and_triton_write_the_same_slots():
+    the_same_slots()
+
+
 @dtypes
 def test_equal_rows_get_equal_bits_whatever_lies_beside_them(dtype):
     checks.equal_rows_get_equal_bits(K, dtype, 10, 70)
@@ -86,6 +90,32 @@ def test_extreme_numbers_give_what_torch_gives_and_stay_in_their_row(dtype):
 
 def test_strided_inputs_and_transposed_heads_are_read_where_they_lie():
     checks.strided_inputs_are_read_where_they_lie(K)
+    checks.each_tensor_has_strides_of_its_own(K)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("dim", [33, 100])
+def test_halves_are_rounded_once(dtype, dim):
+    checks.halves_are_rounded_once(K, dtype, dim)
+
+
+def test_offsets_beyond_2_to_31(tmp_path):
+    with interpreted(api, overflow=True):
+        checks.offsets_beyond_2_to_31(K, str(tmp_path / "sparse"))
+
+
+def test_a_row_may_have_more_pieces_than_a_grid_has_places_off_its_first_axis(monkeypatch):
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *a, **options: None
+
+    monkeypatch.setattr(launch, "TILE", 1)
+    monkeypatch.setattr(launch.rows, "swiglu_kernel", Kernel())
+    layer.swiglu(torch.ones(3, 2 * 70_000), kernels=K)
+    assert grids == [(3 * 70_000,)]
 
 
 def test_no_index_leaves_its_type():
@@ -197,6 +227,14 @@ def strided() -> None:
     checks.strided_inputs_are_read_where_they_lie(K)
 
 
+def own_strides() -> None:
+    checks.each_tensor_has_strides_of_its_own(K)
+
+
+def once() -> None:
+    checks.halves_are_rounded_once(K, torch.float16, 100)
+
+
 def turned() -> None:
     checks.rope_meets_the_bar(K, torch.float32, 6, False)
 
@@ -208,6 +246,17 @@ def slots() -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[], None], str, str]] = {
+    "rounding twice": (once, "if not IN_FP32:", "if True:"),
+    "keys to slots of values": (own_strides, "slot * keys_slot", "slot * values_slot"),
+    "heads of keys as those of values": (own_strides, "to, keys_head", "to, values_head"),
+    "heads of values as those of keys": (own_strides, "to, values_head", "to, keys_head"),
+    "what is not kept": (slots, "kv_heads, pair, half, slot >= 0", "kv_heads, pair, half, slot >= -1"),
+    "k as q lies": (own_strides, "b * k_batch + token * k_token", "b * q_batch + token * q_token"),
+    "heads of k as those of q": (own_strides, "load_heads(x, k_head", "load_heads(x, q_head"),
+    "v as k lies": (own_strides, "b * v_batch + token * v_token", "b * k_batch + token * k_token"),
+    "heads of v as those of k": (own_strides, "load_heads(x, v_head", "load_heads(x, k_head"),
+    "a token before one that is beyond": (the_same_slots, "raw >= slots - 1", "raw > slots - 1"),
+    "tokens before the first slot": (the_same_slots, "(raw < 0) | ", ""),
     "the sum is not rounded": (bar, ".to(v.dtype)\n", "\n"),
     "no rounding before the weight": (bar, "if not IN_FP32:", "if False:"),
     "columns beyond the row": (bar, "keep = exists & (column < width)", "keep = exists & (column <= width)"),
@@ -224,8 +273,8 @@ FAULTS: dict[str, tuple[Callable[[], None], str, str]] = {
     "all are kept": (slots, "written & (tl.load(keep", "written | (tl.load(keep"),
     "values are turned": (
         slots,
-        "copy_heads(x, v_head, to, values_head, head, kv_heads, pair, half)",
-        "rotate_heads(x, v_head, to, values_head, head, kv_heads, pair, half, c, s)",
+        "store_heads(v0, v1, to",
+        "store_heads(*rotated(v0, v1, c, s), to",
     ),
     "keys to the values' strides": (slots, "b * keys_batch + slot * keys_slot", "b * keys_batch + slot * keys_head"),
     "gate and up are exchanged": (bar, "product = gate / (1.0 + tl.exp2(gate * -LOG2E)) * up", "product = up"),
@@ -261,5 +310,5 @@ def test_a_planted_fault_is_caught(monkeypatch, tmp_path, fault):
 
 def test_the_order_of_programs_changes_nothing(monkeypatch, tmp_path):
     plant(monkeypatch, tmp_path, BACKWARDS)
-    for check in (bar, strided, turned, slots):
+    for check in (bar, strided, own_strides, turned, slots, the_same_slots):
         check()

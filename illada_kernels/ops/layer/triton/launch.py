@@ -64,8 +64,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         with torch.cuda.device_of(out):
-            grid = (out.numel() // width, triton.cdiv(width, TILE))
-            rows.swiglu_kernel[grid](*in_rows(gate_up), width, out, BLOCK=TILE, num_warps=4)
+            programs = out.numel() // width * triton.cdiv(width, TILE)
+            rows.swiglu_kernel[(programs,)](*in_rows(gate_up), width, out, BLOCK=TILE, num_warps=4)
     return out
 
 
@@ -85,7 +85,7 @@ def rope(
     out = torch.empty((batch, length, heads, dim), dtype=q.dtype, device=q.device)
     parts = triton.cdiv(heads, HEADS) + (1 if values is None else 2) * triton.cdiv(kv_heads, HEADS)
     if batch * length * parts * dim:
-        first, starts = (0, start.contiguous()) if isinstance(start, Tensor) else (start, None)
+        first, starts = (0, start.contiguous()) if isinstance(start, Tensor) else (int(start), None)
         with torch.cuda.device_of(q):
             rows.rope_kernel[(batch * length, parts)](
                 q,

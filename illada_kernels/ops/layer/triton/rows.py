@@ -6,8 +6,9 @@
 
 norm: a program has whole rows, read once (twice if one is longer than BLOCK). rope: a program has HEADS heads of one
 token, of q, of k or of v. swiglu: a program has a piece of a row. All are bound by memory, and by launches where rows
-are few. Float32 between load and store; the order of a sum depends on the row's length alone, so equal rows get equal
-bits. Of tokens whose slots are clamped to one the last is written, by one program.
+are few. Float32 between load and store. Equal rows get equal bits: the order of a sum depends on the row's length, and
+where 16 does not divide that on how far apart rows lie. Of tokens whose slots are clamped to one the last is written,
+by one program.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -39,16 +40,15 @@ def summed(x, delta, column, keep):
 
 
 @triton.jit
-def store_norm(v, scale, weight, total, out, column, keep, width, IN_FP32: tl.constexpr):
-    """Writes the sum v, where it is wanted, and v * scale * weight."""
+def store_norm(v, scale, by, total, out, column, keep, IN_FP32: tl.constexpr):
+    """Writes the sum v, where it is wanted, and v * scale * by, the weight."""
     kind = out.dtype.element_ty
     if total is not None:
         tl.store(total + column, v.to(kind), mask=keep)
     v *= scale
     if not IN_FP32:
         v = v.to(kind).to(tl.float32)
-    v *= tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(out + column, v.to(kind), mask=keep)
+    tl.store(out + column, (v * by.to(tl.float32)).to(kind), mask=keep)
 
 
 @triton.jit(do_not_specialize=["rows", "x_inner", "delta_inner"])
@@ -72,7 +72,7 @@ def norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]  # (ROWS, 1)
+    row = (tl.program_id(0).to(rows.dtype) * ROWS + tl.arange(0, ROWS))[:, None]  # (ROWS, 1)
     column = tl.arange(0, BLOCK)[None, :]
     exists = row < rows
     x = row_of(x, row, x_inner, x_outer_stride, x_stride)
@@ -84,43 +84,45 @@ def norm_kernel(
     if WHOLE:
         keep = exists & (column < width)
         v = summed(x, delta, column, keep)  # (ROWS, BLOCK)
+        by = tl.load(weight + column, mask=column < width, other=0.0)  # in flight with x, not behind its sum
         mean = tl.sum(v * v, 1)[:, None] / width
-        store_norm(v, 1.0 / tl.sqrt(mean + eps), weight, total, out, column, keep, width, IN_FP32)
+        store_norm(v, 1.0 / tl.sqrt_rn(mean + eps), by, total, out, column, keep, IN_FP32)
     else:
         squares = tl.zeros([ROWS, BLOCK], tl.float32)
         for begin in range(0, width, BLOCK):
             v = summed(x, delta, begin + column, exists & (begin + column < width))
             squares += v * v
-        scale = 1.0 / tl.sqrt(tl.sum(squares, 1)[:, None] / width + eps)
+        scale = 1.0 / tl.sqrt_rn(tl.sum(squares, 1)[:, None] / width + eps)
         for begin in range(0, width, BLOCK):
             keep = exists & (begin + column < width)
             v = summed(x, delta, begin + column, keep)
-            store_norm(v, scale, weight, total, out, begin + column, keep, width, IN_FP32)
+            by = tl.load(weight + begin + column, mask=begin + column < width, other=0.0)
+            store_norm(v, scale, by, total, out, begin + column, keep, IN_FP32)
 
 
 # ---- rope ------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def rotate_heads(x, x_head, out, out_head, head, heads, pair, half, cos, sin):
-    """Writes the heads of one token, turned by (cos, sin), each (1, pairs)."""
+def load_heads(x, x_head, head, heads, pair, half):
+    """Returns the halves of heads of one token, (HEADS, PAIRS) each."""
     keep = (head < heads) & (pair < half)
     x += head.to(tl.int64) * x_head + pair
-    a = tl.load(x, mask=keep, other=0.0).to(tl.float32)
-    b = tl.load(x + half, mask=keep, other=0.0).to(tl.float32)
-    out += head.to(tl.int64) * out_head + pair
-    kind = out.dtype.element_ty
-    tl.store(out, (a * cos - b * sin).to(kind), mask=keep)
-    tl.store(out + half, (b * cos + a * sin).to(kind), mask=keep)
+    return tl.load(x, mask=keep, other=0.0), tl.load(x + half, mask=keep, other=0.0)
 
 
 @triton.jit
-def copy_heads(x, x_head, out, out_head, head, heads, pair, half):
-    keep = (head < heads) & (pair < half)
-    x += head.to(tl.int64) * x_head + pair
+def rotated(first, second, cos, sin):
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def store_heads(first, second, out, out_head, head, heads, pair, half, written):
+    keep = (head < heads) & (pair < half) & written
     out += head.to(tl.int64) * out_head + pair
-    tl.store(out, tl.load(x, mask=keep), mask=keep)
-    tl.store(out + half, tl.load(x + half, mask=keep), mask=keep)
+    tl.store(out, first.to(out.dtype.element_ty), mask=keep)
+    tl.store(out + half, second.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -183,24 +185,29 @@ def rope_kernel(
     c = tl.load(cos + angle, mask=pair < half, other=0.0).to(tl.float32)  # (1, PAIRS)
     s = tl.load(sin + angle, mask=pair < half, other=0.0).to(tl.float32)
 
+    # k and v are loaded before the slot is, even where they are not written: no load waits for another
     if part < q_parts:
         head = part * HEADS + lane
         x = q + (b * q_batch + token * q_token)
+        q0, q1 = load_heads(x, q_head, head, heads, pair, half)
+        q0, q1 = rotated(q0, q1, c, s)
         to = out + tl.program_id(0).to(tl.int64) * heads * (2 * half)
-        rotate_heads(x, q_head, to, 2 * half, head, heads, pair, half, c, s)
-    else:
+        store_heads(q0, q1, to, 2 * half, head, heads, pair, half, True)
+    elif part < q_parts + k_parts:
+        head = (part - q_parts) * HEADS + lane
+        x = k + (b * k_batch + token * k_token)
+        k0, k1 = load_heads(x, k_head, head, kv_heads, pair, half)
         slot = slot_of(b, token, length, start, starts, keep, slots)
-        if slot >= 0:
-            if part < q_parts + k_parts:
-                head = (part - q_parts) * HEADS + lane
-                x = k + (b * k_batch + token * k_token)
-                to = keys + (b * keys_batch + slot * keys_slot)
-                rotate_heads(x, k_head, to, keys_head, head, kv_heads, pair, half, c, s)
-            elif values is not None:
-                head = (part - q_parts - k_parts) * HEADS + lane
-                x = v + (b * v_batch + token * v_token)
-                to = values + (b * values_batch + slot * values_slot)
-                copy_heads(x, v_head, to, values_head, head, kv_heads, pair, half)
+        k0, k1 = rotated(k0, k1, c, s)
+        to = keys + (b * keys_batch + slot * keys_slot)
+        store_heads(k0, k1, to, keys_head, head, kv_heads, pair, half, slot >= 0)
+    elif values is not None:
+        head = (part - q_parts - k_parts) * HEADS + lane
+        x = v + (b * v_batch + token * v_token)
+        v0, v1 = load_heads(x, v_head, head, kv_heads, pair, half)
+        slot = slot_of(b, token, length, start, starts, keep, slots)
+        to = values + (b * values_batch + slot * values_slot)
+        store_heads(v0, v1, to, values_head, head, kv_heads, pair, half, slot >= 0)
 
 
 # ---- swiglu ----------------------------------------------------------------------------------------------------------
@@ -208,8 +215,9 @@ def rope_kernel(
 
 @triton.jit(do_not_specialize=["inner"])
 def swiglu_kernel(gate_up, inner, outer_stride, stride, width, out, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pieces = tl.cdiv(width, BLOCK)  # of a row, all on the grid's first axis: the others end at 65535
+    row = tl.program_id(0) // pieces
+    column = (tl.program_id(0) % pieces) * BLOCK + tl.arange(0, BLOCK)
     keep = column < width
     x = row_of(gate_up, row, inner, outer_stride, stride)
     gate = tl.load(x + column, mask=keep, other=0.0).to(tl.float32)
