@@ -65,6 +65,13 @@ def test_equal_rows_get_equal_bits_whatever_lies_beside_them(kernels: ModuleType
 def test_extreme_numbers_and_strides(kernels: ModuleType, dtype: torch.dtype) -> None:
     checks.extreme_numbers_give_what_torch_gives(kernels, dtype, "cuda")
     checks.strided_inputs_are_read_where_they_lie(kernels, "cuda")
+    checks.each_tensor_has_strides_of_its_own(kernels, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dim", [33, 2048, 14336])
+def test_halves_are_rounded_once(kernels: ModuleType, dtype: torch.dtype, dim: int) -> None:
+    checks.halves_are_rounded_once(kernels, dtype, dim, "cuda")
 
 
 def test_a_graph_replays_on_new_data_and_starts(kernels: ModuleType) -> None:
