@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from illada import heap
 
 from .counts import count_calls, peak_memory
 from .journal import Journal
@@ -66,6 +67,15 @@ def sets_beyond_cache(bytes_of_one: float, device: str) -> int:
     """How many sets of inputs to rotate, so that they are three times the GPU's L2 cache, and at most 64."""
     cache = gpu_limits()["l2"] if device == "cuda" else 0
     return max(2, min(64, -(-3 * cache // max(1, int(bytes_of_one)))))
+
+
+def keep_freed() -> str | None:
+    """Keeps freed memory in this process, for all contenders alike, or says why not.
+
+    Otherwise a call maps its output again or not, depending on what was freed before it. The threshold is the one that
+    glibc reaches by itself; larger blocks may still be mapped each time, as in a user's process.
+    """
+    return heap.keep_freed(heap.GLIBC_MOST)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------

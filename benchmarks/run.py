@@ -216,6 +216,8 @@ def main(argv: list[str]) -> int:
         if options.json or not options.journal:
             write(options.json or folder / f"{case.op}.json", rows, known[case.op])
 
+    if options.device == "cpu" and (reason := measure.keep_freed()):
+        print(f"freed memory is not kept in the process: {reason}")
     print(f"{options.op} on {name}; peers that cannot be measured here: {', '.join(peers.absent()) or 'none'}")
     print(f"{'case':<64} {'ours ms':>10} {'floor':>7}  best peer")
     status = measure_all(cases, options, keep, options.journal and Journal(options.journal, options.by))

@@ -16,6 +16,8 @@ CASES = [case for op in run.FILES if run.exists(op) for case in run.collect(op, 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.name}-{case.dtype}")
 def test_case(case: measure.Case, benchmark) -> None:
+    if DEVICE == "cpu":
+        measure.keep_freed()
     work = case.build()
     if not work.ours:
         pytest.skip("; ".join(f"{name}: {reason}" for name, reason in work.absent.items()))

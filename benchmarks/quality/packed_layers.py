@@ -20,7 +20,7 @@ from torch import nn
 from illada_kernels import TopK
 
 from ..floor import ceilings, floor_ms
-from ..measure import Job, interleaved, rotating
+from ..measure import Job, interleaved, keep_freed, rotating
 from .answers import measure_rule
 from .toy_tasks import sort, train
 
@@ -85,6 +85,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=360, help="of training (360)")
     parser.add_argument("--problems", type=int, default=2000)
     o = parser.parse_args(argv)
+    keep_freed()
     if o.answers:
         print(answers(o.steps, o.problems))
     else:

@@ -27,6 +27,8 @@ from illada.model import Model
 import illada_kernels
 from illada_kernels import KeyRanges, TopK
 
+from ..measure import keep_freed
+
 PARTS = ("linears", "attention", "head", "unmasking", "between")
 
 
@@ -99,6 +101,7 @@ def main(argv: list[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     o = parser.parse_args(argv)
+    keep_freed()
     sizes = {"dim": o.dim, "n_layers": o.layers, "n_heads": o.dim // 64, "n_kv_heads": o.dim // 128, "head_dim": 64}
     sizes |= {"ffn_dim": o.dim * 11 // 4, "vocab_size": o.vocab, "mask_id": 5, "eos_id": 2, "pad_id": 1}
     torch.manual_seed(0)

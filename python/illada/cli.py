@@ -111,14 +111,19 @@ def _load_torch() -> None:
 
 
 def _check_common(options: argparse.Namespace) -> None:
-    """Chooses the device; raises ValueError for one that cannot be used, and for a seed that torch cannot hold."""
+    """Chooses the device, and on a CPU keeps freed memory.
+
+    Raises ValueError for a device that cannot be used, for a seed that torch cannot hold, and for a wrong switch."""
     import torch
 
     from .devices import usable
+    from .heap import keep_freed
 
     if "device" in options:
         options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         usable(options.device)
+    if getattr(options, "device", "cpu") == "cpu":
+        keep_freed()
     save_every = getattr(options, "save_every", None)
     if save_every is not None and save_every < 1:
         raise ValueError(f"save_every: expected at least 1 step, got {save_every}; leave it out to save by time")

@@ -191,6 +191,18 @@ def test_runner_measures_the_cases_that_are_asked_for_and_prints_and_writes_them
     assert "older than this code" in capsys.readouterr().err and not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("device, said", [("cpu", True), ("cuda", False)])
+def test_the_runner_keeps_freed_memory_on_a_cpu_or_says_why_not(device, said, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(run, "collect", lambda op, device, quick=False: [Case("unmask", "one", "float32", Work)])
+    monkeypatch.setattr(run, "measure_all", lambda *_: 0)
+    monkeypatch.setattr(measure, "device_name", lambda device: device)
+    monkeypatch.setattr(measure.heap, "keep_freed", lambda largest: asked.append(largest) or "SWITCH=0")
+    assert run.main(["--op", "unmask", "--device", device, "--json", str(tmp_path / "rows.json")]) == 0
+    assert asked == [32 << 20] * said
+    assert ("freed memory is not kept in the process: SWITCH=0" in capsys.readouterr().out) is said
+
+
 def test_an_absent_suite_is_told_not_raised(monkeypatch, capsys):
     monkeypatch.setitem(run.FILES, "generate", "of_nothing")
     assert run.main(["--op", "generate", "--device", "cpu"]) == 1
