@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,7 +171,8 @@ def test_runner_measures_the_cases_that_are_asked_for_and_prints_and_writes_them
             yield Case("unmask", name, "float32", lambda: Work({"cpu": pause(1)}, {"plain": pause(3)}, bytes=1e3))
 
     monkeypatch.setattr(run, "exists", lambda op: True)
-    monkeypatch.setattr(run.importlib, "import_module", lambda name: type("bench", (), {"cases": staticmethod(cases)}))
+    bench = SimpleNamespace(cases=cases)
+    monkeypatch.setattr(run, "importlib", SimpleNamespace(import_module=lambda name: bench))  # of run alone
     monkeypatch.setattr(run, "ceilings", lambda device, dtype: {"gemm": 1e9, "copy": 1e9})
     path = tmp_path / "rows.json"
     assert run.main(["--op", "unmask", "--case", "other", "--json", str(path), "--device", "cpu", "--rounds", "3"]) == 0
