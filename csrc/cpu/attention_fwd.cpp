@@ -333,16 +333,18 @@ template <class Products, class T> int forward(const Problem& p, T* out, float* 
       const int last_head = smaller(first_head + unit_heads, (slice / slices + 1) * group);
       return ForwardUnit{tiles_of.b, first_head, last_head, tiles_of.first, tiles_of.last};
     };
-    // A thread takes all heads of a group, because what the prefetchers load around one head's rows belongs to other
-    // heads. Of the last groups it takes one unit at a time, so that threads end together.
-    const int64_t whole = std::max<int64_t>(0, group_count - p.threads), units = group_count * head_slices,
-                  jobs = whole + (group_count - whole) * head_slices;
+    // A thread takes all heads of a group: two cores that write rows of neighbouring heads take lines of out from each
+    // other. Of the last groups, one a thread, it takes a unit at a time, so that threads end together.
+    const int64_t whole = std::max<int64_t>(0, group_count - p.threads), last_groups = group_count - whole,
+                  jobs = whole + last_groups * head_slices;
     auto first_unit = [&](int64_t job) {
-      return job < whole ? job * head_slices : std::min(whole * head_slices + job - whole, units);
+      const int64_t rest = std::min(job, jobs - 1) - whole;
+      return rest < 0 ? job * head_slices : (whole + rest % last_groups) * head_slices + rest / last_groups;
     };
     for (int64_t job; (job = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < jobs;) {
-      const int64_t end = first_unit(job + 1), likely = std::min(first_unit(job + p.threads), units - 1);
-      for (int64_t u = first_unit(job); u < end; ++u) forward.run(unit(u), unit(u + 1 < end ? u + 1 : likely), scratch);
+      const int64_t first = first_unit(job), end = first + (job < whole ? head_slices : 1);
+      for (int64_t u = first; u < end; ++u)
+        forward.run(unit(u), unit(u + 1 < end ? u + 1 : first_unit(job + p.threads)), scratch);
     }
   }
   return ILLADA_OK;
