@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._bounds import runs
+from .._bounds import refuse, runs
 from .._streams import reuse
 from ..key_ranges import KeyRanges
 from ..ops.attention import attention, scaled_dot_product_attention
@@ -179,8 +179,8 @@ def mask_bounds(
 
     Notes
     -----
-    Synchronises once where there is padding, or where the closure is not one that is known; else never. Where nothing
-    but numbers decides, the same bounds are returned again: do not write to them.
+    Synchronises once where there is padding, or where the closure is not one that is known; else, and compiled, never.
+    Where nothing but numbers decides, the same bounds are returned again: do not write to them.
     """
     masking = _masking()
     function = masking.causal_mask_function if mask_function is None else mask_function
@@ -256,8 +256,8 @@ def _same_bounds(
 
 
 def _bounds(parts: list[tuple[str, Any]], position: Tensor, keys: int, padding: Tensor | None) -> Tensor | None:
-    """Returns bounds (B or 1, Sq, 4) of one range a row: the intersection of all parts. None if the real keys have
-    gaps.
+    """Returns bounds (B or 1, Sq, 4), the intersection of all parts. None if the real keys have more than one gap; a
+    compiled graph asserts that they have not.
 
     position: (Sq,), of the queries among the keys.
     """
@@ -274,11 +274,20 @@ def _bounds(parts: list[tuple[str, Any]], position: Tensor, keys: int, padding: 
             ids = value.contiguous()
             low = torch.maximum(low, torch.searchsorted(ids, ids))
             high = torch.minimum(high, torch.searchsorted(ids, ids, right=True))
+    ranges = [(low, high)]
     if padding is not None:
         real, count = runs(padding[:, None])  # (B, 1, 4)
-        if bool((count > 1).any()):
+        if torch.compiler.is_compiling():
+            expected = "attention_mask: expected at most two runs of real tokens in a sequence of a compiled model"
+            refuse(count > 2, count, expected, lambda b, s, found: f"got {found} in sequence {b}")
+        elif bool((count > 2).any()):
             return None
-        low, high = torch.maximum(low, real[..., 0]), torch.minimum(high, real[..., 1])
-    low = low.clamp(0, keys)
-    high = torch.maximum(high.clamp(0, keys), low)
-    return torch.stack(torch.broadcast_tensors(low, high, high, high), -1).to(torch.int32)
+        pairs = real[..., :2], real[..., 2:]
+        ranges = [(torch.maximum(low, pair[..., 0]), torch.minimum(high, pair[..., 1])) for pair in pairs]
+    bounds: list[Tensor] = []
+    for low, high in ranges:
+        low = low.clamp(0, keys)
+        bounds += [low, torch.maximum(high.clamp(0, keys), low)]
+    if padding is None:
+        bounds += [bounds[1], bounds[1]]
+    return torch.stack(torch.broadcast_tensors(*bounds), -1).to(torch.int32)

@@ -225,7 +225,9 @@ def test_a_cache_of_the_last_keys_of_a_window():
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("chunked", "a user's")])
 def test_known_masks_are_never_made_dense(name, monkeypatch):
     monkeypatch.setattr(KeyRanges, "from_dense", lambda mask: pytest.fail("a dense mask"))
-    for mask in (None, padding("left").bool()):
+    gap = padding("left").bool()
+    gap[0, 2] = False
+    for mask in (None, padding("left").bool(), gap):
         bounds_of(FUNCTIONS[name], 12, 0, mask)
 
 
@@ -350,6 +352,12 @@ def test_a_model_is_one_graph():
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, right)
+    for mask in (padding("left"), padding("right")):
+        right = model(ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(compiled(ids, attention_mask=mask, use_cache=False).logits, right)
+    holes = torch.tensor([[1, 0] * 6] * 2)
+    with pytest.raises(RuntimeError, match="attention_mask: expected at most two runs of real tokens in a sequence"):
+        compiled(ids, attention_mask=holes, use_cache=False)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
