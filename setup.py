@@ -31,4 +31,8 @@ class BuildExt(build_ext):
         return {built: source for built, source in super().get_output_mapping().items() if Path(source).exists()}
 
 
-setup(ext_modules=[Extension("illada_kernels._C", sources=[])], cmdclass={"build_ext": BuildExt})
+setup(
+    ext_modules=[Extension("illada_kernels._C", sources=[], py_limited_api=_build.STABLE)],
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if _build.STABLE else {},
+)

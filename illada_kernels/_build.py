@@ -57,6 +57,9 @@ CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
     " -Wall -Wno-psabi -Wno-attributes"
 )
+# One extension serves every Python from 3.10 on, but those without a global lock, which have no stable interface.
+STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
+SUFFIX = ".abi3.so" if STABLE else sysconfig.get_config_var("EXT_SUFFIX")
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v --expt-relaxed-constexpr -lineinfo"
 
 
@@ -111,7 +114,8 @@ def write_ninja(root: Path, work: Path, binary: Path, nvcc: str | None, notes: l
         lines.extend([f"build {stem}.o: {rule} {escape(source)}", f"  flags = {flags}"])
 
     # Named apart, so that a build with CUDA and one without share the other objects in one folder.
-    compile_with("cxx", csrc / "bindings.cpp", *(("bindings.cuda", "-DILLADA_WITH_CUDA") if nvcc else ("bindings", "")))
+    stem, with_cuda = ("bindings.cuda", "-DILLADA_WITH_CUDA") if nvcc else ("bindings", "")
+    compile_with("cxx", csrc / "bindings.cpp", stem, f"{with_cuda} {'-DPy_LIMITED_API=0x030A0000' if STABLE else ''}")
     for source in sorted((csrc / "cpu").glob("*.cpp")):
         for isa in isas:
             compile_with("cxx", source, f"{source.stem}.{isa}", f"-DILLADA_ISA={isa} {ISA_FLAGS[isa]}")
@@ -199,6 +203,8 @@ def compile_extension(root: Path, work: Path, output: Path, nvcc: str | None, no
                 check_loads(fresh, notes)
                 if not (output.exists() and filecmp.cmp(fresh, output, shallow=False)):
                     fresh.replace(output)
+                for other in set(output.parent.glob("_C.*.so")) - {output}:
+                    other.unlink()  # of one Python, which would import it instead
             finally:
                 fresh.unlink(missing_ok=True)
     except OSError as error:
@@ -238,7 +244,7 @@ def build(root: Path, package_dir: Path, work: Path) -> dict[str, object]:
     _C, and says why. Raises SystemExit if what ILLADA_CUDA=1 or ILLADA_REQUIRE_EXT=1 demands is not there."""
     start = time.monotonic()
     root, package_dir, work = root.resolve(), package_dir.resolve(), work.resolve()
-    output, record = package_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", package_dir / "_build_info.json"
+    output, record = package_dir / f"_C{SUFFIX}", package_dir / "_build_info.json"
     info: dict[str, object] = {"python": platform.python_version(), "machine": platform.machine()}
     notes: list[str] = []
     demanded = True  # unless both switches are valid and neither is 1

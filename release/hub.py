@@ -6,7 +6,7 @@
     build/torch-cpu/, build/torch-cuda/      the built tree; torch-cpu holds the compiled extension of this checkout too
     README.md                                the card
 
-The extension is of this Python version and machine; another loads the same tree and computes on the reference backend.
+The extension is of this machine's kind; another loads the same tree and computes on the reference backend.
 """
 
 from __future__ import annotations

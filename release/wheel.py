@@ -2,7 +2,8 @@
 
     python -m release.wheel [folder] [--torch here|REQUIREMENT]     default dist; with CUDA where nvcc is found
 
-The tag says the oldest glibc that the extension's symbols allow (auditwheel). libgomp stays outside of the wheel: it is
+It is for every Python from 3.10 on: its extension takes of Python what stays (abi3info). The tag says the oldest glibc
+that the extension's symbols allow (auditwheel). libgomp stays outside of the wheel: it is
 torch's, and two of them in a process would be two pools of threads. A wheel with CUDA has the build tag 1cuda, so that
 it stands beside the one without, and pip takes it first.
 """
@@ -59,9 +60,12 @@ def check(wheel: Path, cuda: bool) -> dict[str, object]:
         binaries = [name for name in archive.namelist() if ".so" in Path(name).suffixes or name.endswith(".so")]
         archive.extractall(folder)
         needed = {name for binary in binaries for name in needs(Path(folder) / binary)}
+        unstable = {name for binary in binaries for name in passing(Path(folder) / binary)}
     problems = []
-    if not re.search(r"-manylinux_2_\d+_\w+\.whl$", wheel.name):
-        problems.append("its tag is not manylinux")
+    if not re.search(r"-cp310-abi3-manylinux_2_\d+_\w+\.whl$", wheel.name):
+        problems.append("its tag is not cp310-abi3-manylinux")
+    if unstable:
+        problems.append(f"Python 3.10's stable interface has no {', '.join(sorted(unstable))}")
     if len(binaries) != 1 or not binaries[0].startswith("illada_kernels/_C."):
         problems.append(f"expected one binary, illada_kernels/_C, got {binaries}")
     if unexpected := sorted(name for name in needed if not re.fullmatch(rf"({EXPECTED})\.so(\.\d+)*", name)):
@@ -78,6 +82,21 @@ def needs(binary: Path) -> list[str]:
     """Names of the libraries that a binary asks the loader for."""
     code = "import sys; from elftools.elf.elffile import ELFFile as E; f = E(open(sys.argv[1], 'rb'))"
     code += "; print(*(t.needed for t in f.get_section_by_name('.dynamic').iter_tags('DT_NEEDED')))"
+    return run(sys.executable, "-c", code, str(binary)).split()
+
+
+def passing(binary: Path) -> list[str]:
+    """What a binary asks of Python beyond the interface that stays from 3.10 on."""
+    code = """
+import sys
+from abi3info import DATAS, FUNCTIONS
+from elftools.elf.elffile import ELFFile
+known = (*FUNCTIONS.values(), *DATAS.values())
+stable = {each.symbol.name for each in known if (each.added.major, each.added.minor) <= (3, 10)}
+symbols = ELFFile(open(sys.argv[1], "rb")).get_section_by_name(".dynsym").iter_symbols()
+asked = {symbol.name for symbol in symbols if symbol["st_shndx"] == "SHN_UNDEF"}
+print(*sorted(name for name in asked - stable if name.startswith(("Py", "_Py"))))
+"""
     return run(sys.executable, "-c", code, str(binary)).split()
 
 

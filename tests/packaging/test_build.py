@@ -20,7 +20,6 @@ import pytest
 
 from illada_kernels import _build, _toolchain
 
-EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 VARIABLES = ("ILLADA_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CPPFLAGS", "CXXFLAGS", "LDFLAGS", "MAX_JOBS")
 CLEAN = """\
 ptxas info    : Compiling entry function 'rows' for 'sm_80'
@@ -280,12 +279,16 @@ def run(project: Path) -> tuple[dict[str, object], Path]:
     package = project / "package"
     info = _build.build(project, package, project / "work")
     assert json.loads((package / "_build_info.json").read_text()) == info
-    return info, package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return info, package / f"_C{_build.SUFFIX}"
 
 
 def test_a_build_in_a_folder_with_spaces_and_dollars_and_a_second_one_that_does_nothing(project, monkeypatch):
     monkeypatch.setenv("ILLADA_CUDA", "0")
+    of_one_python = project / "package" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    of_one_python.parent.mkdir()
+    of_one_python.write_text("")  # by an older version; Python would import it first
     info, binary = run(project)
+    assert of_one_python.exists() is not _build.STABLE
     assert info["extension"] is True and info["cuda"] is False and info["cuda_reason"] == "ILLADA_CUDA=0"
     assert ctypes.CDLL(str(binary)).answer() == 42
     before = binary.stat().st_mtime_ns
@@ -419,7 +422,7 @@ echo > "$STARTED"
 while [ ! -e "$KILLED" ]; do sleep 0.05; done"""
     slow = script(tmp_path / "slow", body)
     (project / "package").mkdir()
-    half = [project / "package" / name for name in ("_build_info.json", f"_C{Path(EXT_SUFFIX).stem}.new")]
+    half = [project / "package" / name for name in ("_build_info.json", f"_C{Path(_build.SUFFIX).stem}.new")]
     for path in half:
         path.write_text('{"extension": tr')
     killed = start(project, CXX=str(slow), STARTED=str(tmp_path / "started"), KILLED=str(tmp_path / "killed"))
@@ -432,14 +435,14 @@ while [ ! -e "$KILLED" ]; do sleep 0.05; done"""
     assert [path for path in (project / "work").glob("*.o") if path.read_text() == "half\n"]
     again = start(project)
     assert again.communicate()[0].splitlines()[-1] == "built" and not half[1].exists()
-    assert ctypes.CDLL(str(project / "package" / f"_C{EXT_SUFFIX}")).answer() == 42
+    assert ctypes.CDLL(str(project / "package" / f"_C{_build.SUFFIX}")).answer() == 42
     assert json.loads(half[0].read_text())["extension"] is True
 
 
 def test_two_builds_at_once_both_succeed(project):
     both = [start(project), start(project)]
     assert [build.communicate()[0].splitlines()[-1] for build in both] == ["built", "built"]
-    assert ctypes.CDLL(str(project / "package" / f"_C{EXT_SUFFIX}")).answer() == 42
+    assert ctypes.CDLL(str(project / "package" / f"_C{_build.SUFFIX}")).answer() == 42
 
 
 def test_setup_says_which_setuptools_is_needed(tmp_path, root):

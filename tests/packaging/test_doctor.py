@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 import illada_kernels
-from illada_kernels import _dispatch, _proven, _selftest, doctor
+from illada_kernels import _build, _dispatch, _proven, _selftest, doctor
 from illada_kernels.ops import OPS
 from tests.helpers.checkout import alone
 
@@ -131,7 +130,7 @@ def states(found: dict, backend: str) -> set[bool]:
 
 
 def test_report_survives_a_corrupt_extension_and_the_reference_still_runs(python, installed):
-    binary = installed / "illada_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    binary = installed / "illada_kernels" / f"_C{_build.SUFFIX}"
     binary.write_bytes(b"\x7fELF" + bytes(200))
     found = healed(python("-m", "illada_kernels", "doctor", "--json", path=(installed,), cwd=installed))
     assert "ImportError" in found["extension"]["error"]

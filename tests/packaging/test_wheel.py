@@ -26,7 +26,7 @@ def contents(archive):
 
 
 def test_it_has_a_manylinux_tag_and_is_otherwise_the_wheel_that_was_built(repaired, distributions):
-    assert re.search(r"-cp3\d+-manylinux_2_\d\d_x86_64\.whl$", repaired.name)
+    assert re.search(r"-cp310-abi3-manylinux_2_\d\d_x86_64\.whl$", repaired.name)
     with zipfile.ZipFile(repaired) as ours, zipfile.ZipFile(distributions["wheel"]) as built:
         names = contents(built)
         assert contents(ours) == names
@@ -38,14 +38,16 @@ def test_its_checks_pass_and_notice(repaired, distributions, tmp_path):
     assert info["extension"] and not info["cuda"]
     with pytest.raises(SystemExit, match="expected an extension with CUDA"):
         wheel.check(repaired, cuda=True)
-    with pytest.raises(SystemExit, match="its tag is not manylinux"):
+    with pytest.raises(SystemExit, match="its tag is not cp310-abi3-manylinux"):
         wheel.check(distributions["wheel"], cuda=False)
     more = tmp_path / repaired.name
     shutil.copy(repaired, more)
     with zipfile.ZipFile(more, "a") as archive:
         binary = next(name for name in archive.namelist() if "/_C." in name)
-        archive.writestr("illada_kernels/libfoo.so", archive.read(binary).replace(b"libgomp.so.1\0", b"libfoo.so.12\0"))
-    with pytest.raises(SystemExit, match=r"expected one binary.*libfoo\.so.*it needs libfoo\.so\.12"):
+        other = archive.read(binary).replace(b"libgomp.so.1\0", b"libfoo.so.12\0")
+        archive.writestr("illada_kernels/libfoo.so", other.replace(b"PyLong_FromLong\0", b"PyLong_FromLonk\0"))
+    said = r"interface has no PyLong_FromLonk; expected one binary.*libfoo\.so.*it needs libfoo\.so\.12"
+    with pytest.raises(SystemExit, match=said):
         wheel.check(more, cuda=False)
 
 
