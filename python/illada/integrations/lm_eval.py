@@ -20,10 +20,10 @@ from tqdm import tqdm
 from ..chat import ChatTemplate, load_chat_template
 from ..decoding.config import GenerationConfig
 from ..decoding.generate import generate
-from ..decoding.samplers import ALONE, of_model
 from ..likelihood import METHODS, is_greedy, log_likelihood, longest_pair, read_as
 from ..tokenizer_config import begun, bos_of, special_id
 from ..training.runs import open_model
+from .harness_settings import cut, expect_known, generation, runs_alone
 
 try:
     from lm_eval.api.model import LM
@@ -33,14 +33,6 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error.name} is missing: pip install 'lm_eval>=0.4.13'") from None
 
 _log = logging.getLogger(__name__)
-_NEUTRAL: dict[str, tuple[int | None, ...]] = {"num_beams": (None, 1), "repetition_penalty": (None, 1)}
-_TRUNCATIONS: dict[str, tuple[int | None, ...]] = {
-    "top_p": (None, 1),
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0),
-}  # with what truncates nothing
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # most important first
-_SETTINGS = {field.name for field in dataclasses.fields(GenerationConfig)} - {"max_new_tokens", "stop_ids", "stop_when"}
 
 
 class IlladaLM(LM):
@@ -106,8 +98,7 @@ class IlladaLM(LM):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if unknown := sorted(set(settings) - _SETTINGS):
-            raise ValueError(f"model_args: {', '.join(unknown)} is not known; expected {', '.join(sorted(_SETTINGS))}")
+        expect_known("model_args", settings)
         if method is not None and method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if add_bos_token not in (None, True, False):
@@ -274,17 +265,14 @@ class IlladaLM(LM):
                 for batch in self._batches(prompts, config.max_new_tokens):
                     seeds = [config.seed + i for i in batch]  # type: ignore[operator]
                     # An answer depends on its request alone, and ends with the block that holds one of `until`.
-                    early = until and not self._alone(config)  # its loop has no such end
+                    early = until and not runs_alone(config, self.model.config)  # its loop has no such end
                     one = dataclasses.replace(config, seed=seeds, stop_when=self._holds(until) if early else None)
                     done = generate(self.model, [prompts[i] for i in batch], one)
                     for i, tokens in zip(batch, done.tokens):
-                        answers[i] = _cut(self.coder.decode(tokens[:size]), until)
+                        answers[i] = cut(self.coder.decode(tokens[:size]), until)
                         self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                     bar.update(len(batch))
         return answers
-
-    def _alone(self, config: GenerationConfig) -> bool:
-        return of_model(config, self.model.config).sampler in ALONE
 
     def _holds(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
         return lambda ids: any(stop in self.coder.decode(ids) for stop in until)
@@ -300,31 +288,7 @@ class IlladaLM(LM):
 
     def _generation(self, asked: Mapping[str, Any]) -> tuple[GenerationConfig, list[str], int]:
         """Returns the settings, the strings that end an answer, and the tokens of an answer."""
-        asked = dict(asked)
-        until = asked.pop("until", None) or []
-        size = int(next((asked[n] for n in _LENGTHS if asked.get(n) is not None), self.max_gen_toks))
-        sampled = asked.pop("do_sample", None)
-        if sampled is not None:
-            asked["temperature"] = float(asked.get("temperature", 1.0)) if sampled else 0.0
-        for name, values in _NEUTRAL.items():
-            value = asked.pop(name, None)
-            if value not in values:
-                raise ValueError(f"gen_kwargs: {name} = {value!r} is not supported; expected {values[1]}")
-        settings = {**self.settings, **{name: asked[name] for name in asked if name not in _LENGTHS}}
-        for name, values in _TRUNCATIONS.items():  # nothing is drawn without a temperature
-            if name in settings and (settings[name] in values or not float(settings.get("temperature") or 0) > 0):
-                del settings[name]
-        if unknown := sorted(set(settings) - _SETTINGS):
-            raise ValueError(f"gen_kwargs: {', '.join(unknown)} is not known; expected {', '.join(sorted(_SETTINGS))}")
-        block = settings.get("block_length") or self.model.config.causal_block or min(32, size)
-        config = GenerationConfig(max_new_tokens=size, **settings)
-        if not self._alone(config):  # whose block_length is its draft's, by default its own
-            config = GenerationConfig(max_new_tokens=-(-size // block) * block, **{**settings, "block_length": block})
-        return config, [until] if isinstance(until, str) else [text for text in until if text], size
-
-
-def _cut(text: str, until: Sequence[str]) -> str:
-    return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
+        return generation(asked, self.settings, self.model.config, self.max_gen_toks)
 
 
 def evaluate(model: IlladaLM, tasks: Sequence[str], include_path: str | None = None, **options: Any) -> dict[str, Any]:
