@@ -10,8 +10,11 @@ from illada_kernels._build import ISA_FLAGS
 
 # Forks for each set, because one is chosen for good when the extension is loaded, and importing torch takes a second.
 RUN_EACH = """
-import os, sys, traceback
+import gc, os, sys, traceback
+gc.disable()
 import torch
+gc.freeze()  # neither the forks nor the end look through it
+gc.enable()
 code, *isas = sys.argv[1:]
 for isa in isas:
     if os.fork() == 0:
