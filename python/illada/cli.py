@@ -150,9 +150,9 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help=_DEVICE)
     p.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16", "fast"),
-        default="float32",
-        help="fast: bfloat16 where the processor has it (default float32)",
+        choices=("fast", "float32", "bfloat16", "float16"),
+        default="fast",
+        help="fast: bfloat16 where the processor or GPU multiplies it faster, else float32 (default fast)",
     )
     p.add_argument("--weights", choices=("same", "int8", "int4"), help="round the layers' weights, on a CPU")
     p.add_argument("--batch-size", type=int, default=8, help="prompts of --prompts decoded at a time (default 8)")

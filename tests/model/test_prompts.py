@@ -20,6 +20,7 @@ from illada import GenerationConfig, Model, ModelConfig, generate, load, save
 from illada.cli import _decoding_options, main
 from illada.decoding.decoder import Decoder
 from illada.decoding.samplers import SAMPLERS
+from illada.packing import fast_dtype
 from illada.replay import Recorder
 from illada.tokenizer import ByteTokenizer
 
@@ -52,7 +53,8 @@ def lines(text: str) -> list[dict]:
 
 
 def command(folder: Path, *more: str) -> list[str]:
-    return ["generate", "--model", str(folder), "--max-new-tokens", "8", "--block-length", "4", *map(str, more)]
+    few = ("--max-new-tokens", "8", "--block-length", "4", "--dtype", "float32")
+    return ["generate", "--model", str(folder), *few, *map(str, more)]
 
 
 def fails(capsys, *arguments: str) -> str:
@@ -438,12 +440,13 @@ def test_the_command_writes_the_page(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ([], "float32, packed layers\n"),
+        ([], f"{fast_dtype('cpu')}, packed layers\n"),
+        (["--dtype", "float32"], "float32, packed layers\n"),
         (["--dtype", "bfloat16"], "bfloat16, packed layers\n"),
         (["--dtype", "bfloat16", "--weights", "int8"], "bfloat16, packed layers, int8 weights\n"),
     ],
 )
 def test_the_statistics_say_in_what_a_pass_ran(options, said, tmp_path, capsys):
     save(Model(ModelConfig.preset("demo", n_layers=1)).eval(), tmp_path)
-    assert main(["generate", "--model", str(tmp_path), "--prompt", "ab", "--max-new-tokens", "4", *options]) == 0
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "ab", "--max-new-tokens", "4", "--device", "cpu", *options]) == 0
     assert capsys.readouterr().err.endswith(said)
