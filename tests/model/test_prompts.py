@@ -448,5 +448,6 @@ def test_the_command_writes_the_page(folder, tmp_path, capsys):
 )
 def test_the_statistics_say_in_what_a_pass_ran(options, said, tmp_path, capsys):
     save(Model(ModelConfig.preset("demo", n_layers=1)).eval(), tmp_path)
-    assert main(["generate", "--model", str(tmp_path), "--prompt", "ab", "--max-new-tokens", "4", "--device", "cpu", *options]) == 0
+    few = ["--max-new-tokens", "4", "--device", "cpu"]
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "ab", *few, *options]) == 0
     assert capsys.readouterr().err.endswith(said)
