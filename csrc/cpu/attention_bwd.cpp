@@ -11,6 +11,8 @@
 #include <omp.h>
 #include <sched.h>
 
+#include <algorithm>
+
 #include "illada/api.h"
 #include "attention_tiles.h"
 #include "float_mode.h"
@@ -272,6 +274,18 @@ template <class Products, class T> class Backward {
   int* const done;  // per query tile and head: the last chunk that added to dq, or -1
 };
 
+// Returns whether no query tile meets two chunks of keys, so that no unit waits for another.
+bool chunks_are_apart(const Problem& p, const Tiles& tiles) {
+  const int chunks = (p.keys + kUnitKeys - 1) / kUnitKeys;
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int t = 0; t < p.query_tiles(); ++t) {
+      const Hulls& hulls = tiles.hulls(b, t);
+      const int last = hulls.touched_before(chunks, kUnitKeys);
+      if (last > 0 && hulls.touched_before(last, kUnitKeys) >= 0) return false;
+    }
+  return true;
+}
+
 template <class Products, class T> int backward(const Problem& p, const Gradients& grads) {
   const int64_t heads = p.batch * p.kv_heads, chunks = (p.keys + kUnitKeys - 1) / kUnitKeys,
                 turns = p.batch * p.heads * p.query_tiles();
@@ -284,16 +298,30 @@ template <class Products, class T> int backward(const Problem& p, const Gradient
   for (int64_t i = 0; i < turns; ++i) done.as<int>()[i] = -1;
   const Backward<Products, T> backward(p, tiles, grads, deltas.as<float>(), done.as<int>());
   int64_t next = 0;
+  bool apart = false;
 #pragma omp parallel num_threads(p.threads)
   {
     const FloatMode mode;
     tiles.fill();
+#pragma omp single nowait
+    apart = chunks_are_apart(p, tiles);
     row_deltas<T>(p, grads, deltas.as<float>());  // ends with a barrier
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
     BackwardScratch<Products> scratch(p, cut);
-    // Ascending, chunks outermost: a unit waits only for units that a thread has already taken.
-    for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < chunks * heads;)
-      backward.run(u % heads / p.kv_heads, int(u % heads % p.kv_heads), int(u / heads), scratch);
+    // Ascending, chunks outermost: a unit waits only for units that a thread has already taken. Where none waits, a
+    // thread takes all heads of a chunk, and of the last chunks, one a thread, a unit at a time: two cores that write
+    // rows of neighbouring heads take lines from each other.
+    const int64_t whole = apart ? std::max<int64_t>(0, chunks - p.threads) : 0, last = chunks - whole;
+    auto run = [&](int64_t chunk, int64_t head) {
+      backward.run(head / p.kv_heads, int(head % p.kv_heads), int(chunk), scratch);
+    };
+    for (int64_t job; (job = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < whole + last * heads;) {
+      const int64_t rest = job - whole;
+      if (rest < 0)
+        for (int64_t head = 0; head < heads; ++head) run(job, head);
+      else if (apart) run(whole + rest % last, rest / last);
+      else run(rest / heads, rest % heads);
+    }
   }
   return ILLADA_OK;
 }

@@ -404,6 +404,24 @@ def test_number_of_threads_does_not_change_a_bit(backend, dtype):
         torch.set_num_threads(before)
 
 
+@compiled_backends
+@pytest.mark.parametrize("starts", [(0, 256, 400, 512, 768, 1000, 1024), (0, 256, 600, 1024)], ids=["apart", "shared"])
+def test_documents_are_the_same_for_any_number_of_threads(backend, starts):
+    inputs = draw(2, 1024, 1024, 4, 2, 16)  # a unit of the backward is 256 keys, which only "apart" never straddles
+    ranges = KeyRanges.packed(torch.tensor(starts), 1024)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(run(backend, *inputs, ranges).tensors())
+    finally:
+        torch.set_num_threads(before)
+    for name, x in run("reference", *inputs, ranges).tensors().items():
+        torch.testing.assert_close(results[0][name], x, rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(other[name], results[0][name]) for other in results[1:]), name
+
+
 @backends
 def test_a_batch_entry_does_not_depend_on_its_company(backend):
     inputs = draw(3, 70, 90, 4, 2, 16)
