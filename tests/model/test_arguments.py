@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from illada import GenerationConfig, PromptError, fill, generate
+from illada import Decoder, GenerationConfig, PromptError, fill, generate
 from illada.decoding.fill import fill_hole
 
-from illada_kernels import Renoise, TopK
+from illada_kernels import Renoise, Threshold, TopK
 from tests.helpers.models import make, tiny
 
 MODEL = make(tiny())
@@ -81,6 +81,12 @@ def test_prompts_of_any_type_mean_the_same():
         ({"rule": lambda now: Renoise(0.1)}, "rule: expected one that fills masks, got Renoise; use sampler='canvas'"),
         ({"rule": Renoise(0.1)}, "rule: expected None or one of TopK, Threshold, Factor, EntropyBound, got Renoise"),
         ({"guidance": None}, "guidance: expected a finite number, got None"),
+        (
+            {"rule": Threshold(0.1), "confidence": "neg_entropy"},
+            'Threshold.tau with confidence="neg_entropy": expected',
+        ),
+        ({"rule": Threshold(-0.1)}, "Threshold.tau with confidence=.probability.: expected"),
+        ({"rule": TopK(torch.tensor([1, 2, 3, 4, 5, 6]))}, r"TopK.k: expected shape \(\d,\), got \(6,\)"),
         ({"rule": 0.9}, "rule: expected None or one of TopK, Threshold, Factor, EntropyBound, got 0.9"),
         ({"revise": TopK(1)}, "revise: expected None or one of Edit, Remask"),
     ],
@@ -88,6 +94,13 @@ def test_prompts_of_any_type_mean_the_same():
 def test_a_wrong_setting_is_named(changes, message):
     with pytest.raises(PromptError, match=message):
         tokens(**changes)
+
+
+def test_a_decoder_names_a_rule_that_it_cannot_run_before_any_sequence_is_lost():
+    with pytest.raises(PromptError, match="Threshold"):
+        Decoder(make(tiny()), GenerationConfig(max_new_tokens=4, rule=Threshold(0.1), confidence="neg_entropy"))
+    with pytest.raises(PromptError, match=r"max_length: expected 1 \(max_new_tokens\) to .* got True"):
+        Decoder(make(tiny()), GenerationConfig(max_new_tokens=1), max_length=True)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,8 @@ class Decoder:
         length = c.max_seq_len if max_length is None else max_length
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise PromptError(f"slots: expected an int of at least 1, got {slots!r}")
-        if not isinstance(length, int) or not config.max_new_tokens <= length <= c.max_seq_len:
+        fits = isinstance(length, int) and config.max_new_tokens <= length <= c.max_seq_len
+        if isinstance(length, bool) or not fits:
             raise PromptError(
                 f"max_length: expected {config.max_new_tokens} (max_new_tokens) to {c.max_seq_len} (max_seq_len), "
                 f"got {length!r}"

@@ -25,7 +25,7 @@ from .batch import Batch, Rows, Shape
 from .config import Sampling
 from .layout import Block, Layout
 from .replay import LateFlag, Replay
-from .schedules import Always, Choose, Evenly, OpenBlocks, Pass
+from .schedules import Always, Choose, Evenly, OpenBlocks, Pass, Rule
 
 
 class Unmasked(NamedTuple):
@@ -98,6 +98,19 @@ class BlockLoop(Rows):
         self.done = LateFlag(self.device)
         self.ends = torch.tensor(sampling.ends, dtype=torch.int64, device=self.device)
         self.replay = Replay(self.one_pass, self.device)
+        rule = sampling.schedule.rule if isinstance(sampling.schedule, Always) else None  # others are made in a pass
+        if rule is not None and not isinstance(rule, Choose):
+            self._try(rule)
+
+    def _try(self, rule: Rule) -> None:
+        """Gives `unmask_from_logits` the settings and no candidates; raises PromptError for what it refuses."""
+        nothing, options = self.positions[:, :0], {**self.unmask_options, "mask_id": self.config.mask_id}
+        options["revise"] = self.sampling.revise if isinstance(self.sampling.revise, Edit) else None
+        logits = torch.empty(*nothing.shape, len(self.model.head_weight), dtype=torch.float32, device=self.device)
+        try:
+            illada_kernels.unmask_from_logits(logits, self.batch.tokens, nothing, rule, **options, backend="reference")
+        except (TypeError, ValueError) as error:
+            raise PromptError(str(error)) from None
 
     def _bias(self, rows: int) -> Tensor:
         """Puts logit_bias and the bias that grows on the device once; returns its values (rows, ids)."""
