@@ -161,10 +161,13 @@ template <class... A> void bind_cpu(Module& m, const char* name, int (*function)
 }
 
 #if defined(__x86_64__) && !defined(ILLADA_SCALAR_ONLY)
-#define BIND_CPU(name) \
-  bind_cpu(m, #name, illada_##name##_scalar, illada_##name##_avx2, illada_##name##_avx512, illada_##name##_avx512_bf16)
+#define BIND_CPU_BY_ISA(name, bf16)                                                                                \
+  bind_cpu(m, #name, illada_##name##_scalar, illada_##name##_avx2, illada_##name##_avx512, illada_##name##_##bf16)
+#define BIND_CPU(name) BIND_CPU_BY_ISA(name, avx512)
+#define BIND_CPU_BF16(name) BIND_CPU_BY_ISA(name, avx512_bf16)
 #else
 #define BIND_CPU(name) bind_cpu(m, #name, illada_##name##_scalar)
+#define BIND_CPU_BF16(name) BIND_CPU(name)
 #endif
 #define BIND_CUDA(name) bind(m, #name, illada_##name)
 
@@ -179,10 +182,10 @@ PyMODINIT_FUNC PyInit__C() {
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
   // attention
-  BIND_CPU(attention_fwd_cpu);
-  BIND_CPU(attention_bwd_cpu);
+  BIND_CPU_BF16(attention_fwd_cpu);
+  BIND_CPU_BF16(attention_bwd_cpu);
 
-  BIND_CPU(head_cpu);
+  BIND_CPU_BF16(head_cpu);
 
   // layer
   BIND_CPU(layer_rms_norm_cpu);

@@ -53,6 +53,7 @@ ISA_FLAGS = {
     "avx512": AVX512_FLAGS,
     "avx512_bf16": f"{AVX512_FLAGS} -mavx512bf16",
 }
+BF16_SOURCES = ("attention_bwd", "attention_fwd", "head")  # the others are for avx512_bf16 what they are for avx512
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
     " -Wall -Wno-psabi -Wno-attributes"
@@ -117,7 +118,7 @@ def write_ninja(root: Path, work: Path, binary: Path, nvcc: str | None, notes: l
     stem, with_cuda = ("bindings.cuda", "-DILLADA_WITH_CUDA") if nvcc else ("bindings", "")
     compile_with("cxx", csrc / "bindings.cpp", stem, f"{with_cuda} {'-DPy_LIMITED_API=0x030A0000' if STABLE else ''}")
     for source in sorted((csrc / "cpu").glob("*.cpp")):
-        for isa in isas:
+        for isa in isas if source.stem in BF16_SOURCES else isas[:3]:
             compile_with("cxx", source, f"{source.stem}.{isa}", f"-DILLADA_ISA={isa} {ISA_FLAGS[isa]}")
     libs, logs = "", []
     if nvcc:

@@ -339,14 +339,16 @@ int ILLADA_ISA_FN(illada_attention_bwd_cpu)(int dtype, const void* q, const void
   const View out_view = {out, strides[11], strides[12], strides[13]},
              dout_view = {dout, strides[14], strides[15], strides[16]};
   const Gradients grads = {dout_view, out_view, dlse, lse, dq, dk, dv};
+#if defined(__AVX512BF16__)
+  if (dtype == ILLADA_BF16 && p.ordinary()) return backward<PairProducts, bf16>(p, grads);
+  return illada_attention_bwd_cpu_avx512(dtype, q, k, v, bounds, out, lse, dout, dlse, dq, dk, dv, batch, queries, keys,
+                                         heads, kv_heads, dim, dim_v, strides, scale, threads);
+#else
   switch (dtype) {
     case ILLADA_F32: return backward<FloatProducts, float>(p, grads);
-    case ILLADA_BF16:
-#if defined(__AVX512BF16__)
-      if (p.ordinary()) return backward<PairProducts, bf16>(p, grads);
-#endif
-      return backward<FloatProducts, bf16>(p, grads);
+    case ILLADA_BF16: return backward<FloatProducts, bf16>(p, grads);
     case ILLADA_F16: return backward<FloatProducts, fp16>(p, grads);
   }
   return ILLADA_BAD_DTYPE;
+#endif
 }

@@ -359,14 +359,16 @@ int ILLADA_ISA_FN(illada_attention_fwd_cpu)(int dtype, const void* q, const void
   if (!valid(batch, queries, keys, heads, kv_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
   const Problem p =
       make_problem(q, k, v, bounds, batch, queries, keys, heads, kv_heads, dim, dim_v, strides, scale, threads);
+#if defined(__AVX512BF16__)
+  if (dtype == ILLADA_BF16 && p.ordinary()) return forward<PairProducts>(p, static_cast<bf16*>(out), lse);
+  return illada_attention_fwd_cpu_avx512(dtype, q, k, v, bounds, out, lse, batch, queries, keys, heads, kv_heads, dim,
+                                         dim_v, strides, scale, threads);
+#else
   switch (dtype) {
     case ILLADA_F32: return forward<FloatProducts>(p, static_cast<float*>(out), lse);
-    case ILLADA_BF16:
-#if defined(__AVX512BF16__)
-      if (p.ordinary()) return forward<PairProducts>(p, static_cast<bf16*>(out), lse);
-#endif
-      return forward<FloatProducts>(p, static_cast<bf16*>(out), lse);
+    case ILLADA_BF16: return forward<FloatProducts>(p, static_cast<bf16*>(out), lse);
     case ILLADA_F16: return forward<FloatProducts>(p, static_cast<fp16*>(out), lse);
   }
   return ILLADA_BAD_DTYPE;
+#endif
 }

@@ -243,11 +243,14 @@ extern "C" int ILLADA_ISA_FN(illada_head_cpu)(const void* hidden, int hidden_dty
   const bool floats = hidden_dtype == ILLADA_F32;
 #if defined(__AVX512BF16__)
   if (dtype == ILLADA_BF16 && !floats) return run(Pairs(), bf16(), bf16());
-#endif
+  return illada_head_cpu_avx512(hidden, hidden_dtype, rows, dim, weight, bias, dtype, stride, first, ids, logits,
+                                out_stride, threads);
+#else
   switch (dtype) {
     case ILLADA_F32: return run(Floats(), float(), float());
     case ILLADA_BF16: return floats ? run(Floats(), bf16(), float()) : run(Floats(), bf16(), bf16());
     case ILLADA_F16: return floats ? run(Floats(), fp16(), float()) : run(Floats(), fp16(), fp16());
   }
   return ILLADA_BAD_DTYPE;
+#endif
 }

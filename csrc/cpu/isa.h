@@ -1,6 +1,7 @@
-// Every csrc/cpu/*.cpp is compiled once per instruction set, with ILLADA_ISA set to scalar, avx2, avx512 or
-// avx512_bf16. The code is written against vec.h, whose vectors are as wide as the instruction set. ILLADA_ISA_FN(name)
-// is a function's exported name.
+// Every csrc/cpu/*.cpp is compiled once per instruction set, with ILLADA_ISA set to scalar, avx2 or avx512. The code is
+// written against vec.h, whose vectors are as wide as the instruction set. ILLADA_ISA_FN(name) is a function's exported
+// name. Files that multiply bf16 (ILLADA_CPU_BF16 in api.h) are compiled for avx512_bf16 too; what those functions do
+// not multiply so, they pass on to avx512's.
 #pragma once
 
 #ifndef ILLADA_ISA

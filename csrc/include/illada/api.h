@@ -10,15 +10,18 @@ enum illada_dtype { ILLADA_F32 = 0, ILLADA_BF16 = 1, ILLADA_F16 = 2 };
 enum illada_error { ILLADA_OK = 0, ILLADA_BAD_DTYPE = 1, ILLADA_BAD_ARGUMENT = 2, ILLADA_NO_MEMORY = 3 };
 
 // Declares a CPU function once per instruction set; bindings.cpp chooses one at run time. Only x86-64 has more than
-// scalar.
+// scalar, and only what multiplies bf16 is another for avx512_bf16 than for avx512.
 #if defined(__x86_64__) && !defined(ILLADA_SCALAR_ONLY)
-#define ILLADA_CPU(name, ...)                     \
-  extern "C" int name##_scalar(__VA_ARGS__);      \
-  extern "C" int name##_avx2(__VA_ARGS__);        \
-  extern "C" int name##_avx512(__VA_ARGS__);      \
+#define ILLADA_CPU(name, ...)                \
+  extern "C" int name##_scalar(__VA_ARGS__); \
+  extern "C" int name##_avx2(__VA_ARGS__);   \
+  extern "C" int name##_avx512(__VA_ARGS__);
+#define ILLADA_CPU_BF16(name, ...)                \
+  ILLADA_CPU(name, __VA_ARGS__)                   \
   extern "C" int name##_avx512_bf16(__VA_ARGS__);
 #else
 #define ILLADA_CPU(name, ...) extern "C" int name##_scalar(__VA_ARGS__);
+#define ILLADA_CPU_BF16(name, ...) ILLADA_CPU(name, __VA_ARGS__)
 #endif
 
 // ---- attention (csrc/cpu/attention_{fwd,bwd}.cpp) -------------------------------------------------------------------
@@ -26,15 +29,15 @@ enum illada_error { ILLADA_OK = 0, ILLADA_BAD_DTYPE = 1, ILLADA_BAD_ARGUMENT = 2
 // strides[0..8] are those of batch, row and head of each. bounds: int32 (batch or 1, queries or 1, 4) or null;
 // strides[9..10] are those of batch and row. out (batch, queries, heads, dim_v) and lse (batch, heads, queries) are
 // contiguous.
-ILLADA_CPU(illada_attention_fwd_cpu, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
-           void* out, float* lse, int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
-           int64_t dim, int64_t dim_v, const int64_t* strides, float scale, int threads)
+ILLADA_CPU_BF16(illada_attention_fwd_cpu, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
+                void* out, float* lse, int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
+                int64_t dim, int64_t dim_v, const int64_t* strides, float scale, int threads)
 // The same; strides[11..16] are those of out and dout. lse and dlse (or null) are contiguous. dq is float32 for every
 // dtype, contiguous, zeros on entry; dk and dv are contiguous.
-ILLADA_CPU(illada_attention_bwd_cpu, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
-           const void* out, const float* lse, const void* dout, const float* dlse, float* dq, void* dk, void* dv,
-           int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim, int64_t dim_v,
-           const int64_t* strides, float scale, int threads)
+ILLADA_CPU_BF16(illada_attention_bwd_cpu, int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
+                const void* out, const float* lse, const void* dout, const float* dlse, float* dq, void* dk, void* dv,
+                int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
+                int64_t dim_v, const int64_t* strides, float scale, int threads)
 // CUDA (csrc/cuda/attention_fwd_sm90a.cuh): one function per dtype. scale > 0; dim 64, 96, 128 or 256. Addresses and
 // strides of q, k and v are multiples of 16 bytes; rows of bounds are 16 bytes. pack: query heads of a kv head in one
 // tile, 1 or all of them. parts: (splits, batch, heads, queries, dim), then (splits, batch, heads, queries); null with
@@ -94,9 +97,9 @@ ILLADA_CPU(illada_layer_swiglu_cpu, int dtype, const void* gate_up, int64_t rows
 // ---- the LM head (csrc/cpu/head.cpp) ---------------------------------------------------------------------------------
 // logits (rows, ids), out_stride from row to row, of ids first .. first + ids. hidden (rows, dim), contiguous, float32 or of
 // the weight's dtype; weight: `stride` from id to id; bias: float32 or null.
-ILLADA_CPU(illada_head_cpu, const void* hidden, int hidden_dtype, int64_t rows, int64_t dim, const void* weight,
-           const float* bias, int dtype, int64_t stride, int64_t first, int64_t ids, float* logits, int64_t out_stride,
-           int threads)
+ILLADA_CPU_BF16(illada_head_cpu, const void* hidden, int hidden_dtype, int64_t rows, int64_t dim, const void* weight,
+                const float* bias, int dtype, int64_t stride, int64_t first, int64_t ids, float* logits,
+                int64_t out_stride, int threads)
 
 // ---- masked_loss (csrc/cpu/masked_loss.cpp, csrc/cuda/masked_loss_*.cu) ---------------------------------------------
 // Row r of a call is row row_index[r] (null: r) of logits; its columns [0, count) are the ids first .. first + count.
