@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -11,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention.flex_attention import flex_attention
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from . import _stand_ins
 
 ATTENTION = frozenset(
-    ("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention")
+    ("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward", "_native_multi_head_attention")
     + ("_transformer_encoder_layer_fwd",)
 )
 _FLASH = frozenset(("_flash_attn_forward", "_flash_attn_varlen_forward"))  # flash-attn's operators
@@ -78,6 +80,16 @@ class FirstRun:
             )
 
 
+def unwatched() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context for a compiled function that leads to our attention; its graph would be one of the watched
+    first forward, and compiled again for the second."""
+    seen = _get_current_function_mode()
+    if not isinstance(seen, _Seen):
+        return contextlib.nullcontext()
+    seen.ours = True
+    return _pop_mode_temporarily()
+
+
 class _Seen(TorchFunctionMode):
     """Notes where torch's functions are called."""
 
@@ -90,7 +102,11 @@ class _Seen(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if torch.compiler.is_compiling():  # of a function within the model
+            return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "").partition(".")[0]
+        if sys._getframe(1).f_code is flex_attention.__code__:  # which is not shown to modes, as what it calls is
+            name = "flex_attention"
         if getattr(func, "namespace", "") == _PACKAGE:
             self.ours |= name == "attention"
         elif name in self.watched or name.startswith("_scaled_dot_product") or name in _FLASH:

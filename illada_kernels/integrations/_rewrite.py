@@ -97,13 +97,18 @@ class Rewriter:
     """Replaces the values of `wanted`, {name: (theirs, ours)}, in what is given to `replaced`.
 
     `table`: a mapping class. Its instances are INTERFACE to `reaches`; with `key`, they have that entry replaced.
+    `around`: given each copy that torch.compile made and the names that it leads to, returns what to call instead.
     """
 
     def __init__(
-        self, wanted: Mapping[str, tuple[Any, Any]], table: type | None = None, key: str | None = None
+        self,
+        wanted: Mapping[str, tuple[Any, Any]],
+        table: type | None = None,
+        key: str | None = None,
+        around: Callable[[Any, frozenset[str]], Any] | None = None,
     ) -> None:
         self.wanted = {id(theirs): (name, ours) for name, (theirs, ours) in wanted.items()}
-        self.table, self.key = table, key
+        self.table, self.key, self.around = table, key, around
         # by ids, with the values, so that the ids are not used again
         self._reached: dict[tuple[int, bool], tuple[Any, frozenset[str]]] = {}
         self._copies: dict[int, tuple[Any, Any]] = {}
@@ -177,7 +182,10 @@ class Rewriter:
     def _copy(self, value: Any) -> Any:
         kind = type(value)
         if (inner := _compiled(value)) is not None:
-            return _compiled_as(value, self.replaced(inner))
+            new = _compiled_as(value, self.replaced(inner))
+            if self.around is None or vars(value).get("_torchdynamo_disable"):
+                return new
+            return self.around(new, self.reaches(value))
         if kind is types.FunctionType:
             return self._function(value)
         if kind is types.MethodType:
@@ -260,6 +268,47 @@ class Rewriter:
             return self._module(builtins.__import__(name, function.__globals__, local, some, level), names)
 
         return ours
+
+
+_FIXED: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_FIXED += (types.ModuleType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+
+
+def held(function: Any) -> list[Any] | None:
+    """Returns the objects that a function's result may depend on: what it closes over, has as defaults and names, and
+    what these hold. None if they are more than LARGEST, or if one is of a kind that is not looked into."""
+    walker, found, left, seen = Rewriter({}), [], [function], set()
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        found.append(one)
+        kind = type(one)
+        if len(found) > LARGEST or (kind in (dict, list, tuple) and len(one) > LARGEST):
+            return None
+        if isinstance(one, torch.Tensor) or kind in _FIXED:
+            continue
+        if kind is types.FunctionType:
+            left += map(_content, one.__closure__ or ()) if _is_library(one) else walker._parts(one, True)
+        elif kind is types.MethodType:
+            left += [one.__func__, one.__self__]
+        elif isinstance(one, type):
+            left += _of_class(one)
+        elif kind in (dict, list, tuple, functools.partial, property, staticmethod, classmethod):
+            left += walker._parts(one, True)
+        elif hasattr(one, "__dict__"):
+            left += [kind, *vars(one).values()]
+        elif kind is not object:
+            return None
+    return found
+
+
+def _of_class(kind: type) -> list[Any]:
+    """Returns what a class and its bases hold, but those of libraries and what Python calls by itself."""
+    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("builtins", "torch")]
+    names = ((name, value) for base in bases for name, value in vars(base).items())
+    return [value for name, value in names if name == "__call__" or not name.startswith("__")]
 
 
 def _fresh(code: types.CodeType) -> types.CodeType:

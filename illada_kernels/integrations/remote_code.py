@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import _flash_attn, _stand_ins
+from . import _flash_attn, _flex, _stand_ins
 from ._first_run import FirstRun
 from ._rewrite import INTERFACE, OTHERWISE, Rewriter, names_of, read_of_class
 
@@ -38,8 +38,9 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     model : torch.nn.Module
         Of any class, compiled or not. Each method and attribute of its modules that leads to torch's
         `scaled_dot_product_attention` leads to ours: by any name, through helper functions, attributes, properties,
-        base classes and imports inside a function; flash-attn's `flash_attn_func` and `flash_attn_varlen_func` too,
-        where that package is imported. With `loss`, each that leads to `cross_entropy` or
+        base classes and imports inside a function; torch's `flex_attention` too, also within a function that
+        torch.compile made, and flash-attn's `flash_attn_func` and `flash_attn_varlen_func`, where that package is
+        imported. With `loss`, each that leads to `cross_entropy` or
         `CrossEntropyLoss` computes it by `masked_loss_from_logits`. Layers that take their attention from transformers'
         interface are switched to attn_implementation="illada"; where they share a configuration with layers that call
         torch by name, and so want torch's masks, the interface's "sdpa" becomes ours instead.
@@ -87,20 +88,24 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     model = _inner(model)
     unpatch(model)
     wanted: dict[str, Any] = {ATTENTION: (F.scaled_dot_product_attention, _stand_ins.scaled_dot_product_attention)}
-    wanted |= _flash_attn.wanted()
+    wanted |= _flash_attn.wanted() | _flex.wanted()
     attends = frozenset(wanted)
     if loss:
         wanted["cross_entropy"] = F.cross_entropy, _stand_ins.cross_entropy
         wanted["CrossEntropyLoss"] = torch.nn.CrossEntropyLoss, _stand_ins.CrossEntropyLoss
     interface = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
-    rewriter, both = Rewriter(wanted, interface), Rewriter(wanted, interface, key="sdpa")
+
+    def around(compiled: Any, names: frozenset[str]) -> Any:
+        return _flex.outside(compiled) if attends & names else compiled
+
+    rewriter, both = (Rewriter(wanted, interface, key, around) for key in (None, "sdpa"))
     reached = {path: _reached(module, rewriter) for path, module in model.named_modules()}
     asking = {path for path, names in reached.items() if INTERFACE in names}
     if not asking and not any(attends & names for names in reached.values()):
         raise ValueError(
             f"model: found no attention in {type(model).__name__}: no method or attribute of its modules leads to "
-            f"torch's {ATTENTION} or flash-attn's flash_attn_func, and none asks transformers' attention interface. "
-            "Call illada_kernels.attention in its attention's forward"
+            f"torch's {ATTENTION} or flex_attention or flash-attn's flash_attn_func, and none asks transformers' "
+            "attention interface. Call illada_kernels.attention in its attention's forward"
         )
     configs = _configs(model)
     by_name = {id(configs[path]) for path, names in reached.items() if ATTENTION in names and configs[path] is not None}

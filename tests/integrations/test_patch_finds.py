@@ -335,6 +335,33 @@ def test_a_forward_in_which_nothing_of_ours_ran_says_so():
         model(q)
 
 
+def test_compiled_functions_within_a_model_are_not_graphs_of_the_watched_forward():
+    graphs = []
+    options = {"fullgraph": True, "backend": lambda module, _: graphs.append(module) or module.forward}
+
+    @torch.compile(**options)
+    def rotate(x):
+        return x.roll(1, -1)
+
+    @torch.compile(**options)
+    def attend(x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return attend(rotate(x)) if self.training else attend(x)
+
+    torch._dynamo.reset()
+    model, x = Layer().eval(), torch.randn(1, 2, 5, 8)
+    right = F.scaled_dot_product_attention(x, x, x)
+    assert patch(model) == ["forward"]
+    for _ in range(3):
+        torch.testing.assert_close(model(x), right)
+    assert len(graphs) == 1
+    patch(model.train())
+    torch.testing.assert_close(model(x), right.roll(1, -1))
+
+
 def test_the_watch_ends_where_a_forward_raises_and_goes_on_with_the_next():
     model = nn.Sequential(Attention(), BehindAnObject())
     patch(model)

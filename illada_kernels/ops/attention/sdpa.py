@@ -192,7 +192,7 @@ def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRange
         )
     base = mask if mask._base is None else mask._base
     key = (id(base), mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, shape, grouped)
-    state = mask._version, _crc(mask)
+    state = mask._version, crc(mask)
     known_base, before, ranges = _masks.get(key, (None, None, None))
     if known_base is None or known_base() is not base or before != state or ranges is None:
         ranges = _read(mask, shape, grouped)
@@ -202,7 +202,7 @@ def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRange
     return ranges
 
 
-def _crc(mask: Tensor) -> int:
+def crc(mask: Tensor) -> int:
     """Returns the CRC-32 of the memory from the mask's first to its last element, at 2 GB/s; 0 on other devices than
     the CPU."""
     if mask.device.type != "cpu" or mask.numel() == 0:
