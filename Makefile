@@ -22,6 +22,7 @@ BIN := .venv/bin
 # no bytecode, because Python writes that of the modules it loads, a fraction; all of torch's takes 15 s
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 TOOLS := .venv/.tools
+REQUIRED := .venv/.required
 INSTALLED := .venv/.installed
 WORKERS ?= 2
 
@@ -43,9 +44,24 @@ $(TOOLS):
 	$(PIP) "pip>=25" "setuptools>=77" "ninja>=1.11" wheel
 	touch $@
 
-$(INSTALLED): pyproject.toml setup.py | $(TOOLS)
-	$(PIP) "$(TORCH)" $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(foreach package,$(TRITON),"$(package)"))
-	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 0,$(HAS_GPU)),0,)} $(PIP) --no-build-isolation --editable ".[model,tokenizers,test,bench,lint,docs,release]"
+# Prints what the package and its extras need.
+define LIST_REQUIREMENTS
+try: import tomllib
+except ImportError: from pip._vendor import tomli as tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = "model tokenizers test bench lint docs release".split()
+print(*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra]), sep="\n")
+endef
+export LIST_REQUIREMENTS
+
+# apart from the package, because pip would unpack none of it before the package is built
+$(REQUIRED): pyproject.toml | $(TOOLS)
+	$(BIN)/python -c "$$LIST_REQUIREMENTS" >$@.txt
+	$(PIP) "$(TORCH)" $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(foreach package,$(TRITON),"$(package)")) --requirement $@.txt
+	touch $@
+
+$(INSTALLED): pyproject.toml setup.py $(REQUIRED)
+	ILLADA_CUDA=$${ILLADA_CUDA-$(if $(filter 0,$(HAS_GPU)),0,)} $(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
 demo: setup
@@ -107,19 +123,19 @@ build/lm-eval-0.5: | build/lm-eval-0.4
 	rm -rf $@.part
 	$(PIP) --no-deps --target $@.part lm_eval==0.5.0.dev1 && mv $@.part $@ || echo "no lm_eval 0.5 here"
 
-lint: setup
+lint: $(REQUIRED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 
-format: setup
+format: $(REQUIRED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # --quiet would hide its warnings from --strict
-docs: setup
+docs: $(REQUIRED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
