@@ -176,7 +176,10 @@ def included_files(text: str, folders: list[Path]) -> set[Path]:
 def compile_kernels(source: str | Path, defines: tuple[str, ...] = (), text: str | None = None) -> Kernels:
     """`source`: a .cu file, relative to the repository or absolute. `text`: compile this in its place (a copy with a
     fault planted, say), with the same includes."""
+    from tests.cuda_on_cpu.raw import with_raw_entries  # imports torch
+
     path = ROOT / source
+    text = with_raw_entries(path) if text is None else text  # compiled once for both ways to launch
     _emulator()  # loaded first: the kernels' library finds its symbols there
     folders = [path.parent, ROOT / "csrc/cuda", ROOT / "csrc/include"]
     depends = [*_shim_files(), *included_files(text if text is not None else path.read_text(), folders)]

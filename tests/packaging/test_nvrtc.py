@@ -25,12 +25,11 @@ from illada_kernels.ops.masked_loss.cuda import CudaRows
 from illada_kernels.ops.masked_loss.row_kernels import Formula
 from illada_kernels.ops.unmask import nvrtc as unmask
 from tests.cuda_on_cpu.emulated import Emulated
-from tests.cuda_on_cpu.library import ROOT, Kernels, compile_kernels, missing
+from tests.cuda_on_cpu.library import compile_kernels, missing
+from tests.cuda_on_cpu.raw import KERNELS
 from tests.gpu_code.cuda_code import find_tool
 from tests.helpers import unmask_on_cpu
 
-ROOMS = (masked_loss, unmask)
-SOURCES = [(source, kernels) for room in ROOMS for source, kernels in room.KERNELS.items()]
 CUPY_ADDS = ("-ftz=true", "--device-as-default-execution-space")
 
 
@@ -90,7 +89,7 @@ def read(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("source, kernels", SOURCES)
+@pytest.mark.parametrize("source, kernels", KERNELS.items())
 def test_every_kernel_compiles_without_nvcc_and_spills_nothing(
     source: str, kernels: list[str], arch: str, tmp_path: Path
 ) -> None:
@@ -129,34 +128,6 @@ def test_cupys_cache_sees_a_change_of_an_included_file(monkeypatch: pytest.Monke
 
 # ---- launching, with CuPy played by the emulator ---------------------------------------------------------------------
 
-RAW = """
-#include <type_traits>
-#include <utility>
-namespace {
-template <class... P, size_t... I>
-int raw(void (*kernel)(P...), void** values, const int64_t* sizes, int64_t count, dim3 grid, dim3 block, size_t smem,
-        std::index_sequence<I...>) {
-  if (count != int64_t(sizeof...(P)) || ((sizes[I] != int64_t(sizeof(P))) || ...)) return -1;
-  return illada::launch({grid, block, smem, nullptr}, kernel, *static_cast<std::decay_t<P>*>(values[I])...);
-}
-template <class... P> std::index_sequence_for<P...> indices(void (*)(P...)) { return {}; }
-}  // namespace
-#define RAW(number, ...)                                                                                        \\
-  extern "C" int raw_##number(void** values, const int64_t* sizes, int64_t count, const int64_t* shape) {       \\
-    return raw(__VA_ARGS__, values, sizes, count, dim3(shape[0], shape[1], shape[2]), dim3(shape[3]), shape[4], \\
-               indices(__VA_ARGS__));                                                                           \\
-  }
-"""
-
-
-@functools.cache
-def raw_kernels(source: str) -> Kernels:
-    """The kernels of a file, each behind a function that takes arguments as cuLaunchKernel does, with their sizes."""
-    names = dict(SOURCES)[source]
-    entries = "\n".join(f"RAW({number}, {name})" for number, name in enumerate(names))
-    text = (ROOT / "csrc/cuda" / source).read_text()
-    return compile_kernels(f"csrc/cuda/{source}", text=f"{text}{RAW}{entries}\n")
-
 
 class RawModule:
     """As cupy.RawModule, compiled for the CPU: arguments by their NumPy types, Python's integers as 64 bits."""
@@ -168,7 +139,7 @@ class RawModule:
 
     def get_function(self, name: str) -> RawKernel:
         assert name in self.names
-        return RawKernel(self.source, f"raw_{dict(SOURCES)[self.source].index(name)}")
+        return RawKernel(self.source, f"raw_{KERNELS[self.source].index(name)}")
 
 
 class RawKernel:
@@ -186,7 +157,7 @@ class RawKernel:
         pointers = (ctypes.c_void_p * len(held))(*(h.ctypes.data for h in held))
         sizes = (ctypes.c_int64 * len(held))(*(h.itemsize for h in held))
         shape = (ctypes.c_int64 * 5)(*(*grid, 1, 1)[:3], *block, shared_mem)
-        code = raw_kernels(self.source).run(self.function, pointers, sizes, len(held), shape)
+        code = compile_kernels(f"csrc/cuda/{self.source}").run(self.function, pointers, sizes, len(held), shape)
         assert code == 0, "the parameters' number or sizes differ" if code == -1 else f"error {code}"
 
 
