@@ -142,8 +142,10 @@ struct Module {
     // lives as long as the function: to the end
     auto* const definition = new PyMethodDef{name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};
     PyObject* const capsule = PyCapsule_New(entry, name, nullptr);
-    add(name, capsule ? PyCFunction_New(definition, capsule) : nullptr);
+    PyObject* const module = good ? PyModule_GetNameObject(object) : nullptr;  // profilers ask a function for it
+    add(name, capsule && module ? PyCFunction_NewEx(definition, capsule, module) : nullptr);
     Py_XDECREF(capsule);
+    Py_XDECREF(module);
   }
 };
 

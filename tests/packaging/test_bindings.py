@@ -66,4 +66,4 @@ def test_the_module_is_found_by_its_name_and_says_what_it_is():
     module = _extension.native()
     assert module.__name__ == "illada_kernels._C" and module.cpu_isa in ("scalar", "avx2", "avx512", "avx512_bf16")
     assert type(module.with_cuda) is bool and Path(module.__file__).name.startswith("_C")
-    assert module.unmask_row_bytes > 0
+    assert module.unmask_row_bytes > 0 and module.unmask_plan_cpu.__module__ == module.__name__
