@@ -34,6 +34,8 @@ def holds(condition: Any) -> bool:
 
     A comparison of traced sizes becomes a guard; one that only data can decide becomes an assertion at run time.
     """
+    if condition is True:  # of plain numbers: under Dynamo the rest would take 0.4 ms
+        return True
     if not isinstance(condition, torch.SymBool) and not torch.compiler.is_compiling():
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import guard_or_true  # imports sympy
@@ -46,6 +48,8 @@ def holds(condition: Any) -> bool:
 
 def known(condition: Any) -> bool:
     """Returns whether a comparison is true whatever the traced sizes are: adds neither a guard nor an assertion."""
+    if condition is True or condition is False:
+        return condition
     if not isinstance(condition, torch.SymBool) and not torch.compiler.is_compiling():
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
