@@ -111,7 +111,7 @@ def test_gradients_are_those_of_dense_attention(name):
     of_out, of_lse = torch.randn_like(out), torch.randn_like(lse).where(allowed.any(-1), 0)
     found = torch.autograd.grad([out, lse], inputs, [of_out, of_lse])
     wanted = torch.autograd.grad(dense(*inputs, allowed), inputs, [of_out, of_lse])
-    torch.testing.assert_close(found, wanted, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_queries_and_keys_may_differ_in_number_and_keys_may_be_of_one_sequence():
