@@ -106,6 +106,12 @@ class Problem(NamedTuple):
         """The bits of `truncate` that can change a proposal: none where no noise is drawn."""
         return self.truncate if self.noisy else 0
 
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether no single pass over a row's logits can draw: the mass of top_p counts from the largest one down.
+        top_k and min_p need only the largest logits and the best scores among them."""
+        return bool(self.truncation & BY_TOP_P)
+
     def needs(self) -> int:
         entropy = NEEDS_ENTROPY if self.by_entropy or self.confidence == rules.NEG_ENTROPY else 0
         second = NEEDS_SECOND if self.confidence == rules.MARGIN else 0
