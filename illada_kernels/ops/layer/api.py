@@ -36,8 +36,8 @@ def kernels_for(*tensors: Tensor, backend: str | None = None) -> ModuleType | No
     -------
     module or None
         None if a gradient is wanted, under a compiler, trace, mode or transform, with another ILLADA_BACKEND, or if the
-        tensors are not plain float32, bfloat16 or float16 ones on one device with kernels. Valid while none of this
-        changes.
+        tensors are not plain float32, bfloat16 or float16 ones on one device with kernels. A call with kernels looks
+        again, because in a transform they would lose derivatives, and gives torch's result where they cannot run.
 
     Raises
     ------
@@ -230,7 +230,8 @@ def rope_to_cache(
     k, v : Tensor (B, S, kv_heads, D)
     cos, sin : Tensor (B or 1, S, 1, D / 2)
     keys, values : Tensor (B, slots, kv_heads, D)
-        Written in place, without a gradient. Each element has memory of its own, apart from that of q, k and v.
+        Written in place, without a gradient or tangent. Each element has memory of its own, apart from that of q, k
+        and v.
     start : int or int64 Tensor (B,)
         The slot of a sequence's first token. An int must let all tokens fit; slots of a tensor are clamped, and of
         tokens that share one the last is there.
@@ -309,17 +310,31 @@ def _expect_window(start: int | Tensor, keep: Tensor | None, batch: int, length:
 # ---- what kernels may take -------------------------------------------------------------------------------------------
 
 _TYPES = (Tensor, torch.nn.Parameter)
+_forward_ad = torch.autograd.forward_ad
 
 
 def _fit(kernels: ModuleType, *tensors: Tensor) -> bool:
     """Returns whether the kernels may read and write these: plain tensors of one dtype on one device of theirs."""
     dtype, device, wants = tensors[0].dtype, tensors[0].device, torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or device.type != kernels.DEVICE or dtype not in DTYPES:
+    if _is_seen() or device.type != kernels.DEVICE or dtype not in DTYPES:
         return False
     for x in tensors:
         if type(x) not in _TYPES or x.dtype is not dtype or x.device != device or (wants and x.requires_grad):
             return False
     return True
+
+
+def _is_seen() -> bool:
+    """Returns whether a compiler, trace, mode, transform or forward-mode AD must see torch's operations: `is_traced` for
+    an eighth of its time."""
+    return (
+        torch.compiler.is_compiling()
+        or _forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _norm_fits(kernels: ModuleType, x: Tensor, weight: Tensor, *delta: Tensor) -> bool:

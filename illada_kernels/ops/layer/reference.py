@@ -35,7 +35,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def write_to_cache(new: Tensor, held: Tensor, start: int | Tensor, keep: Tensor | None) -> None:
-    """Writes new (B, S, kv_heads, D) into slots of held (B, slots, kv_heads, D), without a gradient."""
+    """Writes new (B, S, kv_heads, D) into slots of held (B, slots, kv_heads, D), without a gradient or tangent."""
     batch, length = new.shape[:2]
     where: tuple[slice | Tensor, slice | Tensor]
     if isinstance(start, Tensor):

@@ -6,6 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from illada_kernels import _extension, layer
 from illada_kernels.ops.layer import api, cpu
@@ -191,6 +193,41 @@ def test_kernels_leave_alone_what_they_cannot_take():
     odd = torch.randn(2, 3, 4, 12)[..., ::2]  # heads that do not lie in one piece
     for a, b in zip(apply_rope(odd, odd, cos, sin), layer.apply_rope(odd, odd, cos, sin)):
         assert torch.equal(a, b)
+
+
+@compiled
+def test_kernels_handed_into_forward_mode_keep_the_tangent(calls):
+    x, weight, q, k, cos, sin = inputs()
+    keys, values = torch.zeros(2, 2, 5, 2, 6)
+
+    def rows(x, weight, q, k, kernels):
+        normed = layer.rms_norm(x, weight, 1e-5, kernels=kernels)
+        both = layer.add_rms_norm(x, normed, weight, 1e-5, kernels=kernels)
+        turned = layer.apply_rope(q, k, cos, sin, kernels=kernels)
+        written = layer.rope_to_cache(q, k, k, cos, sin, keys, values, 0, kernels=kernels)
+        return normed, *both, layer.swiglu(x, kernels=kernels), *turned, written
+
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(t, torch.randn_like(t)) for t in (x, weight, q, k)]
+        for ours, plain in zip(rows(*dual, K), rows(*dual, None)):
+            assert torch.equal(forward_ad.unpack_dual(ours).tangent, forward_ad.unpack_dual(plain).tangent)
+        assert forward_ad.unpack_dual(keys).tangent is None  # as documented
+    assert calls == []
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_kernels_handed_into_a_transform_trace_or_mode_leave_the_call_to_torch(calls):
+    """Tensors of torch.func.functionalize have no memory, and a trace would keep the first result."""
+    x, *_ = inputs()
+    for transform in (torch.func.functionalize, torch.vmap, torch.func.grad):
+        got = transform(lambda x: swiglu(x).sum())(x)
+        assert torch.equal(got, transform(lambda x: layer.swiglu(x).sum())(x))
+    traced = torch.jit.trace(lambda x: swiglu(x), x, check_trace=False)
+    assert torch.equal(traced(2 * x), layer.swiglu(2 * x))
+    graph = make_fx(swiglu)(x)
+    assert torch.equal(graph(2 * x), layer.swiglu(2 * x))
+    assert calls == []
 
 
 @compiled
