@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._remembered import Remembered, allows
+from .._streams import reuse
 from ..key_ranges import KeyRanges
 from ..ops.attention import attention
 
@@ -36,9 +39,9 @@ def flash_attn_func(
     _refuse(dropout_p, softcap, alibi_slopes, return_attn_probs)
     ranges = None
     if causal or tuple(window_size) != (-1, -1):
-        queries, keys = q.shape[1], k.shape[1]
-        last = torch.arange(keys - queries, keys, device=q.device)
-        ranges = _ranges(torch.zeros_like(last), torch.full_like(last, keys), last, causal, window_size, keys)
+        where = reuse(q.device)
+        make = _of_batch if where is None else _cached_of_batch
+        ranges = make(q.shape[1], k.shape[1], causal, tuple(window_size), q.device, where)
     return attention(q, k, v, ranges, scale=softmax_scale)
 
 
@@ -64,20 +67,43 @@ def flash_attn_varlen_func(
     _refuse(dropout_p, softcap, alibi_slopes, return_attn_probs)
     if block_table is not None:
         raise ValueError("block_table: expected None, paged caches are not supported; unpatch the model")
-    row = torch.arange(len(q), device=q.device)
-    begins, ends = cu_seqlens_q.long(), cu_seqlens_k.long()
-    sequence = torch.searchsorted(begins, row, right=True) - 1
-    low, high = ends[sequence], ends[sequence + 1]
-    last = high - begins[sequence + 1] + row
-    ranges = _ranges(low, high, last, causal, window_size, len(k))
+    offsets, where, window = (cu_seqlens_q, cu_seqlens_k), reuse(q.device), tuple(window_size)
+    make = functools.partial(_of_sequences, *offsets, len(q), len(k), causal, window)
+    if where is None or not allows(offsets):
+        ranges = make()
+    else:
+        ranges = _sequences.get(offsets, (len(q), len(k), causal, window, where), make)
     return attention(q[None], k[None], v[None], ranges, scale=softmax_scale)[0]
 
 
-def _ranges(
-    low: Tensor, high: Tensor, last: Tensor, causal: bool, window_size: tuple[int, int], keys: int
+# ---- masks, which all layers share -----------------------------------------------------------------------------------
+
+
+def _of_batch(
+    queries: int, keys: int, causal: bool, window: tuple[int, ...], device: torch.device, where: Any
 ) -> KeyRanges:
+    last = torch.arange(keys - queries, keys, device=device)
+    return _ranges(torch.zeros_like(last), torch.full_like(last, keys), last, causal, window, keys)
+
+
+_cached_of_batch = functools.lru_cache(64)(_of_batch)
+_sequences = Remembered[KeyRanges](256)
+
+
+def _of_sequences(
+    of_q: Tensor, of_k: Tensor, queries: int, keys: int, causal: bool, window: tuple[int, ...]
+) -> KeyRanges:
+    row = torch.arange(queries, device=of_q.device)
+    begins, ends = of_q.long(), of_k.long()
+    sequence = torch.searchsorted(begins, row, right=True) - 1
+    low, high = ends[sequence], ends[sequence + 1]
+    last = high - begins[sequence + 1] + row
+    return _ranges(low, high, last, causal, window, keys)
+
+
+def _ranges(low: Tensor, high: Tensor, last: Tensor, causal: bool, window: tuple[int, ...], keys: int) -> KeyRanges:
     """Returns ranges of queries that see keys from `low` to `high` and stand at the key `last`, all (Sq,)."""
-    left, right = window_size[0], 0 if causal else window_size[1]
+    left, right = window[0], 0 if causal else window[1]
     if left >= 0:
         low = torch.minimum(torch.maximum(low, last - left), high)
     if right >= 0:

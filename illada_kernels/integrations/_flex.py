@@ -21,11 +21,11 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from torch.nn.attention.flex_attention import flex_attention as theirs
 
 from .._bounds import refuse, runs
+from .._remembered import crc
 from .._streams import is_captured
 from .._torch_ops import is_plain, is_traced
 from ..key_ranges import KeyRanges
 from ..ops.attention import attention
-from ..ops.attention.sdpa import crc
 from ._first_run import unwatched
 from ._rewrite import held
 

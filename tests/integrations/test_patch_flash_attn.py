@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -68,6 +70,92 @@ def test_sequences_end_to_end_see_themselves_alone(queries, keys, causal, window
     parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
     wanted = [dense(*part, allowed(len(part[0]), len(part[1]), causal, window)) for part in parts]
     torch.testing.assert_close(found, torch.cat(wanted), atol=1e-5, rtol=1e-5)
+
+
+# ---- what layers share -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The masks that are computed."""
+    seen = []
+    real = _flash_attn._ranges
+    monkeypatch.setattr(_flash_attn, "_ranges", lambda *a: seen.append(a) or real(*a))
+    _flash_attn._cached_of_batch.cache_clear()
+    return seen
+
+
+def packed(x, of_q, of_k, **options):
+    return _flash_attn.flash_attn_varlen_func(x, x, x, of_q, of_k, 9, 9, **options)
+
+
+def seen(x, offsets, causal=False):
+    """What `packed` should give, document by document."""
+    parts = x.split(offsets.diff().tolist())
+    return torch.cat([dense(p, p, p, allowed(len(p), len(p), causal, (-1, -1))) for p in parts])
+
+
+def test_layers_share_the_mask_of_their_documents(made):
+    x, offsets = torch.randn(9, 2, 16), torch.tensor([[0, 4, 9]] * 2, dtype=torch.int32)
+    for _ in range(32):  # a new view in each layer
+        torch.testing.assert_close(packed(x, offsets[0], offsets[0]), seen(x, offsets[0]), atol=1e-5, rtol=1e-5)
+    assert len(made) == 1
+    for options in ({"causal": True}, {"window_size": (1, 2)}, {"window_size": [1, 2]}):
+        packed(x, offsets[0], offsets[0], **options)
+    assert len(made) == 3
+    packed(x, offsets[0], offsets[1])
+    packed(x[:9], offsets[0].clone(), offsets[0])
+    assert len(made) == 5
+    for _ in range(32):
+        _flash_attn.flash_attn_func(x[None], x[None], x[None], causal=True)
+    _flash_attn.flash_attn_func(x[None], x[None, :4], x[None, :4], causal=True)
+    assert len(made) == 7
+
+
+def through_numpy(offsets):
+    offsets.numpy()[1] = 2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("write", [lambda x: x[1].fill_(2), lambda x: x.data[1].fill_(2), through_numpy])
+def test_offsets_that_were_written_to_are_read_again(write, which, made):
+    x, both = torch.randn(9, 2, 16), [torch.tensor([0, 4, 9]) for _ in range(2)]
+    packed(x, *both)
+    write(both[which])
+    found = packed(x, *both)
+    assert len(made) == 2
+    torch.testing.assert_close(found, packed(x, *(offsets.clone() for offsets in both)))
+    packed(x, *both)
+    assert len(made) == 3  # of the copies
+    write(both[1 - which])
+    torch.testing.assert_close(packed(x, *both), seen(x, both[0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_mask_dies_with_its_offsets(which, made):
+    _flash_attn._sequences.kept.clear()
+    x, both = torch.randn(9, 2, 16), [torch.tensor([0, 4, 9]) for _ in range(2)]
+    packed(x, *both)
+    ranges = weakref.ref(next(iter(_flash_attn._sequences.kept.values()))[2])
+    assert ranges() is not None
+    del both[which]
+    gc.collect()
+    assert ranges() is None and not _flash_attn._sequences.kept
+    with torch.inference_mode():  # without versions
+        offsets = torch.tensor([0, 4, 9])
+        packed(x, offsets, offsets)
+        offsets[1] = 2
+        torch.testing.assert_close(packed(x, offsets, offsets), seen(x, offsets), atol=1e-5, rtol=1e-5)
+    assert not _flash_attn._sequences.kept
+
+
+def test_a_graph_computes_the_mask_itself():
+    x, offsets = torch.randn(9, 2, 16), torch.tensor([0, 4, 9])
+    packed(x, offsets, offsets, causal=True)
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x, offsets, offsets, causal=True), seen(x, offsets, causal=True))
+        offsets[1] = 2
 
 
 def test_what_changes_scores_is_refused():

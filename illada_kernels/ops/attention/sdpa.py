@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import weakref
-import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, expect_device, expect_number, expect_tensor, holds, known
+from ..._remembered import Remembered, allows
 from ..._streams import is_captured, reuse
-from ..._torch_ops import is_plain, is_watched
 from ...key_ranges import KeyRanges
 from .api import attention
 
@@ -175,40 +172,21 @@ def _new_causal(queries: int, keys: int, device: torch.device, where: Any = None
 _cached_causal = functools.lru_cache(64)(_new_causal)
 
 
-_MOST = 256  # masks, because a buffer that lives as long as its model is cut anew in each step of decoding
-_masks: dict[Any, tuple[weakref.ref[Tensor], tuple[int, int], KeyRanges]] = {}
+_masks = Remembered[KeyRanges](256)
 
 
 def _remembered(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRanges:
     """Returns what `_read` does; again if the mask, or what it is a view of, has not changed since."""
     if mask.requires_grad:
         raise ValueError("attn_mask: expected requires_grad=False, got True: a learned bias is not a mask")
-    if is_watched() or not is_plain([mask]) or mask.is_inference():
+    if not allows([mask]):
         return _read(mask, shape, grouped)
     if is_captured(mask.device):
         raise ValueError(
             "attn_mask: expected KeyRanges or None while a CUDA graph is captured, got a tensor, which is read on the "
             "host; make KeyRanges.from_dense(mask) before the capture"
         )
-    base = mask if mask._base is None else mask._base
-    key = (id(base), mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, shape, grouped)
-    state = mask._version, crc(mask)
-    known_base, before, ranges = _masks.get(key, (None, None, None))
-    if known_base is None or known_base() is not base or before != state or ranges is None:
-        ranges = _read(mask, shape, grouped)
-        for oldest in list(_masks)[: max(len(_masks) - _MOST + 1, 0)]:
-            _masks.pop(oldest, None)
-        _masks[key] = weakref.ref(base, lambda _: _masks.pop(key, None)), state, ranges
-    return ranges
-
-
-def crc(mask: Tensor) -> int:
-    """Returns the CRC-32 of the memory from the mask's first to its last element, at 2 GB/s; 0 on other devices than
-    the CPU."""
-    if mask.device.type != "cpu" or mask.numel() == 0:
-        return 0
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride()))
-    return zlib.crc32((ctypes.c_char * (elements * mask.itemsize)).from_address(mask.data_ptr()))
+    return _masks.get([mask], (shape, grouped), lambda: _read(mask, shape, grouped))
 
 
 def _read(mask: Tensor, shape: tuple[int, ...], grouped: bool) -> KeyRanges:

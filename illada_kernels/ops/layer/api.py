@@ -325,8 +325,8 @@ def _fit(kernels: ModuleType, *tensors: Tensor) -> bool:
 
 
 def _is_seen() -> bool:
-    """Returns whether a compiler, trace, mode, transform or forward-mode AD must see torch's operations: `is_traced` for
-    an eighth of its time."""
+    """Returns whether a compiler, trace, mode, transform or forward-mode AD must see torch's operations, in an
+    eighth of the time of `is_traced`."""
     return (
         torch.compiler.is_compiling()
         or _forward_ad._current_level >= 0

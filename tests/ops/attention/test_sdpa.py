@@ -224,22 +224,22 @@ def test_a_mask_with_gaps_in_memory_is_remembered(readings):
 
 def test_what_is_remembered_dies_with_the_mask():
     inputs = draw(2)
-    before = len(sdpa._masks)
+    before = len(sdpa._masks.kept)
     mask = allowed()
     ours(*inputs, mask)
-    assert len(sdpa._masks) == before + 1
+    assert len(sdpa._masks.kept) == before + 1
     del mask
     gc.collect()
-    assert len(sdpa._masks) == before
+    assert len(sdpa._masks.kept) == before
 
 
 def test_slices_of_a_long_lived_mask_are_bounded_in_number(monkeypatch):
-    monkeypatch.setattr(sdpa, "_MOST", 4)
+    monkeypatch.setattr(sdpa._masks, "most", 4)
     mask, inputs = torch.ones(20, 9, dtype=torch.bool), draw(2)
-    sdpa._masks.clear()
+    sdpa._masks.kept.clear()
     for row in range(14):
         ours(*inputs, mask[row : row + 6])
-    assert len(sdpa._masks) == 4
+    assert len(sdpa._masks.kept) == 4
 
 
 def test_inference_tensors_are_read_in_each_call(readings):
