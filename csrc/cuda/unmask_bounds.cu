@@ -40,7 +40,7 @@ ILLADA_DEVICE uint64_t warp_total(uint64_t x) {
   return low + (middle << 21) + (high << 42);
 }
 
-// The search of the largest t that enough reaches: the sum over [t, inf) of `weigh` is at least the target.
+// The search of the largest t that enough reaches: the weights of the logits >= t sum up to the target at least.
 struct Search {
   uint32_t from[kWays], end;  // thresholds, rising; enough reaches from[0], too little reaches `end`
   uint64_t above;  // what reaches `end`
@@ -48,15 +48,30 @@ struct Search {
   uint64_t beyond;  // and this reached that end
 };
 
+// What a search is for. By top_k an id weighs 1 and the target is `wanted`, above 0; by top_p it weighs e, and the
+// target is `share` of all weights. One search serves both: each copy of a pass over a row takes 1500 instructions.
+struct Goal {
+  uint64_t wanted;
+  float share, top, one;  // one: what e = 1 weighs
+  Row row;
+  ILLADA_DEVICE uint64_t weight(float l) const {
+    return wanted > 0 ? 1 : uint64_t(ceilf(weight_of(l, top, row).e * one));
+  }
+  ILLADA_DEVICE uint64_t enough(uint64_t total) const {
+    return wanted > 0 ? wanted : uint64_t(ceil(double(share) * double(total)));
+  }
+};
+
 // Sums what reaches each threshold, for the whole block. each(visit) calls visit(logit) for this thread's logits.
-template <class Each, class Weigh> ILLADA_DEVICE void sum_ways(Shared& s, const Search& at, Each each, Weigh weigh) {
+template <class Each> ILLADA_DEVICE void sum_ways(Shared& s, const Search& at, const Goal& goal, Each each) {
   uint64_t mine[kWays] = {};
   each([&](float l) {
-    if (!(l > -infinity())) return;
     const uint32_t key = key_of(l);
-    const uint64_t weight = weigh(l);
+    if (key < at.from[0]) return;  // most of a row, from the second pass on
+    const uint64_t weight = goal.weight(l);
+    mine[0] += weight;
 #pragma unroll
-    for (int i = 0; i < kWays; ++i) mine[i] += key >= at.from[i] ? weight : 0;
+    for (int i = 1; i < kWays; ++i) mine[i] += key >= at.from[i] ? weight : 0;
   });
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -96,40 +111,40 @@ template <class Each> ILLADA_DEVICE void fill_list(Shared& s, const Search& at, 
   if (threadIdx.x == 0) s.listed = 0;
   __syncthreads();
   each([&](float l) {
-    if (!(l > -infinity()) || key_of(l) < at.from[0] || key_of(l) >= at.end) return;
+    if (key_of(l) < at.from[0] || key_of(l) >= at.end) return;
     const uint32_t place = atomicAdd(&s.listed, 1u);
     if (place < kList) s.list[place] = l;  // always, by `most` of the caller
   });
   __syncthreads();
 }
 
-// Returns the key of the largest t >= the logit of `least` that enough reaches, 0 if there is none. target(total) gives
-// what is enough from the sum of all that reaches `least`.
-template <class Each, class Weigh, class Target>
-ILLADA_DEVICE uint32_t largest_reached(Shared& s, Each each, float top, float temperature, uint32_t least, Weigh weigh,
-                                       Target target) {
-  Search at{{}, key_of(top) + 1, 0, false, 0};
+// Returns the key of the largest t >= the logit of `least` that enough reaches, 0 if there is none.
+template <class Each>
+ILLADA_DEVICE uint32_t largest_reached(Shared& s, const Goal& goal, float temperature, uint32_t least, Each each) {
+  Search at{{}, key_of(goal.top) + 1, 0, false, 0};
 #pragma unroll
   for (int i = 0; i < kWays; ++i) {  // least, then 32, 16 .. 0.5 temperatures below the maximum
-    const float below = top - temperature * (64.0f / float(1 << i));
+    const float below = goal.top - temperature * (64.0f / float(1 << i));
     at.from[i] = i > 0 && below > -infinity() && key_of(below) > least ? key_of(below) : least;
   }
-  sum_ways(s, at, each, weigh);
-  const uint64_t enough = target(s.sums[0]);
-  if (s.sums[0] < enough) return 0;
-  const auto over_list = [&](auto visit) {
-    for (uint32_t i = threadIdx.x; i < s.listed; i += kThreads) visit(s.list[i]);
-  };
+  uint64_t enough = 0;  // of the first pass, then above 0
   for (;;) {
+    if (at.listed) {
+      sum_ways(s, at, goal, [&](auto visit) {
+        for (uint32_t i = threadIdx.x; i < s.listed; i += kThreads) visit(s.list[i]);
+      });
+    } else {
+      sum_ways(s, at, goal, each);
+    }
+    if (enough == 0) enough = goal.enough(s.sums[0]);
+    if (s.sums[0] < enough) return 0;
     const uint64_t between = narrow(s, enough, at);
     if (at.end - at.from[0] <= 1) return at.from[0];
-    const uint64_t lightest = at.from[0] > key_of(-kLargest) ? weigh(logit_of(at.from[0])) : 0;
+    const uint64_t lightest = goal.weight(logit_of(at.from[0]));
     if (!at.listed && lightest > 0 && between / lightest <= kList * 15 / 16) {  // weights err by less than a 16th
       fill_list(s, at, each);
       at.listed = true, at.beyond = at.above;
     }
-    if (at.listed) sum_ways(s, at, over_list, weigh);
-    else sum_ways(s, at, each, weigh);
   }
 }
 
@@ -158,30 +173,19 @@ __global__ void __launch_bounds__(kThreads, 1) bounds_kernel(const __grid_consta
   over_row([&](float l) { top = fmaxf(top, l); });
   top = block_reduce<kThreads>(top, s.top, Max{});
   if (top > -infinity() && top < infinity()) {
-    if (c.truncate & ILLADA_BY_TOP_K) {
-      const int64_t wanted = integer_of(c.top_k, b);
-      if (wanted > 0 && wanted < c.vocab) {
-        const uint32_t key = largest_reached(
-            s, over_row, top, t, 1, [](float) { return uint64_t(1); }, [&](uint64_t) { return uint64_t(wanted); });
-        if (key > 0) bound = logit_of(key);
-      }
-    }
-    if (c.truncate & ILLADA_BY_TOP_P) {
-      const float share = number_of(c.top_p, b);
-      Row tempered = row;
-      tempered.scale = fminf(1.0f / t, kLargest);
-      tempered.scale2 = fminf(tempered.scale * kLog2e, kLargest);
-      const int bits = c.vocab < 1 << 18 ? 44 : 31;
-      const float one = float(uint64_t(1) << bits);
-      const auto mass = [&](float l) { return uint64_t(ceilf(weight_of(l, top, tempered).e * one)); };
-      const uint32_t least = bound > -infinity() ? key_of(bound) : 1;
-      if (share <= 0.0f) {
-        bound = top;
-      } else if (share < 1.0f) {  // a NaN counts as 1
-        bound = logit_of(largest_reached(s, over_row, top, t, least, mass, [&](uint64_t total) {
-          return uint64_t(ceil(double(share) * double(total)));
-        }));
-      }
+    Goal goal{0, 1.0f, top, float(uint64_t(1) << (c.vocab < 1 << 18 ? 44 : 31)), row};
+    goal.row.scale = fminf(1.0f / t, kLargest);
+    goal.row.scale2 = fminf(goal.row.scale * kLog2e, kLargest);
+#pragma unroll 1
+    for (int by = ILLADA_BY_TOP_K; by <= ILLADA_BY_TOP_P; by *= 2) {
+      if (!(c.truncate & by)) continue;
+      const int64_t wanted = by == ILLADA_BY_TOP_K ? integer_of(c.top_k, b) : 0;
+      goal.share = by == ILLADA_BY_TOP_P ? number_of(c.top_p, b) : 1.0f;  // a NaN counts as 1
+      goal.wanted = wanted > 0 && wanted < c.vocab ? wanted : 0;
+      if (goal.share <= 0.0f) bound = top;
+      if (goal.wanted == 0 && !(goal.share > 0.0f && goal.share < 1.0f)) continue;
+      const uint32_t key = largest_reached(s, goal, t, key_of(fmaxf(bound, -kLargest)), over_row);
+      if (key > 0) bound = logit_of(key);
     }
     if (c.truncate & ILLADA_BY_MIN_P) {
       const float least = number_of(c.min_p, b);

@@ -240,15 +240,15 @@ FAULTS: dict[str, Faults] = {  # by the call that sees them
         "what lies beyond the list is forgotten": (BOUNDS, "sum + at.beyond", "sum + (FAULT ? 0 : at.beyond)"),
         "top_p under the confidence's temperature": (
             BOUNDS,
-            "weight_of(l, top, tempered)",
-            "weight_of(l, top, FAULT ? row : tempered)",
+            "goal.row.scale = fminf(1.0f / t, kLargest)",
+            "goal.row.scale = FAULT ? row.scale : fminf(1.0f / t, kLargest)",
         ),
     },
     "all of them": {
         "top_p counts what top_k dropped": (
             BOUNDS,
-            "bound > -infinity() ? key_of(bound) : 1;",
-            "!FAULT && bound > -infinity() ? key_of(bound) : 1;",
+            "key_of(fmaxf(bound, -kLargest))",
+            "key_of(FAULT ? -kLargest : fmaxf(bound, -kLargest))",
         ),
         "min_p lowers a bound": (
             BOUNDS,
