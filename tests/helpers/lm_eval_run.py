@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import lm_eval
 import torch
-from illada import Model, ModelConfig, cli, save
+from illada import Model, ModelConfig, cli, generate, save
+from illada.integrations import lm_eval as adapter
 from illada.integrations.lm_eval import IlladaLM, evaluate
 
 from tests.helpers import bos_folder
@@ -88,10 +90,24 @@ def joint(folder: str) -> dict[str, Any]:
     pair = requests(("ab", "cd"))
     lms = [IlladaLM(folder, device="cpu"), IlladaLM(folder, device="cpu", method="confidence")]
     found: dict[str, Any] = {lm.scoring["method"]: lm.loglikelihood(pair, True)[0][0] for lm in lms}
+    found["passes"] = [passes(lms[0]), passes(lms[0], answer(lms[0])[1])]
     asked = {"until": ["\n"], "max_gen_toks": 5}
     found["answers"] = [lm.generate_until(requests(("ab", asked), ("", asked)), True) for lm in lms]
     found["hot"] = error(lambda: lms[0].generate_until(requests(("ab", {**asked, "temperature": 0.5})), True))
     return found
+
+
+def answer(lm: IlladaLM, *until: str) -> str:
+    found: str = lm.generate_until(requests(("ab", {"until": list(until), "max_gen_toks": 30})), True)[0]
+    return found
+
+
+def passes(lm: IlladaLM, *until: str) -> int:
+    """Forward passes of `answer`."""
+    counted = []
+    with mock.patch.object(adapter, "generate", lambda *a: counted.append(generate(*a)) or counted[-1]):
+        answer(lm, *until)
+    return sum(done.forward_passes for done in counted)
 
 
 def beside(folder: str) -> list[dict[str, Any]]:

@@ -215,6 +215,8 @@ def test_joint_models_answer_without_a_sampler_being_named(harness):
     wanted = [generate(model, [prompt], config).tokens[0] for prompt in (ids("ab"), [model.config.eos_id])]
     answers = [ByteTokenizer().decode(tokens).partition("\n")[0] for tokens in wanted]
     assert harness.joint["answers"] == [answers, answers]
+    every, until = harness.joint["passes"]
+    assert until < every / 2  # the second character's end is soon
     assert harness.joint["hot"].endswith("greedy; models with next_token have it by default: name another")
 
 

@@ -594,6 +594,28 @@ def test_a_draft_that_nothing_verifies_is_what_the_masks_say(preset):
         assert done.tokens[b] == text[len(prompt) : len(prompt) + NEW]
 
 
+@pytest.mark.parametrize("sampler", ["self-speculation", "draft", "canvas"])
+def test_stop_when_ends_a_loop_of_its_own_as_others_between_two_drafts(sampler):
+    model, steps = model_of("demo"), {"steps_per_block": 4} if sampler == "canvas" else {}
+    common = {"sampler": sampler, "max_new_tokens": 11, "block_length": 3, "stop_ids": (), **steps}
+    free = generate(model, PROMPTS, GenerationConfig(**common))
+    asked: list[list[int]] = []
+
+    def found(ids: list[int]) -> bool:
+        asked.append(ids)
+        return any(row[: len(ids)] == ids and len(ids) > place for row, place in zip(free.tokens, (0, 4, 10)))
+
+    done = generate(model, PROMPTS, GenerationConfig(**common, stop_when=found))
+    for text, row, place, passes, most in zip(done.tokens, free.tokens, (0, 4, 10), done.passes, free.passes):
+        assert len(text) in range(place + 1, place + 5) and text == row[: len(text)]
+        assert passes < most or place == 10
+    assert done.stopped == [True] * 3 and [len(text) for text in done.tokens] == done.filled
+    assert all(0 < len(ids) <= 11 and model.config.mask_id not in ids for ids in asked)
+    short = generate(model, PROMPTS[:2], GenerationConfig(**common, stop_when=found))
+    assert short.tokens == done.tokens[:2] and short.forward_passes < free.forward_passes
+    assert generate(model, PROMPTS, GenerationConfig(**common, stop_when=lambda ids: False)) == free
+
+
 # ---- the canvas ----------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from ..errors import PromptError
 from ..model import Model
 from .cache import Cache
 from .config import GenerationConfig
-from .generation import Generation, until_stop
+from .generation import Generation, ask, until_stop
 from .loop import Step, check_filled
 from .replay import LateFlag
 from .settings import NO_LOOP, refuse, seeds_of
@@ -136,7 +136,9 @@ def paint(
         return Generation([], [], [], [], 0)
     canvas = Canvas(model, rows, config, options)
     passes = [0] * len(rows)
-    running = [True] * len(rows)
+    running, ended = [True] * len(rows), [False] * len(rows)
+    begin = [len(row) for row in rows]
+    end = torch.tensor(begin, device=model.device) + config.max_new_tokens
     stops = torch.tensor(stop_ids, dtype=torch.int64, device=model.device)
     filled = [0] * len(rows)
     for index in range(canvas.count):
@@ -147,10 +149,15 @@ def paint(
         column = torch.arange(canvas.columns, device=model.device)
         new = (column >= (canvas.known - canvas.length)[:, None]) & (column < canvas.known[:, None])
         running = [on and not stop for on, stop in zip(running, (found & new).any(1).tolist())]
+        if config.stop_when is not None:
+            held = ask(config.stop_when, running, canvas.tokens, begin, torch.minimum(canvas.known, end))
+            ended = [a or b for a, b in zip(ended, held)]
+            running = [on and not stop for on, stop in zip(running, held)]
         if not any(running):
             break
     filled = [min(f, config.max_new_tokens) for f in filled]
     table = zip(canvas.tokens.tolist(), rows, filled)
-    texts, stopped = until_stop([row[len(prompt) : len(prompt) + count] for row, prompt, count in table], stop_ids)
+    new_tokens = [row[len(prompt) : len(prompt) + count] for row, prompt, count in table]
+    texts, stopped = until_stop(new_tokens, stop_ids, ended)
     check_filled(texts, model.config)
     return Generation(texts, stopped, passes, filled, canvas.passes)

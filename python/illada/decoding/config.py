@@ -69,8 +69,9 @@ class GenerationConfig:
     stop_ids : int or collection of int, optional
         Tokens that end a sequence. None: the model's `eos_ids`; (): none.
     stop_when : callable, optional
-        Takes the tokens that a sequence has generated so far, a list of int, when one of its blocks is done; True ends
-        the sequence there, its tokens uncut. For stop strings: `lambda ids: "\n\n" in tokenizer.decode(ids)`.
+        Takes the tokens that a sequence has generated so far, a list of int, when one of its blocks is done (or canvas,
+        or draft); True ends the sequence there, its tokens uncut. For stop strings:
+        `lambda ids: "\n\n" in tokenizer.decode(ids)`.
     end_early : bool
         Puts a stop token over everything behind it in its block as soon as it is committed, so that what would be cut
         off costs no pass (d3LLM). What stands before it sees stop tokens there instead of masks.

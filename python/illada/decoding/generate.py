@@ -51,10 +51,10 @@ def generate(
     -----
     Synchronisation: before the first pass prompts and settings that are tensors on a device are read, to check them
     (`rule`, `seed`, ids, biases; not numbers of `unmask` in 0-d tensors); then once per block, to see whether all
-    sequences have stopped (not with stop_ids=()). Never in a pass, but for cache "delayed", whose windows depend on
-    what is full: where the number of passes depends on the data, it is read one pass late, so that on a GPU such a
-    block makes one pass too many, which changes nothing. Memory: the hidden rows of one window; logits are never
-    stored.
+    sequences have stopped (not with stop_ids=()), with `stop_when` once per canvas or draft, too. Never in a pass, but
+    for cache "delayed", whose windows depend on what is full: where the number of passes depends on the data, it is
+    read one pass late, so that on a GPU such a block makes one pass too many, which changes nothing. Memory: the hidden
+    rows of one window; logits are never stored.
 
     Examples
     --------
@@ -206,7 +206,6 @@ class _Continuation:
 
     def result(self, table: list[list[int]], loop: BlockLoop) -> Generation:
         new = [row[begin:end] for row, begin, end in zip(table, self.prompt_ends, self.ends)]
-        texts, stopped = until_stop(new, self.stop_ids)
-        stopped = [stop or ended for stop, ended in zip(stopped, self.ended)]
+        texts, stopped = until_stop(new, self.stop_ids, self.ended)
         check_filled(texts, self.model.config)
         return Generation(texts, stopped, self.passes.tolist(), self.filled, loop.forward_passes)

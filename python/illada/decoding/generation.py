@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Generation:
     tokens : list of list of int
         What was generated, up to the stop token; for `fill` the whole sequences.
     stopped : list of bool
-        Whether a stop token was generated.
+        Whether a stop token was generated, or `stop_when` held.
     passes : list of int
         Forward passes in which the sequence had masks.
     filled : list of int
@@ -41,7 +43,18 @@ def first_stop(text: list[int], stop_ids: Collection[int]) -> int | None:
     return next((i for i, token in enumerate(text) if token in stop_ids), None)
 
 
-def until_stop(texts: list[list[int]], stop_ids: Collection[int]) -> tuple[list[list[int]], list[bool]]:
-    """Returns what each text has before its first stop token, and whether it has one."""
+def until_stop(
+    texts: list[list[int]], stop_ids: Collection[int], ended: Sequence[bool]
+) -> tuple[list[list[int]], list[bool]]:
+    """Returns what each text has before its first stop token, and whether it has one or has `ended` without."""
     ends = [first_stop(text, stop_ids) for text in texts]
-    return [text[:end] for text, end in zip(texts, ends)], [end is not None for end in ends]
+    return [text[:end] for text, end in zip(texts, ends)], [e is not None or held for e, held in zip(ends, ended)]
+
+
+def ask(
+    stop_when: Callable[[list[int]], bool], running: list[bool], tokens: Tensor, begin: list[int], end: Tensor
+) -> list[bool]:
+    """Returns which of the sequences that are running end by `stop_when`, which takes tokens[b, begin[b] : end[b]]. The
+    host waits for the device."""
+    rows = zip(running, tokens.tolist(), begin, end.tolist())
+    return [on and bool(stop_when(row[a:b])) for on, row, a, b in rows]

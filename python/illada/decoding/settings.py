@@ -132,7 +132,6 @@ NO_LOOP: tuple[str, ...] = (
     "refresh_every",
     "vicinity",
     "growing_bias",
-    "stop_when",
 )
 NO_LOOP += ("end_early", "confidence", "confidence_temperature", "order", "defer", "variable_length")
 

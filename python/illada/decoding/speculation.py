@@ -15,7 +15,7 @@ from ..errors import PromptError
 from ..model import Model
 from .cache import Cache
 from .config import GenerationConfig
-from .generation import Generation, until_stop
+from .generation import Generation, ask, until_stop
 from .loop import Step, check_filled
 from .replay import LateFlag
 from .settings import NO_LOOP, refuse
@@ -61,6 +61,7 @@ def speculate(
     end, known = begin + config.max_new_tokens, begin.clone()
     stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
     done, rounds, flag = torch.zeros_like(begin, dtype=torch.bool), torch.zeros_like(begin), LateFlag(device)
+    ended = [False] * len(rows)  # by stop_when
     cache = Cache(c, len(rows), columns, device=device, dtype=model.dtype)
     model(tokens[:, :longest], up_to(torch.arange(1, longest + 1, device=device)[None], columns), None, cache.at(0))
     span, passes = torch.arange(k + 1, device=device), 1
@@ -89,7 +90,12 @@ def speculate(
         tokens.scatter_(1, at + 1, torch.where(taken, fresh, c.mask_id))
         rounds += ~done
         known = known + taken.sum(1)
-        done = done | (known >= end) | (torch.isin(fresh, stops) & taken).any(1)
+        done = done | (torch.isin(fresh, stops) & taken).any(1)
+        if config.stop_when is not None:
+            held = ask(config.stop_when, (~done).tolist(), tokens, begin.tolist(), known)
+            ended = [a or b for a, b in zip(ended, held)]
+            done = done | torch.tensor(held, device=device)
+        done = done | (known >= end)
         passes += 2
         flag.write(done.all())
         if callback is not None:
@@ -99,7 +105,7 @@ def speculate(
         if flag.read():
             break
     new = [row[a:b] for row, a, b in zip(tokens.tolist(), begin.tolist(), known.tolist())]
-    texts, stopped = until_stop(new, stop_ids)
+    texts, stopped = until_stop(new, stop_ids, ended)
     check_filled(texts, c)
     return Generation(texts, stopped, (2 * rounds).tolist(), (known - begin).tolist(), passes)
 

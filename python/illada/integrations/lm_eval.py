@@ -23,7 +23,7 @@ from ..decoding.generate import generate
 from ..likelihood import METHODS, is_greedy, log_likelihood, longest_pair, read_as
 from ..tokenizer_config import begun, bos_of, special_id
 from ..training.runs import open_model
-from .harness_settings import cut, expect_known, generation, runs_alone
+from .harness_settings import cut, expect_known, generation
 
 try:
     from lm_eval.api.model import LM
@@ -265,8 +265,7 @@ class IlladaLM(LM):
                 for batch in self._batches(prompts, config.max_new_tokens):
                     seeds = [config.seed + i for i in batch]  # type: ignore[operator]
                     # An answer depends on its request alone, and ends with the block that holds one of `until`.
-                    early = until and not runs_alone(config, self.model.config)  # its loop has no such end
-                    one = dataclasses.replace(config, seed=seeds, stop_when=self._holds(until) if early else None)
+                    one = dataclasses.replace(config, seed=seeds, stop_when=self._holds(until) if until else None)
                     done = generate(self.model, [prompts[i] for i in batch], one)
                     for i, tokens in zip(batch, done.tokens):
                         answers[i] = cut(self.coder.decode(tokens[:size]), until)
