@@ -207,7 +207,7 @@ def _decoding_options(p: argparse.ArgumentParser) -> None:
     how("--defer", type=int, nargs="*", metavar="ID", help="commit these last", **says)
     how("--logit-bias", action="append", metavar="ID=NUMBER", **says)
     how("--growing-bias", action="append", metavar="ID=NUMBER", help="times the tokens of the blocks before", **says)
-    how("--guidance", type=float, help="classifier-free guidance", **says)
+    how("--guidance", type=float, help="weight of classifier-free guidance, at least 0", **says)
     says["dest"] = "variable_length"
     masks("--all-masks", action="store_false", help="show all masks at once (LLaDA)", **says)
     masks("--append-blocks", action="store_true", help="show a block's masks when it is reached (iLLaDA)", **says)

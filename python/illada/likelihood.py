@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import numbers
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .decoding.config import Prompts
-from .decoding.settings import expect_mask, token_lists
+from .decoding.settings import expect_mask, guidance_of, token_lists
 from .errors import PromptError
 from .model import Model
 from .scoring import Draw, Scorer, Text, continued
@@ -55,7 +54,7 @@ def log_likelihood(
     seed : int
         Masks depend on the seed and on the pair's tokens.
     guidance : float
-        Classifier-free guidance w, as in `GenerationConfig`. Doubles the rows.
+        Weight of classifier-free guidance, at least 0, as in `GenerationConfig`. Doubles the rows.
     forbid_mask : bool, optional
         Whether the mask's logit is -inf. None: what the model's configuration says, as published for its family.
 
@@ -97,17 +96,16 @@ def log_likelihood(
     for name, value in (("samples", samples), ("rows_per_pass", rows_per_pass)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PromptError(f"{name}: expected an integer of at least 1, got {value!r}")
-    if isinstance(guidance, bool) or not isinstance(guidance, numbers.Real) or not math.isfinite(guidance):
-        raise PromptError(f"guidance: expected a finite number, got {guidance!r}")
+    weight = guidance_of(guidance)
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise PromptError(f"seed: expected an integer, got {seed!r}")
     if forbid_mask is not None and not isinstance(forbid_mask, bool):
         raise PromptError(f"forbid_mask: expected True, False or None, got {forbid_mask!r}")
     config = read_as(model.config, method)
-    if guidance:
+    if weight:
         expect_mask(config, "guidance")
     texts = _texts(config, contexts, continuations, method)
-    scorer = Scorer(model, rows_per_pass, float(guidance), forbid_mask, config)
+    scorer = Scorer(model, rows_per_pass, weight, forbid_mask, config)
     total = np.zeros(len(texts))
     if method == "confidence":
         for index, _, loss in scorer.reveal(texts, scorer.losses, best=lambda loss: loss):

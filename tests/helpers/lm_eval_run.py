@@ -159,6 +159,7 @@ def run(model: str, tasks: str) -> dict[str, Any]:
         "module": module,
         "command": printed(lambda: cli.main(command)),
         "unknown model_args": error(lambda: IlladaLM(model, device="cpu", blok_length=4)),
+        "guidance": error(lambda: IlladaLM(model, device="cpu", guidance=-0.5)),
         "unknown gen_kwargs": error(
             lambda: evaluate(lm, TASKS[1:2], tasks, gen_kwargs={"typical_p": 0.5}, bootstrap_iters=0)
         ),

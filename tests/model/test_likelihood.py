@@ -220,6 +220,8 @@ def test_nothing_to_score_and_no_context(kind):
         ({"rows_per_pass": 2.0}, "rows_per_pass: expected an integer of at least 1, got 2.0"),
         ({"guidance": math.nan}, "guidance: expected a finite number, got nan"),
         ({"guidance": "a"}, "guidance: expected a finite number, got 'a'"),
+        ({"guidance": True}, "guidance: expected a finite number, got True"),
+        ({"guidance": -1.0}, r"guidance: expected a number of at least 0, which is none, got -1\.0"),
         ({"seed": 1.5}, "seed: expected an integer, got 1.5"),
         ({"forbid_mask": "no"}, "forbid_mask: expected True, False or None, got 'no'"),
         ({"contexts": [[1], [2]]}, "continuations: expected 2, one for each context, got 1"),

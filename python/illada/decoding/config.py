@@ -79,7 +79,8 @@ class GenerationConfig:
         True: a block's masks appear when the block is reached (iLLaDA). False: all `max_new_tokens` masks are visible
         from the start (LLaDA). None: as published for the model's family.
     guidance : float
-        Classifier-free guidance w: logits u + (w + 1) (c - u), where u sees a masked prompt. Doubles the batch.
+        Weight w >= 0 of classifier-free guidance: logits u + (w + 1) (c - u), where u sees a masked prompt. 0: none.
+        Doubles the batch.
     """
 
     max_new_tokens: int = 128

@@ -34,10 +34,11 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
     counts = {"max_new_tokens": 1, "block_length": 1, "steps": 1, "steps_per_block": 1, "revise_steps": 0}
     counts |= {"refresh_every": 0, "vicinity": 0, "top_k": 1}
     plain: dict[str, Any] = {name: _count(config, name, least) for name, least in counts.items()}
-    for name in ("temperature", "confidence_temperature", "rank_temperature", "guidance"):
+    for name in ("temperature", "confidence_temperature", "rank_temperature"):
         plain[name] = _number(name, getattr(config, name))
-        if name != "guidance" and not isinstance(plain[name], Tensor) and plain[name] < 0:
+        if not isinstance(plain[name], Tensor) and plain[name] < 0:
             raise PromptError(f"{name}: expected a number of at least 0, got {plain[name]!r}")
+    plain["guidance"] = guidance_of(config.guidance)
     for name, known in (("confidence", CONFIDENCES), ("order", ORDERS)):
         if getattr(config, name) not in known:
             raise PromptError(f"{name}: expected one of {', '.join(known)}, got {getattr(config, name)!r}")
@@ -273,15 +274,29 @@ def _count(config: GenerationConfig, name: str, least: int) -> int | None:
 
 def _number(name: str, value: Any) -> Any:
     """Returns a float, or the 0-d tensor that `unmask` takes as well."""
-    if isinstance(value, Tensor) and value.dim() == 0 and name != "guidance":
-        return value
+    return value if isinstance(value, Tensor) and value.dim() == 0 else _float(name, value)
+
+
+def _float(name: str, value: Any) -> float:
     try:
-        number = float(value) if not isinstance(value, str) else math.nan
+        number = float(value) if not isinstance(value, (str, bool)) else math.nan
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
         raise PromptError(f"{name}: expected a finite number, got {value!r}")
     return number
+
+
+def guidance_of(value: Any) -> float:
+    """Returns the weight of classifier-free guidance; raises PromptError for one below 0.
+
+    -1 would be what the model says without the prompt, less would turn away from the prompt; LLaDA's code takes either
+    as no guidance.
+    """
+    weight = _float("guidance", value)
+    if weight < 0:
+        raise PromptError(f"guidance: expected a number of at least 0, which is none, got {value!r}")
+    return weight
 
 
 def _share(name: str, value: Any) -> Any:

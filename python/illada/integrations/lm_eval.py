@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..chat import ChatTemplate, load_chat_template
 from ..decoding.config import GenerationConfig
 from ..decoding.generate import generate
+from ..decoding.settings import guidance_of
 from ..likelihood import METHODS, is_greedy, log_likelihood, longest_pair, read_as
 from ..tokenizer_config import begun, bos_of, special_id
 from ..training.runs import open_model
@@ -103,6 +104,7 @@ class IlladaLM(LM):
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if add_bos_token not in (None, True, False):
             raise ValueError(f"add_bos_token: expected True, False or None, got {add_bos_token!r}")
+        guidance = guidance_of(guidance)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         overrides = {} if mask_id is None else {"mask_id": int(mask_id)}
         self.model, self.coder = open_model(pretrained, device, dtype, **overrides)
