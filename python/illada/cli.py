@@ -160,11 +160,11 @@ def _generate_parser(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run=_generate)
 
 
-def _bos_option(p: argparse._ActionsContainer) -> None:
+def _bos_option(p: argparse.ArgumentParser, what: str = "prompts") -> None:
     p.add_argument(
         "--add-bos-token",
         action=argparse.BooleanOptionalAction,
-        help="begin prompts with the BOS token, once (default: as the folder's tokenizer does by itself)",
+        help=f"begin {what} with the BOS token, once (default: as the folder's tokenizer does by itself)",
     )
 
 
@@ -254,6 +254,7 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="score next tokens on clean rows, which --sampler self-speculation reads (default: for models of joint)",
     )
+    _bos_option(p, "documents and contexts")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help=_DEVICE)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -263,7 +264,6 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     harness.add_argument("--limit", type=float, help="examples of each task, below 1 a share of them")
     harness.add_argument("--num-fewshot", type=int, help="examples shown before each question")
     harness.add_argument("--chat", action="store_true", help="apply the folder's chat template")
-    _bos_option(harness)
     harness.add_argument(
         "--method", help="monte_carlo, confidence or autoregressive (default: what the model was trained for)"
     )
@@ -292,6 +292,7 @@ def _eval_tasks(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     if options.tasks:
         return _eval_tasks(options)
+    from .tokenizer_config import bos_of
     from .training import runs
     from .training.data import ngram_bits
     from .training.evaluate import bound, first_bytes
@@ -305,7 +306,8 @@ def _eval(options: argparse.Namespace) -> int:
         )
     following = model.config.next_token if options.next_token is None else options.next_token
     how = {"length": options.length, "draws": options.draws, "seed": options.seed}
-    found = bound(model, held_out, tokenizer, next_token=following, **how)
+    bos = bos_of(Path(options.model), tokenizer, options.add_bos_token)
+    found = bound(model, held_out, tokenizer, next_token=following, bos=bos, **how)
     ngrams = ngram_bits(train_documents, held_out)
     print(
         f"{found.bits_per_byte:.4f} ± {found.standard_error:.4f} bits per byte at most "

@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
     mask_id: int
     eos_id: int
     pad_id: int
-    bos: tuple[int, ...]  # ids with which a prompt begins by default
+    bos: tuple[int, ...]  # ids with which a prompt, and a document, begins by default
 
     @property
     def vocab_size(self) -> int: ...
@@ -195,12 +195,16 @@ def from_json(saved: Any) -> Tokenizer:
     raise DataError(f"tokenizer: expected kind 'bytes' or 'tokenizers', got {kind!r}")
 
 
-def stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """Returns all documents' tokens end to end, int64, each followed by the end-of-text id."""
+def stream(documents: Sequence[Document], tokenizer: Tokenizer, bos: Sequence[int] | None = None) -> np.ndarray:
+    """Returns all documents' tokens end to end, int64, each between `bos` and the end-of-text id.
+
+    bos: None is the tokenizer's own, with which prompts begin.
+    """
+    before = np.array(tokenizer.bos if bos is None else bos, dtype=np.int64)
     pieces = []
     for document in documents:
         try:
-            pieces += [tokenizer.encode(document.content), np.array([tokenizer.eos_id])]
+            pieces += [before, tokenizer.encode(document.content), np.array([tokenizer.eos_id])]
         except DataError as error:
             raise DataError(f"{document.name}: {error}") from None
     return np.concatenate(pieces)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
-from illada import GenerationConfig, generate
+from illada import GenerationConfig, generate, log_likelihood
 from illada.cli import main
 from illada.errors import DataError
-from illada.tokenizer import from_json, load_tokenizer
+from illada.tokenizer import from_json, load_tokenizer, stream
 from illada.tokenizer_config import begun, bos_of
 from illada.training.data import Document
 from illada.training.pairs import Pairs
@@ -130,3 +131,23 @@ def test_a_run_that_starts_from_a_folder_keeps_its_bos_and_pairs_begin_with_it(t
     (first, length), (second, _) = Pairs([Document("x.jsonl", text)], again, 12, 1, 0).rows
     assert first.tolist() == second.tolist() and first[0] == 0 and 0 not in first[1:]
     assert length == 1 + len(tokenizer.encode(b"on"))
+
+
+@pytest.mark.parametrize("options, first", [([], [0]), (["--add-bos-token"], [0]), (["--no-add-bos-token"], [])])
+def test_bits_per_byte_are_of_documents_that_begin_as_the_tokenizer_does(options, first, tmp_path, capsys, monkeypatch):
+    model, text = bos_folder.write(tmp_path), b"on and on and on"
+    monkeypatch.setattr("illada.training.runs.documents", lambda data: ([Document("x", text)],) * 2)
+    assert main(["eval", "--model", str(tmp_path), "--data", "x", "--length", "64", "--device", "cpu", *options]) == 0
+    ids = [*read(tmp_path).encode(text).tolist(), 1]
+    nats = log_likelihood(model, [[1] * 32 + first], [ids], method="autoregressive").item()  # behind a text's end
+    bits = float(capsys.readouterr().out.split()[0])
+    assert bits == pytest.approx(-nats / math.log(2) / len(text), abs=1e-4)
+
+
+def test_documents_of_a_run_begin_with_its_bos(tmp_path):
+    bos_folder.write(tmp_path)
+    tokenizer = read(tmp_path)
+    documents = [Document("x", b"on"), Document("y", b"and")]
+    on, and_ = (tokenizer.encode(document.content).tolist() for document in documents)
+    assert stream(documents, tokenizer).tolist() == [0, *on, 1, 0, *and_, 1]
+    assert stream(documents, tokenizer, ()).tolist() == [*on, 1, *and_, 1]

@@ -198,9 +198,9 @@ def test_a_block_never_sees_its_own_clean_tokens_or_what_comes_later():
 # ---- the bound -----------------------------------------------------------------------------------------------------
 
 
-def any_order_nats(model: Model, clean: Tensor, block: list[int]) -> float:
+def any_order_nats(model: Model, clean: Tensor, block: list[int], counted: tuple[int, ...] = ()) -> float:
     """The bound of one block, exactly: mean over n of b/n times the mean over subsets of n masks of their
-    cross-entropies."""
+    cross-entropies, of those that are `counted` (all by default)."""
     total, b = 0.0, len(block)
     causal = model.config.causal_block
     for n in range(1, b + 1):
@@ -210,7 +210,8 @@ def any_order_nats(model: Model, clean: Tensor, block: list[int]) -> float:
             shown = clean[:end].clone()
             shown[list(subset)] = MASK
             ranges = KeyRanges.block_causal(end, causal) if causal else None
-            total -= sum(log_probability(model, shown, ranges, i, int(clean[i])) for i in subset) / n / len(subsets)
+            of = set(subset) & set(counted or block)
+            total -= sum(log_probability(model, shown, ranges, i, int(clean[i])) for i in of) / n / len(subsets)
     return total
 
 
@@ -239,6 +240,26 @@ def test_the_bound_estimates_the_exact_any_order_bound(block, shifted):
     error = np.std(singles) / 10
     assert 0 < error < 0.2 * bits and abs(np.mean(singles) - bits) < 4 * error
     assert abs(bound(model, document, tokenizer, length=4, draws=100).bits_per_byte - bits) < 5 * error
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_ids_before_a_document_are_given_and_count_nothing(block):
+    """Ids 9 "ab" end 9 "c" end: one window of 7, or, with blocks of 2, four windows of 4."""
+    model, tokenizer = tiny(block, seed=3), ByteTokenizer()
+    end = tokenizer.eos_id
+    ids, documents = [9, *b"ab", end, 9, *b"c", end], [Document("1", b"ab"), Document("2", b"c")]
+    if block:
+        padded = torch.tensor([end, end, *ids, 9])  # the filler is no BOS
+        parts = [(0, [3]), (2, [2, 3]), (4, [3])]
+        exact = sum(any_order_nats(model, padded[s : s + 4], b) for s, b in parts)
+        exact += any_order_nats(model, padded[6:], [2, 3], counted=(2,))
+    else:
+        exact = any_order_nats(model, torch.tensor(ids), [1, 2, 3, 5, 6])
+    length = 4 if block else 7
+    found = [bound(model, documents, tokenizer, length=length, seed=s, bos=[9]) for s in range(100)]
+    bits, error = (f([one.bits_per_byte for one in found]) for f in (np.mean, np.std))
+    assert 0 < error < 2 * bits and abs(bits - exact / math.log(2) / 3) < 0.4 * error
+    assert {(one.tokens, one.bytes) for one in found} == {(5, 3)}
 
 
 @pytest.mark.parametrize("shifted", [False, True])

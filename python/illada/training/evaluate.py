@@ -58,6 +58,7 @@ def bound(
     rows_per_pass: int = 4096,
     seed: int = 0,
     next_token: bool = False,
+    bos: Sequence[int] | None = None,
 ) -> Bound:
     """Estimates an upper bound on the bits per byte of documents, each with an end-of-text token that counts too.
 
@@ -78,6 +79,8 @@ def bound(
     next_token : bool
         Score each token on the clean row before it, under a causal mask, as self-speculation reads them: for models of
         the joint objectives, whose masks are not what decides. No mask is drawn, and the bound is exact.
+    bos : sequence of int, optional
+        Ids before each document, which are given: never masked, never counted. None: the tokenizer's own.
 
     Returns
     -------
@@ -122,15 +125,17 @@ def bound(
     if not size:
         raise DataError("there is no text to evaluate on")
     _check_lossless(documents, tokenizer)
-    ids = stream(documents, tokenizer)
-    windows = _windows(ids, length, scored, tokenizer.eos_id)
+    before = tokenizer.bos if bos is None else bos
+    pieces = [stream([document], tokenizer, before) for document in documents]
+    ids, given = np.concatenate(pieces), np.concatenate([np.arange(len(piece)) < len(before) for piece in pieces])
+    windows = _windows(ids, given, length, scored, tokenizer.eos_id)
     nats = np.zeros(len(windows[0]))
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()
     for _ in range(draws):
         made = (
-            _next_tokens(*windows, scored, rows_per_pass)
+            _next_tokens(*windows[:2], scored, rows_per_pass)
             if next_token
             else _examples(*windows, model, scored, rows_per_pass, generator)
         )
@@ -144,13 +149,13 @@ def bound(
     error = bits.std(ddof=1) * math.sqrt(len(bits)) / size if len(bits) > 1 else float("nan")
     what = f"block diffusion, blocks of {block}" if block else f"full-sequence masked diffusion, windows of {length}"
     what = "next tokens of the causal mode" if next_token else what
-    return Bound(float(bits.sum() / size), float(error), what, len(ids), size)
+    return Bound(float(bits.sum() / size), float(error), what, int((~given).sum()), size)
 
 
 def _check_lossless(documents: Sequence[Document], tokenizer: Tokenizer) -> None:
     for document in documents:
         text = document.content.decode("utf-8")
-        back = tokenizer.decode(stream([document], tokenizer)[:-1].tolist())
+        back = tokenizer.decode(stream([document], tokenizer, ())[:-1].tolist())
         if back != text:
             at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
             raise DataError(
@@ -159,24 +164,37 @@ def _check_lossless(documents: Sequence[Document], tokenizer: Tokenizer) -> None
             )
 
 
-def _windows(ids: np.ndarray, length: int, scored: int, eos_id: int) -> tuple[Tensor, Tensor]:
-    """Returns (W, length) tokens whose last `scored` columns cover ids once, and (W, scored) bool, False at fillers."""
+def _windows(
+    ids: np.ndarray, given: np.ndarray, length: int, scored: int, eos_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (W, length) tokens whose last `scored` columns cover ids once, and of these two (W, scored) bool: what
+    counts, and what is given. Fillers are neither."""
     context = length - scored
     count = -(-len(ids) // scored)
     filler = np.resize(ids, count * scored - len(ids))
     padded = np.concatenate([np.full(context, eos_id), ids, filler])
     tokens = np.stack([padded[i * scored : i * scored + length] for i in range(count)])
-    return torch.from_numpy(tokens), (torch.arange(count * scored, device="cpu") < len(ids)).view(count, scored)
+    counts, shown = (np.pad(x, (0, len(filler))).reshape(count, scored) for x in (~given, given))
+    return torch.from_numpy(tokens), torch.from_numpy(counts), torch.from_numpy(shown)
 
 
 def _examples(
-    tokens: Tensor, counts: Tensor, model: Model, scored: int, rows_per_pass: int, generator: torch.Generator
+    tokens: Tensor,
+    counts: Tensor,
+    given: Tensor,
+    model: Model,
+    scored: int,
+    rows_per_pass: int,
+    generator: torch.Generator,
 ) -> Iterator[tuple[slice, Example]]:
-    """Yields batches of windows: `scored` noisy rows each, in block-causal models followed by the clean window."""
+    """Yields batches of windows: `scored` noisy rows each, in block-causal models followed by the clean window.
+
+    A random order of a window's tokens is one of those that are not given, too; so weights stay as if none were.
+    """
     block, length = model.config.causal_block or scored, tokens.shape[1]
     level = stratified(len(tokens) * (scored // block), generator)
     number = (level * block).long().clamp(max=block - 1) + 1  # masks in each block of each window
-    masked = mask_count(number, block, generator).view(len(tokens), scored)
+    masked = mask_count(number, block, generator).view(len(tokens), scored) & ~given
     weight = (block / number.float()).repeat_interleave(block).view(len(tokens), scored)
     masked_targets, clean = tokens[:, length - scored :], tokens
     noisy = masked_targets.masked_fill(masked, model.config.mask_id)
