@@ -255,6 +255,24 @@ def test_noise_of_single_losses_is_no_divergence():
         watch.check(float("nan"), 7)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_at_an_absurd_rate_that_stays_finite_is_said_to_have_learned_nothing(optimizer):
+    run = trainer(steps=60, objective="full", optimizer=optimizer, lr=1e9)
+    run.run()
+    said = run.divergence.complaint()
+    assert said is not None and "a model that knows nothing has log(vocab) = 5.5" in said and "lower --lr" in said
+
+
+def test_a_run_that_learns_or_was_only_begun_has_nothing_to_hear():
+    run = trainer(steps=60, objective="full", optimizer="muon")
+    run.run()
+    assert run.divergence.complaint() is None and np.mean(run.losses[-20:]) < 0.9 * np.log(256)
+    high, good = Divergence(256, np.full(19, 9.0)), Divergence(256, np.full(60, 1.0))  # a checkpoint's, which stay
+    assert high.complaint() is None and good.complaint() is None
+    both = Divergence(256, np.linspace(11, 7, 60))  # two losses in one sum
+    assert both.complaint() is None
+
+
 def test_a_state_of_another_shape_is_named_before_the_first_step(tmp_path):
     run = trainer(tmp_path)
     run.run(should_stop=lambda: run.step >= 1)

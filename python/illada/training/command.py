@@ -153,6 +153,8 @@ def _run_training(run: Any, documents: tuple[Any, Any], options: argparse.Namesp
             file=sys.stderr,
         )
         return 128 + stop.number
+    if complaint := trainer.divergence.complaint():
+        print(f"illada: {complaint}", file=sys.stderr)
     sampler = OBJECTIVES[run.train_config.objective].sampler
     how = f" --sampler {sampler}" if sampler else ""
     print(f"saved to {run.folder} after {trainer.step} steps; try: illada generate --model {name} --prompt 'def '{how}")

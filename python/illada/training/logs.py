@@ -93,3 +93,21 @@ class Divergence:
                 f"step {step}: the run diverges, for its last 20 losses are {mean:.3g} on average and the first were "
                 f"{begun:.3g}; {ADVICE}"
             )
+
+    def complaint(self) -> str | None:
+        """Returns what to say of a run that has learned next to nothing, whose last 20 losses are at least 0.9 times
+        both the first 20 and log(vocab).
+
+        A rate that is far too high ends so: a step of Muon or AdamW is as large whatever the gradient, and behind the
+        layers' norms even weights of 1e9 have finite losses.
+        """
+        if len(self.last) < 20:
+            return None
+        last, first = (float(np.mean(losses)) for losses in (self.last, self.first))
+        if last < 0.9 * max(first, self.limit):
+            return None
+        return (
+            f"next to nothing was learned: the last 20 losses are {last:.3g} on average, the first were {first:.3g}, "
+            f"and a model that knows nothing has log(vocab) = {self.limit:.3g}; begin anew with a lower --lr, or train "
+            "longer"
+        )

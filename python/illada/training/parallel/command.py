@@ -102,6 +102,8 @@ def _run(run: Run, trainer: ParallelTrainer, options: argparse.Namespace) -> int
         again = f"torchrun --nproc-per-node {dist.get_world_size()} -m illada train --resume --out {name}"
         stopped = f"illada: interrupted at step {trainer.step}, saved; go on with: {again}"
         done = f"saved to {run.folder} after {trainer.step} steps; try: illada generate --model {name} --prompt 'def '"
+        if complete and (complaint := trainer.divergence.complaint()):
+            print(f"illada: {complaint}", file=sys.stderr)
         print(done if complete else stopped, file=sys.stdout if complete else sys.stderr)
     return 0 if complete else 128 + stop.number
 
