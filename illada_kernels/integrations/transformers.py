@@ -68,6 +68,9 @@ def _masking() -> Any:
     return _loaded[0]
 
 
+_COMPUTES = 'the model computes with its mask, use "sdpa" or "eager" for it'
+
+
 class MaskBounds(Tensor):
     """The bounds of KeyRanges, int32 (B or 1, 1, Sq, 4), where transformers expects a mask.
 
@@ -77,13 +80,28 @@ class MaskBounds(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return memo.setdefault(id(self), self.clone())
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Names the reason where a model computes with its mask and torch finds that shapes do not fit, as Doge's."""
+        if torch.compiler.is_compiling():
+            return super().__torch_function__(func, types, args, kwargs)
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                "attention_mask: expected code that hands on what the mask function returned, int32 (B or 1, 1, Sq, "
+                f"4), got {func.__name__} of it ({error}): {_COMPUTES}"
+            ) from error
+
 
 def ranges_of(mask: MaskBounds, num_keys: int) -> KeyRanges:
     """Returns the ranges; raises ValueError where code has computed something else from the bounds."""
     if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != 4:
         raise ValueError(
             f"attention_mask: expected what the mask function returned, int32 (B or 1, 1, Sq, 4), got {mask.dtype} "
-            f'{tuple(mask.shape)}: the model computes with its mask, use "sdpa" or "eager" for it'
+            f"{tuple(mask.shape)}: {_COMPUTES}"
         )
     with torch._C.DisableTorchFunctionSubclass():
         bounds = mask[:, 0]

@@ -343,6 +343,18 @@ def test_a_mask_that_a_model_computes_with_is_named():
                 call(changed)
 
 
+@pytest.mark.parametrize("length", [1, 4, 9])
+def test_doge_which_adds_its_own_scores_to_the_mask_is_refused_in_words(length):
+    """Four keys have the shape of the bounds."""
+    config = transformers.DogeConfig(**SIZES | {"num_hidden_layers": 1}, bos_token_id=1, eos_token_id=2)
+    model = transformers.DogeForCausalLM(config).eval()
+    model.set_attn_implementation("illada")
+    with pytest.raises(
+        ValueError, match=r'^attention_mask: .*: the model computes with its mask, use "sdpa" or "eager"'
+    ):
+        model(torch.ones(1, length, dtype=torch.int64))
+
+
 def test_a_model_is_one_graph():
     if not V5:
         pytest.skip("4.57 breaks graphs at its own masks")
