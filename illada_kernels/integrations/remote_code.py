@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from . import _flash_attn, _flex, _stand_ins
+from ._code import OTHERWISE, names_of, read_of_class
 from ._first_run import FirstRun
-from ._rewrite import INTERFACE, OTHERWISE, Rewriter, names_of, read_of_class
+from ._rewrite import INTERFACE, Rewriter
 
 ATTENTION = "scaled_dot_product_attention"
 
