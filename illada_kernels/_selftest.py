@@ -241,6 +241,7 @@ def unmask(backend: str, device: str, from_logits: bool = False) -> Iterator[Cas
         "top 3, perturbed ranks, deferred ids": (TopK(3), {"rank_temperature": 0.5, "defer": tuple(range(0, 516, 3))}),
         "from the left": (Threshold(0.3), {"order": "left"}),
         "truncated draws": (TopK(3), {"temperature": 4.0, "seed": 5, "top_k": 40, "top_p": 0.9, "min_p": 0.01}),
+        "draws in one pass": (TopK(3), {"temperature": 4.0, "seed": 7, "top_k": 40, "min_p": 0.01}),
         "renoised": (Renoise(0.3), {"temperature": 1.0, "seed": 6}),
     }
     for dtype in halves(device):

@@ -59,6 +59,7 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "entropy": (ik.EntropyBound(4.0), {"temperature": 0.5, "confidence": "neg_entropy", "confidence_temperature": 0.5}),
     "edit, random": (ik.TopK(2), {"revise": ik.Edit(0.3), "confidence": "random"}),
     "truncated": (ik.TopK(3), {"temperature": 2.0, "top_k": 900, "top_p": 0.95, "min_p": 1e-4}),
+    "top k, min p": (ik.TopK(3), {"temperature": 2.0, "top_k": 900, "min_p": 1e-4, "confidence": "sampled"}),
     "top p": (ik.TopK(3), {"temperature": 2.0, "top_p": 0.8}),
     "renoise": (ik.Renoise(9.0), {"temperature": 1.0, "seed": 2}),
     "remask, bias": (ik.Factor(2.0), {"revise": ik.Remask(2), "logit_bias": ([3, 3, 700], [1.0, 0.5, -INF])}),
@@ -113,7 +114,10 @@ def test_no_token_differs_but_where_rounding_decides(backend: str, dtype: torch.
 
 @backends
 @pytest.mark.parametrize("path", PATHS)
-def test_a_row_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch, backend: str, path: str) -> None:
+@pytest.mark.parametrize("way", [{}, {"top_k": 50, "min_p": 1e-3}], ids=["all ids", "few ids"])
+def test_a_row_does_not_depend_on_the_others(
+    monkeypatch: pytest.MonkeyPatch, backend: str, path: str, way: dict[str, Any]
+) -> None:
     """Also across the widths of the fused product: 16, 32, 64 and 128 rows."""
     if path == "many":
         monkeypatch.setattr(gpu, "FUSED_ROWS", 0)
@@ -123,7 +127,7 @@ def test_a_row_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch, ba
     rest = () if path == "logits" else (head,)
     source = (hidden.float() @ head.float().T).bfloat16() if path == "logits" else hidden
     tokens, positions = torch.zeros(1, 128, dtype=torch.int64, device="cuda"), torch.arange(128, device="cuda")[None]
-    options: dict[str, Any] = {"mask_id": 0, "temperature": 1.0, "confidence": "neg_entropy"}
+    options: dict[str, Any] = {"mask_id": 0, "temperature": 1.0, "confidence": "neg_entropy", **way}
     want, _ = step(backend, (source, *rest), tokens, positions, ik.TopK(0), **options)
     for some in ([7], [21, 3, 127, 7, 0], list(range(40, 72)), list(range(64)), torch.randperm(128).tolist()):
         got, _ = step(backend, (source[:, some], *rest), tokens, positions[:, some], ik.TopK(0), **options)
@@ -133,8 +137,9 @@ def test_a_row_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch, ba
 
 @backends
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("truncated", [False, True])
 def test_a_captured_step_follows_its_tensors_and_never_synchronises(
-    monkeypatch: pytest.MonkeyPatch, backend: str, path: str
+    monkeypatch: pytest.MonkeyPatch, backend: str, path: str, truncated: bool
 ) -> None:
     if path == "many":
         monkeypatch.setattr(gpu, "FUSED_ROWS", 0)
@@ -144,6 +149,8 @@ def test_a_captured_step_follows_its_tensors_and_never_synchronises(
     k, temperature = torch.tensor([1, 2], device="cuda"), torch.tensor(1.0, device="cuda")
     function: Any = ik.unmask_from_logits if path == "logits" else ik.unmask
     options: dict[str, Any] = {"mask_id": 8999, "backend": backend}
+    if truncated:
+        options |= {"top_k": torch.tensor([50, 0], device="cuda"), "min_p": torch.tensor(1e-3, device="cuda")}
 
     def once() -> Any:
         parameters = {"seed": seed, "step": at, "temperature": temperature}

@@ -18,9 +18,10 @@ from illada_kernels.ops.unmask import gpu, op
 from illada_kernels.ops.unmask.triton import launch as room
 from illada_kernels.testing import unmask_confidence_tolerance
 from tests.helpers.triton_interpreter import interpreted
+from tests.helpers.unmask_oracle import draw_call
 
 # The kernels' files, in the order in which they import each other.
-FILES = ("noise", "partials", "bounds", "head", "rows", "ranks", "proposals", "select")
+FILES = ("noise", "partials", "bounds", "head", "draw", "rows", "ranks", "proposals", "select")
 
 
 @contextmanager
@@ -58,6 +59,21 @@ def from_hidden(inputs, rule, backend: str, **options):
     tokens = tokens.clone()
     options = {"mask_id": weight.shape[0] - 1, "temperature": 0.7, "seed": 11, **options}
     return ik.unmask(hidden, weight, tokens, positions, rule, backend=backend, **options), tokens
+
+
+def draw_small_call(draw):
+    """draw_call's truncating call, of at most 3 candidates and 400 ids."""
+    logits, tokens, positions, rule, options = draw_call(draw, truncated=True)
+    forbid, mask_id = options["forbid"], options["mask_id"]
+    options["forbid"] = (mask_id % 400,) if forbid is None else tuple(i for i in forbid if i < 400)
+    options["defer"] = tuple(i for i in options["defer"] if i < 400)
+    if options["logit_bias"] is not None and isinstance(options["logit_bias"][0], list):
+        options["logit_bias"] = ([0, 0], [1.5, -0.25])
+    if options["noise_positions"] is not None:
+        options["noise_positions"] = options["noise_positions"][:, :3]
+    if isinstance(options["revise"], ik.Remask) and options["revise"].scores is not None:
+        options["revise"] = ik.Remask(options["revise"].n, options["revise"].scores[:, :3].contiguous())
+    return logits[:, :3, :400], tokens, positions[:, :3], rule, options
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, file: str, old: str, new: str) -> None:

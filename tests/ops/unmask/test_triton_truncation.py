@@ -1,5 +1,5 @@
-"""top_k, top_p, min_p and Renoise in unmask's Triton kernels, in the interpreter: against the reference, and planted
-faults that these tests must see."""
+"""top_k, top_p and min_p on whole rows of logits, and Renoise, in unmask's Triton kernels in the interpreter: against
+the reference, and planted faults that these tests must see."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import illada_kernels as ik
 from illada_kernels.ops.unmask import gpu
 from illada_kernels.ops.unmask.triton import launch as room
 from tests.helpers.triton_interpreter import KernelFault
-from tests.helpers.unmask_oracle import INF, MASK, draw_call, step
-from tests.helpers.unmask_triton import exact_inputs, from_hidden, plant, same, small_tiles
+from tests.helpers.unmask_oracle import INF, MASK, step
+from tests.helpers.unmask_triton import draw_small_call, exact_inputs, from_hidden, plant, same, small_tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf - inf and log 0 in unused lanes
 
@@ -42,17 +42,7 @@ def both(logits: torch.Tensor, tokens: Any, positions: Any, rule: Any, by_entrop
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_drawn_calls_equal_the_reference(data: Any) -> None:
-    logits, tokens, positions, rule, options = draw_call(data.draw, truncated=True)
-    logits, positions = logits[:, :3, :400], positions[:, :3]
-    forbid, mask_id = options["forbid"], options["mask_id"]
-    options["forbid"] = (mask_id % 400,) if forbid is None else tuple(i for i in forbid if i < 400)
-    options["defer"] = tuple(i for i in options["defer"] if i < 400)
-    if options["logit_bias"] is not None and isinstance(options["logit_bias"][0], list):
-        options["logit_bias"] = ([0, 0], [1.5, -0.25])
-    if options["noise_positions"] is not None:
-        options["noise_positions"] = options["noise_positions"][:, :3]
-    if isinstance(options["revise"], ik.Remask) and options["revise"].scores is not None:
-        options["revise"] = ik.Remask(options["revise"].n, options["revise"].scores[:, :3].contiguous())
+    logits, tokens, positions, rule, options = draw_small_call(data.draw)
     both(logits, tokens, positions, rule, options["confidence"] == "neg_entropy", **options)
 
 
@@ -66,6 +56,7 @@ TRUNCATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", TRUNCATIONS)
 def test_hidden_rows_are_truncated_by_whole_rows_of_logits(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "FUSED_ROWS", 0)
     monkeypatch.setattr(gpu, "TRUNCATED_ROWS", 4)
     inputs = exact_inputs(2, 3, 700, 16)
     inputs[2][0, inputs[3][0, 0]] = 7  # takes no part: its row may be anything
@@ -182,13 +173,13 @@ FAULTS = {  # the file that holds the fault, old, new, by the call that sees it
     },
     "all of them": {
         "top_p counts what top_k dropped": ("bounds", "least = tl.maximum(least, found)", "least = least + 0 * found"),
-        "min_p lowers a bound": ("bounds", "tl.maximum(bound, top + t * below)", "top + t * below"),
+        "min_p lowers a bound": ("bounds", "tl.maximum(bound, min_p_bound(", "tl.maximum(-INF, min_p_bound("),
     },
     "min_p": {
         "the last block is not read": (
             "bounds",
-            "largest = tl.full([BLOCK]",
-            "vocab = vocab // 2\n        largest = tl.full([BLOCK]",
+            "top = largest(whole, vocab, ",
+            "vocab = vocab // 2\n        top = largest(whole, vocab, ",
         ),
         "min_p without the temperature": ("bounds", "top + t * below", "top + below"),
         "one bound for all rows": ("rows", "tl.load(bounds + row)", "tl.load(bounds + 0 * row)"),

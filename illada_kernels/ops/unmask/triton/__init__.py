@@ -1,8 +1,9 @@
 """unmask in Triton: which calls it takes, and the way to the kernels.
 
-launch.py has the host's side; bounds.py finds what truncation keeps, head.py or rows.py make partials (partials.py),
-select.py merges them into proposals (proposals.py), ranks these (ranks.py) and writes; noise.py is what all call. They
-are imported at the first call: this module does without Triton.
+launch.py has the host's side; head.py or rows.py make partials (partials.py), select.py merges them into proposals
+(proposals.py), ranks these (ranks.py) and writes; noise.py is what all call. What truncation keeps, bounds.py finds
+before rows.py draws, and draw.py after head.py, where it draws too. They are imported at the first call: this module
+does without Triton.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ def supports(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem) -> Outputs:
-    """Returns (proposal, confidence, committed, remaining); writes into problem.tokens. Memory: up to 32 bytes per row
-    and group of ids, and what gpu.head_products needs for more than gpu.FUSED_ROWS rows or with truncation."""
+    """Returns (proposal, confidence, committed, remaining); writes into problem.tokens.
+
+    Memory: up to 32 bytes per row and group of ids. The fused head has a scratch of 512 bytes for each row and group,
+    or where top_k or min_p truncates, 4.5 bytes for each row and id; rows are rounded up to 16, 32, 64 or 128. More
+    rows, and top_p, take what gpu.head_products needs."""
     from . import launch
 
     return launch.forward(problem)

@@ -9,8 +9,9 @@ import torch
 
 from .... import rules
 from .. import gpu
-from ..problem import NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND, NEEDS_TOP_ID
+from ..problem import BY_MIN_P, BY_TOP_K, NEEDS_ENTROPY, NEEDS_HELD, NEEDS_SECOND, NEEDS_TOP_ID
 from .bounds import bounds_kernel
+from .draw import draw_kernel
 from .head import head_kernel
 from .launch import BOUND_IDS, BOUNDS_OPTIONS, PAIRS, ROW_PAIRS, ROWS_OPTIONS, head_options, one, select_options
 from .rows import rows_kernel
@@ -21,7 +22,7 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
     """What a model with a bf16 head, and callers with logits, would launch, with numbers for parameters."""
     absent = dict.fromkeys(
         "head_bias frozen noise_positions temperature confidence_temperature seed step bias_ids bias_values rule "
-        "revision scores least rank_temperature defer bounds top_k top_p min_p".split()
+        "revision scores least rank_temperature defer bounds tops top_k top_p min_p".split()
     )
     types = {
         "hidden": "*bf16:16",
@@ -67,17 +68,24 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
     sampled = {"NOISE": True, "NEEDS": entropy, "REVISES": False}
     greedy = {"NOISE": False, "NEEDS": 0, "REVISES": False}
     whole = {"NOISE": True, "NEEDS": everything, "REVISES": True}
+    kept = {**sampled, "NOISE": False}
     for rows, dtype, name, needs in (
         (16, torch.bfloat16, "sampled", sampled),
         (64, torch.bfloat16, "sampled", sampled),
         (64, torch.bfloat16, "greedy", greedy),
         (128, torch.bfloat16, "all", whole),
         (64, torch.float32, "sampled", sampled),
+        (16, torch.bfloat16, "truncated", kept),
+        (64, torch.bfloat16, "truncated", kept),
+        (128, torch.bfloat16, "all, truncated", {**whole, "NOISE": False}),
+        (64, torch.float32, "truncated", kept),
     ):
         kind = "bf16" if dtype == torch.bfloat16 else "fp32"
         options = {"PAIRS": PAIRS, "EVEN_D": True, **head_options(rows, dtype), **needs}
         changes = {"hidden": f"*{kind}:16", "head": f"*{kind}:16"}
         changes["scratch"] = "*fp32:16"
+        if "truncated" in name:
+            changes["tops"] = "*fp32:16"
         yield configuration(f"head {kind} {rows} rows, {name}", head_kernel, options, **changes)
     for kind, dense, name, needs in (("fp32", True, "all", whole), ("bf16", False, "greedy", greedy)):
         options = {"SPAN": gpu.SLICE, "PAIRS": ROW_PAIRS, "DENSE": dense, **ROWS_OPTIONS, **needs}
@@ -90,6 +98,11 @@ def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, A
         options |= {"NEEDS": entropy, "REVISES": False}
         changes = {"logits": f"*{kind}:16", "bounds": "*fp32:16"}
         yield configuration(f"bounds {kind}, {truncate}", bounds_kernel, options, **changes)
+    for truncate in (BY_TOP_K, BY_MIN_P, BY_TOP_K | BY_MIN_P):
+        options = {"TRUNCATE": truncate, "PAIRS": PAIRS, "BLOCK": BOUND_IDS, **BOUNDS_OPTIONS}
+        options |= {"NEEDS": entropy, "REVISES": False}
+        changes = {"logits": "*fp32:16", "stride": "i32:16", "tops": "*fp32:16", "listed": "*i32:16"}
+        yield configuration(f"draw, {truncate}", draw_kernel, options, **changes)
     for count, name, reranked in (
         (64, "64 candidates", False),
         (1024, "1024 candidates", False),

@@ -1,4 +1,7 @@
-"""Before the partials of a call that truncates: the least logit that top_k, top_p and min_p keep in each row."""
+"""The least logit that top_k, top_p and min_p keep in each row, and the search that finds it.
+
+The search reads a row through READ(row, at), which returns the float32 logits at places `at` and -inf where there is
+none: `row_logits` here, `run_tops` and `listed_logits` in draw.py."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -29,8 +32,9 @@ def logit_of(key):
 
 
 @triton.jit
-def some_logits(source, ids, head_bias, vocab, bias_ids, bias_values, biases, forbidden, forbids):
-    """(P,) logits of ids as the rows kernel sees them, -inf where it finds the row bad."""
+def row_logits(row, ids):
+    """READ of a whole row: (P,) logits of ids as the rows kernel sees them, -inf where it finds the row bad."""
+    source, head_bias, vocab, bias_ids, bias_values, biases, forbidden, forbids = row
     x = tl.load(source + ids, mask=ids < vocab, other=0.0).to(tl.float32)
     if head_bias is not None:
         x += tl.load(head_bias + ids, mask=ids < vocab, other=0.0).to(tl.float32)
@@ -44,33 +48,37 @@ def some_logits(source, ids, head_bias, vocab, bias_ids, bias_values, biases, fo
 
 
 @triton.jit
+def largest(row, size, READ: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns the largest logit at places [0, size) of a row."""
+    most = tl.full([BLOCK], -INF, tl.float32)
+    for start in range(0, size, BLOCK):
+        most = tl.maximum(most, READ(row, start + tl.arange(0, BLOCK)))
+    return tl.max(most, 0)
+
+
+@triton.jit
 def reaching(
     thresholds,
     top,
     scale,
-    source,
-    head_bias,
-    vocab,
-    bias_ids,
-    bias_values,
-    biases,
-    forbidden,
-    forbids,
+    row,
+    size,
+    READ: tl.constexpr,
     MASS: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """(WAYS,) how many logits reach each threshold, or with MASS their exp((l - top) * scale), in integers of
     1 / ONE, which have no order."""
-    sums = tl.zeros([WAYS, BLOCK], tl.int64)
-    for start in range(0, vocab, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        x = some_logits(source, ids, head_bias, vocab, bias_ids, bias_values, biases, forbidden, forbids)
+    integer: tl.constexpr = tl.int64 if MASS else tl.int32
+    sums = tl.zeros([WAYS, BLOCK], integer)
+    for start in range(0, size, BLOCK):
+        x = READ(row, start + tl.arange(0, BLOCK))
         if MASS:
             z = shifted(x, top, scale)
-            weight = tl.ceil(tl.where(z < LEAST, 0.0, tl.exp(z)) * ONE).to(tl.int64)
+            weight = tl.ceil(tl.where(z < LEAST, 0.0, tl.exp(z)) * ONE).to(integer)
         else:
-            weight = (x > -INF).to(tl.int64)
+            weight = (x > -INF).to(integer)
         sums += tl.where(key_of(x)[None, :] >= thresholds.to(tl.int32)[:, None], weight[None, :], 0)
     return tl.sum(sums, 1)
 
@@ -82,14 +90,9 @@ def largest_reached(
     top,
     temperature,
     scale,
-    source,
-    head_bias,
-    vocab,
-    bias_ids,
-    bias_values,
-    biases,
-    forbidden,
-    forbids,
+    row,
+    size,
+    READ: tl.constexpr,
     MASS: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -100,22 +103,7 @@ def largest_reached(
     way = tl.arange(0, WAYS)
     below = top - temperature * tl.exp2((6 - way).to(tl.float32))  # 32, 16 .. 0.5 temperatures
     thresholds = tl.where((way > 0) & (below > -INF), tl.maximum(key_of(below).to(tl.int64), least), least)
-    sums = reaching(
-        thresholds,
-        top,
-        scale,
-        source,
-        head_bias,
-        vocab,
-        bias_ids,
-        bias_values,
-        biases,
-        forbidden,
-        forbids,
-        MASS,
-        ONE,
-        BLOCK,
-    )
+    sums = reaching(thresholds, top, scale, row, size, READ, MASS, ONE, BLOCK)
     total = tl.max(sums, 0)
     if MASS:
         enough = tl.ceil(wanted.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
@@ -126,25 +114,18 @@ def largest_reached(
     end = tl.where(total < enough, NOTHING, end)
     while end - low > 1:
         thresholds = tl.minimum(low + way * tl.cdiv(end - low, WAYS), end)
-        sums = reaching(
-            thresholds,
-            top,
-            scale,
-            source,
-            head_bias,
-            vocab,
-            bias_ids,
-            bias_values,
-            biases,
-            forbidden,
-            forbids,
-            MASS,
-            ONE,
-            BLOCK,
-        )
+        sums = reaching(thresholds, top, scale, row, size, READ, MASS, ONE, BLOCK)
         low = tl.max(tl.where(sums >= enough, thresholds, low), 0)
         end = tl.min(tl.where(sums < enough, thresholds, end), 0)
     return low
+
+
+@triton.jit
+def min_p_bound(top, t, min_p, min_p_number, min_p_b, b, inside):
+    """Returns top + T log(min_p), -inf where min_p drops nothing: at 0 and below, and at NaN."""
+    share = tl.sum(of_sequence(min_p, min_p_number, min_p_b, b, inside, tl.float32), 0)
+    below = tl.minimum(tl.log(tl.where(share > 0, share, 1.0).to(tl.float64)).to(tl.float32), 0.0)
+    return tl.where(share > 0, top + t * below, -INF)
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "first_row", "top_k_number"))
@@ -251,13 +232,8 @@ def bounds_kernel(
             source = logits + local.to(tl.int64) * logits_k
         else:
             source = logits + tl.sum(b * logits_b + k * logits_k, 0)
-        largest = tl.full([BLOCK], -INF, tl.float32)
-        for start in range(0, vocab, BLOCK):
-            ids = start + tl.arange(0, BLOCK)
-            largest = tl.maximum(
-                largest, some_logits(source, ids, head_bias, vocab, bias_ids, bias_values, biases, forbidden, forbids)
-            )
-        top = tl.max(largest, 0)
+        whole = (source, head_bias, vocab, bias_ids, bias_values, biases, forbidden, forbids)
+        top = largest(whole, vocab, row_logits, BLOCK)
         inside = row < rows
         scale = tl.minimum(tl.div_rn(tl.full([], 1.0, tl.float32), t), FLOAT32_MAX)
         if top > -INF:
@@ -265,24 +241,7 @@ def bounds_kernel(
             if BY_TOP_K & TRUNCATE:
                 wanted = tl.sum(of_sequence(top_k, top_k_number, top_k_b, b, inside, tl.int64), 0)
                 if (wanted > 0) & (wanted < vocab):
-                    found = largest_reached(
-                        least,
-                        wanted,
-                        top,
-                        t,
-                        scale,
-                        source,
-                        head_bias,
-                        vocab,
-                        bias_ids,
-                        bias_values,
-                        biases,
-                        forbidden,
-                        forbids,
-                        False,
-                        ONE,
-                        BLOCK,
-                    )
+                    found = largest_reached(least, wanted, top, t, scale, whole, vocab, row_logits, False, ONE, BLOCK)
                     least = tl.maximum(least, found)
                     bound = tl.where(found > NOTHING, logit_of(found), bound)
             if BY_TOP_P & TRUNCATE:
@@ -290,27 +249,8 @@ def bounds_kernel(
                 if share <= 0:
                     bound = top
                 elif share < 1:  # a NaN counts as 1
-                    found = largest_reached(
-                        least,
-                        share,
-                        top,
-                        t,
-                        scale,
-                        source,
-                        head_bias,
-                        vocab,
-                        bias_ids,
-                        bias_values,
-                        biases,
-                        forbidden,
-                        forbids,
-                        True,
-                        ONE,
-                        BLOCK,
-                    )
+                    found = largest_reached(least, share, top, t, scale, whole, vocab, row_logits, True, ONE, BLOCK)
                     bound = logit_of(found)
             if BY_MIN_P & TRUNCATE:
-                share = tl.sum(of_sequence(min_p, min_p_number, min_p_b, b, inside, tl.float32), 0)
-                below = tl.minimum(tl.log(tl.where(share > 0, share, 1.0).to(tl.float64)).to(tl.float32), 0.0)
-                bound = tl.where(share > 0, tl.maximum(bound, top + t * below), bound)
+                bound = tl.maximum(bound, min_p_bound(top, t, min_p, min_p_number, min_p_b, b, inside))
     tl.store(bounds + row, bound, mask=active)

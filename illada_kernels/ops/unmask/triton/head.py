@@ -6,8 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .noise import row_state
+from .noise import INF, row_state
 from .partials import UNSPECIALIZED, added, changed, fold, load_partial, store_partial
+
+RUN = tl.constexpr(8)  # id pairs of a run, of which the draw kernel knows the largest logit before it reads any
 
 
 @triton.jit
@@ -57,6 +59,14 @@ def tile_logits(
     return even, odd
 
 
+@triton.jit
+def run_maxima(even, odd):
+    """(P / RUN, C) the largest logit of each run of a tile, from logits (P, C); NaN and inf do not count."""
+    even, odd = tl.where(even < INF, even, -INF), tl.where(odd < INF, odd, -INF)
+    runs = tl.reshape(tl.maximum(even, odd), [even.shape[0] // RUN, RUN, even.shape[1]])
+    return tl.max(runs, 1)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def head_kernel(
     hidden,
@@ -67,6 +77,7 @@ def head_kernel(
     head_bias,
     dim,
     scratch,
+    tops,
     vocab,
     rows,
     count,
@@ -119,6 +130,8 @@ def head_kernel(
     one instruction has. A tile's logits then pass, CHUNK rows at a time, through a scratch of the program's own that
     stays in the cache, so that registers do not grow with the rows. Even and odd ids are two products, so that an id
     pair's noise is drawn once. Rows that take no part are not read; NaN in one row stays there. Ties to the lowest id.
+    Where tops (rows, runs) is given, the call truncates: each tile has a scratch of its own, tops takes the largest
+    logit of each run, and rows with noise get no best score here, because the draw kernel finds it in the scratch.
     """
     group = tl.program_id(0)
     row = tl.arange(0, BLOCK_N)
@@ -155,11 +168,14 @@ def head_kernel(
         NEEDS,
     )
     x_rows = hidden + (b * hidden_b + k * hidden_k)[None, :] + tl.arange(0, BLOCK_D)[:, None]  # (D, N)
-    own = scratch + group.to(tl.int64) * (2 * PAIRS * BLOCK_N) + tl.arange(0, PAIRS)[:, None] * BLOCK_N  # (P, 1)
     tiles = tl.cdiv(vocab, 2 * PAIRS)
     first_tile = group * tiles // groups
     for tile in range(first_tile, (group + 1) * tiles // groups):
         pair = tile * PAIRS + tl.arange(0, PAIRS)
+        slot = group if tops is None else tile
+        own = (
+            scratch + tl.cast(slot, tl.int64) * (2 * PAIRS * BLOCK_N) + tl.arange(0, PAIRS)[:, None] * BLOCK_N
+        )  # (P, 1)
         even, odd = tile_logits(
             pair,
             x_rows,
@@ -237,6 +253,12 @@ def head_kernel(
                 NOISE,
                 NEEDS,
             )
+            if tops is not None:
+                _held, _key0, _key1, _position, _step, t, _scale = state
+                score = tl.where(t > 0, -INF, score)
+                run = tile * (PAIRS // RUN) + tl.arange(0, PAIRS // RUN)
+                of_rows = tops + some.to(tl.int64)[None, :] * (tiles * (PAIRS // RUN))
+                tl.store(of_rows + run[:, None], run_maxima(some_even, some_odd), mask=there[None, :])
             tl.debug_barrier()  # all threads have read the partial
             store_partial(
                 partials,

@@ -1,7 +1,8 @@
 """Launches unmask's Triton kernels.
 
-Up to gpu.FUSED_ROWS candidate rows: the head kernel, then the selection. More rows, or logits: the rows kernel, on the
-logits given or on matmuls by slices of the vocab, then the selection.
+Up to gpu.FUSED_ROWS candidate rows: the head kernel, with top_k or min_p the draw kernel, then the selection. Logits,
+more rows, or top_p: where the call truncates the bounds kernel, then the rows kernel, on the logits given or on matmuls
+by slices of the vocab, then the selection.
 
 Within a path results are bitwise the same for any batch, order of candidates and run: which ids make a tile, and which
 tiles a group, depends on V alone; a logit is summed over D in steps of BLOCK_D in one order; sums over ids are of
@@ -18,14 +19,15 @@ from .... import rules
 from .. import gpu
 from ..problem import Outputs, Problem
 from .bounds import bounds_kernel
-from .head import head_kernel
+from .draw import draw_kernel
+from .head import RUN, head_kernel
 from .partials import FIELDS
 from .rows import rows_kernel
 from .select import select_kernel
 
 PAIRS = 64  # id pairs of a tile of the head kernel: the product's M, twice
 GROUPS = 264  # of tiles, at most: two programs for each multiprocessor of an H200, 2.5 for each of an A100
-BOUND_IDS = 2048  # ids that the bounds kernel holds at once, for each of its thresholds
+BOUND_IDS = 2048  # ids that the bounds and draw kernels hold at once, for each of their thresholds
 ROW_PAIRS = 512  # id pairs that the rows kernel holds at once
 BLOCK = 1024  # candidates that the selection holds at once
 
@@ -57,9 +59,10 @@ class Call:
         numbers = gpu.parameters(problem)
         self.numbers = numbers
         self.needs = problem.needs()
-        self.fused = problem.head_weight is not None and self.row_count <= gpu.FUSED_ROWS and not problem.truncation
-        tiles = -(-self.vocab // (2 * PAIRS))
-        self.groups = min(GROUPS, tiles) if self.fused else -(-self.vocab // gpu.SLICE)
+        few = self.row_count <= gpu.FUSED_ROWS
+        self.fused = problem.head_weight is not None and few and not problem.needs_whole_rows
+        self.tiles = -(-self.vocab // (2 * PAIRS))
+        self.groups = min(GROUPS, self.tiles) if self.fused else -(-self.vocab // gpu.SLICE)
         self.partials = torch.empty(FIELDS, self.groups, self.row_count, dtype=torch.float32, device=self.device)
         self.best_ids = torch.empty(self.groups, self.row_count, dtype=torch.int32, device=self.device)
         frozen = None if problem.frozen is None else problem.frozen.view(torch.uint8)
@@ -77,21 +80,16 @@ class Call:
         forbidden = gpu.forbidden(problem)
         biases = 0 if problem.bias_ids is None else problem.bias_ids.shape[0]
         self.temperature = value(numbers.temperature)
-        self.rest = (
-            *self.temperature,
-            *self.confidence_temperature,
-            *self.noise,
+        self.row_state = (*self.where, *self.temperature, *self.confidence_temperature, *self.noise)
+        self.added = (
             contiguous(problem.bias_ids),
             contiguous(problem.bias_values),
             biases,
             forbidden,
             0 if forbidden is None else forbidden.shape[0],
-            self.partials,
-            self.best_ids,
-            self.groups,
         )
-        self.truncation = (*limited(numbers.top_k), *value(numbers.top_p), *value(numbers.min_p))
-        self.bounds = self.partials.new_empty(self.row_count) if problem.truncation else None
+        self.parts = (self.partials, self.best_ids, self.groups)
+        self.bounds = self.partials.new_empty(self.row_count) if problem.truncation and not self.fused else None
         revises = problem.revise in (rules.EDIT, rules.REMASK)
         self.constants = {"NEEDS": self.needs, "REVISES": revises, "enable_fp_fusion": False}
 
@@ -100,7 +98,10 @@ class Call:
         assert head is not None
         dim = head.shape[1]
         options = head_options(self.row_count, head.dtype)
-        scratch = torch.empty(self.groups, 2, PAIRS, options["BLOCK_N"], dtype=torch.float32, device=self.device)
+        new, slots, tops = self.partials.new_empty, self.groups, None
+        if problem.truncation:
+            slots, tops = self.tiles, new(self.row_count, self.tiles * PAIRS // RUN.value)
+        scratch = new(slots, 2, PAIRS, options["BLOCK_N"])
         head_kernel[(self.groups,)](
             problem.source,
             problem.source.stride(0),
@@ -110,15 +111,41 @@ class Call:
             contiguous(problem.head_bias),
             dim,
             scratch,
+            tops,
             self.vocab,
             self.row_count,
             self.count,
-            *self.where,
-            *self.rest,
+            *self.row_state,
+            *self.added,
+            *self.parts,
             PAIRS=PAIRS,
-            NOISE=problem.noisy,
+            NOISE=problem.noisy and tops is None,
             EVEN_D=dim % options["BLOCK_D"] == 0,
             **options,
+            **self.constants,
+        )
+        if tops is not None:
+            self.draw(scratch, tops)
+
+    def draw(self, logits: Tensor, tops: Tensor) -> None:
+        numbers, runs = self.numbers, tops.shape[1]
+        draw_kernel[(self.row_count,)](
+            logits,
+            logits.shape[3],
+            tops,
+            torch.empty_like(tops, dtype=torch.int32),
+            runs,
+            self.vocab,
+            self.row_count,
+            self.count,
+            *self.row_state,
+            *self.parts,
+            *limited(numbers.top_k),
+            *value(numbers.min_p),
+            TRUNCATE=self.problem.truncation,
+            PAIRS=PAIRS,
+            BLOCK=BOUND_IDS,
+            **BOUNDS_OPTIONS,
             **self.constants,
         )
 
@@ -140,9 +167,11 @@ class Call:
                 self.vocab,
                 self.row_count,
                 self.count,
-                *self.where,
-                *self.rest[:-3],
-                *self.truncation,
+                *self.row_state,
+                *self.added,
+                *limited(self.numbers.top_k),
+                *value(self.numbers.top_p),
+                *value(self.numbers.min_p),
                 self.bounds,
                 TRUNCATE=self.problem.truncation,
                 ONE=one(self.vocab),
@@ -162,8 +191,9 @@ class Call:
             self.vocab,
             self.row_count,
             self.count,
-            *self.where,
-            *self.rest,
+            *self.row_state,
+            *self.added,
+            *self.parts,
             self.bounds,
             SPAN=gpu.SLICE,
             PAIRS=ROW_PAIRS,
