@@ -237,6 +237,9 @@ def split_parameters(batch: int, device: torch.device, *parameters: tuple[str, A
     """
     split: list[Any] = []
     for name, value, low, high in parameters:
+        if type(value) is type(low) and (value >= low) is True and (value <= high) is True:
+            split += [value, None]  # a plain number within its limits: Dynamo takes 5 ms to trace what follows
+            continue
         whole = isinstance(low, int) and isinstance(high, int)
         given, value = value, plain(value, torch.int64 if whole else torch.float64)
         if isinstance(value, Tensor) and value is not given:  # a NumPy scalar, under Dynamo
