@@ -204,9 +204,10 @@ class KeyRanges(Layouts):
 
     def dense(self) -> Tensor:
         """The mask as bool (B or 1, Sq or 1, num_keys), True where attention is allowed; one byte an entry."""
-        lo0, hi0, lo1, hi1 = clamp_bounds(self.bounds, self.num_keys).unsqueeze(-2).unbind(-1)  # each (B, Sq, 1)
+        lo0, hi0, lo1, hi1 = self.bounds.unsqueeze(-2).unbind(-1)  # each (B, Sq, 1)
         key = torch.arange(self.num_keys, device=self.device, dtype=torch.int32)
-        return ((lo0 <= key) & (key < hi0)) | ((lo1 <= key) & (key < hi1))
+        # as clamp_bounds reads them: the second range starts at the largest of lo0, hi0 and lo1
+        return (lo0 <= key) & ((key < hi0) | ((lo1 <= key) & (key < hi1)))
 
     def density(self) -> Tensor:
         """The allowed fraction of all (row, key) pairs: a 0-d float32 tensor on the device; 0 if there are no pairs.

@@ -54,14 +54,19 @@ def given(batch, length):
 SIZES = [(3, 13), (4, 17), (5, 16), (6, 23)]
 
 
+# dense() and density() see bounds and num_keys alone: one batch or each its own, one row or all, a part of the keys.
+READ = ("full", "padding left", "causal of a cache", "window", "cached", "from dense", "slice", "slice of a broadcast")
+
+
 class Use(torch.nn.Module):
     def __init__(self, *names):
         super().__init__()
-        self.uses = [USES[name] for name in names]
+        self.uses = [(USES[name], name in READ or len(names) == 1) for name in names]
 
     def forward(self, x, n):
-        made = [use(x, n) for use in self.uses]
-        return [part for ranges in made for part in (ranges.bounds, ranges.dense(), ranges.density())]
+        made = [(use(x, n), read) for use, read in self.uses]
+        read = [ranges for ranges, read in made if read]
+        return [*(m.bounds for m, _ in made), *(r.dense() for r in read), *(r.density() for r in read)]
 
 
 def same(got, expected):
