@@ -81,17 +81,18 @@ extension: tools
 test: build extras
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# imports what the tests do: broken imports show early, and workers that start together find the bytecode
-collect: setup
+# imports what the tests do: broken imports show early, and workers that start together find the bytecode; pytest finds
+# the package in the checkout, so this runs beside its installation
+collect: extension $(REQUIRED)
 	$(BIN)/python -m pytest --collect-only --quiet >build/collected || (tail -n 50 build/collected; exit 1)
 
 # packages that tests want beside the environment's
 extras: $(EXTRAS)
 
-# the other version that tests/integrations runs with
+# the other version that tests/integrations runs with, and what it needs older than the environment has it
 build/transformers-4.57: pyproject.toml | $(TOOLS)
 	rm -rf $@ $@.part
-	$(PIP) --target $@.part "transformers==4.57.*" "numpy<2.4"
+	$(PIP) --no-deps --target $@.part "transformers==4.57.*" "huggingface-hub>=0.34,<1" "tokenizers>=0.22,<=0.23"
 	mv $@.part $@
 
 # a pretrained masked language model, for examples/antibodies.py; skipped where the package index lacks it

@@ -114,12 +114,6 @@ def write_ninja(root: Path, work: Path, binary: Path, nvcc: str | None, notes: l
         objects.append(f"{stem}.o")
         lines.extend([f"build {stem}.o: {rule} {escape(source)}", f"  flags = {flags}"])
 
-    # Named apart, so that a build with CUDA and one without share the other objects in one folder.
-    stem, with_cuda = ("bindings.cuda", "-DILLADA_WITH_CUDA") if nvcc else ("bindings", "")
-    compile_with("cxx", csrc / "bindings.cpp", stem, f"{with_cuda} {'-DPy_LIMITED_API=0x030A0000' if STABLE else ''}")
-    for source in sorted((csrc / "cpu").glob("*.cpp")):
-        for isa in isas if source.stem in BF16_SOURCES else isas[:3]:
-            compile_with("cxx", source, f"{source.stem}.{isa}", f"-DILLADA_ISA={isa} {ISA_FLAGS[isa]}")
     libs, logs = "", []
     if nvcc:
         check_nvcc(nvcc)
@@ -136,10 +130,17 @@ def write_ninja(root: Path, work: Path, binary: Path, nvcc: str | None, notes: l
         archs = cuda_archs(notes, known_archs(nvcc))
         portable = " ".join(gencode_flags(archs))
         hopper = "-gencode arch=compute_90a,code=sm_90a"
-        for source in sorted((csrc / "cuda").glob("*.cu")):
+        # the slowest first, which are those for several architectures
+        for source in sorted((csrc / "cuda").glob("*.cu"), key=lambda path: (path.stem.endswith("_sm90a"), path)):
             compile_with("nvcc", source, f"{source.stem}.cu", hopper if source.stem.endswith("_sm90a") else portable)
             logs.append(work / f"{source.stem}.cu.o.log")
         libs = " ".join(f"-L{shell(d)}" for d in cuda_library_dirs(nvcc)) + " -lcudart_static -lpthread -ldl -lrt"
+    # Named apart, so that a build with CUDA and one without share the other objects in one folder.
+    stem, with_cuda = ("bindings.cuda", "-DILLADA_WITH_CUDA") if nvcc else ("bindings", "")
+    compile_with("cxx", csrc / "bindings.cpp", stem, f"{with_cuda} {'-DPy_LIMITED_API=0x030A0000' if STABLE else ''}")
+    for source in sorted((csrc / "cpu").glob("*.cpp")):
+        for isa in isas if source.stem in BF16_SOURCES else isas[:3]:
+            compile_with("cxx", source, f"{source.stem}.{isa}", f"-DILLADA_ISA={isa} {ISA_FLAGS[isa]}")
     lines += [f"build {binary.name}: link {' '.join(objects)}", f"  libs = {libs}", f"default {binary.name}", ""]
     text = "\n".join(lines)
     target = work / "build.ninja"
