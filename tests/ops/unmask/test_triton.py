@@ -578,9 +578,9 @@ def test_launches_compile_with_the_arguments_that_they_are_called_with(path: str
         options |= {"confidence": "random", "revise": ik.Remask(torch.tensor(1)), "head_bias": weight[:, 0]}
         ik.unmask(hidden, weight, tokens, positions, ik.Threshold(torch.tensor(0.5)), **options)
         assert compiled == [("head_kernel", True, True), ("select_kernel", False, False)]
-        for ways in ({"top_k": torch.tensor([3, 2]), "min_p": torch.rand(2)}, {"top_k": 2**40}):
-            ik.unmask(hidden, weight, tokens, positions, ik.Threshold(torch.tensor(0.5)), **ways, **options)
-        assert [name for name, *_ in compiled[2:]] == ["head_kernel", "draw_kernel", "select_kernel"] * 2
+        options |= {"top_k": torch.tensor([3, 2]), "min_p": torch.rand(2)}
+        ik.unmask(hidden, weight, tokens, positions, ik.Threshold(torch.tensor(0.5)), **options)
+        assert [name for name, *_ in compiled[2:]] == ["head_kernel", "draw_kernel", "select_kernel"]
     else:
         options |= {"confidence": "margin", "revise": ik.Edit(torch.rand(2))}
         ik.unmask_from_logits(hidden @ weight.T, tokens, positions, ik.EntropyBound(torch.rand(2)), **options)
