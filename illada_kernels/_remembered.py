@@ -17,7 +17,12 @@ T = TypeVar("T")
 
 def allows(tensors: Sequence[Tensor]) -> bool:
     """Returns whether results may be kept: nothing watches, and the tensors are plain ones with a version."""
-    return not is_watched() and is_plain(tensors) and not any(x.is_inference() for x in tensors)
+    if is_watched() or not is_plain(tensors):
+        return False
+    for x in tensors:
+        if x.is_inference():
+            return False
+    return True
 
 
 class Remembered(Generic[T]):
@@ -34,17 +39,23 @@ class Remembered(Generic[T]):
 
     def get(self, tensors: Sequence[Tensor], also: Hashable, compute: Callable[[], T]) -> T:
         """Returns compute(), or what that gave for these tensors (`allows`) and `also`, all else that it reads."""
-        bases = [x if x._base is None else x._base for x in tensors]
-        key = also, *((id(b), x.data_ptr(), x.shape, x.stride(), x.dtype) for b, x in zip(bases, tensors))
-        state = [(x._version, crc(x)) for x in tensors]
-        if key in self.kept:
-            owners, before, result = self.kept[key]
-            if before == state and all(owner() is base for owner, base in zip(owners, bases)):
-                return result
+        bases, state, key = [], [], [also]
+        for x in tensors:
+            bases.append(base := x if x._base is None else x._base)
+            state.append((x._version, crc(x)))
+            key.append((id(base), x.data_ptr(), x.shape, x.stride(), x.dtype))
+        name = tuple(key)
+        kept = self.kept.get(name)
+        if kept is not None and kept[1] == state:
+            for owner, base in zip(kept[0], bases):
+                if owner() is not base:
+                    break
+            else:
+                return kept[2]
         result = compute()
         for oldest in list(self.kept)[: max(len(self.kept) - self.most + 1, 0)]:
             self.kept.pop(oldest, None)
-        self.kept[key] = [weakref.ref(base, lambda _: self.kept.pop(key, None)) for base in bases], state, result
+        self.kept[name] = [weakref.ref(base, lambda _: self.kept.pop(name, None)) for base in bases], state, result
         return result
 
 
