@@ -12,17 +12,17 @@ from torch import Tensor
 MASK32 = 0xFFFFFFFF
 
 
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox-4x32-10 of the counter (c0, c1, c2, c3) under the key (low, high) of seed: four words below 2**32 in
     int64. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Integer products wrap, which leaves their
     bits right."""
-    k0, k1 = seed & MASK32, seed >> 32 & MASK32
+    k0, k1 = seed, seed >> 32  # bits above the lowest 32 go with each round's
     c0, c1, c2 = c0 & MASK32, c1 & MASK32, c2 & MASK32
     w3: Tensor | int = c3
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, w3 = (p1 >> 32 & MASK32) ^ c1 ^ k0, p1 & MASK32, (p0 >> 32 & MASK32) ^ w3 ^ k1, p0 & MASK32
-        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+        c0, c1, c2, w3 = (p1 >> 32 ^ c1 ^ k0) & MASK32, p1 & MASK32, (p0 >> 32 ^ w3 ^ k1) & MASK32, p0 & MASK32
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
     assert isinstance(w3, Tensor)
     return c0, c1, c2, w3
 

@@ -146,9 +146,11 @@ def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
     """Returns rows start, start + 1, ...; per_row: all_rows' list, each (N, 1)."""
     masked, held, position, seed, at_step, temperature, tc, *truncation = per_row
     logits = row_logits(step, start, masked.shape[0])  # (N, V)
-    random = philox_unit(philox(seed, torch.zeros_like(position), position, at_step, 1)[:2])
-    rank_noise = gumbel_of(philox(seed, torch.zeros_like(position), position, at_step, 2)[:2])
-    redrawn = scaled(philox(seed, torch.zeros_like(position), position, at_step, 3), step.vocab)
+    uses = torch.arange(1, 4, device=seed.device)  # one call instead of three: small tensors cost their operators
+    drawn = [w.split(1, 1) for w in philox(seed, torch.zeros_like(position), position, at_step, uses)]
+    of_random, of_ranks, of_renoise = zip(*drawn)
+    random, rank_noise = philox_unit(of_random[:2]), gumbel_of(of_ranks[:2])
+    redrawn = scaled(of_renoise, step.vocab)
     if logits.shape[1] == 0:
         zero = torch.zeros_like(random)
         return Rows(held, held, held, zero, zero, zero, random, zero, zero, zero, torch.ones_like(masked))
