@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._bounds import canonical, intersect, refuse, runs, savable
+from ._bounds import canonical, clamped, intersect, refuse, runs, savable
 from ._bounds import clamp_bounds as clamp_bounds
 from ._checks import FLOATS, expect_contiguous, expect_shape, expect_tensor, holds, known
 from ._layouts import Layouts, expect_size
@@ -204,7 +204,7 @@ class KeyRanges(Layouts):
 
     def dense(self) -> Tensor:
         """The mask as bool (B or 1, Sq or 1, num_keys), True where attention is allowed; one byte an entry."""
-        lo0, hi0, lo1, hi1 = self.bounds.unsqueeze(-2).unbind(-1)  # each (B, Sq, 1)
+        lo0, hi0, lo1, hi1 = self.bounds.split(1, -1)  # each (B, Sq, 1)
         key = torch.arange(self.num_keys, device=self.device, dtype=torch.int32)
         # as clamp_bounds reads them: the second range starts at the largest of lo0, hi0 and lo1
         return (lo0 <= key) & ((key < hi0) | ((lo1 <= key) & (key < hi1)))
@@ -218,7 +218,7 @@ class KeyRanges(Layouts):
         >>> KeyRanges.causal(4).density()
         tensor(0.6250)
         """
-        lo0, hi0, lo1, hi1 = clamp_bounds(self.bounds, self.num_keys).unbind(-1)
+        lo0, hi0, lo1, hi1 = clamped(self.bounds, self.num_keys)
         pairs = self.bounds.shape[0] * self.bounds.shape[1] * self.num_keys
         allowed = ((hi0 - lo0) + (hi1 - lo1)).sum().to(torch.float64)
         return allowed.div(torch.sym_max(pairs, 1)).to(torch.float32)
