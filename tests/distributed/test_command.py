@@ -42,7 +42,9 @@ def losses_of(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_ranks_train_and_one_goes_on(python: Python, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_ranks_train_and_one_goes_on_and_a_world_that_does_not_divide_is_refused(
+    python: Python, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     done = train(python, 2, "--out", str(folder), *RUN, "--tensor-parallel", "2", "--workers", "1")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,9 +52,17 @@ def test_two_ranks_train_and_one_goes_on(python: Python, tmp_path: Path, capsys:
     assert len(losses_of(folder)) == 3 and illada.load(folder).config.dim == 128
     assert main(["train", "--out", str(folder), "--resume"]) == 2
     assert "holds a state in shards: go on with torchrun, on any number of ranks" in capsys.readouterr().err
-    (alone,) = ranks_of(1)
-    on = python("-m", "illada", "train", "--out", str(folder), "--resume", "--quiet", **alone)
-    assert on.returncode == 0 and "resumed at step 3" in on.stderr, on.stderr[-3000:]
+    refused = ["train", "--out", str(tmp_path / "refused"), *RUN, "--context-parallel", "3"]
+    groups = [
+        [forks.Command(["train", "--out", str(folder), "--resume", "--quiet"], env=ranks_of(1)[0])],
+        [forks.Command(refused, env=env) for env in ranks_of(2)],
+    ]
+    imports, more = ("torch._dynamo", "illada.training.parallel.command"), {"cwd": ROOT, "OMP_NUM_THREADS": "1"}
+    ((code, said),), both = forks.run(python, tmp_path / "forks", groups, imports, **more)
+    assert code == 0 and "resumed at step 3" in said, said
+    assert all(code for code, _ in both) and not (tmp_path / "refused").exists()
+    why = "illada: world size: expected a multiple of tensor_parallel * context_parallel = 3"
+    assert sum(said.count(why) for _, said in both) == 1, both
 
 
 @pytest.mark.skipif(not PEFT.exists(), reason="make build/peft installs it, where the package index has it")
@@ -85,9 +95,3 @@ def test_adapters_of_two_ranks_are_those_of_one_process(python: Python, tmp_path
             for key, weight in one.items():
                 assert two[key].dtype == kept and two[key].shape == weight.shape, (file, key)
                 assert not exact or (two[key] - weight).abs().max() <= 1e-4 * weight.abs().max(), (file, key)
-
-
-def test_a_world_that_does_not_divide_is_refused_and_leaves_nothing(python: Python, tmp_path: Path) -> None:
-    done = train(python, 2, "--out", str(tmp_path / "run"), *RUN, "--context-parallel", "3")
-    assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert done.stderr.count("illada: world size: expected a multiple of tensor_parallel * context_parallel = 3") == 1
