@@ -30,9 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
-    gc.set_threshold(
-        20_000
-    )  # not 700: Dynamo's traces, which keep most of what they make, spent a tenth of their time here
+    gc.set_threshold(20_000)  # of 700 objects Dynamo's traces keep most: a tenth of their time went into looking
     gc.enable()
     if guards := sys.modules.get("torch._dynamo.guards"):
         # it times the guards of every graph for its log, with caches emptied before: 20 ms
