@@ -173,6 +173,7 @@ def included_files(text: str, folders: list[Path]) -> set[Path]:
     return found
 
 
+@functools.cache  # because to find out that nothing has changed takes 3 ms
 def compile_kernels(source: str | Path, defines: tuple[str, ...] = (), text: str | None = None) -> Kernels:
     """`source`: a .cu file, relative to the repository or absolute. `text`: compile this in its place (a copy with a
     fault planted, say), with the same includes."""
