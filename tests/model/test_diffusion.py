@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from illada.config import ModelConfig
+from illada.errors import PromptError
 from illada.model import Model
 from illada.tokenizer import ByteTokenizer
 from illada.training import objectives
@@ -260,6 +261,34 @@ def test_ids_before_a_document_are_given_and_count_nothing(block):
     bits, error = (f([one.bits_per_byte for one in found]) for f in (np.mean, np.std))
     assert 0 < error < 2 * bits and abs(bits - exact / math.log(2) / 3) < 0.4 * error
     assert {(one.tokens, one.bytes) for one in found} == {(5, 3)}
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_ids_before_a_document_are_never_masked(block):
+    model, documents, shown = tiny(block, seed=3), [Document("1", b"ab"), Document("2", b"c")], []
+    model.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    bound(model, documents, ByteTokenizer(), length=4 if block else 7, draws=50, bos=[9])
+    rows = torch.cat(shown)
+    if block:  # [2 noisy ; 4 clean] tokens of four windows: 9 a, b end, 9 c, end 9, of which the last 9 is a filler
+        given, other = rows[rows[:, 4] == 9][:, 0], rows[rows[:, 4] != 9][:, 1]
+    else:
+        given, other = rows[:, [0, 4]], rows[:, [1, 2, 3, 5, 6]]
+    assert len(given) >= 50 and (given == 9).all() and (other == MASK).any() and (other != MASK).any()
+
+
+@pytest.mark.parametrize(
+    "bos, said",
+    [
+        ([259], r"bos: expected .*259"),
+        ([-1], "bos: expected .*-1"),
+        (["x"], "bos: expected .*'x'"),
+        ([1.5], r"bos: expected .*1\.5"),
+        (9, "bos: expected token ids, got int"),
+    ],
+)
+def test_ids_that_the_model_does_not_have_are_named_before_the_first_pass(bos, said):
+    with pytest.raises(PromptError, match=said):
+        bound(tiny(0), [Document("1", b"ab")], ByteTokenizer(), length=4, bos=bos)
 
 
 @pytest.mark.parametrize("shifted", [False, True])

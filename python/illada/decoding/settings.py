@@ -217,10 +217,11 @@ def token_lists(prompts: Prompts, config: ModelConfig, what: str = "prompt") -> 
         raise PromptError(f"{what}s: expected a list of token lists, got {type(prompts).__name__}; pass its input_ids")
     if isinstance(prompts, (str, bytes)) or not _is_list(prompts):
         raise PromptError(f"{what}s: expected a list of token lists, got {type(prompts).__name__}; encode text first")
-    return [_token_list(prompt, config, f"{what} {b}") for b, prompt in enumerate(prompts)]
+    return [token_list(prompt, config, f"{what} {b}") for b, prompt in enumerate(prompts)]
 
 
-def _token_list(prompt: Any, config: ModelConfig, what: str) -> list[int]:
+def token_list(prompt: Any, config: ModelConfig, what: str) -> list[int]:
+    """Returns a prompt as a list of ids; raises PromptError, which calls it `what`, for other than ids of the vocab."""
     if hasattr(prompt, "tolist"):  # a tensor or array
         if len(prompt.shape) != 1 or not _is_integral(prompt):
             hint = "; put the prompt in a list" if len(prompt.shape) == 0 else ""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from illada_kernels import KeyRanges
 
-from ..decoding.settings import expect_mask
+from ..decoding.settings import expect_mask, token_list
 from ..errors import DataError
 from ..model import Model
 from ..tokenizer import Tokenizer, stream
@@ -94,7 +94,7 @@ def bound(
     ValueError
         For a length or a number of draws that is too small, and next_token of a model that sees everything.
     PromptError
-        For a model that needs a mask token and has none.
+        For a model that needs a mask token and has none, and for a bos that is not ids of its vocab.
     ArithmeticError
         For a loss that is not finite.
 
@@ -125,7 +125,7 @@ def bound(
     if not size:
         raise DataError("there is no text to evaluate on")
     _check_lossless(documents, tokenizer)
-    before = tokenizer.bos if bos is None else bos
+    before = token_list(tokenizer.bos if bos is None else bos, model.config, "bos")
     pieces = [stream([document], tokenizer, before) for document in documents]
     ids, given = np.concatenate(pieces), np.concatenate([np.arange(len(piece)) < len(before) for piece in pieces])
     windows = _windows(ids, given, length, scored, tokenizer.eos_id)
