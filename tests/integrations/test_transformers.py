@@ -355,6 +355,14 @@ def test_doge_which_adds_its_own_scores_to_the_mask_is_refused_in_words(length):
         model(torch.ones(1, length, dtype=torch.int64))
 
 
+def test_only_what_torch_says_of_shapes_and_values_is_said_of_the_mask():
+    mask = illada.mask_bounds(batch_size=1, q_length=3, kv_length=3, cache_position=torch.arange(3))
+    with pytest.raises(ValueError, match=r"^attention_mask: .* got add of it \(The size of tensor a"):
+        mask + torch.zeros(7)
+    with pytest.raises(NotImplementedError, match="no data"):
+        mask.to("meta").cpu()
+
+
 def test_a_model_is_one_graph():
     if not V5:
         pytest.skip("4.57 breaks graphs at its own masks")
