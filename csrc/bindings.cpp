@@ -218,6 +218,7 @@ PyMODINIT_FUNC PyInit__C() {
   BIND_CUDA(attention_bwd_fused_sm90a);
   m.add("unmask_call_bytes", PyLong_FromLong(sizeof(illada_unmask_call)));
   BIND_CUDA(unmask_head_sm90a);
+  BIND_CUDA(unmask_draw_sm90a);
   BIND_CUDA(unmask_bounds_cuda);
   BIND_CUDA(unmask_rows_cuda);
   BIND_CUDA(unmask_select_cuda);

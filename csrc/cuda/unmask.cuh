@@ -63,6 +63,27 @@ template <bool EXTENDED = false> ILLADA_DEVICE Row load_row(const Call& c, int64
   return row;
 }
 
+// What truncates a row that draws with temperature t. Values that keep all ids are told from others once, here.
+struct Truncation {
+  int64_t top_k;  // 0: keeps all
+  float top_p;  // 1: keeps all
+  float drop;  // from the largest logit to the least that min_p keeps; -inf: keeps all
+  ILLADA_DEVICE bool keeps_all() const { return top_k == 0 && top_p == 1.0f && drop == -infinity(); }
+};
+ILLADA_DEVICE Truncation truncation_of(const Call& c, int64_t b, float t) {
+  Truncation by{0, 1.0f, -infinity()};
+  if (c.truncate & ILLADA_BY_TOP_K) {
+    const int64_t wanted = integer_of(c.top_k, b);
+    if (wanted > 0 && wanted < c.vocab) by.top_k = wanted;
+  }
+  if (c.truncate & ILLADA_BY_TOP_P) by.top_p = fminf(number_of(c.top_p, b), 1.0f);  // a NaN counts as 1
+  if (c.truncate & ILLADA_BY_MIN_P) {
+    const float least = number_of(c.min_p, b);
+    if (least > 0.0f) by.drop = __fmul_rn(t, fminf(float(log(double(least))), 0.0f));
+  }
+  return by;
+}
+
 // The weight exp((x - top) / Tc) of an id or of a sum, and the exponent in units of log 2. Both are 0 where the weight
 // is not a normal number, so that a row without other ids near its maximum has exactly no entropy.
 struct Weight {

@@ -9,18 +9,28 @@
 // influence each other. Rows that take no part are multiplied and ignored (a NaN stays in its row); if none takes part,
 // blocks leave at once.
 #include "hopper.cuh"
-#include "unmask.cuh"
+#include "unmask_lists.cuh"
 
 namespace {
 
 using namespace illada;
 
-constexpr int kIds = 256, kDepth = 64;
+constexpr int kIds = kTile, kDepth = 64;
 constexpr int kMultiplying = 256, kMeeting = 7 * 32, kThreads = kMultiplying + kMeeting + 32;
 constexpr int kAtOnce = kIds / 2, kPitch = kAtOnce + 4;  // of logits in shared memory; this pitch has no bank conflicts
 
 template <int N> constexpr int kStages = N <= 16 ? 6 : N <= 32 ? 5 : 3;
 template <int N> constexpr int kBuffers = N <= 64 ? 2 : 1;
+
+// A row that truncates lists what reaches a floor, which rises towards the row's bound and never passes it.
+struct Listing {
+  float drop;  // from the largest logit to the least that min_p keeps
+  float floor;  // at least `wanted` of the ids met reach it
+  int32_t wanted;  // top_k; 0: keeps all
+  int32_t count;  // listed; -1: the row draws as it is met
+  float* words;  // as in PartList
+  Threshold* thresholds;
+};
 
 // Tiles are multiples of 1024 bytes, as the swizzle requires.
 template <class T, int N> struct Shared {
@@ -28,6 +38,7 @@ template <class T, int N> struct Shared {
   float logits[kBuffers<N>][N][kPitch];
   Row rows[N];
   Running running[N];
+  Listing listings[N];
   uint64_t full[kStages<N>], empty[kStages<N>];
   uint64_t ready[kBuffers<N>], met[kBuffers<N>];  // of the logits
 };
@@ -40,7 +51,7 @@ struct Sizes {
 // Calls body(tile) for this block's tiles. The blocks of a cluster have equally many, because they load for each other:
 // one may lie beyond the vocab, where the head loads as zeros and no id is allowed.
 template <class Body> ILLADA_DEVICE void over_tiles(const Sizes& z, Body body) {
-  const int rank = blockIdx.x % z.blocks;
+  const int rank = int(blockIdx.x) & (z.blocks - 1);
   for (int tile = blockIdx.x; tile - rank < z.tiles; tile += gridDim.x) body(tile);
 }
 
@@ -115,13 +126,66 @@ template <class T, int N> ILLADA_DEVICE void multiply(Shared<T, N>& s, const Siz
   });
 }
 
+// ---- rows that truncate ----------------------------------------------------------------------------------------
+// Returns what a row begins with. Takes the noise away from one that lists: it waits for the bound.
+ILLADA_DEVICE Listing begin_listing(const Call& c, int64_t r, Row& row) {
+  const Listing none{-infinity(), -infinity(), 0, -1, nullptr, nullptr};
+  if (!c.truncate || !(row.temperature > 0.0f)) return none;
+  const Truncation by = truncation_of(c, r / c.count, row.temperature);
+  if (by.keeps_all()) return none;
+  row.temperature = 0.0f;
+  const PartList list = list_of(c, r, int(blockIdx.x));
+  const float drop = by.top_p < 1.0f ? -infinity() : by.drop;  // top_p weighs all that top_k keeps
+  return Listing{drop, -infinity(), int32_t(by.top_k), 0, list.words, list.thresholds};
+}
+
+// Returns the floor after 128 ids more, whose largest in this lane is `mine`. A lane counts what reaches its threshold;
+// one that the floor has passed becomes `mine`, and the count begins here.
+ILLADA_DEVICE float raised(const Listing& at, float mine, const float* logits) {
+  if (!__any_sync(0xffffffffu, mine > at.floor)) return at.floor;
+  Threshold* const own = at.thresholds + threadIdx.x % 32;
+  Threshold t = at.count ? *own : Threshold{-infinity(), 0};
+  if (t.at <= at.floor && mine > at.floor) t = Threshold{mine, 0};
+#pragma unroll 4
+  for (int i = 0; i < kAtOnce; i += 4) {
+    const float4 x = *reinterpret_cast<const float4*>(logits + i);
+    t.reached += int(x.x >= t.at) + int(x.y >= t.at) + int(x.z >= t.at) + int(x.w >= t.at);
+  }
+  *own = t;
+  return fmaxf(at.floor, warp_top(t.reached >= at.wanted ? t.at : -infinity()));
+}
+
+// Lists a warp's 128 ids, a half of one of the block's tiles. top: the largest logit met so far.
+ILLADA_DEVICE void list_logits(const float* logits, int half, float top, Listing& listing) {
+  const int lane = threadIdx.x % 32;
+  Listing at = listing;
+  const PartList list{at.words, int(gridDim.x) * kTileWords, nullptr};
+  const float4 four = *reinterpret_cast<const float4*>(logits + lane * 4);
+  const float l[4] = {four.x, four.y, four.z, four.w};
+  const float mine = fmaxf(fmaxf(l[0], l[1]), fmaxf(l[2], l[3]));
+  if (at.wanted > 0) at.floor = raised(at, mine, logits);
+  const float floor = fmaxf(at.floor, __fadd_rn(top, at.drop));
+  Places places{{}, warp_top(mine), at.count, {}};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const bool kept = l[j] > -infinity() && l[j] >= floor;
+    places.of[j] = __ballot_sync(0xffffffffu, kept);
+    if (kept) *list.logit(at.count + __popc(places.of[j] & ((1u << lane) - 1))) = l[j];
+    at.count += __popc(places.of[j]);
+  }
+  if (lane != 0) return;
+  listing.floor = at.floor;
+  listing.count = at.count;
+  *list.places(half) = places;
+}
+
 // Folds logits into statistics. A warp has every seventh row; no other warp touches their statistics.
 template <class T, int N> ILLADA_DEVICE void meet_tiles(const Call& c, Shared<T, N>& s, const Sizes& z) {
   const int lane = threadIdx.x % 32, warp = (threadIdx.x - kMultiplying) / 32;
   int half = 0;
   over_tiles(z, [&](int tile) {
     for (int h = 0; h < 2; ++h, ++half) {
-      const int64_t first = int64_t(tile) * kIds + h * kAtOnce;
+      const int first = tile * kIds + h * kAtOnce;
       const int buffer = half % kBuffers<N>, phase = half / kBuffers<N> % 2;
       float head_bias[4], bias[4];
       load_head_bias(c, first, head_bias);
@@ -136,15 +200,27 @@ template <class T, int N> ILLADA_DEVICE void meet_tiles(const Call& c, Shared<T,
         add_head_bias(head_bias, l);
         add_biases(bias, l);
         meet(l, first, row, c.needs, running);
+        if (c.truncate)  // for the lists
+          *reinterpret_cast<float4*>(&s.logits[buffer][r][lane * 4]) = make_float4(l[0], l[1], l[2], l[3]);
         if (lane == 0) s.running[r] = running;
         __syncwarp();
       }
+#pragma unroll 1
+      for (int r = warp; c.truncate && r < z.rows; r += kMeeting / 32)  // apart, because registers are few
+        if (s.listings[r].count >= 0 && s.running[r].top < infinity())
+          list_logits(s.logits[buffer][r], half, s.running[r].top, s.listings[r]);
       __syncwarp();
       if (lane == 0) mbar_arrive(&s.met[buffer]);
     }
   });
-  for (int r = warp; r < z.rows; r += kMeeting / 32)
-    if (lane == 0 && s.rows[r].needed) store_partial(c, r, blockIdx.x, s.running[r]);
+#pragma unroll 1
+  for (int r = warp; r < z.rows; r += kMeeting / 32) {
+    if (lane != 0 || !s.rows[r].needed) continue;
+    Running running = s.running[r];
+    if (s.listings[r].count >= 0)  // no best yet
+      running.best_score = running.best_logit = -infinity(), running.best_id = -1 - s.listings[r].count;
+    store_partial(c, r, blockIdx.x, running);
+  }
 }
 
 template <class T, int N> ILLADA_DEVICE void init_barriers(Shared<T, N>& s, int blocks) {
@@ -172,9 +248,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   bool needed = false;
   for (int r = threadIdx.x; r < z.rows; r += blockDim.x) {
-    s.rows[r] = load_row(c, r / c.count, r % c.count);
+    Row row = load_row(c, r / c.count, r % c.count);
+    s.listings[r] = begin_listing(c, r, row);
+    s.rows[r] = row;
     s.running[r] = nothing_met();
-    needed |= s.rows[r].needed;
+    needed |= row.needed;
   }
   // columns of the MMA without a row are never loaded
   const int loaded = z.rows * kDepth, rest = N * kDepth - loaded;
@@ -237,6 +315,7 @@ extern "C" int illada_unmask_head_sm90a(const illada_unmask_call* call, int dtyp
   const int64_t rows = c.batch * c.count, tiles = (c.vocab + kIds - 1) / kIds;
   if (rows < 1 || rows > 128 || dim < 1 || c.vocab > 0x7fff0000) return int(cudaErrorInvalidValue);
   if (blocks < 1 || blocks > tiles || blocks > c.parts) return int(cudaErrorInvalidValue);
+  if (c.truncate && (!c.lists || blocks != c.parts)) return int(cudaErrorInvalidValue);
   const Operands o{hidden, head, stride_b, stride_k, head_stride, dim, blocks};
   const auto on = static_cast<cudaStream_t>(stream);
   if (dtype == ILLADA_BF16) return choose<bf16>(c, o, on);

@@ -24,10 +24,11 @@ SOURCES = (
     "csrc/cuda/unmask_rows.cu",
     "csrc/cuda/unmask_head_sm90a.cu",
     "csrc/cuda/unmask_bounds.cu",
+    "csrc/cuda/unmask_draw_sm90a.cu",
 )
-HEADERS = ("unmask.cuh", "unmask_logits.cuh")
+HEADERS = ("unmask_bound.cuh", "unmask_lists.cuh", "unmask.cuh", "unmask_logits.cuh")
 Faults = dict[str, tuple[str, str, str]]  # kernel, old, new, as `switchable` wants them
-POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "defer", "partials", "bounds")
+POINTERS = ("tokens", "forbid", "bias_ids", "bias_values", "head_bias", "defer", "partials", "bounds", "lists")
 NESTED = {
     **dict.fromkeys(("positions", "noise_positions", "scores", "frozen"), "data"),
     **dict.fromkeys(gpu.Parameters._fields, "tensor"),

@@ -249,17 +249,24 @@ struct illada_unmask_call {
   int64_t forbids, biases, head_bias_dtype, defers;
   float* partials;  // (ILLADA_UNMASK_FIELDS, B * K, parts)
   int64_t parts;
-  float* bounds;  // (B * K), the least logit that is kept; null without truncation
+  float* bounds;  // (B * K), the least logit that is kept; null without truncation, and with lists
+  float* lists;  // (B * K, (tiles of 256 ids + 1) * TILE_WORDS + parts * PART_WORDS) for a fused head that truncates
   int32_t rule, confidence, revise, needs, order, truncate;
 };
 #define ILLADA_UNMASK_FIELDS 8
+#define ILLADA_UNMASK_TILE_WORDS 272  // 256 logits, and which of the ids they belong to
+#define ILLADA_UNMASK_PART_WORDS 64  // thresholds of top_k
 #define ILLADA_UNMASK_SPAN 4096  // ids of one part of illada_unmask_rows_cuda
 #define ILLADA_UNMASK_SORT_IN_SHARED 1024  // candidates of a sequence; with more the selection needs its workspace
 // Fills parts from hidden (B, K, dim) @ head (V, dim)^T, bf16 or fp16: part i comes from block i of `blocks`, at most
-// one per tile of 256 ids. B * K <= 128; addresses and strides are multiples of 16 bytes.
+// one per tile of 256 ids, as many as parts where the call truncates. B * K <= 128; addresses and strides are multiples
+// of 16 bytes.
 extern "C" int illada_unmask_head_sm90a(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b,
                                         int64_t stride_k, const void* head, int64_t head_stride, int64_t dim,
                                         int64_t blocks, void* stream);
+// Draws in the rows that illada_unmask_head_sm90a listed, and stores each row's best in its first part. Runs after it
+// where the call truncates; its lists need not be initialised.
+extern "C" int illada_unmask_draw_sm90a(const illada_unmask_call* call, void* stream);
 // Fills parts of `rows` rows from first_row on (of B * K) from the logits of ids first .. first + ids; first is a
 // multiple of ILLADA_UNMASK_SPAN, and part s covers ids [s, s + 1) * ILLADA_UNMASK_SPAN. The logit of (b, k) and id
 // lies at b * stride_b + k * stride_k + id; if stride_b < 0, that of row r at (r - first_row) * stride_k + id - first.

@@ -26,6 +26,7 @@ from . import gpu
 from .problem import Outputs, Problem
 
 FIELDS, TILE, SORT_IN_SHARED = 8, 256, 1024  # api.h, unmask_head_sm90a.cu
+TILE_WORDS, PART_WORDS = 272, 64  # api.h
 
 
 class View(ctypes.Structure):
@@ -53,15 +54,15 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("forbids", "biases", "head_bias_dtype", "defers")),
         ("partials", ctypes.c_void_p),
         ("parts", ctypes.c_int64),
-        ("bounds", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("bounds", "lists")),
         *((name, ctypes.c_int32) for name in ("rule", "confidence", "revise", "needs", "order", "truncate")),
     ]
 
     tensors: list[Tensor]
 
 
-def describe(problem: Problem, partials: Tensor) -> Call:
-    """partials: (FIELDS, B * K, parts) float32."""
+def describe(problem: Problem, partials: Tensor, bounds: Tensor | None, lists: Tensor | None) -> Call:
+    """partials: (FIELDS, B * K, parts) float32; bounds or lists where the call truncates, as api.h describes them."""
     tensors: list[Tensor] = []
 
     def pointer(tensor: Tensor | None) -> int | None:
@@ -99,7 +100,8 @@ def describe(problem: Problem, partials: Tensor) -> Call:
         0 if defer is None else defer.shape[0],
         pointer(partials),
         partials.shape[2],
-        pointer(partials.new_empty(partials.shape[1]) if problem.truncation else None),
+        pointer(bounds),
+        pointer(lists),
         problem.rule,
         problem.confidence,
         problem.revise,
@@ -120,7 +122,9 @@ def forward(problem: Problem) -> Outputs:
     blocks = head_blocks(problem)
     parts = blocks or -(-vocab // gpu.SLICE)
     partials = torch.empty(FIELDS, rows, parts, dtype=torch.float32, device=device)
-    call = describe(problem, partials)
+    bounds = partials.new_empty(rows) if problem.truncation and not blocks else None
+    lists = partials.new_empty(rows, list_words(vocab, parts)) if problem.truncation and blocks else None
+    call = describe(problem, partials, bounds, lists)
 
     def read(logits: Tensor, stride_b: int, first_row: int, here: int, first_id: int) -> None:
         operands = (DTYPES[logits.dtype], logits, stride_b, logits.stride(-2), first_row, here)
@@ -161,12 +165,17 @@ def head_blocks(problem: Problem) -> int:
     return min(processors(problem.tokens.device), -(-problem.vocab // TILE))
 
 
+def list_words(vocab: int, parts: int) -> int:
+    """Returns the float32 words of a row's lists. Little of them is touched unless the call keeps most ids."""
+    return (-(-vocab // TILE) + 1) * TILE_WORDS + parts * PART_WORDS
+
+
 def unfused_reason(problem: Problem) -> str | None:
     """Returns None, or why hidden and head_weight do not suit the fused kernel: bulk copies take whole 16 bytes."""
     hidden, head = problem.source, problem.head_weight
     assert head is not None
-    if problem.truncation:
-        return "does not truncate: the bounds of top_k, top_p and min_p need all logits of a row"
+    if problem.needs_whole_rows:
+        return "does not truncate by top_p, whose bound needs all logits of a row"
     if problem.rule == rules.RENOISE:
         return "does not find the best token beside the one drawn, which Renoise reports"
     if hidden.dtype not in (torch.bfloat16, torch.float16) or head.dtype != hidden.dtype:
@@ -189,6 +198,8 @@ def run_head(problem: Problem, call: Call, blocks: int) -> None:
     strides = (hidden.stride(0), hidden.stride(1))
     operands = (DTYPES[hidden.dtype], hidden, *strides, head, head_stride, head.shape[1], blocks)
     launch("unmask_head_sm90a", problem.tokens.device, call, *operands)
+    if problem.truncation:
+        launch("unmask_draw_sm90a", problem.tokens.device, call)
 
 
 # ---- the backend ----------------------------------------------------------------------------------------------------

@@ -425,7 +425,7 @@ def test_the_backend_is_not_in_the_default_order_and_insists_on_a_gpu() -> None:
         unmask("cuda", torch.zeros(1, 1, 5), None, *where((1, 1), 1), ik.TopK(1), mask_id=MASK)
 
 
-SELECT, ROWS, HEAD, _ = SOURCES
+SELECT, ROWS, HEAD, *_ = SOURCES
 
 
 def unless(kernel: str, statement: str) -> tuple[str, str, str]:

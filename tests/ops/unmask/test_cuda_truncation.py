@@ -194,7 +194,7 @@ def test_the_workspace_is_a_chunk_of_rows(on_cpu: Backend, monkeypatch: pytest.M
 
 
 # ---- planted faults --------------------------------------------------------------------------------------------------
-SELECT, ROWS, _, BOUNDS = SOURCES
+SELECT, ROWS, HEAD, BOUNDS, DRAW = SOURCES
 REDRAWN = "row.noise_position, row.step, "
 FAULTS: dict[str, Faults] = {  # by the call that sees them
     "one id and half of them": {
