@@ -66,12 +66,12 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(const __grid_constant
   const float bound = bound_of(s.bound, c, row, by, top, over_lists);
   Running best = nothing_met();
   const auto places_of = [&](int half) { return half / 2 / parts * 2 + half % 2; };  // counted in its block
-  for (int from = warp * 32; from < 2 * tiles; from += kThreads) {
-    const int mine = from + lane;
+  for (int from = warp; from < 2 * tiles; from += kThreads) {
+    const int mine = from + lane * kWarps;
     float tops = -infinity();
     if (int64_t(mine) * 128 < c.vocab) tops = list_of(c, r, mine / 2 % parts).places(places_of(mine))->top;
     for (uint32_t left = __ballot_sync(0xffffffffu, tops > -infinity() && tops >= bound); left; left &= left - 1) {
-      const int half = from + __ffs(int(left)) - 1;
+      const int half = from + (__ffs(int(left)) - 1) * kWarps;
       draw(list_of(c, r, half / 2 % parts), places_of(half), half * 128, row, bound, best);
     }
   }

@@ -199,7 +199,8 @@ def with_headers(source: str | Path, headers: Iterable[str]) -> str:
     text = (ROOT / source).read_text()
     for name in headers:
         inside = (ROOT / "csrc/cuda" / name).read_text().replace("#pragma once\n", "")
-        text = text.replace(f'#include "{name}"\n', inside)
+        include = f'#include "{name}"\n'
+        text = text.replace(include, inside, 1).replace(include, "")  # once, as the #pragma had it
     return text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -33,6 +33,9 @@ NESTED = {
     **dict.fromkeys(("positions", "noise_positions", "scores", "frozen"), "data"),
     **dict.fromkeys(gpu.Parameters._fields, "tensor"),
 }
+
+
+Launch = TypeVar("Launch", bound="OnCpu")
 
 
 class OnCpu(Emulated):
@@ -139,11 +142,13 @@ def with_faults(kernel: str, faults: tuple[tuple[str, str], ...], extended: bool
     return compile_kernels(kernel, text=switchable(text, faults))
 
 
-def planted(faults: Faults, kernel: str, name: str | None, extended: bool = False, **run: Any) -> OnCpu:
+def planted(
+    faults: Faults, kernel: str, name: str | None, extended: bool = False, of: type[Launch] = OnCpu, **run: Any
+) -> Launch:
     """The kernels, `kernel` with that one of its faults, or with none."""
     of_kernel = {key: (old, new) for key, (source, old, new) in faults.items() if source == kernel}
     one = with_faults(kernel, tuple(of_kernel.values()), extended)
     one.plant(list(of_kernel).index(name) + 1 if name else 0)
-    launch = OnCpu(**run)
+    launch = of(**run)
     launch.kernels[SOURCES.index(kernel)] = one
     return launch

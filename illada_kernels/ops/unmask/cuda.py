@@ -1,10 +1,12 @@
-"""unmask in CUDA: csrc/cuda/unmask_{head_sm90a,bounds,rows,select}.cu, and what is launched when.
+"""unmask in CUDA: csrc/cuda/unmask_{head_sm90a,draw_sm90a,bounds,rows,select}.cu, and what is launched when.
 
     few rows, bfloat16 or float16, Hopper       head, select            two launches, the head is read once
+    the same with top_k, top_p or min_p         head, draw, select      three launches, the head is read once
     from logits                                 rows, select            two launches
     everything else, and Renoise                a product and rows for each slice of the vocab, then select
 
-With top_k, top_p or min_p bounds comes before rows, and slices are of gpu.TRUNCATED_ROWS rows and all ids.
+In the last two bounds comes before rows with top_k, top_p or min_p, and slices are then of gpu.TRUNCATED_ROWS rows and
+all ids.
 
 Which it is depends on shapes, dtypes, strides and the GPU alone. Within each the result of a row has the same bits
 whatever the batch and the order of candidates. Nothing synchronises; a parameter that is a tensor of another type than
@@ -174,8 +176,6 @@ def unfused_reason(problem: Problem) -> str | None:
     """Returns None, or why hidden and head_weight do not suit the fused kernel: bulk copies take whole 16 bytes."""
     hidden, head = problem.source, problem.head_weight
     assert head is not None
-    if problem.needs_whole_rows:
-        return "does not truncate by top_p, whose bound needs all logits of a row"
     if problem.rule == rules.RENOISE:
         return "does not find the best token beside the one drawn, which Renoise reports"
     if hidden.dtype not in (torch.bfloat16, torch.float16) or head.dtype != hidden.dtype:

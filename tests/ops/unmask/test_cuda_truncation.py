@@ -72,10 +72,10 @@ TRUNCATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("vocabulary", [1, 255, 4097, 20000])
 @pytest.mark.parametrize("name", TRUNCATIONS)
-def test_hidden_rows_are_truncated_by_whole_rows_of_logits(
+def test_matmuls_truncate_by_whole_rows_of_logits(
     on_cpu: Backend, monkeypatch: pytest.MonkeyPatch, name: str, vocabulary: int
 ) -> None:
-    use(on_cpu, "head", monkeypatch)  # the fused head would take it without truncation
+    use(on_cpu, "product", monkeypatch)  # test_cuda_lists.py has what the fused head does
     hidden, head = operands("head", (2, 3), vocabulary, dim=72 if vocabulary < 2000 else 8)
     tokens, positions = where((2, 3), 5, vocabulary)
     tokens[0, positions[0, 1]] = 0  # takes no part: its row may be anything
@@ -194,7 +194,7 @@ def test_the_workspace_is_a_chunk_of_rows(on_cpu: Backend, monkeypatch: pytest.M
 
 
 # ---- planted faults --------------------------------------------------------------------------------------------------
-SELECT, ROWS, HEAD, BOUNDS, DRAW = SOURCES
+SELECT, ROWS, _, BOUNDS, _ = SOURCES
 REDRAWN = "row.noise_position, row.step, "
 FAULTS: dict[str, Faults] = {  # by the call that sees them
     "one id and half of them": {
@@ -252,12 +252,12 @@ FAULTS: dict[str, Faults] = {  # by the call that sees them
         ),
         "min_p lowers a bound": (
             BOUNDS,
-            "bound = fmaxf(bound, __fadd_rn(",
-            "bound = fmaxf(FAULT ? -infinity() : bound, __fadd_rn(",
+            "return fmaxf(bound, __fadd_rn(",
+            "return fmaxf(FAULT ? -infinity() : bound, __fadd_rn(",
         ),
     },
     "all are accepted": {
-        "the last warp is not summed": (BOUNDS, "lane < kWarps ?", "lane < kWarps - FAULT ?"),
+        "the last warp is not summed": (BOUNDS, "lane < kBoundWarps ?", "lane < kBoundWarps - FAULT ?"),
         "no barrier before the list is read": (
             BOUNDS,
             "of the caller\n  });\n  __syncthreads();",
