@@ -7,7 +7,7 @@
 // Reads the head once, hidden once per tile from L2, writes 32 bytes per row and block; 512 N flops for 512 + 2 N bytes
 // a column. Accumulates in float32. Which tiles a block has depends on the vocab and the grid alone, so rows do not
 // influence each other. Rows that take no part are multiplied and ignored (a NaN stays in its row); if none takes part,
-// blocks leave at once.
+// blocks leave at once. Rows that truncate list logits in place of drawing (unmask_lists.cuh).
 #include "hopper.cuh"
 #include "unmask_lists.cuh"
 
@@ -142,13 +142,14 @@ ILLADA_DEVICE Listing begin_listing(const Call& c, int64_t r, Row& row) {
 // Returns the floor after 128 ids more, whose largest in this lane is `mine`. A lane counts what reaches its threshold;
 // one that the floor has passed becomes `mine`, and the count begins here.
 ILLADA_DEVICE float raised(const Listing& at, float mine, const float* logits) {
-  if (!__any_sync(0xffffffffu, mine > at.floor)) return at.floor;
+  uint32_t left = __ballot_sync(0xffffffffu, mine > at.floor);  // lanes with ids that may count
+  if (!left) return at.floor;
   Threshold* const own = at.thresholds + threadIdx.x % 32;
   Threshold t = at.count ? *own : Threshold{-infinity(), 0};
   if (t.at <= at.floor && mine > at.floor) t = Threshold{mine, 0};
-#pragma unroll 4
-  for (int i = 0; i < kAtOnce; i += 4) {
-    const float4 x = *reinterpret_cast<const float4*>(logits + i);
+#pragma unroll 1
+  for (; left; left &= left - 1) {
+    const float4 x = *reinterpret_cast<const float4*>(logits + (__ffs(int(left)) - 1) * 4);
     t.reached += int(x.x >= t.at) + int(x.y >= t.at) + int(x.z >= t.at) + int(x.w >= t.at);
   }
   *own = t;
