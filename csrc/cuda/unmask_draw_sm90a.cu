@@ -1,9 +1,10 @@
 // unmask with top_k, top_p or min_p, after the fused head (unmask_lists.cuh): the bound of each row, and the best of
 // the ids that reach it.
 //
-// A block owns a row. Searches the bound among what is listed (unmask_bound.cuh), then draws noise for listed ids that
-// reach it, and stores the row's best in its first part; the others have none. Reads 32 bytes for 128 ids, and of the
-// lists what the search asks for. Leaves rows alone that list nothing: those without noise, those that keep all ids.
+// A few blocks share a row. Each searches the bound among all that is listed (unmask_bound.cuh), then draws noise for
+// listed ids of its half tiles that reach it, and stores its best in one of the row's parts, which had none. Reads 32
+// bytes for 128 ids, and of the lists what the search asks for. Leaves rows alone that list nothing: those without
+// noise, and those that keep all ids.
 #include "unmask_bound.cuh"
 #include "unmask_lists.cuh"
 
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(const __grid_constant
   float top = -infinity();
   for (int p = threadIdx.x; p < parts; p += kThreads) {
     top = fmaxf(top, *partial(c, kTop, r, p));
-    s.counts[p] = -1 - __float_as_int(*partial(c, kBestId, r, p));
+    s.counts[p] = list_of(c, r, p).places((tiles - 1 - p) / parts * 2 + 1)->after;
   }
   top = block_reduce<kThreads>(top, s.bound.top, Max{});
   if (!(top > -infinity() && top < infinity())) return;  // a bad row
@@ -66,12 +67,13 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(const __grid_constant
   const float bound = bound_of(s.bound, c, row, by, top, over_lists);
   Running best = nothing_met();
   const auto places_of = [&](int half) { return half / 2 / parts * 2 + half % 2; };  // counted in its block
-  for (int from = warp; from < 2 * tiles; from += kThreads) {
-    const int mine = from + lane * kWarps;
+  const int apart = kWarps * int(gridDim.y);  // of the halves that a warp takes at once, one a lane
+  for (int from = warp + kWarps * int(blockIdx.y); from < 2 * tiles; from += 32 * apart) {
+    const int mine = from + lane * apart;
     float tops = -infinity();
     if (int64_t(mine) * 128 < c.vocab) tops = list_of(c, r, mine / 2 % parts).places(places_of(mine))->top;
     for (uint32_t left = __ballot_sync(0xffffffffu, tops > -infinity() && tops >= bound); left; left &= left - 1) {
-      const int half = from + (__ffs(int(left)) - 1) * kWarps;
+      const int half = from + (__ffs(int(left)) - 1) * apart;
       draw(list_of(c, r, half / 2 % parts), places_of(half), half * 128, row, bound, best);
     }
   }
@@ -83,9 +85,9 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(const __grid_constant
     const bool before = uint32_t(other.best_id) < uint32_t(best.best_id);  // -1 comes last
     if (other.best_score > best.best_score || (other.best_score == best.best_score && before)) best = other;
   }
-  *partial(c, kBestScore, r, 0) = best.best_score;
-  *partial(c, kBestLogit, r, 0) = best.best_logit;
-  *partial(c, kBestId, r, 0) = __int_as_float(best.best_id);
+  *partial(c, kBestScore, r, blockIdx.y) = best.best_score;
+  *partial(c, kBestLogit, r, blockIdx.y) = best.best_logit;
+  *partial(c, kBestId, r, blockIdx.y) = __int_as_float(best.best_id);
 }
 
 }  // namespace
@@ -93,7 +95,9 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(const __grid_constant
 extern "C" int illada_unmask_draw_sm90a(const illada_unmask_call* call, void* stream) {
   const Call& c = *call;
   const int64_t rows = c.batch * c.count;
-  if (rows > 0x7fffffff || c.vocab > 0x7fff0000 || c.parts > 8192 || !c.lists) return int(cudaErrorInvalidValue);
+  if (rows < 1 || rows > 128 || c.vocab > 0x7fff0000 || c.parts > 8192 || !c.lists) return int(cudaErrorInvalidValue);
   const size_t smem = sizeof(Shared) + c.parts * sizeof(int32_t);
-  return launch({dim3(unsigned(rows)), dim3(kThreads), smem, static_cast<cudaStream_t>(stream)}, draw_kernel, c);
+  const int64_t wanted = rows < 128 ? 128 / rows : 1, blocks = wanted < c.parts ? wanted : c.parts;  // of a row
+  return launch({dim3(unsigned(rows), unsigned(blocks)), dim3(kThreads), smem, static_cast<cudaStream_t>(stream)},
+                draw_kernel, c);
 }

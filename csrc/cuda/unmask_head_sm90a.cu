@@ -166,7 +166,7 @@ ILLADA_DEVICE void list_logits(const float* logits, int half, float top, Listing
   const float mine = fmaxf(fmaxf(l[0], l[1]), fmaxf(l[2], l[3]));
   if (at.wanted > 0) at.floor = raised(at, mine, logits);
   const float floor = fmaxf(at.floor, __fadd_rn(top, at.drop));
-  Places places{{}, warp_top(mine), at.count, {}};
+  Places places{{}, warp_top(mine), at.count, 0, 0};
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const bool kept = l[j] > -infinity() && l[j] >= floor;
@@ -176,7 +176,7 @@ ILLADA_DEVICE void list_logits(const float* logits, int half, float top, Listing
   }
   if (lane != 0) return;
   listing.floor = at.floor;
-  listing.count = at.count;
+  listing.count = places.after = at.count;
   *list.places(half) = places;
 }
 
@@ -219,7 +219,7 @@ template <class T, int N> ILLADA_DEVICE void meet_tiles(const Call& c, Shared<T,
     if (lane != 0 || !s.rows[r].needed) continue;
     Running running = s.running[r];
     if (s.listings[r].count >= 0)  // no best yet
-      running.best_score = running.best_logit = -infinity(), running.best_id = -1 - s.listings[r].count;
+      running.best_score = running.best_logit = -infinity(), running.best_id = -1;
     store_partial(c, r, blockIdx.x, running);
   }
 }

@@ -15,8 +15,8 @@ constexpr int kTile = 256, kTileWords = ILLADA_UNMASK_TILE_WORDS, kPartWords = I
 struct alignas(16) Places {
   uint32_t of[4];
   float top;  // the largest logit of all 128
-  int32_t before;  // how many the block had listed
-  uint32_t unused[2];
+  int32_t before, after;  // how many the block has listed
+  uint32_t unused;
 };
 static_assert((kTileWords - kTile) * sizeof(float) == 2 * sizeof(Places), "of two halves");
 

@@ -264,8 +264,8 @@ struct illada_unmask_call {
 extern "C" int illada_unmask_head_sm90a(const illada_unmask_call* call, int dtype, const void* hidden, int64_t stride_b,
                                         int64_t stride_k, const void* head, int64_t head_stride, int64_t dim,
                                         int64_t blocks, void* stream);
-// Draws in the rows that illada_unmask_head_sm90a listed, and stores each row's best in its first part. Runs after it
-// where the call truncates; its lists need not be initialised.
+// Draws in the rows that illada_unmask_head_sm90a listed, and stores the best of each in its parts. Runs after it where
+// the call truncates. Lists need not be initialised.
 extern "C" int illada_unmask_draw_sm90a(const illada_unmask_call* call, void* stream);
 // Fills parts of `rows` rows from first_row on (of B * K) from the logits of ids first .. first + ids; first is a
 // multiple of ILLADA_UNMASK_SPAN, and part s covers ids [s, s + 1) * ILLADA_UNMASK_SPAN. The logit of (b, k) and id

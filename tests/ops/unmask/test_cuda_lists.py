@@ -26,17 +26,20 @@ MOST_STEPS = 1 << 22  # of a block: the calls below pass under it without a faul
 
 class Listing(OnCpu):
     """Fills the lists with `junk` before each head, because they are not initialised. `listed`: how many logits each
-    (row, block) listed last."""
+    (row, block) listed last, as the last half tile of the block says."""
 
     junk: float = torch.nan
 
     def __call__(self, function: str, device: torch.device, record: cuda.Call, *arguments: Any) -> None:
-        by_pointer = {t.data_ptr(): t for t in record.tensors}
-        if function == "unmask_head_sm90a" and record.lists:
-            by_pointer[record.lists].fill_(self.junk)
+        lists = {t.data_ptr(): t for t in record.tensors}.get(record.lists)
+        if lists is not None and function == "unmask_head_sm90a":
+            lists.fill_(self.junk)
         super().__call__(function, device, record, *arguments)
-        if function == "unmask_head_sm90a":
-            self.listed = -1 - by_pointer[record.partials][7].view(torch.int32)
+        if lists is not None and function == "unmask_head_sm90a":
+            tiles, parts = -(-record.vocab // cuda.TILE), record.parts
+            words = lists[:, : tiles * cuda.TILE_WORDS].view(torch.int32).unflatten(1, (tiles, cuda.TILE_WORDS))
+            last = [tile for tile in range(tiles) if tile + parts >= tiles]
+            self.listed = words[:, sorted(last, key=lambda tile: tile % parts), cuda.TILE + 8 + 6]
 
 
 @functools.cache
@@ -251,7 +254,7 @@ FAULTS: dict[str, Faults] = {  # by the call that sees them
         "ids that do not reach a threshold are counted": (HEAD, "int(x.y >= t.at)", "int(FAULT || x.y >= t.at)"),
         "counts begin with what lies in memory": (HEAD, "at.count ? *own", "FAULT || at.count ? *own"),
         "no floor at all": (HEAD, "listing.floor = at.floor;", "if (!FAULT) listing.floor = at.floor;"),
-        "a list that begins anew": (HEAD, "listing.count = at.count;", "listing.count = FAULT ? 0 : at.count;"),
+        "a list that begins anew": (HEAD, "places.after = at.count;", "places.after = FAULT ? 0 : at.count;"),
         "logits without their biases": (HEAD, "if (c.truncate)  // for the lists", "if (!FAULT && c.truncate)"),
         "another row's lists": (HEAD, "begin_listing(c, r, row)", "begin_listing(c, FAULT ? 0 : r, row)"),
         "places counted for each id alone": (
@@ -289,7 +292,7 @@ FAULTS: dict[str, Faults] = {  # by the call that sees them
             "__fadd_rn(top, at.drop)",
             "__fadd_rn(top, (FAULT ? 0.5f : 1.0f) * at.drop)",
         ),
-        "a part of the lists is not drawn from": (DRAW, "from < 2 * tiles;", "from < 2 * tiles - 12 * FAULT;"),
+        "a part of the lists is not drawn from": (DRAW, "from < 2 * tiles;", "from < 2 * tiles - 16 * FAULT;"),
         "halves exchanged": (DRAW, "* 2 + half % 2;", "* 2 + (half + FAULT) % 2;"),
         "lanes exchanged": (DRAW, "places.of[j] >> lane & 1", "places.of[j] >> (FAULT ? 31 - lane : lane) & 1"),
         "no barrier before the warps' merge": (
@@ -303,6 +306,11 @@ FAULTS: dict[str, Faults] = {  # by the call that sees them
             "other.best_score == best.best_score && (FAULT || before)",
         ),
         "the first warp's best": (DRAW, "w < kWarps; ++w", "w < (FAULT ? 1 : kWarps); ++w"),
+        "the best of a part as it was met": (
+            HEAD,
+            "if (s.listings[r].count >= 0)  // no best yet",
+            "if (!FAULT && s.listings[r].count >= 0)",
+        ),
     },
     "top_p": {
         "the last tile is not searched": (DRAW, "tile < tiles; tile += kWarps", "tile < tiles - FAULT; tile += kWarps"),
@@ -310,11 +318,6 @@ FAULTS: dict[str, Faults] = {  # by the call that sees them
             HEAD,
             "by.top_p < 1.0f ? -infinity()",
             "!FAULT && by.top_p < 1.0f ? -infinity()",
-        ),
-        "the best of a part as it was met": (
-            HEAD,
-            "if (s.listings[r].count >= 0)  // no best yet",
-            "if (!FAULT && s.listings[r].count >= 0)",
         ),
     },
 }
@@ -348,6 +351,11 @@ def make(call: str, backend: Backend, launch: Listing) -> None:
         both(*args, **options, top_k=torch.tensor([0, 5]))
     if call == "min_p":  # noise too small for any score: the lowest id of all warps
         both(*as_hidden(torch.ones_like(logits)), *args[2:], mask_id=vocabulary, temperature=1e-30, **way)
+        # more parts than blocks that draw, and scores below the largest logit, which one of the last parts met
+        backend.processors, two = 10, torch.zeros(2, 8, vocabulary)
+        two[..., 2400], two[..., 2450] = 8.0, 7.0
+        options = {"mask_id": vocabulary, "temperature": 99.0, "seed": 17, "top_k": 2}  # three such rows
+        both(*as_hidden(two), *where((2, 8), 8, vocabulary), ik.TopK(1), **options)
 
 
 @pytest.mark.parametrize("call", FAULTS)
