@@ -168,8 +168,8 @@ def items(backend: str = "cuda", device: str = "cuda", dtype: torch.dtype = torc
     yield "unmask spans: argmax", partial(proposals, 300, False, backend, device, dtype)
     yield "unmask logits: argmax", partial(proposals, 70, True, backend, device, dtype)
     for option in ("top_k", "top_p", "min_p", "renoise"):
-        kernel = "renoise" if option == "renoise" else "bounds"
         for source in ("hidden", "logits"):
+            kernel = "renoise" if option == "renoise" else "draw" if source == "hidden" else "bounds"
             run = partial(truncated, option, source == "logits", backend, device, dtype)
             yield f"unmask {kernel}: {option} {source}", run
     yield "unmask commit: top 4", partial(commit, backend, device)
@@ -190,9 +190,10 @@ def needs(case: Case, contender: str) -> list[str]:
     if case.op == "unmask":
         if facts["kind"] == "selection":
             return ["unmask logits", "unmask commit"]
-        if facts["kind"] in ("truncated", "renoise"):
-            return ["unmask bounds" if facts["kind"] == "truncated" else "unmask renoise", "unmask commit"]
         fitting = [rows for rows in ROWS if facts["rows"] <= rows]
+        if facts["kind"] in ("truncated", "renoise"):
+            truncated = "unmask draw" if fitting else "unmask bounds"
+            return [truncated if facts["kind"] == "truncated" else "unmask renoise", "unmask commit"]
         return [f"unmask head {fitting[0]}" if fitting else "unmask spans", "unmask commit"]
     if case.op == "masked_loss":
         modes = ["no_grad"] if facts["products"] == 1 else ["gradients", *(["minimum"] if facts["minimum"] else [])]

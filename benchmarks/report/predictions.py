@@ -44,6 +44,7 @@ UNMASK: dict[str, Range] = {
     "step 1": (1.1, 1.3),
     "loop": (1.1, 1.25),
     "truncated": (1.4, 1.9),
+    "truncated, fused": (1.2, 1.6),
 }
 ONE_WAVE: Range = (1.12, 1.35)  # 129 to 512 rows: a product is one wave of tiles, and the next waits for its end
 
@@ -87,6 +88,7 @@ def unmask_prediction(facts: dict[str, Any]) -> str:
     if facts["kind"] == "selection":
         return "0.008-0.012"
     kind = f"step {facts['temperature']:g}" if facts["kind"] == "step" else facts["kind"]
+    kind = "truncated, fused" if kind == "truncated" and facts["rows"] <= 128 else kind
     over = ONE_WAVE if 128 < facts["rows"] <= 512 else UNMASK[kind]
     return between(floor_ms(facts) * times for times in over)
 

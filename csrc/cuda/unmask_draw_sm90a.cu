@@ -17,8 +17,7 @@ constexpr int kThreads = kBoundThreads, kWarps = kBoundWarps;
 struct Shared {
   BoundShared bound;
   Running best[kWarps];
-  int32_t counts[1];  // of each part
-};
+};  // and how many logits each part listed
 
 // Draws, with a warp, among 128 ids from `first` on.
 ILLADA_DEVICE void draw(const PartList& list, int half, int first, const Row& row, float bound, Running& s) {
@@ -44,17 +43,18 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(const __grid_constant
   const Truncation by = truncation_of(c, b, row.temperature);
   if (by.keeps_all()) return;
   Shared& s = *reinterpret_cast<Shared*>(dynamic_smem());
+  int32_t* const counts = reinterpret_cast<int32_t*>(&s + 1);
   const int parts = int(c.parts), tiles = int((c.vocab + kTile - 1) / kTile);
   float top = -infinity();
   for (int p = threadIdx.x; p < parts; p += kThreads) {
     top = fmaxf(top, *partial(c, kTop, r, p));
-    s.counts[p] = list_of(c, r, p).places((tiles - 1 - p) / parts * 2 + 1)->after;
+    counts[p] = list_of(c, r, p).places((tiles - 1 - p) / parts * 2 + 1)->after;
   }
   top = block_reduce<kThreads>(top, s.bound.top, Max{});
   if (!(top > -infinity() && top < infinity())) return;  // a bad row
   const auto over_lists = [&](auto visit) {
     for (int tile = warp; tile < tiles; tile += kWarps) {
-      const int part = tile % parts, left = s.counts[part] - tile / parts * kTile;
+      const int part = tile % parts, left = counts[part] - tile / parts * kTile;
       if (left <= 0) continue;
       const float* const listed = list_of(c, r, part).tile(tile / parts);
       float l[kTile / 32];

@@ -327,6 +327,7 @@ def test_smoke_passes_with_right_kernels_and_says_what_a_wrong_one_leaves_out(tm
         ("hidden_4x32_v126k_t0", "cuda", ["unmask head 128", "unmask commit"]),
         ("hidden_8x32_v126k_t0", "cuda", ["unmask spans", "unmask commit"]),
         ("top_p0.9_64x32_v126k_t1", "cuda", ["unmask bounds", "unmask commit"]),
+        ("top_p0.9_2x32_v126k_t1", "cuda", ["unmask draw", "unmask commit"]),
         ("renoise_1x256_v126k_t1", "cuda", ["unmask renoise", "unmask commit"]),
         ("half_v126k_minimum", "cuda", ["masked_loss gradients", "masked_loss minimum"]),
         ("half_v126k_no_grad", "cuda", ["masked_loss no_grad"]),

@@ -184,14 +184,18 @@ def test_a_captured_step_follows_its_tensors_and_never_synchronises(
         assert all(map(torch.equal, captured, want)) and torch.equal(tokens, expected)
 
 
-@pytest.mark.parametrize("path", ["hidden", "logits"])
-def test_two_launches(path: str) -> None:
+@pytest.mark.parametrize(
+    "path, way, launches",
+    [("hidden", {}, 2), ("logits", {}, 2), ("hidden", {"top_k": 5, "min_p": 0.1}, 3), ("hidden", {"top_p": 0.5}, 3)],
+)
+def test_few_launches(path: str, way: dict[str, Any], launches: int) -> None:
     if reasons.get("cuda") is not None or (path == "hidden" and not cuda.is_hopper(torch.device("cuda", 0))):
         pytest.skip("needs the fused head")
     inputs = operands(path, (2, 24), 9000, 128)
     tokens, positions = where((2, 24), 24, 8999)
     args = (inputs, tokens, positions, ik.TopK(2))
     options: dict[str, Any] = {"mask_id": 8999, "temperature": 1.0, "confidence": "margin", "revise": ik.Edit(0.9)}
+    options |= way
     step("cuda", *args, **options)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -199,7 +203,7 @@ def test_two_launches(path: str) -> None:
         torch.cuda.synchronize()
     names = [e.name for e in profile.events() if e.device_type == torch.profiler.DeviceType.CUDA]
     ours = [name for name in names if "emcpy" not in name]  # the clone of the tokens is the test's
-    assert len(ours) == 2, names
+    assert len(ours) == launches, names
 
 
 @pytest.mark.large
