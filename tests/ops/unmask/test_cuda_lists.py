@@ -158,8 +158,8 @@ def test_any_distribution_is_drawn_from_exactly(on_cpu: Backend, kind: str) -> N
 
 
 def test_lists_hold_little_more_than_what_may_be_drawn(on_cpu: Backend) -> None:
-    """Of n ids in any order k (1 + log(n / k)) reach the k-th largest of those before them, on average. The floor follows
-    it by 32 thresholds, but rises before 128 ids are listed."""
+    """Of n ids in any order k (1 + log(n / k)) reach the k-th largest of those before them, on average. The floor
+    follows it by 32 thresholds, but rises before 128 ids are listed."""
     hidden, head = as_hidden(torch.randn(1, 4, 10240, generator=torch.Generator().manual_seed(3)))
     args = (hidden, head, *where((1, 4), 4), ik.TopK(1))
     followed = 40 * (1 + math.log(5120 / 40))
@@ -220,6 +220,14 @@ def test_a_row_does_not_depend_on_the_others(on_cpu: Backend, way: dict[str, Any
         got, _ = unmask("cuda", hidden[:, some], head, tokens, positions[:, some], ik.TopK(0), **options)
         assert torch.equal(got.proposal, want.proposal[:, some])
         assert torch.equal(got.confidence, want.confidence[:, some])
+
+
+@pytest.mark.parametrize("vocabulary", [300, 700])
+def test_pairs_of_blocks_list_their_own_tiles(on_cpu: Backend, vocabulary: int) -> None:
+    """From 65 rows on; with three tiles the second block multiplies one beyond the vocab."""
+    hidden, head = operands("head", (2, 33), vocabulary)
+    for way in ({"top_k": torch.tensor([20, 150])}, {"min_p": 0.01}):
+        both(hidden, head, *where((2, 33), 33), ik.TopK(5), mask_id=MASK, temperature=2.0, **way)
 
 
 def test_the_workspace_follows_from_shapes_alone(on_cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
