@@ -82,7 +82,7 @@ def test_prompts_of_any_type_mean_the_same():
         ({"rule": Renoise(0.1)}, "rule: expected None or one of TopK, Threshold, Factor, EntropyBound, got Renoise"),
         ({"guidance": None}, "guidance: expected a finite number, got None"),
         ({"guidance": True}, "guidance: expected a finite number, got True"),
-        ({"guidance": -1.0}, r"guidance: expected a number of at least 0, which is none, got -1\.0"),
+        ({"guidance": -1.0}, r"guidance: expected a number of at least 0, got -1\.0; 0 is no guidance"),
         (
             {"rule": Threshold(0.1), "confidence": "neg_entropy"},
             'Threshold.tau with confidence="neg_entropy": expected',

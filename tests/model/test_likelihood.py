@@ -221,7 +221,7 @@ def test_nothing_to_score_and_no_context(kind):
         ({"guidance": math.nan}, "guidance: expected a finite number, got nan"),
         ({"guidance": "a"}, "guidance: expected a finite number, got 'a'"),
         ({"guidance": True}, "guidance: expected a finite number, got True"),
-        ({"guidance": -1.0}, r"guidance: expected a number of at least 0, which is none, got -1\.0"),
+        ({"guidance": -1.0}, r"guidance: expected a number of at least 0, got -1\.0; 0 is no guidance"),
         ({"seed": 1.5}, "seed: expected an integer, got 1.5"),
         ({"forbid_mask": "no"}, "forbid_mask: expected True, False or None, got 'no'"),
         ({"contexts": [[1], [2]]}, "continuations: expected 2, one for each context, got 1"),

@@ -174,7 +174,7 @@ def test_what_is_drawn_from_is_bounded_where_there_is_a_temperature(harness):
 def test_settings_that_are_not_known_are_named(harness):
     found = vars(harness)
     assert found["unknown model_args"].startswith("model_args: blok_length is not known; expected block_length, cache")
-    assert found["guidance"] == "guidance: expected a number of at least 0, which is none, got -0.5"
+    assert found["guidance"] == "guidance: expected a number of at least 0, got -0.5; 0 is no guidance"
     assert found["unknown gen_kwargs"].startswith("gen_kwargs: typical_p is not known; expected block_length, cache")
     assert found["too long"] == "max_gen_toks: expected less than the model's max_seq_len = 64, got 99 for request 0"
 

@@ -194,7 +194,7 @@ def test_every_field_of_the_settings_has_an_option():
         (("--prompt", "a", "--at-least", "2"), "at_least: expected --threshold beside it"),
         (("--prompt", "a", "--threshold", "0.5", "--at-least", "-1"), "at_least"),
         (("--prompt", "a", "--batch-size", "0"), "batch_size: expected at least 1, got 0"),
-        (("--prompt", "a", "--guidance", "-1"), "guidance: expected a number of at least 0, which is none, got -1.0"),
+        (("--prompt", "a", "--guidance", "-1"), "guidance: expected a number of at least 0, got -1.0; 0 is"),
         (("--prompt", "a", "--prompt", "b" * 2000), "--prompt 2: prompt: 2000 tokens and max_new_tokens = 8 exceed"),
         (("--prompt", "a", "--threshold", "2"), "Threshold.tau"),
         (("--prompt", "a", "--html", "."), "Is a directory"),

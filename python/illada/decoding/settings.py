@@ -296,7 +296,7 @@ def guidance_of(value: Any) -> float:
     """
     weight = _float("guidance", value)
     if weight < 0:
-        raise PromptError(f"guidance: expected a number of at least 0, which is none, got {value!r}")
+        raise PromptError(f"guidance: expected a number of at least 0, got {value!r}; 0 is no guidance")
     return weight
 
 

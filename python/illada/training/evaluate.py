@@ -167,8 +167,8 @@ def _check_lossless(documents: Sequence[Document], tokenizer: Tokenizer) -> None
 def _windows(
     ids: np.ndarray, given: np.ndarray, length: int, scored: int, eos_id: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (W, length) tokens whose last `scored` columns cover ids once, and of these two (W, scored) bool: what
-    counts, and what is given. Fillers are neither."""
+    """Returns (W, length) tokens whose last `scored` columns cover ids once, and two (W, scored) bool of these columns:
+    which count, and which are given. Fillers are neither."""
     context = length - scored
     count = -(-len(ids) // scored)
     filler = np.resize(ids, count * scored - len(ids))
@@ -189,7 +189,8 @@ def _examples(
 ) -> Iterator[tuple[slice, Example]]:
     """Yields batches of windows: `scored` noisy rows each, in block-causal models followed by the clean window.
 
-    A random order of a window's tokens is one of those that are not given, too; so weights stay as if none were.
+    Tokens that are given keep their places in the draw and lose their masks: what is left of a random order of all
+    tokens is a random order of the others, so weights stay block / n.
     """
     block, length = model.config.causal_block or scored, tokens.shape[1]
     level = stratified(len(tokens) * (scored // block), generator)
