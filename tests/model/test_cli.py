@@ -420,7 +420,7 @@ def test_a_lower_rate_works_as_the_message_says(tmp_path, corpus, capsys):
 def test_a_run_that_learned_nothing_says_so_in_the_end(tmp_path, corpus, capsys):
     command = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "20", *FAST]
     assert main([*command, "--lr", "1e9"]) == 0
-    assert "illada: next to nothing was learned: the last 20 losses are" in capsys.readouterr().err
+    assert "illada: next to nothing was learned: the last 10 losses are" in capsys.readouterr().err
 
 
 def test_a_checkpoint_with_nan_is_neither_trained_nor_evaluated(run, tmp_path, corpus, capsys):

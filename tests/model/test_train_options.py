@@ -271,6 +271,9 @@ def test_a_run_that_learns_or_was_only_begun_has_nothing_to_hear():
     assert high.complaint() is None and good.complaint() is None
     both = Divergence(256, np.linspace(11, 7, 60))  # two losses in one sum
     assert both.complaint() is None
+    for steps in (20, 25, 39):  # too few for 20 losses at either end
+        falling, level = (Divergence(256, np.linspace(5.7, last, steps)) for last in (4.2, 5.5))
+        assert falling.complaint() is None and f"the last {steps // 2} losses" in str(level.complaint())
 
 
 def test_a_state_of_another_shape_is_named_before_the_first_step(tmp_path):

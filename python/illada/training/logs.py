@@ -74,6 +74,7 @@ class Divergence:
 
     def __init__(self, vocab_size: int, losses: np.ndarray) -> None:
         self.limit = math.log(max(vocab_size, 2))
+        self.count = 0
         self.first: list[float] = []
         self.last: deque[float] = deque(maxlen=20)
         for loss in losses:
@@ -83,6 +84,7 @@ class Divergence:
         """Takes a step's loss; raises ArithmeticError where the run has diverged."""
         if not math.isfinite(loss):
             raise ArithmeticError(f"step {step}: the loss is {loss}; {ADVICE}")
+        self.count += 1
         self.last.append(loss)
         if len(self.first) < 20:
             self.first.append(loss)
@@ -96,18 +98,19 @@ class Divergence:
 
     def complaint(self) -> str | None:
         """Returns what to say of a run that has learned next to nothing, whose last 20 losses are at least 0.9 times
-        both the first 20 and log(vocab).
+        both the first 20 and log(vocab); of fewer than 40 losses halves are compared, and fewer than 20 say nothing.
 
         A rate that is far too high ends so: a step of Muon or AdamW is as large whatever the gradient, and behind the
         layers' norms even weights of 1e9 have finite losses.
         """
-        if len(self.last) < 20:
+        if self.count < 20:
             return None
-        last, first = (float(np.mean(losses)) for losses in (self.last, self.first))
+        some = min(20, self.count // 2)
+        last, first = (float(np.mean(losses)) for losses in ([*self.last][-some:], self.first[:some]))
         if last < 0.9 * max(first, self.limit):
             return None
         return (
-            f"next to nothing was learned: the last 20 losses are {last:.3g} on average, the first were {first:.3g}, "
-            f"and a model that knows nothing has log(vocab) = {self.limit:.3g}; begin anew with a lower --lr, or train "
-            "longer"
+            f"next to nothing was learned: the last {some} losses are {last:.3g} on average, the first were "
+            f"{first:.3g}, and a model that knows nothing has log(vocab) = {self.limit:.3g}; begin anew with a lower "
+            "--lr, or train longer"
         )
