@@ -63,7 +63,8 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """Computes attention within sequences that lie end to end: q (total, Hq, D), k and v (total, Hkv, D)."""
+    """Computes attention within sequences that lie end to end: q (total, Hq, D), k and v (total, Hkv, D). Rows outside
+    of all sequences, such as padding behind the last offset, give 0."""
     _refuse(dropout_p, softcap, alibi_slopes, return_attn_probs)
     if block_table is not None:
         raise ValueError("block_table: expected None, paged caches are not supported; unpatch the model")
@@ -94,8 +95,8 @@ def _of_sequences(
     of_q: Tensor, of_k: Tensor, queries: int, keys: int, causal: bool, window: tuple[int, ...]
 ) -> KeyRanges:
     row = torch.arange(queries, device=of_q.device)
-    begins, ends = of_q.long(), of_k.long()
-    sequence = torch.searchsorted(begins, row, right=True) - 1
+    begins, ends = (torch.cat([x, x[-1:]]).long() for x in (of_q, of_k))  # then rows that follow see no key
+    sequence = torch.searchsorted(begins[:-1], row, right=True) - 1
     low, high = ends[sequence], ends[sequence + 1]
     last = high - begins[sequence + 1] + row
     return _ranges(low, high, last, causal, window, keys)

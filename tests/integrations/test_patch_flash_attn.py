@@ -112,6 +112,17 @@ def test_layers_share_the_mask_of_their_documents(made):
     assert len(made) == 7
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (2, 1)}])
+@pytest.mark.parametrize("last", [7, 8])
+def test_rows_behind_the_last_sequence_give_zero(last, options):
+    x, offsets = torch.randn(9, 2, 16, requires_grad=True), torch.tensor([0, 4, last], dtype=torch.int32)
+    found = packed(x, offsets, offsets, **options)
+    torch.testing.assert_close(found[:last], packed(x[:last], offsets, offsets, **options))
+    found.sum().backward()
+    assert (found[last:] == 0).all() and (x.grad[last:] == 0).all()
+    assert (packed(x, offsets[:1], offsets[:1], **options) == 0).all()  # no sequence at all
+
+
 def through_numpy(offsets):
     offsets.numpy()[1] = 2
 
