@@ -28,7 +28,14 @@ def healed(done) -> dict:
     return json.loads(done.stdout)
 
 
-def test_report_names_every_op_and_backend_with_a_reason_or_a_place(python):
+def text_of(found: dict, monkeypatch, capsys) -> str:
+    """What the doctor prints without --json."""
+    monkeypatch.setattr(doctor, "report", lambda: found)
+    assert doctor.main(["doctor"]) == 0
+    return capsys.readouterr().out
+
+
+def test_report_names_every_op_and_backend_with_a_reason_or_a_place(python, monkeypatch, capsys):
     found = healed(python("-m", "illada_kernels", "doctor", "--json"))
     assert set(found["ops"]) == set(OPS)
     for op, rows in found["ops"].items():
@@ -39,13 +46,8 @@ def test_report_names_every_op_and_backend_with_a_reason_or_a_place(python):
         places = [row["place"]["cpu"] for row in rows if row.get("place", {}).get("cpu")]
         assert places == list(range(1, len(places) + 1))  # the rows stand in the default order
     assert found["torch"]["version"] == torch.__version__
-
-
-def test_text_report_has_a_line_per_op_and_backend(python):
-    done = python("-m", "illada_kernels", "doctor")
-    assert done.returncode == 0
-    lines = [line.split()[:2] for line in done.stdout.splitlines() if line.strip()]
-    for op in OPS:
+    lines = [line.split()[:2] for line in text_of(found, monkeypatch, capsys).splitlines() if line.strip()]
+    for op in OPS:  # the text has a line for each, too
         assert {backend for first, backend in (line for line in lines if len(line) == 2) if first == op} == BACKENDS
 
 
@@ -129,13 +131,13 @@ def states(found: dict, backend: str) -> set[bool]:
     return {row["reason"] is None for rows in found["ops"].values() for row in rows if row["backend"] == backend}
 
 
-def test_report_survives_a_corrupt_extension_and_the_reference_still_runs(python, installed):
+def test_report_survives_a_corrupt_extension_and_the_reference_still_runs(python, installed, monkeypatch, capsys):
     binary = installed / "illada_kernels" / f"_C{_build.SUFFIX}"
     binary.write_bytes(b"\x7fELF" + bytes(200))
     found = healed(python("-m", "illada_kernels", "doctor", "--json", path=(installed,), cwd=installed))
     assert "ImportError" in found["extension"]["error"]
     assert states(found, "cpu") == {False} and states(found, "reference") == {True}
-    assert python("-m", "illada_kernels", "doctor", path=(installed,), cwd=installed).returncode == 0
+    assert "ImportError" in text_of(found, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("source", ["raise ValueError('bad table')", "import os; os.abort()"])
@@ -146,11 +148,14 @@ def test_report_survives_an_extension_that_fails_in_another_way(source, python, 
     assert states(found, "cpu") == {False}
 
 
-def test_report_survives_an_installation_that_was_never_built(python, installed):
+def test_report_survives_an_installation_that_was_never_built_and_writes_nothing_into_it(python, installed, tmp_path):
     (installed / "illada_kernels" / "_build_info.json").unlink(missing_ok=True)
-    found = healed(python("-m", "illada_kernels", "doctor", "--json", path=(installed,), cwd=installed))
+    before, cache = sorted(installed.rglob("*")), tmp_path / "cache"
+    run = {"path": (installed,), "cwd": installed, "XDG_CACHE_HOME": str(cache)}
+    found = healed(python("-m", "illada_kernels", "doctor", "--json", **run))
     assert found["build"]["extension"] is False and "make build" in found["build"]["reason"]
     assert "No module named 'illada_kernels._C'" in found["extension"]["error"]
+    assert sorted(installed.rglob("*")) == before and not cache.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"extension": true}'])
@@ -159,13 +164,6 @@ def test_a_damaged_build_record_counts_as_none(content, installed, monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGE", installed / "illada_kernels")
     info = doctor.build_info()
     assert info["extension"] is False and "make build" in doctor.extension_lines(info, {"error": "none"})[0]
-
-
-def test_report_writes_nothing_into_the_package(python, installed, tmp_path):
-    before = sorted(installed.rglob("*"))
-    cache = tmp_path / "cache"
-    assert python("-m", "illada_kernels", "doctor", path=(installed,), XDG_CACHE_HOME=str(cache)).returncode == 0
-    assert sorted(installed.rglob("*")) == before and not cache.exists()
 
 
 def test_report_says_when_the_sources_have_changed_since_the_build(installed, monkeypatch):

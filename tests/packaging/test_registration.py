@@ -23,25 +23,40 @@ def saved(tmp_path_factory):
     return path
 
 
-LOAD = "import sys, torch; torch.export.load(sys.argv[1]); "
 NOTHING_LEFT = """
 assert not [f for f in sys.meta_path if type(f).__module__.startswith("illada")]
 assert "exec_module" not in vars(torch.__loader__)
 """
+REGISTERED = """
+import sys, torch
+print(*sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("illada_kernels::")))
+print(*(kind for kind in torch.utils._pytree.SUPPORTED_NODES if kind.__name__ == "KeyRanges"))
+"""
+OPERATORS = ("attention", "attention_bwd", "masked_loss", "masked_loss_bwd", "unmask")
+FIRST = [
+    "import illada_kernels",
+    "import torch, illada_kernels",
+    "import importlib.util, illada_kernels; assert importlib.util.find_spec('torch')",  # a probe, as others do
+    "from illada_kernels import TopK",
+    "import illada_kernels.rules; from illada_kernels import Edit",  # a module of ours is what imports torch
+]
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import illada_kernels",
-        "import torch, illada_kernels",
-        "import importlib.util, illada_kernels; assert importlib.util.find_spec('torch')",  # a probe, as others do
-        "from illada_kernels import TopK",
-        "import illada_kernels.rules; from illada_kernels import Edit",  # a module of ours is what imports torch
-    ],
-)
+@pytest.mark.parametrize("first", FIRST)
+def test_operators_and_key_ranges_are_registered_whatever_comes_first(first, python):
+    done = python("-W", "error::UserWarning", "-c", f"{first}{REGISTERED}{NOTHING_LEFT}")
+    assert done.returncode == 0, done.stderr
+    operators, kinds = done.stdout.splitlines()
+    assert operators.split() == [f"illada_kernels::{name}" for name in OPERATORS]
+    assert kinds == str(KeyRanges)
+
+
+@pytest.mark.parametrize("first", [FIRST[0], FIRST[3]])
 def test_an_exported_program_loads(first, saved, python):
-    done = python("-W", "error::UserWarning", "-c", f"{first}; {LOAD}{NOTHING_LEFT}", str(saved))
+    """What is registered is all that loading needs."""
+    done = python(
+        "-W", "error::UserWarning", "-c", f"{first}; import sys, torch; torch.export.load(sys.argv[1])", str(saved)
+    )
     assert done.returncode == 0, done.stderr
 
 
