@@ -146,11 +146,7 @@ def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
     """Returns rows start, start + 1, ...; per_row: all_rows' list, each (N, 1)."""
     masked, held, position, seed, at_step, temperature, tc, *truncation = per_row
     logits = row_logits(step, start, masked.shape[0])  # (N, V)
-    uses = torch.arange(1, 4, device=seed.device)  # one call instead of three: small tensors cost their operators
-    drawn = [w.split(1, 1) for w in philox(seed, torch.zeros_like(position), position, at_step, uses)]
-    of_random, of_ranks, of_renoise = zip(*drawn)
-    random, rank_noise = philox_unit(of_random[:2]), gumbel_of(of_ranks[:2])
-    redrawn = scaled(of_renoise, step.vocab)
+    random, rank_noise, redrawn = row_numbers(step, seed, position, at_step)
     if logits.shape[1] == 0:
         zero = torch.zeros_like(random)
         return Rows(held, held, held, zero, zero, zero, random, zero, zero, zero, torch.ones_like(masked))
@@ -192,6 +188,18 @@ def some_rows(step: Problem, start: int, per_row: list[Tensor]) -> Rows:
     sampled = torch.minimum((1 / total).float(), likeness.float())
     confidences = (probability.float(), margin.float(), entropy.float(), random, sampled, rank_noise)
     return Rows(proposal, best, redrawn, *confidences, held_probability.float(), bad)
+
+
+def row_numbers(step: Problem, seed: Tensor, position: Tensor, at_step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the random confidence, the Gumbel noise of ranks and Renoise's id of each row, (N, 1) each; zeros where
+    none of them is used."""
+    if not (step.confidence == rules.RANDOM or step.rule == rules.RENOISE or step.is_reranked):
+        zeros = torch.zeros_like(position, dtype=torch.float32)
+        return zeros, zeros, torch.zeros_like(position)
+    uses = torch.arange(1, 4, device=seed.device)  # of Philox: one call, because small tensors cost their operators
+    drawn = (word.split(1, 1) for word in philox(seed, torch.zeros_like(position), position, at_step, uses))
+    of_random, of_ranks, of_renoise = zip(*drawn)
+    return philox_unit(of_random[:2]), gumbel_of(of_ranks[:2]), scaled(of_renoise, step.vocab)
 
 
 def _shared_rows(
