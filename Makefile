@@ -20,7 +20,9 @@ EXTRAS := build/transformers-4.57 build/antiberty build/kernels build/peft build
 OPS ?= attention_fwd attention_bwd masked_loss unmask generate train
 BIN := .venv/bin
 # no bytecode, because Python writes that of the modules it loads, a fraction; all of torch's takes 15 s
-PIP := $(BIN)/python -m pip install --quiet --no-compile
+QUIETLY := --quiet --no-compile
+PIP := $(BIN)/python -m pip install $(QUIETLY)
+BUILDERS := "pip>=25" "setuptools>=77" "ninja>=1.11" wheel
 TOOLS := .venv/.tools
 REQUIRED := .venv/.required
 INSTALLED := .venv/.installed
@@ -37,11 +39,12 @@ setup: $(INSTALLED)
 
 tools: $(TOOLS)
 
-# what compiles the extension, without torch; and a pip that takes half as long as Python 3.11's over what follows
+# what compiles the extension, without torch; and a pip that takes half as long as Python 3.11's over what follows. Here
+# PYTHON's own installs them if it has one: all waits for this, and to unpack Python's into .venv first takes 4 s.
 $(TOOLS):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make setup PYTHON=...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) "pip>=25" "setuptools>=77" "ninja>=1.11" wheel
+	test -x $(BIN)/python || $(PYTHON) -m venv --without-pip .venv
+	$(PYTHON) -m pip --python $(BIN)/python install $(QUIETLY) $(BUILDERS) || ($(PYTHON) -m venv .venv && $(PIP) $(BUILDERS))
 	touch $@
 
 # Prints what the package and its extras need.
