@@ -181,7 +181,8 @@ def compile_source(source: str, arch: str) -> Compiled:
         disassembler = find_tool("nvdisasm")
         sass = ""
         if disassembler:
-            sass = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+            command = [disassembler, "-c", "-ndf", str(cubin)]  # without an analysis that adds nothing to the text
+            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         made = Compiled(_read_kernels(source, arch, log.read_text(), sass), _warnings(log.read_text()), sass)
         fresh = read.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(asdict(made)))

@@ -108,6 +108,8 @@ def first_use(instructions: list[Instruction], load: int) -> tuple[int, int] | N
 def loads_ahead(body: str) -> tuple[int, int]:
     """(the shortest distance from a 16-byte global load to its use, the most such loads pending at a use); zeros for a
     kernel without any. Where there are loads in loops, the distance is theirs: nothing can hide the first loads."""
+    if not WIDE_LOAD.search(body):
+        return 0, 0
     instructions = parse_body(body)
     loads = [i for i, instruction in enumerate(instructions) if WIDE_LOAD.search(instruction.opcode)]
     uses = {load: use for load in loads if (use := first_use(instructions, load))}
