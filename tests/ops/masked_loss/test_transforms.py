@@ -299,7 +299,7 @@ def test_numbers_that_vary_compile_into_a_bounded_number_of_graphs(dynamic: bool
     assert graphs([(10**n,) for n in range(10)], of("memory_budget")) <= 4
     assert graphs([((n,),) for n in (1, 4, 6)], of("forbid")) <= 2
     for name in ("softcap", "label_smoothing", "z_loss"):
-        assert graphs([(n / 8,) for n in range(1, 5)], of(name)) <= 4
+        assert graphs([(n / 8,) for n in range(1, 4)], of(name)) <= 3  # at the third Dynamo knows that it varies
     rows = [(torch.cat([h] * n),) for n in (1, 2, 3, 7, 20)]
 
     def sized(h: Tensor) -> Tensor:
