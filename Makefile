@@ -85,8 +85,9 @@ test: build extras
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # imports what the tests do: broken imports show early, and workers that start together find the bytecode; pytest finds
-# the package in the checkout, so this runs beside its installation
-collect: extension $(REQUIRED)
+# the package in the checkout, so this runs beside the compilers
+collect: $(REQUIRED)
+	mkdir -p build
 	$(BIN)/python -m pytest --collect-only --quiet >build/collected || (tail -n 50 build/collected; exit 1)
 
 # packages that tests want beside the environment's
