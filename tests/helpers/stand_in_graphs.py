@@ -9,11 +9,14 @@ import pytest
 import torch
 from illada.decoding import loop, replay
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """Those of an operator's arguments or results; torch's tree_leaves takes longer than the operators here."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
 def _memory(tensor: torch.Tensor) -> int:
@@ -32,11 +35,11 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)) if func._schema.is_mutable else ():
+        for tensor in tensors_of((args, kwargs)) if func._schema.is_mutable else ():
             storage = tensor.untyped_storage()
             self.before.setdefault(_memory(tensor), (storage, storage.clone()))
         result = func(*args, **kwargs)
-        inputs, outputs = {_memory(t) for t in _tensors((args, kwargs))}, _tensors(result)
+        inputs, outputs = {_memory(t) for t in tensors_of((args, kwargs))}, tensors_of(result)
         is_view = bool(outputs) and not func._schema.is_mutable and all(_memory(t) in inputs for t in outputs)
         if not is_view:  # a view stays a view of the same memory
             self.calls.append((func, args, kwargs, outputs))
@@ -51,7 +54,7 @@ class Graph(TorchDispatchMode):
         self.log.append("replay")
         with _disable_current_modes():  # who watches operators sees none of a graph's
             for func, args, kwargs, outputs in self.calls:
-                for old, new in zip(outputs, _tensors(func(*args, **kwargs))):
+                for old, new in zip(outputs, tensors_of(func(*args, **kwargs))):
                     if _memory(old) != _memory(new):
                         old.copy_(new)
 

@@ -8,15 +8,14 @@ import math
 
 import pytest
 import torch
-from illada import Decoder, DecodingError, GenerationConfig, PromptError, generate
+from illada import Decoder, DecodingError, Generation, GenerationConfig, PromptError, generate
 from illada.decoding.replay import LateFlag, Replay
 from illada.decoding.samplers import ALONE, SAMPLERS
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from illada_kernels import Edit, EntropyBound, Factor, Threshold, TopK
 from tests.helpers.models import model_of
-from tests.helpers.stand_in_graphs import stand_in
+from tests.helpers.stand_in_graphs import stand_in, tensors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8, 9], [2, 7], [1, 8, 2, 8, 1, 8, 2, 8, 4], [40, 30, 20], [], [11]]
@@ -49,6 +48,10 @@ JOINS += [("SDAR-8B", "block_causal", how) for how in HOW if how != "sampler"] +
 JOINS += [("Qwen2.5-7B", "block_causal", how) for how in ("threshold", "sampled", "stop", "guided")]
 
 
+def each(done: Generation) -> list[tuple[list[int], bool, int, int]]:
+    return list(zip(done.tokens, done.stopped, done.passes, done.filled))
+
+
 @pytest.mark.parametrize("preset, cache, how", JOINS)
 def test_a_sequence_gives_what_it_gives_alone_whenever_it_joins(preset, cache, how):
     model = model_of(preset)
@@ -68,11 +71,11 @@ def test_a_sequence_gives_what_it_gives_alone_whenever_it_joins(preset, cache, h
             done[finished.ticket] = finished
     done.update({finished.ticket: finished for finished in decoder.collect()})
     assert sorted(done) == list(range(len(PROMPTS)))
-    for ticket, prompt in enumerate(PROMPTS):
-        alone = generate(model, [prompt], settings(model, **{**changes, "seed": 5 + ticket}))
-        got = done[ticket]
-        assert (got.tokens, got.stopped, got.passes) == (alone.tokens[0], alone.stopped[0], alone.passes[0])
-        assert got.filled == alone.filled[0]
+    found = [(one.tokens, one.stopped, one.passes, one.filled) for _, one in sorted(done.items())]
+    assert found == each(generate(model, PROMPTS, config))
+    for ticket in (2, 7):  # that any sequence of a batch is, test_generation.py says
+        alone = dataclasses.replace(config, seed=5 + ticket)
+        assert found[ticket : ticket + 1] == each(generate(model, PROMPTS[ticket : ticket + 1], alone))
     assert not decoder.step() and decoder.collect() == []
 
 
@@ -214,9 +217,8 @@ class Watch(TorchDispatchMode):
         self.reads += name in self.READS
         self.copies += name in self.FROM_HOST
         result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        self.allocations += any(t.untyped_storage().data_ptr() not in given for t in made)
+        given = {t.untyped_storage().data_ptr() for t in tensors_of((args, kwargs))}
+        self.allocations += any(t.untyped_storage().data_ptr() not in given for t in tensors_of(result))
         return result
 
 
