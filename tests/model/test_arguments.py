@@ -162,6 +162,14 @@ def test_an_empty_prompt_does_not_depend_on_the_batch(changes, threads):
         model = make(tiny(), seed, torch.float32)
         config = GenerationConfig(max_new_tokens=6, block_length=3, stop_ids=(), **changes)
         assert generate(model, [[]], config).tokens[0] == generate(model, [[1, 2, 3, 4], []], config).tokens[1]
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_text_of_masks_does_not_depend_on_the_batch(threads):
+    torch.set_num_threads(threads)
+    for seed in range(12):
+        model = make(tiny(), seed, torch.float32)
         alone = fill(model, [[49] * 4], GenerationConfig()).tokens[0]
         assert fill(model, [[1, 2, 3, 4, 49, 5], [49] * 4], GenerationConfig()).tokens[1] == alone
 

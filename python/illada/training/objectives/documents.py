@@ -85,11 +85,11 @@ class Packing:
         length = self.start.shape[1]
         if self.whole:
             return KeyRanges.block_diffusion(length, block, causal=causal, device=self.start.device)  # type: ignore[arg-type]
-        rows = []
-        for start in self.start:
+        rows, (starts, which) = [], self.start.unique(dim=0, return_inverse=True)
+        for start in starts:
             edges = torch.cat([start.unique(), start.new_full((1,), length)])
             rows.append(KeyRanges.block_diffusion(length, block, edges, causal=causal).bounds)  # type: ignore[arg-type]
-        return KeyRanges(torch.cat(rows), 2 * length)
+        return KeyRanges(torch.cat(rows)[which], 2 * length)
 
     def blocks(self, block: int) -> Tensor:
         """Returns the number of each token's block (B, S), counted over all rows; blocks restart at each document."""
