@@ -21,6 +21,10 @@ from illada_kernels._toolchain import find_compiler  # noqa: E402
 from tests.helpers import compiled_before  # noqa: E402
 from tests.helpers.checkout import ROOT, build, copy_checkout, locked  # noqa: E402
 
+# inherited by workers and by all that a test starts without a PYTHONPATH of its own
+STARTS = [str(ROOT / "tests" / "helpers" / "children"), *filter(None, [os.environ.get("PYTHONPATH")])]
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(STARTS).split(os.pathsep)))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, together: none of them is what the last process is waited for, and none of their fixtures

@@ -21,7 +21,8 @@ def alone(folder: Path) -> Path:
     """Makes `folder`, first on a child's path, the only place that `illada_kernels` is found in: the finder of an
     editable install would otherwise supply from the checkout what a copy of the package lacks."""
     strip = "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '').lower()]"
-    (folder / "sitecustomize.py").write_text(f"import sys\n{strip}\n")
+    start = (ROOT / "tests" / "helpers" / "children" / "sitecustomize.py").read_text()  # of the two the first counts
+    (folder / "sitecustomize.py").write_text(f"{start}\nimport sys\n{strip}\n")
     return folder
 
 

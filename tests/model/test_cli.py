@@ -503,7 +503,8 @@ def test_folders_and_prompts_of_any_name_work_with_any_encoding_of_the_output(co
     """A folder with a line's worth of odd signs, one of them not UTF-8, and an output that knows ASCII alone; the
     commands one after the other in one process."""
     folder = os.fsencode(tmp_path) + b"/it's $x^2 \xff \xe2\x9c\x93"
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "PYTHONIOENCODING": "ascii"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ["PYTHONPATH"]])
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "ascii"}
     commands = [["train", "--data", str(corpus), "--out", folder, "--steps", "2", *FAST]]
     for prompt in ("def é", b"\xff\xfe"):
         commands.append(["generate", "--model", folder, "--prompt", prompt, "--max-new-tokens", "4", "--live"])
