@@ -127,13 +127,14 @@ def assert_same(got: Any, want: Any, vocabulary: int, by_entropy: bool = False) 
 
 # ---- planted faults --------------------------------------------------------------------------------------------------
 @functools.cache
-def with_faults(kernel: str, faults: tuple[tuple[str, str], ...], extended: bool) -> Kernels:
-    """The kernel with the faults, and without the instances that are not called, which take most of the compiler's
-    time."""
+def with_faults(kernel: str, faults: tuple[tuple[str, str], ...], extended: bool, width: int) -> Kernels:
+    """The kernel with the faults, a head for at most `width` rows, without the instances that are not called, which
+    take most of the compiler's time."""
     text = with_headers(kernel, HEADERS)
-    for width in (32, 64):
-        text = text.replace(f"if (rows <= {width}) return run<T, {width}>(c, o, stream);", "")
-    text = text.replace("return run<T, 128>(c, o, stream);", "return int(cudaErrorInvalidValue);")
+    for other in {16, 32, 64} - {width}:
+        text = text.replace(f"if (rows <= {other}) return run<T, {other}>(c, o, stream);", "")
+    if width < 128:
+        text = text.replace("return run<T, 128>(c, o, stream);", "return int(cudaErrorInvalidValue);")
     text = text.replace("if (dtype == ILLADA_F16) return choose<fp16>(c, o, on);", "")
     text = re.sub(r"case ILLADA_B?F16: return run<.*", "", text)
     if not extended:
@@ -143,11 +144,17 @@ def with_faults(kernel: str, faults: tuple[tuple[str, str], ...], extended: bool
 
 
 def planted(
-    faults: Faults, kernel: str, name: str | None, extended: bool = False, of: type[Launch] = OnCpu, **run: Any
+    faults: Faults,
+    kernel: str,
+    name: str | None,
+    extended: bool = False,
+    width: int = 16,
+    of: type[Launch] = OnCpu,
+    **run: Any,
 ) -> Launch:
     """The kernels, `kernel` with that one of its faults, or with none."""
     of_kernel = {key: (old, new) for key, (source, old, new) in faults.items() if source == kernel}
-    one = with_faults(kernel, tuple(of_kernel.values()), extended)
+    one = with_faults(kernel, tuple(of_kernel.values()), extended, width)
     one.plant(list(of_kernel).index(name) + 1 if name else 0)
     launch = of(**run)
     launch.kernels[SOURCES.index(kernel)] = one

@@ -62,18 +62,18 @@ def from_hidden(inputs, rule, backend: str, **options):
 
 
 def draw_small_call(draw):
-    """draw_call's truncating call, of at most 3 candidates and 400 ids."""
+    """draw_call's truncating call, of at most 3 candidates and 260 ids: more than a slice of small_tiles."""
     logits, tokens, positions, rule, options = draw_call(draw, truncated=True)
     forbid, mask_id = options["forbid"], options["mask_id"]
-    options["forbid"] = (mask_id % 400,) if forbid is None else tuple(i for i in forbid if i < 400)
-    options["defer"] = tuple(i for i in options["defer"] if i < 400)
+    options["forbid"] = (mask_id % 260,) if forbid is None else tuple(i for i in forbid if i < 260)
+    options["defer"] = tuple(i for i in options["defer"] if i < 260)
     if options["logit_bias"] is not None and isinstance(options["logit_bias"][0], list):
         options["logit_bias"] = ([0, 0], [1.5, -0.25])
     if options["noise_positions"] is not None:
         options["noise_positions"] = options["noise_positions"][:, :3]
     if isinstance(options["revise"], ik.Remask) and options["revise"].scores is not None:
         options["revise"] = ik.Remask(options["revise"].n, options["revise"].scores[:, :3].contiguous())
-    return logits[:, :3, :400], tokens, positions[:, :3], rule, options
+    return logits[:, :3, :260], tokens, positions[:, :3], rule, options
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, file: str, old: str, new: str) -> None:

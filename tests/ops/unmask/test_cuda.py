@@ -18,7 +18,7 @@ import illada_kernels as ik
 from illada_kernels import _selftest
 from illada_kernels.ops.unmask import gpu
 from illada_kernels.testing import HALF_ULP
-from tests.cuda_on_cpu.library import KernelFault, missing, plant
+from tests.cuda_on_cpu.library import KernelFault, missing
 from tests.helpers.unmask_on_cpu import (
     SOURCES,
     Backend,
@@ -411,8 +411,10 @@ def test_what_the_fused_head_cannot_take_goes_through_products(
 
 @pytest.mark.parametrize("from_logits", [False, True])
 def test_the_selftest_passes(on_cpu: Backend, from_logits: bool) -> None:
-    """Each case in one dtype from hidden rows and in the other from logits; on a GPU doctor --selftest runs all."""
-    runs = [run for _, run in _selftest.unmask("cuda", "cpu", from_logits)]
+    """Each case in one dtype from hidden rows and in the other from logits, of fewer rows: as many as a product of 32
+    takes, or more than the head takes. On a GPU doctor --selftest runs all."""
+    cases = [run for _, run in _selftest.unmask("cuda", "cpu", from_logits)]
+    runs = [functools.partial(run, count=43 if "count" in run.keywords else 9) for run in cases]
     half = len(runs) // 2
     for number in range(half):
         runs[number + half * ((number + from_logits) % 2)]()
@@ -539,22 +541,39 @@ def test_pairs_of_blocks_load_for_each_other(on_cpu: Backend) -> None:
     pairs_agree(on_cpu, on_cpu.launch, 2)
 
 
-PAIR_FAULTS = {
-    "a stage given up in one block alone": ("if (z.blocks == 2) mbar_arrive_cluster", "if (false) mbar_arrive_cluster"),
-    "a stage filled once one block gave it up": ("kMultiplying / 128 * blocks", "kMultiplying / 128"),
-    "hidden loaded by both": ("else if (turn % 2 == int(cluster_rank()))", "else"),
-    "a block that leaves while the other loads": ("if (z.blocks > 1) cluster_sync();  // the other", "//"),
-    "a tile that one block lacks": ("tile - rank < z.tiles", "tile < z.tiles"),
+PAIR_FAULTS: Faults = {
+    "a stage given up in one block alone": (
+        HEAD,
+        "if (z.blocks == 2) mbar_arrive_cluster",
+        "if (!FAULT && z.blocks == 2) mbar_arrive_cluster",
+    ),
+    "a stage filled once one block gave it up": (
+        HEAD,
+        "kMultiplying / 128 * blocks",
+        "kMultiplying / 128 * (FAULT ? 1 : blocks)",
+    ),
+    "hidden loaded by both": (
+        HEAD,
+        "else if (turn % 2 == int(cluster_rank()))",
+        "else if (FAULT || turn % 2 == int(cluster_rank()))",
+    ),
+    "a block that leaves while the other loads": (
+        HEAD,
+        "if (z.blocks > 1) cluster_sync();  // the other",
+        "if (!FAULT && z.blocks > 1) cluster_sync();  // the other",
+    ),
+    "a tile that one block lacks": (HEAD, "tile - rank < z.tiles", "tile - (FAULT ? 0 : rank) < z.tiles"),
 }
+
+
+def test_pairs_with_no_fault_chosen_agree_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = planted(PAIR_FAULTS, HEAD, None, width=128)
+    pairs_agree(Backend(monkeypatch, launch), launch, 1)
 
 
 @pytest.mark.parametrize("name", PAIR_FAULTS)
 def test_faults_planted_into_pairs_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = plant(HEAD, *PAIR_FAULTS[name]).replace("if (dtype == ILLADA_F16) return choose<fp16>(c, o, on);", "")
-    for width in (16, 32, 64):
-        text = text.replace(f"if (rows <= {width}) return run<T, {width}>(c, o, stream);", "")
-    launch = OnCpu(HEAD, text=text)
-    launch.kernels += [k for k, source in zip(kernels().kernels, SOURCES) if source != HEAD]
+    launch = planted(PAIR_FAULTS, HEAD, name, width=128)
     with pytest.raises((KernelFault, AssertionError)):
         pairs_agree(Backend(monkeypatch, launch), launch, 6)
 

@@ -89,15 +89,16 @@ def test_matmuls_truncate_by_whole_rows_of_logits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_any_place_of_a_row_is_found(on_cpu: Backend, dtype: torch.dtype) -> None:
-    """Ranks from the first to the last, where few and where many values lie, also where they repeat."""
-    draw = torch.Generator().manual_seed(2)
-    logits = (torch.randn(9, 2, 30001, generator=draw) * 3).to(dtype)
+    """Ranks from the first to the last, where few and where many values lie, also where they repeat; of more ids than
+    a list holds."""
+    draw, last = torch.Generator().manual_seed(2), 30001 if dtype == torch.float32 else 10001
+    logits = (torch.randn(9, 2, last, generator=draw) * 3).to(dtype)
     logits[:, 1] = (logits[:, 1] * 2).round() / 2
-    ranks = torch.tensor([1, 2, 40, 999, 8000, 15000, 29000, 30000, 30001])
-    options = {"mask_id": 30001, "temperature": 4.0, "seed": torch.arange(9), "forbid": ()}
-    args = (logits, None, torch.full((9, 2), 30001), torch.arange(2).expand(9, 2), ik.TopK(1))
-    for way in ({"top_k": ranks}, {"top_p": 1 - (1 - ranks / 30001) ** 2}, {"min_p": torch.logspace(-7, 0, 9)}):
-        both(*args, vocabulary=30001, **way, **options)
+    ranks = torch.tensor([1, 2, 40, 999, last // 4, last // 2, last - 1001, last - 1, last])
+    options = {"mask_id": last, "temperature": 4.0, "seed": torch.arange(9), "forbid": ()}
+    args = (logits, None, torch.full((9, 2), last), torch.arange(2).expand(9, 2), ik.TopK(1))
+    for way in ({"top_k": ranks}, {"top_p": 1 - (1 - ranks / last) ** 2}, {"min_p": torch.logspace(-7, 0, 9)}):
+        both(*args, vocabulary=last, **way, **options)
 
 
 def test_nothing_is_truncated_without_noise(on_cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

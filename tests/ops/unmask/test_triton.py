@@ -247,11 +247,11 @@ def test_many_rows_go_through_products_by_slices(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 3e38])
 @pytest.mark.parametrize("t, tc", [(1e-38, 3.4e38), (3.4e38, 1e-38)])
 def test_numbers_up_to_the_largest_float_agree_with_the_reference(scale: float, t: float, tc: float) -> None:
-    logits = torch.randint(-4, 5, (2, 4, 300), generator=torch.Generator().manual_seed(8)) / 4 * scale
+    logits = torch.randint(-4, 5, (1, 4, 300), generator=torch.Generator().manual_seed(8)) / 4 * scale
     options = {"temperature": t, "confidence_temperature": tc, "rank_temperature": t}
     for confidence in ("sampled", "neg_entropy"):
         rule = ik.Threshold(0.0 if confidence == "sampled" else -1.0)
-        args = (logits, [[MASK] * 4] * 2, None, rule)
+        args = (logits, [[MASK] * 4], None, rule)
         (got, tokens), (want, want_tokens) = (
             step(*args, b, confidence=confidence, **options) for b in ("triton", "reference")
         )
@@ -369,16 +369,16 @@ def test_batch_order_of_candidates_and_block_shapes_do_not_change_a_bit(fused: b
     assert all(map(torch.equal, again, (confidence, proposal, after)))
 
 
-@pytest.mark.parametrize("rule", [ik.TopK(2), ik.Threshold(0.004, 2), ik.Factor(1.01), ik.EntropyBound(9.0, True)])
+@pytest.mark.parametrize("rule", [ik.TopK(2), ik.Threshold(0.1, 2), ik.Factor(8.0), ik.EntropyBound(20.0, True)])
 def test_ranks_in_any_order_do_not_depend_on_block_shapes(rule, monkeypatch) -> None:
-    """One block with lanes to spare, and three of which the last is not full."""
-    logits = torch.randn(2, 11, 300, generator=torch.Generator().manual_seed(6))
+    """One block with lanes to spare, and three of which the last is not full. Rules end in the first or the second."""
+    logits = torch.randn(2, 11, 50, generator=torch.Generator().manual_seed(6))
     tokens, positions = torch.full((2, 15), MASK), torch.arange(11).flip(0).expand(2, 11) + 2
-    options = {"rank_temperature": 2.0, "defer": tuple(range(0, 300, 2)), "temperature": 0.3, "confidence": "sampled"}
+    options = {"rank_temperature": 2.0, "defer": tuple(range(0, 50, 2)), "temperature": 0.3, "confidence": "sampled"}
     for changes in ({}, {"order": "left"}):
         want, want_tokens = step(logits, tokens, positions, rule, "reference", **(options | changes))
         got, got_tokens = step(logits, tokens, positions, rule, "triton", **(options | changes))
-        same(got, want, got_tokens, want_tokens, 300)
+        same(got, want, got_tokens, want_tokens, 50)
         with monkeypatch.context() as patch:
             patch.setattr(room, "select_options", lambda count: {"BLOCK": 4, "BLOCK_G": 1, "ONE_BLOCK": False})
             again, again_tokens = step(logits, tokens, positions, rule, "triton", **(options | changes))
