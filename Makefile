@@ -26,8 +26,7 @@ BUILDERS := "pip>=25" "setuptools>=77" "ninja>=1.11" wheel
 TOOLS := .venv/.tools
 REQUIRED := .venv/.required
 INSTALLED := .venv/.installed
-# one more than two cores, because tests wait: for a process to be killed, for one that hangs
-WORKERS ?= 3
+WORKERS ?= 2
 
 # Without a GPU, CUDA code is compiled only for the tests.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
