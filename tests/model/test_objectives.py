@@ -282,6 +282,16 @@ def test_losses_and_gradients_of_micro_batches_sum_to_the_batch_s(name, shifted)
             assert (p.grad - wanted[n]).abs().max() <= 1e-5 * wanted[n].abs().max() + 1e-8, n
 
 
+def test_rows_packed_differently_see_what_each_sees_alone():
+    starts = [[3, 5], [], [1], [3, 5], [6], []]  # rows that repeat, in no order
+    documents = torch.tensor([[sum(start <= column for start in row) for column in range(8)] for row in starts])
+    made = objectives.block_diffusion(batch(), MASK, generator(), block=2, documents=documents)
+    for row in range(6):
+        alone = objectives.block_diffusion(batch()[:1], MASK, generator(), block=2, documents=documents[row, None])
+        assert torch.equal(made.key_ranges.bounds[row], alone.key_ranges.bounds[0]), row
+        assert torch.equal(made.positions[row], alone.positions[0]), row
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_torch_s_default_device_and_dtype_change_no_batch(name):
     wanted = tensors(MAKERS[name]())
