@@ -287,12 +287,12 @@ def test_tests_run_side_by_side_and_go_on_after_one_that_hangs(tmp_path):
         def test_skipped(): pass
     """)
     )
-    workers = plan.tests("tests", str(file), 2, limit=6.0)
+    workers = plan.tests("tests", str(file), 2, limit=2.0)
     here = session.Session(tmp_path / "out", processes.Here(), session.environment(None), {})
     begin = time.monotonic()
     (outcome,) = here.run([plan.Stage("tests", 200, "", workers)], 205)
     assert outcome["said"] == "6 passed; 1 failed; 1 skipped; 1 hung or died", (tmp_path / "out/log.txt").read_text()
-    assert [*outcome["hung_or_died"].values()] == ["no end within 6 s"] and time.monotonic() - begin < 150
+    assert [*outcome["hung_or_died"].values()] == ["no end within 2 s"] and time.monotonic() - begin < 150
     assert [*outcome["failed"].values()] == ["AssertionError: off by one"]
     (again,) = here.run([plan.Stage("tests", 200, "", workers)], 205)  # nothing is left: nothing runs again
     assert again["said"] == outcome["said"] and again["complete"]
