@@ -260,7 +260,7 @@ def test_a_run_at_an_absurd_rate_that_stays_finite_is_said_to_have_learned_nothi
     run = trainer(steps=60, objective="full", optimizer=optimizer, lr=1e9)
     run.run()
     said = run.divergence.complaint()
-    assert said is not None and "a model that knows nothing has log(vocab) = 5.5" in said and "lower --lr" in said
+    assert said is not None and "a token that is guessed costs log(vocab) = 5.5" in said and "lower --lr" in said
 
 
 def test_a_run_that_learns_or_was_only_begun_has_nothing_to_hear():

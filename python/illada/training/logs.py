@@ -67,9 +67,9 @@ def _writer(folder: Path, step: int) -> Any:
 class Divergence:
     """Sees that a run diverges before its numbers are no longer finite.
 
-    The mean of the last 20 losses must stay below 4 times the larger of the first 20's and log(vocab), which is the
-    loss of a model that knows nothing. A mean, because with weights 1/t a single loss may be ten times the usual one:
-    so the first 20, in which a run may diverge too, count as at most ten times the first of them or log(vocab).
+    The mean of the last 20 losses must stay below 4 times the larger of the first 20's and log(vocab), which is what a
+    token costs a model that knows nothing. A mean, because with weights 1/t a single loss may be ten times the usual
+    one: so the first 20, in which a run may diverge too, count as at most ten times the first of them or log(vocab).
     """
 
     def __init__(self, vocab_size: int, losses: np.ndarray) -> None:
@@ -111,6 +111,6 @@ class Divergence:
             return None
         return (
             f"next to nothing was learned: the last {some} losses are {last:.3g} on average, the first were "
-            f"{first:.3g}, and a model that knows nothing has log(vocab) = {self.limit:.3g}; begin anew with a lower "
+            f"{first:.3g}, and a token that is guessed costs log(vocab) = {self.limit:.3g}; begin anew with a lower "
             "--lr, or train longer"
         )
