@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import threading
@@ -57,14 +58,19 @@ class Backend:
         return self.opt_in is None or (device == "cuda" and _proven.proven(op, self.name))
 
 
-def backends(room: str, names: tuple[str, ...] = tuple(DEVICES)) -> tuple[Backend, ...]:
-    """Returns the backends of a room (a package's name) in their default order. None is imported before it is asked."""
+def backends(room: str) -> tuple[Backend, ...]:
+    """Returns the backends of a room (a package's name), those of which it has a file or folder, in their default
+    order. None is imported before it is asked."""
+
+    def there(name: str) -> bool:
+        spec = importlib.util.find_spec(f"{room}.{name}")
+        return spec is not None and spec.has_location  # a folder of which only __pycache__ is left has none
 
     def backend(name: str) -> Backend:
         module = functools.cache(lambda: importlib.import_module(f"{room}.{name}"))
         return Backend(name, DEVICES[name], module, UNRUN if DEVICES[name] == ("cuda",) else None)
 
-    return tuple(backend(name) for name in names)
+    return tuple(backend(name) for name in DEVICES if there(name))
 
 
 class Resolved(str):

@@ -12,9 +12,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from ._dispatch import DEVICES
 from .ops import OPS
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = tuple(DEVICES)
 
 
 def why(error: BaseException) -> str:

@@ -11,13 +11,17 @@ from torch import Tensor
 
 from illada_kernels import masked_loss
 from illada_kernels._extension import extension_reason
-from illada_kernels.ops.masked_loss import cases, cpu
+from illada_kernels.ops.masked_loss import cases, cpu, op
 from illada_kernels.ops.masked_loss.problem import Problem
 from illada_kernels.testing import assert_close, masked_loss_rounding
 from tests.helpers import masked_loss_reference as reference
 
 needs_extension = pytest.mark.skipif(extension_reason() is not None, reason=str(extension_reason()))
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+BACKENDS = [
+    pytest.param(b.name, marks=pytest.mark.skipif(b.available() is not None, reason=str(b.available())))
+    for b in op.BACKENDS
+    if b.devices is None or "cpu" in b.devices
+]
 ALL = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01, "forbid": (1, 4)}
 TINY = 1  # a budget that leaves slices of the vocabulary only
 

@@ -118,6 +118,16 @@ def test_importing_the_package_imports_neither_torch_nor_the_extension():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_room_has_the_backends_of_which_it_has_a_file_or_folder(tmp_path, monkeypatch):
+    room = tmp_path / "some_room"
+    for folder in (room, room / "triton", room / "cuda" / "__pycache__"):  # of cuda only what a checkout leaves behind
+        folder.mkdir(parents=True)
+    for file in ("__init__.py", "reference.py", "cpu.py", "magic.py", "triton/__init__.py"):
+        (room / file).write_text("raise ImportError" if file != "__init__.py" else "")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert [b.name for b in _dispatch.backends("some_room")] == ["triton", "cpu", "reference"]
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from ..._extension import DTYPES
 from ..._torch_ops import is_plain, is_traced
 from . import problem, reference
 
-BACKENDS = _dispatch.backends(__package__, ("triton", "cpu", "reference"))
+BACKENDS = _dispatch.backends(__package__)
 
 
 def kernels_for(*tensors: Tensor, backend: str | None = None) -> ModuleType | None:
