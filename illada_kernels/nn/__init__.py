@@ -157,7 +157,7 @@ class Unmask(_Op):
 
     Parameters
     ----------
-    rule : TopK, Threshold, Factor, EntropyBound or Renoise
+    rule : rule of illada_kernels, such as TopK
     mask_id : int
 
     Notes

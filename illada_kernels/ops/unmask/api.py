@@ -84,8 +84,8 @@ def unmask(
         (B, K) int64, where the candidates stand in `tokens`; distinct within a sequence. A position below 0 or from L
         on is not a candidate. Duplicates stay in range; which of them is written is not defined.
     rule
-        `TopK`, `Threshold`, `Factor` or `EntropyBound`: which masked candidates commit, ranked by falling confidence,
-        ties to the lowest position. `Renoise`: which of all candidates are accepted; the others become noise.
+        Which masked candidates commit, ranked by falling confidence, ties to the lowest position: `TopK`, `Threshold`
+        or another rule. `Renoise`: which of all candidates are accepted; the others become noise.
     mask_id
         The mask token. A candidate that holds another token takes part only under `revise`.
     confidence

@@ -33,11 +33,11 @@ class GenerationConfig:
         Numbers of the sampler, for example {"tau": 0.95}.
     steps : int, optional
         Passes in all, a multiple of the number of blocks. None: as `steps_per_block` says.
-    rule : TopK, Threshold, Factor, EntropyBound, tensor or callable, optional
-        Which proposals a pass commits. An integer tensor (passes,) or (passes, B) gives the number of tokens for each
-        pass of a block, read once before the first; the last pass commits what is left. A callable is a schedule: see
-        `illada.decoding.schedules`. None: LLaDA's schedule, which spreads a block's masks evenly over
-        `steps_per_block` passes (None: one token a pass).
+    rule : rule of illada_kernels, tensor or callable, optional
+        Which proposals a pass commits: `TopK`, `Threshold` or another rule that fills masks. An integer tensor
+        (passes,) or (passes, B) gives the number of tokens for each pass of a block, read once before the first; the
+        last pass commits what is left. A callable is a schedule: see `illada.decoding.schedules`. None: LLaDA's
+        schedule, which spreads a block's masks evenly over `steps_per_block` passes (None: one token a pass).
     confidence, order, rank_temperature, temperature, confidence_temperature, defer
         As in `illada_kernels.unmask`.
     top_k, top_p, min_p : int, float, float, optional

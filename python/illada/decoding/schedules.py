@@ -11,15 +11,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import illada_kernels
-from illada_kernels import EntropyBound, Factor, Threshold, TopK
+from illada_kernels import Renoise, TopK
+from illada_kernels.rules import Rule
 
-Rule = TopK | Threshold | Factor | EntropyBound
+FILLING = tuple(rule for rule in get_args(Rule) if rule is not Renoise)  # the rules that fill masks
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..config import ModelConfig
 from ..errors import PromptError
 from . import samplers
 from .config import GenerationConfig, Prompts, Sampling
-from .schedules import Always, Choose, Counts, Evenly, OpenBlocks, Rule, Schedule, Table
+from .schedules import FILLING, Always, Choose, Counts, Evenly, OpenBlocks, Schedule, Table
 
 
 def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationConfig:
@@ -52,12 +52,12 @@ def checked(config: GenerationConfig | None, model: ModelConfig) -> GenerationCo
     for name in ("top_k", "top_p", "min_p"):
         if plain[name] is not None and cold and config.sampler != "canvas":  # which has temperatures of its own
             raise PromptError(f"{name}: expected None at temperature 0, where nothing is drawn, got {plain[name]!r}")
-    for name, kinds in (("rule", Rule), ("revise", Edit | Remask)):
+    for name, kinds in (("rule", FILLING), ("revise", (Edit, Remask))):
         value = getattr(config, name)
         if value is None or callable(value) or (name == "rule" and isinstance(value, Tensor | Choose)):
             continue
         if not isinstance(value, kinds):
-            names = ", ".join(kind.__name__ for kind in get_args(kinds))
+            names = ", ".join(kind.__name__ for kind in kinds)
             raise PromptError(f"{name}: expected None or one of {names}, got {value!r}")
     if config.stop_when is not None and not callable(config.stop_when):
         raise PromptError(f"stop_when: expected a function of a list of ids, or None, got {config.stop_when!r}")
