@@ -132,6 +132,7 @@ lint: $(REQUIRED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	! grep -nE '^.{121}' $(CXX_SOURCES)  # comments, which clang-format leaves as they are
 	$(BIN)/mypy
 
 format: $(REQUIRED)

@@ -39,8 +39,9 @@ Isa detect_isa() {
 
 const Isa isa = detect_isa();
 
-// In a child of fork, OpenMP waits for threads that only the parent has, and a first parallel region would never end (torch's own
-// operations hang so). OpenMP keeps them by calling thread, so that there a call runs on a thread of its own, with new ones.
+// In a child of fork, OpenMP waits for threads that only the parent has, and a first parallel region would never end
+// (torch's own operations hang so). OpenMP keeps them by calling thread, so that there a call runs on a thread of its
+// own, with new ones.
 bool forked = false;
 
 // An argument on its way from Python, and what it becomes: pointers come as integers.

@@ -78,7 +78,8 @@ template <class Row> void for_rows(int64_t rows, int64_t entries, int threads, c
   }
 }
 
-// A call of rope. strides: batch, token and head of q, k and v, those of keys and values, then the batch of cos and sin.
+// A call of rope. strides: batch, token and head of q, k and v, those of keys and values, then the batch of cos and
+// sin.
 struct Rope {
   int64_t length, heads, kv_heads, dim;
   const int64_t* strides;

@@ -6,8 +6,8 @@
 
 namespace {
 
-// A block of C held in registers: 4 rows x kBlockVectors vectors. 4 x 4 uses 16 of AVX-512's 32 registers, 4 x 2 fits the
-// 16 of AVX2 and SSE. Per step of the inner dimension: kBlockVectors vector loads, 4 scalars, 4 * kBlockVectors
+// A block of C held in registers: 4 rows x kBlockVectors vectors. 4 x 4 uses 16 of AVX-512's 32 registers, 4 x 2 fits
+// the 16 of AVX2 and SSE. Per step of the inner dimension: kBlockVectors vector loads, 4 scalars, 4 * kBlockVectors
 // multiply-adds.
 constexpr int kBlockRows = 4;
 constexpr int kBlockVectors = kWidth == 16 ? 4 : 2;
@@ -245,10 +245,10 @@ constexpr Polynomial power_less_1(bool is_short) {
   return {3, {0.0555021353f, 0.240234286f, 0.693147182f}};
 }
 
-// Turns each x into 2^(c * x) for c > 0 and x <= 0 (or barely above), relative error below 2e-7 + 2^-24 |c x|: exactly 1
-// at 0, between 0 and 2^-126 where c * x < -126, 0 where c * x <= -127 (`lowest` is -127 / c), NaN for NaN. But for SSE,
-// c * x enters two fused multiply-adds and is never rounded by itself. kShort: relative error below 6e-7. Vectors go side
-// by side, otherwise each would wait for its chain.
+// Turns each x into 2^(c * x) for c > 0 and x <= 0 (or barely above), relative error below 2e-7 + 2^-24 |c x|: exactly
+// 1 at 0, between 0 and 2^-126 where c * x < -126, 0 where c * x <= -127 (`lowest` is -127 / c), NaN for NaN. But for
+// SSE, c * x enters two fused multiply-adds and is never rounded by itself. kShort: relative error below 6e-7. Vectors
+// go side by side, otherwise each would wait for its chain.
 template <bool kShort, int kVectors> inline void exp2_scaled(vf (&x)[kVectors], float c, float lowest) {
   constexpr float kShift = 0x1.8p23f / kRoots + 127;  // c * x + kShift holds their integer in its low mantissa bits
   constexpr Polynomial kRest = power_less_1(kShort);

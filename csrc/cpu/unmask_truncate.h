@@ -1,7 +1,8 @@
 // unmask on the CPU: the draw from the ids that top_k, top_p and min_p keep.
 //
-// Runs after a pass that left the maxima and sums of a row in its partials, while the row is in L2. All three are a least logit
-// (unmask_bound.h); what lies below counts as -inf, so that the ids that are kept have the noise that they always have.
+// Runs after a pass that left the maxima and sums of a row in its partials, while the row is in L2. All three are a
+// least logit (unmask_bound.h); what lies below counts as -inf, so that the ids that are kept have the noise that they
+// always have.
 #pragma once
 #include <algorithm>
 

@@ -78,15 +78,15 @@ extern "C" int illada_attention_bwd_fused_sm90a(int dtype, const void* q, const 
                                                 int64_t kv_heads, int64_t dim, int64_t bounds_batches,
                                                 const int64_t* strides, float scale, int blocks, void* stream);
 
-// ---- a layer between its matmuls (csrc/cpu/layer.cpp) ----------------------------------------------------------------
+// ---- a layer between its matmuls (csrc/cpu/layer.cpp) ---------------------------------------------------------------
 // sum = x + delta, or x where delta is null and sum is not written; out = norm(sum). All are (rows, dim), contiguous.
 // in_fp32: rounds once, after the weight; else before it too.
 ILLADA_CPU(illada_layer_rms_norm_cpu, int dtype, const void* x, const void* delta, const void* weight, int64_t rows,
            int64_t dim, float eps, int in_fp32, void* sum, void* out, int threads)
 // q (batch, length, heads, dim); k, v with kv_heads; cos and sin (batch or 1, length, dim / 2). rotated, of q, is
-// contiguous. Token i of sequence b has slot starts[b] + i (null: start + i), clamped, of keys and values (batch, slots,
-// kv_heads, dim). Only where keep (batch, length) is true is written; null: all. values null: v is not looked at.
-// strides[0..14]: batch, row and head of q, k, v, keys and values; strides[15]: batch of cos and sin.
+// contiguous. Token i of sequence b has slot starts[b] + i (null: start + i), clamped, of keys and values (batch,
+// slots, kv_heads, dim). Only where keep (batch, length) is true is written; null: all. values null: v is not looked
+// at. strides[0..14]: batch, row and head of q, k, v, keys and values; strides[15]: batch of cos and sin.
 ILLADA_CPU(illada_layer_rope_cpu, int dtype, const void* q, const void* k, const void* v, const float* cos,
            const float* sin, int64_t batch, int64_t length, int64_t heads, int64_t kv_heads, int64_t dim,
            const int64_t* strides, void* rotated, void* keys, void* values, int64_t slots, int64_t start,
@@ -94,9 +94,9 @@ ILLADA_CPU(illada_layer_rope_cpu, int dtype, const void* q, const void* k, const
 // gate_up (rows, 2 * width): gate, then up; out (rows, width). Contiguous.
 ILLADA_CPU(illada_layer_swiglu_cpu, int dtype, const void* gate_up, int64_t rows, int64_t width, void* out, int threads)
 
-// ---- the LM head (csrc/cpu/head.cpp) ---------------------------------------------------------------------------------
-// logits (rows, ids), out_stride from row to row, of ids first .. first + ids. hidden (rows, dim), contiguous, float32 or of
-// the weight's dtype; weight: `stride` from id to id; bias: float32 or null.
+// ---- the LM head (csrc/cpu/head.cpp) --------------------------------------------------------------------------------
+// logits (rows, ids), out_stride from row to row, of ids first .. first + ids. hidden (rows, dim), contiguous, float32
+// or of the weight's dtype; weight: `stride` from id to id; bias: float32 or null.
 ILLADA_CPU_BF16(illada_head_cpu, const void* hidden, int hidden_dtype, int64_t rows, int64_t dim, const void* weight,
                 const float* bias, int dtype, int64_t stride, int64_t first, int64_t ids, float* logits,
                 int64_t out_stride, int threads)
@@ -114,10 +114,10 @@ ILLADA_CPU(illada_masked_loss_stats_cpu, const void* logits, int dtype, int64_t 
 ILLADA_CPU(illada_masked_loss_dlogits_cpu, const void* logits, int64_t stride, void* out, int64_t out_stride, int dtype,
            int64_t rows, const int64_t* row_index, int64_t first, int64_t count, const float* bias, float softcap,
            const int64_t* targets, const int64_t* forbid, int64_t n_forbid, const float* coefficients, int threads)
-// CUDA; illada_kernels/ops/masked_loss/row_kernels.py says what each does. Masked rows are compacted: index, targets and
-// scale hold `held` or `capacity` of them from place `start` on; slot (rows) is each row's place or -1; info is {number
-// of masked rows, first row whose target is not an id or -1}. Row r of x or logits starts at r / inner * outer_stride +
-// r % inner * stride.
+// CUDA; illada_kernels/ops/masked_loss/row_kernels.py says what each does. Masked rows are compacted: index, targets
+// and scale hold `held` or `capacity` of them from place `start` on; slot (rows) is each row's place or -1; info is
+// {number of masked rows, first row whose target is not an id or -1}. Row r of x or logits starts at r / inner *
+// outer_stride + r % inner * stride.
 extern "C" int illada_masked_loss_compact_cuda(const uint8_t* masked, const int64_t* targets, const float* weight,
                                                int64_t rows, int64_t vocab, int64_t capacity, int mean, int32_t* index,
                                                int64_t* row_targets, float* scale, int32_t* slot, int32_t* info,

@@ -212,8 +212,9 @@ extern "C" int probe_matrix(int count, int transpose, uint4* image, const uint32
 }
 
 // ---- barriers and election -------------------------------------------------------------------------------------
-// Two groups of 64 of the block's 128 threads pass values through shared memory `rounds` times, each behind its own named
-// barriers; out (128): what thread t got in the end (its neighbour's, `rounds` times) + 1000 * (elected lanes in its warp).
+// Two groups of 64 of the block's 128 threads pass values through shared memory `rounds` times, each behind its own
+// named barriers; out (128): what thread t got in the end (its neighbour's, `rounds` times) + 1000 * (elected lanes in
+// its warp).
 __global__ void __launch_bounds__(128) probe_barriers_kernel(int* out, int rounds) {
   int* slots = reinterpret_cast<int*>(dynamic_smem());
   const int t = threadIdx.x, group = t / 64, first = group * 64;
