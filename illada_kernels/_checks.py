@@ -203,7 +203,7 @@ def expect_contiguous(name: str, value: Tensor) -> None:
 
 
 def expect_per_sequence(name: str, value: object, batch: int, device: torch.device) -> None:
-    """For a number nothing; for a tensor in its place shape () or (batch,), on this device."""
+    """Raises unless `value` is a number, or a tensor of shape () or (batch,) on this device."""
     if isinstance(value, Tensor):
         if value.dim() > 0:
             expect_shape(name, value, batch)

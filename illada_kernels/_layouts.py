@@ -26,7 +26,7 @@ class Layouts:
 
     @classmethod
     def full(cls, num_keys: int, *, device: Device = None) -> Self:
-        """Every row sees every key: bounds (1, 1, 4). LLaDA's and iLLaDA's pre-training.
+        """Lets every row see every key: bounds (1, 1, 4). LLaDA's and iLLaDA's pre-training.
 
         Examples
         --------
@@ -39,7 +39,7 @@ class Layouts:
 
     @classmethod
     def padding(cls, lengths: Tensor, num_keys: int, side: Literal["left", "right"] = "right") -> Self:
-        """Sequence b sees its `lengths[b]` real keys: bounds (B, 1, 4).
+        """Lets sequence b see its `lengths[b]` real keys: bounds (B, 1, 4).
 
         Parameters
         ----------
@@ -67,7 +67,7 @@ class Layouts:
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, num_tokens: int) -> Self:
-        """Each document of one row of tokens sees itself: bounds (1, num_tokens, 4).
+        """Lets each document of one row of tokens see itself: bounds (1, num_tokens, 4).
 
         Parameters
         ----------
@@ -92,7 +92,7 @@ class Layouts:
 
     @classmethod
     def causal(cls, s: int, num_keys: int | None = None, *, device: Device = None) -> Self:
-        """Row i sees keys 0 .. i + num_keys - s: bounds (1, s, 4). The last row sees all keys.
+        """Lets row i see keys 0 .. i + num_keys - s: bounds (1, s, 4). The last row sees all keys.
 
         Parameters
         ----------
@@ -118,7 +118,7 @@ class Layouts:
     def window(
         cls, s: int, left: int | None, right: int | None, num_keys: int | None = None, *, device: Device = None
     ) -> Self:
-        """Row i sees keys p - left .. p + right, p = i + num_keys - s: bounds (1, s, 4). Local attention.
+        """Lets row i see keys p - left .. p + right, p = i + num_keys - s: bounds (1, s, 4). Local attention.
 
         Parameters
         ----------
@@ -150,7 +150,7 @@ class Layouts:
 
     @classmethod
     def block_causal(cls, s: int, block: int | Tensor, *, device: Device = None) -> Self:
-        """A row sees its own block and all earlier ones: bounds (1 or B, s, 4). SDAR, LLaDA2, dialogue turns.
+        """Lets a row see its own block and all earlier ones: bounds (1 or B, s, 4). SDAR, LLaDA2, dialogue turns.
 
         Parameters
         ----------
@@ -196,7 +196,7 @@ class Layouts:
         causal: Literal["clean", "both"] | None = None,
         device: Device = None,
     ) -> Self:
-        """Training on [noisy ; clean], 2 * length tokens: bounds (1, 2 * length, 4).
+        """Trains on [noisy ; clean], 2 * length tokens: bounds (1, 2 * length, 4).
 
         A noisy row sees its own noisy block and all earlier clean blocks of its document. A clean row sees all clean
         blocks of its document up to its own.
@@ -253,7 +253,7 @@ class Layouts:
 
     @classmethod
     def anchor_blocks(cls, anchors: Tensor, length: int, block: int, cu_seqlens: Tensor | None = None) -> Self:
-        """Training a block drafter on keys [context ; blocks]: bounds (1 or B, N * block, 4). DFlash.
+        """Trains a block drafter on keys [context ; blocks]: bounds (1 or B, N * block, 4). DFlash.
 
         The rows are those of the blocks alone. Each sees the context before its block's anchor and its own block.
 
@@ -302,7 +302,7 @@ class Layouts:
     def cached(
         cls, lengths: Tensor, s_new: int, num_keys: int, *, block: int | None = None, left: int | None = None
     ) -> Self:
-        """s_new new rows a sequence against a cache of num_keys slots: bounds (B, 1 or s_new, 4).
+        """Lets s_new new rows a sequence see a cache of num_keys slots: bounds (B, 1 or s_new, 4).
 
         Row i of sequence b stands at slot p = lengths[b] - s_new + i. It sees the slots before lengths[b], among them
         all new ones.
@@ -347,7 +347,7 @@ class Layouts:
 
 
 def expect_size(name: str, value: int, least: int = 0, most: int = _MOST) -> int:
-    """A checked size as Python's int, or symbolic."""
+    """Returns a checked size as Python's int, or symbolic."""
     if torch.compiler.is_compiling() and type(value).__module__ == "numpy":
         value = int(value)  # Dynamo takes a NumPy scalar for an array
     expect_integer(name, value, least, most)
@@ -371,7 +371,7 @@ def _rows(name: str, count: int, device: Device) -> Tensor:
 
 
 def _block(row: Tensor, start: Tensor | int, end: Tensor | int, block: int) -> tuple[Tensor, Tensor]:
-    """Start and end of each row's block; blocks count from `start`, the last is cut at `end`."""
+    """Returns start and end of each row's block; blocks count from `start`, the last is cut at `end`."""
     block = expect_size("block", block, least=1)
     first = start + (row - start) // block * block
     return first, first + (end - first).clamp(max=block)  # first + block could overflow

@@ -54,8 +54,8 @@ def _reduced_sums(setting: str, allowed: bool, split_k: bool | None) -> None:
 
 @contextlib.contextmanager
 def float32_sums() -> Iterator[None]:
-    """cuBLAS may otherwise add partial products of one element in half precision (torch allows it by default). Whether
-    it may split the sum stays as the user has it."""
+    """Makes cuBLAS add the partial products of an element in float32, where torch by default lets it take half
+    precision. Whether it may split the sum stays as the user has it."""
     global _sums_users
     flags = torch.backends.cuda.matmul
     with _sums_lock:

@@ -71,7 +71,7 @@ def first_error(log: str, status: int) -> str:
 
 
 def as_command(value: str) -> str | None:
-    """A program, or a program and arguments ("ccache g++"), as a shell command; None if the program is not there."""
+    """Returns a program, or one with arguments ("ccache g++"), as a shell command; None if it is not there."""
     if shutil.which(value):
         return shlex.quote(value)
     try:
@@ -216,7 +216,7 @@ def known_archs(nvcc: str) -> set[str]:
 
 
 def split_archs(text: str, variable: str = "ILLADA_CUDA_ARCHS") -> list[str]:
-    """'8.0;9.0a+PTX Hopper' -> ['80', '90a', '90'], each once. Raises BuildError at what is not an architecture."""
+    """Splits '8.0;9.0a+PTX Hopper' into ['80', '90a', '90']. Raises BuildError at what is not an architecture."""
     archs: list[str] = []
     for word in filter(None, re.split(r"[;,\s]+", text)):
         name = re.sub(r"\+ptx$", "", word.lower())
@@ -254,7 +254,7 @@ def cuda_archs(notes: list[str] | None = None, known: set[str] | None = None) ->
 
 
 def gencode_flags(archs: str) -> list[str]:
-    """'80;90a' -> one SASS target each, and PTX of the lowest, so that newer GPUs can translate it at load."""
+    """Returns for '80;90a' a SASS target each, and PTX of the lowest, because newer GPUs translate it at load."""
     names = split_archs(archs)
     lowest = min(map(number, names))
     sass = [f"-gencode arch=compute_{a},code=sm_{a}" for a in names]

@@ -50,17 +50,18 @@ _learn_plain_keys(torch.device("cpu"))  # other devices when a tensor of theirs 
 
 
 def is_watched() -> bool:
-    """True if something must see the operator: compiler, trace, mode, transform, forward-mode AD, profiler."""
+    """Returns whether something must see the operator: compiler, trace, mode, transform, forward-mode AD, profiler."""
     return is_traced() or torch.autograd._profiler_enabled()
 
 
 def is_traced() -> bool:
-    """As is_watched, but for a profiler, which changes nothing."""
+    """Returns what `is_watched` does, but for a profiler, which changes nothing."""
     return _is_below() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _is_below() -> bool:
-    """True if something is active that sees what a Function's forward does: compiler, trace, mode, transform."""
+    """Returns whether something is active that sees what a Function's forward does: compiler, trace, mode,
+    transform."""
     return (
         torch.compiler.is_compiling()
         or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_STATES
@@ -70,8 +71,8 @@ def _is_below() -> bool:
 
 
 def is_plain(values: Sequence[Any]) -> bool:
-    """True if the tensors among `values` are strided, in memory and nothing more: not batched, functional, lazily
-    negated, zero, nested, fake, nor of a subclass.
+    """Returns whether the tensors among `values` are strided, in memory and nothing more: not batched, functional,
+    lazily negated, zero, nested, fake, nor of a subclass.
 
     Raises RuntimeError for a tensor whose storage was freed, which would otherwise end the process.
     """
@@ -98,7 +99,7 @@ def _check_storage(tensors: Sequence[Tensor]) -> None:
 
 
 def _is_transformed() -> bool:
-    """True under torch.func's transforms and under forward-mode AD."""
+    """Returns whether a transform of torch.func or forward-mode AD is active."""
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 

@@ -143,15 +143,15 @@ class KeyRanges(Layouts):
 
     @property
     def device(self) -> torch.device:
-        """The device of the bounds."""
+        """Returns the device of the bounds."""
         return self.bounds.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> KeyRanges:
-        """The same ranges on another device."""
+        """Returns the same ranges on another device."""
         return KeyRanges(self.bounds.to(device, non_blocking=non_blocking), self.num_keys)
 
     def pin_memory(self) -> KeyRanges:
-        """The same ranges in pinned memory; torch's DataLoader calls this with pin_memory=True."""
+        """Returns the same ranges in pinned memory; torch's DataLoader calls this with pin_memory=True."""
         return KeyRanges(self.bounds.pin_memory(), self.num_keys)
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> KeyRanges:
@@ -174,7 +174,7 @@ class KeyRanges(Layouts):
         return KeyRanges(bounds, self.num_keys)
 
     def __and__(self, other: KeyRanges) -> KeyRanges:
-        """The keys that both allow, broadcast over batch and rows. Synchronises once.
+        """Returns the keys that both allow, broadcast over batch and rows. Synchronises once.
 
         Raises
         ------
@@ -203,14 +203,14 @@ class KeyRanges(Layouts):
         return KeyRanges(bounds, self.num_keys)
 
     def dense(self) -> Tensor:
-        """The mask as bool (B or 1, Sq or 1, num_keys), True where attention is allowed; one byte an entry."""
+        """Returns the mask as bool (B or 1, Sq or 1, num_keys), True where attention is allowed; one byte an entry."""
         lo0, hi0, lo1, hi1 = self.bounds.split(1, -1)  # each (B, Sq, 1)
         key = torch.arange(self.num_keys, device=self.device, dtype=torch.int32)
         # as clamp_bounds reads them: the second range starts at the largest of lo0, hi0 and lo1
         return (lo0 <= key) & ((key < hi0) | ((lo1 <= key) & (key < hi1)))
 
     def density(self) -> Tensor:
-        """The allowed fraction of all (row, key) pairs: a 0-d float32 tensor on the device; 0 if there are no pairs.
+        """Returns the allowed fraction of all (row, key) pairs, a 0-d float32 tensor on the device; 0 without pairs.
 
         Examples
         --------

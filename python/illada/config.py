@@ -133,7 +133,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights."""
+        """Returns the number of weights."""
         attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         bias = self.head_dim * (self.n_heads + 2 * self.n_kv_heads) * self.qkv_bias
         layer = attention + bias + 2 * self.head_dim * self.qk_norm + 3 * self.dim * self.ffn_dim + 2 * self.dim
@@ -170,12 +170,12 @@ class ModelConfig:
 
     @property
     def autoregressive(self) -> bool:
-        """True if each token is predicted from the row before it, which sees no later one: a mask is not needed."""
+        """Returns whether each token is predicted from the row before it, which sees none after: no mask is needed."""
         return self.shifted_logits and self.causal_block == 1
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """All ids that end a text."""
+        """Returns all ids that end a text."""
         return (self.eos_id, *self.more_eos_ids) if self.eos_id >= 0 else self.more_eos_ids
 
 

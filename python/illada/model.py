@@ -210,17 +210,17 @@ class Model(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The LM head (vocab_size, dim), an argument of `masked_loss` and `unmask`."""
+        """Returns the LM head (vocab_size, dim), an argument of `masked_loss` and `unmask`."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """Returns the device of the weights."""
         return self.embed.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
+        """Returns the dtype of the weights."""
         return self.embed.weight.dtype
 
     def forward(

@@ -71,7 +71,7 @@ def attention(
     deterministic: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v over the keys that `key_ranges` allows each query row.
+    """Computes softmax(scale * q k^T) v over the keys that `key_ranges` allows each query row.
 
     Parameters
     ----------

@@ -166,7 +166,7 @@ def hostile_masks(batch: int, queries: int, keys: int, device: str = "cpu") -> d
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges | None, scale: float) -> tuple[Tensor, Tensor]:
-    """out and lse in the dtype of the inputs throughout, by PyTorch's own softmax; gradients by autograd.
+    """Returns out and lse by PyTorch's own softmax, in the inputs' dtype throughout; autograd gives gradients.
 
     In float64 (float32 for 16-bit inputs) this is the exact side of the bar, in the inputs' dtype the yardstick.
     """

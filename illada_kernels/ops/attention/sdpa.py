@@ -27,7 +27,7 @@ def scaled_dot_product_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`attention` with the arguments and the layout, heads first, of torch.nn.functional.scaled_dot_product_attention.
+    """Calls `attention` with the arguments and the layout, heads first, of torch's scaled_dot_product_attention.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ class Case:
         return None if self.fits is None else int(self.fits * 4 * self.rows * self.vocab)
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """hidden, head_weight, targets, masked and weight in 1 .. 1000, logits of unit variance."""
+        """Returns hidden, head_weight, targets, masked and weight in 1 .. 1000, logits of unit variance."""
         g = torch.Generator(device).manual_seed(seed)
         hidden = torch.randn(self.rows, self.dim, generator=g, device=device).to(dtype)
         head_weight = (torch.randn(self.vocab, self.dim, generator=g, device=device) * self.dim**-0.5).to(dtype)
@@ -38,12 +38,12 @@ class Case:
 
 
 def flops(case: Case) -> float:
-    """Three products over the masked rows: logits, and the gradients of hidden and head_weight."""
+    """Counts three products over the masked rows: logits, and the gradients of hidden and head_weight."""
     return 6.0 * case.masked * case.dim * case.vocab
 
 
 def bytes(case: Case, dtype: torch.dtype) -> float:
-    """Head and hidden read, their gradients written, once each."""
+    """Counts head and hidden, read, and their gradients, written, once each."""
     return 2.0 * (case.vocab + case.rows) * case.dim * dtype.itemsize
 
 
@@ -90,7 +90,7 @@ def plain_from_logits(
     z_loss: float = 0.0,
     forbid: tuple[int, ...] = (),
 ) -> Tensor:
-    """`logits`: of the masked rows alone, (rows, V)."""
+    """Returns the loss by torch's own functions. `logits`: (rows, V), of the masked rows alone."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)

@@ -315,7 +315,7 @@ def _scatter(head: Head, dx: Tensor, out: Tensor, factors: Tensor | None = None)
 def _one_chunk_backward(
     head: Head, grad_loss: Tensor, d: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None
 ) -> None:
-    """d: d(loss) / d(logits), without the factors of the rows."""
+    """Writes the gradients. `d`: d(loss) / d(logits), without the factors of the rows."""
     factors = head.factors(POWER_TIMES_GRAD, grad_loss)
     if d_hidden is not None:
         dx = head.empty(head.count, head.width)

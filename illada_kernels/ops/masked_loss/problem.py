@@ -38,23 +38,23 @@ class Problem(NamedTuple):
 
     @property
     def vocab(self) -> int:
-        """The number of ids; with a group that of all ranks."""
+        """Returns the number of ids; with a group that of all ranks."""
         return self.vocab_size if self.group else self.width
 
     @property
     def width(self) -> int:
-        """The number of ids whose logits are computed here."""
+        """Returns the number of ids whose logits are computed here."""
         return self.hidden.shape[-1] if self.head_weight is None else self.head_weight.shape[0]
 
     @property
     def capacity(self) -> int:
-        """The number of rows that may be masked."""
+        """Returns the number of rows that may be masked."""
         rows = self.masked.numel()
         return rows if self.max_masked is None else min(self.max_masked, rows)
 
     @property
     def allowed(self) -> int:
-        """The number of ids that are not forbidden."""
+        """Returns the number of ids that are not forbidden."""
         return self.vocab - len(set(self.forbid))
 
     def forbidden(self) -> tuple[int, ...]:

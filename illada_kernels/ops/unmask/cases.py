@@ -48,15 +48,15 @@ SMALL = (
 
 
 def flops(shape: Shape) -> float:
-    """Of the product with the head; the rest is a few per logit."""
+    """Counts those of the product with the head; the rest is a few per logit."""
     return 2.0 * shape.rows * shape.vocabulary * shape.dim
 
 
 def logit_bytes(shape: Shape, itemsize: int) -> float:
-    """From logits: each is read once."""
+    """Counts each logit once, read."""
     return float(shape.rows * shape.vocabulary * itemsize)
 
 
 def head_bytes(shape: Shape, itemsize: int) -> float:
-    """From hidden states: the head is read once, and the rows."""
+    """Counts the head and the hidden rows once each, read."""
     return float((shape.vocabulary + shape.rows) * shape.dim * itemsize)

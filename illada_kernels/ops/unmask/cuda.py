@@ -64,7 +64,8 @@ class Call(ctypes.Structure):
 
 
 def describe(problem: Problem, partials: Tensor, bounds: Tensor | None, lists: Tensor | None) -> Call:
-    """partials: (FIELDS, B * K, parts) float32; bounds or lists where the call truncates, as api.h describes them."""
+    """Returns the record of a call. partials: (FIELDS, B * K, parts) float32; bounds or lists, as api.h describes them,
+    where the call truncates."""
     tensors: list[Tensor] = []
 
     def pointer(tensor: Tensor | None) -> int | None:

@@ -13,9 +13,9 @@ MASK32 = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 of the counter (c0, c1, c2, c3) under the key (low, high) of seed: four words below 2**32 in
-    int64. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Integer products wrap, which leaves their
-    bits right."""
+    """Computes Philox-4x32-10 of the counter (c0, c1, c2, c3) under the key (low, high) of seed: four words below 2**32
+    in int64. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Integer products wrap, which leaves
+    their bits right."""
     k0, k1 = seed, seed >> 32  # bits above the lowest 32 go with each round's
     c0, c1, c2 = c0 & MASK32, c1 & MASK32, c2 & MASK32
     w3: Tensor | int = c3
@@ -28,8 +28,8 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor | int) -
 
 
 def philox_unit(words: tuple[Tensor, ...]) -> Tensor:
-    """(high << 32 | low) * 2**-64 in float32, rounded once, to nearest: halving keeps a signed integer positive, and
-    the bit shifted out stays behind as a sticky bit."""
+    """Returns (high << 32 | low) * 2**-64 in float32, rounded once, to nearest: halving keeps a signed integer
+    positive, and the bit shifted out stays behind as a sticky bit."""
     u = words[0] << 32 | words[1]
     positive = torch.where(u >= 0, u, u >> 1 & 0x7FFFFFFFFFFFFFFF | u & 1).float()
     return torch.where(u >= 0, positive, positive * 2) * 2.0**-64
@@ -53,5 +53,5 @@ def gumbel_of_unit(u: Tensor) -> Tensor:
 
 
 def scaled(words: tuple[Tensor, ...], vocab: int) -> Tensor:
-    """floor((w0 << 32 | w1) * vocab / 2**64), uniform in [0, vocab); exact, because vocab < 2**31."""
+    """Returns floor((w0 << 32 | w1) * vocab / 2**64), uniform in [0, vocab); exact, because vocab < 2**31."""
     return words[0] * vocab + (words[1] * vocab >> 32) >> 32

@@ -76,24 +76,24 @@ class Problem(NamedTuple):
 
     @property
     def op(self) -> str:
-        """The public function's name: the selftest lets each in by itself."""
+        """Returns the public function's name: the selftest lets each in by itself."""
         return "unmask_from_logits" if self.head_weight is None else "unmask"
 
     @property
     def vocab(self) -> int:
-        """The number of ids; with a group that of all ranks."""
+        """Returns the number of ids; with a group that of all ranks."""
         if self.group:
             return self.vocab_size
         return self.source.shape[2] if self.head_weight is None else self.head_weight.shape[0]
 
     @property
     def by_entropy(self) -> bool:
-        """Whether the rule ranks by rising entropy."""
+        """Returns whether the rule ranks by rising entropy."""
         return self.rule in (rules.ENTROPY_BOUND, rules.ENTROPY_BOUND_INCLUSIVE, rules.RENOISE)
 
     @property
     def is_reranked(self) -> bool:
-        """Whether ranks may differ from those by confidence, or entropy, and position."""
+        """Returns whether ranks may differ from those by confidence, or entropy, and position."""
         perturbed = self.rank_temperature_tensor is not None or self.rank_temperature > 0
         return perturbed or self.order != rules.BY_CONFIDENCE or len(self.defer) > 0
 
@@ -103,13 +103,13 @@ class Problem(NamedTuple):
 
     @property
     def truncation(self) -> int:
-        """The bits of `truncate` that can change a proposal: none where no noise is drawn."""
+        """Returns the bits of `truncate` that can change a proposal: none where no noise is drawn."""
         return self.truncate if self.noisy else 0
 
     @property
     def needs_whole_rows(self) -> bool:
-        """Whether no single pass over a row's logits can draw: the mass of top_p counts from the largest one down.
-        top_k and min_p need only the largest logits and the best scores among them."""
+        """Returns whether no single pass over a row's logits can draw: the mass of top_p counts from the largest one
+        down. top_k and min_p need only the largest logits and the best scores among them."""
         return bool(self.truncation & BY_TOP_P)
 
     def needs(self) -> int:

@@ -34,7 +34,7 @@ class Generation:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens filled per forward pass of a sequence, over all sequences."""
+        """Returns the tokens filled per forward pass of a sequence, over all sequences."""
         return sum(self.filled) / max(sum(self.passes), 1)
 
 

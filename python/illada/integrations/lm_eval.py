@@ -138,7 +138,7 @@ class IlladaLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness's caches of requests know the tokenizer by."""
+        """Returns the name by which the harness's caches of requests know the tokenizer."""
         return str(self.folder.resolve()).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

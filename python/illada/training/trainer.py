@@ -156,7 +156,7 @@ class Trainer:
 
     @property
     def weights(self) -> dict[str, torch.nn.Parameter]:
-        """What is saved: all weights, of a model with adapters those alone."""
+        """Returns what is saved: all weights, of a model with adapters those alone."""
         weights = named_weights(self.model)
         return {n: w for n, w in weights.items() if w.requires_grad} if self.config.lora else weights
 
@@ -209,7 +209,7 @@ class Trainer:
 
     @property
     def done(self) -> float:
-        """Share of the run that is over, 0 .. 1 or slightly more."""
+        """Returns the share of the run that is over, 0 .. 1 or slightly more."""
         length = self.config.steps if self.config.steps is not None else self.config.seconds
         assert length is not None
         return (self.step if self.config.steps is not None else self.seconds) / length

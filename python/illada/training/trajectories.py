@@ -31,7 +31,7 @@ class Trajectory:
 
     @property
     def mean_bound(self) -> float:
-        """The bound per committed token, in nats."""
+        """Returns the bound per committed token, in nats."""
         return self.bound / sum(k >= self.first for k in self.order)
 
     def line(self) -> str:

@@ -130,7 +130,7 @@ def _configuration(name: str, kernel: Any, element: str, options: dict[str, Any]
 
 
 def aot_configurations() -> Iterator[tuple[Any, ...]]:
-    """What a layer of 4096 with heads of 128 launches, and rows too long for registers."""
+    """Yields what a layer of 4096 with heads of 128 launches, and rows too long for registers."""
     for element in ("bf16", "fp16", "fp32"):
         wide = norm_options(4096) | {"IN_FP32": False}
         yield _configuration("norm of a sum, 4096", rows.norm_kernel, element, wide)

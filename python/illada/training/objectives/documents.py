@@ -70,7 +70,7 @@ class Packing:
 
     @property
     def documents(self) -> int:
-        """Number of documents, a row's padding among them."""
+        """Returns the number of documents, a row's padding among them."""
         return int(self.number[-1, -1]) + 1
 
     def full_ranges(self) -> KeyRanges | None:
