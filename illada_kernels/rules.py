@@ -63,17 +63,19 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class Threshold:
-    """Commits every candidate with confidence c >= tau, compared in float32, and always the most confident.
+    """Commits every candidate with confidence c >= tau, compared in float32, and always the first `at_least` ranks.
 
     Parameters
     ----------
     tau : float, or floating-point Tensor () or (B,)
-        Within the range of the confidence: 0 to 1, or at most 0 for "neg_entropy". A NaN in a tensor commits the most
-        confident alone.
+        Within the range of the confidence: 0 to 1, or at most 0 for "neg_entropy". A NaN in a tensor commits the first
+        `at_least` ranks alone.
+    at_least : int, or integer Tensor () or (B,)
+        This many ranks are committed whatever their confidence. At least 0; a negative value in a tensor counts as 0.
 
     Notes
     -----
-    Source: Fast-dLLM (arXiv 2505.22618).
+    Source: Fast-dLLM (arXiv 2505.22618); at_least: SDAR's dynamic sampler.
 
     Examples
     --------

@@ -137,8 +137,28 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
 def unpatch(model: torch.nn.Module) -> None:
     """Restores every attribute that `patch` changed, in this module and all within it.
 
-    A model that is not patched is left as it is. Raises ValueError, and restores nothing, if a module got yet another
-    class since: undo that first.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        One that is not patched is left as it is.
+
+    Raises
+    ------
+    ValueError
+        If a module got yet another class since: undo that first. Nothing is restored then.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels.integrations import patch, unpatch
+    >>> class Attention(torch.nn.Module):
+    ...     def forward(self, q, k, v):
+    ...         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    >>> model = Attention()
+    >>> replaced = patch(model)
+    >>> unpatch(model)
+    >>> vars(model).keys() == vars(Attention()).keys()
+    True
     """
     model = _inner(model)
     patched = [(path, module) for path, module in model.named_modules() if _KEPT in vars(module)]

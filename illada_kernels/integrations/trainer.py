@@ -176,6 +176,15 @@ def compute_loss(
     The loss is computed inside the model's forward, in place of the head: logits of tokens that are not masked are
     never computed. A softcap of config.final_logit_softcapping is applied; other changes that the model makes to its
     logits raise. Synchronises once, as `masked_loss` does without max_masked, and once more for a model that is new.
+
+    Examples
+    --------
+    >>> import transformers
+    >>> from illada_kernels.integrations.trainer import MaskingCollator, compute_loss
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=10, **sizes))
+    >>> batch = MaskingCollator(mask_id=9, pad_id=0, eps=0.999)([{"input_ids": [5, 6, 7]}])
+    >>> compute_loss(model, batch).backward()
     """
     for key in ("labels", "loss_weight"):
         if key not in inputs:
@@ -233,11 +242,24 @@ class MaskedDiffusion:
     loss_options : dict
         Keyword arguments of `masked_loss`.
 
+    Raises
+    ------
+    ValueError
+        When it is made, where Trainer would use torch.nn.DataParallel.
+
     Notes
     -----
     The denominator counts the tokens of all gradient-accumulation steps, and of all ranks with Trainer's
-    average_tokens_across_devices, as iLLaDA's loss does. Evaluation draws masks too, so its loss varies. Raises
-    ValueError where Trainer would use torch.nn.DataParallel.
+    average_tokens_across_devices, as iLLaDA's loss does. Evaluation draws masks too, so its loss varies.
+
+    Examples
+    --------
+    >>> import transformers
+    >>> from illada_kernels.integrations.trainer import MaskedDiffusion
+    >>> class DiffusionTrainer(MaskedDiffusion, transformers.Trainer):
+    ...     shifted, loss_options = True, {"forbid": (9,)}
+    >>> DiffusionTrainer.compute_loss is MaskedDiffusion.compute_loss
+    True
     """
 
     shifted: bool = False

@@ -123,12 +123,16 @@ def attention_forward(
 
     Parameters
     ----------
+    module : torch.nn.Module
+        The layer, of which `config` and `is_causal` are looked at.
     query : (B, Hq, Sq, D)
     key, value : (B, Hkv, Sk, D)
     attention_mask : Tensor or None
         What `mask_bounds` built, or a 4-D mask, bool or additive, that the user gave. None: is_causal decides.
     scaling, dropout, is_causal
         As transformers gives them. A dropout other than 0 raises.
+    **unsupported
+        What else transformers hands to an attention function.
 
     Returns
     -------
@@ -139,6 +143,14 @@ def attention_forward(
     ------
     ValueError
         For a dropout, and for what changes scores: softcap, sinks, position biases, head masks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels.integrations.transformers import attention_forward
+    >>> q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    >>> attention_forward(torch.nn.Module(), q, k, k, None, is_causal=False)[0].shape
+    torch.Size([1, 6, 4, 8])
     """
     for argument in ("softcap", "s_aux", "position_bias", "head_mask", "alibi"):
         if unsupported.get(argument) is not None:
@@ -182,23 +194,31 @@ def mask_bounds(
     cache_position: Tensor | None = None,
     **_: Any,
 ) -> MaskBounds:
-    """Returns the bounds of KeyRanges over kv_length keys, (B or 1, 1, Sq, 4): the mask function that `register`
-    registers.
+    """Returns the bounds of KeyRanges over kv_length keys, (B or 1, 1, Sq, 4): the mask function of `register`.
 
     Parameters
     ----------
-    q_length, kv_length, q_offset, kv_offset
+    batch_size : int
+    q_length, kv_length, q_offset, kv_offset, cache_position
         Queries stand at q_offset + i, keys at kv_offset + j. transformers 4.57 gives cache_position (Sq,) instead of
         q_length and q_offset.
     mask_function
         transformers' closure over index tensors; None is causal.
     attention_mask : (B, kv_offset + kv_length or less) bool, optional
         True where a token is real; missing ones at the end are padding.
+    device : torch.device or str
+        Of the bounds; with cache_position that tensor's.
 
     Notes
     -----
     Synchronises once where there is padding, or where the closure is not one that is known; else, and compiled, never.
     Where nothing but numbers decides, the same bounds are returned again: do not write to them.
+
+    Examples
+    --------
+    >>> from illada_kernels.integrations.transformers import mask_bounds
+    >>> mask_bounds(1, q_length=2, kv_length=3, q_offset=1).tolist()  # causal, one key cached
+    [[[[0, 2, 2, 2], [0, 3, 3, 3]]]]
     """
     masking = _masking()
     function = masking.causal_mask_function if mask_function is None else mask_function

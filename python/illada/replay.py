@@ -19,6 +19,13 @@ class Recorder:
 
     Copies a pass's tokens to the host, so it waits for the device in every pass.
 
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+        Of `illada.tokenizer`; shows ids as text.
+    prompts : list of list of int, or integer Tensor (B, length)
+        Those that `generate` is given.
+
     Examples
     --------
     >>> import torch

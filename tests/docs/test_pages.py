@@ -24,6 +24,21 @@ PAGES = [
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 EMULATED = "docs/concepts/cuda_on_cpu.md"
+REFERENCE = {  # pages of docs/reference and the modules whose names each lists
+    "illada_kernels": ["illada_kernels"],
+    "illada": ["illada"],
+    "integrations": [
+        f"illada_kernels.{module}"
+        for module in (
+            "nn",
+            "layer",
+            "distributed",
+            "integrations",
+            "integrations.trainer",
+            "integrations.transformers",
+        )
+    ],
+}
 
 
 def python_blocks(name: str) -> list[str]:
@@ -184,27 +199,7 @@ def test_pictures_of_masks_are_what_key_ranges_says():
     assert set(re.findall(r"figures/(\w+\.svg)", page)) == set(drawn)
 
 
-@pytest.mark.parametrize(
-    "name, modules",
-    [
-        ("illada_kernels", ["illada_kernels"]),
-        ("illada", ["illada"]),
-        (
-            "integrations",
-            [
-                f"illada_kernels.{x}"
-                for x in (
-                    "nn",
-                    "layer",
-                    "distributed",
-                    "integrations",
-                    "integrations.trainer",
-                    "integrations.transformers",
-                )
-            ],
-        ),
-    ],
-)
+@pytest.mark.parametrize("name, modules", REFERENCE.items())
 def test_the_reference_lists_every_public_name(name, modules):
     page = (ROOT / "docs" / "reference" / f"{name}.md").read_text()
     public = {f"{module}.{name}" for module in modules for name in importlib.import_module(module).__all__}
@@ -272,10 +267,30 @@ def test_the_examples_of_docstrings_run(name):
     assert runner.tries > 0 and runner.failures == 0, "".join(said)
 
 
-FUNCTIONS = ["attention", "scaled_dot_product_attention"]
-FUNCTIONS += ["masked_loss", "masked_loss_from_logits", "unmask", "unmask_from_logits"]
+PUBLIC = [
+    (module, name)
+    for modules in REFERENCE.values()
+    for module in modules
+    for name in importlib.import_module(module).__all__
+]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_public_functions_have_an_example(name):
-    assert "\n    Examples\n" in inspect.getsource(getattr(illada_kernels, name))
+def documented(text: str) -> set[str]:
+    """Names under Parameters or Attributes of a docstring."""
+    sections = re.findall(r"^(?:Parameters|Attributes)\n-+\n(.*?)(?=^\w+\n-{3,}$|\Z)", text, flags=re.M | re.S)
+    heads = [line.split(" : ")[0] for section in sections for line in section.splitlines() if re.match(r"\S", line)]
+    return {name.strip("* ") for head in heads for name in head.split(",")}
+
+
+@pytest.mark.parametrize("module, name", PUBLIC)
+def test_public_names_have_an_example_and_say_what_each_parameter_is(module, name):
+    """Options that are another function's are said to be as there; *args and **kwargs are left to Notes."""
+    value = getattr(importlib.import_module(module), name)
+    if inspect.isclass(value) and issubclass(value, Exception):
+        return
+    text = inspect.getdoc(value) or ""
+    assert "\nExamples\n---" in text
+    if not re.search(r"\b([Aa]s in|those of) `", text):
+        parameters = inspect.signature(value).parameters.values()
+        named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        assert named - documented(text) == set()

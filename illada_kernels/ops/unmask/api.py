@@ -26,6 +26,15 @@ class Unmasked(NamedTuple):
         (B, K) bool: written into tokens, by the rule or as an edit.
     remaining
         (B,) int32: candidates that are masked now; under `Renoise` those that were not accepted.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from illada_kernels import TopK, unmask_from_logits
+    >>> tokens, positions = torch.tensor([[9, 9]]), torch.arange(2)[None]
+    >>> out = unmask_from_logits(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), tokens, positions, TopK(1), mask_id=9)
+    >>> out.proposal, out.committed, out.remaining
+    (tensor([[0, 1]]), tensor([[ True, False]]), tensor([1], dtype=torch.int32))
     """
 
     proposal: Tensor

@@ -64,6 +64,15 @@ def save(
     Weights are written under new names and flushed to disk. Then one step makes them the checkpoint: the rename of the
     single file; with several files the rename of the index, or the removal of a single file that was there. Where it
     raises, a folder that was not there is not there. Memory: one shard on the host.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> from illada import Model, ModelConfig, save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Model(ModelConfig.preset("demo", n_layers=1)), folder)
+    ...     sorted(os.listdir(folder))
+    ['config.json', 'model.safetensors']
     """
     check_dtype(dtype)
     folder = folder_of(path)

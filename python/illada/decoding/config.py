@@ -17,7 +17,7 @@ Prompts = Sequence[Sequence[int] | Tensor] | Tensor
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How to decode. A field left None takes the value that suits the model.
+    r"""How to decode. A field left None takes the value that suits the model.
 
     Parameters
     ----------
@@ -33,11 +33,13 @@ class GenerationConfig:
         Numbers of the sampler, for example {"tau": 0.95}.
     steps : int, optional
         Passes in all, a multiple of the number of blocks. None: as `steps_per_block` says.
+    steps_per_block : int, optional
+        Passes of each block. None: one token a pass. Neither goes with a `rule`.
     rule : rule of illada_kernels, tensor or callable, optional
         Which proposals a pass commits: `TopK`, `Threshold` or another rule that fills masks. An integer tensor
         (passes,) or (passes, B) gives the number of tokens for each pass of a block, read once before the first; the
         last pass commits what is left. A callable is a schedule: see `illada.decoding.schedules`. None: LLaDA's
-        schedule, which spreads a block's masks evenly over `steps_per_block` passes (None: one token a pass).
+        schedule, which spreads a block's masks evenly over its passes.
     confidence, order, rank_temperature, temperature, confidence_temperature, defer
         As in `illada_kernels.unmask`.
     top_k, top_p, min_p : int, float, float, optional
@@ -81,6 +83,12 @@ class GenerationConfig:
     guidance : float
         Weight w >= 0 of classifier-free guidance: logits u + (w + 1) (c - u), where u sees a masked prompt. 0: none.
         Doubles the batch.
+
+    Examples
+    --------
+    >>> from illada import GenerationConfig
+    >>> from illada_kernels import Threshold
+    >>> settings = GenerationConfig(max_new_tokens=256, rule=Threshold(0.9), cache="dual", temperature=0.2, seed=1)
     """
 
     max_new_tokens: int = 128

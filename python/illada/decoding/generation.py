@@ -24,6 +24,14 @@ class Generation:
         Masks that were filled.
     forward_passes : int
         Forward passes of the whole batch.
+
+    Examples
+    --------
+    >>> from illada import GenerationConfig, Model, ModelConfig, generate
+    >>> model = Model(ModelConfig.preset("demo", n_layers=1)).eval()
+    >>> done = generate(model, [[72, 105]], GenerationConfig(max_new_tokens=4, stop_ids=()))
+    >>> len(done.tokens[0]), done.stopped, done.filled, done.tokens_per_pass
+    (4, [False], [4], 1.0)
     """
 
     tokens: list[list[int]]
