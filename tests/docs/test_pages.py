@@ -15,6 +15,7 @@ import pytest
 
 import illada_kernels
 from illada_kernels.doctor import report
+from tests.helpers import checkout
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -105,14 +106,26 @@ def test_files_that_a_page_names_exist(name):
             assert list(ROOT.glob(path)), f"{name}: {code}"
 
 
-def test_folders_of_the_readmes_tree_exist():
+def readme_tree() -> list[str]:
+    """The folders of README's tree, as paths from the root."""
     tree = next(block for _, block in FENCED.findall((ROOT / "README.md").read_text()) if block.startswith("csrc/"))
-    top = ""
+    top, found = "", []
     for line in tree.splitlines():
-        folder = line.split("  ")[0] if not line.startswith(" ") else top + line.split()[0]
+        folder = line.split()[0]
         top = top if line.startswith(" ") else folder
-        assert list(ROOT.glob(re.sub(r"<\w+>", "*", folder).rstrip("/"))), line
-    assert len(tree.splitlines()) >= 8
+        found.append((top + folder if line.startswith(" ") else folder).rstrip("/"))
+    return found
+
+
+def test_the_readmes_tree_is_that_of_the_folders():
+    listed = readme_tree()
+    assert [folder for folder in listed if not list(ROOT.glob(re.sub(r"<\w+>", "*", folder)))] == []
+    there = [name for name in checkout.SOURCES if not name.startswith(".")]
+    for parent in ("csrc", "illada_kernels", "python/illada", "benchmarks"):
+        files = (path.relative_to(ROOT / parent).parts for path in (ROOT / parent).rglob("*") if path.is_file())
+        names = {parts[0] for parts in files if len(parts) > 1 and "__pycache__" not in parts}
+        there += [f"{parent}/{name}" for name in names]
+    assert [folder for folder in there if not any(f"{line}/".startswith(f"{folder}/") for line in listed)] == []
 
 
 def test_the_doctor_says_what_the_readme_explains():
@@ -164,6 +177,13 @@ def test_commands_that_pages_name_exist():
             source = "".join(path.read_text() for path in sources)
             options = [w.partition("=")[0] for w in words[3:] if w.startswith("--")]
             assert words[2] == "pytest" or not [o for o in options if f'"{o}"' not in source], said
+
+
+def test_the_first_page_of_the_site_leads_to_every_page():
+    index = (ROOT / "docs" / "index.md").read_text()
+    pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]
+    wanted = [str(page) for page in pages if page.parts[0] in ("guides", "concepts", "reference")]
+    assert len(wanted) > 10 and [page for page in wanted if f"]({page}" not in index] == []
 
 
 # ---- tables and pictures --------------------------------------------------------------------------------------------
