@@ -268,6 +268,14 @@ def test_the_version_stands_in_the_package_and_the_citation_agrees():
     assert changes[:2] == ["Unreleased", illada_kernels.__version__]
 
 
+def test_changes_to_come_are_entries_of_one_line_under_headings():
+    unreleased = (ROOT / "CHANGELOG.md").read_text().partition("## Unreleased\n")[2].partition("\n## ")[0]
+    lines = [line for line in unreleased.splitlines() if line]
+    entries = [line for line in lines if re.fullmatch(r"- .{1,240}\.", line)]
+    assert [line for line in lines if line not in entries and not line.startswith("### ")] == []
+    assert lines[0].startswith("### ") and len(entries) == len(set(entries))
+
+
 # ---- docstrings -----------------------------------------------------------------------------------------------------
 
 
