@@ -239,7 +239,7 @@ BAD = {
     "forbid all": ((ValueError, "forbid: expected at least one of the 9 ids"), {"forbid": range(9)}),
     "max_masked": ((ValueError, "max_masked: expected an int of at least 0, got -1"), {"max_masked": -1}),
     "budget": ((ValueError, "memory_budget: expected an int of at least 1, got 0"), {"memory_budget": 0}),
-    "backend": ((ValueError, "backend: .*cpu, reference for masked_loss, got 'gpu'"), {"backend": "gpu"}),
+    "backend": ((ValueError, "backend: expected one of .*reference for masked_loss, got 'gpu'"), {"backend": "gpu"}),
     "target": (
         (ValueError, r"targets: expected ids in \[0, 9\) at masked rows, got 9 at row 2 of 4"),
         {"targets": torch.tensor([0, 8, 9, 0])},
