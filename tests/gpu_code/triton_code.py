@@ -3,7 +3,7 @@
     python -m tests.gpu_code.triton_code            # compile what changed, compare with the committed table
     python -m tests.gpu_code.triton_code --write    # renew the table: triton_table.csv
 
-A file illada_kernels/ops/<op>/triton*.py takes part by defining `aot_configurations()`, which yields tuples
+A file of illada_kernels/ops/<op>/triton/ takes part by defining `aot_configurations()`, which yields tuples
 (name, kernel, signature, constexprs, options): signature maps every argument to its type ("*bf16", "i32",
 "constexpr"; "*bf16:16" and "i32:16" are divisible by 16, as most pointers and strides are at run time: without it no
 load is wider than an element), constexprs the constant ones to their values, options holds num_warps and num_stages,

@@ -19,7 +19,7 @@ from .select import select_kernel
 
 
 def aot_configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """What a model with a bf16 head, and callers with logits, would launch, with numbers for parameters."""
+    """Yields what a model with a bf16 head, and callers with logits, would launch, with numbers for parameters."""
     absent = dict.fromkeys(
         "head_bias frozen noise_positions temperature confidence_temperature seed step bias_ids bias_values rule "
         "revision scores least rank_temperature defer bounds tops top_k top_p min_p".split()

@@ -33,7 +33,7 @@ def logit_of(key):
 
 @triton.jit
 def row_logits(row, ids):
-    """READ of a whole row: (P,) logits of ids as the rows kernel sees them, -inf where it finds the row bad."""
+    """Reads a whole row: returns (P,) logits of ids as the rows kernel sees them, -inf where it finds the row bad."""
     source, head_bias, vocab, bias_ids, bias_values, biases, forbidden, forbids = row
     x = tl.load(source + ids, mask=ids < vocab, other=0.0).to(tl.float32)
     if head_bias is not None:
@@ -68,7 +68,7 @@ def reaching(
     ONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(WAYS,) how many logits reach each threshold, or with MASS their exp((l - top) * scale), in integers of
+    """Returns (WAYS,) how many logits reach each threshold, or with MASS their exp((l - top) * scale), in integers of
     1 / ONE, which have no order."""
     integer: tl.constexpr = tl.int64 if MASS else tl.int32
     sums = tl.zeros([WAYS, BLOCK], integer)

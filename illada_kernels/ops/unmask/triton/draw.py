@@ -23,14 +23,14 @@ from .partials import BAD, LOGIT, SCORE, UNSPECIALIZED, empty_partial, fold
 
 @triton.jit
 def run_tops(row, at):
-    """READ of the largest logits of runs."""
+    """Reads the largest logits of runs."""
     tops, runs = row
     return tl.load(tops + at, mask=at < runs, other=-INF)
 
 
 @triton.jit
 def listed_logits(row, at):
-    """READ of the logits of the runs listed: of a run first its RUN even ids, then the odd ones."""
+    """Reads the logits of the runs listed: of a run first its RUN even ids, then the odd ones."""
     logits, stride, listed, count, pairs = row
     there = at < count * (2 * RUN)
     pair = tl.load(listed + at // (2 * RUN), mask=there, other=0) * RUN + at % RUN
@@ -54,8 +54,8 @@ def list_runs(listed, tops, runs, floor, BLOCK: tl.constexpr):
 
 @triton.jit
 def best_listed(kept, state, bound, BLOCK: tl.constexpr):
-    """(score, logit, id), (1,) each: the best of the logits of the runs listed that reach bound. Runs lie in order of
-    id, so ties go to the lowest one."""
+    """Returns (score, logit, id), (1,) each: the best of the logits of the runs listed that reach bound. Runs lie in
+    order of id, so ties go to the lowest one."""
     _logits, _stride, listed, count, _pairs = kept
     top, second, total, surprise, score, logit, held_logit, best = empty_partial(1)
     for start in range(0, count * RUN, BLOCK // 2):

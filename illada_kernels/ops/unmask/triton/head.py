@@ -32,7 +32,7 @@ def tile_logits(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
 ):
-    """(P, N) logits of ids 2 * pair, and of 2 * pair + 1: two products of one layout."""
+    """Returns (P, N) logits of ids 2 * pair, and of 2 * pair + 1: two products of one layout."""
     d = tl.arange(0, BLOCK_D)
     even_rows = head + (2 * pair).to(tl.int64)[:, None] * head_v + d[None, :]  # (P, D)
     even_there, odd_there = 2 * pair < vocab, 2 * pair + 1 < vocab
@@ -61,7 +61,7 @@ def tile_logits(
 
 @triton.jit
 def run_maxima(even, odd):
-    """(P / RUN, C) the largest logit of each run of a tile, from logits (P, C); NaN and inf do not count."""
+    """Returns (P / RUN, C), the largest logit of each run of a tile, from logits (P, C); NaN and inf do not count."""
     even, odd = tl.where(even < INF, even, -INF), tl.where(odd < INF, odd, -INF)
     runs = tl.reshape(tl.maximum(even, odd), [even.shape[0] // RUN, RUN, even.shape[1]])
     return tl.max(runs, 1)

@@ -260,13 +260,14 @@ def value(parameter: gpu.Parameter) -> tuple[Tensor | None, float, int]:
 
 
 def limited(parameter: gpu.Parameter) -> tuple[Tensor | None, float, int]:
-    """A count or a number of the rule: as more than 2**31 candidates never are, one type serves all."""
+    """Returns a number of the rule. A count is held below 2**31, more than there are candidates: one type serves
+    all."""
     number = parameter.number
     return parameter.tensor, min(number, 2**31 - 1) if isinstance(number, int) else number, parameter.stride
 
 
 def one(vocab: int) -> float:
-    """The unit's reciprocal of sums over all ids: V exponentials not above 1 fit 62 bits."""
+    """Returns 1 / unit of sums over all ids: V exponentials not above 1 fit 62 bits."""
     return 2.0 ** min(50, 62 - max(vocab, 1).bit_length())
 
 
@@ -276,8 +277,8 @@ BOUNDS_OPTIONS = {"num_warps": 16, "num_stages": 2}
 
 
 def head_options(rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Without spills on sm_80, sm_90 and sm_100. 4 warps leave room for a second program on a multiprocessor, which
-    loads while the first reduces."""
+    """Returns a launch without spills on sm_80, sm_90 and sm_100. 4 warps leave room for a second program on a
+    multiprocessor, which loads while the first reduces."""
     shape = {"BLOCK_N": max(16, triton.next_power_of_2(rows)), "CHUNK": 8}
     if dtype == torch.float32:
         return shape | {"BLOCK_D": 32, "num_warps": 8, "num_stages": 2}

@@ -24,8 +24,8 @@ NEEDS_TOP_ID = tl.constexpr(problem.NEEDS_TOP_ID)  # Renoise: every candidate is
 # ---- noise -----------------------------------------------------------------------------------------------------------
 @triton.jit
 def philox(key0, key1, c0, c1, c2, c3):
-    """Philox-4x32-10, uint32 throughout. What does not vary along an axis is computed once for it, as long as it does
-    not: with c0 of shape (P, 1) and the rest (1, N), most of the first two rounds."""
+    """Computes Philox-4x32-10, uint32 throughout. What does not vary along an axis is computed once for it, as long as
+    it does not: with c0 of shape (P, 1) and the rest (1, N), most of the first two rounds."""
     for _ in tl.static_range(10):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
@@ -40,15 +40,15 @@ def philox(key0, key1, c0, c1, c2, c3):
 
 @triton.jit
 def unit(high, low):
-    """(high << 32 | low) * 2**-64 in float32, rounded once, to nearest."""
+    """Returns (high << 32 | low) * 2**-64 in float32, rounded once, to nearest."""
     return ((high.to(tl.uint64) << 32) | low.to(tl.uint64)).to(tl.float32) * 2.0**-64
 
 
 @triton.jit
 def gumbel(high, low):
-    """-log(-log1p(-u)). With w = 1 - u rounded, log1p(-u) = -u * log(w) / (w - 1), or -u where w = 1. 1 - w is exact,
-    and log(w) / (w - 1) at w instead of 1 - u is off by less than 2**-25 relatively, so that the inner logarithm has
-    the rounding of one float32 log, product and division, and half of one more: below 8 * 2**-24 relatively."""
+    """Returns -log(-log1p(-u)). With w = 1 - u rounded, log1p(-u) = -u * log(w) / (w - 1), or -u where w = 1. 1 - w is
+    exact, and log(w) / (w - 1) at w instead of 1 - u is off by less than 2**-25 relatively, so that the inner logarithm
+    has the rounding of one float32 log, product and division, and half of one more: below 8 * 2**-24 relatively."""
     u = tl.maximum(unit(high, low), 2.0**-64)
     w = 1.0 - u
     d = 1.0 - w
@@ -58,7 +58,7 @@ def gumbel(high, low):
 
 @triton.jit
 def noised(logits, temperature, high, low):
-    """l + T * g, finite where l is; l where T is 0."""
+    """Returns l + T * g, finite where l is; l where T is 0."""
     scores = tl.minimum(tl.maximum(logits + temperature * gumbel(high, low), -FLOAT32_MAX), FLOAT32_MAX)
     return tl.where((temperature > 0) & (logits > -INF), scores, logits)
 
@@ -66,20 +66,20 @@ def noised(logits, temperature, high, low):
 # ---- sums without an order -------------------------------------------------------------------------------------------
 @triton.jit
 def fixed_sum(x, ONE: tl.constexpr):
-    """Over axis 0, of x >= 0, in integers of 1 / ONE: no layout, number of warps or block shape changes a bit. Rounded
+    """Sums x >= 0 over axis 0, in integers of 1 / ONE: no layout, number of warps or block shape changes a bit. Rounded
     up, so that what is not 0 stays so."""
     return tl.sum(tl.ceil(x * ONE).to(tl.int64), 0)
 
 
 @triton.jit
 def shifted(logit, top, scale):
-    """z = (l - top) * scale; -inf where l is, also if all are."""
+    """Returns z = (l - top) * scale; -inf where l is, also if all are."""
     return (logit - tl.where(top > -INF, top, 0.0)) * scale
 
 
 @triton.jit
 def rescaled(total, surprise, old_top, top, scale):
-    """total = sum e^z and surprise = sum -z e^z, from z below old_top to z below top."""
+    """Rescales total = sum e^z and surprise = sum -z e^z from z below old_top to z below top."""
     z = shifted(old_top, top, scale)
     weight = tl.exp(z)
     return tl.where(z < LEAST, 0.0, weight * total), tl.where(z < LEAST, 0.0, weight * (surprise - z * total))
@@ -88,7 +88,7 @@ def rescaled(total, surprise, old_top, top, scale):
 # ---- what is known of a row ------------------------------------------------------------------------------------------
 @triton.jit
 def of_sequence(tensor, number, stride, b, inside, dtype: tl.constexpr):
-    """A parameter of sequences b: what lies in its tensor, or its number."""
+    """Returns a parameter of sequences b: what lies in its tensor, or its number."""
     if tensor is None:
         return tl.full(b.shape, number, dtype)
     else:
@@ -97,7 +97,8 @@ def of_sequence(tensor, number, stride, b, inside, dtype: tl.constexpr):
 
 @triton.jit
 def candidates(b, k, inside, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l):
-    """(takes a place among the candidates, token held there, its position) of candidates k of sequences b, int64."""
+    """Returns (takes a place among the candidates, token held there, its position) of candidates k of sequences b,
+    int64."""
     at = tl.load(positions + b * position_b + k * position_k, mask=inside, other=-1)
     candidate = inside & (at >= 0) & (at < length)
     at = tl.where(candidate, at, 0)
@@ -111,7 +112,7 @@ def candidates(b, k, inside, tokens, token_b, length, positions, position_b, pos
 def noise_counters(
     b, k, inside, at, noise_positions, noise_b, noise_k, seed, seed_number, seed_b, step, step_number, step_b
 ):
-    """(key0, key1, position, step) of a row, uint32. One seed s for all means s + b for sequence b."""
+    """Returns (key0, key1, position, step) of a row, uint32. One seed s for all means s + b for sequence b."""
     position = at
     if noise_positions is not None:
         position = tl.load(noise_positions + b * noise_b + k * noise_k, mask=inside, other=0)
@@ -122,7 +123,7 @@ def noise_counters(
 
 @triton.jit
 def confidence_scale(tensor, number, stride, b, inside):
-    """1 / confidence temperature, rounded once; 1 where that is not above 0."""
+    """Returns 1 / confidence temperature, rounded once; 1 where that is not above 0."""
     tc = of_sequence(tensor, number, stride, b, inside, tl.float32)
     tc = tl.minimum(tl.where(tc > 0, tc, 1.0), HIGHEST_CONFIDENCE_TEMPERATURE)
     return tl.minimum(tl.div_rn(tl.full(b.shape, 1.0, tl.float32), tc), FLOAT32_MAX)
@@ -161,7 +162,7 @@ def row_state(
     REVISES: tl.constexpr,
     NEEDS: tl.constexpr,
 ):
-    """(takes part, b, k, (held id, key0, key1, position, step, temperature, scale)) of rows b * K + k."""
+    """Returns (takes part, b, k, (held id, key0, key1, position, step, temperature, scale)) of rows b * K + k."""
     b, k = (row // count).to(tl.int64), (row % count).to(tl.int64)
     candidate, held, at = candidates(
         b, k, inside, tokens, token_b, length, positions, position_b, position_k, frozen, frozen_b, frozen_l

@@ -24,8 +24,8 @@ UNSPECIALIZED = ("seed_number", "step_number", "mask_id", "length", "biases", "f
 
 @triton.jit
 def added(ids, vocab, bias_ids, bias_values, biases, forbidden, forbids):
-    """(P,) what is added to the logits of ids: their biases, one after another in the order given; -inf where forbidden
-    or beyond the vocab."""
+    """Returns (P,) what is added to the logits of ids: their biases, one after another in the order given; -inf where
+    forbidden or beyond the vocab."""
     total = tl.zeros(ids.shape, tl.float32)
     if bias_ids is not None:
         for entry in range(biases):
@@ -69,7 +69,7 @@ def fold(
     NOISE: tl.constexpr,
     NEEDS: tl.constexpr,
 ):
-    """The partials of N rows with one more tile: logits (P, N) of ids 2 * pair and 2 * pair + 1, which share a Philox
+    """Adds a tile to the partials of N rows: logits (P, N) of ids 2 * pair and 2 * pair + 1, which share a Philox
     block. Maxima, ids and integer sums do not depend on how the tile is laid out; the rest is elementwise over rows."""
     held, key0, key1, position, step, temperature, scale = row
     even_id, odd_id = 2 * pair[:, None], 2 * pair[:, None] + 1
@@ -124,21 +124,21 @@ def fold(
 
 @triton.jit
 def lowest_id(x0, x1, even_id, odd_id, value):
-    """(N,) the lowest id at which x is value."""
+    """Returns (N,) the lowest id at which x is value."""
     value = value[None, :]
     return tl.minimum(tl.min(tl.where(x0 == value, even_id, NO_ID), 0), tl.min(tl.where(x1 == value, odd_id, NO_ID), 0))
 
 
 @triton.jit
 def of_id(x0, x1, even_id, odd_id, wanted):
-    """(N,) x at the wanted id, -inf where it is not in the tile."""
+    """Returns (N,) x at the wanted id, -inf where it is not in the tile."""
     wanted = wanted[None, :]
     return tl.maximum(tl.max(tl.where(even_id == wanted, x0, -INF), 0), tl.max(tl.where(odd_id == wanted, x1, -INF), 0))
 
 
 @triton.jit
 def load_partial(partials, best_ids, groups, rows, group, row, mask):
-    """The partial, or where the mask is false an empty one."""
+    """Loads the partial, an empty one where the mask is false."""
     at = group.to(tl.int64) * rows + row
     field = groups.to(tl.int64) * rows
     top = tl.load(partials + TOP * field + at, mask=mask, other=-INF)

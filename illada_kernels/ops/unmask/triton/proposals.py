@@ -46,7 +46,7 @@ def merged(
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """(best id or -1, probability, margin, entropy, held probability, largest probability, best logit less the
+    """Returns (best id or -1, probability, margin, entropy, held probability, largest probability, best logit less the
     largest) of the wanted rows. Sums over groups are of
     integers of 1 / ONE, so BLOCK and BLOCK_G change nothing."""
     field = groups.to(tl.int64) * rows

@@ -35,8 +35,8 @@ def key_of(places):
 
 @triton.jit
 def below(places, bound, RULE: tl.constexpr):
-    """How many places lie below the bound, and the sum of their keys, which are entropies, in integers: it has no order
-    either. With INCLUSIVE the sum counts those at the bound too."""
+    """Returns how many places lie below the bound, and the sum of their keys, which are entropies, in integers, because
+    their sum has no order either. With INCLUSIVE the sum counts those at the bound too."""
     count = tl.sum((places < bound).to(tl.int32), 0)
     total = count.to(tl.int64)
     if RULE == ENTROPY_BOUND or RULE == INCLUSIVE:
@@ -49,9 +49,10 @@ def below(places, bound, RULE: tl.constexpr):
 
 @triton.jit
 def last_chosen(places, stored, count, least, number, RULE: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
-    """The last place that the rule commits, were there one at every integer. The rank of a place is the number of those
-    below it, and with rising rank confidences fall, bars and sums rise: what passes comes before what fails, so each
-    rule is a bisection. 63 steps of one reduction cost less than a sort, and no candidate need stay in a register."""
+    """Returns the last place that the rule commits, were there one at every integer. The rank of a place is the number
+    of those below it. With rising rank confidences fall, bars and sums rise: what passes comes before what fails, so
+    each rule is a bisection. 63 steps of one reduction cost less than a sort, and no candidate need stay in a
+    register."""
     end = tl.zeros([], tl.int64)
     for i in range(63):
         bound = end | (tl.full([], 1, tl.int64) << (62 - i))
@@ -70,8 +71,8 @@ def last_chosen(places, stored, count, least, number, RULE: tl.constexpr, BLOCK:
 
 @triton.jit
 def passing(rank, confidence, total, number, RULE: tl.constexpr):
-    """Whether the rule commits ranks, from 0, beyond those that it always commits. total: of entropies, in units of
-    1 / ENTROPY_ONE."""
+    """Returns whether the rule commits ranks, from 0, beyond those that it always commits. total: of entropies, in
+    units of 1 / ENTROPY_ONE."""
     if RULE == TOP_K:
         return rank < 0
     elif RULE == THRESHOLD:
@@ -84,8 +85,8 @@ def passing(rank, confidence, total, number, RULE: tl.constexpr):
 
 @triton.jit
 def first_failing(places, confidence, stored, stored_entropies, count, least, number, RULE: tl.constexpr):
-    """The lowest of these places that the rule does not commit, for ranks in any order. Compares each with all others:
-    the order need not follow the confidence, so that no bisection finds it."""
+    """Returns the lowest of these places that the rule does not commit, for ranks in any order. Compares each with all
+    others, because the order need not follow the confidence: no bisection finds it."""
     rank, total = tl.zeros(places.shape, tl.int32), tl.zeros(places.shape, tl.int64)
     for start in range(0, count, CHUNK):
         j = start + tl.arange(0, CHUNK)

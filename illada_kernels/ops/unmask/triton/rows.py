@@ -63,8 +63,8 @@ def rows_kernel(
     REVISES: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    """The same partials from logits: of ids [first_id, first_id + ids) of rows from first_row on. logits: (B, K, V) as
-    given, or DENSE: (rows from first_row on, ids) of a product, head_bias still to be added.
+    """Reduces logits to the same partials: of ids [first_id, first_id + ids) of rows from first_row on.
+    logits: (B, K, V) as given, or DENSE: (rows from first_row on, ids) of a product, head_bias still to be added.
     One program owns SPAN ids of one row and reads them once, in blocks of 2 * PAIRS; it ends at once where the row
     takes no part. Noise is drawn for the logits that reach the row's bound. Ties to the lowest id."""
     spans = tl.cdiv(ids, SPAN)

@@ -50,7 +50,7 @@ def written(
     NEEDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes tokens; how many of these candidates are masked then."""
+    """Writes tokens. Returns how many of these candidates are masked then."""
     inside = k < count
     row = b * count + k
     candidate, held, at = candidates(
@@ -84,7 +84,7 @@ def written(
 
 @triton.jit
 def parameter(tensor, number, stride, b, dtype: tl.constexpr):
-    """Of sequence b, a scalar."""
+    """Returns the parameter of sequence b, a scalar."""
     if tensor is None:
         return tl.full([], number, dtype)
     else:
