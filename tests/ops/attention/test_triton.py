@@ -10,6 +10,7 @@ import torch
 from illada_kernels import KeyRanges, attention
 from illada_kernels.ops.attention import cases, op, reference
 from illada_kernels.ops.attention.problem import Problem
+from illada_kernels.ops.attention.triton import measure
 from illada_kernels.ops.attention.triton import tuning as room
 from tests.helpers.attention_oracle import assert_close, draw, run
 
@@ -250,7 +251,7 @@ def test_tuning_uses_the_fastest_tile_from_then_on(monkeypatch):
     from triton.runtime.errors import OutOfResources
 
     monkeypatch.undo()  # the real tables
-    monkeypatch.setattr(room, "_tuned", {})
+    monkeypatch.setattr(room, "measured", {})
     q, k, v, *_ = draw(1, 4, 4, 1, 1, 64, dtype=torch.float16)
     wanted = room.choose(room.FORWARD, q)._replace(rows=64, stages=4)
 
@@ -262,7 +263,7 @@ def test_tuning_uses_the_fastest_tile_from_then_on(monkeypatch):
 
     monkeypatch.setattr(testing, "do_bench", bench)
     with interpreted(op):
-        tuned = room.tune(q, k, v)
+        tuned = measure.tune(q, k, v)
     assert tuned["forward"] == (wanted, 1.0) and room.choose(room.FORWARD, q) == wanted
     assert room.choose(room.FORWARD, q.bfloat16()) == room.FORWARD["any"][64]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...._gpu import triton_reason
 from ..problem import MAX_GPU_SCALE, Problem
-from .tuning import tune as tune
+from .measure import tune as tune
 
 _HEAD_DIMS = (64, 96, 128, 256)
 _MAX_ROWS = 2**31 - 1024

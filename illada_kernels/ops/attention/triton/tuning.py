@@ -1,15 +1,12 @@
-"""Chooses tile sizes of the Triton kernels: the committed tables, the choice for a call, and its measurement."""
+"""Chooses tile sizes of the Triton kernels: the committed tables and the choice for a call; measure.py changes it."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from ..problem import Problem
 
 
 def strides(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[int, ...]:
@@ -72,64 +69,18 @@ QUERIES_BACKWARD: Table = {  # dq of a tile of rows
 }
 
 
-_tuned: dict[tuple[int, torch.device, torch.dtype, int], Tile] = {}
+measured: dict[tuple[int, torch.device, torch.dtype, int], Tile] = {}  # by table, device, dtype and head_dim
 
 
 def choose(table: Table, q: Tensor) -> Tile:
     dim = q.shape[3]
-    if (id(table), q.device, q.dtype, dim) in _tuned:
-        return _tuned[id(table), q.device, q.dtype, dim]
+    if (id(table), q.device, q.dtype, dim) in measured:
+        return measured[id(table), q.device, q.dtype, dim]
     if q.dtype == torch.float32:
         return table["float32"][dim]
     # a block of sm_120 has less shared memory than one of sm_90
     later = q.device.type == "cuda" and 9 <= torch.cuda.get_device_capability(q.device)[0] < 12
     return table.get("sm_90", {}).get(dim, table["any"][dim]) if later else table["any"][dim]
-
-
-def tune(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> dict[str, tuple[Tile, float]]:
-    """Measures tiles on these tensors (those of a Problem) and, in this process, uses the fastest for calls of
-    their dtype and head_dim on their device. Returns each kernel's tile and the milliseconds of its direction.
-
-    Compiles some thirty tiles a kernel: minutes. Other tiles mean other sums, so the last bits of results may change.
-    """
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
-    from . import bwd, fwd
-
-    problem = Problem(q, k, v, bounds, q.shape[3] ** -0.5)
-    out, lse = fwd.forward(problem)
-
-    def forwards() -> Any:
-        return fwd.forward(problem)
-
-    def backwards() -> Any:
-        return bwd.backward(problem, out, None, out, lse)
-
-    fastest = {}
-    for name, table, run in (
-        ("forward", FORWARD, forwards),
-        ("keys backward", KEYS_BACKWARD, backwards),
-        ("queries backward", QUERIES_BACKWARD, backwards),
-    ):
-        times = {}
-        for tile in _neighbours(choose(table, q)):
-            _tuned[id(table), q.device, q.dtype, q.shape[3]] = tile
-            try:
-                times[tile] = float(do_bench(run))
-            except OutOfResources:
-                continue
-        best = min(times, key=times.__getitem__)
-        _tuned[id(table), q.device, q.dtype, q.shape[3]] = best
-        fastest[name] = best, times[best]
-    return fastest
-
-
-def _neighbours(tile: Tile) -> Iterator[Tile]:
-    """Yields the tile itself, then those with half and twice its rows and keys, other warps, more stages."""
-    for rows, keys, warps, more in itertools.product((1, 0.5, 2), (1, 0.5, 2), (tile.warps, 12 - tile.warps), (0, 1)):
-        keys = max(16, int(tile.keys * keys))
-        yield Tile(max(16, int(tile.rows * rows)), keys, min(tile.part, keys), warps, tile.stages + more, 1)
 
 
 def every_tile(table: Table) -> Iterator[tuple[str, int, torch.dtype, Tile, tuple[int, ...]]]:
