@@ -12,14 +12,6 @@ transformers = pytest.importorskip("transformers", reason="no transformers")
 from illada_kernels.integrations import _stand_ins, patch, unpatch  # noqa: E402
 
 
-@pytest.fixture
-def ran(monkeypatch):
-    calls = []
-    ours = _stand_ins.ours
-    monkeypatch.setattr(_stand_ins, "ours", lambda *a, **k: calls.append(1) or ours(*a, **k))
-    return calls
-
-
 def tiny(kind, config, **options):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
