@@ -276,16 +276,16 @@ def test_a_layer_costs_views_and_the_op_alone(name):
     assert counts["illada", 4]["aten::_local_scalar_dense"] <= 2  # of the padding, once for each kind of layer
 
 
-def test_a_head_dim_that_no_gpu_kernel_takes_falls_back_and_says_why(monkeypatch, caplog):
+def test_a_head_dim_that_no_gpu_kernel_takes_falls_back_and_says_why(monkeypatch, logged):
     for one in OPERATOR.backends:
         if one.devices == ("cuda",):
             monkeypatch.setattr(one.module(), "available", lambda: None)
     monkeypatch.setattr(_dispatch._proven, "proven", lambda op, name: True)
     q = torch.zeros(1, 4, 2, 80, dtype=torch.bfloat16)
-    with caplog.at_level("WARNING", logger="illada_kernels"):
-        assert _dispatch.choose("attention", OPERATOR.backends, "cuda", Problem(q, q, q)).name == "reference"
-    assert "cuda: takes a head_dim of 64, 96, 128, 256, alike for q and v, not 80 and 80" in caplog.text
-    assert "triton: takes q and v of a head_dim of 64, 96, 128 or 256, not 80 and 80" in caplog.text
+    assert _dispatch.choose("attention", OPERATOR.backends, "cuda", Problem(q, q, q)).name == "reference"
+    (text,) = (record.getMessage() for record in logged)
+    assert "cuda: takes a head_dim of 64, 96, 128, 256, alike for q and v, not 80 and 80" in text
+    assert "triton: takes q and v of a head_dim of 64, 96, 128 or 256, not 80 and 80" in text
 
 
 MARKED = {
