@@ -25,6 +25,7 @@ from tests.helpers.checkout import ROOT, build, copy_checkout, locked  # noqa: E
 # inherited by workers and by all that a test starts without a PYTHONPATH of its own
 STARTS = [str(ROOT / "tests" / "helpers" / "children"), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(STARTS).split(os.pathsep)))
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")  # after each graph: 10 ms, and 80 after a large one
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,21 +25,33 @@ def step(rule: Any = None, **options: Any) -> tuple[torch.Tensor, ...]:
     return *result, tokens
 
 
-NUMBERS: dict[str, tuple[Any, list[float]]] = {
-    "TopK.k": (lambda x: step(ik.TopK(x)), [1, 2, 3, 0, 2**40]),
-    "Threshold.tau": (lambda x: step(ik.Threshold(x)), [0.1, 0.2, 0.9, 1.0]),
-    "Factor.f": (lambda x: step(ik.Factor(x)), [0.1, 0.2, 2.5, 4.0]),
-    "EntropyBound.gamma": (lambda x: step(ik.EntropyBound(x)), [0.1, 0.2, 2.5, 4.0]),
-    "Edit.tau": (lambda x: step(revise=ik.Edit(x)), [0.1, 0.2, 0.9, 1.0]),
-    "Remask.n": (lambda x: step(revise=ik.Remask(x)), [1, 2, 3, 0, 7]),
-    "seed": (lambda x: step(seed=x, temperature=1.0), [1, 2, -7, 2**62]),
-    "step": (lambda x: step(step=x, temperature=1.0), [1, 2, 0, 2**32 - 1]),
-    "temperature": (lambda x: step(temperature=x), [0.5, 0.7, 1.0, 0.0, 2.0]),
-    "confidence_temperature": (lambda x: step(confidence_temperature=x), [0.5, 0.7, 1.0, 0.0, 2.0]),
-    "top_k": (lambda x: step(top_k=x, temperature=1.0), [2, 3, 5, 9, 2**40]),
-    "top_p": (lambda x: step(top_p=x, temperature=1.0), [0.3, 0.5, 0.9, 0.99]),
-    "min_p": (lambda x: step(min_p=x, temperature=1.0), [0.3, 0.5, 0.9, 0.01]),
-    "Renoise.gamma": (lambda x: step(ik.Renoise(x)), [0.1, 0.2, 2.5, 4.0]),
+# Numbers that one call takes together, each the values that it has in one call after the other.
+RATIOS = [0.1, 0.2, 2.5, 4.0]
+NUMBERS: dict[Callable[..., Any], dict[str, list[float]]] = {
+    lambda k, n, seed, at, top_k: step(
+        ik.TopK(k), revise=ik.Remask(n), seed=seed, step=at, top_k=top_k, temperature=1.0
+    ): {
+        "TopK.k": [1, 2, 3, 0, 2**40],
+        "Remask.n": [1, 2, 3, 0, 7],
+        "seed": [1, 2, -7, 2**62, 0],
+        "step": [1, 2, 0, 2**32 - 1, 5],
+        "top_k": [2, 3, 5, 9, 2**40],
+    },
+    lambda tau, edit, top_p, min_p: step(
+        ik.Threshold(tau), revise=ik.Edit(edit), top_p=top_p, min_p=min_p, temperature=1.0
+    ): {
+        "Threshold.tau": [0.1, 0.2, 0.9, 1.0],
+        "Edit.tau": [0.1, 0.2, 0.9, 1.0],
+        "top_p": [0.3, 0.5, 0.9, 0.99],
+        "min_p": [0.3, 0.5, 0.9, 0.01],
+    },
+    lambda f: step(ik.Factor(f)): {"Factor.f": RATIOS},
+    lambda gamma: step(ik.EntropyBound(gamma)): {"EntropyBound.gamma": RATIOS},
+    lambda gamma: step(ik.Renoise(gamma)): {"Renoise.gamma": RATIOS},
+    lambda t, other: step(temperature=t, confidence_temperature=other): {
+        "temperature": [0.5, 0.7, 1.0, 0.0, 2.0],
+        "confidence_temperature": [0.6, 0.8, 1.0, 0.0, 2.0],
+    },
 }
 KINDS: dict[str, Any] = {
     "Python": lambda x: x,
@@ -47,21 +60,27 @@ KINDS: dict[str, Any] = {
 }
 
 
-CALLS = [(name, kind, None) for name in NUMBERS for kind in KINDS]
-CALLS += [(name, "Python", True) for name in ("TopK.k", "Factor.f", "temperature", "top_k", "top_p")]
+CALLS = [(function, kind, None) for function in NUMBERS for kind in KINDS]
+CALLS += [
+    (function, "Python", True) for function, of in NUMBERS.items() if {"TopK.k", "Factor.f", "temperature", "top_p"} & {*of}
+]
 
 
-@pytest.mark.parametrize("name, kind, dynamic", CALLS)
-def test_numbers_that_vary_compile_into_few_graphs(name: str, kind: str, dynamic: bool | None) -> None:
-    """One for the first value, one for all others, and one each for a temperature of 0 and for 1, which Dynamo takes
-    for constants."""
-    function, values = NUMBERS[name]
+@pytest.mark.parametrize(
+    "function, kind, dynamic", CALLS, ids=lambda x: "-".join(NUMBERS[x]) if callable(x) else str(x)
+)
+def test_numbers_that_vary_compile_into_few_graphs(
+    function: Callable[..., Any], kind: str, dynamic: bool | None
+) -> None:
+    """One for the first values, one for all others, and one each for a temperature of 0 and for 1, which Dynamo takes
+    for constants: a number that needed one for each value would make those beside it need them too."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
-    for value in map(KINDS[kind], values):
-        assert all(map(torch.equal, compiled(value), function(value))), value
-    assert counter.frame_count <= (4 if "temperature" in name else 2)
+    for values in zip(*NUMBERS[function].values(), strict=True):
+        given = [*map(KINDS[kind], values)]
+        assert all(map(torch.equal, compiled(*given), function(*given))), values
+    assert counter.frame_count <= (4 if "temperature" in NUMBERS[function] else 2)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
