@@ -12,7 +12,7 @@ Job = Callable[[], Any]
 
 
 def peak_memory(job: Job, device: str) -> int:
-    """Peak bytes that torch's allocator holds during one call, beyond what it held before."""
+    """Returns the peak bytes that torch's allocator holds during one call, beyond what it held before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -30,7 +30,7 @@ def peak_memory(job: Job, device: str) -> int:
 
 
 def profiled(job: Job, device: str, memory: bool = False) -> list[Any]:
-    """The profiler's events of one call, in the order of time."""
+    """Returns the profiler's events of one call, in the order of time."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
@@ -44,7 +44,7 @@ def profiled(job: Job, device: str, memory: bool = False) -> list[Any]:
 
 
 def count_calls(names: Iterable[str]) -> tuple[int, int]:
-    """(kernel launches, host synchronisations) among the names of CUDA API calls; the profiled call's own last
+    """Counts (kernel launches, host synchronisations) among the names of CUDA API calls; the profiled call's own last
     synchronisation is not counted."""
     called = list(names)
     launches = sum(bool(re.match(r"cu(da)?(LaunchKernel|LaunchCooperative|GraphLaunch)", name)) for name in called)
@@ -53,7 +53,7 @@ def count_calls(names: Iterable[str]) -> tuple[int, int]:
 
 
 def gpu_profile(job: Job) -> dict[str, Any]:
-    """{launches, host_syncs, kernels: {name: ms}} of one call; all None where the profiler does not work."""
+    """Returns {launches, host_syncs, kernels: {name: ms}} of one call; all None where the profiler does not work."""
     try:
         events = profiled(job, "cuda")
         launches, syncs = count_calls(event.name() for event in events)

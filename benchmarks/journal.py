@@ -57,12 +57,12 @@ class Journal:
         return {line["avoid"]: line["reason"] for line in self.lines() if "avoid" in line}
 
     def current(self) -> dict[str, Any] | None:
-        """What this process has begun and neither ended nor avoided."""
+        """Returns what this process has begun and neither ended nor avoided."""
         return Tail(self).news().get(self.by)
 
 
 def parsed(data: bytes) -> list[dict[str, Any]]:
-    """The lines that are whole; a line that was cut off counts as none."""
+    """Returns the lines that are whole; a line that was cut off counts as none."""
     found = []
     for text in data.splitlines():
         try:
@@ -83,7 +83,7 @@ class Tail:
         self.heard: dict[str, int] = {}  # lines so far, by process
 
     def news(self) -> dict[str, dict[str, Any] | None]:
-        """{by: the line that began what is under way, or None}, after the whole lines written since."""
+        """Returns {by: the line that began what is under way, or None}, after the whole lines written since."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 file.seek(self.at)

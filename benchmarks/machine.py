@@ -30,7 +30,7 @@ def processor() -> str:
 
 
 def slug(name: str) -> str:
-    """'Intel(R) Xeon(R) Processor, 2 threads' -> 'cpu-xeon-2c', 'NVIDIA H200' -> 'h200': a folder of results."""
+    """Names a folder of results: 'Intel(R) Xeon(R) Processor, 2 threads' -> 'cpu-xeon-2c', 'NVIDIA H200' -> 'h200'."""
     name = re.sub(r"\((R|TM|C)\)|@.*?Hz|\b\d+-Core\b", " ", name, flags=re.IGNORECASE)
     threads = re.search(r", (\d+) threads$", name)
     words = re.findall(r"[a-z0-9]+", (name[: threads.start()] if threads else name).lower())
@@ -39,7 +39,7 @@ def slug(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """On a GPU also those of CUDA, cuDNN, Triton and the driver."""
+    """Returns versions; on a GPU also those of CUDA, cuDNN, Triton and the driver."""
     import illada_kernels
 
     found = {
@@ -60,8 +60,8 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit, with a + if what is measured differs from it, a stale extension too; ILLADA_COMMIT where the checkout
-    came without git."""
+    """Returns the commit, with a + if what is measured differs from it, a stale extension too; ILLADA_COMMIT where the
+    checkout came without git."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -80,7 +80,7 @@ def commit() -> str:
 
 
 def gpu_limits() -> dict[str, Any]:
-    """What decides which cases fit: {memory, l2} in bytes, 0 where there is no GPU."""
+    """Returns what decides which cases fit: {memory, l2} in bytes, 0 where there is no GPU."""
     if not torch.cuda.is_available():
         return {"memory": 0, "l2": 0}
     properties = torch.cuda.get_device_properties(0)

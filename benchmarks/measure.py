@@ -58,13 +58,14 @@ class Case:
 
 
 def rotating(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Job:
-    """A job that takes the next set of inputs at each call, so that none is still in the cache from the call before."""
+    """Returns a job that takes the next set of inputs at each call, so that none is still in the cache from the call
+    before."""
     turn = itertools.cycle(inputs)
     return lambda: function(*next(turn))
 
 
 def sets_beyond_cache(bytes_of_one: float, device: str) -> int:
-    """How many sets of inputs to rotate, so that they are three times the GPU's L2 cache, and at most 64."""
+    """Returns how many sets of inputs to rotate, so that they are three times the GPU's L2 cache, and at most 64."""
     cache = gpu_limits()["l2"] if device == "cuda" else 0
     return max(2, min(64, -(-3 * cache // max(1, int(bytes_of_one)))))
 
@@ -100,7 +101,8 @@ class Replay:
 
 
 def sample(job: Job, calls: int, device: str) -> float:
-    """Milliseconds per call, over `calls` calls, by `clock`; on a GPU from one event to another on the stream."""
+    """Returns milliseconds per call, over `calls` calls, by `clock`; on a GPU from one event to another on the
+    stream."""
     each = calls * getattr(job, "calls", 1)
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -123,9 +125,9 @@ def interleaved(
     device: str = "cpu",
     watched: Watched | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds {p20, p50, p80} per contender: one sample of each per round, so that a slow spell of the machine
-    meets all of them. Two unmeasured calls first; at least 3 rounds, and no new one after `seconds`. `watched` hears
-    what begins, and of a contender that raises, which is then left out."""
+    """Returns milliseconds {p20, p50, p80} per contender: one sample of each per round, so that a slow spell of the
+    machine meets all of them. Two unmeasured calls first; at least 3 rounds, and no new one after `seconds`. `watched`
+    hears what begins, and of a contender that raises, which is then left out."""
     watched = watched or Watched(device)
     calls: dict[str, int] = {}
     times: dict[str, list[float]] = {}
@@ -178,7 +180,7 @@ def why(error: BaseException) -> str:
 
 
 def reason_of(error: Exception, device: str) -> str:
-    """Why a job cannot run. Raises ContextLost if nothing can any more."""
+    """Returns why a job cannot run. Raises ContextLost if nothing can any more."""
     reason = why(error)
     if device == "cuda":
         try:
@@ -216,7 +218,7 @@ class Watched:
             self.failed[name] = reason_of(error, self.device)
 
     def ready(self, work: Work) -> dict[str, Job]:
-        """The jobs that can run, each called once, as graphs where that is asked for."""
+        """Returns the jobs that can run, each called once, as graphs where that is asked for."""
         self.failed, self.notes = dict(work.absent), dict(work.notes)
         jobs: dict[str, Job] = {}
         groups = (work.peers, work.limit, work.beside, work.ours)  # ours last: a graph that breaks off is ours alone
@@ -237,20 +239,20 @@ class Watched:
 
 
 def twice(avoided: dict[str, str], op: str, name: str) -> str | None:
-    """Why a contender is left out everywhere: it has hung or died in two cases of the op."""
+    """Returns why a contender is left out everywhere: it has hung or died in two cases of the op."""
     times = [key for key in avoided if key.split("|")[0] == op and key.split("|")[-1] == name]
     return f"left out after {times[0].split('|')[1]} ({avoided[times[0]]}) and another" if len(times) > 1 else None
 
 
 def capture_something() -> None:
-    """A capture that broke off leaves the random generator believing that it goes on; one that ends tells it better."""
+    """Ends a capture, because one that broke off leaves the random generator believing that it goes on."""
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
 
 
 def replayed(job: Job, calls: int) -> tuple[Job, str | None]:
-    """The job as a graph, or as it is and why it cannot be captured."""
+    """Returns the job as a graph, or as it is and why it cannot be captured."""
     try:
         replay = Replay(job, calls)
         replay()

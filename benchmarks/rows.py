@@ -24,8 +24,8 @@ def run_case(
     left_out: Callable[[str], str | None] = lambda name: None,
     limit: float = CALL_LIMIT,
 ) -> list[dict[str, Any]]:
-    """One row per backend of ours that ran (of those named in `ours`), or one with `backend` None if none did; all
-    contenders measured interleaved in this one run. `left_out` says of a backend of ours why it is not to be run;
+    """Returns one row per backend of ours that ran (of those named in `ours`), or one with `backend` None if none did;
+    all contenders measured interleaved in this one run. `left_out` says of a backend of ours why it is not to be run;
     `limit`: seconds that the journal gives a call.
 
     floor_ms is the time that the case's flops or bytes take at the measured rates, or that a `limit` function took;

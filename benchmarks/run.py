@@ -54,13 +54,14 @@ def exists(op: str) -> bool:
 
 
 def collect(op: str, device: str, quick: bool = False) -> list[Case]:
-    """`quick`: with the peers that are fast and hardly compile, instead of all."""
+    """Collects cases. `quick`: with the peers that are fast and hardly compile, instead of all."""
     cases: Callable[..., Iterable[Case]] = importlib.import_module(f"benchmarks.suites.{FILES[op]}").cases
     return [case for case in cases(device, quick) if case.op == op]
 
 
 def select(known: list[Case], names: str, text: str) -> list[Case]:
-    """The cases of exactly these comma-separated names, in their order; without names those that contain `text`.
+    """Returns the cases of exactly these comma-separated names, in their order; without names those that contain
+    `text`.
 
     Raises ValueError, which lists what there is, for a name that there is not or a text that none contains."""
     if names:
@@ -76,7 +77,8 @@ def select(known: list[Case], names: str, text: str) -> list[Case]:
 
 
 def merge(rows: list[dict[str, Any]], old: list[dict[str, Any]], known: list[Case]) -> list[dict[str, Any]]:
-    """`rows` in place of the old rows of the same cases, in the bench file's order; rows of cases gone are dropped."""
+    """Puts `rows` in place of the old rows of the same cases, in the bench file's order; rows of cases gone are
+    dropped."""
     order = {(case.name, case.dtype): at for at, case in enumerate(known)}
     fresh = {(row["case"], row["dtype"]) for row in rows}
     kept = [row for row in old if (row["case"], row["dtype"]) in order.keys() - fresh]
@@ -115,7 +117,8 @@ def free(device: str) -> None:
 
 
 def measure_all(cases: list[Case], options: argparse.Namespace, keep: Keep, journal: Journal | None) -> int:
-    """The exit status: 0, 1 if a case failed, AGAIN if the GPU's context is lost. `keep` gets the rows of a case."""
+    """Measures; returns the exit status: 0, 1 if a case failed, AGAIN if the GPU's context is lost. `keep` gets the
+    rows of a case."""
     ours = None if options.ours == "all" else [name for name in options.ours.split(",") if name != "none"]
     ended = journal.ended() if journal else {}
     failed = failures(journal) if journal else {}
@@ -158,12 +161,12 @@ def measure_all(cases: list[Case], options: argparse.Namespace, keep: Keep, jour
 
 
 def ended_key(case: Case, ours: str) -> str:
-    """A case in the journal, measured with these backends."""
+    """Returns a case in the journal, measured with these backends."""
     return f"{case.op}|{case.name}|{case.dtype}" + ("" if ours == "all" else f" [{ours}]")
 
 
 def lost(error: Exception, device: str) -> bool:
-    """Whether the error has ended the CUDA context, so that nothing more can be measured in this process."""
+    """Returns whether the error has ended the CUDA context, so that nothing more can be measured in this process."""
     if isinstance(error, measure.ContextLost) or device != "cuda":
         return isinstance(error, measure.ContextLost)
     try:

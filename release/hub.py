@@ -92,7 +92,7 @@ def layer_names() -> list[str]:
 
 
 def metadata(folder: Path, backend: str, version: int) -> dict[str, object]:
-    """What metadata.json says of a folder: its files by SHA-256, and an id of them all."""
+    """Returns what metadata.json says of a folder: its files by SHA-256, and an id of them all."""
     files = {
         str(path.relative_to(folder)): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
         for path in sorted(folder.rglob("*"))

@@ -86,7 +86,7 @@ def needs(binary: Path) -> list[str]:
 
 
 def passing(binary: Path) -> list[str]:
-    """What a binary asks of Python beyond the interface that stays from 3.10 on."""
+    """Returns what a binary asks of Python beyond the interface that stays from 3.10 on."""
     code = """
 import sys
 from abi3info import DATAS, FUNCTIONS

@@ -68,8 +68,8 @@ def selftests(journal: Journal) -> dict[str, dict[str, Any]]:
 
 
 def verdicts(journal: Journal, rows: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
-    """({op/backend: how fast}, {op/backend: why not}): let in is what passed its selftest, failed in no test or row,
-    and is not slower than the fastest peer in the geometric mean of its rows."""
+    """Returns ({op/backend: how fast}, {op/backend: why not}): let in is what passed its selftest, failed in no test or
+    row, and is not slower than the fastest peer in the geometric mean of its rows."""
     let_in: dict[str, str] = {}
     kept_out: dict[str, str] = {}
     tested, failing = selftests(journal), failed_items(journal)
@@ -102,7 +102,7 @@ def failed_items(journal: Journal) -> list[str]:
 
 
 def concerns(what: str, room: str, backend: str) -> bool:
-    """Whether a failure speaks against a backend of a room: a test with both names, smoke (which is CUDA's), a
+    """Returns whether a failure speaks against a backend of a room: a test with both names, smoke (which is CUDA's), a
     contender; a test that names no backend speaks against all."""
     place, _, rest = what.partition("|")
     if place == "smoke":

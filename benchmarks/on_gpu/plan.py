@@ -83,7 +83,7 @@ def builds() -> tuple[Worker, ...]:
 def benchmark(
     name: str, ops: Iterable[str], cases: str, out: Path, settings: Settings, ours: str, limit: float = 15
 ) -> Worker:
-    """One process that measures `cases`, in order. `limit`: seconds a call, of quick peers."""
+    """Plans one process that measures `cases`, in order. `limit`: seconds a call, of quick peers."""
     command = ["benchmarks.run", "--op", ",".join(ops), "--device", "cuda", "--cases", settings.cases or cases]
     command += ["--journal", str(out / "journal.jsonl"), "--by", name, "--rounds", str(settings.rounds)]
     command += ["--seconds", str(settings.case_seconds), "--ours", settings.ours or ours]
@@ -110,7 +110,7 @@ def selftest(op: str, backend: str, out: Path) -> Worker:
 
 
 def profile(out: Path) -> Worker:
-    """Nsight Compute replays a kernel for each group of counters; the clocks stay as they are."""
+    """Plans Nsight Compute, which replays a kernel for each group of counters; the clocks stay as they are."""
     sections = ("--section", "SpeedOfLight", "--section", "WarpStateStats")
     kernels = ("--kernel-name", f"regex:{PROFILED}", "--csv", "--log-file", str(out / "profile.csv"))
     ncu = ("ncu", "--clock-control", "none", *sections, *kernels)
@@ -118,7 +118,7 @@ def profile(out: Path) -> Worker:
 
 
 def plan(out: Path, settings: Settings | None = None) -> list[Stage]:
-    """All stages, 520 seconds together, in order."""
+    """Returns all stages, 520 seconds together, in order."""
     settings = settings or Settings()
     journal = ("--journal", str(out / "journal.jsonl"))
     smoke = Worker("smoke", python("benchmarks.on_gpu.smoke", *journal))
@@ -148,7 +148,7 @@ def plan(out: Path, settings: Settings | None = None) -> list[Stage]:
 
 
 def more(out: Path, settings: Settings | None = None) -> list[Stage]:
-    """By name only: every case that the suites have."""
+    """Plans what runs by name only: every case that the suites have."""
     settings = settings or Settings()
     everything = benchmark("everything", MEASURED, "", out, settings, "all")
     models = benchmark(
@@ -161,7 +161,8 @@ def more(out: Path, settings: Settings | None = None) -> list[Stage]:
 
 
 def chosen(names: str, stages: list[Stage], extra: list[Stage], done: Callable[[str], bool]) -> list[Stage]:
-    """The stages that `names` asks for: some with commas, "all", or "rest": the build, and what was not `done` before.
+    """Returns the stages that `names` asks for: some with commas, "all", or "rest": the build, and what was not `done`
+    before.
 
     Raises ValueError for a name that there is not."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -176,8 +177,8 @@ def chosen(names: str, stages: list[Stage], extra: list[Stage], done: Callable[[
 
 
 def deadlines(stages: list[Stage], seconds: float) -> list[float]:
-    """When each stage ends at the latest, counted from the start: the later ones keep their seconds, or, if `seconds`
-    are fewer than the stages want together, their shares of them."""
+    """Returns when each stage ends at the latest, counted from the start: the later ones keep their seconds, or, if
+    `seconds` are fewer than the stages want together, their shares of them."""
     total = sum(stage.seconds for stage in stages)
     scale = min(1.0, seconds / total) if total else 1.0
     later = [sum(stage.seconds for stage in stages[i + 1 :]) * scale for i in range(len(stages))]

@@ -53,7 +53,7 @@ class Child:
         return code
 
     def kill(self) -> None:
-        """The process and its children, without waiting for their end, which a GPU may hold up."""
+        """Kills the process and its children, without waiting for their end, which a GPU may hold up."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -85,7 +85,7 @@ def ended_with(code: int) -> str:
 
 
 def gpu() -> dict[str, str] | None:
-    """{name, capability, driver} of the first GPU as nvidia-smi tells it, None without one."""
+    """Returns {name, capability, driver} of the first GPU as nvidia-smi tells it, None without one."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, timeout=60)

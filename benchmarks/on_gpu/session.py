@@ -23,7 +23,7 @@ POLL, DYING, KEPT = 0.2, 2.0, 5.0  # seconds between looks; for killed processes
 
 
 def architecture(capability: str) -> str:
-    """'9.0' -> '90a' (wgmma and its tensor maps are of that one chip), '8.9' -> '89'."""
+    """Turns '9.0' into '90a' (wgmma and its tensor maps are of that one chip), '8.9' into '89'."""
     digits = capability.replace(".", "")
     return "90a" if digits == "90" else digits
 
@@ -64,7 +64,7 @@ class Session:
         self.tail = Tail(self.journal)
 
     def run(self, stages: list[Stage], seconds: float) -> list[dict[str, Any]]:
-        """The outcome of each stage, as it is in the journal."""
+        """Runs the stages; returns the outcome of each stage, as it is in the journal."""
         start, outcomes = self.machine.now(), []
         self.journal.write({"run": [stage.name for stage in stages], "seconds": seconds, **self.facts})
         for stage, until in zip(stages, deadlines(stages, max(0.0, seconds - KEPT))):
@@ -222,7 +222,7 @@ def build_info() -> dict[str, Any]:
 
 
 def outcome_of(line: dict[str, Any]) -> str:
-    """passed, failed or skipped."""
+    """Returns passed, failed or skipped."""
     if "outcome" in line:
         return str(line["outcome"])
     return "failed" if "error" in line or any(wrong(row) for row in line.get("rows", ())) else "passed"
@@ -234,6 +234,6 @@ def message(line: dict[str, Any]) -> str:
 
 
 def done(journal: Journal) -> set[str]:
-    """The stages that a run before this one completed."""
+    """Returns the stages that a run before this one completed."""
     last = {line["stage"]: line.get("complete", False) for line in journal.lines() if "stage" in line}
     return {name for name, complete in last.items() if complete}

@@ -52,7 +52,8 @@ def masks(device: str, queries: int, keys: int) -> dict[str, KeyRanges | None]:
 
 
 def attention(direction: str, dim: int, mask: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    """forward alone; backward after it, by the deterministic kernels; fused likewise. Keys in the padding hold NaN."""
+    """Runs forward alone; backward after it, by the deterministic kernels; fused likewise. Keys in the padding hold
+    NaN."""
     queries, keys = 300, 450
     q, dout = (randn(2, queries, 4, dim, seed=s, dtype=dtype, device=device) for s in (1, 2))
     k, v = (randn(2, keys, 2, dim, seed=s, dtype=dtype, device=device) for s in (3, 4))
@@ -92,8 +93,8 @@ def proposals(rows: int, from_logits: bool, backend: str, device: str, dtype: to
 
 
 def truncated(option: str, from_logits: bool, backend: str, device: str, dtype: torch.dtype) -> None:
-    """Each option keeps the largest logits alone, so that with noise too the best id is proposed; and Renoise, which
-    accepts the first row alone and redraws the others."""
+    """Truncates: each option keeps the largest logits alone, so that with noise too the best id is proposed; and
+    Renoise, which accepts the first row alone and redraws the others."""
     rows, vocab, dim = 70, 9000, 256
     g = torch.Generator().manual_seed(rows)
     hidden = torch.randint(-1, 2, (1, rows, dim), generator=g).to(device, dtype)
@@ -113,7 +114,7 @@ def truncated(option: str, from_logits: bool, backend: str, device: str, dtype: 
 
 
 def commit(backend: str, device: str) -> None:
-    """Many candidates of few ids: the four most confident of each sequence are written."""
+    """Commits among many candidates of few ids: the four most confident of each sequence are written."""
     batch, count = 4, 1024
     logits = torch.randn(batch, count, 8, generator=torch.Generator().manual_seed(0)).to(device)
     tokens, positions = (
@@ -155,7 +156,7 @@ def loss(mode: str, backend: str, device: str, dtype: torch.dtype) -> None:
 
 # ---- all ------------------------------------------------------------------------------------------------------------
 def items(backend: str = "cuda", device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Iterator[Item]:
-    """The forward first, since the others need it."""
+    """Yields the forward first, since the others need it."""
     for direction in ("forward", "backward", "fused"):
         for dim in DIMS if direction != "fused" else DIMS[:3]:
             for mask in ("full", "random", "padding"):
@@ -178,8 +179,8 @@ def items(backend: str = "cuda", device: str = "cuda", dtype: torch.dtype = torc
 
 
 def needs(case: Case, contender: str) -> list[str]:
-    """What smoke must have shown for a backend of ours to be measured in a case; nothing of others than CUDA's, nor of
-    variants, which may be right where the extension's kernel is wrong."""
+    """Returns what smoke must have shown for a backend of ours to be measured in a case; nothing of others than CUDA's,
+    nor of variants, which may be right where the extension's kernel is wrong."""
     backend, facts = contender.split()[0], case.facts
     if backend != "cuda" or variant_of(contender):
         return []
@@ -202,13 +203,13 @@ def needs(case: Case, contender: str) -> list[str]:
 
 
 def failures(journal: Journal) -> dict[str, str]:
-    """{item: why} of what smoke found wrong, hung or dead."""
+    """Returns {item: why} of what smoke found wrong, hung or dead."""
     ended = {name: line["error"] for name, line in journal.ended().items() if "error" in line}
     return {name: why for name, why in (ended | journal.avoided()).items() if name.startswith("smoke|")}
 
 
 def left_out(case: Case, contender: str, failed: dict[str, str]) -> str | None:
-    """Why a contender of ours is not measured in a case, if smoke says so."""
+    """Returns why a contender of ours is not measured in a case, if smoke says so."""
     for needed in needs(case, contender) if failed else ():
         for item, why in failed.items():
             if item.removeprefix("smoke|").split(":")[0] == needed:

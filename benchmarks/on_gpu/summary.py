@@ -13,7 +13,8 @@ SHOWN = 12  # failures of a stage
 
 
 def rows_of(journal: Journal) -> list[dict[str, Any]]:
-    """The rows of all cases that ended, the last of each (op, case, dtype, backend), in the order of the first."""
+    """Returns the rows of all cases that ended, the last of each (op, case, dtype, backend), in the order of the
+    first."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in journal.lines():
         for row in line.get("rows", ()):

@@ -51,7 +51,7 @@ def library(name: str) -> Path:
 
 
 def measured(case: str) -> list[str]:
-    """The contenders that variants add to a case of attention's forward: those that have been built."""
+    """Returns the contenders that variants add to a case of attention's forward: those that have been built."""
     return [f"cuda {name}" for name, v in VARIANTS.items() if case in v.cases and library(name).exists()]
 
 
@@ -64,7 +64,7 @@ def command(name: str, nvcc: str, target: Path) -> list[str]:
 
 
 def parameters(name: str) -> list[type]:
-    """The ctypes of a variant's entry point, as api.h declares them."""
+    """Returns the ctypes of a variant's entry point, as api.h declares them."""
     text = (ROOT / "csrc" / "include" / "illada" / "api.h").read_text().replace("\\\n", " ")
     (declared,) = re.findall(rf"#define ILLADA_{name}\s+(.+)", text)
     kinds = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "int": ctypes.c_int}
@@ -96,7 +96,7 @@ def loaded(name: str) -> Library:
 
 @contextlib.contextmanager
 def running(name: str) -> Iterator[None]:
-    """Within it launches go to the variant's library."""
+    """Makes launches within it go to the variant's library."""
     module, right = loaded(name), _gpu.extension
     _gpu.extension = lambda: (module, None)  # type: ignore[assignment]
     try:
@@ -110,7 +110,7 @@ def variant_of(contender: str) -> str | None:
 
 
 def call(contender: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as a contender runs it: within its variant, if it names one."""
+    """Returns `function` as a contender runs it: within its variant, if it names one."""
     name = variant_of(contender)
     if name is None:
         return function

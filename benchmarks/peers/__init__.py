@@ -25,7 +25,7 @@ PACKAGES = {
 
 
 def absent() -> dict[str, str]:
-    """{module: reason} for every package above that cannot be measured here."""
+    """Returns {module: reason} for every package above that cannot be measured here."""
     reasons = {}
     for module in PACKAGES:
         if importlib.util.find_spec(module) is None:
@@ -39,7 +39,8 @@ def absent() -> dict[str, str]:
 
 
 def ours_on(backends: Sequence[Backend], device: str) -> tuple[list[str], dict[str, str]]:
-    """Our own backends made for a device, most capable first: those to be called by name, and why the others cannot."""
+    """Returns our own backends made for a device, most capable first: those to be called by name, and why the others
+    cannot."""
     names, absent = [], {}
     for backend in backends:
         if backend.devices is None or device not in backend.devices:

@@ -47,12 +47,12 @@ class Peers:
 
 @functools.cache
 def heads_first(heads: int) -> Layout:
-    """(B, S, H, D) -> contiguous (B, heads, S, D), each head repeated for its group."""
+    """Turns (B, S, H, D) into contiguous (B, heads, S, D), each head repeated for its group."""
     return lambda x: x.transpose(1, 2).repeat_interleave(heads // x.shape[2], dim=1).contiguous()
 
 
 def grouped(x: Tensor) -> Tensor:
-    """(B, S, H, D) -> contiguous (B, H, S, D)."""
+    """Turns (B, S, H, D) into contiguous (B, H, S, D)."""
     return x.transpose(1, 2).contiguous()
 
 
@@ -61,12 +61,13 @@ def as_it_is(x: Tensor) -> Tensor:
 
 
 def tokens_only(x: Tensor) -> Tensor:
-    """(1, T, H, D) -> (T, H, D)."""
+    """Turns (1, T, H, D) into (T, H, D)."""
     return x[0]
 
 
 def find(case: GpuCase, inputs: tuple[Tensor, ...], quick: bool = False) -> Peers:
-    """The peers of a case on the device of `inputs` (q, k, v, dout); `quick`: the fast ones that hardly compile."""
+    """Returns the peers of a case on the device of `inputs` (q, k, v, dout); `quick`: the fast ones that hardly
+    compile."""
     found = Peers()
     sdpa_backends(found, case, inputs, ("cudnn", "flash") if quick else ("cudnn", "flash", "efficient", "math"))
     if case.kind == "packed":
@@ -93,7 +94,7 @@ def sdpa(backend: Any, mask: Tensor | None, enable_gqa: bool) -> Attend:
 
 
 def additive_mask(case: GpuCase, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """(1, 1, Sq, Sk), 0 or -inf; None where every row sees every key."""
+    """Returns (1, 1, Sq, Sk), 0 or -inf; None where every row sees every key."""
     if case.kind in ("full", "cached"):
         return None
     ranges = case.key_ranges(str(device))
@@ -121,7 +122,7 @@ def sdpa_backends(found: Peers, case: GpuCase, inputs: tuple[Tensor, ...], names
 
 
 def scores_fit(case: GpuCase) -> bool:
-    """Two float32 and two half-precision copies of every score, forward and backward."""
+    """Returns whether two float32 and two half-precision copies of every score fit, forward and backward."""
     memory = gpu_limits()["memory"] or 2**30
     return 12.0 * case.batch * case.heads * case.queries * case.keys < memory / 3
 
@@ -129,7 +130,8 @@ def scores_fit(case: GpuCase) -> bool:
 def with_groups(
     found: Peers, name: str, backend: Any, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Layout, Attend]:
-    """enable_gqa where the backend takes it, tried here with gradients as it will be called; else repeated heads."""
+    """Sets enable_gqa where the backend takes it, tried here with gradients as it will be called; else repeated
+    heads."""
     if q.shape[2] == k.shape[2]:
         return grouped, sdpa(backend, mask, False)
     run = sdpa(backend, mask, True)
@@ -148,7 +150,7 @@ def boundaries(device: torch.device | str) -> Tensor:
 
 
 def torch_varlen(found: Peers, case: GpuCase, device: torch.device) -> None:
-    """PyTorch's own flash-attention for variable lengths (torch.nn.attention.varlen, from 2.10)."""
+    """Adds PyTorch's own flash-attention for variable lengths (torch.nn.attention.varlen, from 2.10)."""
     try:
         varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError) as error:
@@ -164,7 +166,7 @@ def torch_varlen(found: Peers, case: GpuCase, device: torch.device) -> None:
 
 
 def mask_mod(case: GpuCase, device: torch.device | str) -> Callable[..., Tensor] | None:
-    """The case's KeyRanges as FlexAttention's users write such a mask; None where every row sees every key."""
+    """Returns the case's KeyRanges as FlexAttention's users write such a mask; None where every row sees every key."""
     if case.kind == "block_diffusion":
         half, block = case.keys // 2, case.block
 
@@ -184,7 +186,8 @@ def mask_mod(case: GpuCase, device: torch.device | str) -> Callable[..., Tensor]
 
 
 def flex(found: Peers, case: GpuCase, device: torch.device) -> None:
-    """Compiled for this shape alone. The block mask is made outside the timing, as a model makes it once per batch."""
+    """Adds FlexAttention, compiled for this shape alone. The block mask is made outside the timing, as a model makes
+    it once per batch."""
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -203,8 +206,8 @@ def flex(found: Peers, case: GpuCase, device: torch.device) -> None:
 
 
 def flex_on_cpu(case: shapes.Case, ranges: KeyRanges | None) -> Attend:
-    """FlexAttention compiled for this shape alone, forward only: it has no backward on a CPU. The block mask is made
-    here, outside the timing; inside its partial blocks the mask is the case's ranges."""
+    """Returns FlexAttention compiled for this shape alone, forward only: it has no backward on a CPU. The block mask is
+    made here, outside the timing; inside its partial blocks the mask is the case's ranges."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     blocks = None
@@ -251,8 +254,8 @@ def flash_packages(found: Peers, case: GpuCase, device: torch.device) -> None:
 
 
 def flash_4_block_diffusion(case: GpuCase, device: torch.device) -> Attend:
-    """FlashAttention-4's CuTe kernels with the mask as a function of indices, and tables of blocks of 128 x 128 for
-    both directions, made outside the timing by FlexAttention."""
+    """Returns FlashAttention-4's CuTe kernels with the mask as a function of indices, and tables of blocks of 128 x 128
+    for both directions, made outside the timing by FlexAttention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     function = importlib.import_module("flash_attn.cute").flash_attn_func

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def plain_norm(module: nn.Module, x: Tensor) -> Tensor:
-    """What the module computes; an Identity returns x."""
+    """Computes what the module computes; an Identity returns x."""
     if not isinstance(module, RMSNorm):
         return x
     if module.in_fp32:

@@ -31,7 +31,7 @@ class Rows:
     weight: Tensor  # (N,) float32
 
     def padded(self, multiple: int) -> Rows:
-        """Rows that are ignored, up to a multiple: some kernels need that."""
+        """Adds rows that are ignored, up to a multiple, because some kernels need that."""
         extra = -self.hidden.shape[0] % multiple
         hidden = F.pad(self.hidden.detach(), (0, 0, 0, extra)).requires_grad_()
         return Rows(hidden, self.head, F.pad(self.targets, (0, extra), value=IGNORED), F.pad(self.weight, (0, extra)))
@@ -92,7 +92,7 @@ def quack_chunked() -> Loss:
 
 
 def quack_rows() -> Loss:
-    """cuBLAS logits, then quack's row kernel, with weights."""
+    """Runs cuBLAS for the logits, then quack's row kernel, with weights."""
     fused = importlib.import_module("quack.linear_cross_entropy").linear_cross_entropy_func
 
     def loss(rows: Rows) -> Tensor:
@@ -139,8 +139,8 @@ ALL_ROWS = (
 def find(
     compacted: Rows, everything: Rows | None, gradients: bool, only: tuple[str, ...] = tuple(MAKERS)
 ) -> tuple[dict[str, Job], dict[str, str]]:
-    """({name: job}, {name: why it is absent}) of the peers named in `only`, without `everything` on compacted rows
-    alone."""
+    """Returns ({name: job}, {name: why it is absent}) of the peers named in `only`, without `everything` on compacted
+    rows alone."""
     torch._dynamo.reset()
     jobs: dict[str, Job] = {}
     absent: dict[str, str] = {}

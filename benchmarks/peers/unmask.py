@@ -19,8 +19,8 @@ Step = Callable[[Tensor, Tensor, int, int, float], Tensor]
 
 
 def llada_step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperature: float) -> Tensor:
-    """LLaDA's generate.py, one step with low_confidence remasking: float64 Gumbel noise over all logits, argmax,
-    softmax in the logits' dtype, gather, and a top-k for each sequence."""
+    """Takes one step of LLaDA's generate.py with low_confidence remasking: float64 Gumbel noise over all logits,
+    argmax, softmax in the logits' dtype, gather, and a top-k for each sequence."""
     if temperature > 0:
         wide = logits.to(torch.float64)
         noise = (-torch.log(torch.rand_like(wide, dtype=torch.float64))) ** temperature
@@ -37,8 +37,8 @@ def llada_step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperature
 
 
 def float32_step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperature: float) -> Tensor:
-    """What a careful user writes: masked rows only, exponential race in float32, log-sum-exp instead of softmax, one
-    batched top-k."""
+    """Takes the step that a careful user writes: masked rows only, exponential race in float32, log-sum-exp instead of
+    softmax, one batched top-k."""
     masked = tokens == mask_id
     rows = logits[masked] if not bool(masked.all()) else logits.reshape(-1, logits.shape[-1])
     if temperature > 0:
@@ -54,7 +54,7 @@ def float32_step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperatu
 
 
 def truncated(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """Hugging Face's processors in their order: float32 logits / temperature, -inf where they drop."""
+    """Runs Hugging Face's processors in their order: float32 logits / temperature, -inf where they drop."""
     scores = logits.float() / temperature
     if top_k:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[..., -1:], -torch.inf)
@@ -70,7 +70,7 @@ def truncated(logits: Tensor, temperature: float, top_k: int = 0, top_p: float =
 
 
 def truncated_step(temperature: float, **options: float) -> Callable[..., Tensor]:
-    """device_step with the proposal drawn from what Hugging Face's processors leave."""
+    """Takes device_step with the proposal drawn from what Hugging Face's processors leave."""
 
     def step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, *_: float) -> Tensor:
         scores = truncated(logits, temperature, **options)  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def truncated_step(temperature: float, **options: float) -> Callable[..., Tensor
 
 
 def renoised_step(logits: Tensor, tokens: Tensor, gamma: float, temperature: float) -> Tensor:
-    """DiffusionGemma's step (transformers): draw, accept by rising entropy, redraw the rest."""
+    """Takes DiffusionGemma's step (transformers): draw, accept by rising entropy, redraw the rest."""
     scores = logits.float() / temperature
     p = scores.softmax(-1)
     entropy = -torch.special.xlogy(p, p).sum(-1)
@@ -93,14 +93,14 @@ def renoised_step(logits: Tensor, tokens: Tensor, gamma: float, temperature: flo
 
 
 def commit(proposal: Tensor, confidence: Tensor, tokens: Tensor, k: int, mask_id: int) -> Tensor:
-    """Of (B, K) proposals the k most confident, without the host."""
+    """Commits the k most confident of (B, K) proposals, without the host."""
     masked = tokens == mask_id
     chosen = torch.where(masked, confidence, -torch.inf).topk(k, -1).indices
     return tokens.scatter_(1, chosen, torch.where(masked, proposal, tokens).gather(1, chosen))
 
 
 def device_step(logits: Tensor, tokens: Tensor, k: int, mask_id: int, temperature: float) -> Tensor:
-    """float32_step for a GPU: all rows, nothing read by the host, noise in float32 whatever the logits are."""
+    """Takes float32_step for a GPU: all rows, nothing read by the host, noise in float32 whatever the logits are."""
     wide = logits.float()
     noised = wide - temperature * torch.empty_like(wide).exponential_().log_() if temperature > 0 else wide
     proposal = noised.argmax(-1)
@@ -122,14 +122,14 @@ def flashinfer_step() -> Step:
 
 
 def sequences_at_a_time(batch: int, count: int, vocabulary: int) -> int:
-    """How many sequences LLaDA's loop can take at once: at temperature > 0 it holds five float64 tensors of logits, for
-    which half of the GPU's memory is meant."""
+    """Returns how many sequences LLaDA's loop can take at once: at temperature > 0 it holds five float64 tensors of
+    logits, for which half of the GPU's memory is meant."""
     each = 5.0 * 8 * count * vocabulary
     return max(1, min(batch, int(gpu_limits()["memory"] / 2 / each)))
 
 
 def find(temperature: float, compiled: bool, quick: bool = False) -> tuple[dict[str, Step], dict[str, str]]:
-    """({name: step}, {name: why it is absent}); `quick`: without LLaDA's loop, which is never the fastest."""
+    """Returns ({name: step}, {name: why it is absent}); `quick`: without LLaDA's loop, which is never the fastest."""
     steps: dict[str, Step] = {"float32": device_step} if quick else {"LLaDA's loop": llada_step, "float32": device_step}
     absent: dict[str, str] = {}
     if compiled:

@@ -3,9 +3,9 @@
     python -m benchmarks.quality.fewer_passes            trains a tiny model, tunes copies of it, measures, draws
     python -m benchmarks.quality.fewer_passes --steps 200 --tune 50 --problems 200
 
-Each copy is tuned for as many steps from the same weights: on the data again (the control), on the model's own
-trajectories with the best of several by its bound (constrained order), on those of its one-token-a-pass sampler
-(distillation), and on states that its fast sampler reaches, from which the model before takes over (taken over).
+Each copy is tuned for as many steps from the same weights. "data again" is the control, "constrained order" the
+model's own trajectories, the best of several by its bound. "distilled" sees those of its one-token-a-pass sampler,
+"taken over" states that its fast sampler reaches, from which the model before takes over.
 Writes fewer_passes.json and fewer_passes.png under benchmarks/results/<device>/. Rows: {task, model, rule, parameter,
 accuracy, tokens_per_pass, problems, ...}, and one {task, model, "at_95": tokens per pass} a model.
 """

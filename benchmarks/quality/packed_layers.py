@@ -29,7 +29,7 @@ DTYPES = {"float32": ("packed",), "bfloat16": ("packed", "int8", "int4")}
 
 
 def times(rows: int, size: tuple[int, int], dtype: str, copies: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each kind of layer."""
+    """Returns the median milliseconds of each kind of layer."""
     number = getattr(torch, dtype)
     plain = [nn.Linear(*size, bias=False, dtype=number) for _ in range(copies)]
     x = torch.randn(rows, size[0]).to(number)

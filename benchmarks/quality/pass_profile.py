@@ -44,7 +44,7 @@ def timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> C
 
 
 def one_pass(model: Model, tokens: torch.Tensor, cache: Cache, first: int) -> None:
-    """Hidden rows of the last columns, one token committed; the tokens are masks again afterwards."""
+    """Computes hidden rows of the last columns, one token committed; the tokens are masks again afterwards."""
     rows = tokens.shape[1] - first
     positions = torch.arange(first, tokens.shape[1])[None]
     ranges = KeyRanges.full(cache.capacity)
@@ -55,7 +55,7 @@ def one_pass(model: Model, tokens: torch.Tensor, cache: Cache, first: int) -> No
 
 
 def profile(model: Model, rows: int, keys: int, passes: int) -> dict[str, float]:
-    """Milliseconds of each part, medians over passes."""
+    """Returns milliseconds of each part, medians over passes."""
     c = model.config
     tokens = torch.full((1, keys), c.mask_id)
     cache = Cache(c, 1, keys, dtype=model.dtype)

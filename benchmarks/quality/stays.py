@@ -30,7 +30,7 @@ EXTENSION = "illada_kernels._C"
 
 
 def stays(job: Callable[[], Any], folders: tuple[Path, ...] = FOLDERS) -> list[str]:
-    """The files of the stays of one call of `job`, in order, relative to the parent of the first folder."""
+    """Returns the files of the stays of one call of `job`, in order, relative to the parent of the first folder."""
     prefixes = tuple(f"{folder}/" for folder in folders)
     base, stack, found = folders[0].parent, [], []
 
@@ -64,27 +64,27 @@ def stays(job: Callable[[], Any], folders: tuple[Path, ...] = FOLDERS) -> list[s
 
 
 def masked_loss() -> Callable[[], Any]:
-    """`hidden` through masked_loss, forward and backward."""
+    """Takes `hidden` through masked_loss, forward and backward."""
     hidden, head = torch.randn(16, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
     targets, masked = torch.arange(16), torch.arange(16) % 2 == 0
     return lambda: ik.masked_loss(hidden, head, targets, masked).backward()
 
 
 def attention() -> Callable[[], Any]:
-    """q, k and v through attention under a mask, forward and backward."""
+    """Takes q, k and v through attention under a mask, forward and backward."""
     q, k, v = (torch.randn(1, 8, 2, 16, requires_grad=True) for _ in range(3))
     ranges = ik.KeyRanges.causal(8)
     return lambda: ik.attention(q, k, v, ranges).sum().backward()
 
 
 def unmask() -> Callable[[], Any]:
-    """`logits` through one decoding step."""
+    """Takes `logits` through one decoding step."""
     logits, tokens, positions = torch.randn(1, 4, 32), torch.full((1, 4), 31), torch.arange(4)[None]
     return lambda: ik.unmask_from_logits(logits, tokens.clone(), positions, ik.TopK(2), mask_id=31)
 
 
 def generate() -> Callable[[], Any]:
-    """A prompt of two tokens through a model of one layer, which generates one token."""
+    """Takes a prompt of two tokens through a model of one layer, which generates one token."""
     from illada import GenerationConfig, ModelConfig
     from illada import generate as continued
     from illada.model import Model
@@ -103,7 +103,7 @@ TRACED = {"masked_loss": masked_loss, "attention": attention, "unmask": unmask, 
 
 
 def report(name: str, found: list[str]) -> str:
-    """Markdown: stays per file, and changes from one file to another."""
+    """Returns Markdown: stays per file, and changes from one file to another."""
     lines = [f"## {name}: {len(found)} stays in {len(set(found))} files", "", "| file | stays |", "|---|---:|"]
     lines += [f"| {file} | {count} |" for file, count in Counter(found).most_common()]
     lines += ["", "| from | to | times |", "|---|---|---:|"]

@@ -89,7 +89,8 @@ def train(
     ffn_dim: int = 240,
     report: Callable[[int, float], object] | None = None,
 ) -> Model:
-    """The same seed gives the same model on the same machine. Muon, with a linear warm-up and, from half way, decay."""
+    """Trains: the same seed gives the same model on the same machine. Muon, with a linear warm-up and, from half way,
+    decay."""
     steps = task.steps if steps is None else steps
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

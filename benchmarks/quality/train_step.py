@@ -27,7 +27,7 @@ from ..suites.train import cases
 
 
 def spent(job: Job) -> tuple[float, float]:
-    """Milliseconds of this process's processor time that a call takes: (in all, in the kernel)."""
+    """Returns milliseconds of this process's processor time that a call takes: (in all, in the kernel)."""
     before = os.times()
     job()
     after = os.times()

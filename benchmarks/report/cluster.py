@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a GPU in a micro-batch."""
+        """Returns tokens of a GPU in a micro-batch."""
         return self.window * self.windows
 
     @property
@@ -57,17 +57,19 @@ class Plan:
         return (6 + 2 * self.again) * self.body + 6 * MASKED * self.head
 
     def seen(self) -> float:
-        """Mean number of tokens that a token sees: of a window cut at u, u^2 + (1 - u)^2 of it, 2/3 on average."""
+        """Returns the mean number of tokens that a token sees: of a window cut at u, u^2 + (1 - u)^2 of it, 2/3 on
+        average."""
         return self.window * (1 - self.split / 3)
 
     def attention_flops(self) -> tuple[float, float]:
-        """Forward (again too) and backward, as attention counts them: 4 and 10 a pair and channel."""
+        """Counts forward (again too) and backward, as attention counts them: 4 and 10 a pair and channel."""
         c = self.model
         forward = 4 * self.seen() * c.n_heads * c.head_dim * c.n_layers
         return forward * (1 + self.again), 2.5 * forward
 
     def seconds_per_token(self, floor: bool) -> float:
-        """At the matmul rate throughout (floor), or with attention at the middle of what is predicted for it."""
+        """Returns seconds at the matmul rate throughout (floor), or with attention at the middle of what is predicted
+        for it."""
         forward, backward = self.attention_flops()
         if floor:
             return (self.matmul_flops() + forward + backward) / RATES["gemm"]
@@ -81,23 +83,24 @@ class Plan:
     # ---- memory of a GPU, bytes ------------------------------------------------------------------------------------
 
     def state_bytes(self) -> float:
-        """Sharded: float32 weights, their gradients and two moments."""
+        """Counts what is sharded: float32 weights, their gradients and two moments."""
         return 16 * self.model.num_parameters / self.gpus
 
     def whole_bytes(self) -> float:
-        """What is whole for a while: the head in bfloat16 with its float32 gradient, two layers with one's gradient."""
+        """Counts what is whole for a while: the head in bfloat16 with its float32 gradient, two layers with one's
+        gradient."""
         layer = self.body / self.model.n_layers
         return (2 + 4) * self.head + (2 * 2 + 4) * layer
 
     def activation_bytes(self) -> float:
-        """bfloat16: each layer's input; of one layer, or of all, what its backward reads beside it."""
+        """Counts bfloat16: each layer's input; of one layer, or of all, what its backward reads beside it."""
         c = self.model
         inside = 6 * c.dim + 2 * c.n_kv_heads * c.head_dim + 3 * c.ffn_dim  # elements of a token
         layers = c.n_layers * c.dim + inside if self.again else c.n_layers * inside
         return 2 * self.tokens * layers
 
     def loss_bytes(self) -> float:
-        """masked_loss in one chunk: bfloat16 logits of the masked rows."""
+        """Counts masked_loss in one chunk: bfloat16 logits of the masked rows."""
         return 2 * MASKED * self.tokens * self.model.vocab_size
 
     def memory(self) -> float:
@@ -106,7 +109,7 @@ class Plan:
     # ---- communication of a micro-batch, seconds --------------------------------------------------------------------
 
     def traffic(self) -> tuple[float, float]:
-        """(NVLink, network): weights gathered twice in bfloat16, gradients reduced once in float32.
+        """Returns (NVLink, network): weights gathered twice in bfloat16, gradients reduced once in float32.
 
         What enters a node is shared by its GPUs' adapters, then goes around over NVLink.
         """
@@ -119,7 +122,8 @@ class Plan:
         return max(self.traffic())
 
     def exposed(self) -> float:
-        """What nothing hides: the first gather and the last reduction, of the embedding, and what exceeds computing."""
+        """Returns what nothing hides: the first gather and the last reduction, of the embedding, and what exceeds
+        computing."""
         edge = self.communication() * self.head / self.model.num_parameters
         return edge + max(0.0, self.communication() - edge - self.compute())
 
@@ -130,18 +134,19 @@ class Plan:
         return tokens / self.tokens_per_second() / 86400
 
     def hides_from(self) -> float:
-        """Tokens of a GPU in a micro-batch from which on computing takes longer than communication."""
+        """Returns tokens of a GPU in a micro-batch from which on computing takes longer than communication."""
         return self.communication() / self.seconds_per_token(floor=False)
 
     # ---- other ways to share, seconds of a micro-batch ---------------------------------------------------------------
 
     def tensor_parallel(self, ranks: int) -> float:
-        """Four reductions of hidden rows a layer, two forward and two backward, two more again; none is hidden."""
+        """Counts four reductions of hidden rows a layer, two forward and two backward, two more again; none is
+        hidden."""
         rows = 2 * self.tokens * self.model.dim
         return (4 + 2 * self.again) * self.model.n_layers * 2 * rows * (ranks - 1) / ranks / NVLINK
 
     def ring_hop(self, ranks: int) -> tuple[float, float]:
-        """(keys and values passed on, the attention beside it), in seconds of a layer's forward."""
+        """Returns (keys and values passed on, the attention beside it), in seconds of a layer's forward."""
         c, mine = self.model, self.window / ranks
         passed = 2 * 2 * mine * c.n_kv_heads * c.head_dim / NVLINK
         rate = sum(FORWARD["cuda"][c.head_dim]) / 2 * 1e12

@@ -18,8 +18,8 @@ COLORS = dict(zip(FILES, ("#1b6ca8", "#5aa9d6", "#c8553d", "#4b8f5c", "#8c8c8c",
 
 
 def rows_of(folder: Path, absent: bool = False) -> list[dict[str, Any]]:
-    """One row per case, that of the backend that ran first (the default one), ops in the order of FILES; `absent`: also
-    cases in which none of ours ran."""
+    """Returns one row per case, that of the backend that ran first (the default one), ops in the order of FILES;
+    `absent`: also cases in which none of ours ran."""
     rows = []
     for op in FILES:
         path = folder / f"{op}.json"

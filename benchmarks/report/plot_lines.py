@@ -15,7 +15,7 @@ Points = dict[str, list[tuple[float, float]]]  # contender: (x, y)
 
 
 def select(folder: Path, op: str, **facts: Any) -> list[dict[str, Any]]:
-    """The rows of an op, of every backend, whose facts are these."""
+    """Returns the rows of an op, of every backend, whose facts are these."""
     path = folder / f"{op}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     return [row for row in rows if all(row.get("facts", {}).get(name) == value for name, value in facts.items())]
@@ -24,7 +24,7 @@ def select(folder: Path, op: str, **facts: Any) -> list[dict[str, Any]]:
 def points(
     rows: list[dict[str, Any]], x: Callable[[dict[str, Any]], float], y: Callable[[dict[str, Any], float], float | None]
 ) -> Points:
-    """x(row) and y(row, ms) of ours, "<backend> (ours)", and of each peer, sorted by x."""
+    """Returns x(row) and y(row, ms) of ours, "<backend> (ours)", and of each peer, sorted by x."""
     found: dict[str, dict[float, float]] = {}
     for row in rows:
         times = dict(row["peers"])
@@ -41,13 +41,13 @@ def tflops(row: dict[str, Any], ms: float) -> float:
 
 
 def against_dense(row: dict[str, Any], ms: float) -> float | None:
-    """How many times faster than cuDNN on the same rows without a mask."""
+    """Draws how many times faster than cuDNN on the same rows without a mask."""
     dense = row.get("beside", {}).get("cudnn, no mask") or row["peers"].get("cudnn")
     return dense / ms if dense else None
 
 
 def memory(rows: list[dict[str, Any]]) -> Points:
-    """GiB at the peak against the share of masked tokens."""
+    """Draws GiB at the peak against the share of masked tokens."""
     found: dict[str, dict[float, float]] = {}
     for row in rows:
         peaks = dict(row.get("peer_memory", {}))
@@ -146,7 +146,7 @@ def unmask(folder: Path) -> list[Panel]:
 
 
 def caches(folder: Path) -> list[Panel]:
-    """For each task: accuracy against tokens a pass, then against the columns computed, a line for each cache."""
+    """Draws for each task accuracy against tokens a pass, then against the columns computed, a line for each cache."""
     path, panels = folder / "caches.json", []
     rows = json.loads(path.read_text()) if path.exists() else []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -170,7 +170,7 @@ FIGURES = {
 
 
 def draw(folder: Path) -> list[str]:
-    """The names of the figures that the folder has rows for."""
+    """Draws; returns the names of the figures that the folder has rows for."""
     drawn = []
     for name, (panels_of, scale) in FIGURES.items():
         if panels := [panel for panel in panels_of(folder) if panel.points]:

@@ -94,7 +94,7 @@ def unmask_prediction(facts: dict[str, Any]) -> str:
 
 
 def prediction(op: str, facts: dict[str, Any], backend: str) -> str:
-    """The milliseconds that were predicted for a case and backend of ours, "" if none were."""
+    """Returns the milliseconds that were predicted for a case and backend of ours, "" if none were."""
     if op.startswith("attention"):
         return attention_prediction(facts, backend) if facts["direction"] != "forward+backward" else ""
     if op == "masked_loss":
@@ -103,7 +103,7 @@ def prediction(op: str, facts: dict[str, Any], backend: str) -> str:
 
 
 def ranges() -> dict[tuple[str, str, str], str]:
-    """{(op, case, backend): predicted} of all that were predicted."""
+    """Returns {(op, case, backend): predicted} of all that were predicted."""
     cases = [case for op in OPS for case in run.collect(op, "cuda")]
     found = {(c.op, c.name, b): prediction(c.op, c.facts, b) for c in cases for b in ("cuda", "triton")}
     return {key: guess for key, guess in found.items() if guess}
@@ -114,7 +114,7 @@ Outcomes = dict[tuple[str, str, str], float]
 
 
 def outcomes(results: Path) -> Outcomes:
-    """{(op, case, backend): ms} of the committed rows of GPUs."""
+    """Returns {(op, case, backend): ms} of the committed rows of GPUs."""
     found: Outcomes = {}
     for path in sorted(path for op in OPS for path in results.glob(f"*/{op}.json")):
         for row in json.loads(path.read_text()) if not path.parent.name.startswith("cpu") else []:
@@ -124,7 +124,7 @@ def outcomes(results: Path) -> Outcomes:
 
 
 def beside(guess: str, op: str, case: str, backend: str, measured: Outcomes) -> str:
-    """'3.19-3.55, was 3.4'."""
+    """Returns, for example, '3.19-3.55, was 3.4'."""
     ms = measured.get((op, case, backend))
     return guess if ms is None else f"{guess}, was {digits(ms)}".removeprefix(", ")
 

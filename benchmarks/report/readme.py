@@ -49,8 +49,8 @@ HEADLINES = {
 def table(
     results: Path = RESULTS, ops: Collection[str] = FILES, only: Collection[tuple[str, str, str]] | None = None
 ) -> str:
-    """One table a device. `only`: these (op, case, dtype) of the GPUs and the first processor; else the rows that their
-    suite does not mark as minor."""
+    """Returns one table a device. `only`: these (op, case, dtype) of the GPUs and the first processor; else the rows
+    that their suite does not mark as minor."""
     parts = []
     folders = sorted(path for path in results.iterdir() if path.is_dir())
     if only is not None:
@@ -93,7 +93,7 @@ def table_row(row: dict[str, Any]) -> str:
 
 
 def digits(value: float) -> str:
-    """Three significant digits."""
+    """Returns three significant digits."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 

@@ -59,7 +59,7 @@ def _gpu_mask(case: shapes.Case, device: str) -> KeyRanges | None:
 
 
 def gpu_shapes() -> tuple[list[GpuCase], list[GpuCase]]:
-    """(for training: forward and backward, queries against a cache: forward alone)."""
+    """Returns (for training: forward and backward, queries against a cache: forward alone)."""
     tokens, training, cached = sum(DOCUMENTS), [], []
     for kv in (8, 32):
         heads = (32, kv, 128, _gpu_mask)
@@ -199,8 +199,8 @@ def build_on_gpu(shape: GpuCase, direction: str, dtype: torch.dtype, device: str
 
 
 def error_of(backend: str, ranges: KeyRanges | None, inputs: tuple[Tensor, ...], direction: str) -> float:
-    """||ours - exact|| / ||exact|| in the middle 64 rows and the last 64 of the last batch entry, the larger: of out,
-    with the backward of dq; exact in float32 of the same inputs."""
+    """Returns ||ours - exact|| / ||exact|| in the middle 64 rows and the last 64 of the last batch entry, the larger:
+    of out, with the backward of dq; exact in float32 of the same inputs."""
     q, k, v, dout = inputs
     ours = (our_forward if direction == "forward" else our_gradients)(ranges, backend)(*inputs)
     entry, rows, errors = slice(len(q) - 1, len(q)), q.shape[1], []
@@ -239,7 +239,8 @@ def gpu_case(shape: GpuCase, direction: str, quick: bool = False) -> Case:
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
-    """attention_bwd is forward and backward together, as a training step runs them; on a GPU the backward alone too."""
+    """Yields cases: attention_bwd is forward and backward together, as a training step runs them; on a GPU the backward
+    alone too."""
     if device == "cuda":
         training, cached = gpu_shapes()
         for shape in (*training, *cached):

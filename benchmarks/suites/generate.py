@@ -52,7 +52,8 @@ WEIGHTS = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}  # bytes o
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
-    """preset, sequences, prompt, new tokens, block, cache (dual is approximate, the others change nothing)."""
+    """Yields cases of preset, sequences, prompt, new tokens, block, cache (dual is approximate, the others change
+    nothing)."""
     blocks = "block_causal"
     if device == "cuda":
         sizes, dtype = {}, "bfloat16"
@@ -158,7 +159,7 @@ def build_packed(config: ModelConfig, prompt: int, new: int, block: int, cache: 
 
 @torch.no_grad()
 def llama_loop(llama: llama_cpp.LlamaCpp, config: ModelConfig, prompts: Tensor, new: int, block: int) -> Tensor:
-    """The passes of `plain_loop` with all masks shown, on llama.cpp; reads the logits of a block's masks alone."""
+    """Runs the passes of `plain_loop` with all masks shown, on llama.cpp; reads the logits of a block's masks alone."""
     tokens = F.pad(prompts[0], (0, new), value=config.mask_id)
     for begin in range(len(tokens) - new, len(tokens), block):
         part = tokens[begin : begin + block]
@@ -212,7 +213,7 @@ def needed(
     whole: bool = False,
     per_pass: int = PER_PASS,
 ) -> tuple[float, float]:
-    """(flops, bytes) of decoding with this cache; `whole`: all masks are there from the start."""
+    """Returns (flops, bytes) of decoding with this cache; `whole`: all masks are there from the start."""
     embeddings = config.vocab_size * config.dim
     body = config.num_parameters - embeddings * (1 if config.tie_embeddings else 2)
     passes, flops = 0, 0.0
@@ -229,7 +230,7 @@ def needed(
 
 
 def transformers_generate(model: Model, prompts: Tensor, new: int) -> Callable[[], Tensor]:
-    """Greedy decoding of the same weights by transformers' Qwen2, with its cache and SDPA."""
+    """Decodes greedily with the same weights by transformers' Qwen2, with its cache and SDPA."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -243,7 +244,7 @@ def transformers_generate(model: Model, prompts: Tensor, new: int) -> Callable[[
 
 @torch.no_grad()
 def own_passes(model: Model, prompts: Tensor, new: int) -> Tensor:
-    """The passes of an autoregressive generation without the loop around them: the prompt, then a token a pass."""
+    """Runs the passes of an autoregressive generation without the loop around them: the prompt, then a token a pass."""
     (batch, prompt), config = prompts.shape, model.config
     tokens = F.pad(prompts, (0, new), value=config.mask_id)
     cache = Cache(config, batch, prompt + new, device=model.device, dtype=model.dtype)
@@ -263,7 +264,7 @@ def own_passes(model: Model, prompts: Tensor, new: int) -> Tensor:
 def plain_loop(
     model: Model, prompts: Tensor, new: int, block: int, whole: bool = False, per_pass: int = PER_PASS
 ) -> Tensor:
-    """LLaDA's generate.py, low-confidence remasking, temperature 0; unless `whole`, blocks appear one by one."""
+    """Runs LLaDA's generate.py, low-confidence remasking, temperature 0; unless `whole`, blocks appear one by one."""
     config, (batch, prompt) = model.config, prompts.shape
     tokens = F.pad(prompts, (0, new if whole else 0), value=config.mask_id)
     for end in range(prompt + block, prompt + new + 1, block):
@@ -285,7 +286,7 @@ def plain_loop(
 
 
 def plain_hidden(model: Model, tokens: Tensor) -> Tensor:
-    """The same model on PyTorch's attention."""
+    """Runs the same model on PyTorch's attention."""
     config, length = model.config, tokens.shape[1]
     rope = rope_angles(config, torch.arange(length, device=tokens.device)[None], model.dtype)
     allowed = None

@@ -63,7 +63,7 @@ FUNCTIONS: dict[str, Function] = {"layer": whole, "norm": norm, "rope": rope, "s
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
-    """`layer_4x32`: all of it, for 4 sequences of 32 rows; norm, rope and swiglu: parts of it."""
+    """Yields `layer_4x32`: all of it, for 4 sequences of 32 rows; norm, rope and swiglu: parts of it."""
     dtypes = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16")
     for batch in (1, 4, 32) if device == "cuda" else (1,):
         for name in FUNCTIONS:
@@ -116,7 +116,7 @@ def build(name: str, batch: int, length: int, dtype: str, device: str) -> Work:
 
 @torch.no_grad()
 def error_of(function: Function, x: Inputs, heads: tuple[int, int, int], kernels: ModuleType | None) -> float:
-    """Relative error of the results and of the cache against float32 of the same inputs, the largest."""
+    """Returns the relative error of the results and of the cache against float32 of the same inputs, the largest."""
     held = [y.clone() for y in (x.keys, x.values)]
     ours = (*function(x._replace(keys=held[0], values=held[1]), heads, kernels), *held)
     up = Inputs(*(y.float() if y.is_floating_point() else y.clone() for y in x))

@@ -141,8 +141,8 @@ def build_on_gpu(case: GpuCase, dtype: torch.dtype, device: str = "cuda", quick:
 
 
 def error_of(result: Any, rows: Rows, masked: Tensor, gradients: bool) -> float:
-    """Against float32 of the same inputs: with gradients ||ours - exact|| / ||exact|| of d(hidden) in the first and the
-    last 32 masked rows, infinite if an unmasked row has one; else the relative error of the loss."""
+    """Returns the error against float32 of the same inputs: with gradients ||ours - exact|| / ||exact|| of d(hidden) in
+    the first and the last 32 masked rows, infinite if an unmasked row has one; else the relative error of the loss."""
     head = rows.head.detach().float()
     if not gradients:
         parts = (part.split(512) for part in (rows.hidden.detach(), rows.targets, rows.weight))

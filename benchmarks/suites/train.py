@@ -22,7 +22,7 @@ from ..peers.layer import plain_norm, plain_rope
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
-    """name: objective, sequences, tokens, shape."""
+    """Yields cases, name: objective, sequences, tokens, shape."""
     if device == "cuda":
         sizes = {"dim": 2048, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4, "head_dim": 128, "ffn_dim": 7168}
         sizes |= {"vocab_size": 155136, "mask_id": 5, "eos_id": 2, "pad_id": 1}
@@ -61,7 +61,7 @@ def step(parameters: list[Tensor], loss: object) -> tuple[Tensor, ...]:
 
 
 def needed(config: ModelConfig, made: Example) -> float:
-    """Floating-point operations of forward and backward."""
+    """Returns floating-point operations of forward and backward."""
     body = config.num_parameters - config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     rows, masked = made.tokens.numel(), int(made.masked.sum())
     batch, length = made.tokens.shape
@@ -72,7 +72,7 @@ def needed(config: ModelConfig, made: Example) -> float:
 
 
 def plain_loss(model: Model, made: Example, dense: Tensor | None) -> Tensor:
-    """The same number: weighted cross-entropies over masked rows, from the logits of all of them."""
+    """Returns the same number: weighted cross-entropies over masked rows, from the logits of all of them."""
     hidden = plain_forward(model, made, dense)[:, : made.targets.shape[1]]
     logits = (hidden @ model.head_weight.T).float().index_fill(-1, forbidden(model, hidden), -torch.inf)
     targets = made.targets.masked_fill(~made.masked, -100)

@@ -44,7 +44,7 @@ def fresh_tokens(shape: shapes.Shape, device: str) -> tuple[Tensor, Tensor]:
 
 
 def from_logits(shape: shapes.Shape, dtype: torch.dtype, temperature: float, device: str) -> Work:
-    exact = dtype == torch.float32  # torch's own bfloat16 is no limit on a CPU
+    exact = dtype == torch.float32  # torch's own bfloat16 does not limit a CPU
     full = (shape.batch, shape.count, shape.vocabulary)
     sets = [(torch.randn(full, device=device).mul_(2).to(dtype),) for _ in range(2)]
     tokens, positions = fresh_tokens(shape, device)
@@ -95,7 +95,7 @@ def from_hidden(shape: shapes.Shape, dtype: torch.dtype, temperature: float, dev
 
 
 def with_option(kind: str, shape: shapes.Shape, dtype: torch.dtype, name: str, device: str) -> Work:
-    """A row at temperature 1 with one more option, a name of cases.TRUNCATIONS, of cases.RANKED, "at_least" or
+    """Returns a row at temperature 1 with one more option, a name of cases.TRUNCATIONS, of cases.RANKED, "at_least" or
     "renoise", and beside it the row without. Peers, of two of these, are plain torch: Hugging Face's processors,
     DiffusionGemma's step."""
     size = shape.vocabulary if kind == "logits" else shape.dim
@@ -140,9 +140,9 @@ def gpu_shape(batch: int, count: int, vocabulary: int) -> shapes.Shape:
 
 
 def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cuda", quick: bool = False) -> Work:
-    """kind: "step" (the top-k rule and probabilities), "entropy" (the rule that needs most, for few rows), "renoise"
-    (a canvas without masks), "loop" (LLaDA's own shape, peers in as many parts as fit), or one of shapes.TRUNCATIONS,
-    which peers leave out."""
+    """Returns a case. kind: "step" (the top-k rule and probabilities), "entropy" (the rule that needs most, for few
+    rows), "renoise" (a canvas without masks), "loop" (LLaDA's own shape, peers in as many parts as fit), or one of
+    shapes.TRUNCATIONS, which peers leave out."""
     weight = torch.randn(shape.vocabulary, shape.dim, device=device, dtype=torch.bfloat16)
     full = (shape.batch, shape.count, shape.dim)
     sets = [(torch.randn(full, device=device).div(shape.dim**0.5).bfloat16(),) for _ in range(2)]
@@ -196,8 +196,8 @@ def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cu
 
 
 def error_of(proposal: Tensor, hidden: Tensor, weight: Tensor, forbidden: int) -> float:
-    """How far below the best the proposed logits of 128 rows lie in float32, of their spread over the vocabulary, the
-    largest; infinite where a proposal is no id."""
+    """Returns how far below the best the proposed logits of 128 rows lie in float32, of their spread over the
+    vocabulary, the largest; infinite where a proposal is not an id."""
     if bool((proposal < 0).any()):
         return float("inf")
     chosen = proposal.flatten()[-128:, None]
@@ -215,8 +215,8 @@ def notes(steps: Iterable[str], kind: str, part: int | None) -> dict[str, str]:
 
 
 def selection(batch: int, count: int, device: str = "cuda") -> Work:
-    """1024 candidates of each sequence, from logits of eight ids: what is left is ranking, committing and counting. The
-    selection kernel's own time stands under `kernels`."""
+    """Returns a case of 1024 candidates of each sequence, from logits of eight ids: what is left is ranking, committing
+    and counting. The selection kernel's own time stands under `kernels`."""
     logits = [(torch.randn(batch, count, 8, device=device),) for _ in range(2)]
     tokens = torch.full((batch, count), 7, device=device)
     positions = torch.arange(count, device=device).repeat(batch, 1)

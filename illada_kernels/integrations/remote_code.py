@@ -56,8 +56,8 @@ def patch(model: torch.nn.Module, *, loss: bool = True) -> list[str]:
     ------
     ValueError
         If no attention was found; says what was looked for. If code to be replaced uses a global that functions of its
-        file assign, which a copy would not see, or if a module needs a subclass and its code compares or writes to its
-        own class. The model is then as it was.
+        file assign, because a copy would not see that. If a module needs a subclass and its code compares or writes to
+        its own class. The model is then as it was.
 
     Warns
     -----

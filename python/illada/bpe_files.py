@@ -37,7 +37,7 @@ def tokenizer_json(folder: Path) -> str:
     try:
         made = tokenizers.Tokenizer(models.BPE.from_file(str(folder / VOCAB), str(folder / MERGES)))
     except Exception as error:  # tokenizers raises plain Exception
-        raise DataError(f"{folder}: {VOCAB} and {MERGES} are no byte pairs ({error}); download them again") from None
+        raise DataError(f"{folder}: {VOCAB} and {MERGES} hold no byte pairs ({error}); download them again") from None
     made.decoder = decoders.ByteLevel()
     space = bool(config.get("add_prefix_space", False))
     if kind == "GPT2Tokenizer":

@@ -267,7 +267,7 @@ def test_a_tokenizer_class_that_cuts_otherwise_is_refused(byte_pairs):
         load_tokenizer(byte_pairs, 400, 1, 2, 3)
     (byte_pairs / "merges.txt").write_text("nonsense\n")
     file.write_text(json.dumps(says))
-    with pytest.raises(DataError, match=r"vocab\.json and merges\.txt are no byte pairs"):
+    with pytest.raises(DataError, match=r"vocab\.json and merges\.txt hold no byte pairs"):
         load_tokenizer(byte_pairs, 400, 1, 2, 3)
 
 

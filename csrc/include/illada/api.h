@@ -193,7 +193,7 @@ enum illada_unmask_truncate { ILLADA_BY_TOP_K = 1, ILLADA_BY_TOP_P = 2, ILLADA_B
 #define ILLADA_UNMASK_ROW_BYTES 48
 #define ILLADA_UNMASK_PARTIAL_BYTES 48
 #define ILLADA_UNMASK_SEGMENT 2048
-// (l - max l) / Tc below which an id counts neither in a sum nor in the entropy: exp of less is no normal float.
+// (l - max l) / Tc below which an id counts neither in a sum nor in the entropy: exp of less is not a normal float.
 #define ILLADA_UNMASK_LEAST_SHIFTED -87.3f
 // integers (batch, 4): seed, step, ranks that the rule always commits, Remask's n. numbers (batch, 5): temperature,
 // confidence temperature, the rule's number, Edit's tau, rank temperature. positions, noise_positions, scores and the

@@ -155,8 +155,8 @@ def unmask(
     Noise depends on (seed, step, position, token id) alone, whatever the batch, the order of candidates or the backend.
     Under autocast hidden, head_weight and head_bias are cast to its dtype; logits are accumulated and kept in float32.
     Memory: without truncation (rows, V) logits are never stored; at most about 60 MB beside inputs and outputs on a CPU
-    for D <= 4096. With top_k, top_p or min_p a CPU holds the logits of as many rows at a time as fit 32 MiB (at least
-    one), a GPU those of 128 rows at most, twice where cuBLAS computes them.
+    for D <= 4096. With top_k, top_p or min_p a CPU holds the logits of as many rows at a time as fit 32 MiB, at least
+    one. A GPU holds those of 128 rows at most, twice where cuBLAS computes them.
     Never synchronises, except that a logit_bias of sequences is copied to the device in each call.
     Source: LLaDA's generate.py (ML-GSAI/LLaDA).
 

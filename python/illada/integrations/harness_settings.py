@@ -21,7 +21,7 @@ _SETTINGS = {field.name for field in dataclasses.fields(GenerationConfig)} - {"m
 
 
 def expect_known(where: str, settings: Iterable[str]) -> None:
-    """Raises ValueError for names that are no settings of generation."""
+    """Raises ValueError for names that are not settings of generation."""
     if unknown := sorted(set(settings) - _SETTINGS):
         raise ValueError(f"{where}: {', '.join(unknown)} is not known; expected {', '.join(sorted(_SETTINGS))}")
 

@@ -1,9 +1,9 @@
 """Muon for the matrices of the layers, AdamW for everything else.
 
 Muon (K. Jordan 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest orthogonal matrix;
-the step is lr * sqrt(max(1, rows / columns)). Unlike torch.optim.Muon, which computes in bfloat16 (eight times slower
-than float32 on a CPU without bfloat16 units, measured at 256 x 256), this one works in the parameter's dtype, and on
-the matrices that are fused in a parameter (q, k, v; gate, up) one by one.
+the step is lr * sqrt(max(1, rows / columns)). This one computes in the parameter's dtype, because
+torch.optim.Muon's bfloat16 is eight times slower than float32 on a CPU without bfloat16 units (measured at 256 x 256).
+Matrices that are fused in a parameter (q, k, v; gate, up) are taken one by one.
 """
 
 from __future__ import annotations
