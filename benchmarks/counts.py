@@ -1,4 +1,4 @@
-"""What one call of a job costs beside time: memory, kernel launches, host synchronisations, and each kernel's share."""
+"""Counts what one call of a job costs beside time: memory, kernel launches, host synchronisations, kernels' shares."""
 
 from __future__ import annotations
 

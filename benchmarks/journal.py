@@ -1,4 +1,4 @@
-"""What a run is doing, line by line in a file, so that who watches it knows what hung or died, and can go on after it.
+"""Writes what a run is doing, line by line, to a file, from which a watcher knows what hung or died, and goes on.
 
 A kernel that waits for ever, or faults and takes its CUDA context with it, ends the process that launched it. So each
 process writes what it begins, and how that ended with all that is to be kept of it; who watches kills it when something

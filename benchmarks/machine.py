@@ -1,4 +1,4 @@
-"""What the numbers were measured on: the device and the name of its results folder, versions, the commit."""
+"""Tells what the numbers were measured on: the device and the name of its results folder, versions, the commit."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ SLOW_STARTERS = ("compiled", "triton", "Liger", "cut-cross", "quack", "FlashInfe
 
 @dataclass
 class Work:
-    """What one case runs: contenders by name (ours by backend, and peers), each doing the whole job once."""
+    """Holds what one case runs: contenders by name (ours by backend, and peers), each doing the whole job once."""
 
     ours: dict[str, Job]
     peers: dict[str, Job]

@@ -18,7 +18,7 @@ _MOST = 2**31 - 1
 
 
 class Layouts:
-    """What KeyRanges inherits."""
+    """Has the constructors of masks, which KeyRanges inherits."""
 
     if TYPE_CHECKING:
 

@@ -1,4 +1,4 @@
-"""What `doctor` asks a process of its own, since importing a broken torch or extension can end the process that tries.
+"""Answers `doctor` in a process of its own, because importing a broken torch or extension can end the process.
 
 Prints one JSON line as each stage begins and one with what it found, so that the last line tells where it died.
 """

@@ -1,4 +1,4 @@
-"""What crosses the ranks of a process group inside an operator: small tensors of row statistics, sums of gradients.
+"""Exchanges tensors between the ranks of a process group inside an operator: row statistics, sums of gradients.
 
 An operator knows its group by name, because that is what a schema can hold. The ranks of a group hold consecutive
 pieces of the vocab in their order. All of them make the same calls with the same rows, so that they communicate alike.

@@ -104,7 +104,7 @@ def _is_transformed() -> bool:
 
 
 class Derivative(NamedTuple):
-    """How an operator is differentiated, once.
+    """Says how an operator is differentiated, once.
 
     of: the fields of the Problem that get a gradient.
     upstream: how many of the outputs, the first ones, have an upstream gradient.

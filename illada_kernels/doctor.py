@@ -1,4 +1,4 @@
-"""What this machine has, what was built, and which backend of each op can run here, and why not the others.
+"""Prints what this machine has, what was built, which backend of each op can run here, and why not the others.
 
     python -m illada_kernels doctor              the table, as text
     python -m illada_kernels doctor --json       the same, to read by machine

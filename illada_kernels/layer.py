@@ -1,4 +1,4 @@
-"""What a transformer layer does between its matmuls: RMSNorm, RoPE with the cache's write, SwiGLU.
+"""Computes what a transformer layer does between its matmuls: RMSNorm, RoPE with the cache's write, SwiGLU.
 
 A pass asks `kernels_for` once and hands the answer to each call, because between two matmuls a look at every tensor
 costs more than the arithmetic: the code for it is no longer in the processor's caches.

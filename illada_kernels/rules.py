@@ -1,5 +1,5 @@
-"""Which of the proposed tokens `unmask` commits (TopK, Threshold, Factor, EntropyBound, Renoise), and what it revises
-(Edit, Remask).
+"""Says which of the proposed tokens `unmask` commits (TopK, Threshold, Factor, EntropyBound, Renoise) and what it
+revises (Edit, Remask).
 
 Every number may instead be a tensor on the device of the call, of shape () or (B,): then nothing is read back to the
 host, a new value means no recompilation under torch.compile, and each sequence may have its own. Numbers are checked

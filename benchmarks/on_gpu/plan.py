@@ -1,4 +1,4 @@
-"""What a run on a GPU does, in which order, for how many seconds: by the worth of each answer.
+"""Plans what a run on a GPU does, in which order, for how many seconds: by the worth of each answer.
 
 A stage ends at the latest when those after it would lose time of theirs, so that each gets its seconds whatever the
 earlier ones did; what one leaves over goes to the next.
@@ -41,7 +41,7 @@ PROFILED = "attention_fwd|attention_bwd_keys|attention_bwd_queries|attention_bwd
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says of the measurements."""
+    """Holds what the command line says of the measurements."""
 
     rounds: int = 7
     case_seconds: float = 1.0

@@ -1,4 +1,4 @@
-"""What a run found, in Markdown: the stages, what failed, and last the rows beside their predictions."""
+"""Writes what a run found, in Markdown: the stages, what failed, and last the rows beside their predictions."""
 
 from __future__ import annotations
 

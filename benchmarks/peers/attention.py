@@ -37,7 +37,7 @@ class GpuCase(shapes.Case):
 
 @dataclass
 class Peers:
-    """By name: how a (B, S, H, D) tensor is laid out for it (q, k, v and dout alike), and the call."""
+    """Holds, by name, how a (B, S, H, D) tensor is laid out for it (q, k, v and dout alike), and the call."""
 
     calls: dict[str, tuple[Layout, Attend]] = field(default_factory=dict)
     beside: dict[str, tuple[Layout, Attend]] = field(default_factory=dict)

@@ -23,7 +23,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """What a peer is given: `hidden` and `head` ask for gradients; ignored rows have target -100 and weight 0."""
+    """Holds what a peer is given: `hidden` and `head` ask for gradients; ignored rows have target -100 and weight 0."""
 
     hidden: Tensor  # (N, D)
     head: Tensor  # (V, D)

@@ -1,4 +1,4 @@
-"""How many generated answers are right: measured and drawn for accuracy, caches, fewer_passes and packed_layers."""
+"""Measures and draws how many generated answers are right, for accuracy, caches, fewer_passes and packed_layers."""
 
 from __future__ import annotations
 

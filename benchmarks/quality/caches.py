@@ -1,4 +1,4 @@
-"""What each cache costs in right answers and saves in columns, for each rule, on tasks a tiny model learns here.
+"""Measures what each cache costs in right answers and saves in columns, by rule, on tasks that a tiny model learns.
 
     python -m benchmarks.quality.caches            trains (about a minute a task on two cores), measures, draws
     python -m benchmarks.quality.caches --task sort --problems 100

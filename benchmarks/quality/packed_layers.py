@@ -1,4 +1,4 @@
-"""What packed linear layers gain and cost: `illada.pack` beside `torch.nn.Linear`, and answers of a packed model.
+"""Measures packed linear layers: `illada.pack` beside `torch.nn.Linear`, and answers of a packed model.
 
     python -m benchmarks.quality.packed_layers             times of one layer, a table in milliseconds
     python -m benchmarks.quality.packed_layers --answers   trains a tiny model to sort digits, packs it, checks answers

@@ -1,4 +1,4 @@
-"""What all ops over ranks check first."""
+"""Checks what all ops over ranks need."""
 
 from __future__ import annotations
 

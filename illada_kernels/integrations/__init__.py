@@ -1,4 +1,4 @@
-"""What knows another library, or other people's models: a module each, which imports that library only when used."""
+"""Knows other libraries and other people's models: a module each, which imports that library only when used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a function's code looks up, writes and imports, by its bytecode: names, not values."""
+"""Reads what a function's code looks up, writes and imports from its bytecode: names, not values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BETWEEN = frozenset(("CACHE", "EXTENDED_ARG", "NOP", "PUSH_NULL"))
 
 
 class Names(NamedTuple):
-    """What code, and the code within it, looks up and writes."""
+    """Holds what code, and the code within it, looks up and writes."""
 
     chains: tuple[tuple[str, ...], ...]  # ("torch", "nn", "functional", "softmax"): a global or free name, attributes
     imports: tuple[str, ...]

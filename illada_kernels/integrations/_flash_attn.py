@@ -1,4 +1,4 @@
-"""What `patch` puts in place of flash-attn's functions: the same arguments, our attention."""
+"""Replaces flash-attn's functions for `patch`: the same arguments, our attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `patch` puts in place of torch's flex_attention: the same arguments, our attention.
+"""Replaces torch's flex_attention for `patch`: the same arguments, our attention.
 
 A BlockMask is read into KeyRanges: eagerly once, and remembered while the BlockMask lives and nothing that its mask
 function reads has changed. Around a function that is compiled by itself, as SDAR's, the mask is read before the
@@ -121,7 +121,7 @@ def _with_ranges(value: Any, tensors: list[Tensor]) -> Any:
 
 
 class Sizes(NamedTuple):
-    """Of the scores, (batch, heads, queries, keys)."""
+    """Holds the sizes of the scores, (batch, heads, queries, keys)."""
 
     batch: int
     heads: int

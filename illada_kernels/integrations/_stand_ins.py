@@ -1,4 +1,4 @@
-"""What `patch` puts in place of torch's functions: the same arguments, our ops."""
+"""Replaces torch's functions for `patch`: the same arguments, our ops."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ _KEPT = "_illada_patch"
 
 
 class _Kept:
-    """What a patch changed in one module."""
+    """Holds what a patch changed in one module."""
 
     def __init__(self, kind: type) -> None:
         self.theirs = self.ours = kind
@@ -281,7 +281,7 @@ def _configs(model: torch.nn.Module) -> dict[str, Any]:
 
 
 class _Changes(NamedTuple):
-    """What a class needs: methods as attributes of its instances, or a subclass."""
+    """Says what a class needs: methods as attributes of its instances, or a subclass."""
 
     ours: type
     methods: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What the row functions compute, in torch's operations: the specification. It has gradients, runs on every device, and
+"""Computes the row functions in torch's operations: the specification. It has gradients, runs on every device, and
 a compiler fuses it."""
 
 from __future__ import annotations

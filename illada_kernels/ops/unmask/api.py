@@ -14,7 +14,7 @@ from .op import OPERATOR
 
 
 class Unmasked(NamedTuple):
-    """What one step proposed, committed and left.
+    """Holds what one step proposed, committed and left.
 
     Attributes
     ----------

@@ -19,7 +19,7 @@ LogitBias = tuple[Tensor | Sequence[int], Tensor | Sequence[float]]
 
 
 class Options(NamedTuple):
-    """What the three functions take by keyword, in the order of their signatures."""
+    """Holds what the three functions take by keyword, in the order of their signatures."""
 
     mask_id: int
     confidence: str

@@ -33,7 +33,7 @@ class Parameter(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """In the order of illada_unmask_call of api.h."""
+    """Holds them in the order of illada_unmask_call of api.h."""
 
     temperature: Parameter
     confidence_temperature: Parameter

@@ -36,7 +36,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a pass knows on the host: passes of equal shape run the same operators, so they are one CUDA graph."""
+    """Holds what a pass knows on the host: passes of equal shape run the same operators, so they are one CUDA graph."""
 
     rows: int
     first: int | None  # the window's first column; None: the device knows it, `window_start`

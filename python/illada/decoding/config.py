@@ -17,7 +17,7 @@ Prompts = Sequence[Sequence[int] | Tensor] | Tensor
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    r"""How to decode. A field left None takes the value that suits the model.
+    r"""Says how to decode. A field left None takes the value that suits the model.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` and `fill` return, a list entry per sequence.
+    """Holds what `generate` and `fill` return, a list entry per sequence.
 
     Parameters
     ----------

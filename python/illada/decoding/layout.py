@@ -45,7 +45,7 @@ class Block:
 
 
 class Layout:
-    """What the host knows of the rows: `first_columns`, where each sequence begins, and `joins`, with which block."""
+    """Holds what the host knows of rows: `first_columns`, where each sequence begins, and `joins`, with which block."""
 
     def __init__(self, starts: Sequence[int], config: ModelConfig, sampling: Sampling) -> None:
         self.config, self.sampling = config, sampling

@@ -29,7 +29,7 @@ from .schedules import Always, Choose, Evenly, OpenBlocks, Pass, Rule
 
 
 class Unmasked(NamedTuple):
-    """As `illada_kernels.unmask` returns it, what a `Choose` committed included."""
+    """Holds what `illada_kernels.unmask` returns, what a `Choose` committed included."""
 
     proposal: Tensor  # (B, K) int64
     confidence: Tensor  # (B, K) float32

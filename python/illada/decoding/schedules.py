@@ -26,7 +26,7 @@ FILLING = tuple(rule for rule in get_args(Rule) if rule is not Renoise)  # the r
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What is known when a pass begins. All tensors live on the device; reading one on the host would wait for it."""
+    """Holds what is known when a pass begins. All tensors live on the device; a host that reads one waits for it."""
 
     step: Tensor  # () int64: passes made in this block
     masked: Tensor  # (B,) int64: masks when the block began

@@ -1,1 +1,1 @@
-"""What knows another library: lm_eval, the adapter for lm-evaluation-harness."""
+"""Knows another library: lm_eval, the adapter for lm-evaluation-harness."""

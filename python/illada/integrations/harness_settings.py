@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness asks of generation, in the words of many tasks, as a GenerationConfig."""
+"""Reads what lm-evaluation-harness asks of generation, in the words of many tasks, as a GenerationConfig."""
 
 from __future__ import annotations
 

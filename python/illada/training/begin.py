@@ -1,4 +1,4 @@
-"""How a run of `illada train` begins, in one process or over ranks: settings, documents, the folder's lock."""
+"""Begins a run of `illada train`, in one process or over ranks: settings, documents, the folder's lock."""
 
 from __future__ import annotations
 

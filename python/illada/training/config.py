@@ -12,7 +12,7 @@ from . import registry
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Raises ValueError for settings that contradict each other.
+    """Says how to train. Raises ValueError for settings that contradict each other.
 
     Parameters
     ----------

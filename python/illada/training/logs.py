@@ -1,4 +1,4 @@
-"""What a run says while it trains: a JSON line a step, TensorBoard's events where wanted, and whether it diverges."""
+"""Writes what a run says while it trains: a JSON line a step, TensorBoard's events where wanted; sees divergence."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Option:
-    """What an option of one or several objectives may be: its flag is --name."""
+    """Says what an option of one or several objectives may be: its flag is --name."""
 
     help: str
     kind: type = float

@@ -20,7 +20,7 @@ _FORM = '{"prompt": [ids], "response": [ids], "order": [passes], "bound": number
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a sampler wrote behind a prompt, and in which pass it committed each token."""
+    """Holds what a sampler wrote behind a prompt, and in which pass it committed each token."""
 
     prompt: list[int]
     response: list[int]
@@ -53,7 +53,7 @@ def best(trajectories: Sequence[Trajectory], keep: int) -> list[Trajectory]:
 
 @dataclass(frozen=True)
 class States:
-    """What `objectives.trajectory` reads beside the tokens of a batch; int64, (B, S) or (B,)."""
+    """Holds what `objectives.trajectory` reads beside the tokens of a batch; int64, (B, S) or (B,)."""
 
     order: np.ndarray
     lengths: np.ndarray

@@ -1,4 +1,4 @@
-"""What tests/gpu_code compiles ahead of time."""
+"""Lists what tests/gpu_code compiles ahead of time."""
 
 from __future__ import annotations
 

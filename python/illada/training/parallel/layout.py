@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share batches (data), sequences (context) and matmuls (tensor); their product is the world."""
+    """Says how many ranks share batches (data), sequences (context) and matmuls (tensor); the product is the world."""
 
     data: int
     context: int

@@ -17,7 +17,7 @@ from ..objectives import Example
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank computes of a micro-batch: B sequences, their rows of one context index, the scored ones of those."""
+    """Holds what a rank computes of a micro-batch: B sequences, their rows of one context index, those scored."""
 
     tokens: Tensor  # (B, S) int64
     key_ranges: KeyRanges | None

@@ -34,7 +34,7 @@ _COLLECTIVES = (str(Path(dist.__file__).parent), str(Path(distributed.__file__).
 
 @dataclass
 class _Seen:
-    """What a rank said last, and when that changed, on this rank's clock."""
+    """Holds what a rank said last, and when that changed, on this rank's clock."""
 
     said: dict[str, Any]
     at: float
