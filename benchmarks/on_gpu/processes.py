@@ -61,7 +61,7 @@ class Child:
 
 
 class Here:
-    """This machine."""
+    """Stands for this machine."""
 
     def now(self) -> float:
         return time.monotonic()

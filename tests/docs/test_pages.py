@@ -303,6 +303,22 @@ PUBLIC = [
 ]
 
 
+def test_docstrings_begin_with_a_verb():
+    """Of functions, in -s; Triton kernels may begin with their formula, published samplers with their name."""
+    wrong = []
+    for folder in ("illada_kernels", "python/illada", "benchmarks", "release"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                    function = isinstance(node, ast.FunctionDef)
+                    jit = any("jit" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ()))
+                    excused = path.name == "samplers.py" or jit
+                    verb = re.match(r"[A-Z][a-z]+s\b", text) or (function and excused)
+                    noun = re.match(r"(As|By|How|Of|What|Whether|Which|This|Less|Its)\b", text)
+                    wrong += [f"{path}: {text[:40]}"] if noun or (function and not verb) else []
+    assert wrong == []
+
+
 def documented(text: str) -> set[str]:
     """Names under Parameters or Attributes of a docstring."""
     sections = re.findall(r"^(?:Parameters|Attributes)\n-+\n(.*?)(?=^\w+\n-{3,}$|\Z)", text, flags=re.M | re.S)

@@ -61,7 +61,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank's place in a layout, and whom it talks to."""
+    """Holds this rank's place in a layout, and whom it talks to."""
 
     layout: Layout
     mesh: DeviceMesh  # (shard, tensor), shard = data * context
