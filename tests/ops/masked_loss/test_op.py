@@ -1,4 +1,4 @@
-"""masked_loss: what every argument means, what bad ones raise, and what never happens, on every backend of the CPU."""
+"""masked_loss as an operator: what each argument means, what bad ones raise, and what never happens, on every backend."""
 
 from __future__ import annotations
 
