@@ -1,4 +1,4 @@
-"""masked_loss as an operator: what each argument means, what bad ones raise, and what never happens, on every backend."""
+"""masked_loss as an operator: what arguments mean, what bad ones raise, what never happens, on every CPU backend."""
 
 from __future__ import annotations
 
