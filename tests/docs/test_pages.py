@@ -226,20 +226,39 @@ def test_the_reference_lists_every_public_name(name, modules):
     assert set(re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)) == public
 
 
+def read_of_environment(tree: ast.AST) -> set[str]:
+    """Names that a module looks up in os.environ or a copy of it, sets there, or hands on: by each form in use."""
+    strings = {n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    found = {n.value for n in strings if re.fullmatch(r"ILLADA_[A-Z_]+", n.value)}
+    for node in ast.walk(tree):
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.Subscript) and "environ" in ast.unparse(node.value):
+            parts = [node.slice]
+        elif isinstance(node, ast.Call) and re.search(r"environ(ment)?\.\w+$|getenv$", ast.unparse(node.func)):
+            parts = list(node.args[:1])
+        elif isinstance(node, ast.Compare) and "environ" in ast.unparse(node.comparators[0]):
+            parts = [node.left]
+        found |= {part.value for part in parts if part in strings and re.fullmatch("[A-Z][A-Z_]+", part.value)}
+    return found
+
+
 def test_the_page_of_environment_variables_lists_what_the_code_reads():
     text = (ROOT / "docs" / "reference" / "environment.md").read_text()
     listed = set(re.findall(r"`([A-Z][A-Z_]+)`", text))
-    folders = ("illada_kernels", "python", "benchmarks", "csrc")
-    sources = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")]
     read: set[str] = set()
-    for path in sources:
-        source = path.read_text()
-        read |= set(re.findall(r'(?:environ(?:\.get\(|\[)|getenv\()\s*"([A-Z_]+)"', source))
-        if path.suffix == ".py":
-            strings = (n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant))
-            read |= {s for s in strings if isinstance(s, str) and re.fullmatch(r"ILLADA_[A-Z_]+", s)}
+    for folder in ("illada_kernels", "python", "benchmarks", "csrc", "release", "tests/gpu", "tests/cuda_on_cpu"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix == ".py":
+                read |= read_of_environment(ast.parse(path.read_text(encoding="utf-8")))
+            elif path.suffix in (".cpp", ".h"):
+                read |= set(re.findall(r'getenv\("([A-Z_]+)"', path.read_text()))
     assert {name for name in listed if name.startswith("ILLADA_")} == {n for n in read if n.startswith("ILLADA_")}
-    assert len(read) > 8 and read - {"PYTHONPATH"} <= listed  # that one is Python's own
+    assert len(read) > 8 and read - {"PYTHONPATH", "PATH"} <= listed  # those are Python's and the system's own
+    # of other libraries, and glibc's, which are read by how they begin
+    others = {"OMP_NUM_THREADS", "CUPY_CACHE_DIR", "TRITON_CACHE_DIR"}
+    others |= {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+    source = "".join(p.read_text() for folder in ("illada_kernels", "python") for p in (ROOT / folder).rglob("*.py"))
+    assert [name for name in listed - others - read if f'"{name}"' not in source] == []
 
 
 def test_the_page_of_gpu_kernels_lists_every_gpu_backend_and_whether_it_is_proven():
