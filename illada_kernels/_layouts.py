@@ -196,7 +196,7 @@ class Layouts:
         causal: Literal["clean", "both"] | None = None,
         device: Device = None,
     ) -> Self:
-        """Trains on [noisy ; clean], 2 * length tokens: bounds (1, 2 * length, 4).
+        """Masks [noisy ; clean] for training, 2 * length tokens: bounds (1, 2 * length, 4).
 
         A noisy row sees its own noisy block and all earlier clean blocks of its document. A clean row sees all clean
         blocks of its document up to its own.
@@ -253,7 +253,7 @@ class Layouts:
 
     @classmethod
     def anchor_blocks(cls, anchors: Tensor, length: int, block: int, cu_seqlens: Tensor | None = None) -> Self:
-        """Trains a block drafter on keys [context ; blocks]: bounds (1 or B, N * block, 4). DFlash.
+        """Masks keys [context ; blocks] for training a block drafter: bounds (1 or B, N * block, 4). DFlash.
 
         The rows are those of the blocks alone. Each sees the context before its block's anchor and its own block.
 
