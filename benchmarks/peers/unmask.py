@@ -121,10 +121,10 @@ def flashinfer_step() -> Step:
     return step
 
 
-def sequences_at_a_time(batch: int, count: int, vocabulary: int) -> int:
+def sequences_at_a_time(batch: int, count: int, vocab: int) -> int:
     """Returns how many sequences LLaDA's loop can take at once: at temperature > 0 it holds five float64 tensors of
     logits, for which half of the GPU's memory is meant."""
-    each = 5.0 * 8 * count * vocabulary
+    each = 5.0 * 8 * count * vocab
     return max(1, min(batch, int(gpu_limits()["memory"] / 2 / each)))
 
 

@@ -45,7 +45,7 @@ def fresh_tokens(shape: shapes.Shape, device: str) -> tuple[Tensor, Tensor]:
 
 def from_logits(shape: shapes.Shape, dtype: torch.dtype, temperature: float, device: str) -> Work:
     exact = dtype == torch.float32  # torch's own bfloat16 does not limit a CPU
-    full = (shape.batch, shape.count, shape.vocabulary)
+    full = (shape.batch, shape.count, shape.vocab)
     sets = [(torch.randn(full, device=device).mul_(2).to(dtype),) for _ in range(2)]
     tokens, positions = fresh_tokens(shape, device)
     rule = ik.TopK(COMMITTED_PER_STEP)
@@ -61,7 +61,7 @@ def from_logits(shape: shapes.Shape, dtype: torch.dtype, temperature: float, dev
     return Work(
         ours={name: rotating(ours(name), sets) for name in backends(device)},
         peers={name: rotating(fn, sets) for name, fn in contenders.items()},
-        flops=4.0 * shape.rows * shape.vocabulary,
+        flops=4.0 * shape.rows * shape.vocab,
         bytes=shapes.logit_bytes(shape, sets[0][0].element_size()),
         limit={"read_once": rotating(lambda logits: logits.amax(-1), sets)} if exact else {},
     )
@@ -69,7 +69,7 @@ def from_logits(shape: shapes.Shape, dtype: torch.dtype, temperature: float, dev
 
 def from_hidden(shape: shapes.Shape, dtype: torch.dtype, temperature: float, device: str) -> Work:
     exact = dtype == torch.float32
-    weight = torch.randn(shape.vocabulary, shape.dim, device=device, dtype=dtype)
+    weight = torch.randn(shape.vocab, shape.dim, device=device, dtype=dtype)
     full = (shape.batch, shape.count, shape.dim)
     sets = [(torch.randn(full, device=device).div(shape.dim**0.5).to(dtype),) for _ in range(3)]
     tokens, positions = fresh_tokens(shape, device)
@@ -98,11 +98,11 @@ def with_option(kind: str, shape: shapes.Shape, dtype: torch.dtype, name: str, d
     """Returns a row at temperature 1 with one more option, a name of cases.TRUNCATIONS, of cases.RANKED, "at_least" or
     "renoise", and beside it the row without. Peers, of two of these, are plain torch: Hugging Face's processors,
     DiffusionGemma's step."""
-    size = shape.vocabulary if kind == "logits" else shape.dim
+    size = shape.vocab if kind == "logits" else shape.dim
     sets = [(torch.randn(shape.batch, shape.count, size, device=device).mul_(2).to(dtype),) for _ in range(2)]
     head: tuple[Tensor, ...] = ()
     if kind == "hidden":
-        head = (torch.randn(shape.vocabulary, size, device=device).div_(size**0.5).to(dtype),)
+        head = (torch.randn(shape.vocab, size, device=device).div_(size**0.5).to(dtype),)
     tokens, positions = fresh_tokens(shape, device)
     renoises = name == "renoise"
     option: dict[str, Any] = {**shapes.TRUNCATIONS, **shapes.RANKED}.get(name, {})
@@ -129,21 +129,21 @@ def with_option(kind: str, shape: shapes.Shape, dtype: torch.dtype, name: str, d
         ours={b: rotating(ours(b, rule, option), sets) for b in backends(device)},
         peers={"diffusion_gemma" if renoises else "processors": rotating(peer, sets)} if has_peer else {},
         beside={f"{b} without": rotating(ours(b, plain, {}), sets) for b in backends(device)},
-        flops=shapes.flops(shape) if head else 4.0 * shape.rows * shape.vocabulary,
+        flops=shapes.flops(shape) if head else 4.0 * shape.rows * shape.vocab,
         bytes=(shapes.head_bytes if head else shapes.logit_bytes)(shape, sets[0][0].element_size()),
     )
 
 
 # ---- a GPU ----------------------------------------------------------------------------------------------------------
-def gpu_shape(batch: int, count: int, vocabulary: int) -> shapes.Shape:
-    return shapes.Shape(f"{batch}x{count}_v{vocabulary // 1000}k", batch, count, vocabulary, DIM, vocabulary - 1)
+def gpu_shape(batch: int, count: int, vocab: int) -> shapes.Shape:
+    return shapes.Shape(f"{batch}x{count}_v{vocab // 1000}k", batch, count, vocab, DIM, vocab - 1)
 
 
 def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cuda", quick: bool = False) -> Work:
     """Returns a case. kind: "step" (the top-k rule and probabilities), "entropy" (the rule that needs most, for few
     rows), "renoise" (a canvas without masks), "loop" (LLaDA's own shape, peers in as many parts as fit), or one of
     shapes.TRUNCATIONS, which peers leave out."""
-    weight = torch.randn(shape.vocabulary, shape.dim, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(shape.vocab, shape.dim, device=device, dtype=torch.bfloat16)
     full = (shape.batch, shape.count, shape.dim)
     sets = [(torch.randn(full, device=device).div(shape.dim**0.5).bfloat16(),) for _ in range(2)]
     tokens, positions = fresh_tokens(shape, device)
@@ -156,7 +156,7 @@ def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cu
     def ours(backend: str) -> Callable[[Tensor], Any]:
         return lambda hidden: ik.unmask(hidden, weight, tokens.clone(), positions, rule, backend=backend, **options)
 
-    part = unmask_peers.sequences_at_a_time(*full[:2], shape.vocabulary) if kind == "loop" else shape.batch
+    part = unmask_peers.sequences_at_a_time(*full[:2], shape.vocab) if kind == "loop" else shape.batch
 
     def peer(step: unmask_peers.Step) -> Callable[[Tensor], Any]:
         def run(hidden: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def on_gpu(shape: shapes.Shape, temperature: float, kind: str, device: str = "cu
 
 def error_of(proposal: Tensor, hidden: Tensor, weight: Tensor, forbidden: int) -> float:
     """Returns how far below the best the proposed logits of 128 rows lie in float32, of their spread over the
-    vocabulary, the largest; infinite where a proposal is not an id."""
+    vocab, the largest; infinite where a proposal is not an id."""
     if bool((proposal < 0).any()):
         return float("inf")
     chosen = proposal.flatten()[-128:, None]
@@ -241,17 +241,17 @@ def selection(batch: int, count: int, device: str = "cuda") -> Work:
 def gpu_cases(quick: bool = False) -> Iterator[Case]:
     def case(name: str, shape: shapes.Shape, temperature: float, kind: str) -> Case:
         known = "truncated" if kind in shapes.TRUNCATIONS else kind
-        facts = {"kind": known, "rows": shape.rows, "vocab": shape.vocabulary, "temperature": temperature}
+        facts = {"kind": known, "rows": shape.rows, "vocab": shape.vocab, "temperature": temperature}
         facts |= {"flops": shapes.flops(shape), "bytes": shapes.head_bytes(shape, 2)}
-        facts["headline"] = kind == "loop" or (shape.vocabulary == 126464 and shape.rows in (1, 32, 256, 2048))
+        facts["headline"] = kind == "loop" or (shape.vocab == 126464 and shape.rows in (1, 32, 256, 2048))
         return Case("unmask", name, "bfloat16", lambda: on_gpu(shape, temperature, kind, quick=quick), facts)
 
-    for vocabulary in (126464, 155136):
+    for vocab in (126464, 155136):
         for batch, count in ((1, 1), (1, 8), (1, 32), (2, 32)):
-            shape = gpu_shape(batch, count, vocabulary)
+            shape = gpu_shape(batch, count, vocab)
             yield case(f"entropy_{shape.name}_t1", shape, 1.0, "entropy")
         for batch in (4, 8, 16, 32, 64):
-            shape = gpu_shape(batch, 32, vocabulary)
+            shape = gpu_shape(batch, 32, vocab)
             for temperature in (0.0, 1.0):
                 yield case(f"hidden_{shape.name}_t{temperature:g}", shape, temperature, "step")
     for kind in shapes.TRUNCATIONS:

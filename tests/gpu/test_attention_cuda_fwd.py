@@ -15,9 +15,9 @@ reason = "no CUDA GPU" if not torch.cuda.is_available() else hopper_reason()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
-def draw(batch, rows, keys, heads, key_heads, dim, dtype=torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+def draw(batch, rows, keys, heads, kv_heads, dim, dtype=torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator("cuda").manual_seed(rows * 31 + keys)
-    shapes = ((rows, heads), (keys, key_heads), (keys, key_heads))
+    shapes = ((rows, heads), (keys, kv_heads), (keys, kv_heads))
     q, k, v = (torch.randn(batch, n, h, dim, generator=g, device="cuda").to(dtype) for n, h in shapes)
     return q, k, v
 
@@ -44,13 +44,13 @@ def no_tf32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("heads, key_heads", [(4, 4), (8, 2), (7, 1)])
-def test_masks_meet_the_bar(dim: int, dtype: torch.dtype, heads: int, key_heads: int) -> None:
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (7, 1)])
+def test_masks_meet_the_bar(dim: int, dtype: torch.dtype, heads: int, kv_heads: int) -> None:
     masks: dict[str, KeyRanges | None] = {
         **cases.hostile_masks(2, 700, 900, "cuda"),
         "window": KeyRanges.window(900, 100, 150, device="cuda")[:, 100:800],
     }
-    tensors = draw(2, 700, 900, heads, key_heads, dim, dtype)
+    tensors = draw(2, 700, 900, heads, kv_heads, dim, dtype)
     for ranges in masks.values():
         assert_right(ours(*tensors, ranges), *tensors, ranges)
 
@@ -62,11 +62,11 @@ def test_sizes_meet_the_bar(rows: int) -> None:
         assert_right(ours(*tensors), *tensors)
 
 
-@pytest.mark.parametrize("heads, key_heads", [(32, 8), (32, 32), (28, 4)])
+@pytest.mark.parametrize("heads, kv_heads", [(32, 8), (32, 32), (28, 4)])
 @pytest.mark.parametrize("batch", [1, 16])
-def test_caches_meet_the_bar_and_nan_beyond_their_lengths_stays_there(batch: int, heads: int, key_heads: int) -> None:
+def test_caches_meet_the_bar_and_nan_beyond_their_lengths_stays_there(batch: int, heads: int, kv_heads: int) -> None:
     for rows in (1, 32, 64, 256):
-        q, k, v = draw(batch, rows, 4096, heads, key_heads, 128)
+        q, k, v = draw(batch, rows, 4096, heads, kv_heads, 128)
         lengths = torch.linspace(rows, 4096, batch, device="cuda").to(torch.int32)
         ranges = KeyRanges.cached(lengths, rows, 4096)
         beyond = torch.arange(4096, device="cuda") >= lengths[:, None]

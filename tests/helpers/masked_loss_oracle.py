@@ -29,7 +29,7 @@ def allowed_ids(formula: Formula) -> Tensor:
 
 
 def powers(scale: Tensor) -> Tensor:
-    """min(1, 2^floor(log2(scale))); 1 where that is no normal number."""
+    """min(1, 2^floor(log2(scale))); 1 where that is not a normal number."""
     power = torch.exp2(torch.frexp(scale)[1].float() - 1)
     normal = scale.isfinite() & (scale.abs() >= torch.finfo(torch.float32).tiny)
     return torch.where(normal, power.clamp(max=1), 1)

@@ -55,7 +55,7 @@ class Schedule(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def schedule(batch: int, rows: int, keys: int, heads: int, key_heads: int, dim: int, processors: int) -> Schedule:
+def schedule(batch: int, rows: int, keys: int, heads: int, kv_heads: int, dim: int, processors: int) -> Schedule:
     """Returns the grid. A tile is 3 warpgroups (2 for head_dim 256) of 64 rows.
 
     Heads that share keys share a tile if that fills at least nine tenths of its rows, or if all rows fit one tile.
@@ -63,7 +63,7 @@ def schedule(batch: int, rows: int, keys: int, heads: int, key_heads: int, dim: 
     where starting an item costs about two steps, and combining the parts about two more.
     """
     warpgroups, step = (2, 80) if dim == 256 else (3, 128)
-    group = heads // key_heads
+    group = heads // kv_heads
     packs = group <= 64 and (10 * (64 // group * group) >= 9 * 64 or group * rows <= 64 * warpgroups)
     pack = group if packs else 1
     items = batch * (heads // pack) * -(-rows // (warpgroups * (64 // pack)))

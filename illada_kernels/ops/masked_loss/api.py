@@ -348,7 +348,7 @@ def check_options(
     if memory_budget is not None:
         expect_integer("memory_budget", memory_budget, 1, 2**62)
     if not holds(vocab >= 1):
-        raise ValueError("head_weight or logits: expected a vocabulary of at least one id, got V = 0")
+        raise ValueError("head_weight or logits: expected a vocab of at least one id, got V = 0")
 
 
 def forbidden_ids(forbid: Sequence[int], vocab: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ class Shape:
     name: str
     batch: int
     count: int  # candidates per sequence, K
-    vocabulary: int
+    vocab: int
     dim: int
     mask_id: int
 
@@ -49,14 +49,14 @@ SMALL = (
 
 def flops(shape: Shape) -> float:
     """Counts those of the product with the head; the rest is a few per logit."""
-    return 2.0 * shape.rows * shape.vocabulary * shape.dim
+    return 2.0 * shape.rows * shape.vocab * shape.dim
 
 
 def logit_bytes(shape: Shape, itemsize: int) -> float:
     """Counts each logit once, read."""
-    return float(shape.rows * shape.vocabulary * itemsize)
+    return float(shape.rows * shape.vocab * itemsize)
 
 
 def head_bytes(shape: Shape, itemsize: int) -> float:
     """Counts the head and the hidden rows once each, read."""
-    return float((shape.vocabulary + shape.rows) * shape.dim * itemsize)
+    return float((shape.vocab + shape.rows) * shape.dim * itemsize)

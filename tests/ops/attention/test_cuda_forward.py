@@ -36,9 +36,9 @@ def forward(monkeypatch: pytest.MonkeyPatch) -> Forward:
     return run
 
 
-def draw(batch, rows, keys, heads, key_heads, dim, dtype=torch.bfloat16, seed=0) -> tuple[Tensor, Tensor, Tensor]:
+def draw(batch, rows, keys, heads, kv_heads, dim, dtype=torch.bfloat16, seed=0) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    shapes = ((rows, heads), (keys, key_heads), (keys, key_heads))
+    shapes = ((rows, heads), (keys, kv_heads), (keys, kv_heads))
     q, k, v = (torch.randn(batch, n, h, dim, generator=g).to(dtype) for n, h in shapes)
     return q, k, v
 
@@ -104,8 +104,8 @@ MASKS = cases.hostile_masks(2, 70, 150)
 def test_hostile_masks_with_poison_outside(name: str, forward: Forward) -> None:
     ranges = MASKS[name]
     shapes = ((2, 1, 64), (2, 2, 64), (6, 2, 64), (7, 1, 96), (1, 1, 256))
-    for seed, (heads, key_heads, dim) in enumerate(shapes):  # heads of a tile: 2, 1, 3, 7, 1
-        tensors = draw(2, 70, 150, heads, key_heads, dim, seed=seed)
+    for seed, (heads, kv_heads, dim) in enumerate(shapes):  # heads of a tile: 2, 1, 3, 7, 1
+        tensors = draw(2, 70, 150, heads, kv_heads, dim, seed=seed)
         got = forward(*poisoned(*tensors, ranges), ranges, seed=seed, processors=2)
         assert_right(got, *tensors, ranges)
 
@@ -141,13 +141,13 @@ def test_bits_depend_neither_on_the_grid_nor_on_who_takes_which_item(forward: Fo
         assert all(map(torch.equal, first, forward(*tensors, ranges, processors=processors, seed=seed)))
 
 
-@pytest.mark.parametrize("heads, key_heads, dim", [(4, 1, 64), (7, 1, 64), (2, 2, 128), (2, 1, 96), (2, 1, 256)])
-def test_new_queries_against_a_cache_split_over_keys(heads: int, key_heads: int, dim: int, forward: Forward) -> None:
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 1, 64), (7, 1, 64), (2, 2, 128), (2, 1, 96), (2, 1, 256)])
+def test_new_queries_against_a_cache_split_over_keys(heads: int, kv_heads: int, dim: int, forward: Forward) -> None:
     lengths = torch.tensor([37, 700, 513])
     for rows, dtype in ((1, torch.bfloat16), (16, torch.float16)):
         ranges = KeyRanges.cached(lengths, rows, 700)
-        tensors = draw(3, rows, 700, heads, key_heads, dim, dtype)
-        assert cuda.schedule(3, rows, 700, heads, key_heads, dim, 24).splits > 1
+        tensors = draw(3, rows, 700, heads, kv_heads, dim, dtype)
+        assert cuda.schedule(3, rows, 700, heads, kv_heads, dim, 24).splits > 1
         got = forward(*poisoned(*tensors, ranges), ranges, processors=24)
         assert_right(got, *tensors, ranges)
         assert all(map(torch.equal, got, forward(*tensors, ranges, processors=24, seed=1)))

@@ -33,7 +33,7 @@ from tests.helpers.masked_loss_oracle import TorchRows
 
 
 def agree_with_float64(reduction: str, kind: str, rows: int, width: int, vocab: int) -> None:
-    """All modes, with and without all options, under an upstream gradient that is no power of two."""
+    """All modes, with and without all options, under an upstream gradient that is not a power of two."""
     eps = torch.finfo(torch.float32).eps
     hidden, weight, targets, masked, w = inputs(rows, width, vocab, 0.7, torch.float32)
     hidden = hidden.to(torch.bfloat16) if "bfloat16" in kind else hidden

@@ -199,7 +199,7 @@ BAD = {
         (ValueError, "head_weight: expected device cpu like hidden, got meta; move it"),
         {"head_weight": C.to("meta")},
     ),
-    "head empty": ((ValueError, "a vocabulary of at least one id, got V = 0"), {"head_weight": C[:0]}),
+    "head empty": ((ValueError, "a vocab of at least one id, got V = 0"), {"head_weight": C[:0]}),
     "targets dtype": ((TypeError, "targets: expected torch.int64, got torch.int32"), {"targets": T.int()}),
     "targets shape": (
         (ValueError, r"targets: expected shape \(4,\) to match the rows of hidden, got \(3,\)"),

@@ -29,7 +29,7 @@ def inputs(shape: cases.Shape, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     # multiples of 1/8 below 2: products and sums are exact in float32, so every way of multiplying gives the same bits
     hidden = torch.randint(-8, 9, (shape.batch, shape.count, shape.dim), generator=generator).to(dtype) / 8
-    weight = torch.randint(-8, 9, (shape.vocabulary, shape.dim), generator=generator).to(dtype) / 8
+    weight = torch.randint(-8, 9, (shape.vocab, shape.dim), generator=generator).to(dtype) / 8
     tokens = torch.full((shape.batch, shape.count + 2), shape.mask_id)
     positions = torch.randperm(shape.count + 2, generator=generator)[: shape.count].repeat(shape.batch, 1)
     return hidden, weight, tokens, positions
@@ -41,7 +41,7 @@ def inputs(shape: cases.Shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("shape", cases.SMALL, ids=lambda shape: shape.name)
 def test_from_hidden_is_from_logits_of_the_product(shape, dtype, backend):
     hidden, weight, tokens, positions = inputs(shape, dtype)
-    bias = (torch.arange(shape.vocabulary) % 5 / 4).to(dtype)
+    bias = (torch.arange(shape.vocab) % 5 / 4).to(dtype)
     tokens[0, positions[0, 0]] = shape.mask_id + 1  # takes no part: its row may be anything
     hidden[0, 0] = float("nan")
     logits = hidden.float() @ weight.float().T + bias.float()
@@ -58,7 +58,7 @@ def test_from_hidden_is_from_logits_of_the_product(shape, dtype, backend):
 def test_truncated_from_hidden_is_from_logits_of_the_product(shape, options, backend):
     for dtype, rule in ((torch.float32, ik.TopK(2)), (torch.bfloat16, ik.Renoise(0.5))):
         hidden, weight, tokens, positions = inputs(shape, dtype)
-        bias = (torch.arange(shape.vocabulary) % 5 / 4).to(dtype)
+        bias = (torch.arange(shape.vocab) % 5 / 4).to(dtype)
         hidden[0, 0] = float("nan")
         logits = hidden.float() @ weight.float().T + bias.float()
         how = {"mask_id": shape.mask_id, "temperature": 0.7, "seed": 11, "confidence": "neg_entropy", **options}
@@ -94,7 +94,7 @@ def test_more_rows_than_one_product_takes(monkeypatch):
 def test_fused_step_needs_at_most_64_mib_beside_its_inputs(dtype, options):
     shape = cases.LLADA
     hidden = torch.randn(shape.batch, shape.count, 1024).to(dtype)
-    weight = torch.zeros(1, 1, dtype=dtype).expand(shape.vocabulary, 1).contiguous()
+    weight = torch.zeros(1, 1, dtype=dtype).expand(shape.vocab, 1).contiguous()
     hidden = hidden[..., :1].contiguous()  # D = 1: the same buffers but for the converted slice, in no time
     tokens, positions = torch.full((8, 32), shape.mask_id), torch.arange(32).expand(8, 32)
     options = {"mask_id": shape.mask_id, **options}
