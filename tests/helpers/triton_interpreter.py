@@ -15,11 +15,13 @@ kernels before, and guard launches by `torch.cuda.device_of(x)`, which is nothin
 
 from __future__ import annotations
 
+import ast
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from types import ModuleType, SimpleNamespace
+from functools import cache, partial
+from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ import pytest
 import torch
 
 from illada_kernels._dispatch import Backend
-from tests.helpers.triton_types import made_once
+from tests.helpers.triton_replay import assigned, replayed
 
 triton = pytest.importorskip("triton", reason="no triton")
 
@@ -69,37 +71,29 @@ def interpreted(room: ModuleType, backend: str = "triton", overflow: bool = Fals
     names = [b.name for b in getattr(holder, held)]
     assert backend in names, f"{room.__name__} has {names}"
     here = tuple(on_cpu(b) if b.name == backend else b for b in getattr(holder, held))
-    with pytest.MonkeyPatch.context() as patch, _language_restored():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(holder, held, here)
-        options = replace(interpreter.interpreter_builder.options, sanitize_overflow=overflow)
+        options = replace(interpreter.interpreter_builder.options, sanitize_overflow=overflow, debug=overflow)
         patch.setattr(interpreter.interpreter_builder, "options", options)
         _redirect(patch)
-        made_once(patch)
         yield
 
 
 def _redirect(patch: pytest.MonkeyPatch) -> None:
-    twins: dict[Callable[..., Any], interpreter.InterpretedFunction] = {}
-
-    def twin(kernel: JITFunction) -> interpreter.InterpretedFunction:
-        if kernel.fn not in twins:
-            twins[kernel.fn] = interpreter.InterpretedFunction(kernel.fn)
-        return twins[kernel.fn]
-
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(knobs.runtime, "interpret", True)
+            _language(inner, interpreter.interpreter_builder.options.sanitize_overflow)
             _guard(inner, self.fn.__name__, tensors)
-            interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
             try:
                 with np.errstate(all="ignore"):  # a GPU says nothing about NaN and overflow
-                    twin(self).run(*args, grid=grid, warmup=warmup, **kwargs)
+                    interpreter.GridExecutor(rewritten(self), self.arg_names, grid)(*args, **kwargs)
             except interpreter.InterpreterError as error:
                 raise _innermost(error) from error
 
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return twin(self).rewrite()(*args, **kwargs)  # InterpretedFunction would patch the language again: milliseconds
+        return rewritten(self)(*args, **kwargs)
 
     def bind(self: JITFunction, instance: Any, _: type) -> Any:  # x.sum(0): a JITFunction is an attribute of tl.tensor
         return self if instance is None else partial(self, instance)
@@ -110,8 +104,52 @@ def _redirect(patch: pytest.MonkeyPatch) -> None:
     # tensors are on the CPU already; the copies there and back would take all of a storage of which a view is passed
     patch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
     patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    patch.setattr(interpreter, "_get_np_dtype", _by_name(interpreter._get_np_dtype))
+    patch.setattr(interpreter, "_implicit_cvt", _typed(interpreter._implicit_cvt))
     patch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot(interpreter.InterpreterBuilder.create_dot))
     patch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast(interpreter.InterpreterBuilder.cast_impl))
+
+
+_functions: dict[Callable[..., Any], Callable[..., Any]] = {}
+_codes: dict[str, CodeType] = {}  # by source: modules with a planted fault hold the same functions but one
+
+
+def rewritten(kernel: JITFunction) -> Callable[..., Any]:
+    """The kernel as Triton's interpreter has it: numbers that are assigned become tensors."""
+    if kernel.fn not in _functions:
+        if kernel.src not in _codes:
+            tree = ast.fix_missing_locations(interpreter.ASTTransformer().visit(ast.parse(kernel.src)))
+            before = len(kernel.raw_src) - len(kernel.src.splitlines())  # decorators
+            ast.increment_lineno(tree, kernel.starting_line_number + before - 1)
+            _codes[kernel.src] = compile(tree, kernel.fn.__code__.co_filename, "exec")
+        names: dict[str, Any] = {}
+        kernel.fn.__globals__["interpreter_semantic"] = interpreter.interpreter_semantic
+        exec(_codes[kernel.src], kernel.fn.__globals__, names)
+        _functions[kernel.fn] = names[kernel.fn.__name__]
+    return _functions[kernel.fn]
+
+
+def _by_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    found: dict[str, Any] = {}
+
+    def get(dtype: tl.dtype) -> Any:
+        if dtype.name not in found:
+            found[dtype.name] = original(dtype)
+        return found[dtype.name]
+
+    return get
+
+
+def _typed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Numbers that kernels are launched with, as their type: 2**31 is an int64, which Triton keeps as uint32."""
+
+    def converted(argument: Any) -> Any:
+        value = original(argument)
+        if isinstance(value, tl.tensor):
+            value.handle.data = value.handle.data.astype(interpreter._get_np_dtype(value.type))
+        return value
+
+    return converted
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -120,20 +158,41 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-@contextmanager
-def _language_restored() -> Iterator[None]:
-    """The interpreter patches triton.language and undoes only the patches of the outermost kernel."""
-    places = [tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base]
-    before = [dict(vars(place)) for place in places]
+# ---- triton.language -------------------------------------------------------------------------------------------------
+PLACES = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)  # what the interpreter patches
+
+
+def _language(patch: pytest.MonkeyPatch, overflow: bool) -> None:
+    for place, name, value in _members(overflow):
+        patch.setattr(place, name, value, raising=False)
+    patch.setattr(interpreter.interpreter_semantic, "to_tensor", assigned, raising=False)
+    patch.setattr(interpreter, "_patch_lang", lambda fn: SimpleNamespace(restore=lambda: None))
+
+
+@cache
+def _members(overflow: bool) -> list[tuple[Any, str, Any]]:
+    """What the interpreter makes of triton.language, with its wrappers of builtins replaced by ours."""
+    before = [dict(vars(place)) for place in PLACES]
     try:
-        yield
+        interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        patched = [
+            (place, name, value)
+            for place, old in zip(PLACES, before)
+            for name, value in vars(place).items()
+            if old.get(name) is not value
+        ]
     finally:
-        for place, old in zip(places, before):
-            for name in set(vars(place)) - set(old):
-                delattr(place, name)
-            for name, value in old.items():
-                if vars(place).get(name) is not value:
-                    setattr(place, name, value)
+        for place, old in zip(PLACES, before):
+            for name, value in list(vars(place).items()):
+                if name not in old:
+                    delattr(place, name)
+                elif old[name] is not value:
+                    setattr(place, name, old[name])
+    members = []
+    for place, name, value in patched:
+        builtin = (getattr(value, "__kwdefaults__", None) or {}).get("member")
+        members.append((place, name, replayed(builtin, overflow) if builtin else value))
+    return members
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -147,12 +206,18 @@ def _guard(patch: pytest.MonkeyPatch, kernel: str, tensors: list[torch.Tensor]) 
             merged[-1][1] = max(merged[-1][1], end)
         else:
             merged.append([begin, end])
+    starts = [0, *(start for start, _ in merged)]
     begins, ends = (np.array([0, *(m[i] for m in merged)], dtype=np.uint64) for i in (0, 1))
 
     def check(what: str, pointers: Any, mask: Any) -> None:
-        used = np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
-        addresses = pointers.data[used]
+        addresses, used = pointers.data, mask.data
+        if not used.all():
+            addresses = addresses[np.broadcast_to(used.astype(bool), addresses.shape)]
+        if not addresses.size:
+            return
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        if int(addresses.max()) + size <= ends[bisect_right(starts, int(addresses.min())) - 1]:
+            return
         inside = addresses + np.uint64(size) <= ends[np.searchsorted(begins, addresses, side="right") - 1]
         if not inside.all():
             address, program = int(addresses[~inside][0]), tuple(interpreter.interpreter_builder.grid_idx)
