@@ -106,15 +106,21 @@ inline void store(fp16* p, vf v) {
   for (int i = 0; i < kWidth; ++i) p[i] = from_float<fp16>(v[i]);
 #endif
 }
-template <class T> inline vf load_n(const T* p, int n, float rest = 0.0f) {
-  if (n >= kWidth) return load(p);
+// Less than a vector: not inlined, because in each loop they would be more code than the rest of it.
+template <class T> __attribute__((noinline, cold)) vf load_some(const T* p, int n, float rest) {
   vf v = splat(rest);
   for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
   return v;
 }
-template <class T> inline void store_n(T* p, vf v, int n) {
-  if (n >= kWidth) return store(p, v);
+template <class T> __attribute__((noinline, cold)) void store_some(T* p, vf v, int n) {
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
+}
+template <class T> inline vf load_n(const T* p, int n, float rest = 0.0f) {
+  return n >= kWidth ? load(p) : load_some(p, n, rest);
+}
+template <class T> inline void store_n(T* p, vf v, int n) {
+  if (n >= kWidth) store(p, v);
+  else store_some(p, v, n);
 }
 
 // ---- elementwise and across lanes -----------------------------------------------------------------------------------
