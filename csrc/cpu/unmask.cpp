@@ -63,13 +63,10 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_rows_cpu)(const void* logits, int dty
                                                      const float* edit_values, int64_t edits, int needs, void* partials,
                                                      int threads) {
   if (first % kSegment || first + ids > segments * kSegment) return ILLADA_BAD_ARGUMENT;
-  const Logits in{logits, stride_b, stride_k, count, first, ids, segments, static_cast<const Row*>(rows)};
-  const Edits changes{edit_ids, edit_values, edits};
-  Partial* out = static_cast<Partial*>(partials);
-  if (dtype == ILLADA_F32) run_rows<float>(in, row_count, changes, needs, out, threads);
-  else if (dtype == ILLADA_BF16) run_rows<bf16>(in, row_count, changes, needs, out, threads);
-  else if (dtype == ILLADA_F16) run_rows<fp16>(in, row_count, changes, needs, out, threads);
-  else return ILLADA_BAD_DTYPE;
+  const Reader reader = reader_of(dtype);
+  if (!reader.fetch) return ILLADA_BAD_DTYPE;
+  const Logits in{reader, logits, stride_b, stride_k, count, first, ids, segments, static_cast<const Row*>(rows)};
+  run_rows(in, row_count, Edits{edit_ids, edit_values, edits}, needs, static_cast<Partial*>(partials), threads);
   return ILLADA_OK;
 }
 
@@ -80,14 +77,12 @@ extern "C" int ILLADA_ISA_FN(illada_unmask_truncate_cpu)(const void* logits, int
                                                          int64_t edits, int needs, int64_t per_sequence,
                                                          const int64_t* top_ks, const float* top_ps,
                                                          const float* log_min_ps, void* partials, int threads) {
-  const Logits in{logits, stride_b, stride_k, count, 0, ids, segments, static_cast<const Row*>(rows)};
-  const Edits changes{edit_ids, edit_values, edits};
+  const Reader reader = reader_of(dtype);
+  if (!reader.fetch) return ILLADA_BAD_DTYPE;
+  const Logits in{reader, logits, stride_b, stride_k, count, 0, ids, segments, static_cast<const Row*>(rows)};
   const Truncations how{per_sequence, top_ks, top_ps, log_min_ps};
-  Partial* out = static_cast<Partial*>(partials);
-  if (dtype == ILLADA_F32) draw_truncated_rows<float>(in, row_count, changes, needs, how, out, threads);
-  else if (dtype == ILLADA_BF16) draw_truncated_rows<bf16>(in, row_count, changes, needs, how, out, threads);
-  else if (dtype == ILLADA_F16) draw_truncated_rows<fp16>(in, row_count, changes, needs, how, out, threads);
-  else return ILLADA_BAD_DTYPE;
+  draw_truncated_rows(in, row_count, Edits{edit_ids, edit_values, edits}, needs, how, static_cast<Partial*>(partials),
+                      threads);
   return ILLADA_OK;
 }
 

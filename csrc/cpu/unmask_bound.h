@@ -46,8 +46,9 @@ inline int append(float* out, vf v, vi inside) {
 }
 
 // One row's logits, a segment at a time.
-template <class T> struct RowLogits {
-  const T* data;
+struct RowLogits {
+  const Reader& reader;
+  const char* data;
   int64_t ids;
   const Edits& edits;
   const Partial* parts;
@@ -55,7 +56,7 @@ template <class T> struct RowLogits {
   int64_t segments() const { return (ids + kSegment - 1) / kSegment; }
   const float* segment(int64_t s, float* scratch) const {
     const int n = int(std::min<int64_t>(kSegment, ids - s * kSegment));
-    return fetch(data + s * kSegment, n, s * kSegment, edits, scratch);
+    return reader.fetch(data + s * kSegment * reader.bytes, n, s * kSegment, edits, scratch);
   }
   int padded(int64_t s) const {  // of a segment: -inf fills its last block
     return int((std::min<int64_t>(kSegment, ids - s * kSegment) + kBlock - 1) / kBlock * kBlock);
@@ -75,14 +76,15 @@ template <class T> struct RowLogits {
   }
   // Copies some logits of each segment, without their edits; returns their number, `most` at most.
   int sample(float top, int most, float* out) const {
+    alignas(64) float scratch[kSegment];
     const int each = most / 64;
     int n = 0;
     const int64_t step = std::max<int64_t>(1, segments() / 64);
-    for (int64_t s = 0; s < segments() && n + each <= most; s += step)
-      for (int64_t i = s * kSegment; i < std::min(ids, s * kSegment + each); ++i) {
-        const float l = to_float(data[i]);
-        out[n++] = l <= top ? l : -kInf;  // what is above, or a NaN, is forbidden
-      }
+    for (int64_t s = 0; s < segments() && n + each <= most; s += step) {
+      const int here = int(std::min<int64_t>(each, ids - s * kSegment));
+      const float* l = reader.fetch(data + s * kSegment * reader.bytes, here, s * kSegment, Edits{}, scratch);
+      for (int i = 0; i < here; ++i) out[n++] = l[i] <= top ? l[i] : -kInf;  // what is above, or a NaN, is forbidden
+    }
     return n;
   }
 };
@@ -135,9 +137,9 @@ struct Histogram {
 };
 
 // Finds the least logit of a row that is kept.
-template <class T> class Bound {
+class Bound {
  public:
-  Bound(const RowLogits<T>& row, float top) : row_(row), top_(top == 0 ? 0.0f : top) {}  // the highest key of a zero
+  Bound(const RowLogits& row, float top) : row_(row), top_(top == 0 ? 0.0f : top) {}  // the highest key of a zero
 
   float by_count(int64_t k) {
     weigh_ = Weigh{false, top_, 0};
@@ -338,7 +340,7 @@ template <class T> class Bound {
   static int bin_of(float l, int32_t high, int shift) { return int((uint32_t(high) - uint32_t(key_of(l))) >> shift); }
   static float float_of(int32_t key) { return bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff)); }
 
-  const RowLogits<T>& row_;
+  const RowLogits& row_;
   const float top_;
   Weigh weigh_{};
   double target_ = 0;

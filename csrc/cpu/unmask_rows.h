@@ -116,7 +116,8 @@ struct Edits {  // sorted by id; a value of -inf forbids
 
 // Returns the n logits of a segment as floats, edited, followed by -inf up to a whole block. Uses `scratch` only where
 // that differs from memory.
-template <class T> inline const float* fetch(const T* p, int n, int64_t first_id, const Edits& edits, float* scratch) {
+template <class T> const float* fetch(const void* logits, int n, int64_t first_id, const Edits& edits, float* scratch) {
+  const T* p = static_cast<const T*>(logits);
   int64_t edit = edits.lower_bound(first_id);
   const bool edited = edit < edits.count && edits.ids[edit] < first_id + n;
   if (std::is_same<T, float>::value && !edited && n % kBlock == 0) return reinterpret_cast<const float*>(p);
@@ -128,6 +129,20 @@ template <class T> inline const float* fetch(const T* p, int n, int64_t first_id
     l = edits.values[edit] == -kInf ? -kInf : l + edits.values[edit];
   }
   return scratch;
+}
+
+// All that depends on the dtype of the logits. A call of `fetch` is little beside the 2048 ids that it reads.
+struct Reader {
+  int bytes;  // of a logit
+  const float* (*fetch)(const void* logits, int n, int64_t first_id, const Edits& edits, float* scratch);
+};
+inline Reader reader_of(int dtype) {
+  switch (dtype) {
+    case ILLADA_F32: return {4, fetch<float>};
+    case ILLADA_BF16: return {2, fetch<bf16>};
+    case ILLADA_F16: return {2, fetch<fp16>};
+  }
+  return {0, nullptr};  // no such dtype
 }
 
 // Finds the maxima of the segment and of each block, the first id at the maximum, NaNs, and the second maximum if
@@ -214,21 +229,20 @@ inline void draw_segment(const float* logits, int blocks, int64_t first_id, cons
   if (best.id != before) out.best_score = best.score, out.best_logit = best.logit, out.best_id = best.id;
 }
 
-template <class T>
-inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits, const Row& row, const RowNoise& noise,
-                        int needs, Best& best, Partial& out) {
+inline void run_segment(const Reader& reader, const char* p, int n, int64_t first_id, const Edits& edits,
+                        const Row& row, const RowNoise& noise, int needs, Best& best, Partial& out) {
   alignas(64) float scratch[kSegment];
   float block_top[kSegment / kBlock];
-  const float* logits = fetch(p, n, first_id, edits, scratch);
+  const float* logits = reader.fetch(p, n, first_id, edits, scratch);
   const int blocks = (n + kBlock - 1) / kBlock;
   out = Partial{0, 0, -kInf, -kInf, -kInf, -kInf, -kInf, -1, -1, 0};
   if (needs & ILLADA_NEEDS_SECOND) find_top<true>(logits, blocks, first_id, block_top, out);
   else find_top<false>(logits, blocks, first_id, block_top, out);
   if (out.bad || out.top == -kInf) return;
-  const char* ahead = reinterpret_cast<const char*>(p + kSegment);
+  const char* ahead = p + kSegment * reader.bytes;
   if (needs & ILLADA_NEEDS_ENTROPY)
-    add_exponentials<true>(logits, blocks * kBlock, row.scale, ahead, kWidth * sizeof(T), out);
-  else add_exponentials<false>(logits, blocks * kBlock, row.scale, ahead, kWidth * sizeof(T), out);
+    add_exponentials<true>(logits, blocks * kBlock, row.scale, ahead, kWidth * reader.bytes, out);
+  else add_exponentials<false>(logits, blocks * kBlock, row.scale, ahead, kWidth * reader.bytes, out);
   if (row.held >= first_id && row.held < first_id + n) out.held_logit = logits[row.held - first_id];
   if (!(row.temperature > 0) || needs & ILLADA_NEEDS_NO_DRAW) {
     out.best_score = out.best_logit = out.top, out.best_id = out.top_id;
@@ -239,20 +253,21 @@ inline void run_segment(const T* p, int n, int64_t first_id, const Edits& edits,
 
 // The logits of ids [first, first + ids) of all rows.
 struct Logits {
+  Reader reader;
   const void* data;
   int64_t stride_b, stride_k, count, first, ids, segments;
   const Row* rows;
-  int64_t offset(int64_t r) const {
-    return count ? rows[r].index / count * stride_b + rows[r].index % count * stride_k : r * stride_k;
+  const char* row(int64_t r) const {
+    const int64_t offset = count ? rows[r].index / count * stride_b + rows[r].index % count * stride_k : r * stride_k;
+    return static_cast<const char*>(data) + offset * reader.bytes;
   }
 };
 
 // Fills the partials of segments [from, to) of `in`, of row r.
-template <class T>
 void run_segments(const Logits& in, int64_t r, const Edits& edits, int needs, int64_t from, int64_t to,
                   Partial* partials) {
   const Row& row = in.rows[r];
-  const T* p = static_cast<const T*>(in.data) + in.offset(r);
+  const char* p = in.row(r);
   const RowNoise noise(row.seed, row.position, row.step);
   const int64_t first_segment = in.first / kSegment;
   Partial* out = partials + r * in.segments + first_segment;
@@ -262,11 +277,11 @@ void run_segments(const Logits& in, int64_t r, const Edits& edits, int needs, in
       if (q->best_score > best.score) best = Best{q->best_score, q->best_logit, q->best_id};
   for (int64_t s = from; s < to; ++s) {
     const int n = int(std::min<int64_t>(kSegment, in.ids - s * kSegment));
-    run_segment(p + s * kSegment, n, in.first + s * kSegment, edits, row, noise, needs, best, out[s]);
+    run_segment(in.reader, p + s * kSegment * in.reader.bytes, n, in.first + s * kSegment, edits, row, noise, needs,
+                best, out[s]);
   }
 }
 
-template <class T>
 void run_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, Partial* partials, int threads) {
   const int64_t here = (in.ids + kSegment - 1) / kSegment;
   // With few rows several threads share one. Each span starts without a bar to beat, which costs time but changes no
@@ -279,7 +294,7 @@ void run_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, Par
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < rows * spans; ++item) {
       const int64_t span = item % spans;
-      run_segments<T>(in, item / spans, edits, needs, here * span / spans, here * (span + 1) / spans, partials);
+      run_segments(in, item / spans, edits, needs, here * span / spans, here * (span + 1) / spans, partials);
     }
   }
 }

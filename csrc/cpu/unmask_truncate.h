@@ -27,8 +27,7 @@ struct Truncations {
 };
 
 // Draws again a row whose partials hold its maxima and sums, from the ids that are kept.
-template <class T>
-void draw_truncated(const RowLogits<T>& logits, const Row& row, const Truncation& how, Partial* parts) {
+void draw_truncated(const RowLogits& logits, const Row& row, const Truncation& how, Partial* parts) {
   float top = -kInf;
   for (int64_t s = 0; s < logits.segments(); ++s) {
     if (parts[s].bad) return;
@@ -38,7 +37,7 @@ void draw_truncated(const RowLogits<T>& logits, const Row& row, const Truncation
   float bound = -kInf;
   const bool by_count = how.top_k > 0 && how.top_k < logits.ids;
   if (by_count || how.top_p < 1) {
-    Bound<T> find(logits, top);
+    Bound find(logits, top);
     if (by_count) bound = find.by_count(how.top_k);
     // what all ids weigh, where the first pass has weighed them at this temperature
     double total = 0;
@@ -73,21 +72,20 @@ void draw_truncated(const RowLogits<T>& logits, const Row& row, const Truncation
   }
 }
 
-template <class T>
 void draw_truncated_rows(const Logits& in, int64_t rows, const Edits& edits, int needs, const Truncations& truncations,
                          Partial* partials, int threads) {
   const bool shared = rows < 4 * threads;  // by threads: the first pass of a row
-  if (shared) run_rows<T>(in, rows, edits, needs, partials, threads);
+  if (shared) run_rows(in, rows, edits, needs, partials, threads);
 #pragma omp parallel num_threads(threads)
   {
     const FloatMode mode;
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < rows; ++r) {
       const Row& row = in.rows[r];
-      if (!shared) run_segments<T>(in, r, edits, needs, 0, in.segments, partials);
+      if (!shared) run_segments(in, r, edits, needs, 0, in.segments, partials);
       if (!(row.temperature > 0)) continue;
       Partial* parts = partials + r * in.segments;
-      const RowLogits<T> logits{static_cast<const T*>(in.data) + in.offset(r), in.ids, edits, parts};
+      const RowLogits logits{in.reader, in.row(r), in.ids, edits, parts};
       draw_truncated(logits, row, truncations.of(row), parts);
     }
   }
