@@ -11,8 +11,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import os
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,26 +52,6 @@ def fingerprint() -> str:
 # ---- requirements ----------------------------------------------------------------------------------------------------
 
 
-def headers(major: int) -> Path | None:
-    """Returns the folder that holds cuda_bf16.h of CUDA `major`, of NVIDIA's Python packages or a toolkit, or None."""
-    spec = importlib.util.find_spec("nvidia")
-    packages = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
-    folders = [p / name for p in packages for name in (f"cu{major}", "cuda_runtime")]
-    folders += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    for folder in (f / "include" for f in (*folders, Path("/usr/local/cuda"))):
-        if (folder / "cuda_bf16.h").is_file() and _major(folder) == major:
-            return folder
-    return None
-
-
-def _major(include: Path) -> int | None:
-    try:
-        found = re.search(r"#define CUDART_VERSION\s+(\d+)", (include / "cuda_runtime_api.h").read_text())
-    except OSError:
-        return None
-    return int(found[1]) // 1000 if found else None
-
-
 @functools.cache
 def reason() -> str | None:
     """Returns None, or what NVRTC lacks here."""
@@ -83,21 +61,16 @@ def reason() -> str | None:
     except Exception as error:  # a CuPy built for another NumPy or CUDA may raise anything
         return f"cupy cannot be imported ({type(error).__name__}: {error}); `pip install 'illada-kernels[cupy{cuda}]'`"
     try:
-        major = cupy.cuda.nvrtc.getVersion()[0]
+        cupy.cuda.nvrtc.getVersion()
     except Exception as error:
         package = "nvidia-cuda-nvrtc-cu12" if cuda == "12" else "nvidia-cuda-nvrtc"
         return f"CuPy finds no NVRTC ({type(error).__name__}: {str(error)[:200]}); `pip install {package}`"
-    if headers(major) is None:
-        package = "nvidia-cuda-runtime-cu12" if major == 12 else f"nvidia-cuda-runtime=={major}.*"
-        return (
-            f"no cuda_bf16.h of CUDA {major} in NVIDIA's packages, $CUDA_HOME, /usr/local/cuda; `pip install {package}`"
-        )
     return None
 
 
-def options(include: Path) -> tuple[str, ...]:
+def options() -> tuple[str, ...]:
     """Returns NVRTC's options. CuPy adds the architecture, -ftz=true and --device-as-default-execution-space."""
-    return ("-std=c++17", *(f"-I{sources() / folder}" for folder in FOLDERS), f"-I{include}")
+    return ("-std=c++17", *(f"-I{sources() / folder}" for folder in FOLDERS))
 
 
 # ---- compiling and launching -----------------------------------------------------------------------------------------
@@ -111,9 +84,7 @@ def program(source: str) -> str:
 def kernel(source: str, name: str) -> Any:
     """Returns a cupy.RawKernel, which compiles and loads itself once per device."""
     cupy = importlib.import_module("cupy")
-    include = headers(cupy.cuda.nvrtc.getVersion()[0])
-    assert include is not None  # or reason() would have said so
-    module = cupy.RawModule(code=program(source), options=options(include), name_expressions=(name,))
+    module = cupy.RawModule(code=program(source), options=options(), name_expressions=(name,))
     return module.get_function(name)
 
 

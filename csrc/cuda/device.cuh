@@ -6,16 +6,19 @@
 #include <cstddef>
 #include <cstdint>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define ILLADA_DEVICE __device__ __forceinline__
 
 namespace illada {
 
-using bf16 = __nv_bfloat16;
-using fp16 = __half;
+// Not CUDA's own types, because nvcc takes half a second a file and architecture to read <cuda_bf16.h> and <cuda_fp16.h>.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
 
 constexpr float kLog2e = 1.4426950408889634f;
 ILLADA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
@@ -33,28 +36,57 @@ ILLADA_DEVICE float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Convert the bits of a bf16 or fp16 to a float, and floats to the nearest; pack_: two, the first in the lower half.
+ILLADA_DEVICE float float_of_bf16(uint16_t bits) {
+  float x;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.f32.bf16 %0, %1;" : "=f"(x) : "h"(bits));
+#else
+  asm("mov.b32 %0, {0, %1};" : "=f"(x) : "h"(bits));
+#endif
+  return x;
+}
+ILLADA_DEVICE float float_of_fp16(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+ILLADA_DEVICE uint16_t bf16_of(float x) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+ILLADA_DEVICE uint16_t fp16_of(float x) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+ILLADA_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+ILLADA_DEVICE uint32_t pack_fp16(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
 #endif
 
 // ---- conversions -----------------------------------------------------------------------------------------------
 ILLADA_DEVICE float to_float(float x) { return x; }
-ILLADA_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
-ILLADA_DEVICE float to_float(fp16 x) { return __half2float(x); }
+ILLADA_DEVICE float to_float(bf16 x) { return float_of_bf16(x.bits); }
+ILLADA_DEVICE float to_float(fp16 x) { return float_of_fp16(x.bits); }
 
 template <class T> ILLADA_DEVICE T from_float(float x);
 template <> ILLADA_DEVICE float from_float<float>(float x) { return x; }
-template <> ILLADA_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
-template <> ILLADA_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
+template <> ILLADA_DEVICE bf16 from_float<bf16>(float x) { return bf16{bf16_of(x)}; }
+template <> ILLADA_DEVICE fp16 from_float<fp16>(float x) { return fp16{fp16_of(x)}; }
 
 // Packs two neighbours into one word, the lower index in the lower half, as wgmma and stmatrix expect.
 template <class T> ILLADA_DEVICE uint32_t pack(float low, float high);
-template <> ILLADA_DEVICE uint32_t pack<bf16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <> ILLADA_DEVICE uint32_t pack<fp16>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
+template <> ILLADA_DEVICE uint32_t pack<bf16>(float low, float high) { return pack_bf16(low, high); }
+template <> ILLADA_DEVICE uint32_t pack<fp16>(float low, float high) { return pack_fp16(low, high); }
 
 // ---- reductions ------------------------------------------------------------------------------------------------
 // Max and Min: the result for a NaN depends on its side.

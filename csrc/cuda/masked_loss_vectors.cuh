@@ -19,8 +19,7 @@ ILLADA_DEVICE void widen(bf16, uint32_t word, float* x) {
   x[0] = __uint_as_float(word << 16), x[1] = __uint_as_float(word & 0xffff0000u);
 }
 ILLADA_DEVICE void widen(fp16, uint32_t word, float* x) {
-  const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
-  x[0] = pair.x, x[1] = pair.y;
+  x[0] = float_of_fp16(uint16_t(word)), x[1] = float_of_fp16(uint16_t(word >> 16));
 }
 template <class T> ILLADA_DEVICE void widen(const uint4& bits, float (&x)[Vec16<T>::size]) {
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};

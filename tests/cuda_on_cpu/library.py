@@ -56,7 +56,7 @@ class KernelFault(AssertionError):
 
 
 def cuda_headers() -> Path | None:
-    """The folder with vector_types.h, cuda.h and cuda_bf16.h: the toolkit's, or the nvidia-cuda-runtime package's."""
+    """The folder with vector_types.h and cuda.h: the toolkit's, or the nvidia-cuda-runtime package's."""
     nvcc = shutil.which("nvcc")
     places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
     if nvcc:
@@ -66,7 +66,7 @@ def cuda_headers() -> Path | None:
     for package in packages:
         folders += [Path(p) for p in sorted(glob.glob(f"{package}/nvidia/*/include"), reverse=True)]
     for folder in folders:
-        if all((folder / name).exists() for name in ("vector_types.h", "cuda.h", "cuda_bf16.h", "cuda_runtime_api.h")):
+        if all((folder / name).exists() for name in ("vector_types.h", "cuda.h", "cuda_runtime_api.h")):
             return folder
     return None
 
@@ -153,7 +153,7 @@ def _precompiled_headers(flags: list[str]) -> list[str]:
         CACHE.mkdir(parents=True, exist_ok=True)
         with _locked(header), tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             if not result.exists():
-                header.write_text("#include <cuda_runtime.h>\n#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n")
+                header.write_text("#include <cuda_runtime.h>\n")
                 command = ["g++", *flags, *OBJECT_FLAGS, "-x", "c++-header", "-c", str(header)]
                 _run([*command, "-o", f"{scratch}/{result.name}"])
                 os.replace(f"{scratch}/{result.name}", result)

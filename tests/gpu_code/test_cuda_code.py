@@ -60,7 +60,7 @@ def test_row_kernels_load_ahead(arch: str) -> None:
         plain = "true" in name
         assert kernel.loads_in_flight >= (4 if plain else 2), kernel
         assert kernel.load_distance >= (80 if plain else 40), kernel
-    assert kernels["loss::rows_gradients<__nv_bfloat16, true>"].loads_in_flight >= 4
+    assert kernels["loss::rows_gradients<bf16, true>"].loads_in_flight >= 4
 
 
 @needs_disassembler

@@ -37,29 +37,23 @@ CUPY_ADDS = ("-ftz=true", "--device-as-default-execution-space")
 
 
 @functools.cache
-def nvrtc() -> tuple[ctypes.CDLL, int] | None:
-    """(the library, its major version): of the nvidia-cuda-nvrtc package."""
+def nvrtc() -> ctypes.CDLL | None:
+    """The library of the nvidia-cuda-nvrtc package."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(folder).glob("cu*/lib*/libnvrtc.so.*")):
             for builtins in path.parent.glob("libnvrtc-builtins.so*"):  # found by its name once it is loaded
                 ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
-            library, major, minor = ctypes.CDLL(str(path)), ctypes.c_int(), ctypes.c_int()
-            library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-            return library, major.value
+            return ctypes.CDLL(str(path))
     return None
 
 
 def compile_program(source: str, names: list[str], arch: str) -> tuple[str, list[str], bytes]:
     """(log, lowered names, cubin) of what _nvrtc.py gives to CuPy."""
-    found = nvrtc()
-    if found is None:
+    library = nvrtc()
+    if library is None:
         pytest.skip("no NVRTC: `pip install nvidia-cuda-nvrtc`")
-    library, major = found
-    include = _nvrtc.headers(major)
-    if include is None:
-        pytest.skip("no CUDA headers: `pip install nvidia-cuda-runtime`")
-    options = [*_nvrtc.options(include), f"-arch={arch}", *CUPY_ADDS]
+    options = [*_nvrtc.options(), f"-arch={arch}", *CUPY_ADDS]
     program = ctypes.c_void_p()
     create = library.nvrtcCreateProgram
     assert create(ctypes.byref(program), _nvrtc.program(source).encode(), b"rows.cu", 0, None, None) == 0
@@ -179,7 +173,6 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         Device=functools.partial(enter, "device"),
     )
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=RawModule, cuda=cuda))
-    monkeypatch.setattr(_nvrtc, "headers", lambda major: Path("include"))
     monkeypatch.setattr(torch.cuda, "device", functools.partial(enter, "torch"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 4711, raising=False)
@@ -363,25 +356,7 @@ def test_each_missing_part_is_named_with_a_remedy(reason: Any, monkeypatch: pyte
     assert re.search(r"no NVRTC .*libnvrtc.so.12.*`pip install nvidia-cuda-nvrtc-cu12`", reason(with_nvrtc(no_library)))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "[cupy13]" in reason(ModuleNotFoundError("No module named 'cupy'"))
-    monkeypatch.setattr(_nvrtc, "headers", lambda major: None)
-    assert "`pip install nvidia-cuda-runtime==13.*`" in reason(with_nvrtc(lambda: (13, 0)))
-    monkeypatch.setattr(_nvrtc, "headers", lambda major: Path("include"))
     assert reason(with_nvrtc(lambda: (13, 0))) is None
-
-
-def test_headers_are_those_of_nvrtcs_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, version in (("cuda_runtime", 12060), ("cu13", 13000), ("toolkit", 12080)):
-        (tmp_path / name / "include").mkdir(parents=True)
-        (tmp_path / name / "include" / "cuda_bf16.h").write_text("")
-        (tmp_path / name / "include" / "cuda_runtime_api.h").write_text(f"#define CUDART_VERSION  {version}\n")
-    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(_nvrtc.importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
-    assert _nvrtc.headers(12) == tmp_path / "cuda_runtime" / "include"
-    assert _nvrtc.headers(13) == tmp_path / "cu13" / "include"
-    assert _nvrtc.headers(11) is None
-    monkeypatch.setattr(_nvrtc.importlib.util, "find_spec", lambda name: None)
-    assert _nvrtc.headers(12) == tmp_path / "toolkit" / "include"
 
 
 def test_the_cuda_backend_says_what_it_lacks_and_runs_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:

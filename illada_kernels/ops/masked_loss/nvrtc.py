@@ -9,7 +9,7 @@ import numpy as np
 from ..._nvrtc import Launch
 
 ROWS, COMPACT = "masked_loss_rows.cu", "masked_loss_compact.cu"
-TYPES = ("float", "__nv_bfloat16", "__half")  # by illada_dtype
+TYPES = ("float", "illada::bf16", "illada::fp16")  # by illada_dtype
 GATHERS = [f"{t}, {t}" for t in TYPES] + [f"{t}, float" for t in TYPES[1:]]
 KERNELS = {
     ROWS: [

@@ -12,7 +12,7 @@ from ... import rules
 from ..._nvrtc import Launch
 from .cuda import SORT_IN_SHARED, Call
 
-TYPES = ("float", "__nv_bfloat16", "__half")  # by illada_dtype
+TYPES = ("float", "illada::bf16", "illada::fp16")  # by illada_dtype
 FLAGS = ("false", "true")
 KERNELS = {
     "unmask_bounds.cu": [f"bounds_kernel<{t}>" for t in TYPES],

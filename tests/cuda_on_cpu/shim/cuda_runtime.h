@@ -226,4 +226,24 @@ EMULATED float fast_exp2(float x) {
   const float y = std::exp2(x);
   return y < 1.1754944e-38f ? 0.f : y;
 }
+EMULATED float float_of_bf16(uint16_t bits) { return __uint_as_float(unsigned(bits) << 16); }
+EMULATED uint16_t bf16_of(float x) {
+  const unsigned u = __float_as_uint(x);
+  return x == x ? uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16) : uint16_t(0x7fff);  // a NaN: as on a GPU
+}
+EMULATED float float_of_fp16(uint16_t bits) {
+  const unsigned sign = unsigned(bits & 0x8000) << 16, exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
+  if (exponent == 0) return __uint_as_float(__float_as_uint(float(mantissa) * 0x1p-24f) | sign);
+  return __uint_as_float(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13);
+}
+EMULATED uint16_t fp16_of(float x) {
+  const unsigned u = __float_as_uint(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+  if (a > 0x7f800000) return 0x7fff;
+  if (a >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above round to inf
+  if (a < 0x38800000)  // subnormal: the adder rounds, because 0.5 has an ulp of 2^-24
+    return uint16_t(sign | (__float_as_uint(__uint_as_float(a) + 0.5f) - 0x3f000000));
+  return uint16_t(sign | ((a + 0xfff + (a >> 13 & 1)) - 0x38000000) >> 13);
+}
+EMULATED uint32_t pack_bf16(float low, float high) { return bf16_of(low) | uint32_t(bf16_of(high)) << 16; }
+EMULATED uint32_t pack_fp16(float low, float high) { return fp16_of(low) | uint32_t(fp16_of(high)) << 16; }
 }  // namespace illada
