@@ -77,12 +77,24 @@ template <class T> void row_deltas(const Problem& p, const Gradients& grads, flo
     for (int i = 0; i < p.tile_rows(int(u % tiles)); ++i)
       for (int h = 0; h < p.heads; ++h) {
         const int64_t b = u / tiles, row = u % tiles * kTileRows + i, at = (b * p.heads + h) * p.queries + row;
-        const T *out = grads.out.at<T>(b, row, h), *dout = grads.dout.at<T>(b, row, h);
+        const T *out = static_cast<const T*>(grads.out.at(b, row, h)),
+                *dout = static_cast<const T*>(grads.dout.at(b, row, h));
         vf sum = {};
         for (int d = 0; d < p.dim_v; d += kWidth) sum += load_n(out + d, p.dim_v - d) * load_n(dout + d, p.dim_v - d);
         delta[at] = reduce_add(sum) - (grads.dlse ? grads.dlse[at] : 0.0f);
       }
 }
+
+// What depends on the dtype in memory.
+struct BackwardRows {
+  decltype(&row_deltas<float>) deltas;
+  decltype(&pack_rows<FloatProducts, float>) pack;
+  decltype(&pack_transposed<FloatProducts, float>) pack_transposed;
+  decltype(&store_row<FloatProducts, float>) store;
+};
+template <class Products, class T>
+constexpr BackwardRows kBackwardRows = {row_deltas<T>, pack_rows<Products, T>, pack_transposed<Products, T>,
+                                        store_row<Products, T>};
 
 // A query tile and a key tile that meet.
 struct Pair {
@@ -91,13 +103,14 @@ struct Pair {
   const Meeting& meeting;
 };
 
-template <class Products, class T> class Backward {
+template <class Products> class Backward {
  public:
   using Scratch = BackwardScratch<Products>;
   using Keys = typename Scratch::Keys;
 
-  Backward(const Problem& p, const Tiles& tiles, const Gradients& grads, const float* delta, int* done)
-      : p(p), tiles(tiles), grads(grads), delta(delta), done(done) {}
+  Backward(const Problem& p, const Tiles& tiles, const Gradients& grads, const BackwardRows& rows_of,
+           const float* delta, int* done)
+      : p(p), tiles(tiles), grads(grads), rows_of(rows_of), delta(delta), done(done) {}
 
   // Runs the keys from chunk * kUnitKeys of one kv head against all query tiles of its heads, in order.
   void run(int64_t b, int kv_head, int chunk, Scratch& scratch) const {
@@ -121,12 +134,12 @@ template <class Products, class T> class Backward {
     keys.any = live;
     if (!live) return;
     const int size = smaller(kTileKeys, p.keys - start);
-    const T *k = p.k.at<T>(b, start, kv_head), *v = p.v.at<T>(b, start, kv_head);
+    const void *k = p.k.at(b, start, kv_head), *v = p.v.at(b, start, kv_head);
     float* rows = kStep == 1 ? keys.k : scratch.rows;
-    pack_rows<Products>(k, p.k.row_stride, size, kTileKeys, p.dim, 1.0f, live, rows, scratch.ld);
+    rows_of.pack(k, p.k.row_stride, size, kTileKeys, p.dim, 1.0f, live, rows, scratch.ld);
     Products::turn(rows, scratch.ld, kTileKeys, p.dim, keys.k, scratch.full);
-    pack_transposed<Products>(k, p.k.row_stride, size, p.dim, live, keys.k_transposed);
-    pack_transposed<Products>(v, p.v.row_stride, size, p.dim_v, live, keys.v_transposed);
+    rows_of.pack_transposed(k, p.k.row_stride, size, p.dim, live, keys.k_transposed);
+    rows_of.pack_transposed(v, p.v.row_stride, size, p.dim_v, live, keys.v_transposed);
     std::memset(keys.dk, 0, sizeof(float) * kTileKeys * scratch.full);
     std::memset(keys.dv, 0, sizeof(float) * kTileKeys * scratch.full_v);
   }
@@ -135,12 +148,11 @@ template <class Products, class T> class Backward {
   void query_tile(int64_t b, int head, int tile, int chunk, Scratch& scratch) const {
     load_rows(b, head, tile, scratch);
     const int next = tile + 1 < p.query_tiles() ? tile + 1 : tile;
-    Paced next_q(Ahead(p.q.at<T>(b, int64_t(next) * kTileRows, head), p.q.row_stride, p.tile_rows(next), p.dim),
-                 register_blocks(kRowBlocks, kTileKeys)),
-        next_dout(Ahead(grads.dout.at<T>(b, int64_t(next) * kTileRows, head), grads.dout.row_stride, p.tile_rows(next),
-                        p.dim_v),
+    const int64_t next_row = int64_t(next) * kTileRows;
+    Paced next_q(p.q.ahead(b, next_row, head, p.tile_rows(next), p.dim), register_blocks(kRowBlocks, kTileKeys)),
+        next_dout(grads.dout.ahead(b, next_row, head, p.tile_rows(next), p.dim_v),
                   register_blocks(kRowBlocks, kTileKeys)),
-        dq(Ahead(grads.dq + ((b * p.queries + int64_t(tile) * kTileRows) * p.heads + head) * p.dim,
+        dq(Ahead(grads.dq + ((b * p.queries + int64_t(tile) * kTileRows) * p.heads + head) * p.dim, sizeof(float),
                  int64_t(p.heads) * p.dim, p.tile_rows(tile), p.dim),
            register_blocks(kTileKeys / kBlockRows, p.dim_v));
     std::memset(scratch.dq, 0, sizeof(float) * kTileRows * scratch.full);
@@ -166,10 +178,10 @@ template <class Products, class T> class Backward {
       scratch.offset[i] = lse == -kInf ? kInf : lse / p.score_scale();
       scratch.delta[i] = keep[i] ? delta[at + i] : 0.0f;
     }
-    pack_rows<Products>(p.q.at<T>(b, first, head), p.q.row_stride, rows, kTileRows, p.dim, p.query_factor(), keep,
-                        scratch.q, scratch.ld);
-    pack_rows<Products>(grads.dout.at<T>(b, first, head), grads.dout.row_stride, rows, kTileRows, p.dim_v, 1.0f, keep,
-                        scratch.dout, scratch.ld_v);
+    rows_of.pack(p.q.at(b, first, head), p.q.row_stride, rows, kTileRows, p.dim, p.query_factor(), keep, scratch.q,
+                 scratch.ld);
+    rows_of.pack(grads.dout.at(b, first, head), grads.dout.row_stride, rows, kTileRows, p.dim_v, 1.0f, keep,
+                 scratch.dout, scratch.ld_v);
     Products::turn(scratch.q, scratch.ld, kTileRows, p.dim, scratch.q_turned, scratch.full);
     Products::turn(scratch.dout, scratch.ld_v, kTileRows, p.dim_v, scratch.dout_turned, scratch.full_v);
   }
@@ -246,8 +258,8 @@ template <class Products, class T> class Backward {
   void store_keys(int64_t b, int kv_head, int start, bool any, const float* from, int ld, int dim,
                   void* gradient) const {
     for (int j = 0; j < smaller(kTileKeys, p.keys - start); ++j) {
-      T* to = static_cast<T*>(gradient) + ((b * p.keys + start + j) * p.kv_heads + kv_head) * dim;
-      for (int d = 0; d < dim; d += kWidth) Products::round(to + d, any ? load(from + j * ld + d) : vf{}, dim - d);
+      char* to = static_cast<char*>(gradient) + ((b * p.keys + start + j) * p.kv_heads + kv_head) * dim * p.k.bytes;
+      rows_of.store(any ? from + j * ld : nullptr, 1.0f, dim, to);
     }
   }
 
@@ -270,6 +282,7 @@ template <class Products, class T> class Backward {
   const Problem& p;
   const Tiles& tiles;
   const Gradients& grads;
+  const BackwardRows& rows_of;
   const float* const delta;
   int* const done;  // per query tile and head: the last chunk that added to dq, or -1
 };
@@ -286,7 +299,7 @@ bool chunks_are_apart(const Problem& p, const Tiles& tiles) {
   return true;
 }
 
-template <class Products, class T> int backward(const Problem& p, const Gradients& grads) {
+template <class Products> int backward(const Problem& p, const Gradients& grads, const BackwardRows& rows_of) {
   const int64_t heads = p.batch * p.kv_heads, chunks = (p.keys + kUnitKeys - 1) / kUnitKeys,
                 turns = p.batch * p.heads * p.query_tiles();
   Tiles tiles(p);
@@ -296,7 +309,7 @@ template <class Products, class T> int backward(const Problem& p, const Gradient
       done(sizeof(int) * turns);
   if (!tiles || !memory || !deltas || !done) return ILLADA_NO_MEMORY;
   for (int64_t i = 0; i < turns; ++i) done.as<int>()[i] = -1;
-  const Backward<Products, T> backward(p, tiles, grads, deltas.as<float>(), done.as<int>());
+  const Backward<Products> backward(p, tiles, grads, rows_of, deltas.as<float>(), done.as<int>());
   int64_t next = 0;
   bool apart = false;
 #pragma omp parallel num_threads(p.threads)
@@ -305,7 +318,7 @@ template <class Products, class T> int backward(const Problem& p, const Gradient
     tiles.fill();
 #pragma omp single nowait
     apart = chunks_are_apart(p, tiles);
-    row_deltas<T>(p, grads, deltas.as<float>());  // ends with a barrier
+    rows_of.deltas(p, grads, deltas.as<float>());  // ends with a barrier
     Cutter cut(memory.as<float>() + count.used() * omp_get_thread_num());
     BackwardScratch<Products> scratch(p, cut);
     // Ascending, chunks outermost: a unit waits only for units that a thread has already taken. Where none waits, a
@@ -335,19 +348,19 @@ int ILLADA_ISA_FN(illada_attention_bwd_cpu)(int dtype, const void* q, const void
                                             int64_t dim_v, const int64_t* strides, float scale, int threads) {
   if (!valid(batch, queries, keys, heads, kv_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
   const Problem p =
-      make_problem(q, k, v, bounds, batch, queries, keys, heads, kv_heads, dim, dim_v, strides, scale, threads);
-  const View out_view = {out, strides[11], strides[12], strides[13]},
-             dout_view = {dout, strides[14], strides[15], strides[16]};
+      make_problem(dtype, q, k, v, bounds, batch, queries, keys, heads, kv_heads, dim, dim_v, strides, scale, threads);
+  const View out_view = {out, bytes_of(dtype), strides[11], strides[12], strides[13]},
+             dout_view = {dout, bytes_of(dtype), strides[14], strides[15], strides[16]};
   const Gradients grads = {dout_view, out_view, dlse, lse, dq, dk, dv};
 #if defined(__AVX512BF16__)
-  if (dtype == ILLADA_BF16 && p.ordinary()) return backward<PairProducts, bf16>(p, grads);
+  if (dtype == ILLADA_BF16 && p.ordinary()) return backward<PairProducts>(p, grads, kBackwardRows<PairProducts, bf16>);
   return illada_attention_bwd_cpu_avx512(dtype, q, k, v, bounds, out, lse, dout, dlse, dq, dk, dv, batch, queries, keys,
                                          heads, kv_heads, dim, dim_v, strides, scale, threads);
 #else
   switch (dtype) {
-    case ILLADA_F32: return backward<FloatProducts, float>(p, grads);
-    case ILLADA_BF16: return backward<FloatProducts, bf16>(p, grads);
-    case ILLADA_F16: return backward<FloatProducts, fp16>(p, grads);
+    case ILLADA_F32: return backward<FloatProducts>(p, grads, kBackwardRows<FloatProducts, float>);
+    case ILLADA_BF16: return backward<FloatProducts>(p, grads, kBackwardRows<FloatProducts, bf16>);
+    case ILLADA_F16: return backward<FloatProducts>(p, grads, kBackwardRows<FloatProducts, fp16>);
   }
   return ILLADA_BAD_DTYPE;
 #endif

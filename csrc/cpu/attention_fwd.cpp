@@ -107,9 +107,20 @@ void online_softmax(const Meeting& meeting, float c, float lowest, float* scores
   }
 }
 
+// What depends on the dtype in memory.
+struct ForwardRows {
+  decltype(&pack_rows<FloatProducts, float>) pack;
+  decltype(&pack_turned<FloatProducts, float>) pack_turned;
+  decltype(&pack_transposed<FloatProducts, float>) pack_transposed;
+  decltype(&in_place<FloatProducts, float>) in_place;
+  decltype(&store_row<FloatProducts, float>) store;
+};
 template <class Products, class T>
-void finish_tile(const Problem& p, int64_t b, int head, int tile, const ForwardTile& state, int ld_v, T* out,
-                 float* lse) {
+constexpr ForwardRows kForwardRows = {pack_rows<Products, T>, pack_turned<Products, T>, pack_transposed<Products, T>,
+                                      in_place<Products, T>, store_row<Products, T>};
+
+void finish_tile(const Problem& p, int64_t b, int head, int tile, const ForwardTile& state, int ld_v,
+                 const ForwardRows& rows_of, void* out, float* lse) {
   float sums[kTileRows], inverse[kTileRows], row_lse[kTileRows];
   for (int i = 0; i < kTileRows; i += kWidth) {
     vf rows[kWidth];
@@ -120,13 +131,12 @@ void finish_tile(const Problem& p, int64_t b, int head, int tile, const ForwardT
     store(row_lse + i, load(state.maximum + i) * p.score_scale() + log(sum));
   }
   const int64_t first = int64_t(tile) * kTileRows;
-  T* to = out + ((b * p.queries + first) * p.heads + head) * p.dim_v;
+  const int64_t bytes = int64_t(p.dim_v) * p.q.bytes;
+  char* to = static_cast<char*>(out) + ((b * p.queries + first) * p.heads + head) * bytes;
   float* to_lse = lse + (b * p.heads + head) * p.queries + first;
-  for (int i = 0; i < p.tile_rows(tile); ++i, to += int64_t(p.heads) * p.dim_v) {
+  for (int i = 0; i < p.tile_rows(tile); ++i, to += p.heads * bytes) {
     const bool none = sums[i] == 0.0f;  // no key, or every score is -inf
-    const float *from = state.out + i * ld_v, factor = inverse[i];
-    for (int d = 0; none && d < p.dim_v; d += kWidth) Products::round(to + d, vf{}, p.dim_v - d);
-    for (int d = 0; !none && d < p.dim_v; d += kWidth) Products::round(to + d, load(from + d) * factor, p.dim_v - d);
+    rows_of.store(none ? nullptr : state.out + i * ld_v, inverse[i], p.dim_v, to);
     to_lse[i] = none ? -kInf : row_lse[i];
   }
 }
@@ -144,9 +154,10 @@ struct Prefetch {
   void ask() { query_tile.ask(), key_tile.ask(); }
 };
 
-template <class Products, class T> class Forward {
+template <class Products> class Forward {
  public:
-  Forward(const Problem& p, const Tiles& tiles, T* out, float* lse) : p(p), tiles(tiles), out(out), lse(lse) {}
+  Forward(const Problem& p, const Tiles& tiles, const ForwardRows& rows_of, void* out, float* lse)
+      : p(p), tiles(tiles), rows_of(rows_of), out(static_cast<char*>(out)), lse(lse) {}
 
   void run(const ForwardUnit& u, const ForwardUnit& next_unit, ForwardScratch<Products>& scratch) const {
     const int heads = u.last_head - u.first_head, kv_head = u.first_head / p.group();
@@ -166,7 +177,7 @@ template <class Products, class T> class Forward {
           if (first) begin_tile(u.b, u.first_head + h, t, last, scratch, *state);
           ask_for_rows(u, next_unit, t, h, last, state, scores, values);
           attend(meeting, start, first, *state, scratch, scores, values);
-          if (last) finish_tile<Products>(p, u.b, u.first_head + h, t, *state, scratch.ld_v, out, lse);
+          if (last) finish_tile(p, u.b, u.first_head + h, t, *state, scratch.ld_v, rows_of, out, lse);
         }
       }
     }
@@ -175,23 +186,21 @@ template <class Products, class T> class Forward {
         ForwardTile& state = scratch.tile[(t - u.first) * heads + h];
         if (state.begun) continue;  // and finished
         std::memset(state.sum, 0, sizeof(float) * kTileRows * kWidth);
-        finish_tile<Products>(p, u.b, u.first_head + h, t, state, scratch.ld_v, out, lse);
+        finish_tile(p, u.b, u.first_head + h, t, state, scratch.ld_v, rows_of, out, lse);
       }
   }
 
  private:
-  const T* q_at(int64_t b, int tile, int head) const { return p.q.at<T>(b, int64_t(tile) * kTileRows, head); }
-
   // Packs the queries, unless they are multiplied only once.
   void begin_tile(int64_t b, int head, int tile, bool once, const ForwardScratch<Products>& scratch,
                   ForwardTile& state) const {
-    const T* from = q_at(b, tile, head);
+    const void* from = p.q.at(b, int64_t(tile) * kTileRows, head);
     const int rows = p.tile_rows(tile);
     state.queries = once && rows % kBlockRows == 0 && p.query_factor() == 1.0f
-                        ? Products::in_place(from, p.q.row_stride, p.dim, state.ld_queries)
+                        ? rows_of.in_place(from, p.q.row_stride, p.dim, state.ld_queries)
                         : nullptr;
     if (!state.queries) {
-      pack_rows<Products>(from, p.q.row_stride, rows, kTileRows, p.dim, p.query_factor(), nullptr, state.q, scratch.ld);
+      rows_of.pack(from, p.q.row_stride, rows, kTileRows, p.dim, p.query_factor(), nullptr, state.q, scratch.ld);
       state.queries = state.q, state.ld_queries = scratch.ld;
     }
     std::memset(state.sum, 0, sizeof(float) * kTileRows * kWidth);
@@ -204,8 +213,8 @@ template <class Products, class T> class Forward {
     const uint8_t* live = tiles.live(b, start);
     if (!live) live = none;
     const int size = smaller(kTileKeys, p.keys - start);
-    pack_transposed<Products>(p.k.at<T>(b, start, kv_head), p.k.row_stride, size, p.dim, live, scratch.k_transposed);
-    pack_turned<Products>(p.v.at<T>(b, start, kv_head), p.v.row_stride, size, p.dim_v, live, scratch.v, scratch.ld_v);
+    rows_of.pack_transposed(p.k.at(b, start, kv_head), p.k.row_stride, size, p.dim, live, scratch.k_transposed);
+    rows_of.pack_turned(p.v.at(b, start, kv_head), p.v.row_stride, size, p.dim_v, live, scratch.v, scratch.ld_v);
   }
 
   // The next key tile of this unit, or the first of the one that this thread is likely to run next.
@@ -217,10 +226,8 @@ template <class Products, class T> class Forward {
     int blocks = 0;
     for (int t = u.first; t < u.last; ++t)
       if (tiles.hulls(u.b, t).touches(start, start + kTileKeys)) blocks += kRowBlocks * (u.last_head - u.first_head);
-    scores.key_tile =
-        Paced(Ahead(p.k.at<T>(then.b, next, kv_head), p.k.row_stride, size, p.dim), register_blocks(blocks, kTileKeys));
-    values.key_tile =
-        Paced(Ahead(p.v.at<T>(then.b, next, kv_head), p.v.row_stride, size, p.dim_v), register_blocks(blocks, p.dim_v));
+    scores.key_tile = Paced(p.k.ahead(then.b, next, kv_head, size, p.dim), register_blocks(blocks, kTileKeys));
+    values.key_tile = Paced(p.v.ahead(then.b, next, kv_head, size, p.dim_v), register_blocks(blocks, p.dim_v));
   }
 
   // The queries of the next tile, unless they are there, and the rows of out that this one is about to write.
@@ -234,13 +241,14 @@ template <class Products, class T> class Forward {
       queries = queries_of(u.b, other_head ? t : t + 1, u.first_head + (other_head ? h + 1 : 0));
     }
     if (last)
-      rows = Ahead(out + ((u.b * p.queries + int64_t(t) * kTileRows) * p.heads + u.first_head + h) * p.dim_v,
-                   int64_t(p.heads) * p.dim_v, p.tile_rows(t), p.dim_v);
+      rows =
+          Ahead(out + ((u.b * p.queries + int64_t(t) * kTileRows) * p.heads + u.first_head + h) * p.dim_v * p.q.bytes,
+                p.q.bytes, int64_t(p.heads) * p.dim_v, p.tile_rows(t), p.dim_v);
     scores.query_tile = Paced(queries, register_blocks(kRowBlocks, kTileKeys));
     values.query_tile = Paced(rows, register_blocks(kRowBlocks, p.dim_v));
   }
   Ahead queries_of(int64_t b, int tile, int head) const {
-    return Ahead(q_at(b, tile, head), p.q.row_stride, p.tile_rows(tile), p.dim);
+    return p.q.ahead(b, int64_t(tile) * kTileRows, head, p.tile_rows(tile), p.dim);
   }
 
   void attend(const Meeting& meeting, int start, bool first, const ForwardTile& state,
@@ -266,7 +274,8 @@ template <class Products, class T> class Forward {
 
   const Problem& p;
   const Tiles& tiles;
-  T* const out;
+  const ForwardRows& rows_of;
+  char* const out;
   float* const lse;
 };
 
@@ -302,7 +311,7 @@ int64_t divide(const Problem& p, const Tiles& tiles, int most, TileGroup* groups
   return count;
 }
 
-template <class Products, class T> int forward(const Problem& p, T* out, float* lse) {
+template <class Products> int forward(const Problem& p, const ForwardRows& rows_of, void* out, float* lse) {
   const int group = p.group(), query_tiles = p.query_tiles(), unit_heads = smaller(group, kUnitTiles),
             slices = (group + unit_heads - 1) / unit_heads, head_slices = p.kv_heads * slices;
   // A row's result does not depend on how many tiles share a unit, so this may depend on the number of threads.
@@ -314,7 +323,7 @@ template <class Products, class T> int forward(const Problem& p, T* out, float* 
   ForwardScratch<Products>(p, unit_tiles * unit_heads, count);
   Buffer memory(sizeof(float) * count.used() * p.threads), groups(sizeof(TileGroup) * p.batch * query_tiles);
   if (!tiles || !memory || !groups) return ILLADA_NO_MEMORY;
-  const Forward<Products, T> forward(p, tiles, out, lse);
+  const Forward<Products> forward(p, tiles, rows_of, out, lse);
   int64_t next = 0, group_count = 0;
 #pragma omp parallel num_threads(p.threads)
   {
@@ -358,16 +367,16 @@ int ILLADA_ISA_FN(illada_attention_fwd_cpu)(int dtype, const void* q, const void
                                             int64_t dim_v, const int64_t* strides, float scale, int threads) {
   if (!valid(batch, queries, keys, heads, kv_heads, dim, dim_v, threads)) return ILLADA_BAD_ARGUMENT;
   const Problem p =
-      make_problem(q, k, v, bounds, batch, queries, keys, heads, kv_heads, dim, dim_v, strides, scale, threads);
+      make_problem(dtype, q, k, v, bounds, batch, queries, keys, heads, kv_heads, dim, dim_v, strides, scale, threads);
 #if defined(__AVX512BF16__)
-  if (dtype == ILLADA_BF16 && p.ordinary()) return forward<PairProducts>(p, static_cast<bf16*>(out), lse);
+  if (dtype == ILLADA_BF16 && p.ordinary()) return forward<PairProducts>(p, kForwardRows<PairProducts, bf16>, out, lse);
   return illada_attention_fwd_cpu_avx512(dtype, q, k, v, bounds, out, lse, batch, queries, keys, heads, kv_heads, dim,
                                          dim_v, strides, scale, threads);
 #else
   switch (dtype) {
-    case ILLADA_F32: return forward<FloatProducts>(p, static_cast<float*>(out), lse);
-    case ILLADA_BF16: return forward<FloatProducts>(p, static_cast<bf16*>(out), lse);
-    case ILLADA_F16: return forward<FloatProducts>(p, static_cast<fp16*>(out), lse);
+    case ILLADA_F32: return forward<FloatProducts>(p, kForwardRows<FloatProducts, float>, out, lse);
+    case ILLADA_BF16: return forward<FloatProducts>(p, kForwardRows<FloatProducts, bf16>, out, lse);
+    case ILLADA_F16: return forward<FloatProducts>(p, kForwardRows<FloatProducts, fp16>, out, lse);
   }
   return ILLADA_BAD_DTYPE;
 #endif

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "illada/api.h"
 #include "key_ranges.h"
 #include "memory.h"
 #include "tile_gemm.h"
@@ -19,12 +20,16 @@ constexpr int kLdScores = kTileKeys + 16;  // an odd number of cache lines, so t
 inline int leading_dim(int dim) { return round_up(dim, 32) + 16; }
 template <class Products> int units(int dim) { return (dim + Products::kStep - 1) / Products::kStep; }
 
-// (batch, rows, heads, dim): strides in elements, the last dimension contiguous.
+// (batch, rows, heads, dim): strides in elements of so many bytes, the last dimension contiguous.
 struct View {
   const void* data;
+  int bytes;
   int64_t batch_stride, row_stride, head_stride;
-  template <class T> const T* at(int64_t b, int64_t row, int64_t head) const {
-    return static_cast<const T*>(data) + b * batch_stride + row * row_stride + head * head_stride;
+  const void* at(int64_t b, int64_t row, int64_t head) const {
+    return static_cast<const char*>(data) + (b * batch_stride + row * row_stride + head * head_stride) * bytes;
+  }
+  Ahead ahead(int64_t b, int64_t row, int64_t head, int rows, int dim) const {
+    return Ahead(at(b, row, head), bytes, row_stride, rows, dim);
   }
 };
 
@@ -54,11 +59,15 @@ struct Problem {
 };
 
 // ---- packing --------------------------------------------------------------------------------------------------------
+// Each reads or writes rows of T from end to end, and is called through a pointer: what depends on T is compiled for
+// each, all else once.
+
 // Writes factor * from (rows x dim) to `to` (padded_rows x ld) as units along each row. Zeros rows whose keep[row] is
 // 0, rows beyond `rows`, and units beyond dim up to ld - 16.
 template <class Products, class T>
-void pack_rows(const T* from, int64_t stride, int rows, int padded_rows, int dim, float factor, const uint8_t* keep,
-               float* to, int ld) {
+void pack_rows(const void* memory, int64_t stride, int rows, int padded_rows, int dim, float factor,
+               const uint8_t* keep, float* to, int ld) {
+  const T* from = static_cast<const T*>(memory);
   for (int i = 0; i < padded_rows; ++i, from += stride, to += ld) {
     int d = i < rows && (!keep || keep[i]) ? Products::pack(from, dim, factor, to) : 0;
     for (; d < ld - 16; ++d) to[d] = 0.0f;
@@ -67,8 +76,9 @@ void pack_rows(const T* from, int64_t stride, int rows, int padded_rows, int dim
 
 // Writes kTileKeys rows of `from`, of which there are `rows`, as units along the rows (kTileKeys / kStep x ld).
 template <class Products, class T>
-void pack_turned(const T* from, int64_t stride, int rows, int dim, const uint8_t* keep, float* to, int ld) {
-  if constexpr (Products::kStep == 1) pack_rows<Products>(from, stride, rows, kTileKeys, dim, 1.0f, keep, to, ld);
+void pack_turned(const void* memory, int64_t stride, int rows, int dim, const uint8_t* keep, float* to, int ld) {
+  const T* from = static_cast<const T*>(memory);
+  if constexpr (Products::kStep == 1) pack_rows<Products, T>(from, stride, rows, kTileKeys, dim, 1.0f, keep, to, ld);
   else
     for (int i = 0; i < kTileKeys; i += 2, to += ld) {
       auto row = [&](int k) { return k < rows && keep[k] ? from + k * stride : nullptr; };
@@ -78,11 +88,23 @@ void pack_turned(const T* from, int64_t stride, int rows, int dim, const uint8_t
 
 // The same as pack_rows, transposed: units x kTileKeys.
 template <class Products, class T>
-void pack_transposed(const T* from, int64_t stride, int rows, int dim, const uint8_t* keep, float* to) {
+void pack_transposed(const void* memory, int64_t stride, int rows, int dim, const uint8_t* keep, float* to) {
+  const T* from = static_cast<const T*>(memory);
   constexpr int kStep = Products::kStep;
   transpose_tile(kTileKeys, units<Products>(dim), to, kLdScores, [&](int i, int d) {
     return i < rows && keep[i] ? Products::load_units(from + i * stride + d * kStep, dim - d * kStep) : vf{};
   });
+}
+
+// Returns rows of memory as rows of units, with the distance between them, if they are that already, or null.
+template <class Products, class T> const float* in_place(const void* memory, int64_t stride, int dim, int64_t& ld) {
+  return Products::in_place(static_cast<const T*>(memory), stride, dim, ld);
+}
+
+// Stores factor * from (dim entries), rounded; zeros if `from` is null.
+template <class Products, class T> void store_row(const float* from, float factor, int dim, void* memory) {
+  T* to = static_cast<T*>(memory);
+  for (int d = 0; d < dim; d += kWidth) Products::round(to + d, from ? load(from + d) * factor : vf{}, dim - d);
 }
 
 // ---- which key and query tiles meet ---------------------------------------------------------------------------------
@@ -199,9 +221,12 @@ inline vi allowed_lanes(const RowRanges& r, int key) {
   return ((j >= r.lo[0]) & (j < r.hi[0])) | ((j >= r.lo[1]) & (j < r.hi[1]));
 }
 
-inline Problem make_problem(const void* q, const void* k, const void* v, const int32_t* bounds, int64_t batch,
-                            int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim, int64_t dim_v,
-                            const int64_t* strides, float scale, int threads) {
+inline int bytes_of(int dtype) { return dtype == ILLADA_F32 ? 4 : 2; }
+
+inline Problem make_problem(int dtype, const void* q, const void* k, const void* v, const int32_t* bounds,
+                            int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
+                            int64_t dim_v, const int64_t* strides, float scale, int threads) {
+  const int bytes = bytes_of(dtype);
   return {batch,
           queries,
           int(keys),
@@ -209,9 +234,9 @@ inline Problem make_problem(const void* q, const void* k, const void* v, const i
           int(kv_heads),
           int(dim),
           int(dim_v),
-          {q, strides[0], strides[1], strides[2]},
-          {k, strides[3], strides[4], strides[5]},
-          {v, strides[6], strides[7], strides[8]},
+          {q, bytes, strides[0], strides[1], strides[2]},
+          {k, bytes, strides[3], strides[4], strides[5]},
+          {v, bytes, strides[6], strides[7], strides[8]},
           {bounds, strides[9], strides[10], int(keys)},
           scale,
           threads};

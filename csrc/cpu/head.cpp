@@ -146,7 +146,7 @@ void multiply_group(const Head<T>& head, int64_t first, int n, int64_t after, co
       const bool last = at + here == n, deeper = last && d + depth < head.dim;
       const T* next = deeper ? weight + d + depth : weight + (at + here) * head.stride + (last ? 0 : d);
       const int64_t next_ids = deeper ? n : last ? after : n - at - here;
-      Ahead ahead(next, head.stride, int(std::min<int64_t>(kPanelIds, next_ids)), depth);
+      Ahead ahead(next, sizeof(T), head.stride, int(std::min<int64_t>(kPanelIds, next_ids)), depth);
       const int lines = int(kPanelIds * depth * int(sizeof(T)) / 64 / (tiles * blocks) + 1);
       for (int64_t block = 0; block < blocks; ++block)
         for (int j = 0; j < here; j += kIds) {

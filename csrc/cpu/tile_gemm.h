@@ -24,11 +24,10 @@ enum class Into { kStore, kAdd, kScaleAdd };
 class Ahead {
  public:
   Ahead() = default;
-  template <class T>
-  Ahead(const T* from, int64_t stride, int rows, int dim)
-      : row_(reinterpret_cast<const char*>(from)),
-        stride_(stride * int64_t(sizeof(T))),
-        row_lines_((dim * int(sizeof(T)) + 63) / 64),
+  Ahead(const void* from, int bytes, int64_t stride, int rows, int dim)  // bytes: of an entry
+      : row_(static_cast<const char*>(from)),
+        stride_(stride * bytes),
+        row_lines_((dim * bytes + 63) / 64),
         left_(rows * row_lines_) {}
   void ask(int lines = 4) {
     const int from = left_, to = from > lines ? from - lines : 0;
