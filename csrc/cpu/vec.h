@@ -75,45 +75,66 @@ inline vf load(const float* p) {
   return v;
 }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-inline vf load(const bf16* p) {
-  vh h;
-  std::memcpy(&h, p, sizeof h);
-  return bit_cast<vf>(__builtin_convertvector(h, vu) << 16);
-}
-inline void store(bf16* p, vf v) {
+inline vf widen(bf16, vh h) { return bit_cast<vf>(__builtin_convertvector(h, vu) << 16); }
+inline vh narrow(bf16, vf v) {
   const vu u = bit_cast<vu>(v);
   const vu rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, nan = u >> 16 | 0x40;
-  const vh h = __builtin_convertvector(v == v ? rounded : nan, vh);
-  std::memcpy(p, &h, sizeof h);
+  return __builtin_convertvector(v == v ? rounded : nan, vh);
 }
-inline vf load(const fp16* p) {
+inline vf widen(fp16, vh h) {
 #if defined(__AVX512F__)
-  return bit_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return bit_cast<vf>(_mm512_cvtph_ps(bit_cast<__m256i>(h)));
 #elif defined(__AVX2__)
-  return bit_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return bit_cast<vf>(_mm256_cvtph_ps(bit_cast<__m128i>(h)));
 #else
   vf v;
-  for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
+  for (int i = 0; i < kWidth; ++i) v[i] = to_float(fp16{h[i]});
   return v;
 #endif
 }
-inline void store(fp16* p, vf v) {
+inline vh narrow(fp16, vf v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+  return bit_cast<vh>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+  return bit_cast<vh>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < kWidth; ++i) p[i] = from_float<fp16>(v[i]);
+  vh h;
+  for (int i = 0; i < kWidth; ++i) h[i] = from_float<fp16>(v[i]).bits;
+  return h;
 #endif
+}
+template <class T> inline vf load(const T* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return widen(T{}, h);
+}
+template <class T> inline void store(T* p, vf v) {
+  const vh h = narrow(T{}, v);
+  std::memcpy(p, &h, sizeof h);
 }
 // Less than a vector: not inlined, because in each loop they would be more code than the rest of it.
 template <class T> __attribute__((noinline, cold)) vf load_some(const T* p, int n, float rest) {
+#if defined(__AVX512F__)
+  const __mmask16 lanes = n > 0 ? __mmask16((1u << n) - 1) : __mmask16(0);
+  if constexpr (sizeof(T) == 4) return bit_cast<vf>(_mm512_mask_loadu_ps(bit_cast<__m512>(splat(rest)), lanes, p));
+  else {
+    const vf v = widen(T{}, bit_cast<vh>(_mm256_maskz_loadu_epi16(lanes, p)));
+    return bit_cast<vf>(_mm512_mask_mov_ps(bit_cast<__m512>(splat(rest)), lanes, bit_cast<__m512>(v)));
+  }
+#else
   vf v = splat(rest);
   for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
   return v;
+#endif
 }
 template <class T> __attribute__((noinline, cold)) void store_some(T* p, vf v, int n) {
+#if defined(__AVX512F__)
+  const __mmask16 lanes = n > 0 ? __mmask16((1u << n) - 1) : __mmask16(0);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, lanes, bit_cast<__m512>(v));
+  else _mm256_mask_storeu_epi16(p, lanes, bit_cast<__m256i>(narrow(T{}, v)));
+#else
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
+#endif
 }
 template <class T> inline vf load_n(const T* p, int n, float rest = 0.0f) {
   return n >= kWidth ? load(p) : load_some(p, n, rest);
