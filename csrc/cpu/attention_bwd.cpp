@@ -11,8 +11,6 @@
 #include <omp.h>
 #include <sched.h>
 
-#include <algorithm>
-
 #include "illada/api.h"
 #include "attention_tiles.h"
 #include "float_mode.h"
@@ -324,7 +322,7 @@ template <class Products> int backward(const Problem& p, const Gradients& grads,
     // Ascending, chunks outermost: a unit waits only for units that a thread has already taken. Where none waits, a
     // thread takes all heads of a chunk, and of the last chunks, one a thread, a unit at a time: two cores that write
     // rows of neighbouring heads take lines from each other.
-    const int64_t whole = apart ? std::max<int64_t>(0, chunks - p.threads) : 0, last = chunks - whole;
+    const int64_t whole = apart && chunks > p.threads ? chunks - p.threads : 0, last = chunks - whole;
     auto run = [&](int64_t chunk, int64_t head) {
       backward.run(head / p.kv_heads, int(head % p.kv_heads), int(chunk), scratch);
     };

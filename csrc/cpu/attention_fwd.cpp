@@ -10,8 +10,7 @@
 // no row of the batch entry may attend are packed as zeros, so that a NaN or inf in them stays out of the sums.
 #include <omp.h>
 
-#include <algorithm>
-#include <tuple>
+#include <cstdlib>
 
 #include "illada/api.h"
 #include "attention_tiles.h"
@@ -292,6 +291,13 @@ bool share_keys(const Hulls& a, const Hulls& b) {
   return false;
 }
 
+// Orders groups for qsort, of which no two are equal.
+int most_keys_first(const void* left, const void* right) {
+  const TileGroup &x = *static_cast<const TileGroup*>(left), &y = *static_cast<const TileGroup*>(right);
+  const bool before = x.keys != y.keys ? x.keys > y.keys : x.b != y.b ? x.b < y.b : x.first < y.first;
+  return before ? -1 : 1;
+}
+
 // Divides the query tiles into groups of at most `most` that share keys. The first have most keys, so that threads end
 // together. Returns how many groups there are.
 int64_t divide(const Problem& p, const Tiles& tiles, int most, TileGroup* groups) {
@@ -305,9 +311,7 @@ int64_t divide(const Problem& p, const Tiles& tiles, int most, TileGroup* groups
       group.keys += tiles.hulls(b, t).keys();
       group.last = t + 1;
     }
-  std::sort(groups, groups + count, [](const TileGroup& x, const TileGroup& y) {
-    return std::make_tuple(-x.keys, x.b, x.first) < std::make_tuple(-y.keys, y.b, y.first);
-  });
+  std::qsort(groups, std::size_t(count), sizeof(TileGroup), most_keys_first);
   return count;
 }
 
@@ -344,10 +348,10 @@ template <class Products> int forward(const Problem& p, const ForwardRows& rows_
     };
     // A thread takes all heads of a group: two cores that write rows of neighbouring heads take lines of out from each
     // other. Of the last groups, one a thread, it takes a unit at a time, so that threads end together.
-    const int64_t whole = std::max<int64_t>(0, group_count - p.threads), last_groups = group_count - whole,
+    const int64_t whole = group_count > p.threads ? group_count - p.threads : 0, last_groups = group_count - whole,
                   jobs = whole + last_groups * head_slices;
     auto first_unit = [&](int64_t job) {
-      const int64_t rest = std::min(job, jobs - 1) - whole;
+      const int64_t rest = (job < jobs ? job : jobs - 1) - whole;
       return rest < 0 ? job * head_slices : (whole + rest % last_groups) * head_slices + rest / last_groups;
     };
     for (int64_t job; (job = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < jobs;) {

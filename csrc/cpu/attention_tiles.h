@@ -1,7 +1,6 @@
 // What attention's forward and backward share on the CPU: the problem, scratch memory, packed tiles, and which key and
 // query tiles meet. Internal linkage: compiled once per instruction set.
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -48,14 +47,15 @@ struct Problem {
     return int(queries - int64_t(tile) * kTileRows < kTileRows ? queries - int64_t(tile) * kTileRows : kTileRows);
   }
   // AVX512-BF16 takes products below 2^-126 as 0: no scale may make much of them.
-  bool ordinary() const { return std::fabs(scale) > 1e-30f && std::fabs(scale) < 1e30f; }
+  bool ordinary() const { return magnitude() > 1e-30f && magnitude() < 1e30f; }
   // Scores are score_scale * (query_factor q) k^T. A negative scale turns the queries, so that maxima stay maxima; a
   // vanishing one multiplies them, so that -127 / score_scale stays finite; of a huge one they take a factor of 4, so
   // that score_scale * log2(e) stays finite.
-  bool vanishing() const { return std::fabs(scale) < 1e-30f; }
-  bool huge() const { return std::fabs(scale) > 1e38f; }
-  float query_factor() const { return vanishing() ? scale : std::copysign(huge() ? 4.0f : 1.0f, scale); }
-  float score_scale() const { return vanishing() ? 1.0f : std::fabs(scale) * (huge() ? 0.25f : 1.0f); }
+  float magnitude() const { return scale < 0 ? -scale : scale; }
+  bool vanishing() const { return magnitude() < 1e-30f; }
+  bool huge() const { return magnitude() > 1e38f; }
+  float query_factor() const { return vanishing() ? scale : (scale < 0 ? -1.0f : 1.0f) * (huge() ? 4.0f : 1.0f); }
+  float score_scale() const { return vanishing() ? 1.0f : magnitude() * (huge() ? 0.25f : 1.0f); }
 };
 
 // ---- packing --------------------------------------------------------------------------------------------------------

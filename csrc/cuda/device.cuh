@@ -12,7 +12,7 @@
 
 namespace illada {
 
-// Not CUDA's own types, because nvcc takes half a second a file and architecture to read <cuda_bf16.h> and <cuda_fp16.h>.
+// Not CUDA's own types, because nvcc takes half a second a file to read <cuda_bf16.h> and <cuda_fp16.h>.
 struct bf16 {
   uint16_t bits;
 };
