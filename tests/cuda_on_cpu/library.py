@@ -24,7 +24,6 @@ import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_on_cpu"
-EMULATOR_FLAGS = ["-std=c++17", "-O2", "-march=x86-64-v3", "-Wall", "-g1"]
+EMULATOR_FLAGS = ["-std=c++17", "-O2", "-march=x86-64-v3", "-fno-semantic-interposition", "-Wall", "-g1"]
 OBJECT_FLAGS = ["-fPIC", "-ftls-model=initial-exec"]
 KERNEL_FLAGS = [
     "-x",
@@ -99,10 +98,10 @@ def _locked(target: Path) -> Iterator[None]:
         yield
 
 
-def _cached(name: str, sources: list[Path], depends: list[Path], flags: list[str]) -> Path:
-    """The shared library of these sources: from the cache if nothing it depends on has changed, else compiled."""
+def _cached(name: str, source: Path, depends: list[Path], flags: list[str]) -> Path:
+    """The shared library of this source: from the cache if nothing it depends on has changed, else compiled."""
     digest = hashlib.sha256(repr(flags).encode() + Path(__file__).read_bytes())
-    for path in sorted({*sources, *depends}):
+    for path in sorted({source, *depends}):
         digest.update(path.name.encode() + path.read_bytes())
     target = CACHE / f"{name}-{digest.hexdigest()[:16]}.so"
     if target.exists():
@@ -111,12 +110,9 @@ def _cached(name: str, sources: list[Path], depends: list[Path], flags: list[str
     with _locked(target), tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         if target.exists():
             return target
-        objects = [Path(scratch) / f"{path.stem}.o" for path in sources]
-        with ThreadPoolExecutor(2) as pool:
-            compile_one = ["g++", *flags, *OBJECT_FLAGS, "-c"]
-            list(pool.map(lambda s, o: _run([*compile_one, str(s), "-o", str(o)]), sources, objects))
-        result = Path(scratch) / target.name
-        _run(["g++", "-shared", *map(str, objects), "-o", str(result), "-pthread"])  # no -fsanitize: see memory.cpp
+        compiled, result = Path(scratch) / f"{source.stem}.o", Path(scratch) / target.name
+        _run(["g++", *flags, *OBJECT_FLAGS, "-c", str(source), "-o", str(compiled)])
+        _run(["g++", "-shared", str(compiled), "-o", str(result), "-pthread"])  # no -fsanitize: see memory.cpp
         os.replace(result, target)
     return target
 
@@ -133,10 +129,10 @@ def _shim_files() -> list[Path]:
 
 @functools.cache
 def _emulator() -> ctypes.CDLL:
-    sources = sorted((HERE / "emulator").glob("*.cpp"))
-    depends = sorted((HERE / "emulator").glob("*.h")) + _shim_files()
+    depends = [*(HERE / "emulator").iterdir(), *_shim_files()]
     flags = [*EMULATOR_FLAGS, *_includes()]
-    library = ctypes.CDLL(str(_cached("emulator", sources, depends, flags)), mode=ctypes.RTLD_GLOBAL)
+    source = HERE / "emulator" / "emulator.cpp"
+    library = ctypes.CDLL(str(_cached("emulator", source, depends, flags)), mode=ctypes.RTLD_GLOBAL)
     library.cuda_on_cpu_error.restype = ctypes.c_char_p
     library.cuda_on_cpu_steps.restype = ctypes.c_uint64
     return library
@@ -187,11 +183,11 @@ def compile_kernels(source: str | Path, defines: tuple[str, ...] = (), text: str
     flags = [*KERNEL_FLAGS, *_includes()]
     flags += [*_precompiled_headers(flags), *(f"-I{folder}" for folder in folders[1:]), *(f"-D{d}" for d in defines)]
     if text is None:
-        return Kernels(_cached(path.stem, [path], depends, flags), path.name)
+        return Kernels(_cached(path.stem, path, depends, flags), path.name)
     CACHE.mkdir(parents=True, exist_ok=True)
     copy = CACHE / f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.cu"
     copy.write_text(f'#line 1 "{path}"\n{text}')
-    return Kernels(_cached(path.stem, [copy], depends, [*flags, "-I", str(path.parent)]), path.name)
+    return Kernels(_cached(path.stem, copy, depends, [*flags, "-I", str(path.parent)]), path.name)
 
 
 def with_headers(source: str | Path, headers: Iterable[str]) -> str:

@@ -4,9 +4,6 @@
 namespace emulator {
 
 // ---- mbarriers -------------------------------------------------------------------------------------------------
-// Key of a wait: the block's rank above the address.
-static uint64_t key_of(const Block& b, uint32_t bar) { return uint64_t(b.rank) << 32 | bar; }
-
 static Mbarrier& find(Block& b, uint32_t bar) {
   auto found = b.mbarriers.find(bar);
   if (found == b.mbarriers.end())
@@ -91,8 +88,6 @@ void mbarrier_wait(uint32_t bar, uint32_t parity) {
 }
 
 // ---- barriers of a block ---------------------------------------------------------------------------------------
-static uint64_t key_of(const Block& b, int id) { return uint64_t(b.rank) << 32 | id; }
-
 static void end_barrier(Block& b, int id) {
   Barrier& barrier = b.barriers[id];
   barrier.arrived = barrier.threads = 0;
@@ -132,7 +127,7 @@ void recheck_barriers_after_exit(Block& b) {
 
 void barrier_named(int id, int threads, bool wait) {
   CALLED_FROM_KERNEL;
-  warp_meet(wait ? "bar_sync" : "bar_arrive", warp_lanes(), id);
+  meet(wait ? "bar_sync" : "bar_arrive", warp_lanes(), id);
   Block& b = *self->block;
   const int of_block = int(blockDim.x * blockDim.y * blockDim.z);
   if (id < 1 || id > 15) fault("named barrier %d; 1 to 15 are possible (0 is __syncthreads)", id);
@@ -168,13 +163,16 @@ uint32_t warp_lanes() {
   return left >= 32 ? ~0u : (1u << left) - 1;
 }
 
-Lanes warp_meet(const char* name, uint32_t mask, uint64_t value) {
-  CALLED_FROM_KERNEL;
+Lanes& meet(const char* name, uint32_t mask, uint64_t value) {
   maybe_yield(cluster->chance_yield);
   Block& b = *self->block;
   const int warp = self->thread / 32, lane = self->thread % 32;
   if (!(mask >> lane & 1)) fault("%s: lane %d is not in its own mask %08x", name, lane, mask);
-  WarpMeeting& m = b.warps[warp][mask];
+  if (!self->meeting || self->meeting_mask != mask) {
+    self->meeting = &b.warps[warp][mask];
+    self->meeting_mask = mask;
+  }
+  WarpMeeting& m = *self->meeting;
   const uint32_t phase = m.phase;
   if (!m.arrived) m.name = name;
   if (m.name != name && strcmp(m.name, name))
@@ -184,6 +182,7 @@ Lanes warp_meet(const char* name, uint32_t mask, uint64_t value) {
   const uint64_t key = uint64_t(b.rank) << 48 | uint64_t(warp) << 32 | mask;
   if (m.arrived == mask) {
     m.arrived = 0;
+    m.values[phase & 1].reduced = false;
     ++m.phase;
     wake(Waits::warp, key, size_t(self - cluster->fibers.data()) - lane, 32);  // no other warp's lanes wait for it
   }
@@ -191,16 +190,50 @@ Lanes warp_meet(const char* name, uint32_t mask, uint64_t value) {
   return m.values[phase & 1];
 }
 
-void shuffle_source(uint32_t mask, int lane) {
+void warp_meet(const char* name, uint32_t mask) {
   CALLED_FROM_KERNEL;
-  if (!(mask >> lane & 1)) fault("shuffle from lane %d, which is not in the mask %08x", lane, mask);
+  meet(name, mask, 0);
+}
+
+// Within this lane's group of `width` lanes; from itself where the source lies outside of it.
+uint64_t warp_shuffle(const char* name, uint32_t mask, uint64_t value, Shuffle how, int by, int width) {
+  CALLED_FROM_KERNEL;
+  const int lane = self->thread % 32, first = lane / width * width;
+  int source = how == Shuffle::from           ? first + by % width
+               : how == Shuffle::exclusive_or ? lane ^ by
+               : how == Shuffle::up           ? lane - by
+                                              : lane + by;
+  if (source < first || source >= first + width) source = lane;
+  if (!(mask >> source & 1)) fault("shuffle from lane %d, which is not in the mask %08x", source, mask);
+  return meet(name, mask, value).at[source];
+}
+
+uint32_t warp_lanes_with(const char* name, uint32_t mask, uint64_t value, uint64_t wanted) {
+  CALLED_FROM_KERNEL;
+  const Lanes& all = meet(name, mask, value);
+  uint32_t same = 0;
+  for (int i = 0; i < 32; ++i) same |= uint32_t(all.at[i] == wanted) << i;
+  return same & mask;
+}
+
+uint32_t warp_reduce(const char* name, uint32_t mask, uint32_t value, Atomic op, AtomicType type) {
+  CALLED_FROM_KERNEL;
+  Lanes& all = meet(name, mask, value);
+  if (!all.reduced) {
+    int i = __builtin_ctz(mask);
+    all.total = uint32_t(all.at[i]);
+    while (++i < 32)
+      if (mask >> i & 1) all.total = combine(op, type, all.total, uint32_t(all.at[i]));
+    all.reduced = true;
+  }
+  return all.total;
 }
 
 // Any lane may be elected; it stays the same in one run, as kernels rely on.
 bool elect_one() {
   CALLED_FROM_KERNEL;
   const uint32_t lanes = warp_lanes();
-  warp_meet("elect_one", lanes, 0);
+  meet("elect_one", lanes, 0);
   Random of_warp{cluster->elections + uint64_t(self->thread / 32)};
   return self->thread % 32 == int(of_warp.next() % uint64_t(__builtin_popcount(lanes)));
 }
@@ -210,12 +243,10 @@ void set_registers(int count, bool increase) {
   if (count < 24 || count > 256 || count % 8) fault("setmaxnreg %d: a multiple of 8 from 24 to 256 is possible", count);
   if (self->registers && (increase ? count < self->registers : count > self->registers))
     fault("setmaxnreg from %d to %d in the wrong direction", self->registers, count);
+  const int sum = self->block->registers += count - self->registers;  // of the threads that have called it
   self->registers = count;
   const int threads = int(blockDim.x * blockDim.y * blockDim.z);
   const int pool = 65536 / threads / 8 * 8 * threads;  // what a launch gives at most: alike, in steps of 8
-  int sum = 0;  // of the warpgroups that have called it
-  for (const Fiber& f : cluster->fibers)
-    if (f.block == self->block) sum += f.registers;
   if (sum > pool) fault("setmaxnreg: %d registers for the block; %d threads start with at most %d", sum, threads, pool);
 }
 

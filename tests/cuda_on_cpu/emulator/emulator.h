@@ -15,6 +15,9 @@
 #include <vector>
 
 #include "../shim/emulator_api.h"
+#include "control.h"
+
+extern __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
@@ -25,29 +28,36 @@ constexpr size_t kStack = 128 << 10;  // of a fiber
 
 // splitmix64: the only source of chance, so a seed repeats a run exactly (with one host thread, or within a cluster)
 struct Random {
+  static constexpr uint64_t kStep = 0x9e3779b97f4a7c15ull;
   uint64_t state = 0;
   uint64_t next() {
-    state += 0x9e3779b97f4a7c15ull;
+    state += kStep;
     uint64_t z = state;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ z >> 27) * 0x94d049bb133111ebull;
     return z ^ z >> 31;
   }
-  bool chance(uint32_t of_2_32) { return uint32_t(next()) < of_2_32; }
+  bool chance(uint32_t of_2_32) {
+    if (!of_2_32) return state += kStep, false;
+    return uint32_t(next()) < of_2_32;
+  }
 };
 
-// What a byte of shared memory holds.
+// What a byte of shared memory holds. Threads may read where kReadable is set and write where kHeld is not, so that one
+// comparison decides for 8 bytes.
 enum Byte : uint8_t {
   unwritten = 0,
-  valid,      // readable by all
-  in_flight,  // a bulk copy is writing it
-  unfenced,   // written by an ordinary store; TMA and wgmma may not see it before the writer's fence_proxy_async
-  mbarrier,   // part of an mbarrier: no ordinary access
+  valid = 1,      // readable by all
+  unfenced = 3,   // written by an ordinary store; TMA and wgmma may not see it before the writer's fence_proxy_async
+  in_flight = 4,  // a bulk copy is writing it
+  mbarrier = 6,   // part of an mbarrier: no ordinary access
 };
+constexpr uint64_t kEach = 0x0101010101010101, kReadable = 1 * kEach, kHeld = 4 * kEach;
 
 enum class Waits { nothing, exited, barrier, cluster_barrier, mbarrier, wgmma, bulk, warp };
 
 struct Block;
+struct WarpMeeting;
 struct Accumulator;
 struct BulkStore;
 
@@ -63,6 +73,8 @@ struct alignas(64) Fiber {
   uint64_t key = 0;    // which barrier, mbarrier... it waits on
   const void* pc = nullptr;  // the kernel's line, for reports
   char* stack = nullptr;
+  WarpMeeting* meeting = nullptr;  // the last one, of the lanes in meeting_mask
+  uint32_t meeting_mask = 0;
   uint32_t cluster_phase = 0;                                 // of the cluster barrier: arrivals of this thread
   int registers = 0;                                          // set by setmaxnreg
   std::vector<std::pair<uint32_t, uint32_t>> unfenced_bytes;  // (address, bytes) of ordinary stores
@@ -89,6 +101,11 @@ struct Barrier {
   int threads = 0, arrived = 0;
   int votes[2] = {0, 0}, met = 0;  // of __syncthreads: votes of this phase and the last; threads of the last
   uint32_t phase = 0;
+};
+struct Lanes {
+  uint64_t at[32];
+  bool reduced = false;  // to the total, by the lane that was the first to want it
+  uint32_t total = 0;
 };
 struct WarpMeeting {  // of the lanes in one mask; two buffers, since a fast lane may come again before a slow one read
   uint32_t arrived = 0, phase = 0;
@@ -125,6 +142,7 @@ struct Block {
   uint32_t shared_end = 0;
   std::vector<uint8_t> bytes;  // a Byte for each byte of the window
   int alive = 0;
+  int registers = 0;  // of the threads that have called setmaxnreg
   std::unordered_map<uint32_t, Mbarrier> mbarriers;
   Barrier barriers[16];
   std::vector<std::map<uint32_t, WarpMeeting>> warps;
@@ -148,17 +166,27 @@ struct Cluster {
   uint64_t steps = 0;  // memory accesses and switches: a bound on endless loops
 };
 
-extern thread_local Cluster* cluster;  // the one this host thread runs
-extern thread_local Fiber* self;  // the running fiber, null in the scheduler
+extern __thread Cluster* cluster;  // the one this host thread runs
+extern __thread Fiber* self;  // the running fiber, null in the scheduler
 extern thread_local Issuer carried_out;  // the operation that the scheduler carries out
 
 Issuer issuer_here();  // the running fiber, lazy or not as the schedule wants
 
 // ---- scheduler.cpp ---------------------------------------------------------------------------------------------
+inline uint64_t key_of(const Block& b, uint32_t what) { return uint64_t(b.rank) << 32 | what; }
 void sleep_on(Waits what, uint64_t key, int detail);  // until wake
 // Wakes the fibers that wait for this, among `count` of the cluster from `first` on.
 void wake(Waits what, uint64_t key, size_t first = 0, size_t count = ~size_t(0));
-void maybe_yield(uint32_t chance);
+void yield();
+[[noreturn]] void no_end();
+inline void maybe_yield(uint32_t chance) {
+  Cluster& c = *cluster;
+  if (++c.steps > control::most_steps) no_end();
+  // Every thousandth step it yields in any case: a thread may spin on memory that another is to write.
+  if (!c.random.chance(chance) && c.steps % 1024) return;
+  c.ready.push_back(self);
+  yield();
+}
 bool carry_out_one();  // one asynchronous operation, chosen at random among those under way; false if there is none
 template <class Ready> void wait_until(Waits what, uint64_t key, int detail, Ready ready) {
   maybe_yield(cluster->chance_yield);
@@ -177,9 +205,22 @@ void run_fibers();  // of the cluster, until all have exited or one has failed
 
 // ---- memory.cpp ------------------------------------------------------------------------------------------------
 void check_shared_range(const Block& block, uint32_t at, uint32_t bytes, const char* what);
+// Whether of each of `bytes` bytes from `at` on the bits of `mask` are those of `wanted`.
+inline bool all_bytes(const Block& block, uint32_t at, uint32_t bytes, uint64_t mask, uint64_t wanted) {
+  const uint8_t *s = &block.bytes[at], *end = s + bytes;
+  uint64_t states;
+  for (; end - s >= 8; s += 8) {
+    memcpy(&states, s, 8);
+    if ((states & mask) != wanted) return false;
+  }
+  for (; s < end; ++s)
+    if ((*s & uint8_t(mask)) != uint8_t(wanted)) return false;
+  return true;
+}
 void check_async_read(const Block& block, uint32_t at, uint32_t bytes, const char* what);  // and the range
 void mark(Block& block, uint32_t at, uint32_t bytes, Byte state);
 void check_global(const void* p, size_t bytes, const char* what);
+uint32_t combine(Atomic op, AtomicType type, uint32_t a, uint32_t b);  // i32 or u32
 std::mutex& add_lock();  // around read-modify-write of global memory
 
 // ---- barriers.cpp, tma.cpp, wgmma.cpp --------------------------------------------------------------------------
@@ -187,6 +228,7 @@ void bytes_arrived(Block& block, uint32_t bar, uint32_t bytes);
 void finish_load(size_t i);
 void advance_store(size_t i);
 bool carry_out_product(Block& block, int warpgroup, bool lazy);
+Lanes& meet(const char* name, uint32_t mask, uint64_t value);  // what each lane of the warp brought
 std::string describe_barrier(const Fiber& fiber);
 void check_copies_done(const Block& block);  // these three when its last thread exits
 void check_products_done(const Block& block);

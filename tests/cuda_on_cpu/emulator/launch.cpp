@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <thread>
 
-#include "control.h"
 #include "emulator.h"
 
 namespace emulator {

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "control.h"
 #include "emulator.h"
 
 namespace emulator {
@@ -88,6 +87,7 @@ static const char* name_of(uint8_t state) {
 
 void check_async_read(const Block& block, uint32_t at, uint32_t bytes, const char* what) {
   check_shared_range(block, at, bytes, what);
+  if (all_bytes(block, at, bytes, ~uint64_t(0), valid * kEach)) return;
   for (uint32_t i = at; i < at + bytes; ++i)
     if (block.bytes[i] != valid)
       fault("%s reads shared memory +%u, which is %s", what, i - kSharedStart, name_of(block.bytes[i]));
@@ -97,8 +97,7 @@ void fence_proxy_async() {
   CALLED_FROM_KERNEL;
   Block& b = *self->block;
   for (auto [at, bytes] : self->unfenced_bytes)
-    for (uint32_t i = at; i < at + bytes; ++i)
-      if (b.bytes[i] == unfenced) b.bytes[i] = valid;
+    for (uint32_t i = at; i < at + bytes; ++i) b.bytes[i] = b.bytes[i] == unfenced ? valid : b.bytes[i];
   self->unfenced_bytes.clear();
   fence_barriers();
 }
@@ -113,30 +112,41 @@ static void remember_unfenced(uint32_t at, uint32_t bytes) {
   list.emplace_back(at, bytes);
 }
 
-static void touch_shared(Block& b, uint32_t at, int bytes, bool write) {
+static void check_state(const Block& b, uint32_t at, int bytes, bool write) {
   check_shared_range(b, at, bytes, write ? "a write" : "a read");
-  for (uint32_t i = at; i < at + bytes; ++i) {
-    uint8_t& state = b.bytes[i];
-    if (state == in_flight || state == mbarrier || (state == unwritten && !write))
+  for (uint32_t i = at; i < at + bytes; ++i)
+    if (b.bytes[i] & in_flight || (b.bytes[i] == unwritten && !write))
       fault("%d-byte %s of shared memory +%u, which is %s", bytes, write ? "write" : "read", i - kSharedStart,
-            name_of(state));
-    if (write) state = unfenced;
+            name_of(b.bytes[i]));
+}
+
+#define INLINE inline __attribute__((always_inline))  // where `bytes` and `write` are constants
+
+static INLINE void touch_shared(Block& b, uint32_t at, int bytes, bool write) {
+  const uint64_t mask = write ? kHeld : kReadable, wanted = write ? 0 : kReadable;
+  if (at < kSharedStart || at + bytes > b.shared_end || !all_bytes(b, at, bytes, mask, wanted))
+    check_state(b, at, bytes, write);
+  if (write) {
+    mark(b, at, bytes, unfenced);
+    remember_unfenced(at, bytes);
   }
-  if (write) remember_unfenced(at, bytes);
   maybe_yield(cluster->chance_yield / 16);
 }
 
-static void touch(uint64_t at, int bytes, bool write, const void* pc) {
-  if (!self) return;  // host code of the same file
-  self->pc = pc;
-  Block& b = *self->block;
-  const uint64_t shared = at - uint64_t(b.shared);
-  if (shared < kSharedSpan) return touch_shared(b, uint32_t(shared), bytes, write);
-  if (at - uint64_t(self->stack) < kStack) return;
-  for (const uint3* v : {&threadIdx, &blockIdx, &blockDim, &gridDim})
-    if (at - uint64_t(v) < sizeof *v) return;
+static void touch_global(uint64_t at, int bytes, bool write) {
   maybe_yield(0);
   check_global(reinterpret_cast<const void*>(at), bytes, write ? "a write" : "a read");
+}
+
+static INLINE void touch(uint64_t at, int bytes, bool write, const void* pc) {
+  Fiber* const fiber = self;
+  if (!fiber) return;  // host code of the same file
+  fiber->pc = pc;
+  if (at - uint64_t(fiber->stack) < kStack) return;
+  Block& b = *fiber->block;
+  const uint64_t shared = at - uint64_t(b.shared);
+  if (shared < kSharedSpan) return touch_shared(b, uint32_t(shared), bytes, write);
+  touch_global(at, bytes, write);
 }
 
 void check_access(const void* p, int bytes, int alignment, bool write) {
@@ -167,6 +177,15 @@ template <class T> static uint64_t apply(Atomic op, void* p, uint64_t operand, u
   uint64_t result = 0;
   memcpy(&result, &old, sizeof old);
   return result;
+}
+
+uint32_t combine(Atomic op, AtomicType type, uint32_t a, uint32_t b) {
+  int sum;
+  const bool is_signed = type == AtomicType::i32;
+  if (is_signed && op == Atomic::add && __builtin_add_overflow(int(a), int(b), &sum))
+    fault("signed integer overflow in an addition");
+  is_signed ? apply<int32_t>(op, &a, b, 0) : apply<uint32_t>(op, &a, b, 0);
+  return a;
 }
 
 uint64_t atomic(Atomic op, AtomicType type, void* p, uint64_t value, uint64_t compare) {

@@ -108,8 +108,9 @@ static void issue(BulkLoad load) {
     if (r >= cluster->blocks.size()) fault("multicast to block %zu of a cluster of %zu", r, cluster->blocks.size());
     Block& b = cluster->blocks[r];
     if (!b.alive) fault("multicast to block %zu of the cluster, which has exited", r);
-    for (uint32_t i = load.dst; i < load.dst + load.bytes; ++i)
-      if (b.bytes[i] == in_flight || b.bytes[i] == mbarrier)
+    const bool free = all_bytes(b, load.dst, load.bytes, kHeld, 0);
+    for (uint32_t i = load.dst; !free && i < load.dst + load.bytes; ++i)
+      if (b.bytes[i] & in_flight)
         fault("a bulk load to shared memory +%u, which is %s", i - kSharedStart,
               b.bytes[i] == mbarrier ? "part of an mbarrier" : "the target of another one under way");
     memset(b.shared + load.dst, 0xff, load.bytes);  // NaN until it has come

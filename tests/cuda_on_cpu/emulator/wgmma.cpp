@@ -2,7 +2,7 @@
 //
 // The 128 threads of a warpgroup issue each product; once all have, it may be carried out, in order, at any time until
 // a wgmma_wait that covers it. From issue to wait the accumulators live here and the threads' registers hold NaN.
-#include <cuda_fp16.h>
+#include <immintrin.h>
 
 #include <cmath>
 
@@ -10,35 +10,33 @@
 
 namespace emulator {
 
+// ---- layouts, as in the PTX ISA's figures ----------------------------------------------------------------------
+// Row and column of accumulator register i of thread t; also of A's registers, two columns a register (n = 16).
+static int fragment_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
+static int fragment_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
+
 struct Accumulator {
   int n;
   std::vector<float> matrix;  // (64, n)
   float* registers[128] = {};
+  float* at(int t, int r) {
+    return &matrix[fragment_row(t, r) * n + fragment_column(t, r)];
+  }  // and the next, if r is even
 };
 struct PendingProduct {
   Issuer issuer;
   Product what;
   bool a_in_registers;
   int threads = 0;       // that have issued it
+  int waited = 0;        // threads that know it is done
   std::vector<float> a;  // (64, 16), if A is in registers
   std::shared_ptr<Accumulator> accumulator;
 };
 
-// ---- layouts, as in the PTX ISA's figures ----------------------------------------------------------------------
-// Row and column of accumulator register i of thread t; also of A's registers, two columns a register (n = 16).
-static int fragment_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
-static int fragment_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
-
-static float decode(uint16_t bits, bool is_bf16) {
-  if (!is_bf16) {
-    __half_raw raw;
-    raw.x = bits;
-    return __half2float(__half(raw));
-  }
-  const uint32_t word = uint32_t(bits) << 16;
-  float x;
-  memcpy(&x, &word, 4);
-  return x;
+// ---- operands --------------------------------------------------------------------------------------------------
+static __m256 decode(__m128i bits, bool is_bf16) {
+  if (!is_bf16) return _mm256_cvtph_ps(bits);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
 struct Descriptor {
@@ -64,9 +62,7 @@ static void read_tile(const Block& b, const Descriptor& d, int rows, bool mn_maj
                                      : row / 8 * d.stride + row % 8 * 128 + k * 2;
     const uint32_t at = swizzle128((d.start + offset) & (kSharedSpan - 1));
     check_async_read(b, at, 16, what);
-    uint16_t elements[8];
-    memcpy(elements, b.shared + at, 16);
-    take(row, k, elements);
+    take(row, k, _mm_load_si128(reinterpret_cast<const __m128i*>(b.shared + at)));
   }
 }
 
@@ -74,13 +70,32 @@ static void read_tile(const Block& b, const Descriptor& d, int rows, bool mn_maj
 static void read_operand(const Block& b, uint64_t descriptor, int rows, bool mn_major, bool is_bf16, const char* what,
                          float* out, int row_stride, int k_stride) {
   const int step = mn_major ? row_stride : k_stride;
-  read_tile(b, read_descriptor(descriptor), rows, mn_major, what, [&](int row, int k, const uint16_t* elements) {
+  read_tile(b, read_descriptor(descriptor), rows, mn_major, what, [&](int row, int k, __m128i elements) {
     float* to = out + row * row_stride + k * k_stride;
-    for (int i = 0; i < 8; ++i) to[i * step] = decode(elements[i], is_bf16);
+    const __m256 values = decode(elements, is_bf16);
+    if (step == 1) return _mm256_storeu_ps(to, values);
+    for (int i = 0; i < 8; ++i) to[i * step] = values[i];
   });
 }
 
 // ---- carrying out ----------------------------------------------------------------------------------------------
+// d += a @ b, for 8 * width of the n columns of b (16, n) and d (64, n), which start where these point; a (64, 16). Each
+// element adds its products in order of k.
+template <int width> static void multiply_columns(const float* a, const float* b, float* d, int n) {
+  for (int i = 0; i < 64; i += 4) {
+    __m256 sum[4][width];
+    for (int row = 0; row < 4; ++row)
+      for (int j = 0; j < width; ++j) sum[row][j] = _mm256_loadu_ps(d + (i + row) * n + 8 * j);
+    for (int k = 0; k < 16; ++k)
+      for (int row = 0; row < 4; ++row)
+        for (int j = 0; j < width; ++j)
+          sum[row][j] =
+              _mm256_fmadd_ps(_mm256_set1_ps(a[(i + row) * 16 + k]), _mm256_loadu_ps(b + k * n + 8 * j), sum[row][j]);
+    for (int row = 0; row < 4; ++row)
+      for (int j = 0; j < width; ++j) _mm256_storeu_ps(d + (i + row) * n + 8 * j, sum[row][j]);
+  }
+}
+
 static void multiply(const Block& block, const PendingProduct& p) {
   static thread_local std::vector<float> a_of_memory(64 * 16), b(16 * 256);
   const Product& w = p.what;
@@ -90,14 +105,10 @@ static void multiply(const Block& block, const PendingProduct& p) {
   read_operand(block, w.b, w.n, w.b_mn_major, w.bf16, "wgmma (operand B)", b.data(), 1, w.n);
   float* d = p.accumulator->matrix.data();
   if (!w.accumulate) std::fill(d, d + 64 * w.n, 0.f);
-  for (int i = 0; i < 64; ++i)
-    for (int k = 0; k < 16; ++k) {
-      const float x = a[i * 16 + k];
-      for (int j = 0; j < w.n; ++j) d[i * w.n + j] += x * b[k * w.n + j];
-    }
+  int j = 0;
+  for (; j + 16 <= w.n; j += 16) multiply_columns<2>(a, b.data() + j, d + j, w.n);
+  if (j < w.n) multiply_columns<1>(a, b.data() + j, d + j, w.n);
 }
-
-static uint64_t key_of(const Block& b, int warpgroup) { return uint64_t(b.rank) << 32 | warpgroup; }
 
 bool carry_out_product(Block& b, int warpgroup, bool lazy) {
   Warpgroup& g = b.warpgroups[warpgroup];
@@ -123,10 +134,9 @@ static std::shared_ptr<Accumulator> accumulator_of(PendingProduct& p, float* d) 
     if (!p.accumulator) found->n = n, found->matrix.resize(64 * n);
     found->registers[t] = d;
     self->accumulators.push_back(found);
-    for (int i = 0; i < n / 2; ++i) {
-      if (p.what.accumulate) found->matrix[fragment_row(t, i) * n + fragment_column(t, i)] = d[i];
-      d[i] = NAN;
-    }
+    for (int r = 0; r < n / 2; r += 2)
+      if (p.what.accumulate) memcpy(found->at(t, r), &d[r], 8);
+    std::fill(d, d + n / 2, NAN);
   }
   if (found->n != n) fault("wgmma: accumulators in flight with %d columns are used with %d", found->n, n);
   if (p.accumulator && p.accumulator != found) fault("wgmma: the warpgroup's threads name different accumulators");
@@ -154,15 +164,16 @@ void wgmma(float* d, const uint32_t* a_registers, const Product& w) {
       v.bf16 != w.bf16 || v.a_mn_major != w.a_mn_major || v.b_mn_major != w.b_mn_major)
     fault("wgmma: the warpgroup's threads disagree on shape, descriptors or accumulate");
   p.accumulator = accumulator_of(p, d);
-  if (a_registers)
-    for (int i = 0; i < 8; ++i)
-      p.a[fragment_row(t, i) * 16 + fragment_column(t, i)] = decode(uint16_t(a_registers[i / 2] >> i % 2 * 16), w.bf16);
+  if (a_registers) {
+    const __m256 values = decode(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a_registers)), w.bf16);
+    for (int i = 0; i < 8; ++i) p.a[fragment_row(t, i) * 16 + fragment_column(t, i)] = values[i];
+  }
   ++p.threads;
 }
 
 void wgmma_fence() {
   CALLED_FROM_KERNEL;
-  warp_meet("wgmma_fence", ~0u, 0);
+  meet("wgmma_fence", ~0u, 0);
   self->wgmma_fenced = true;
 }
 
@@ -173,7 +184,7 @@ void wgmma_commit() {
 
 void wgmma_wait(int newest) {
   CALLED_FROM_KERNEL;
-  warp_meet("wgmma_wait", ~0u, newest);
+  meet("wgmma_wait", ~0u, newest);
   const int t = self->thread % 128, groups = int(self->group_ends.size());
   Warpgroup& g = self->block->warpgroups[self->thread / 128];
   const uint64_t wanted = groups > newest ? self->group_ends[groups - newest - 1] : 0;
@@ -189,23 +200,20 @@ void wgmma_wait(int newest) {
       ++i;
       continue;
     }
-    for (int r = 0; r < a.n / 2; ++r) a.registers[t][r] = a.matrix[fragment_row(t, r) * a.n + fragment_column(t, r)];
+    for (int r = 0; r < a.n / 2; r += 2) memcpy(&a.registers[t][r], a.at(t, r), 8);
     mine.erase(mine.begin() + i);
   }
-  self->products_waited = std::max(self->products_waited, wanted);
-  uint64_t waited_by_all = ~uint64_t(0);  // what is still in the queue tells every thread alike what is in flight
-  for (const Fiber& f : cluster->fibers)
-    if (f.block == self->block && f.thread / 128 == self->thread / 128)
-      waited_by_all = std::min(waited_by_all, f.products_waited);
-  while (g.first < waited_by_all) g.queue.pop_front(), ++g.first;
+  for (uint64_t& p = self->products_waited; p < wanted; ++p) ++g.queue[p - g.first]->waited;
+  // what is still in the queue tells every thread alike what is in flight
+  while (!g.queue.empty() && g.queue.front()->waited == 128) g.queue.pop_front(), ++g.first;
 }
 
 // ---- 8x8 matrices ----------------------------------------------------------------------------------------------
 static uint16_t* matrix_row(const Lanes& rows, int matrix, int row) {
   return reinterpret_cast<uint16_t*>(rows.at[matrix * 8 + row]);
 }
-static Lanes meet_with_rows(const char* name, int count, const void* row, bool write) {
-  const Lanes rows = warp_meet(name, ~0u, uint64_t(row));
+static const Lanes& meet_with_rows(const char* name, int count, const void* row, bool write) {
+  const Lanes& rows = meet(name, ~0u, uint64_t(row));
   if (self->thread % 32 < count * 8) {
     if (uint64_t(row) % 16) fault("%s: a row that is not 16-byte aligned", name);
     shared_address(row);
@@ -216,7 +224,7 @@ static Lanes meet_with_rows(const char* name, int count, const void* row, bool w
 
 void ldmatrix(uint32_t* r, int count, bool transpose, const void* row) {
   CALLED_FROM_KERNEL;
-  const Lanes rows = meet_with_rows("ldmatrix", count, row, false);
+  const Lanes& rows = meet_with_rows("ldmatrix", count, row, false);
   const int lane = self->thread % 32;
   for (int m = 0; m < count; ++m) {
     uint16_t pair[2];
@@ -226,12 +234,12 @@ void ldmatrix(uint32_t* r, int count, bool transpose, const void* row) {
     }
     memcpy(&r[m], pair, 4);
   }
-  warp_meet("ldmatrix", ~0u, 0);  // no lane goes on to overwrite a row before all have read
+  meet("ldmatrix", ~0u, 0);  // no lane goes on to overwrite a row before all have read
 }
 
 void stmatrix(const uint32_t* r, int count, bool transpose, void* row) {
   CALLED_FROM_KERNEL;
-  const Lanes rows = meet_with_rows("stmatrix", count, row, true);
+  const Lanes& rows = meet_with_rows("stmatrix", count, row, true);
   const int lane = self->thread % 32;
   for (int m = 0; m < count; ++m) {
     uint16_t pair[2];
@@ -241,7 +249,7 @@ void stmatrix(const uint32_t* r, int count, bool transpose, void* row) {
       (transpose ? matrix_row(rows, m, b)[a] : matrix_row(rows, m, a)[b]) = pair[i];
     }
   }
-  warp_meet("stmatrix", ~0u, 0);
+  meet("stmatrix", ~0u, 0);
 }
 
 void check_products_done(const Block& b) {

@@ -33,6 +33,8 @@
 #define EMULATED inline __attribute__((always_inline))
 #define __shared__ static_assert(false, "static __shared__ memory does not exist here: use illada::dynamic_smem()");
 
+extern const __thread uint3 threadIdx, blockIdx, blockDim, gridDim;  // const: the compiler reports no access to them
+
 using std::max;
 using std::min;
 
@@ -57,62 +59,42 @@ template <class T> EMULATED T from_bits(uint64_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-EMULATED int lane() { return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
-// A shuffle from `source` within this lane's group of `width` lanes; from itself where that lies outside of it.
-template <class T> EMULATED T shuffle(const char* name, unsigned mask, T x, int source, int width) {
-  const int first = lane() / width * width;
-  if (source < first || source >= first + width) source = lane();
-  shuffle_source(mask, source);
-  return from_bits<T>(warp_meet(name, mask, to_bits(x)).at[source]);
-}
-template <class T, class Op> EMULATED T reduce(const char* name, unsigned mask, T x, Op op) {
-  const Lanes all = warp_meet(name, mask, to_bits(x));
-  int first = 0;
-  while (!(mask >> first & 1)) ++first;
-  T total = from_bits<T>(all.at[first]);
-  for (int i = first + 1; i < 32; ++i)
-    if (mask >> i & 1) total = op(total, from_bits<T>(all.at[i]));
-  return total;
-}
 }  // namespace emulator
 
-EMULATED void __syncwarp(unsigned mask = ~0u) { emulator::warp_meet("__syncwarp", mask, 0); }
-template <class T> EMULATED T __shfl_sync(unsigned mask, T x, int source, int width = 32) {
-  return emulator::shuffle("__shfl_sync", mask, x, emulator::lane() / width * width + source % width, width);
-}
-template <class T> EMULATED T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32) {
-  return emulator::shuffle("__shfl_xor_sync", mask, x, emulator::lane() ^ bits, width);
-}
-template <class T> EMULATED T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32) {
-  return emulator::shuffle("__shfl_up_sync", mask, x, emulator::lane() - int(by), width);
-}
-template <class T> EMULATED T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32) {
-  return emulator::shuffle("__shfl_down_sync", mask, x, emulator::lane() + int(by), width);
-}
+EMULATED void __syncwarp(unsigned mask = ~0u) { emulator::warp_meet("__syncwarp", mask); }
+#define EMULATED_SHUFFLE(name, how)                                                      \
+  template <class T> EMULATED T name(unsigned mask, T x, int by, int width = 32) {       \
+    using namespace emulator;                                                            \
+    return from_bits<T>(warp_shuffle(#name, mask, to_bits(x), Shuffle::how, by, width)); \
+  }
+EMULATED_SHUFFLE(__shfl_sync, from)
+EMULATED_SHUFFLE(__shfl_xor_sync, exclusive_or)
+EMULATED_SHUFFLE(__shfl_up_sync, up)
+EMULATED_SHUFFLE(__shfl_down_sync, down)
+#undef EMULATED_SHUFFLE
 EMULATED unsigned __ballot_sync(unsigned mask, int x) {
-  const emulator::Lanes all = emulator::warp_meet("__ballot_sync", mask, x != 0);
-  unsigned votes = 0;
-  for (int i = 0; i < 32; ++i) votes |= unsigned((mask >> i & 1) && all.at[i]) << i;
-  return votes;
+  return emulator::warp_lanes_with("__ballot_sync", mask, x != 0, 1);
 }
 EMULATED int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
 EMULATED int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, x) == mask; }
 template <class T> EMULATED unsigned __match_any_sync(unsigned mask, T x) {
   const uint64_t mine = emulator::to_bits(x);
-  const emulator::Lanes all = emulator::warp_meet("__match_any_sync", mask, mine);
-  unsigned same = 0;
-  for (int i = 0; i < 32; ++i) same |= unsigned((mask >> i & 1) && all.at[i] == mine) << i;
-  return same;
+  return emulator::warp_lanes_with("__match_any_sync", mask, mine, mine);
 }
-#define EMULATED_REDUCE(name, expression)                                              \
-  template <class T> EMULATED T name(unsigned mask, T x) {                             \
-    return emulator::reduce(#name, mask, x, [](T a, T b) -> T { return expression; }); \
+#define EMULATED_REDUCE(name, op, type, kind)                                         \
+  EMULATED type name(unsigned mask, type x) {                                         \
+    using namespace emulator;                                                         \
+    return type(warp_reduce(#name, mask, unsigned(x), Atomic::op, AtomicType::kind)); \
   }
-EMULATED_REDUCE(__reduce_add_sync, a + b)
-EMULATED_REDUCE(__reduce_min_sync, std::min(a, b))
-EMULATED_REDUCE(__reduce_max_sync, std::max(a, b))
-EMULATED_REDUCE(__reduce_and_sync, a& b)
-EMULATED_REDUCE(__reduce_or_sync, a | b)
+#define EMULATED_REDUCE_BOTH(name, op)     \
+  EMULATED_REDUCE(name, op, int, i32)      \
+  EMULATED_REDUCE(name, op, unsigned, u32)
+EMULATED_REDUCE_BOTH(__reduce_add_sync, add)
+EMULATED_REDUCE_BOTH(__reduce_min_sync, min)
+EMULATED_REDUCE_BOTH(__reduce_max_sync, max)
+EMULATED_REDUCE(__reduce_and_sync, bit_and, unsigned, u32)
+EMULATED_REDUCE(__reduce_or_sync, bit_or, unsigned, u32)
+#undef EMULATED_REDUCE_BOTH
 #undef EMULATED_REDUCE
 EMULATED void __threadfence() { emulator::memory_fence(); }
 EMULATED void __threadfence_block() { emulator::memory_fence(); }

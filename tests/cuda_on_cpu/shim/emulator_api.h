@@ -7,8 +7,6 @@
 
 #include <vector_types.h>
 
-extern __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
-
 namespace emulator {
 
 // ---- host ------------------------------------------------------------------------------------------------------
@@ -38,13 +36,13 @@ void barrier_named(int id, int threads, bool wait);
 void cluster_barrier_arrive();
 void cluster_barrier_wait();
 uint32_t cluster_rank();
-// The lanes of `mask` meet in the collective `name`; returns what each of the 32 lanes brought.
-struct Lanes {
-  uint64_t at[32];
-};
-Lanes warp_meet(const char* name, uint32_t mask, uint64_t value);
-uint32_t warp_lanes();                         // mask of the lanes that this warp has
-void shuffle_source(uint32_t mask, int lane);  // a fault unless `lane` is in the mask
+// The lanes of `mask` meet in the collective `name`, each with a value.
+void warp_meet(const char* name, uint32_t mask);
+enum class Shuffle { from, exclusive_or, up, down };
+uint64_t warp_shuffle(const char* name, uint32_t mask, uint64_t value, Shuffle how, int by, int width);
+uint32_t warp_lanes_with(const char* name, uint32_t mask, uint64_t value, uint64_t wanted);  // a mask
+uint32_t warp_reduce(const char* name, uint32_t mask, uint32_t value, Atomic op, AtomicType type);
+uint32_t warp_lanes();  // mask of the lanes that this warp has
 bool elect_one();
 void set_registers(int count, bool increase);
 
