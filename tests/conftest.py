@@ -21,6 +21,7 @@ pytest.register_assert_rewrite("tests.helpers")
 from illada_kernels._toolchain import find_compiler  # noqa: E402
 from tests.helpers import compiled_before  # noqa: E402
 from tests.helpers.checkout import ROOT, build, copy_checkout, locked  # noqa: E402
+from tests.helpers.seeds import spare_seeds  # noqa: E402
 
 # inherited by workers and by all that a test starts without a PYTHONPATH of its own
 STARTS = [str(ROOT / "tests" / "helpers" / "children"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -38,6 +39,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000)  # of 700 objects Dynamo's traces keep most: a tenth of their time went into looking
     gc.enable()
+    if "torch" in sys.modules:
+        spare_seeds()
     if guards := sys.modules.get("torch._dynamo.guards"):
         # it times the guards of every graph for its log, with caches emptied before: 20 ms
         guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined]

@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.helpers.seeds import spare_seeds
+
 TIMEOUT = datetime.timedelta(seconds=60)  # for a rank to arrive where another failed
 Check = Callable[[], None]
 
@@ -100,6 +102,7 @@ def run_world(some: dict[str, Check], world: int, breaks: bool) -> None:
 
 def main(module: str, sizes: list[int]) -> None:
     getattr(importlib.import_module(module), "prepare", lambda: None)()
+    spare_seeds()
     gc.freeze()  # otherwise each rank's collector writes to, and so copies, what all of them share
     gc.set_threshold(20_000)
     for world in sizes:
