@@ -111,16 +111,44 @@ def test_integers_beyond_their_limits_are_named_with_the_limit_that_they_pass(na
     check(name, message_of(call, 1.0))
 
 
+# Numbers that one call takes and whose graph serves any of their values. Other floats have a graph for each value.
+TOGETHER = {
+    ("temperature", "confidence_temperature", "rank_temperature", "top_p", "min_p", "Threshold.tau", "Edit.tau"): (
+        lambda t, c, r, p, q, tau, edit: step(
+            ik.Threshold(tau),
+            temperature=t,
+            confidence_temperature=c,
+            rank_temperature=r,
+            top_p=p,
+            min_p=q,
+            revise=ik.Edit(edit),
+        )
+    ),
+    ("Factor.f",): NUMBERS["Factor.f"][0],
+    ("EntropyBound.gamma",): NUMBERS["EntropyBound.gamma"][0],
+    ("max_masked", "memory_budget"): lambda x, y: loss(max_masked=x, memory_budget=y),
+    ("mask_id", "forbid", "defer", "logit_bias ids", "seed", "step", "top_k", "TopK.k", "Remask.n"): (
+        lambda m, f, d, b, seed, at, top_k, k, n: step(
+            ik.TopK(k),
+            m,
+            forbid=(f,),
+            defer=(d,),
+            logit_bias=([b], [1.0]),
+            seed=seed,
+            step=at,
+            top_k=top_k,
+            revise=ik.Remask(n),
+        )
+    ),
+    ("Threshold.at_least",): INTEGERS["Threshold.at_least"][0],
+    **{(name,): INTEGERS[name][0] for name in ("s", "num_keys", "left", "block", "num_tokens")},
+}
+
+
 @pytest.mark.parametrize("name", [name for name in NUMBERS if name not in ("dropout_p", "logit_bias values")])
-@pytest.mark.parametrize(("dynamic", "warm"), [(None, True), (True, False)])
-def test_a_traced_number_is_refused_as_an_eager_one_is(name, dynamic, warm):
-    """In the first call, and in one that comes when the graph already serves any value (warm): that graph is the one
-    which dynamic=True makes at once."""
-    call, low, high, _ = NUMBERS[name]
+def test_a_traced_number_is_refused_as_an_eager_one_is(name):
     torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="eager")
-    for part in (0.5, 0.25, 0.75) if warm else ():
-        compiled(part if low < -1 else low + (min(high, 1.0) - low) * part)
+    compiled = torch.compile(NUMBERS[name][0], fullgraph=True, dynamic=True, backend="eager")
     for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(Exception, match=rf"{re.escape(name)}.*: expected a finite number"):
             compiled(value)
@@ -129,10 +157,36 @@ def test_a_traced_number_is_refused_as_an_eager_one_is(name, dynamic, warm):
 @pytest.mark.parametrize("name", INTEGERS)
 def test_a_traced_integer_is_refused_as_an_eager_one_is(name):
     call, low, _, _ = INTEGERS[name]
-    for before in ([], [low + 3, low + 4, low + 5] if low >= 0 else [3, 4, 5]):
+    for dynamic in (None, True):
         torch._dynamo.reset()
-        compiled = torch.compile(lambda x: (call(x), torch.ones(1))[1], fullgraph=True, backend="eager")
-        for x in before:
-            compiled(x)
+        compiled = torch.compile(
+            lambda x: (call(x), torch.ones(1))[1], fullgraph=True, dynamic=dynamic, backend="eager"
+        )
         with pytest.raises(Exception, match=rf"{re.escape(name)}.*: expected an int (of at least|from) "):
             compiled(low - 1)
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids=", ".join)
+def test_a_graph_of_any_value_does_not_serve_what_is_refused(names):
+    """So that such a call is traced, and refused as above: a graph which Dynamo makes when a number varies is the one
+    that dynamic=True makes at once."""
+    function = TOGETHER[names]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: (function(*x), torch.ones(1))[1], fullgraph=True, backend="eager")
+    for part in (0.5, 0.25, 0.75):
+        right = [within(name, part) for name in names]
+        compiled(*right)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(*(within(name, 0.625) for name in names))
+        for place, name in enumerate(names):
+            for value in (INTEGERS[name][1] - 1,) if name in INTEGERS else (math.nan, math.inf, -math.inf):
+                with pytest.raises(RuntimeError, match="fail_on_recompile"):
+                    compiled(*right[:place], value, *right[place + 1 :])
+
+
+def within(name: str, part: float) -> float:
+    """A number within the limits of this one, another for each part."""
+    low, high = {**NUMBERS, **INTEGERS}[name][1:3]
+    if name in INTEGERS:
+        return max(low, 0) + round(8 * part) - 1
+    return part if low < -1 else low + (min(high, 1.0) - low) * part
