@@ -54,7 +54,7 @@ def each(done: Generation) -> list[tuple[list[int], bool, int, int]]:
 
 @pytest.mark.parametrize("preset, cache, how", JOINS)
 def test_a_sequence_gives_what_it_gives_alone_whenever_it_joins(preset, cache, how):
-    model = model_of(preset, dtype=torch.float32)  # with the compiled kernels, in half the reference's time
+    model = model_of(preset)
     changes = {**HOW[how], "cache": cache, "refresh_every": 3 * (cache == "interval")}
     config = settings(model, **changes)
     decoder = Decoder(model, config, slots=3, max_length=24)

@@ -132,7 +132,7 @@ CACHED += [("SDAR-8B", "none"), ("SDAR-8B", "block_causal"), ("Qwen2.5-7B", "blo
 @pytest.mark.parametrize("preset, cache", CACHED)
 @pytest.mark.parametrize("how", ["threshold", "sampled", "random", "edit", "remask", "guided", "whole", "refreshed"])
 def test_a_batch_gives_what_each_sequence_gives_alone(preset, cache, how):
-    model = model_of(preset, dtype=torch.float32)  # with the compiled kernels, in half the reference's time
+    model = model_of(preset)
     changes = {
         "threshold": {"rule": Threshold(0.2)},
         "sampled": {"rule": Factor(1.0), "temperature": 1.0, "seed": 7},

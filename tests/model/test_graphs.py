@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from illada import Decoder, GenerationConfig, fill, generate
 
 from illada_kernels import Edit, Factor, Remask, Threshold, TopK
@@ -41,7 +40,7 @@ PAIRS += [(*pair, how) for pair in (CACHES[4], CACHES[7]) for how in HOW if how 
 @pytest.mark.parametrize("preset, cache, how", PAIRS)
 @pytest.mark.parametrize("whole", [False, True])
 def test_graphs_give_the_tokens_that_passes_without_them_give(preset, cache, how, whole, monkeypatch):
-    model = model_of(preset, dtype=torch.float32)  # with the compiled kernels, in half the reference's time
+    model = model_of(preset)
     config = settings(model, cache=cache, variable_length=not whole, **HOW[how])
     plain = generate(model, PROMPTS, config)
     log = stand_in(monkeypatch)
@@ -96,7 +95,7 @@ def test_a_longer_text_takes_no_more_captures(monkeypatch):
 @pytest.mark.parametrize("preset, cache, how", PAIRS)
 def test_a_decoder_s_rows_come_in_few_sizes(preset, cache, how, monkeypatch):
     """Seven sequences in five seats: 5, 4, 2 and 1 rows. The tokens are those of a batch without graphs."""
-    model = model_of(preset, dtype=torch.float32)
+    model = model_of(preset)
     prompts = [*PROMPTS, [11], [40, 30, 20], [9, 9]]
     config = settings(model, cache=cache, variable_length=True, max_new_tokens=9, **HOW[how])
     together = generate(model, prompts, config).tokens
