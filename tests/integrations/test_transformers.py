@@ -363,7 +363,6 @@ def test_only_what_torch_says_of_shapes_and_values_is_said_of_the_mask():
         mask.to("meta").cpu()
 
 
-@torch.no_grad()  # with gradients it compiles above
 def test_a_model_is_one_graph():
     if not V5:
         pytest.skip("4.57 breaks graphs at its own masks")
