@@ -106,17 +106,17 @@ def by_hint(mark):
 # A hint says which sizes vary; what each use makes of sizes that vary is shown above.
 SOME = ("causal of a cache", "block diffusion packed", "cached blocks", "from dense", "and", "slice")
 HINTS = {
-    "dynamic": (True, lambda x, n: None, SOME),
-    "marked": (None, by_hint(torch._dynamo.mark_dynamic), SOME),  # refused where a use takes a size for a constant
-    "perhaps marked": (None, by_hint(torch._dynamo.maybe_mark_dynamic), ("cached blocks", "slice")),
+    "dynamic": (True, lambda x, n: None),
+    "marked": (None, by_hint(torch._dynamo.mark_dynamic)),  # refused where a use takes a size for a constant
+    "perhaps marked": (None, by_hint(torch._dynamo.maybe_mark_dynamic)),
 }
 
 
 @pytest.mark.parametrize("how", HINTS)
 def test_dynamic_sizes_need_one_graph(how):
     torch._dynamo.reset()
-    dynamic, hint, names = HINTS[how]
-    graphs, module = [], Use(*names)
+    dynamic, hint = HINTS[how]
+    graphs, module = [], Use(*SOME)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counting(graphs))
     for size in SIZES:
         x, n = given(*size)
