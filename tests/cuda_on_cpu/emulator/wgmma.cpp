@@ -79,8 +79,8 @@ static void read_operand(const Block& b, uint64_t descriptor, int rows, bool mn_
 }
 
 // ---- carrying out ----------------------------------------------------------------------------------------------
-// d += a @ b, for 8 * width of the n columns of b (16, n) and d (64, n), which start where these point; a (64, 16). Each
-// element adds its products in order of k.
+// d += a @ b, for 8 * width of the n columns of b (16, n) and d (64, n), which start where these point; a (64, 16).
+// Each element adds its products in order of k.
 template <int width> static void multiply_columns(const float* a, const float* b, float* d, int n) {
   for (int i = 0; i < 64; i += 4) {
     __m256 sum[4][width];
