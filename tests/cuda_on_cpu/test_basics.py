@@ -72,6 +72,30 @@ def test_vector_accesses_touch_nothing_beyond_the_row(code: int, dtype: torch.dt
     assert torch.equal(y.tensor, 2 * x.tensor)
 
 
+@pytest.mark.parametrize("code, dtype", [(1, torch.bfloat16), (2, torch.float16)])
+def test_conversions_are_torch_s(code: int, dtype: torch.dtype) -> None:
+    """Of every 16-bit float, and of floats at, beside and between these: ties, subnormals, overflow, NaN."""
+    kernels, bits = compile_kernels(SOURCE), torch.arange(-(2**15), 2**15)
+    every = bits.to(torch.int16).view(dtype)
+    y = GlobalArray(torch.zeros_like(every), "y")
+    assert kernels.run("run_double", code, GlobalArray(every, "x"), y, len(every), None) == 0
+    torch.testing.assert_close(y.tensor, 2 * every, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(y.tensor.signbit() | every.isnan(), every.signbit() | every.isnan())
+
+    some = every[:: 2 if dtype is torch.float16 else 16].float().view(torch.int32)
+    tie = 2**12 if dtype is torch.float16 else 2**15  # half of the distance to the next, of numbers that are normal
+    x = torch.stack([some, some + 1, some + tie - 1, some + tie, some + tie + 1, some - 1]).view(torch.float32)
+    x = torch.cat([x.flatten(), x[3] * 2.0**-12])  # ties of numbers that are subnormal
+    one = GlobalArray(torch.zeros(len(x), dtype=dtype), "one")
+    pairs = GlobalArray(torch.zeros(len(x) // 2, dtype=torch.int32), "pairs")
+    assert len(x) % 128 == 0
+    assert kernels.run("run_narrow", int(code == 2), GlobalArray(x, "x"), one, pairs, len(x), None) == 0
+    wanted, number = x.to(dtype), ~x.isnan()
+    for found in (one.tensor, pairs.tensor.view(dtype)):
+        assert torch.equal(found.isnan(), ~number)
+        assert torch.equal(found[number].view(torch.int16), wanted[number].view(torch.int16))
+
+
 def line_of(mistake: int) -> int:
     lines = (ROOT / SOURCE).read_text().splitlines()
     return next(i for i, line in enumerate(lines, 1) if re.search(rf"\bmistake: (\d+, )*{mistake}\b", line))

@@ -80,6 +80,18 @@ extern "C" int run_double(int dtype, const void* x, void* y, int n, void* stream
   return dtype == 1 ? run_double_of<bf16>(x, y, n, s) : run_double_of<fp16>(x, y, n, s);
 }
 
+// Rounds n floats one by one, and in pairs; n is a multiple of 128.
+template <class T> __global__ void narrow(const float* x, T* one, uint32_t* pairs) {
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 2;
+  one[i] = from_float<T>(x[i]), one[i + 1] = from_float<T>(x[i + 1]);
+  pairs[i / 2] = pack<T>(x[i], x[i + 1]);
+}
+extern "C" int run_narrow(int half, const float* x, void* one, uint32_t* pairs, int n, void* stream) {
+  const Launch l = {dim3(n / 128), dim3(64), 0, static_cast<cudaStream_t>(stream)};
+  return half ? launch(l, narrow<fp16>, x, static_cast<fp16*>(one), pairs)
+              : launch(l, narrow<bf16>, x, static_cast<bf16*>(one), pairs);
+}
+
 // ---- mistakes --------------------------------------------------------------------------------------------------
 // One for each number; the test looks for the line with the words "mistake: NUMBER".
 __global__ void mistakes(int which, float* x, int n, const int* table) {
